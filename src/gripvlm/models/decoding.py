@@ -1,0 +1,109 @@
+"""What a wrapped `generate` must mind: its options, lengths that count the prompt, the prompt in front."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import InputError
+
+__all__ = ["Options", "with_prompt"]
+
+
+class Options:
+    """The options of one `generate` call, wherever they were given.
+
+    transformers reads an option from the call's keywords, else from the call's `generation_config`,
+    else from the model's.
+    """
+
+    def __init__(self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.args = tuple(args)
+        self.kwargs = kwargs
+        self.config = self.args[0] if self.args else kwargs.get("generation_config")
+        self.model_config = getattr(model, "generation_config", None)
+
+    def get(self, name: str) -> Any:
+        """The option's value, None where nobody set it."""
+        for source in (self.kwargs.get(name), getattr(self.config, name, None)):
+            if source is not None:
+                return source
+        return getattr(self.model_config, name, None)
+
+    @property
+    def uncached(self) -> bool:
+        """True where decoding runs without a key-value cache."""
+        return self.get("use_cache") is False
+
+    def refuse(self) -> None:
+        """Raises for ways of decoding that are not right with fewer tokens."""
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if self.get(name) is not None:
+                raise InputError(
+                    f"{name}: speculative decoding is not supported with pruning; leave it out"
+                )
+
+    def check_beams(
+        self, arguments: Mapping[str, Any], selections: Sequence[Sequence[Any]]
+    ) -> None:
+        """Raises where transformers would mix images up: beams over unequal counts in one tensor."""
+        several = max(self.get("num_beams") or 1, self.get("num_return_sequences") or 1) > 1
+        counts = {selection.k for sample in selections for selection in sample}
+        one_tensor = any(
+            isinstance(output.pooler_output, Tensor)
+            for output in arguments["mm_encoder_outputs"].values()
+        )
+        if several and one_tensor and len(selections) > 1 and len(counts) > 1:
+            raise InputError(
+                f"beams or several returned sequences need the same count in every image for this "
+                f"model, got {sorted(counts)}: use an int keep=, or a batch of one"
+            )
+
+    def shifted(
+        self, arguments: dict[str, Any], full: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments with `max_length` and `min_length` less the tokens dropped.
+
+        The caller counts the prompt's `full` tokens, `generate` sees fewer.
+        """
+        fewer = full - arguments["input_ids"].shape[1]
+        args = list(self.args)
+        if not fewer:
+            return self.args, arguments
+        for name, newer in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            value = self.get(name)
+            if value is None or self.get(newer) is not None or (name == "min_length" and not value):
+                continue
+            if arguments.get(name) is not None or getattr(self.config, name, None) is None:
+                arguments[name] = value - fewer
+                continue
+            self.config = copy.deepcopy(self.config)
+            setattr(self.config, name, value - fewer)
+            if args:
+                args[0] = self.config
+            else:
+                arguments["generation_config"] = self.config
+        return tuple(args), arguments
+
+
+def with_prompt(output: Any, prompt: Tensor, shortened: int) -> Any:
+    """What `generate` returned, with the caller's own prompt ids [B, L] in front.
+
+    Args:
+        output: a tensor [B * r, shortened + new] or an output with such `sequences`.
+        prompt: the original ids.
+        shortened: the length of the prompt that `generate` saw.
+    """
+    tensor = isinstance(output, Tensor)
+    sequences = output if tensor else output.sequences
+    new = sequences[:, shortened:]
+    front = prompt.to(new.device, new.dtype).repeat_interleave(new.shape[0] // prompt.shape[0], 0)
+    sequences = torch.cat((front, new), dim=-1)
+    if tensor:
+        return sequences
+    output.sequences = sequences
+    return output

@@ -1,0 +1,140 @@
+"""What a pruner is given (`VisualTokens`), what it gives back (`Selection`), and the two base classes.
+
+Tensors only: nothing in this folder knows transformers or any model family.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import PrunerError
+
+__all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisualTokens", "top_k"]
+
+NEEDS = frozenset({"features", "grid", "question", "key"})
+"""Everything a pruner may name in `needs`; what it does not name may be None or 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """The visual tokens of one image, as a pruner sees them.
+
+    Attributes:
+        features: [n, d] rows as the language model would receive them (after the projector), on the
+            model's device and in its dtype.
+        keep: k, the rows to keep, 1 <= k <= n.
+        grid: (h, w) with h * w == n when the rows are a plain raster of the image, else None.
+        question: [t, d] token embeddings of the question (t may be 0); None unless in `needs`.
+        sample: the prompt's position in the batch.
+        image: the image's position in its prompt.
+        key: a number that depends on the image's pixels alone, so that it is the same in any batch
+            and on any device (0 where a family gives none).
+    """
+
+    features: Tensor
+    keep: int
+    grid: tuple[int, int] | None = None
+    question: Tensor | None = None
+    sample: int = 0
+    image: int = 0
+    key: int = 0
+
+    @property
+    def n(self) -> int:
+        """Visual tokens of the image before pruning."""
+        return self.features.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """Rows that become weighted sums: row `destination` = sum of weight x features[source].
+
+    Attributes:
+        source: [m] LongTensor of original rows, 0..n-1.
+        destination: [m] LongTensor of slots in the kept rows, 0..k-1.
+        weight: [m] floats; the weights of one destination sum to 1. A slot that is no destination
+            keeps its own row unchanged.
+    """
+
+    source: Tensor
+    destination: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The kept rows of one image.
+
+    Attributes:
+        indices: [k] LongTensor, ascending and unique, rows of `VisualTokens.features`.
+        n: the rows there were.
+        scores: [n] what the rows were ranked by (higher is kept), or None.
+        merge: what the kept rows absorb, or None.
+    """
+
+    indices: Tensor
+    n: int
+    scores: Tensor | None = None
+    merge: Merge | None = None
+
+    @property
+    def k(self) -> int:
+        """Rows kept."""
+        return int(self.indices.numel())
+
+    def mask(self) -> Tensor:
+        """[n] bool, True where the row is kept."""
+        mask = torch.zeros(self.n, dtype=torch.bool, device=self.indices.device)
+        mask[self.indices] = True
+        return mask
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """[k] indices of the k largest of [n] scores, ascending; among equals the lower index wins."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:k].sort().values
+
+
+class Pruner(ABC):
+    """Chooses k of n visual tokens, one image at a time.
+
+    Subclasses are frozen dataclasses, one a file, and state their class attributes:
+
+    name: the registry name, snake_case.
+    needs: which fields of `VisualTokens` they read (see `NEEDS`).
+    stage: where rows are dropped; "input" means before the language model's first layer.
+    source: the paper, in one line.
+    default_keep: the budget when `keep` is left away; None means that `keep` must be given.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    stage: ClassVar[str] = "input"
+    source: ClassVar[str] = ""
+    default_keep: ClassVar[float | None] = None
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Exactly `tokens.keep` rows of `tokens`. The caller checks the result, once, for all pruners."""
+
+
+class ScorePruner(Pruner):
+    """A pruner that ranks: implement `score`, and the k highest are kept."""
+
+    @abstractmethod
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """[n] floats, higher is kept. Ties go to the lower index."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        scores = self.score(tokens)
+        if not isinstance(scores, Tensor) or scores.shape != (tokens.n,):
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise PrunerError(
+                f"pruner {self.name!r}: score() must return a tensor of shape ({tokens.n},), got {got}"
+            )
+        return Selection(top_k(scores, tokens.keep), tokens.n, scores)

@@ -1,0 +1,100 @@
+"""Tiny random models, one builder a family, made from configs: no downloads, a second each.
+
+Every model has at least 4 decoder layers, a vocabulary of 99, and weights large enough that logits
+spread over several units, so that a wrong position or a wrong row shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+PAD, BOS, EOS, IMAGE = 0, 1, 2, 98
+VOCABULARY = 99
+
+
+def tiny_llava(attention: str = "sdpa", seed: int = 0) -> Any:
+    """LLaVA with 4 x 4 visual tokens an image and 4 decoder layers."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=32,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    config.pad_token_id = PAD
+    model = LlavaForConditionalGeneration(config)
+    return _ready(model, attention)
+
+
+def _ready(model: Any, attention: str) -> Any:
+    """Weights at a scale that gives logits of several units, float32, on the CPU, in eval mode."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2:
+                scale = (
+                    1.0 if "embed" in name or "lm_head" in name else 1.6 / weight.shape[-1] ** 0.5
+                )
+                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+    model.set_attn_implementation(attention)
+    model.generation_config.eos_token_id = None  # always the asked number of tokens
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.suppress_tokens = [PAD, BOS, EOS, IMAGE]  # words only
+    return model.eval()
+
+
+def llava_inputs(images: list[int], words: list[int], seed: int = 1, side: str = "left") -> dict:
+    """A batch: sample b has `images[b]` images of 16 tokens and `words[b]` text tokens.
+
+    Text surrounds the images. The same (seed, b) gives the same prompt and pixels in any batch.
+    """
+    rows, pixels = [], []
+    for sample, (count, length) in enumerate(zip(images, words, strict=True)):
+        generator = torch.Generator().manual_seed(1000 * seed + sample)
+        text = torch.randint(3, 90, (length,), generator=generator).tolist()
+        row = [BOS]
+        for _ in range(count):
+            row += [text.pop(), *[IMAGE] * 16]
+            pixels.append(torch.randn(3, 32, 32, generator=generator))
+        rows.append(row + text)
+    batch = pad(rows, side)
+    if pixels:
+        batch["pixel_values"] = torch.stack(pixels)
+    return batch
+
+
+def pad(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of ragged rows."""
+    length = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        blank = [PAD] * (length - len(row))
+        none, one = [0] * len(blank), [1] * len(row)
+        ids.append(blank + row if side == "left" else row + blank)
+        mask.append(none + one if side == "left" else one + none)
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+BUILDERS: dict[str, tuple[Callable[..., Any], Callable[..., dict]]] = {
+    "llava": (tiny_llava, llava_inputs),
+}
