@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Budget": "gripvlm.budget",
-    "Encoded": "gripvlm.models.seam",
+    "Encoded": "gripvlm.models.encoded",
     "GripError": "gripvlm.errors",
     "Merge": "gripvlm.pruners.base",
     "Pruner": "gripvlm.pruners.base",
@@ -31,12 +31,13 @@ _HOME = {
     "prune_inputs": "gripvlm.prune",
     "pruner_names": "gripvlm.pruners.registry",
     "register_pruner": "gripvlm.pruners.registry",
+    "visual_tokens": "gripvlm.prune",
 }
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 
 class _Package(ModuleType):
-    """Keeps `gripvlm.prune` the function: importing the file prune.py would put the module there."""
+    """Keeps `gripvlm.prune` the function: importing prune.py would put the module there."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):
@@ -61,11 +62,12 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from gripvlm.budget import Budget as Budget
     from gripvlm.errors import GripError as GripError
-    from gripvlm.models.seam import Encoded as Encoded
+    from gripvlm.models.encoded import Encoded as Encoded
     from gripvlm.prune import Record as Record
     from gripvlm.prune import encode as encode
     from gripvlm.prune import prune as prune
     from gripvlm.prune import prune_inputs as prune_inputs
+    from gripvlm.prune import visual_tokens as visual_tokens
     from gripvlm.pruners.base import Merge as Merge
     from gripvlm.pruners.base import Pruner as Pruner
     from gripvlm.pruners.base import ScorePruner as ScorePruner

@@ -68,7 +68,7 @@ class Budget:
         """The tokens kept of `n`: the count itself, or max(1, fraction x n rounded half up).
 
         The fraction is read as the decimal it prints as, so 0.29 of 50 is 14.5 and gives 15. The
-        result depends on nothing but `n`: a serving engine can plan with it before any pixel is read.
+        result depends on nothing but `n`: a serving engine can plan with it before it has pixels.
 
         Args:
             n: visual tokens of the image, at least 1.
@@ -98,7 +98,7 @@ Keep: TypeAlias = int | float | Budget
 
 
 def _validated(keep: object) -> int | float:
-    """`keep` as a positive Python int or a float in (0, 1], or a `BudgetError` that says what to type."""
+    """`keep` as a positive int or a float in (0, 1], or a `BudgetError` that says what to type."""
     if isinstance(keep, bool) or type(keep).__name__ in ("bool_", "bool"):
         raise BudgetError(f"keep={keep} is a bool, not a budget: {_TYPE_THIS}")
     if isinstance(keep, str):

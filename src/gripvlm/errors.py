@@ -18,7 +18,7 @@ class InputError(GripError):
 
 
 class PrunerError(GripError):
-    """A pruner is unknown, needs what is not there, or returned something that is not a selection."""
+    """A pruner is unknown, needs what is not there, or returned no valid selection."""
 
 
 class UnsupportedModelError(GripError):

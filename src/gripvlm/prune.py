@@ -1,30 +1,34 @@
-"""`prune` and `prune_inputs`: any pruner on any supported model, checked here and nowhere else."""
+"""`prune` and `prune_inputs`: any pruner on any supported model, with one path for both."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from gripvlm.budget import Budget, Keep
-from gripvlm.errors import BudgetError, GripError, InputError, PrunerError
+from gripvlm.checks import (
+    PIXELS,
+    Keeps,
+    checked_budgets,
+    checked_inputs,
+    checked_positions,
+    checked_pruner,
+    checked_selection,
+    one_budget,
+)
+from gripvlm.errors import GripError, InputError, PrunerError
 from gripvlm.models import decoding, seam
+from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import Family, family_of
-from gripvlm.models.seam import Encoded, Span
-from gripvlm.pruners import Pruner, Selection, VisualTokens, get_pruner
-from gripvlm.pruners.base import NEEDS
+from gripvlm.models.text import Question, questions
+from gripvlm.pruners import Pruner, Selection, VisualTokens
+from gripvlm.pruners.keep_all import KeepAll
 
-__all__ = ["Record", "encode", "prune", "prune_inputs"]
-
-Question: TypeAlias = Tensor | Sequence[Any] | None
-Keeps: TypeAlias = Keep | Sequence[Keep | Sequence[Keep]] | None
-
-_PIXELS = ("pixel_values", "pixel_values_videos")
+__all__ = ["Record", "encode", "prune", "prune_inputs", "visual_tokens"]
 
 
 @dataclass
@@ -32,8 +36,8 @@ class Record:
     """What happened in the latest call.
 
     Attributes:
-        selections: a list (samples) of lists (images, in prompt order) of `Selection`; the list of a
-            prompt without images is empty.
+        selections: a list (samples) of lists (images, in prompt order) of `Selection`; the list of
+            a prompt without images is empty.
         calls: how many calls were recorded so far.
         seconds: {"vision", "pruner", "surgery"}: time in the vision encoder and projector, in the
             pruner, and in finding and dropping rows and placeholders. Accelerators are synchronised
@@ -72,7 +76,7 @@ def encode(model: Any, inputs: Mapping[str, Any]) -> Encoded:
         UnsupportedModelError, InputError: see `prune_inputs`.
     """
     family = family_of(model)
-    inputs = _checked_inputs(model, inputs, None)
+    inputs = checked_inputs(model, inputs, None)
     started = _now(model)
     encoded = seam.encode(model, family, inputs)
     return replace(encoded, seconds=_now(model) - started)
@@ -97,13 +101,14 @@ def prune_inputs(
             entries of dropped placeholders (which carry no target) and are padded with -100.
         pruner: a name, a spec such as `"random:seed=3"`, or a `Pruner`.
         keep: a count per image, a fraction in (0, 1], or a `Budget`; or a list with one such per
-            sample, or with one list per sample that has one per image. Only `keep_all` does without.
+            sample, or with one list per sample that has one per image. Only `keep_all` does
+            without.
         positions: "original" leaves every kept token at its position in the full prompt;
             "renumbered" counts anew, as if the dropped tokens had never been.
-        question: what pruners that read the question get, the same for all images of a prompt: token
-            ids [t], embeddings [t, d], or a list of B of either ([B, t] ids and [B, t, d] embeddings
-            also do; negative ids are padding). By default all text tokens of the prompt that are not
-            padding, begin, end or visual tokens, as far as the model's configs tell.
+        question: what pruners that read the question get, the same for all images of a prompt:
+            token ids [t], embeddings [t, d], or a list of B of either ([B, t] ids and [B, t, d]
+            embeddings also do; negative ids are padding). By default all text tokens of the prompt
+            that are not padding, begin, end or visual tokens, as far as the model's configs tell.
         encoded: what `encode` returned, to skip the vision encoder; `inputs` then need no pixels.
         return_record: also return the `Record`.
 
@@ -122,12 +127,32 @@ def prune_inputs(
     Nothing is patched and the model is not changed. Gradients flow through the kept features.
     """
     family = family_of(model)
-    chooser = _checked_pruner(pruner)
-    inputs = _checked_inputs(model, inputs, encoded)
-    arguments, record = _pruned(
-        model, family, inputs, chooser, keep, positions, question, encoded, spare_column=False
-    )
+    chooser = checked_pruner(pruner)
+    inputs = checked_inputs(model, inputs, encoded)
+    arguments, record = _pruned(model, family, inputs, chooser, keep, positions, question, encoded, spare_column=False)
     return (arguments, record) if return_record else arguments
+
+
+def visual_tokens(
+    model: Any,
+    inputs: Mapping[str, Any],
+    keep: Keeps = 1.0,
+    *,
+    question: Question = None,
+    encoded: Encoded | None = None,
+) -> list[list[VisualTokens]]:
+    """What pruners see of these inputs, all fields filled: for training a scorer, or for a look.
+
+    Args, Raises: as for `prune_inputs`.
+
+    Returns:
+        A list (samples) of lists (images, in prompt order) of `VisualTokens`.
+    """
+    family = family_of(model)
+    inputs = checked_inputs(model, inputs, encoded)
+    if encoded is None:
+        encoded = seam.encode(model, family, inputs)
+    return _tokens(model, family, inputs, _Onlooker(), keep, question, encoded)[1]
 
 
 @contextmanager
@@ -158,15 +183,14 @@ def prune(
         GripError: a block for this model is already open, or what `prune_inputs` raises.
     """
     family = family_of(model)
-    chooser = _checked_pruner(pruner)
-    _checked_positions(positions)
+    chooser = checked_pruner(pruner)
+    checked_positions(positions)
     if not isinstance(keep, (list, tuple)):
-        _budget(chooser, keep)
+        one_budget(chooser, keep)
     before = vars(model).get("generate")
     if getattr(before, "_gripvlm", False):
         raise GripError(
-            "this model is already inside a gripvlm.prune block: leave that block first, or prune "
-            "another model"
+            "this model is already inside a gripvlm.prune block: leave that block first, or prune another model"
         )
     record = Record()
     original = model.generate
@@ -174,7 +198,7 @@ def prune(
     def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        if not any(kwargs.get(name) is not None for name in _PIXELS):
+        if not any(kwargs.get(name) is not None for name in PIXELS):
             rows = kwargs["input_ids"].shape[0] if "input_ids" in kwargs else 0
             record.selections = [[] for _ in range(rows)]
             record.seconds = {"vision": 0.0, "pruner": 0.0, "surgery": 0.0}
@@ -182,11 +206,9 @@ def prune(
             return original(None, *args, **kwargs)
         options = decoding.Options(model, args, kwargs)
         options.refuse()
-        given = _checked_inputs(model, kwargs, None)
+        given = checked_inputs(model, kwargs, None)
         with torch.no_grad():
-            arguments, now = _pruned(
-                model, family, given, chooser, keep, positions, question, None, options.uncached
-            )
+            arguments, now = _pruned(model, family, given, chooser, keep, positions, question, None, options.uncached)
         options.check_beams(arguments, now.selections)
         record.selections, record.seconds = now.selections, now.seconds
         record.calls += 1
@@ -220,52 +242,58 @@ def _pruned(
     spare_column: bool,
 ) -> tuple[dict[str, Any], Record]:
     """Encode, choose, check, drop: the whole of gripvlm in one function."""
-    _checked_positions(positions)
+    checked_positions(positions)
     started = _now(model)
-    fresh = encoded is None
-    if encoded is None:
-        encoded = seam.encode(model, family, inputs)
-    elif encoded.model_type != family.model_type:
-        raise InputError(
-            f"encoded by a {encoded.model_type} model, but this is {family.model_type}"
-        )
+    done = encoded if encoded is not None else seam.encode(model, family, inputs)
     seen = _now(model)
+    spans, batch = _tokens(model, family, inputs, pruner, keep, question, done)
+    gathered = _now(model)
+    raw = [[pruner.select(tokens) for tokens in sample] for sample in batch]
+    chosen = _now(model)
+    selections = [
+        [checked_selection(pruner.name, *pair) for pair in zip(mine, sample, strict=True)]
+        for mine, sample in zip(raw, batch, strict=True)
+    ]
+    arguments = seam.shorten(model, inputs, done, spans, selections, positions, spare_column)
+    seconds = {
+        "vision": seen - started if encoded is None else 0.0,
+        "pruner": chosen - gathered,
+        "surgery": gathered - seen + _now(model) - chosen,
+    }
+    return arguments, Record(selections, 1, seconds)
+
+
+def _tokens(
+    model: Any,
+    family: Family,
+    inputs: Mapping[str, Any],
+    pruner: Pruner,
+    keep: Keeps,
+    question: Question,
+    encoded: Encoded,
+) -> tuple[list[list[Span]], list[list[VisualTokens]]]:
+    """Where each image lies in its prompt, and what the pruner sees of it."""
+    if encoded.model_type != family.model_type:
+        raise InputError(f"encoded by a {encoded.model_type} model, but this one is {family.model_type}")
     spans = seam.locate(model, inputs["input_ids"], encoded)
     if not any(spans):
         raise InputError("no prompt has an image: there is nothing to prune")
-    budgets = _budgets(pruner, keep, spans)
-    needs_question = "question" in pruner.needs
-    questions = _questions(model, family, inputs, question) if needs_question else None
-    pruning = 0.0
-    selections: list[list[Selection]] = []
-    for sample, (mine, asked) in enumerate(zip(spans, budgets, strict=True)):
-        selections.append([])
-        for image, (span, budget) in enumerate(zip(mine, asked, strict=True)):
-            where = f"{span.item.modality} {image} of sample {sample}"
-            tokens = VisualTokens(
-                features=span.item.features,
-                keep=budget.count(span.item.features.shape[0], where),
-                grid=span.item.grid,
-                question=questions[sample] if questions is not None else None,
-                sample=sample,
-                image=image,
-                key=span.item.key,
-            )
-            if "grid" in pruner.needs and tokens.grid is None:
+    budgets = checked_budgets(pruner, keep, spans)
+    asked = "question" in pruner.needs
+    texts = questions(model, family, inputs, question) if asked else [None] * len(spans)
+    batch: list[list[VisualTokens]] = [[] for _ in spans]
+    for sample, (mine, text) in enumerate(zip(spans, texts, strict=True)):
+        for image, (span, budget) in enumerate(zip(mine, budgets[sample], strict=True)):
+            item = span.item
+            where = f"{item.modality} {image} of sample {sample}"
+            if "grid" in pruner.needs and item.grid is None:
                 raise PrunerError(
-                    f"pruner {pruner.name!r} needs rows in a plain raster, which {family.model_type} "
-                    f"gives none for {where} ({tokens.n} tokens): use one that needs features only"
+                    f"pruner {pruner.name!r} needs rows in a plain raster, but the "
+                    f"{item.features.shape[0]} rows of {where} are none: use a pruner without grid"
                 )
-            asked_at = _now(model)
-            selection = pruner.select(tokens)
-            pruning += _now(model) - asked_at
-            selections[-1].append(_checked_selection(pruner.name, selection, tokens, where))
-    arguments = seam.shorten(model, inputs, encoded, spans, selections, positions, spare_column)
-    vision = seen - started
-    seconds = {"vision": vision, "pruner": pruning, "surgery": _now(model) - seen - pruning}
-    if not fresh:
-        seconds["vision"] = 0.0
-    return arguments, Record(selections, 1, seconds)
+            keeps = budget.count(item.features.shape[0], where)
+            batch[sample].append(VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key))
+    return spans, batch
 
 
 def _now(model: Any) -> float:
@@ -276,188 +304,7 @@ def _now(model: Any) -> float:
     return time.perf_counter()
 
 
-def _budget(pruner: Pruner, keep: Any) -> Budget:
-    if keep is None:
-        keep = getattr(pruner, "default_keep", None)
-    if keep is None:
-        raise BudgetError(
-            f"pruner {pruner.name!r} needs a budget: type keep=64 (tokens an image) or keep=0.1"
-        )
-    return Budget.of(keep)
+class _Onlooker(KeepAll):
+    """Reads everything that need not be there for every model to run."""
 
-
-def _budgets(pruner: Pruner, keep: Keeps, spans: Sequence[Sequence[Span]]) -> list[list[Budget]]:
-    """One budget an image, whatever form `keep` came in."""
-    if not isinstance(keep, (list, tuple)):
-        budget = _budget(pruner, keep)
-        return [[budget] * len(mine) for mine in spans]
-    if len(keep) != len(spans):
-        raise BudgetError(f"keep has {len(keep)} entries for {len(spans)} samples")
-    budgets = []
-    for sample, (mine, asked) in enumerate(zip(spans, keep, strict=True)):
-        each = list(asked) if isinstance(asked, (list, tuple)) else [asked] * len(mine)
-        if len(each) != len(mine):
-            raise BudgetError(
-                f"keep[{sample}] has {len(each)} entries for the {len(mine)} images of that sample"
-            )
-        budgets.append([_budget(pruner, one) for one in each])
-    return budgets
-
-
-def _questions(
-    model: Any, family: Family, inputs: Mapping[str, Any], question: Question
-) -> list[Tensor]:
-    """[t, d] embeddings of each sample's question."""
-    ids, mask = inputs["input_ids"], seam.full_mask(model, inputs).bool()
-    if question is None:
-        special = torch.tensor(sorted(seam.special_ids(model, family)), device=ids.device)
-        words = mask & ~torch.isin(ids, special)
-        return [seam.embed(model, row[word]) for row, word in zip(ids, words, strict=True)]
-    batch = ids.shape[0]
-    if isinstance(question, str) or (
-        isinstance(question, (list, tuple)) and any(isinstance(q, str) for q in question)
-    ):
-        raise InputError(
-            "question is text, which only the tokenizer can read: pass question="
-            "tokenizer(text, add_special_tokens=False).input_ids"
-        )
-    if isinstance(question, Tensor):
-        single = question.ndim == (2 if question.is_floating_point() else 1)
-        each: list[Any] = [question] if single else list(question)
-    else:
-        each = [list(question)] if all(isinstance(q, int) for q in question) else list(question)
-    if len(each) == 1 and batch > 1:
-        each *= batch
-    if len(each) != batch:
-        raise InputError(f"{len(each)} questions for {batch} prompts")
-    return [_question(model, one) for one in each]
-
-
-def _question(model: Any, question: Any) -> Tensor:
-    width = model.get_input_embeddings().weight.shape[1]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    one = question if isinstance(question, Tensor) else torch.tensor(question, dtype=torch.long)
-    if one.is_floating_point():
-        if one.ndim != 2 or one.shape[1] != width:
-            raise InputError(
-                f"question embeddings have shape {tuple(one.shape)}, expected (t, {width})"
-            )
-        return one.to(model.get_input_embeddings().weight)
-    if one.ndim != 1:
-        raise InputError(f"question ids have shape {tuple(one.shape)}, expected (t,)")
-    one = one[one >= 0]
-    if one.numel() and int(one.max()) >= vocabulary:
-        raise InputError(
-            f"question id {int(one.max())} is outside the vocabulary of {vocabulary}: "
-            "use the model's own tokenizer"
-        )
-    return seam.embed(model, one)
-
-
-# --- checks -------------------------------------------------------------------------------------
-
-
-def _checked_positions(positions: str) -> None:
-    if positions not in ("original", "renumbered"):
-        raise InputError(f"positions={positions!r}: type 'original' or 'renumbered'")
-
-
-def _checked_pruner(pruner: str | Pruner) -> Pruner:
-    chooser = get_pruner(pruner)
-    name = getattr(chooser, "name", type(chooser).__name__)
-    if not isinstance(getattr(chooser, "needs", None), frozenset):
-        raise PrunerError(
-            f"pruner {name!r} states no needs: give it needs = frozenset({{'features'}})"
-        )
-    if unknown := sorted(chooser.needs - NEEDS):
-        raise PrunerError(f"pruner {name!r} needs {unknown}, but known are {sorted(NEEDS)}")
-    if getattr(chooser, "stage", "input") != "input":
-        raise PrunerError(
-            f"pruner {name!r} drops rows at stage {chooser.stage!r}, but only 'input' is supported"
-        )
-    return chooser
-
-
-def _checked_inputs(
-    model: Any, inputs: Mapping[str, Any], encoded: Encoded | None
-) -> dict[str, Any]:
-    """The inputs as a dict without None, or an `InputError` that says what is wrong with them."""
-    if not isinstance(inputs, Mapping):
-        raise InputError(f"inputs are a {type(inputs).__name__}: pass what the processor returns")
-    given = {name: value for name, value in inputs.items() if value is not None}
-    if "inputs_embeds" in given:
-        raise InputError("inputs_embeds hide where the images are: pass input_ids and pixel_values")
-    ids = given.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-        raise InputError("input_ids must be a tensor of token ids [B, L]: use return_tensors='pt'")
-    if (cache := given.get("past_key_values")) is not None and cache.get_seq_length() > 0:
-        raise InputError(
-            "past_key_values already hold tokens: pass the full prompt and no cache; each turn of a "
-            "chat selects anew"
-        )
-    if encoded is None and not any(name in given for name in _PIXELS):
-        raise InputError(
-            "no image: inputs have no pixel_values; without images call the model without gripvlm"
-        )
-    for name in ("attention_mask", "labels"):
-        if name in given and given[name].shape != ids.shape:
-            raise InputError(
-                f"{name} has shape {tuple(given[name].shape)}, expected that of input_ids, "
-                f"{tuple(ids.shape)}"
-            )
-    visual = seam.encoder_arguments(model, given)
-    for name, value in given.items():
-        if name in seam.PER_TOKEN or name in visual or not isinstance(value, Tensor):
-            continue
-        if value.shape[:2] == ids.shape:
-            raise InputError(
-                f"{name} has one entry a prompt token, and gripvlm does not know how to shorten it: "
-                f"leave it out, or pass it after prune_inputs"
-            )
-    return given
-
-
-def _checked_selection(name: str, selection: Any, tokens: VisualTokens, where: str) -> Selection:
-    """The selection on the features' device, or a `PrunerError` that names the pruner."""
-
-    def wrong(what: str) -> PrunerError:
-        return PrunerError(f"pruner {name!r} on {where}: {what}")
-
-    if not isinstance(selection, Selection):
-        raise wrong(f"select() returned a {type(selection).__name__}, expected a Selection")
-    device, n, k = tokens.features.device, tokens.n, tokens.keep
-    scores = selection.scores
-    if scores is not None:
-        if scores.shape != (n,):
-            raise wrong(f"scores have shape {tuple(scores.shape)}, expected ({n},)")
-        if bool(scores.isnan().any()):
-            raise wrong(f"{int(scores.isnan().sum())} of {n} scores are NaN")
-        scores = scores.to(device)
-    indices = selection.indices
-    if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype != torch.long:
-        got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else indices
-        raise wrong(f"indices must be a LongTensor [k], got {got}")
-    if indices.numel() != k:
-        raise wrong(f"returned {indices.numel()} indices, but the budget is exactly {k} of {n}")
-    if selection.n != n:
-        raise wrong(f"says n={selection.n}, but there are {n} visual tokens")
-    indices = indices.to(device)
-    if int(indices.min()) < 0 or int(indices.max()) >= n:
-        raise wrong(f"indices reach {int(indices.min())}..{int(indices.max())}, allowed 0..{n - 1}")
-    if bool((indices.diff() <= 0).any()):
-        raise wrong("indices must be ascending, without duplicates: end with indices.sort().values")
-    merge = selection.merge
-    if merge is not None:
-        sums = torch.zeros(k, device=device)
-        lengths = {merge.source.numel(), merge.destination.numel(), merge.weight.numel()}
-        if len(lengths) != 1:
-            raise wrong("merge.source, merge.destination and merge.weight differ in length")
-        source, destination = merge.source.to(device), merge.destination.to(device)
-        if bool(((source < 0) | (source >= n)).any()):
-            raise wrong(f"merge.source leaves the rows 0..{n - 1}")
-        if bool(((destination < 0) | (destination >= k)).any()):
-            raise wrong(f"merge.destination leaves the kept slots 0..{k - 1}")
-        sums.index_add_(0, destination, merge.weight.to(device, torch.float32))
-        if not torch.allclose(sums[destination], torch.ones_like(sums[destination]), atol=1e-3):
-            raise wrong("merge.weight must sum to 1 over each destination")
-    return replace(selection, indices=indices, scores=scores)
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "question", "key"})

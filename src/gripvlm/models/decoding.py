@@ -1,4 +1,4 @@
-"""What a wrapped `generate` must mind: its options, lengths that count the prompt, the prompt in front."""
+"""What a wrapped `generate` must mind: options, lengths that count the prompt, ids in front."""
 
 from __future__ import annotations
 
@@ -43,19 +43,14 @@ class Options:
         """Raises for ways of decoding that are not right with fewer tokens."""
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if self.get(name) is not None:
-                raise InputError(
-                    f"{name}: speculative decoding is not supported with pruning; leave it out"
-                )
+                raise InputError(f"{name}: speculative decoding is not supported with pruning; leave it out")
 
-    def check_beams(
-        self, arguments: Mapping[str, Any], selections: Sequence[Sequence[Any]]
-    ) -> None:
-        """Raises where transformers would mix images up: beams over unequal counts in one tensor."""
+    def check_beams(self, arguments: Mapping[str, Any], selections: Sequence[Sequence[Any]]) -> None:
+        """Raises where transformers would mix images up: beams over unequal counts."""
         several = max(self.get("num_beams") or 1, self.get("num_return_sequences") or 1) > 1
         counts = {selection.k for sample in selections for selection in sample}
         one_tensor = any(
-            isinstance(output.pooler_output, Tensor)
-            for output in arguments["mm_encoder_outputs"].values()
+            isinstance(output.pooler_output, Tensor) for output in arguments["mm_encoder_outputs"].values()
         )
         if several and one_tensor and len(selections) > 1 and len(counts) > 1:
             raise InputError(
@@ -63,9 +58,7 @@ class Options:
                 f"model, got {sorted(counts)}: use an int keep=, or a batch of one"
             )
 
-    def shifted(
-        self, arguments: dict[str, Any], full: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def shifted(self, arguments: dict[str, Any], full: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments with `max_length` and `min_length` less the tokens dropped.
 
         The caller counts the prompt's `full` tokens, `generate` sees fewer.

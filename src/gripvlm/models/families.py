@@ -31,9 +31,7 @@ def from_pixels(model: Any, inputs: Mapping[str, Any], sizes: list[int]) -> list
     shapes = inputs.get("image_sizes")
     if shapes is None:
         shapes = [pixels.shape[-2:]] * len(sizes)
-    return [
-        _factor(n, int(shape[0]), int(shape[1])) for n, shape in zip(sizes, shapes, strict=True)
-    ]
+    return [_factor(n, int(shape[0]), int(shape[1])) for n, shape in zip(sizes, shapes, strict=True)]
 
 
 def from_patches(model: Any, inputs: Mapping[str, Any], sizes: list[int]) -> list[Grid]:
@@ -81,9 +79,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
-    for row in (
-        Family("llava", from_pixels, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
-    )
+    for row in (Family("llava", from_pixels, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),)
 }
 
 
@@ -94,7 +90,7 @@ def family_of(model: Any) -> Family:
         UnsupportedModelError: no row for its `config.model_type`, or a transformers too old to take
             visual features that are encoded beforehand.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not callable(getattr(model, "generate", None)) or not hasattr(config, "model_type"):
         raise UnsupportedModelError(
             f"got a {type(model).__name__}: pass a transformers model that generates, as from "

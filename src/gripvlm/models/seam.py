@@ -4,36 +4,25 @@ transformers takes visual features that are encoded beforehand (`mm_encoder_outp
 them, in order, over the prompt's placeholder tokens. So pruning is: fewer rows, as many fewer
 placeholders, and position ids that say where the kept ones were. No forward is copied or patched.
 
-This is the only file that calls transformers' private helpers, and the only one that applies merges.
+This is the only file that calls transformers' private helpers or applies a merge.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.families import Family, Grid
+from gripvlm.models.encoded import Encoded, Item, Span
+from gripvlm.models.families import Family
+from gripvlm.models.text import full_mask, padding_token, placeholder
 
-__all__ = [
-    "PER_TOKEN",
-    "Encoded",
-    "Item",
-    "Span",
-    "embed",
-    "encode",
-    "encoder_arguments",
-    "full_mask",
-    "locate",
-    "shorten",
-    "special_ids",
-]
+__all__ = ["PER_TOKEN", "encode", "encoder_arguments", "locate", "shorten"]
 
 PER_TOKEN: dict[str, int] = {
     "input_ids": 0,
@@ -61,65 +50,6 @@ class Chosen(Protocol):
     def merge(self) -> Any: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Item:
-    """One visual item as encoded: features [n, d], DeepStack planes [n, d] a layer, grid and key."""
-
-    modality: str
-    features: Tensor
-    deepstack: tuple[Tensor, ...]
-    grid: Grid
-    key: int
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """The vision encoder's and projector's work for a batch, reusable across prunings and questions.
-
-    Attributes:
-        model_type: the family that made it.
-        samples: a tuple (batch) of tuples of `Item`, in prompt order. A prompt without images has ().
-        outputs: modality -> (class of the encoder's output, whether its features were one tensor).
-        seconds: what encoding took.
-    """
-
-    model_type: str
-    samples: tuple[tuple[Item, ...], ...]
-    outputs: Mapping[str, tuple[type, bool]]
-    seconds: float = 0.0
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def take(self, samples: Iterable[int]) -> Encoded:
-        """The given samples, in the given order, repeats allowed; shares all memory.
-
-        `encoded.take([0] * 8)` serves eight rollouts of the first prompt.
-        """
-        return replace(self, samples=tuple(self.samples[i] for i in samples))
-
-    @classmethod
-    def cat(cls, parts: Sequence[Encoded]) -> Encoded:
-        """Several encodings by one model, as one batch; shares all memory."""
-        if len({part.model_type for part in parts}) != 1:
-            raise InputError("Encoded.cat takes at least one encoding, all made by one model")
-        outputs = {name: kind for part in parts for name, kind in part.outputs.items()}
-        return cls(
-            parts[0].model_type,
-            tuple(sample for part in parts for sample in part.samples),
-            outputs,
-            sum(part.seconds for part in parts),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Span:
-    """An item and where its n placeholders lie in its prompt: positions [n], ascending."""
-
-    item: Item
-    positions: Tensor
-
-
 # --- encode -----------------------------------------------------------------------------------
 
 
@@ -142,15 +72,13 @@ def encode(model: Any, family: Family, inputs: Mapping[str, Any]) -> Encoded:
         kinds[modality] = (type(output), isinstance(output.pooler_output, Tensor))
     ids = inputs["input_ids"]
     shared = {name: _share_out(model, ids, name, made) for name, made in items.items()}
-    samples = [
-        tuple(item for name in shared for item in shared[name][b]) for b in range(ids.shape[0])
-    ]
+    samples = [tuple(item for name in shared for item in shared[name][b]) for b in range(ids.shape[0])]
     return Encoded(family.model_type, tuple(samples), kinds)
 
 
 def _share_out(model: Any, ids: Tensor, modality: str, items: list[Item]) -> list[list[Item]]:
     """The items of each prompt: they follow one another, as many as fill its placeholders."""
-    counts = (ids == _placeholder(model, modality)).sum(-1).tolist()
+    counts = (ids == placeholder(model, modality)).sum(-1).tolist()
     samples: list[list[Item]] = []
     rest = list(items)
     for sample, wanted in enumerate(counts):
@@ -174,68 +102,16 @@ def _share_out(model: Any, ids: Tensor, modality: str, items: list[Item]) -> lis
 
 
 def _content_keys(inputs: Mapping[str, Any], count: int) -> list[int]:
-    """One number an image, from a sample of its own pixels: the same in any batch and on any device."""
+    """One number an image, from some of its own pixels: the same in any batch, on any device."""
     pixels = inputs.get("pixel_values")
     if not isinstance(pixels, Tensor) or pixels.shape[0] != count or pixels.ndim < 3:
         return [0] * count
     flat = pixels.detach().reshape(count, -1)
     few = flat[:, :: max(1, flat.shape[1] // 4096)].float().cpu()
-    return [
-        int.from_bytes(hashlib.blake2b(row.numpy().tobytes(), digest_size=7).digest(), "little")
-        for row in few
-    ]
-
-
-def embed(model: Any, ids: Tensor) -> Tensor:
-    """[t, d] input embeddings of [t] token ids."""
-    table = model.get_input_embeddings()
-    return table(ids.to(table.weight.device))
+    return [int.from_bytes(hashlib.blake2b(row.numpy().tobytes(), digest_size=7).digest(), "little") for row in few]
 
 
 # --- where things are in the prompt -------------------------------------------------------------
-
-
-def _placeholder(model: Any, modality: str) -> int:
-    return getattr(model.config, f"{modality}_token_id")
-
-
-def _configs(model: Any) -> list[Any]:
-    text = getattr(model.config, "text_config", None)
-    return [c for c in (getattr(model, "generation_config", None), model.config, text) if c]
-
-
-def pad_id(model: Any) -> int | None:
-    """The pad token id, as far as the model's configs tell."""
-    for config in _configs(model):
-        if getattr(config, "pad_token_id", None) is not None:
-            return int(config.pad_token_id)
-    return None
-
-
-def special_ids(model: Any, family: Family) -> set[int]:
-    """Ids that are no words: begin, end, padding and visual tokens, as far as the configs tell."""
-    found: set[int] = set()
-    names = ["bos", "eos", "pad", "decoder_start", "vision_start", "vision_end", "boi", "eoi"]
-    for config in _configs(model):
-        for name in [*names, *family.modalities, "image", "video"]:
-            value = getattr(config, f"{name}_token_id", None)
-            found.update(value if isinstance(value, (list, tuple)) else [value])
-    return {int(value) for value in found if value is not None}
-
-
-def full_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """[B, L] attention mask: the caller's, or what `generate` would infer from padding."""
-    if (mask := inputs.get("attention_mask")) is not None:
-        return mask
-    ids, pad = inputs["input_ids"], pad_id(model)
-    eos = {value for c in _configs(model) for value in _as_list(getattr(c, "eos_token_id", None))}
-    if pad is None or pad in eos:
-        return torch.ones_like(ids)
-    return (ids != pad).long()
-
-
-def _as_list(value: Any) -> list[int]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def locate(model: Any, ids: Tensor, encoded: Encoded) -> list[list[Span]]:
@@ -251,7 +127,7 @@ def locate(model: Any, ids: Tensor, encoded: Encoded) -> list[list[Span]]:
         spans = []
         for modality in encoded.outputs:
             mine = [item for item in items if item.modality == modality]
-            positions = (row == _placeholder(model, modality)).nonzero().flatten()
+            positions = (row == placeholder(model, modality)).nonzero().flatten()
             sizes = [item.features.shape[0] for item in mine]
             if positions.numel() != sum(sizes):
                 raise InputError(
@@ -293,9 +169,7 @@ def shorten(
             row[span.positions[pick.indices.to(span.positions.device)]] = True
     dropped = mask.bool().sum(-1) - keep.sum(-1)  # [B]
     if arguments.get("position_ids") is None:
-        arguments["position_ids"] = model._prepare_position_ids_for_generation(
-            arguments["input_ids"], dict(arguments)
-        )
+        arguments["position_ids"] = model._prepare_position_ids_for_generation(arguments["input_ids"], dict(arguments))
     if bool(dropped.any()):
         length = min(keep.shape[1], int(keep.sum(-1).max()) + spare_column)
         _compact(model, arguments, keep, length, right=not bool(mask[:, -1].all()))
@@ -316,7 +190,7 @@ def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, r
         if (value := arguments.get(name)) is None:
             continue
         if name == "input_ids":
-            fill = _padding_token(model)
+            fill = padding_token(model)
         index = order.expand(*value.shape[:-1], length)  # M-RoPE positions are [axes, B, L]
         if value.shape[-2] == 1 != order.shape[0]:  # one row of positions for the whole batch
             value = value.expand(*value.shape[:-2], *keep.shape)
@@ -324,15 +198,8 @@ def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, r
         arguments[name] = value.gather(-1, index).masked_fill(~real, fill)
 
 
-def _padding_token(model: Any) -> int:
-    """An id for padding that no encoder takes for a placeholder."""
-    pad = pad_id(model) or 0
-    taken = {getattr(model.config, f"{m}_token_id", None) for m in ("image", "video", "audio")}
-    return pad if pad not in taken else next(i for i in range(4) if i not in taken)
-
-
 def _renumber(model: Any, arguments: dict[str, Any], dropped: Tensor, positions: str) -> None:
-    """Position ids after dropping: the original ones, or those of a prompt that never had the rest."""
+    """Position ids after dropping: as they were, or counted anew."""
     now = arguments["position_ids"]
     mask = arguments["attention_mask"].long()
     counted = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
@@ -380,8 +247,7 @@ def _visual_outputs(
         depth = len(pairs[0][0].deepstack)
         if depth:
             output.deepstack_features = [
-                [_rows(item.deepstack[layer], pick) for item, pick in pairs]
-                for layer in range(depth)
+                [_rows(item.deepstack[layer], pick) for item, pick in pairs] for layer in range(depth)
             ]
         outputs[modality] = output
     return outputs

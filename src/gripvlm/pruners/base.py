@@ -1,4 +1,4 @@
-"""What a pruner is given (`VisualTokens`), what it gives back (`Selection`), and the two base classes.
+"""What a pruner is given (`VisualTokens`), what it returns (`Selection`), and the base classes.
 
 Tensors only: nothing in this folder knows transformers or any model family.
 """
@@ -120,7 +120,7 @@ class Pruner(ABC):
 
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
-        """Exactly `tokens.keep` rows of `tokens`. The caller checks the result, once, for all pruners."""
+        """Exactly `tokens.keep` rows of `tokens`. The caller checks the result, for all pruners."""
 
 
 class ScorePruner(Pruner):
@@ -134,7 +134,5 @@ class ScorePruner(Pruner):
         scores = self.score(tokens)
         if not isinstance(scores, Tensor) or scores.shape != (tokens.n,):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise PrunerError(
-                f"pruner {self.name!r}: score() must return a tensor of shape ({tokens.n},), got {got}"
-            )
+            raise PrunerError(f"pruner {self.name!r}: score() must return a tensor ({tokens.n},), got {got}")
         return Selection(top_k(scores, tokens.keep), tokens.n, scores)

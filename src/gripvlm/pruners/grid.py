@@ -19,8 +19,8 @@ def lattice(grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
 
     r rows, r the integer nearest to sqrt(k h / w) that leaves no row with more than w points; row i
     gets floor((i+1) k / r) - floor(i k / r) of them. Rows and the points in a row are centred:
-    the j-th of c points lies at (j + 1/2) w / c. So k points always exist, and where r divides h and
-    k / r divides w they are the centres of equal blocks.
+    the j-th of c points lies at (j + 1/2) w / c. So k points always exist, and where r divides h
+    and k / r divides w they are the centres of equal blocks.
 
     Returns:
         indices [k] LongTensor, ascending raster indices of the cells that hold the points, and

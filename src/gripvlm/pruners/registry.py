@@ -66,9 +66,7 @@ def list_pruners() -> list[PrunerRow]:
     rows = []
     for name in pruner_names():
         made_by = _load(name)
-        needs = getattr(
-            made_by, "needs", ()
-        )  # a property, where it depends on the object's options
+        needs = getattr(made_by, "needs", ())  # a property, where it depends on the object's options
         needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
         stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
         rows.append(PrunerRow(name, needs, stage, source))
@@ -89,9 +87,7 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
     """
     if not isinstance(pruner, str):
         if isinstance(pruner, type):
-            raise PrunerError(
-                f"got the class {pruner.__name__}: pass an object, {pruner.__name__}()"
-            )
+            raise PrunerError(f"got the class {pruner.__name__}: pass an object, {pruner.__name__}()")
         if not callable(getattr(pruner, "select", None)):
             raise PrunerError(
                 f"got a {type(pruner).__name__}, which has no select(): pass a pruner's name "
@@ -135,9 +131,7 @@ def _parse_options(whole: str, spec: str) -> dict[str, Any]:
     for part in filter(None, (part.strip() for part in spec.split(","))):
         key, equals, text = part.partition("=")
         if not equals or not key.strip().isidentifier():
-            raise PrunerError(
-                f"cannot read {part!r} in {whole!r}: type name:option=value,option=value"
-            )
+            raise PrunerError(f"cannot read {part!r} in {whole!r}: type name:option=value,option=value")
         try:
             options[key.strip()] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError):

@@ -1,0 +1,157 @@
+"""Every check of what a caller passes and a pruner returns. `prune.py` calls them, once each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gripvlm.budget import Budget, Keep
+from gripvlm.errors import BudgetError, InputError, PrunerError
+from gripvlm.models import seam
+from gripvlm.models.encoded import Encoded, Span
+from gripvlm.pruners import Pruner, Selection, VisualTokens, get_pruner
+from gripvlm.pruners.base import NEEDS
+
+__all__ = [
+    "PIXELS",
+    "Keeps",
+    "checked_budgets",
+    "checked_inputs",
+    "checked_positions",
+    "checked_pruner",
+    "checked_selection",
+    "one_budget",
+]
+
+Keeps: TypeAlias = Keep | Sequence[Keep | Sequence[Keep]] | None
+"""One budget, one for each sample, or one list for each sample with one for each image."""
+
+PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+def checked_positions(positions: str) -> None:
+    if positions not in ("original", "renumbered"):
+        raise InputError(f"positions={positions!r}: type 'original' or 'renumbered'")
+
+
+def checked_pruner(pruner: str | Pruner) -> Pruner:
+    chooser = get_pruner(pruner)
+    name = getattr(chooser, "name", None)
+    if not isinstance(name, str):
+        raise PrunerError(f"a {type(chooser).__name__} has no name: give it name = 'snake_case'")
+    if not isinstance(getattr(chooser, "needs", None), frozenset):
+        raise PrunerError(f"pruner {name!r} states no needs: give it needs = frozenset({{'features'}})")
+    if unknown := sorted(chooser.needs - NEEDS):
+        raise PrunerError(f"pruner {name!r} needs {unknown}, but known are {sorted(NEEDS)}")
+    if getattr(chooser, "stage", "input") != "input":
+        raise PrunerError(f"pruner {name!r} drops rows at stage {chooser.stage!r}, but only 'input' is supported")
+    return chooser
+
+
+def checked_inputs(model: Any, inputs: Mapping[str, Any], encoded: Encoded | None) -> dict[str, Any]:
+    """The inputs as a dict without None, or an `InputError` that says what is wrong with them."""
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"inputs are a {type(inputs).__name__}: pass what the processor returns")
+    given = {name: value for name, value in inputs.items() if value is not None}
+    if "inputs_embeds" in given:
+        raise InputError("inputs_embeds hide where the images are: pass input_ids and pixel_values")
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        raise InputError("input_ids must be a tensor of token ids [B, L]: use return_tensors='pt'")
+    if (cache := given.get("past_key_values")) is not None and cache.get_seq_length() > 0:
+        raise InputError(
+            "past_key_values already hold tokens: pass the full prompt and no cache; each turn of a chat selects anew"
+        )
+    if encoded is None and not any(name in given for name in PIXELS):
+        raise InputError("no image: inputs have no pixel_values; without images call the model without gripvlm")
+    for name in ("attention_mask", "labels"):
+        if name in given and given[name].shape != ids.shape:
+            raise InputError(
+                f"{name} has shape {tuple(given[name].shape)}, expected that of input_ids, {tuple(ids.shape)}"
+            )
+    visual = seam.encoder_arguments(model, given)
+    for name, value in given.items():
+        if name in seam.PER_TOKEN or name in visual or not isinstance(value, Tensor):
+            continue
+        if value.shape[:2] == ids.shape:
+            raise InputError(
+                f"{name} has one entry a prompt token, which gripvlm does not know how to shorten: "
+                "leave it out, or pass it after prune_inputs"
+            )
+    return given
+
+
+def checked_selection(name: str, selection: Any, tokens: VisualTokens) -> Selection:
+    """The selection on the features' device, or a `PrunerError` that names the pruner."""
+    where = f"image {tokens.image} of sample {tokens.sample}"
+
+    def wrong(what: str) -> PrunerError:
+        return PrunerError(f"pruner {name!r} on {where}: {what}")
+
+    if not isinstance(selection, Selection):
+        raise wrong(f"select() returned a {type(selection).__name__}, expected a Selection")
+    device, n, k = tokens.features.device, tokens.n, tokens.keep
+    scores = selection.scores
+    if scores is not None:
+        if not isinstance(scores, Tensor) or scores.shape != (n,):
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise wrong(f"scores must be a tensor ({n},), got {got}")
+        if bool(scores.isnan().any()):
+            raise wrong(f"{int(scores.isnan().sum())} of {n} scores are NaN")
+        scores = scores.to(device)
+    indices = selection.indices
+    if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype != torch.long:
+        got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else indices
+        raise wrong(f"indices must be a LongTensor [k], got {got}")
+    if indices.numel() != k:
+        raise wrong(f"returned {indices.numel()} indices, but the budget is exactly {k} of {n}")
+    if selection.n != n:
+        raise wrong(f"says n={selection.n}, but there are {n} visual tokens")
+    indices = indices.to(device)
+    if int(indices.min()) < 0 or int(indices.max()) >= n:
+        raise wrong(f"indices reach {int(indices.min())}..{int(indices.max())}, allowed 0..{n - 1}")
+    if bool((indices.diff() <= 0).any()):
+        raise wrong("indices must be ascending, without duplicates: end with indices.sort().values")
+    merge = selection.merge
+    if merge is not None:
+        sums = torch.zeros(k, device=device)
+        lengths = {merge.source.numel(), merge.destination.numel(), merge.weight.numel()}
+        if len(lengths) != 1:
+            raise wrong("merge.source, merge.destination and merge.weight differ in length")
+        source, destination = merge.source.to(device), merge.destination.to(device)
+        if bool(((source < 0) | (source >= n)).any()):
+            raise wrong(f"merge.source leaves the rows 0..{n - 1}")
+        if bool(((destination < 0) | (destination >= k)).any()):
+            raise wrong(f"merge.destination leaves the kept slots 0..{k - 1}")
+        sums.index_add_(0, destination, merge.weight.to(device, torch.float32))
+        if not torch.allclose(sums[destination], torch.ones_like(sums[destination]), atol=1e-3):
+            raise wrong("merge.weight must sum to 1 over each destination")
+    return replace(selection, indices=indices, scores=scores)
+
+
+def one_budget(pruner: Pruner, keep: Any) -> Budget:
+    if keep is None:
+        keep = getattr(pruner, "default_keep", None)
+    if keep is None:
+        raise BudgetError(f"pruner {pruner.name!r} needs a budget: type keep=64 (tokens an image) or keep=0.1")
+    return Budget.of(keep)
+
+
+def checked_budgets(pruner: Pruner, keep: Keeps, spans: Sequence[Sequence[Span]]) -> list[list[Budget]]:
+    """One budget an image, whatever form `keep` came in."""
+    if not isinstance(keep, (list, tuple)):
+        budget = one_budget(pruner, keep)
+        return [[budget] * len(mine) for mine in spans]
+    if len(keep) != len(spans):
+        raise BudgetError(f"keep has {len(keep)} entries for {len(spans)} samples")
+    budgets = []
+    for sample, (mine, asked) in enumerate(zip(spans, keep, strict=True)):
+        each = list(asked) if isinstance(asked, (list, tuple)) else [asked] * len(mine)
+        if len(each) != len(mine):
+            raise BudgetError(f"keep[{sample}] has {len(each)} entries for the {len(mine)} images of that sample")
+        budgets.append([one_budget(pruner, one) for one in each])
+    return budgets

@@ -1,0 +1,76 @@
+"""What the vision encoder made of a batch, kept so that it need not be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from gripvlm.errors import InputError
+from gripvlm.models.families import Grid
+
+__all__ = ["Encoded", "Item", "Span"]
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One visual item (an image, for most families) as encoded.
+
+    Attributes:
+        modality: "image" or "video".
+        features: [n, d] rows as the language model receives them.
+        deepstack: further planes [n, d], one for each layer they are added at; mostly none.
+        grid: (h, w) of a plain raster, else None.
+        key: a number from the pixels alone (see `VisualTokens.key`).
+    """
+
+    modality: str
+    features: Tensor
+    deepstack: tuple[Tensor, ...]
+    grid: Grid
+    key: int
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """The encoder's and projector's work for a batch, reusable across prunings and questions.
+
+    Attributes:
+        model_type: the family that made it.
+        samples: a tuple (batch) of tuples of `Item`, in prompt order; () for a prompt without any.
+        outputs: modality -> (class of the encoder's output, whether its rows were one tensor).
+        seconds: what encoding took.
+    """
+
+    model_type: str
+    samples: tuple[tuple[Item, ...], ...]
+    outputs: Mapping[str, tuple[type, bool]]
+    seconds: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def take(self, samples: Iterable[int]) -> Encoded:
+        """The given samples, in the given order, repeats allowed; shares all memory.
+
+        `encoded.take([0] * 8)` serves eight rollouts of the first prompt.
+        """
+        return replace(self, samples=tuple(self.samples[i] for i in samples))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Encoded]) -> Encoded:
+        """Several encodings by one model, as one batch; shares all memory."""
+        if len({part.model_type for part in parts}) != 1:
+            raise InputError("Encoded.cat takes at least one encoding, all made by one model")
+        outputs = {name: kind for part in parts for name, kind in part.outputs.items()}
+        samples = tuple(sample for part in parts for sample in part.samples)
+        return cls(parts[0].model_type, samples, outputs, sum(part.seconds for part in parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """An item and where its n placeholders lie in its prompt: positions [n], ascending."""
+
+    item: Item
+    positions: Tensor

@@ -1,0 +1,115 @@
+"""The text around the images: padding, special tokens, and what counts as the question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import InputError
+from gripvlm.models.families import Family
+
+__all__ = ["Question", "full_mask", "padding_token", "placeholder", "questions"]
+
+Question: TypeAlias = Tensor | Sequence[Any] | None
+"""Token ids [t], embeddings [t, d], or a batch of either; None for the prompt's own text."""
+
+# Tokens that are no words, as config attributes without their ending "_token_id".
+_SPECIAL = (
+    *("bos", "eos", "pad", "decoder_start"),
+    *("image", "video", "audio", "vision_start", "vision_end", "boi", "eoi"),
+)
+
+
+def placeholder(model: Any, modality: str) -> int:
+    """The token id that stands for one visual token in the prompt."""
+    return int(getattr(model.config, f"{modality}_token_id"))
+
+
+def _token_ids(model: Any, name: str) -> list[int]:
+    """All values of `<name>_token_id` in the model's configs, the generation config's first."""
+    text = getattr(model.config, "text_config", None)
+    found: list[int] = []
+    for config in (getattr(model, "generation_config", None), model.config, text):
+        value = getattr(config, f"{name}_token_id", None)
+        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return found
+
+
+def padding_token(model: Any) -> int:
+    """An id to pad with, never one that an encoder takes for a placeholder."""
+    taken = {i for name in ("image", "video", "audio") for i in _token_ids(model, name)}
+    candidates = [*_token_ids(model, "pad"), *range(len(taken) + 1)]
+    return next(i for i in candidates if i not in taken)
+
+
+def full_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """[B, L] attention mask: the caller's, or what `generate` would infer from padding."""
+    if (mask := inputs.get("attention_mask")) is not None:
+        return mask
+    ids, pad = inputs["input_ids"], _token_ids(model, "pad")[:1]
+    if not pad or pad[0] in _token_ids(model, "eos"):
+        return torch.ones_like(ids)
+    return (ids != pad[0]).long()
+
+
+def questions(model: Any, family: Family, inputs: Mapping[str, Any], question: Question) -> list[Tensor]:
+    """[t, d] embeddings of each prompt's question, on the embedding table's device.
+
+    Raises:
+        InputError: text instead of ids, ids outside the vocabulary, a width or a number of
+            questions that does not fit.
+    """
+    ids = inputs["input_ids"]
+    table = model.get_input_embeddings()
+    if question is None:
+        special = {i for name in _SPECIAL for i in _token_ids(model, name)}
+        words = full_mask(model, inputs).bool()
+        words &= ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device))
+        return [_embed(table, row[word]) for row, word in zip(ids, words, strict=True)]
+    each = _one_each(question)
+    if len(each) != ids.shape[0]:
+        raise InputError(f"{len(each)} questions for {ids.shape[0]} prompts: pass one for each")
+    return [_question(table, one) for one in each]
+
+
+def _one_each(question: Tensor | Sequence[Any]) -> list[Any]:
+    """A batched question as a list over samples; a single one as a list of one."""
+    if isinstance(question, str) or any(isinstance(one, str) for one in _plain(question)):
+        raise InputError(
+            "question is text, which only the tokenizer can read: type "
+            "question=tokenizer(text, add_special_tokens=False).input_ids"
+        )
+    if isinstance(question, Tensor):
+        single = question.ndim == (2 if question.is_floating_point() else 1)
+        return [question] if single else list(question)
+    return [list(question)] if all(isinstance(one, int) for one in question) else list(question)
+
+
+def _plain(question: Any) -> Iterable[Any]:
+    return question if isinstance(question, (list, tuple)) else ()
+
+
+def _question(table: Any, question: Any) -> Tensor:
+    """[t, d] from ids [t] (negative ones are padding) or embeddings [t, d]."""
+    vocabulary, width = table.weight.shape
+    if not isinstance(question, Tensor):
+        question = torch.tensor(question, dtype=torch.long)
+    if question.is_floating_point():
+        if question.ndim != 2 or question.shape[1] != width:
+            raise InputError(f"question embeddings have shape {tuple(question.shape)}, expected (t, {width})")
+        return question.to(table.weight)
+    if question.ndim != 1:
+        raise InputError(f"question ids have shape {tuple(question.shape)}, expected (t,)")
+    ids = question[question >= 0]
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise InputError(
+            f"question id {int(ids.max())} is outside the vocabulary of {vocabulary}: use the model's own tokenizer"
+        )
+    return _embed(table, ids)
+
+
+def _embed(table: Any, ids: Tensor) -> Tensor:
+    return table(ids.to(table.weight.device))
