@@ -24,8 +24,8 @@ class DivPrune(Pruner):
     1. One running minimum makes it O(n^2 d) for the distances and O(k n) for the choice, where a
        minimum over all of S at each step would be O(k^2 n). The choice is the same.
     2. k is exact and comes from the budget, not from a ratio alone.
-    3. Distances in float32 whatever the dtype; ties go to the lower index; a row of zeros is at
-       distance 1 from every other.
+    3. Distances in float32 whatever the dtype. Ties go to the lower index; the first token is often
+       one, since two tokens may be each other's nearest. A row of zeros is at distance 1 from all.
     4. Raster order is restored at the end.
     """
 
@@ -34,7 +34,8 @@ class DivPrune(Pruner):
 
     def select(self, tokens: VisualTokens) -> Selection:
         rows = normalize(tokens.features.float(), dim=-1)
-        distance = 1 - rows @ rows.T  # [n, n]
+        cosine = rows @ rows.T  # [n, n]
+        distance = 1 - torch.maximum(cosine, cosine.T)  # symmetric to the bit, so that ties are ties
         distance.fill_diagonal_(torch.inf)
         chosen = torch.empty(tokens.keep, dtype=torch.long, device=rows.device)
         chosen[0] = distance.amin(dim=1).argmax()

@@ -115,7 +115,7 @@ def _sources() -> dict[str, Any]:
 def _load(name: str) -> Any:
     sources = _sources()
     if name not in sources:
-        near = difflib.get_close_matches(name, sources, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, sources, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise PrunerError(f"unknown pruner {name!r}: {hint}known are {', '.join(sorted(sources))}")
     source = sources[name]

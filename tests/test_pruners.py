@@ -1,0 +1,276 @@
+"""Every pruner on bare tensors: what all must do, then what each one computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import gripvlm
+import pytest
+import torch
+from gripvlm.errors import PrunerError
+from gripvlm.pruners import ScorePruner, VisualTokens, get_pruner, list_pruners, pruner_names, register_pruner, top_k
+from gripvlm.pruners.divprune import DivPrune
+from gripvlm.pruners.given import Given
+from gripvlm.pruners.grid import Grid, lattice
+from gripvlm.pruners.norm import Norm
+from gripvlm.pruners.pool import Pool
+from gripvlm.pruners.random import Random
+from gripvlm.pruners.registry import _sources
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+CHOOSING = ["divprune", "grid", "norm", "pool", "random"]  # those that take any k and need no scores
+
+
+def tokens(h: int, w: int, keep: int, seed: int = 0, **fields) -> VisualTokens:
+    features = torch.randn(h * w, 8, generator=torch.Generator().manual_seed(seed))
+    return VisualTokens(features, keep, grid=(h, w), **fields)
+
+
+# --- what all must do ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), h=st.integers(1, 9), w=st.integers(1, 9), seed=st.integers(0, 99))
+def test_exactly_k_ascending_unique_and_repeatable(name, data, h, w, seed):
+    k = data.draw(st.integers(1, h * w))
+    given_tokens = tokens(h, w, k, seed)
+    first, again = (get_pruner(name).select(given_tokens) for _ in range(2))
+    assert first.n == h * w
+    assert first.k == k == int(first.mask().sum())
+    assert first.indices.dtype == torch.long
+    assert bool((first.indices.diff() > 0).all())
+    assert 0 <= int(first.indices[0])
+    assert int(first.indices[-1]) < h * w
+    assert torch.equal(first.indices, again.indices)
+    if k == h * w:
+        assert first.indices.tolist() == list(range(k))
+
+
+@pytest.mark.parametrize("name", ["divprune", "norm"])
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(2, 40), seed=st.integers(0, 99), data=st.data())
+def test_content_pruners_choose_the_same_rows_in_any_order(name, n, seed, data):
+    """Shuffling the rows shuffles the choice and nothing else."""
+    k = data.draw(st.integers(1, n))
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, 8, generator=generator)
+    shuffle = torch.randperm(n, generator=generator)
+    if name == "divprune":  # two tokens may be each other's nearest: then the index decides who is first
+        unit = torch.nn.functional.normalize(features, dim=-1)
+        first, second = (unit @ unit.T - 9 * torch.eye(n)).amax(dim=1).topk(2, largest=False).values
+        assume(float(second - first) > 1e-5)
+    plain = get_pruner(name).select(VisualTokens(features, k)).indices
+    shuffled = get_pruner(name).select(VisualTokens(features[shuffle], k)).indices
+    assert sorted(shuffle[shuffled].tolist()) == plain.tolist()
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_half_precision_features_are_fine(name):
+    half = VisualTokens(torch.randn(36, 8).bfloat16(), 7, grid=(6, 6))
+    assert get_pruner(name).select(half).k == 7
+
+
+def test_top_k_is_stable():
+    assert top_k(torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0]), 2).tolist() == [1, 2]
+    assert top_k(torch.zeros(6), 3).tolist() == [0, 1, 2]
+    assert top_k(torch.tensor([-torch.inf, 2.0, torch.inf]), 2).tolist() == [1, 2]
+
+
+# --- what each one computes ---------------------------------------------------------------------
+
+
+def test_keep_all():
+    assert get_pruner("keep_all").select(tokens(3, 4, 12)).indices.tolist() == list(range(12))
+
+
+def test_norm_keeps_the_longest_rows():
+    features = torch.zeros(5, 3)
+    features[:, 0] = torch.tensor([1.0, -9.0, 2.0, 9.0, -3.0])
+    selection = Norm().select(VisualTokens(features, 3))
+    assert selection.indices.tolist() == [1, 3, 4]
+    assert selection.scores is not None
+    assert selection.scores.tolist() == [1, 9, 2, 9, 3]
+
+
+def test_random_is_uniform_nested_and_tied_to_seed_and_image():
+    picks = [Random(seed).select(tokens(3, 4, 3)).indices for seed in range(2000)]
+    counts = torch.bincount(torch.cat(picks), minlength=12)
+    assert int(counts.min()) > 400  # 500 expected, standard deviation 19
+    assert int(counts.max()) < 600
+    few, many = (set(Random(5).select(tokens(3, 4, k)).indices.tolist()) for k in (4, 9))
+    assert few < many
+    base = Random(5).select(tokens(6, 6, 9, key=1)).indices
+    assert torch.equal(base, Random(5).select(tokens(6, 6, 9, seed=1, key=1, sample=3)).indices)
+    for other in (Random(6).select(tokens(6, 6, 9, key=1)), Random(5).select(tokens(6, 6, 9, key=2))):
+        assert not torch.equal(base, other.indices)
+    assert not torch.equal(base, Random(5).select(tokens(6, 6, 9, key=1, image=1)).indices)
+
+
+def test_grid_is_even():
+    assert Grid().select(tokens(4, 4, 4)).indices.tolist() == [5, 7, 13, 15]
+    assert Grid().select(tokens(3, 9, 3)).indices.tolist() == [10, 13, 16]
+    assert Grid().select(tokens(5, 5, 1)).indices.tolist() == [12]
+    assert Grid().select(tokens(1, 7, 7)).indices.tolist() == list(range(7))
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.data())
+def test_lattice_covers_the_image(h, w, data):
+    """No row or column of the raster is far from the chosen ones."""
+    k = data.draw(st.integers(1, h * w))
+    indices, centres = lattice((h, w), k)
+    assert indices.unique().numel() == k
+    assert bool((indices.diff() > 0).all()) if k > 1 else True
+    assert bool((centres.floor()[:, 0] * w + centres.floor()[:, 1] == indices).all())
+    rows = (indices // w).unique()
+    per_row = torch.bincount(indices // w)[rows]
+    assert int(per_row.max() - per_row.min()) <= 1
+    gaps = torch.cat((rows[:1] + 1, rows.diff(), h - rows[-1:]))
+    assert int(gaps.max()) <= -(-h // rows.numel()) + 1
+
+
+def pooled(grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
+    """Features [n, d] and what Pool makes of them [k, d], by the definition of a merge."""
+    given_tokens = tokens(*grid, k)
+    selection = Pool().select(given_tokens)
+    merge = selection.merge
+    assert merge is not None
+    rows = torch.zeros(k, 8)
+    rows.index_add_(0, merge.destination, given_tokens.features[merge.source] * merge.weight[:, None])
+    return given_tokens.features, rows
+
+
+@pytest.mark.parametrize(("h", "w", "r", "c"), [(4, 4, 2, 2), (6, 6, 2, 2), (6, 6, 3, 3), (6, 9, 2, 3), (24, 24, 8, 8)])
+def test_pool_is_block_average_pooling_where_blocks_are_equal(h, w, r, c):
+    features, rows = pooled((h, w), r * c)
+    blocks = torch.nn.functional.avg_pool2d(features.T.reshape(1, 8, h, w), (h // r, w // c))
+    torch.testing.assert_close(rows, blocks.flatten(2)[0].T)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_pool_shares_every_token_out_once(h, w, data):
+    k = data.draw(st.integers(1, h * w))
+    given_tokens = tokens(h, w, k)
+    merge = Pool().select(given_tokens).merge
+    assert merge is not None
+    assert sorted(merge.source.tolist()) == list(range(h * w))
+    sizes = torch.bincount(merge.destination, minlength=k)
+    assert int(sizes.min()) >= 1
+    torch.testing.assert_close(merge.weight, 1 / sizes[merge.destination])
+
+
+def slow_divprune(features: Tensor, k: int) -> list[int]:
+    """The paper's greedy rule, word for word, one pair at a time."""
+    n = features.shape[0]
+    unit = [row / row.norm() for row in features]
+    distance = [[1 - float(a @ b) for b in unit] for a in unit]
+    start = max(range(n), key=lambda i: min((distance[i][j] for j in range(n) if j != i), default=0.0))
+    chosen = [start]
+    while len(chosen) < k:
+        rest = [i for i in range(n) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(distance[i][j] for j in chosen)))
+    return sorted(chosen)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 14), st.integers(0, 99), st.data())
+def test_divprune_follows_the_greedy_rule(n, seed, data):
+    k = data.draw(st.integers(1, n))
+    features = torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
+    assert DivPrune().select(VisualTokens(features, k)).indices.tolist() == slow_divprune(features, k)
+
+
+def test_divprune_takes_one_of_each_cluster_and_survives_duplicates():
+    corners = torch.eye(4).repeat_interleave(3, dim=0)  # 4 directions, 3 equal rows each
+    assert DivPrune().select(VisualTokens(corners, 4)).indices.tolist() == [0, 3, 6, 9]
+    assert DivPrune().select(VisualTokens(corners, 11)).k == 11
+    assert DivPrune().select(VisualTokens(torch.zeros(6, 4), 3)).indices.tolist() == [0, 1, 2]
+
+
+def test_given_ranks_by_the_callers_scores():
+    scores = [[torch.tensor([0.0, 5.0, 1.0, 4.0])], [torch.arange(4.0), -torch.arange(4.0)]]
+    pruner = Given(scores)
+
+    def picked(sample: int, image: int) -> list[int]:
+        return pruner.select(VisualTokens(torch.zeros(4, 2), 2, sample=sample, image=image)).indices.tolist()
+
+    assert (picked(0, 0), picked(1, 0), picked(1, 1)) == ([1, 3], [2, 3], [0, 1])
+    with pytest.raises(PrunerError, match="no scores for image 1 of sample 0"):
+        picked(0, 1)
+    with pytest.raises(PrunerError, match=r"tensor \(9,\), got \(4,\)"):
+        pruner.select(tokens(3, 3, 2))
+
+
+# --- the registry -------------------------------------------------------------------------------
+
+
+def test_names_and_specs():
+    assert get_pruner("divprune") == DivPrune()
+    assert get_pruner("random", seed=3) == get_pruner("random:seed=3") == Random(3)
+    assert get_pruner(" random : seed = 4 ") == Random(4)
+    assert get_pruner("random:seed=3", seed=9) == Random(9)
+    made = Random(1)
+    assert get_pruner(made) is made
+
+
+def test_the_list_says_what_each_needs():
+    rows = {row.name: row for row in list_pruners()}
+    assert set(CHOOSING) | {"keep_all", "given"} <= set(rows)
+    assert sorted(rows) == pruner_names()
+    assert rows["grid"].needs == ("grid",)
+    assert rows["divprune"].needs == ("features",)
+    assert rows["divprune"].stage == "input"
+    assert "2503.02175" in rows["divprune"].source
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: get_pruner("divprun"), r"unknown pruner 'divprun': did you mean 'divprune'\? known are"),
+        (lambda: get_pruner("zzz"), "unknown pruner 'zzz': known are divprune, given, grid"),
+        (lambda: get_pruner("random:sed=3"), "'random' cannot be made with sed=3"),
+        (lambda: get_pruner("random:3"), "type name:option=value"),
+        (lambda: get_pruner("given"), "'given' cannot be made with no options"),
+        (lambda: get_pruner(DivPrune), r"the class DivPrune: pass an object, DivPrune\(\)"),
+        (lambda: get_pruner(64), "got a int, which has no select"),
+        (lambda: get_pruner(Random(), seed=1), "go with a name"),
+        (lambda: register_pruner("divprune", Norm), "'divprune' is taken"),
+        (lambda: register_pruner("my-pruner", Norm), "must be snake_case"),
+    ],
+)
+def test_what_the_registry_refuses(call, says):
+    with pytest.raises(PrunerError, match=says):
+        call()
+
+
+@dataclass(frozen=True)
+class Last(ScorePruner):
+    """A third party's pruner: prefers the last tokens."""
+
+    name: ClassVar[str] = "last"
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return torch.arange(tokens.n).float()
+
+
+def test_a_registered_pruner_is_like_any_other(monkeypatch):
+    monkeypatch.setattr("gripvlm.pruners.registry._registered", {})
+    gripvlm.register_pruner("last", Last)
+    gripvlm.register_pruner("last_by_path", f"{__name__}:Last")
+    assert "last" in pruner_names()
+    assert get_pruner("last").select(tokens(3, 3, 2)).indices.tolist() == [7, 8]
+    assert type(get_pruner("last_by_path")).__name__ == "Last"
+
+
+def test_entry_points_are_found_but_cannot_shadow_built_ins(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    points = [EntryPoint(name, f"{__name__}:Last", "gripvlm.pruners") for name in ("last", "divprune")]
+    monkeypatch.setattr("gripvlm.pruners.registry.entry_points", lambda group: points)
+    assert type(get_pruner("last")).__name__ == "Last"
+    assert get_pruner("divprune") == DivPrune()
+    assert _sources()["last"] == f"{__name__}:Last"
