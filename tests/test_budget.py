@@ -7,10 +7,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from gripvlm import Budget, GripError
-from gripvlm.errors import BudgetError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gripvlm import Budget, GripError
+from gripvlm.errors import BudgetError
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gripvlm
 import pytest
+
+import gripvlm
 
 PACKAGE = Path(gripvlm.__file__).parent
 LAYERS = [

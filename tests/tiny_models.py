@@ -10,16 +10,54 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 98
 VOCABULARY = 99
 
 
-def tiny_llava(attention: str = "sdpa", seed: int = 0) -> Any:
+class TinyTowerConfig(CLIPVisionConfig):
+    """A vision tower of our own, known to transformers only through AutoConfig."""
+
+    model_type = "gripvlm_tiny_tower"
+    base_config_key = "vision_config"
+
+
+class TinyTower(PreTrainedModel):
+    """One convolution and a CLS row: [b, 3, H, W] to hidden states [b, 1 + n, d]."""
+
+    config_class = TinyTowerConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: TinyTowerConfig):
+        super().__init__(config)
+        self.patches = torch.nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        rows = self.patches(pixel_values).flatten(2).transpose(1, 2)
+        hidden = torch.cat((rows.mean(1, keepdim=True), rows), dim=1)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, hidden_states=(hidden, hidden, hidden))
+
+
+AutoConfig.register(TinyTowerConfig.model_type, TinyTowerConfig, exist_ok=True)
+AutoModel.register(TinyTowerConfig, TinyTower, exist_ok=True)
+
+
+def tiny_llava(attention: str = "sdpa", seed: int = 0, tower: type[CLIPVisionConfig] = CLIPVisionConfig) -> Any:
     """LLaVA with 4 x 4 visual tokens an image and 4 decoder layers."""
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
+    vision = tower(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=3,
@@ -28,7 +66,18 @@ def tiny_llava(attention: str = "sdpa", seed: int = 0) -> Any:
         patch_size=8,
         projection_dim=32,
     )
-    text = LlamaConfig(
+    config = LlavaConfig(vision_config=vision, text_config=tiny_llama(), image_token_index=IMAGE)
+    config.pad_token_id = PAD
+    return _ready(LlavaForConditionalGeneration(config), attention, seed)
+
+
+def tiny_llava_own_tower(attention: str = "sdpa", seed: int = 0) -> Any:
+    """LLaVA whose tower is a class of our own, as in gripvlm's lab model."""
+    return tiny_llava(attention, seed, TinyTowerConfig)
+
+
+def tiny_llama() -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=96,
@@ -40,15 +89,11 @@ def tiny_llava(attention: str = "sdpa", seed: int = 0) -> Any:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
-    config.pad_token_id = PAD
-    model = LlavaForConditionalGeneration(config)
-    return _ready(model, attention)
 
 
-def _ready(model: Any, attention: str) -> Any:
+def _ready(model: Any, attention: str, seed: int) -> Any:
     """Weights at a scale that gives logits of several units, float32, on the CPU, in eval mode."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(7 + seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
@@ -95,4 +140,6 @@ def pad(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
 
 BUILDERS: dict[str, tuple[Callable[..., Any], Callable[..., dict]]] = {
     "llava": (tiny_llava, llava_inputs),
+    "llava_own_tower": (tiny_llava_own_tower, llava_inputs),
 }
+"""name -> how to build its model (attention, seed) and its inputs (images, words, seed, side)."""

@@ -191,10 +191,8 @@ def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, r
             continue
         if name == "input_ids":
             fill = padding_token(model)
+        value = value.expand(*value.shape[:-2], *keep.shape)  # positions may be one row for all
         index = order.expand(*value.shape[:-1], length)  # M-RoPE positions are [axes, B, L]
-        if value.shape[-2] == 1 != order.shape[0]:  # one row of positions for the whole batch
-            value = value.expand(*value.shape[:-2], *keep.shape)
-            index = order.expand(*value.shape[:-1], length)
         arguments[name] = value.gather(-1, index).masked_fill(~real, fill)
 
 
