@@ -97,7 +97,7 @@ def _ready(model: Any, attention: str, seed: int) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
-                scale = 1.0 if "embed" in name or "lm_head" in name else 1.6 / weight.shape[-1] ** 0.5
+                scale = 1.0 if "embed" in name else 0.4 if "lm_head" in name else 1.6 / weight.shape[-1] ** 0.5
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = None  # always the asked number of tokens

@@ -98,7 +98,7 @@ def checked_selection(name: str, selection: Any, tokens: VisualTokens) -> Select
     scores = selection.scores
     if scores is not None:
         if not isinstance(scores, Tensor) or scores.shape != (n,):
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            got: object = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise wrong(f"scores must be a tensor ({n},), got {got}")
         if bool(scores.isnan().any()):
             raise wrong(f"{int(scores.isnan().sum())} of {n} scores are NaN")
