@@ -1,0 +1,159 @@
+"""One batch of questions through a model: prompts, inputs, pruned generation, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from gripvlm.budget import Keep
+from gripvlm.models.encoded import Encoded
+from gripvlm.prune import prune_inputs
+from gripvlm.pruners import Pruner, Selection
+
+__all__ = ["Outcome", "answer", "make_inputs", "prompt_text", "question_ids"]
+
+
+@dataclass
+class Outcome:
+    """What a batch of B samples gave.
+
+    Attributes:
+        predictions: [B] decoded answers without special tokens.
+        selections: [B] lists of one `Selection` an image; empty lists for a prompt without images.
+        seconds: {"vision", "pruner", "surgery", "prefill", "decode"} of the whole batch. Prefill ends
+            when the first new token's logits are there; decode is all that follows.
+        peak_memory: bytes on the accelerator at most, None where the device doesn't know.
+    """
+
+    predictions: list[str]
+    selections: list[list[Selection]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int | None = None
+
+
+class _Clock(LogitsProcessor):
+    """Notes when the first new token's logits are there. Changes nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.first: float | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.first is None:
+            self.first = _now(self.device)
+        return scores
+
+
+def prompt_text(processor: Any, question: str, image: bool = True) -> str:
+    """The full prompt of one question: the processor's chat template where it has one."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * image + [{"type": "text", "text": question}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    return f"{getattr(processor, 'image_token', '<image>')}\n{question}" if image else question
+
+
+def make_inputs(
+    model: Any, processor: Any, questions: Sequence[str], images: Sequence[Image.Image] | None
+) -> dict[str, Any]:
+    """Model inputs of a batch, left-padded, on the model's device and in its dtype.
+
+    Args:
+        questions: [B] texts of the user's turn.
+        images: [B], one for each question; None for prompts without images.
+    """
+    texts = [prompt_text(processor, question, images is not None) for question in questions]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    start = getattr(tokenizer, "bos_token", None)
+    options = {
+        "padding": True,
+        "padding_side": "left",
+        "return_tensors": "pt",
+        "add_special_tokens": not (start and texts[0].startswith(start)),  # a template may have put it there
+    }
+    if images is None:
+        inputs = tokenizer(texts, return_token_type_ids=False, **options)
+    else:
+        inputs = processor(text=texts, images=[[image] for image in images], **options)
+    return dict(inputs.to(model.device, dtype=model.dtype) if images is not None else inputs.to(model.device))
+
+
+def question_ids(processor: Any, questions: Sequence[str]) -> list[list[int]]:
+    """[B] token ids of the bare questions, for pruners that read them."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return [tokenizer(question, add_special_tokens=False)["input_ids"] for question in questions]
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    pruner: str | Pruner | None,
+    keep: Keep | None = None,
+    *,
+    max_new_tokens: int,
+    positions: str = "original",
+    question: list[list[int]] | None = None,
+    encoded: Encoded | None = None,
+) -> Outcome:
+    """Greedy answers with the visual tokens that `pruner` keeps; None for prompts without images.
+
+    With `encoded` the vision encoder's time is the one measured when it ran.
+
+    Raises:
+        GripError: as `gripvlm.prune_inputs`.
+    """
+    device = model.device
+    memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
+    if hasattr(memory, "reset_peak_memory_stats"):
+        memory.reset_peak_memory_stats(device)
+    seconds = dict.fromkeys(("vision", "pruner", "surgery"), 0.0)
+    arguments: dict[str, Any] = dict(inputs)
+    selections: list[list[Selection]] = [[] for _ in inputs["input_ids"]]
+    if pruner is not None:
+        arguments, record = prune_inputs(
+            model,
+            inputs,
+            pruner,
+            keep,
+            positions=positions,
+            question=question,
+            encoded=encoded,
+            return_record=True,
+        )
+        seconds.update(record.seconds)
+        selections = record.selections
+        if encoded is not None:
+            seconds["vision"] = encoded.seconds
+    clock = _Clock(device)
+    began = _now(device)
+    output = model.generate(
+        **arguments,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        logits_processor=LogitsProcessorList([clock]),
+    )
+    ended = _now(device)
+    first = ended if clock.first is None else clock.first
+    seconds |= {"prefill": first - began, "decode": ended - first}
+    new = output[:, arguments["input_ids"].shape[1] :]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    peak = memory.max_memory_allocated(device) if hasattr(memory, "max_memory_allocated") else None
+    texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return Outcome(texts, selections, seconds, peak)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a steady clock, after the device has done all it was asked."""
+    if device.type not in ("cpu", "meta"):
+        getattr(torch, device.type).synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,121 @@
+"""What is compared: one arm for each pruner at each budget, `full` always first."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gripvlm.budget import Budget, Keep
+from gripvlm.checks import checked_pruner
+from gripvlm.errors import GripError
+from gripvlm.pruners import Pruner, get_pruner
+from gripvlm.tasks.base import Sample
+
+__all__ = ["BLIND", "FULL", "ORACLE", "Arm", "digest", "fingerprint", "make_arms"]
+
+FULL, ORACLE, BLIND = "full", "oracle", "blind"
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One pruner at one budget.
+
+    Attributes:
+        label: as typed, `"random:seed=3"`; or `full`, `oracle`, `blind`.
+        keep: the budget as asked, None for `blind`.
+        pruner: None for `oracle`, which is made anew for each batch, and for `blind`.
+        config: the pruner's name and every one of its fields.
+    """
+
+    label: str
+    keep: int | float | None
+    pruner: Pruner | None
+    config: dict[str, Any]
+
+    @property
+    def keep_text(self) -> str:
+        """The budget as the samples file writes it."""
+        return "" if self.keep is None else str(self.keep)
+
+
+def make_arms(pruners: Sequence[str | Pruner], keeps: Sequence[Keep], blind: bool = True) -> list[Arm]:
+    """`full`, every pruner at every budget, and `blind`.
+
+    Raises:
+        GripError: an unknown pruner, no budget for one that needs it, or two pruners that would
+            have the same rows.
+    """
+    budgets = list(dict.fromkeys(Budget.of(keep).value for keep in keeps))
+    budgets = [b for i, b in enumerate(budgets) if not any(str(b) == str(a) for a in budgets[:i])]
+    full = get_pruner("keep_all")
+    arms = [Arm(FULL, 1.0, full, _config(full))]
+    seen: set[str] = set()
+    for pruner in pruners:
+        label, chooser, config = _resolve(pruner)
+        if label in (FULL, "keep_all"):
+            continue
+        if label in seen:
+            if isinstance(pruner, str):
+                continue
+            raise GripError(f"two pruners are both called {label!r}: give one of them another name")
+        seen.add(label)
+        if not budgets:
+            raise GripError(f"pruner {label!r} needs a budget: type --keep 64,10% (or keeps=[64, 0.1])")
+        arms += [Arm(label, budget, chooser, config) for budget in budgets]
+    return [*arms, Arm(BLIND, None, None, {"name": BLIND})] if blind else arms
+
+
+def _resolve(pruner: str | Pruner) -> tuple[str, Pruner | None, dict[str, Any]]:
+    """Label, object and configuration of what the caller named."""
+    if isinstance(pruner, str):
+        label = pruner.strip()
+        if label == FULL:
+            return FULL, None, {}
+        if label == ORACLE:
+            return ORACLE, None, {"name": ORACLE}
+        if label == BLIND:
+            raise GripError("'blind' is measured by itself and is no pruner: leave it out")
+        chooser = checked_pruner(label)
+        return label, chooser, _config(chooser)
+    chooser = checked_pruner(pruner)
+    options = _fields(chooser, changed=True)
+    spec = ",".join(f"{name}={value}" for name, value in options.items())
+    return f"{chooser.name}:{spec}" if spec else chooser.name, chooser, _config(chooser)
+
+
+def _config(pruner: Pruner) -> dict[str, Any]:
+    return {"name": pruner.name, **_fields(pruner)}
+
+
+def _fields(pruner: Pruner, changed: bool = False) -> dict[str, Any]:
+    """The pruner's dataclass fields as JSON values; only those unlike their default if `changed`."""
+    if not dataclasses.is_dataclass(pruner):
+        return {}
+    found = {}
+    for field in dataclasses.fields(pruner):
+        value = getattr(pruner, field.name)
+        if changed and isinstance(value, (str, int, float, bool)) and value == field.default:
+            continue
+        found[field.name] = value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)[:200]
+    return found
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """A short hash of which questions are asked and what counts as right."""
+    text = "\n".join(f"{s.id}\t{s.image_id}\t{s.question}\t{s.answer}\t{s.choices}\t{s.evidence}" for s in samples)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@torch.no_grad()
+def fingerprint(model: Any) -> str:
+    """A short hash of a few numbers of every weight: another checkpoint gives another one."""
+    seen = hashlib.blake2b(digest_size=8)
+    for name, weight in sorted(model.state_dict().items()):
+        few = weight.flatten()[:: max(1, weight.numel() // 16)][:16].float().cpu()
+        seen.update(f"{name} {tuple(weight.shape)}".encode() + few.contiguous().numpy().tobytes())
+    return seen.hexdigest()

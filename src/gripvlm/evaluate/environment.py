@@ -1,0 +1,85 @@
+"""Where a number was measured: versions, hardware, and the commit of gripvlm's own checkout."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gripvlm
+
+__all__ = ["command_line", "environment", "git_state", "hardware", "versions"]
+
+_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Python, gripvlm and what it stands on."""
+    found = {"python": platform.python_version(), "gripvlm": gripvlm.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware(device: torch.device | None = None) -> dict[str, Any]:
+    """The processor, its cores and threads, the memory in GiB, and the accelerator if there is one."""
+    found: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        found["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    kind = device.type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    found["device"] = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    return found
+
+
+@lru_cache(maxsize=1)
+def git_state() -> dict[str, Any] | None:
+    """{"commit", "dirty"} of the checkout that gripvlm runs from, None where it is installed."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some other project's repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command_line() -> str:
+    """This process's command, as one would type it."""
+    program, *arguments = sys.argv or ["python"]
+    return shlex.join([Path(program).name or "python", *arguments])
+
+
+def environment() -> dict[str, Any]:
+    """Everything above in one dict: what `gripvlm env` prints."""
+    return {"versions": versions(), "hardware": hardware(), "git": git_state()}
+
+
+def _processor() -> str:
+    """The processor's name; Linux keeps it where `platform` does not look."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

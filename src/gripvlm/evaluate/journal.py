@@ -1,0 +1,141 @@
+"""The samples file: every finished answer at once on disk, so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from gripvlm.errors import GripError
+
+__all__ = ["Journal", "ResumeError", "samples_path", "write_atomically"]
+
+Key = tuple[str, str, str, str]
+_KEY = ("task", "pruner", "keep", "id")
+
+
+class ResumeError(GripError):
+    """The samples file cannot be gone on from."""
+
+
+def samples_path(out: Path) -> Path:
+    """`results/F.json` -> `results/F.samples.jsonl`."""
+    return out.with_name(out.name.removesuffix(".json") + ".samples.jsonl")
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """The file is the old one or the new one, never half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(content, encoding="utf-8")
+    os.replace(part, path)
+
+
+class Journal:
+    """Records by (task, pruner, keep, id), kept in memory and, with a path, in a JSON Lines file.
+
+    The first line holds the configuration, each session of work adds one line of its own, all others
+    are records. A record that is written twice counts once. A last line without its end is what a
+    killed run leaves, and is dropped.
+    """
+
+    def __init__(
+        self, path: Path | None, config: Mapping[str, Any], session: Mapping[str, Any], overwrite: bool = False
+    ) -> None:
+        """Opens the file, or goes on from what is there.
+
+        Raises:
+            ResumeError: it belongs to another configuration (the differences are named), or a line
+                in its middle is damaged.
+        """
+        self.path = path
+        self.config = json.loads(json.dumps(config))
+        self.sessions: list[dict[str, Any]] = []
+        self.records: dict[Key, dict[str, Any]] = {}
+        self._file: TextIO | None = None
+        if path is None:
+            self.sessions.append(dict(session))
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = b"" if overwrite or not path.exists() else path.read_bytes()
+        whole = old[: old.rfind(b"\n") + 1]
+        self._read(whole)
+        if self.records:
+            os.truncate(path, len(whole))
+            self._file = path.open("a", encoding="utf-8")
+        else:
+            self._file = path.open("w", encoding="utf-8")
+            self._write([{"config": self.config}])
+        self.sessions.append(dict(session))
+        self._write([{"session": dict(session)}])
+
+    def _read(self, content: bytes) -> None:
+        theirs: Any = None
+        for number, line in enumerate(content.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                if number == 1:
+                    theirs = row["config"]
+                elif "session" in row:
+                    self.sessions.append(row["session"])
+                else:
+                    self.records[self.key(row)] = row
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+                raise ResumeError(
+                    f"line {number} of {self.path} is damaged: remove that line to have it measured again, or type "
+                    "--overwrite to start anew"
+                ) from None
+        if not self.records:
+            self.sessions = []
+            return
+        if theirs != self.config:
+            raise ResumeError(
+                f"{self.path} holds {len(self.records)} answers of another run ({_differences(theirs, self.config)}): "
+                "choose another --out, type the same options again to go on with it, or type --overwrite to start anew"
+            )
+
+    @staticmethod
+    def key(record: Mapping[str, Any]) -> Key:
+        task, pruner, keep, sample = (str(record[name]) for name in _KEY)
+        return task, pruner, keep, sample
+
+    def has(self, task: str, pruner: str, keep: str, samples: Iterable[str]) -> bool:
+        """Whether every one of these samples is there."""
+        return all((task, pruner, keep, sample) in self.records for sample in samples)
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Keeps the records; when this returns they are in the file."""
+        self._write(records)
+        for record in records:
+            self.records[self.key(record)] = record
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if self._file is not None:
+            self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _differences(then: Any, now: Any) -> str:
+    """The options that differ, as `limit: 20 then, 40 now`."""
+    if not isinstance(then, dict):
+        return "unknown options"
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    shown = [f"{name}: {_short(then.get(name))} then, {_short(now.get(name))} now" for name in names]
+    return "; ".join(shown)
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

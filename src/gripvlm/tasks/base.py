@@ -1,0 +1,163 @@
+"""What a task is: samples, the text that is asked, and a score that is also the training reward."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from gripvlm.errors import GripError
+
+__all__ = ["Sample", "Task", "TaskError", "named_choice", "normalise", "open_image"]
+
+_NOTHING = re.compile(r"(?<=\d),(?=\d)|['\u2019]")  # 1,000 is 1000; don't is dont
+_SPACE = re.compile(r"(?<!\d)[^\w\s-]|[^\w\s-](?!\d)|(?<=\w)-|-(?!\d)|_")  # 3.5, 12:30 and -4 stay whole
+
+
+class TaskError(GripError):
+    """A task is unknown, or its files are not there or not readable."""
+
+
+def normalise(text: str) -> str:
+    """An answer as it is compared, the same for every task.
+
+    Lower case; punctuation is gone, except inside numbers (3.5, 12:30) and a number's minus; runs of
+    white space are one space.
+    """
+    return " ".join(_SPACE.sub(" ", _NOTHING.sub("", text.casefold())).split())
+
+
+def named_choice(prediction: str, choices: Sequence[str]) -> str | None:
+    """The one choice that a prediction names, or None where it names none or several.
+
+    The whole prediction equals it, or it is the only choice that occurs in it as whole words ("The
+    answer is a cat." names "cat"). A choice inside a longer one that also occurs does not count.
+    """
+    said = normalise(prediction)
+    wanted = {normalise(choice): choice for choice in choices}
+    if said in wanted:
+        return wanted[said]
+    found = [choice for choice in wanted if choice and f" {choice} " in f" {said} "]
+    longest = [a for a in found if not any(a != b and f" {a} " in f" {b} " for b in found)]
+    return wanted[longest[0]] if len(longest) == 1 else None
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture as RGB, turned upright as its EXIF says.
+
+    Raises:
+        TaskError: no such file, or not a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise TaskError(f"no image {str(path)!r}: check the path") from None
+    except IsADirectoryError:
+        raise TaskError(f"{str(path)!r} is a folder: type the path of one picture in it") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise TaskError(f"{str(path)!r} is not a picture that Pillow can read: {error}") from None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one picture.
+
+    Attributes:
+        id: unique in its task.
+        picture: the image's file, or a function that makes it; read when `image` is first asked for.
+        question, answer: as text.
+        choices: the answers to choose from, () where the answer is free.
+        family: the kind of question, for the report's columns.
+        pair: the two questions of a yes/no pair share it; None elsewhere.
+        evidence: raster indices of the patches that hold the answer, most covered first; may be ().
+        image_id: samples about the same picture share it; intervals are clustered by it.
+    """
+
+    id: str
+    picture: Path | Callable[[], Image.Image]
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    family: str = ""
+    pair: str | None = None
+    evidence: tuple[int, ...] = ()
+    image_id: str = ""
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, RGB. Read anew at each call, so that a long run holds none of them."""
+        return open_image(self.picture) if isinstance(self.picture, Path) else self.picture().convert("RGB")
+
+
+class Task:
+    """Samples under one name, with the prompt and the score that belong to them.
+
+    Subclasses set `name`, fill `samples`, and override what differs.
+
+    Attributes:
+        name: as typed in `--tasks`.
+        max_new_tokens: how long an answer may get.
+        evidence_grid: (h, w) of the raster that `Sample.evidence` counts in; None without evidence.
+    """
+
+    name: str = ""
+    max_new_tokens: int = 16
+    evidence_grid: tuple[int, int] | None = None
+
+    @cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        """All samples, in a fixed order."""
+        raise NotImplementedError
+
+    def prompt(self, sample: Sample) -> str:
+        """The user's turn, without the image and without any template."""
+        return sample.question
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        """1.0 for a right answer, else 0.0.
+
+        Choices and yes/no questions are judged by the choice that is named, everything else by
+        equality; both after `normalise`.
+        """
+        right = normalise(sample.answer)
+        choices = sample.choices or (("yes", "no") if right in ("yes", "no") else ())
+        if choices:
+            named = named_choice(prediction, choices)
+            return float(named is not None and normalise(named) == right)
+        return float(normalise(prediction) == right)
+
+    def summary(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Further numbers of this family from its records (`id`, `prediction`, `score`); {} for none."""
+        return {}
+
+    def take(self, limit: int | None, seed: int) -> list[Sample]:
+        """At most `limit` samples: whole pairs, drawn with `seed`, in the task's own order.
+
+        A larger limit with the same seed contains the smaller one's samples, except that an odd
+        place at the end may be filled by a sample without a pair.
+        """
+        if limit is None or limit >= len(self.samples):
+            return list(self.samples)
+        if limit < 1:
+            raise TaskError(f"limit={limit} leaves no sample: type 1 or more")
+        groups: dict[tuple[str, str], list[int]] = {}
+        for index, sample in enumerate(self.samples):
+            together = (sample.image_id, sample.pair) if sample.pair is not None else ("", f"one {sample.id}")
+            groups.setdefault(together, []).append(index)
+        drawn: list[int] = []
+        members = list(groups.values())
+        for group in np.random.default_rng(seed).permutation(len(members)):
+            if len(drawn) + len(members[group]) <= limit:
+                drawn += members[group]
+            if len(drawn) == limit:
+                break
+        if not drawn:  # a limit of 1 where everything comes in pairs
+            drawn = members[0][:limit]
+        return [self.samples[index] for index in sorted(drawn)]

@@ -1,0 +1,96 @@
+"""Samples from a JSON Lines file: the lab's own, and any that a user brings."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gripvlm.tasks.base import Sample, Task, TaskError
+
+__all__ = ["JsonlTask", "read_samples"]
+
+_EXAMPLE = '{"image": "cat.png", "question": "What is this?", "answer": "a cat"}'
+
+
+def read_samples(file: Path, images: Path) -> list[Sample]:
+    """One sample a line; blank lines are skipped.
+
+    A line is an object with `image` (a path, relative to `images`), `question` and `answer`, and if
+    wanted `choices` (list of strings), `id`, `family`, `pair`, `evidence` (list of patch indices).
+
+    Raises:
+        TaskError: with the line's number, where a line is none of that or an id comes twice.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise TaskError(
+            f"no file {str(file)!r}: type jsonl:PATH with one question a line, such as {_EXAMPLE}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{str(file)!r} cannot be read as text: {error}") from None
+    samples = [_sample(line, f"{file}:{i}", i, images) for i, line in enumerate(lines, 1) if line.strip()]
+    if not samples:
+        raise TaskError(f"{str(file)!r} has no questions: write one a line, such as {_EXAMPLE}")
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise TaskError(f"{str(file)!r} has the id {sample.id!r} twice: ids must differ")
+        seen.add(sample.id)
+    return samples
+
+
+def _sample(line: str, where: str, number: int, images: Path) -> Sample:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{where} is not JSON ({error}): write one object a line, such as {_EXAMPLE}") from None
+    if not isinstance(row, dict):
+        raise TaskError(f"{where} is a {type(row).__name__}: write one object a line, such as {_EXAMPLE}")
+    for key in ("image", "question", "answer"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise TaskError(f"{where} needs a text {key!r}, got {row.get(key)!r}: write for instance {_EXAMPLE}")
+    choices = row.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise TaskError(f"{where}: choices must be a list of texts, got {choices!r}")
+    if choices and row["answer"] not in choices:
+        raise TaskError(f"{where}: the answer {row['answer']!r} is none of the choices {choices}")
+    evidence = row.get("evidence") or []
+    if not isinstance(evidence, list) or not all(type(patch) is int and patch >= 0 for patch in evidence):
+        raise TaskError(f"{where}: evidence must be a list of patch indices, got {evidence!r}")
+    pair = row.get("pair")
+    return Sample(
+        id=str(row.get("id", number)),
+        picture=images / row["image"],
+        question=row["question"],
+        answer=row["answer"],
+        choices=tuple(choices),
+        family=str(row.get("family", "custom")),
+        pair=None if pair is None else str(pair),
+        evidence=tuple(evidence),
+        image_id=row["image"],
+    )
+
+
+class JsonlTask(Task):
+    """A user's own questions, `jsonl:PATH`; images are looked up beside the file.
+
+    Where a line has choices that its question does not name, the prompt lists them.
+    """
+
+    max_new_tokens = 32
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.name = f"jsonl:{path}"
+
+    @cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        return tuple(read_samples(self.path, self.path.parent))
+
+    def prompt(self, sample: Sample) -> str:
+        if all(choice in sample.question for choice in sample.choices):
+            return sample.question
+        return f"{sample.question}\nAnswer with one of: {', '.join(sample.choices)}."
