@@ -1,0 +1,235 @@
+"""The commands' options and output. Nothing heavy is imported before options are known to be right."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gripvlm.budget import Budget
+from gripvlm.errors import GripError
+
+__all__ = ["app", "console"]
+
+app = typer.Typer(
+    name="gripvlm",
+    help="Prune the visual tokens of vision-language models: try it, ask, evaluate.",
+    epilog="--debug after any command shows the traceback of an error.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="lab, a local folder, or a Hugging Face hub id.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
+Positions = Annotated[str, typer.Option(help="original or renumbered.")]
+
+
+def console() -> Console:
+    """For results on standard output; wide where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@app.command()
+def quickstart(
+    limit: Annotated[int, typer.Option(min=1, help="Questions a family in the table.")] = 16,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and the JSON.")] = Path("gripvlm-out"),
+) -> None:
+    """See a trained model answer with all its visual tokens and with a tenth of them."""
+    from gripvlm.cli.loading import quiet
+    from gripvlm.cli.quickstart import run
+
+    quiet()
+    run(console(), limit, out)
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Option("--image", "-i", help="A picture.")],
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
+    model: Model = "lab",
+    pruner: Annotated[str, typer.Option("--pruner", "-p", help="A name from `gripvlm list`, or full.")] = "divprune",
+    keep: Annotated[str | None, typer.Option("--keep", "-k", help="64, 0.1 or 10%; by default 10%.")] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Write a picture of what was kept here (.png).")] = None,
+    positions: Positions = "original",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    device: Device = None,
+) -> None:
+    """Ask one question about one picture with fewer visual tokens."""
+    from gripvlm.cli.loading import load_model, quiet
+    from gripvlm.pruners import get_pruner
+    from gripvlm.tasks import open_image
+
+    if not question.strip():
+        raise GripError("the question is empty: type --question 'what is in the picture?'")
+    picture = open_image(image)
+    whole = pruner.strip() in ("full", "keep_all")
+    chooser = get_pruner("keep_all" if whole else pruner)
+    budget = Budget.parse(keep if keep is not None else "1.0" if whole else "10%")
+    if overlay is not None and overlay.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise GripError(f"--overlay {overlay}: type a name that ends in .png")
+    _checked_positions(positions)
+
+    from gripvlm.evaluate import answer, make_inputs, question_ids
+    from gripvlm.prune import encode
+    from gripvlm.report import geometry
+    from gripvlm.report import overlay as draw
+
+    quiet()
+    vlm, processor = load_model(model, device)
+    inputs = make_inputs(vlm, processor, [question], [picture])
+    encoded = encode(vlm, inputs)
+    cells = geometry(processor, picture.size, _grid(encoded)) if overlay is not None else None
+    outcome = answer(
+        vlm,
+        processor,
+        inputs,
+        chooser,
+        budget,
+        max_new_tokens=max_new_tokens,
+        positions=positions,
+        question=question_ids(processor, [question]),
+        encoded=encoded,
+    )
+    selections = outcome.selections[0]
+    kept, total = sum(s.k for s in selections), sum(s.n for s in selections)
+    screen = console()
+    screen.print(escape(outcome.predictions[0] or "(an empty answer)"), style="bold")
+    screen.print(f"{kept} of {total} visual tokens kept ({100 * kept / total:.1f} %) by {escape(chooser.name)}")
+    times = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in outcome.seconds.items())
+    screen.print(f"milliseconds: {times}", style="dim")
+    if overlay is not None and cells is not None:
+        line = f"{outcome.predictions[0]}  |  {kept} of {total} tokens, {chooser.name}"
+        draw(picture, selections[0], cells, overlay, f"{question}\n{line}")
+        screen.print(f"picture of what was kept: {escape(str(overlay))}")
+
+
+@app.command(name="eval")
+def evaluate_command(
+    tasks: Annotated[
+        str, typer.Option("--tasks", "-t", help="lab, lab/FAMILY or jsonl:PATH, separated by commas.")
+    ] = "lab",
+    pruners: Annotated[
+        str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, separated by commas.")
+    ] = "random,grid,norm,pool,divprune",
+    keep: Annotated[str, typer.Option("--keep", "-k", help="Budgets: 64, 0.1 or 10%, separated by commas.")] = "10%",
+    model: Model = "lab",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the questions drawn and of the intervals.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the results.")] = None,
+    positions: Positions = "original",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where results exist.")] = False,
+    device: Device = None,
+) -> None:
+    """Score pruners at several budgets; Ctrl-C keeps what is done and the same command goes on."""
+    from gripvlm.cli.loading import load_model, quiet
+    from gripvlm.evaluate import Interrupted, evaluate
+    from gripvlm.evaluate.arms import make_arms
+    from gripvlm.tasks import get_tasks
+
+    names = split_pruners(pruners)
+    budgets = [Budget.parse(text) for text in _split(keep)]
+    chosen = get_tasks(_split(tasks))
+    make_arms(names, budgets)
+    for task in chosen:
+        task.take(limit, seed)
+    _checked_positions(positions)
+    if out is not None and out.is_dir():
+        raise GripError(f"--out {out} is a folder: type a file in it, such as {out / 'results.json'}")
+
+    from gripvlm.report import table
+
+    quiet()
+    vlm, processor = load_model(model, device)
+    try:
+        result = evaluate(
+            vlm,
+            processor,
+            chosen,
+            names,
+            budgets,
+            limit=limit,
+            seed=seed,
+            batch_size=batch,
+            out=out,
+            positions=positions,
+            overwrite=overwrite,
+            model_name=model,
+            progress=True,
+        )
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(130) from None
+    screen = console()
+    screen.print(table([*result["rows"], *result["means"]]))
+    if out is not None:
+        screen.print(f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it")
+
+
+@app.command(name="list")
+def list_command() -> None:
+    """Pruners, what each needs and where it comes from; and the tasks."""
+    from gripvlm.pruners import list_pruners
+    from gripvlm.tasks import task_names
+
+    rows = Table(box=box.SIMPLE_HEAD)
+    for name in ("pruner", "needs", "drops at", "source"):
+        rows.add_column(name)
+    for one in list_pruners():
+        rows.add_row(escape(one.name), ", ".join(one.needs) or "-", one.stage, escape(one.source))
+    screen = console()
+    screen.print(rows)
+    screen.print("in `eval` also: full (no pruning, always there), oracle (each lab question's own evidence)")
+    screen.print(f"tasks: {', '.join(task_names())}, jsonl:PATH")
+
+
+@app.command()
+def env() -> None:
+    """Versions and hardware, for a bug report."""
+    from gripvlm.evaluate import environment
+
+    screen = console()
+    for part, values in environment().items():
+        screen.print(part, style="bold")
+        for name, value in (values or {"": "installed, no checkout"}).items():
+            screen.print(f"  {name:<16} {escape(str(value))}")
+
+
+def split_pruners(text: str) -> list[str]:
+    """Names and specs at commas; a comma between the options of one spec separates nothing.
+
+    `"grid,random:seed=3,x=1,norm"` gives grid, random:seed=3,x=1 and norm.
+    """
+    names: list[str] = []
+    for part in _split(text):
+        if names and ":" in names[-1] and re.match(r"\w+\s*=", part):
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return names
+
+
+def _split(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise GripError(f"{text!r} names nothing: type one or more names, separated by commas")
+    return parts
+
+
+def _checked_positions(positions: str) -> None:
+    from gripvlm.checks import checked_positions
+
+    checked_positions(positions)
+
+
+def _grid(encoded: Any) -> tuple[int, int] | None:
+    """The raster of the one image, None where there is none."""
+    items = encoded.samples[0]
+    return items[0].grid if len(items) == 1 else None

@@ -1,0 +1,119 @@
+"""Models by what a user types: `lab`, a local folder, or a hub id."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from gripvlm.errors import GripError, UnsupportedModelError
+
+__all__ = ["ModelError", "load_model", "quiet"]
+
+
+class ModelError(GripError):
+    """A model cannot be loaded."""
+
+
+def quiet() -> None:
+    """Silences what transformers says while loading: advice on back ends, bars for local weights."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
+
+
+def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """(model, processor), in eval mode.
+
+    Args:
+        name: `lab`, a folder, or a hub id.
+        device: as PyTorch names it; by default the first accelerator there is.
+
+    On a CPU weights are float32, elsewhere as they were saved.
+
+    Raises:
+        ModelError: no such folder or hub id, no network, files that are no VLM, no such device.
+        UnsupportedModelError: a family that gripvlm doesn't prune; said before weights are loaded.
+    """
+    import torch
+
+    place = _device(device)
+    if name == "lab":
+        from gripvlm import lab
+
+        model, processor = lab.load()
+        return model.to(place).eval(), processor
+
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    import gripvlm.lab  # noqa: F401  (a folder may hold the lab's own tower)
+    from gripvlm.models import FAMILIES
+
+    where = _checked_name(name)
+    try:
+        config = AutoConfig.from_pretrained(where)
+        if config.model_type not in FAMILIES:
+            raise UnsupportedModelError(
+                f"{name} is a model of type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
+            )
+        processor = AutoProcessor.from_pretrained(where)
+        dtype = torch.float32 if place.type == "cpu" else "auto"
+        model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
+    except GripError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(_advice(name, where, error)) from error
+    if not hasattr(processor, "image_processor"):
+        raise ModelError(f"{name} has no image processor (preprocessor_config.json): it is no vision-language model")
+    return model.to(place).eval(), processor
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {name} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _checked_name(name: str) -> str | Path:
+    """A folder that exists, or what may be a hub id."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(f"the folder {name} has no config.json: type the folder that save_pretrained wrote")
+        return folder
+    if folder.is_file():
+        raise ModelError(f"{name} is a file: type the folder it lies in")
+    looks_local = name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") != 1 or " " in name
+    if looks_local:
+        raise ModelError(
+            f"no model {name!r}: type 'lab', a folder that exists, or a hub id such as llava-hf/llava-1.5-7b-hf"
+        )
+    return name
+
+
+def _advice(name: str, where: str | Path, error: BaseException) -> str:
+    if isinstance(where, Path):
+        return f"the model in {name} cannot be loaded: {_first_line(error)}"
+    return (
+        f"{name!r} is no folder here and could not be loaded from the Hub: {_first_line(error)} "
+        "Check the spelling and the network (a gated model needs `hf auth login`), or type a local folder or 'lab'."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without its later paragraphs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."

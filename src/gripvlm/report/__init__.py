@@ -1,0 +1,9 @@
+"""Results for people: tables, the plot of score against tokens kept, and pictures of what was kept."""
+
+from gripvlm.report.cells import Geometry, GeometryError, geometry
+from gripvlm.report.picture import overlay
+from gripvlm.report.plots import plot
+from gripvlm.report.tables import markdown
+from gripvlm.report.tables import tables as table
+
+__all__ = ["Geometry", "GeometryError", "geometry", "markdown", "overlay", "plot", "table"]
