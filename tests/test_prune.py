@@ -191,6 +191,21 @@ def test_keep_all_needs_no_budget_and_refuses_a_smaller_one(model, inputs):
 # --- the question -----------------------------------------------------------------------------------
 
 
+def test_generate_builds_no_graph_and_prune_inputs_follows_the_caller(model, inputs):
+    graphs = []
+
+    class Watch(Spy):
+        def score(self, tokens: VisualTokens) -> Tensor:
+            graphs.append(tokens.features.requires_grad)
+            return super().score(tokens)
+
+    with gripvlm.prune(model, Watch([]), keep=3):
+        model.generate(**inputs, **SHORT)
+    assert graphs == [False] * 3
+    gripvlm.prune_inputs(model, inputs, Watch([]), keep=3)
+    assert graphs[3:] == [True] * 3
+
+
 @dataclass(frozen=True)
 class Spy(ScorePruner):
     """Notes what it sees."""

@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gripvlm
-from gripvlm.pruners import Selection
-from tiny_models import BUILDERS, EOS
+from gripvlm.errors import InputError
+from gripvlm.models import FAMILIES as SUPPORTED
+from tiny_models import BUILDERS, build, hidden_from, make, single
 
 FAMILIES = sorted(BUILDERS)
+ONE_TENSOR = ["internvl"]  # whose encoder returns one tensor for all images
 PRUNERS = ["divprune", "grid", "norm", "random"]  # that drop rows and leave the rest alone
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}  # logits spread over about +-10
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
-@lru_cache
-def build(family: str, attention: str = "sdpa", seed: int = 0):
-    return BUILDERS[family][0](attention, seed)
-
-
-def make(family: str, images: list[int], words: list[int], **options) -> dict:
-    return BUILDERS[family][1](images, words, **options)
-
-
-def single(inputs: dict, images: list[int], sample: int) -> dict:
-    """One sample of a batch as a batch of its own, without padding."""
-    real = inputs["attention_mask"][sample].bool()
-    start, stop = sum(images[:sample]), sum(images[: sample + 1])
-    alone = {name: inputs[name][sample : sample + 1, real] for name in ("input_ids", "attention_mask")}
-    return alone | ({"pixel_values": inputs["pixel_values"][start:stop]} if stop > start else {})
-
-
-def hidden_from(model, inputs: dict, selections: list[list[Selection]]) -> dict:
-    """The same inputs with the dropped placeholders masked, at their original positions."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"].clone()
-    for row, kept, sample in zip(ids, mask, selections, strict=True):
-        places = (row == model.config.image_token_id).nonzero().flatten()
-        if sample:
-            kept[places] = torch.cat([selection.mask() for selection in sample]).long()
-    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return inputs | {"attention_mask": mask, "position_ids": positions}
+def test_every_family_row_has_a_tiny_model():
+    assert {build(family).config.model_type for family in FAMILIES} == set(SUPPORTED)
 
 
 # --- 1: keeping everything changes nothing, bit for bit ---------------------------------------------
@@ -62,6 +38,19 @@ def test_keeping_everything_is_the_unpruned_model_bit_for_bit(family, pruner, at
     assert torch.equal(pruned.sequences, plain.sequences)
     assert all(torch.equal(a, b) for a, b in zip(pruned.logits, plain.logits, strict=True))
     assert record.kept == record.total == 48
+
+
+def test_keeping_everything_leaves_even_idle_padding_alone():
+    model = build("llava")
+    inputs = make("llava", [1, 2], [7, 9])
+    blank = torch.zeros(2, 3, dtype=torch.long)
+    wide = {name: torch.cat((blank, inputs[name]), dim=1) for name in ("input_ids", "attention_mask")}
+    wide["pixel_values"] = inputs["pixel_values"]
+    plain = model.generate(**wide, **GREEDY)
+    with gripvlm.prune(model, "keep_all"):
+        pruned = model.generate(**wide, **GREEDY)
+    assert pruned.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    assert all(torch.equal(a, b) for a, b in zip(pruned.logits, plain.logits, strict=True))
 
 
 # --- 2: dropping equals masking, in prefill and in decoding -----------------------------------------
@@ -90,6 +79,7 @@ def test_forward_gives_the_masked_logits_at_every_kept_token(family, side):
     inputs = make(family, [1, 2], [7, 9], side=side)
     arguments, record = gripvlm.prune_inputs(model, inputs, "norm", keep=[[3], [5, 11]], return_record=True)
     masked = hidden_from(model, inputs, record.selections)
+    assert bool(arguments["attention_mask"][:, -1 if side == "left" else 0].all())  # padded on the same side
     with torch.no_grad():
         dropped, reference = model(**arguments).logits, model(**masked).logits
     torch.testing.assert_close(
@@ -102,11 +92,23 @@ def test_forward_gives_the_masked_logits_at_every_kept_token(family, side):
 def test_beams_equal_masking_too(family, options):
     model = build(family)
     inputs = make(family, [1, 2], [7, 9])
-    with gripvlm.prune(model, "norm", keep=[[3], [5, 11]]) as record:
+    keep = 5 if family in ONE_TENSOR else [[3], [5, 11]]
+    with gripvlm.prune(model, "norm", keep=keep) as record:
         pruned = model.generate(**inputs, max_new_tokens=5, **options)
     masked = model.generate(**hidden_from(model, inputs, record.selections), max_new_tokens=5, **options)
     assert torch.equal(pruned, masked)
     assert pruned.shape[0] == 2 * options.get("num_return_sequences", 1)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("family", ONE_TENSOR)
+def test_unequal_counts_with_beams_are_refused_where_transformers_would_mix_images_up(family, options):
+    model = build(family)
+    inputs = make(family, [1, 2], [7, 9])
+    with gripvlm.prune(model, "norm", keep=[[3], [5, 11]]):
+        model.generate(**inputs, max_new_tokens=1)
+        with pytest.raises(InputError, match=r"need the same count in every image for this model, got \[3, 5, 11\]"):
+            model.generate(**inputs, max_new_tokens=1, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -299,102 +301,3 @@ def test_the_selection_is_the_same_under_sdpa_and_eager(family, pruner):
         _, record = gripvlm.prune_inputs(build(family, attention), inputs, pruner, keep=6, return_record=True)
         picked.append([[s.indices.tolist() for s in sample] for sample in record.selections])
     assert picked[0] == picked[1]
-
-
-# --- training and reuse -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_labels_are_shortened_with_the_prompt(family, side):
-    model = build(family)
-    inputs = make(family, [1, 2], [7, 9], side=side)
-    labels = torch.full_like(inputs["input_ids"], -100)
-    for row, mask, ids in zip(labels, inputs["attention_mask"], inputs["input_ids"], strict=True):
-        answer = mask.nonzero().flatten()[-3:]
-        row[answer] = ids[answer]
-    arguments, record = gripvlm.prune_inputs(model, inputs | {"labels": labels}, "norm", keep=5, return_record=True)
-    assert arguments["labels"].shape == arguments["input_ids"].shape
-    assert bool((arguments["labels"][arguments["attention_mask"] == 0] == -100).all())
-    masked = hidden_from(model, inputs, record.selections)
-    with torch.no_grad():
-        torch.testing.assert_close(model(**arguments).loss, model(**masked, labels=labels).loss, **TOLERANCE)
-
-
-def test_gradients_flow_through_the_kept_rows_only():
-    model = build("llava")
-    inputs = make("llava", [1], [7])
-    pixels = inputs["pixel_values"].clone().requires_grad_()
-    arguments = gripvlm.prune_inputs(model, inputs | {"pixel_values": pixels}, "grid", keep=4)
-    model(**arguments).logits.square().sum().backward()
-    assert pixels.grad is not None
-    assert float(pixels.grad.abs().sum()) > 0
-    model.zero_grad()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_encode_once_prune_often(family):
-    model = build(family)
-    inputs = make(family, [1, 2], [7, 9])
-    passes = []
-    hook = model.base_model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
-    with torch.no_grad():
-        encoded = gripvlm.encode(model, inputs)
-        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        for keep in (3, 0.5):
-            reused, record = gripvlm.prune_inputs(model, text, "norm", keep=keep, encoded=encoded, return_record=True)
-            assert record.seconds["vision"] == 0
-            logits = model(**reused).logits
-            hook_free = len(passes)
-            assert torch.equal(logits, model(**gripvlm.prune_inputs(model, inputs, "norm", keep=keep)).logits)
-            assert len(passes) == hook_free + 1
-    hook.remove()
-    assert len(passes) == 3  # once for encode, once for each comparison
-    assert encoded.seconds > 0
-
-
-def test_rollouts_share_one_encoding():
-    """Several subsets of one prompt, in one batch: what a trainer does."""
-    model = build("llava")
-    inputs = make("llava", [2], [7])
-    encoded = gripvlm.encode(model, inputs)
-    four = {name: inputs[name].repeat(4, 1) for name in ("input_ids", "attention_mask")}
-    scores = [[torch.randn(16, generator=torch.Generator().manual_seed(g)) for _ in range(2)] for g in range(4)]
-    given_scores = gripvlm.get_pruner("given", scores=scores)
-    with torch.no_grad():
-        arguments = gripvlm.prune_inputs(model, four, given_scores, keep=5, encoded=encoded.take([0] * 4))
-        together = model(**arguments).logits
-        for g in range(4):
-            one = gripvlm.get_pruner("given", scores=[scores[g]])
-            alone = model(**gripvlm.prune_inputs(model, inputs, one, keep=5)).logits
-            torch.testing.assert_close(together[g], alone[0], **TOLERANCE)
-    both = type(encoded).cat([encoded, encoded.take([0, 0])])
-    assert len(both) == 3
-    assert both.samples[2][1] is encoded.samples[0][1]
-
-
-def test_inputs_are_not_changed():
-    model = build("llava")
-    for dtype in (torch.long, torch.bool):
-        inputs = make("llava", [1, 2], [7, 9])
-        inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
-        before = {name: value.clone() for name, value in inputs.items()}
-        gripvlm.prune_inputs(model, inputs, "grid", keep=3)
-        assert inputs.keys() == before.keys()
-        assert all(torch.equal(inputs[name], before[name]) for name in before)
-
-
-def test_a_missing_mask_is_inferred_as_generate_infers_it():
-    model = build("llava")
-    inputs = make("llava", [1, 2], [7, 9])
-    with_mask = gripvlm.prune_inputs(model, inputs, "grid", keep=3)
-    ids_only = {name: inputs[name] for name in ("input_ids", "pixel_values")}
-    without = gripvlm.prune_inputs(model, ids_only, "grid", keep=3)
-    for name in ("input_ids", "attention_mask", "position_ids"):
-        assert torch.equal(with_mask[name], without[name])
-    model.config.text_config.eos_token_id, kept = model.config.text_config.pad_token_id, EOS
-    try:
-        ones = gripvlm.prune_inputs(model, ids_only, "grid", keep=3)["attention_mask"]
-    finally:
-        model.config.text_config.eos_token_id = kept
-    assert bool((ones[0] == 1).all())  # padding that could be an end is taken for text, as upstream does

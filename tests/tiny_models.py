@@ -7,6 +7,7 @@ spread over several units, so that a wrong position or a wrong row shows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,12 +15,17 @@ from transformers import (
     AutoConfig,
     AutoModel,
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from gripvlm.pruners import Selection
 
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 98
 VOCABULARY = 99
@@ -74,6 +80,22 @@ def tiny_llava(attention: str = "sdpa", seed: int = 0, tower: type[CLIPVisionCon
 def tiny_llava_own_tower(attention: str = "sdpa", seed: int = 0) -> Any:
     """LLaVA whose tower is a class of our own, as in gripvlm's lab model."""
     return tiny_llava(attention, seed, TinyTowerConfig)
+
+
+def tiny_internvl(attention: str = "sdpa", seed: int = 0) -> Any:
+    """InternVL: 8 x 8 patches shuffled to 4 x 4 visual tokens, features in one tensor, not a list."""
+    torch.manual_seed(seed)
+    vision = InternVLVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=[32, 32],
+        patch_size=[4, 4],
+    )
+    config = InternVLConfig(vision_config=vision, text_config=tiny_llama(), image_token_id=IMAGE, downsample_ratio=0.5)
+    config.pad_token_id = PAD
+    return _ready(InternVLForConditionalGeneration(config), attention, seed)
 
 
 def tiny_llama() -> LlamaConfig:
@@ -139,7 +161,36 @@ def pad(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
 
 
 BUILDERS: dict[str, tuple[Callable[..., Any], Callable[..., dict]]] = {
+    "internvl": (tiny_internvl, llava_inputs),
     "llava": (tiny_llava, llava_inputs),
     "llava_own_tower": (tiny_llava_own_tower, llava_inputs),
 }
 """name -> how to build its model (attention, seed) and its inputs (images, words, seed, side)."""
+
+
+@lru_cache
+def build(family: str, attention: str = "sdpa", seed: int = 0):
+    return BUILDERS[family][0](attention, seed)
+
+
+def make(family: str, images: list[int], words: list[int], **options) -> dict:
+    return BUILDERS[family][1](images, words, **options)
+
+
+def single(inputs: dict, images: list[int], sample: int) -> dict:
+    """One sample of a batch as a batch of its own, without padding."""
+    real = inputs["attention_mask"][sample].bool()
+    start, stop = sum(images[:sample]), sum(images[: sample + 1])
+    alone = {name: inputs[name][sample : sample + 1, real] for name in ("input_ids", "attention_mask")}
+    return alone | ({"pixel_values": inputs["pixel_values"][start:stop]} if stop > start else {})
+
+
+def hidden_from(model, inputs: dict, selections: list[list[Selection]]) -> dict:
+    """The same inputs with the dropped placeholders masked, at their original positions."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].clone()
+    for row, kept, sample in zip(ids, mask, selections, strict=True):
+        places = (row == model.config.image_token_id).nonzero().flatten()
+        if sample:
+            kept[places] = torch.cat([selection.mask() for selection in sample]).long()
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return inputs | {"attention_mask": mask, "position_ids": positions}

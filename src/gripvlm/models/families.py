@@ -77,10 +77,11 @@ class Family:
     note: str = ""
 
 
-FAMILIES: dict[str, Family] = {
-    row.model_type: row
-    for row in (Family("llava", from_pixels, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),)
-}
+_ROWS = (
+    Family("internvl", square, item="tile", note="a budget counts per tile, mostly of 256 tokens"),
+    Family("llava", from_pixels, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
+)
+FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 
 def family_of(model: Any) -> Family:
