@@ -164,6 +164,13 @@ def test_pool_shares_every_token_out_once(h, w, data):
     torch.testing.assert_close(merge.weight, 1 / sizes[merge.destination])
 
 
+def test_pool_leaves_no_anchor_empty():
+    """On a crowded lattice some anchor's own cell lies nearer to another's point."""
+    merge = Pool().select(tokens(12, 12, 130)).merge
+    assert merge is not None
+    assert int(torch.bincount(merge.destination, minlength=130).min()) == 1
+
+
 def slow_divprune(features: Tensor, k: int) -> list[int]:
     """The paper's greedy rule, word for word, one pair at a time."""
     n = features.shape[0]
