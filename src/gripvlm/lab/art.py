@@ -1,7 +1,8 @@
 """Artwork, typefaces and backgrounds of the lab's scenes, split into train, val and test.
 
-Nothing here is committed art: icons come from the icon fonts inside the `qtawesome` package, typefaces from
-matplotlib and the `font-*` packages, photographs from scikit-image and scikit-learn (`pip install gripvlm[lab]`).
+Nothing here is committed art: icons come from the icon fonts inside the `qtawesome` package and from Noto Emoji
+inside `manimgx-fonts`, typefaces from matplotlib and the `font-*` packages, photographs from scikit-image and
+scikit-learn (`pip install gripvlm[lab]`).
 The three splits share no drawing, no typeface and no photograph.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 # Classes by category; "adversarial" negatives are drawn from the category of something that is in the picture.
 CATEGORIES: dict[str, tuple[str, ...]] = {
@@ -44,6 +46,16 @@ _ICON_FONTS = {
     "ei": ("elusiveicons-webfont", "2.0"),
     "ph": ("phosphor", "1.3.0"),
 }
+
+# Training also sees Noto Emoji's drawings of the same things, by code point.
+_EMOJI_FONT = "manimgx_fonts:NotoEmoji[wght].ttf"
+_EMOJI = {
+    "cat": "🐈🐱😺", "dog": "🐕🐶🐩", "fish": "🐟🐠🐡", "bird": "🐦🐤🐧", "horse": "🐎🐴", "bug": "🐛🐞🪲",
+    "car": "🚗🚙🚘", "bus": "🚌🚍", "truck": "🚚🚛", "bike": "🚲", "plane": "✈🛩", "rocket": "🚀",
+    "sun": "☀🌞", "moon": "🌙🌛", "star": "⭐🌟", "cloud": "☁", "tree": "🌲🌳", "leaf": "🍃🍂",
+    "key": "🔑🗝", "lock": "🔒🔐", "book": "📖", "gift": "🎁", "bell": "🔔", "umbrella": "☂☔",
+    "scissors": "✂", "cup": "☕🍵", "camera": "📷📸", "crown": "👑", "flag": "🚩🏳", "heart": "❤💛",
+}  # fmt: skip
 
 # class -> split -> "font:glyph" drawings. Phosphor is the test artist and is seen nowhere else.
 _DRAWINGS: dict[str, dict[str, str]] = {
@@ -247,9 +259,17 @@ def _truetype(path: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size)
 
 
+@lru_cache(maxsize=None)
+def _emoji_face(size: int) -> ImageFont.FreeTypeFont:
+    face = ImageFont.truetype(str(_packaged(_EMOJI_FONT)), size)
+    face.set_variation_by_axes([700])  # bold lines, legible at 16 pixels
+    return face
+
+
 def drawings(name: str, split: str) -> tuple[str, ...]:
     """The `font:glyph` drawings of class `name` in `split` (empty where the split has none)."""
-    return tuple(_DRAWINGS[name][split].split())
+    emoji = tuple(f"emoji:{char}" for char in _EMOJI[name]) if split == "train" else ()
+    return (*_DRAWINGS[name][split].split(), *emoji)
 
 
 def classes(split: str) -> tuple[str, ...]:
@@ -271,19 +291,29 @@ def _trim(mask: Image.Image) -> np.ndarray:
 
 
 @lru_cache(maxsize=8192)
-def icon(drawing: str, size: int, angle: int = 0, flip: bool = False, stretch: int = 0) -> np.ndarray:
+def icon(
+    drawing: str, size: int, angle: int = 0, flip: bool = False, stretch: int = 0, style: str = "drawn"
+) -> np.ndarray:
     """Alpha mask (uint8, [h, w]) of an icon whose longer side is about `size` pixels.
 
-    `angle` in degrees; `stretch` in percent widens (positive) or narrows (negative) the drawing.
+    `angle` in degrees; `stretch` in percent widens (positive) or narrows (negative) the drawing; `style` is "drawn"
+    as it is, "solid" (holes filled) or "line" (the rim of every filled area).
     """
     font, glyph = drawing.split(":")
-    stem, version = _ICON_FONTS[font]
-    char = chr(int(_charmap(font)[glyph], 16))
     big = 96
-    face = _truetype(str(_packaged(f"qtawesome:fonts/{stem}-{version}.ttf")), big)
+    if font == "emoji":
+        char, face = glyph, _emoji_face(big)
+    else:
+        stem, version = _ICON_FONTS[font]
+        char = chr(int(_charmap(font)[glyph], 16))
+        face = _truetype(str(_packaged(f"qtawesome:fonts/{stem}-{version}.ttf")), big)
     canvas = Image.new("L", (2 * big, 2 * big), 0)
     ImageDraw.Draw(canvas).text((big // 2, big // 2), char, font=face, fill=255)
     canvas = canvas.crop(canvas.getbbox())
+    if style != "drawn":
+        ink = np.pad(np.asarray(canvas) > 127, 1)
+        ink = ndimage.binary_fill_holes(ink) if style == "solid" else ink & ~ndimage.binary_erosion(ink, iterations=7)
+        canvas = Image.fromarray(ink.astype(np.uint8) * 255)
     if flip:
         canvas = canvas.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if angle:

@@ -135,14 +135,15 @@ class _Painter:
         self.blend(grown, x - 1, y - 1, np.full(3, tone, np.float32), strength=float(self.rng.uniform(0.35, 0.8)))
 
     def icon(self, name: str, cx: float, cy: float, size: int, colour: str, drawing: str = "") -> tuple[float, ...]:
-        rng = self.rng
+        rng, train = self.rng, self.split == "train"
         pool = (drawing,) if drawing else art.drawings(name, self.split)
         mask = art.icon(
             pool[rng.integers(len(pool))],
             size,
-            angle=int(rng.integers(-2, 3)) * 5,
+            angle=int(rng.integers(-3, 4)) * 5,
             flip=bool(rng.random() < 0.5),
-            stretch=int(rng.integers(-2, 3)) * 6,
+            stretch=int(rng.integers(-2, 3)) * 8,
+            style=str(rng.choice(["drawn", "solid", "line"], p=(0.7, 0.15, 0.15))) if train else "drawn",
         )
         h, w = mask.shape
         x, y = cx - w / 2, cy - h / 2
@@ -194,7 +195,7 @@ def _around(cx: float, cy: float, w: float, h: float) -> tuple[float, float, flo
 def _string(rng: np.random.Generator, kind: str) -> str:
     letters = [c for c in CHARACTERS if c.isalpha()]
     digits = [c for c in CHARACTERS if c.isdigit()]
-    length = int(rng.integers(3, 5)) if kind == "word" else int(rng.integers(2, 5))
+    length = 3 if kind == "word" else int(rng.integers(2, 4))
     pool = letters if kind == "word" else digits
     return "".join(pool[i] for i in rng.integers(0, len(pool), length))
 
@@ -276,11 +277,11 @@ class Composer:
         colour = self.sign_colours.pop()
         paint = art.shade(colour, rng)
         string = _string(rng, "word" if rng.random() < 0.6 else "number")
-        size = int(rng.integers(11, 14))
+        size = int(rng.integers(13, 16))
         x = ax + 10 + self._jitter(1.0)
         ink = np.full(3, 245.0 if paint.mean() < 140 else 15.0, np.float32)
         width = 2 + sum(art.character(art.typefaces(self.split)[0], c.upper(), size)[1] for c in string)
-        self.p.panel((x - 3, y - 8, min(x + width + 3, SIZE), y + 8), paint)
+        self.p.panel((x - 3, y - 9, min(x + width + 3, SIZE), y + 9), paint)
         index = len(p.things)
         p.things.append(Thing("sign", name, colour, text=string, owner=owner))
         box = p.text(string, x, y, size, ink, colour=colour, link=name, thing=index)
@@ -296,10 +297,10 @@ class Composer:
         ink = rng.uniform(0, 50, 3) if dark else rng.uniform(215, 255, 3)
         x, y = slot[0] - 13.5 + self._jitter(1.0), slot[1] + self._jitter()
         tone = rng.uniform(170, 255, 3) if dark else rng.uniform(0, 90, 3)
-        p.panel((x - 2, y - 8, x + 31, y + 8), tone.astype(np.float32), float(rng.uniform(0.5, 0.85)))
+        p.panel((x - 2, y - 9, x + 31, y + 9), tone.astype(np.float32), float(rng.uniform(0.5, 0.85)))
         index = len(p.things)
         p.things.append(Thing(kind, text=string))
-        box = p.text(string, x, y, int(rng.integers(11, 13)), ink.astype(np.float32), link=kind, thing=index)
+        box = p.text(string, x, y, int(rng.integers(13, 15)), ink.astype(np.float32), link=kind, thing=index)
         p.things[index].box = box
 
     def chain(self, food: bool) -> None:

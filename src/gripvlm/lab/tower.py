@@ -1,7 +1,7 @@
 """The lab's vision tower: CLIP's encoder behind a small convolutional stem.
 
 A plain patch-embedding ViT is measurably too slow to train on two cores (docs/lab.md), so the patches come from
-three strided 3 x 3 convolutions. Everything after them is transformers' own CLIP encoder, with a CLS token and
+strided 3 x 3 convolutions with residual blocks between them. Everything after them is transformers' own CLIP encoder, with a CLS token and
 attention reachable as `encoder.layers[i].self_attn`, so whatever works on CLIP's tower works here.
 
 Importing this module registers the tower with AutoConfig and AutoModel.
@@ -17,12 +17,30 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 
 
 class LabVisionConfig(CLIPVisionConfig):
-    """CLIPVisionConfig plus `stem_channels`, the widths of the strided convolutions but the last."""
+    """CLIPVisionConfig plus the stem.
+
+    stem_channels: widths of the strided convolutions but the last, whose width is `hidden_size`.
+    stem_blocks: residual blocks after each strided convolution.
+    """
 
     model_type = "gripvlm_lab_vision"
     base_config_key = "vision_config"
 
-    stem_channels: list[int] | tuple[int, ...] = (40, 80)
+    stem_channels: list[int] | tuple[int, ...] = (32, 64)
+    stem_blocks: list[int] | tuple[int, ...] = (0, 2, 2)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))), [b, c, h, w] to the same."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(nn.functional.relu(self.norm1(x)))
+        return x + self.conv2(nn.functional.relu(self.norm2(y)))
 
 
 class LabVisionEmbeddings(nn.Module):
@@ -34,10 +52,9 @@ class LabVisionEmbeddings(nn.Module):
         if config.patch_size != 2 ** (len(widths) - 1):
             raise ValueError(f"{len(widths) - 1} convolutions of stride 2 make patches of {2 ** (len(widths) - 1)} pixels")
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1)]
-            if i < len(widths) - 2:
-                layers += [nn.GroupNorm(8, b), nn.GELU()]
+        for a, b, blocks in zip(widths[:-1], widths[1:], config.stem_blocks, strict=True):
+            layers += [nn.ReLU()] if layers else []
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), *(ResidualBlock(b) for _ in range(blocks))]
         self.stem = nn.Sequential(*layers)
         patches = (config.image_size // config.patch_size) ** 2
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))

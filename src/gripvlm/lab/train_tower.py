@@ -21,13 +21,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from gripvlm.lab.pool import HEADS, load_shard, shards
-from gripvlm.lab.scenes import GRID, PATCH, SIZE
+from gripvlm.lab.scenes import CHARACTERS, GRID, PATCH, SIZE
 from gripvlm.lab.tower import LabVisionConfig, LabVisionModel
 
 MEAN, STD = 0.5, 0.25  # of the processor, too
 
 
-def tower_config(width: int = 160, layers: int = 4) -> LabVisionConfig:
+def tower_config(width: int = 160, layers: int = 3) -> LabVisionConfig:
     return LabVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -35,7 +35,8 @@ def tower_config(width: int = 160, layers: int = 4) -> LabVisionConfig:
         num_attention_heads=width // 32,
         image_size=SIZE,
         patch_size=PATCH,
-        stem_channels=[width // 4, width // 2],
+        stem_channels=[32, 64],
+        stem_blocks=[0, 2, 2],
         projection_dim=width,
     )
 
@@ -64,6 +65,10 @@ def augment(images: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     return ((x.clamp(0, 1)) - MEAN) / STD
 
 
+# characters are the smallest things in a scene and the slowest to learn
+CLASS_WEIGHT = torch.tensor([3.0 if name in CHARACTERS and name else 1.0 for name in HEADS["cls"]])
+
+
 def tag_loss(scores: dict[str, torch.Tensor], planes: torch.Tensor) -> torch.Tensor:
     """Cross-entropy per head; patches with and without a tag weigh the same in total."""
     loss = planes.new_zeros((), dtype=torch.float32)
@@ -71,8 +76,10 @@ def tag_loss(scores: dict[str, torch.Tensor], planes: torch.Tensor) -> torch.Ten
         target = planes[:, i].long()
         entropy = F.cross_entropy(scores[name].transpose(1, 2), target, reduction="none")
         tagged = (target > 0).float()
+        if name == "cls":
+            tagged = tagged * CLASS_WEIGHT[target]
         loss = loss + (entropy * tagged).sum() / tagged.sum().clamp(min=1)
-        loss = loss + 0.5 * (entropy * (1 - tagged)).sum() / (1 - tagged).sum().clamp(min=1)
+        loss = loss + 0.5 * (entropy * (target == 0)).sum() / (target == 0).sum().clamp(min=1)
     cells = torch.arange(GRID * GRID)
     for name, target in (("row", cells // GRID), ("column", cells % GRID)):
         loss = loss + 0.3 * F.cross_entropy(scores[name].flatten(0, 1), target.repeat(len(planes)))
@@ -96,7 +103,7 @@ def tag_accuracy(model: Tagger, shard: dict, scenes: int = 256) -> dict[str, flo
     return {name: round(right[name] / max(total[name], 1), 4) for name in HEADS}
 
 
-def train(pool: Path, out: Path, minutes: float, batch: int = 40, rate: float = 1.5e-3, bf16: bool = False) -> None:
+def train(pool: Path, out: Path, minutes: float, batch: int = 20, rate: float = 1e-3, bf16: bool = False) -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
