@@ -50,8 +50,8 @@ def make_arms(pruners: Sequence[str | Pruner], keeps: Sequence[Keep], blind: boo
         GripError: an unknown pruner, no budget for one that needs it, or two pruners that would
             have the same rows.
     """
-    budgets = list(dict.fromkeys(Budget.of(keep).value for keep in keeps))
-    budgets = [b for i, b in enumerate(budgets) if not any(str(b) == str(a) for a in budgets[:i])]
+    asked = [Budget.of(keep).value for keep in keeps]
+    budgets = list({str(budget): budget for budget in asked}.values())  # 1 is one token, 1.0 all of them
     full = get_pruner("keep_all")
     arms = [Arm(FULL, 1.0, full, _config(full))]
     seen: set[str] = set()

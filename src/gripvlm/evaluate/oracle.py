@@ -18,21 +18,24 @@ from gripvlm.tasks.base import Sample, TaskError
 __all__ = ["oracle", "oracle_order", "spread_order"]
 
 # The plastic number's powers: the best-known additive recurrence in two dimensions.
-_STEP = (0.7548776662466927, 0.5698402909980532)
+_STEP = (0.5698402909980532, 0.7548776662466927)
 
 
 @lru_cache(maxsize=32)
 def spread_order(grid: tuple[int, int]) -> tuple[int, ...]:
     """All cells of an h x w raster, so ordered that every prefix covers it evenly.
 
-    The points of the low-discrepancy sequence frac(1/2 + i a), a from the plastic number, in turn;
-    each cell comes when a point first falls into it.
+    The points of the low-discrepancy sequence frac(1/2 + i a), a from the plastic number, in turn, on
+    the square of the longer side, so that spacing is the same both ways; each cell comes when a
+    point first falls into it.
     """
     h, w = grid
+    side = max(h, w)
     order: dict[int, None] = {}
-    for i in range(64 * h * w):
-        y, x = ((0.5 + i * step) % 1.0 for step in _STEP)
-        order[int(y * h) * w + int(x * w)] = None
+    for i in range(64 * side * side):
+        row, column = (int((0.5 + i * step) % 1.0 * side) for step in _STEP)
+        if row < h and column < w:
+            order[row * w + column] = None
         if len(order) == h * w:
             break
     order.update(dict.fromkeys(range(h * w)))  # cells that no point has hit

@@ -25,6 +25,8 @@ class Chosen(Protocol):
 
     @property
     def n(self) -> int: ...
+    @property
+    def merge(self) -> object: ...
     def mask(self) -> Tensor: ...
 
 
@@ -43,6 +45,8 @@ def overlay(
         geometry: from `gripvlm.report.geometry`.
         path: where to write a PNG as well.
         caption: lines below the picture, the first of them larger; by default "k of n visual tokens".
+            What a picture cannot show is added (tokens on padding, merged tokens, cropping). "" for
+            the bare picture.
 
     Returns:
         RGB, enlarged by a whole number where the picture is small.
@@ -68,12 +72,13 @@ def overlay(
     _fill(ImageDraw.Draw(seen), geometry.seen, factor)
     bright = ImageChops.darker(bright, seen)
     dimmed = ImageEnhance.Color(large).enhance(0.25)
-    dimmed = Image.blend(dimmed, Image.new("RGB", size, INK), 0.68)
+    dimmed = Image.blend(dimmed, Image.new("RGB", size, INK), 0.62)
     drawn = Image.composite(large, dimmed, bright)
-    drawn = Image.composite(drawn, _hatched(size), seen)
+    drawn = Image.composite(drawn, Image.blend(_hatched(size), dimmed, 0.3), seen)
     drawn = Image.composite(Image.new("RGB", size, EDGE), drawn, _outline(bright))
-    lines = (caption if caption is not None else f"{sum(kept)} of {len(kept)} visual tokens").strip().splitlines()
-    drawn = _captioned(drawn, lines)
+    if caption != "":
+        lines = (caption or f"{sum(kept)} of {len(kept)} visual tokens").strip().splitlines()
+        drawn = _captioned(drawn, [*lines, *_remarks(selection, geometry, kept)])
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         drawn.save(path)
@@ -85,6 +90,23 @@ def _fill(pen: ImageDraw.ImageDraw, box: tuple[float, float, float, float], fact
     left, top, right, bottom = (math.ceil(edge * factor - 0.5) for edge in box)
     if right > left and bottom > top:
         pen.rectangle((left, top, right - 1, bottom - 1), fill=255)
+
+
+def _remarks(selection: Chosen, geometry: Geometry, kept: list[bool]) -> list[str]:
+    """What the picture alone would not say."""
+    remarks = []
+    width, height = geometry.image_size
+    outside = sum(
+        keep and (right <= 0 or bottom <= 0 or left >= width or top >= height)
+        for (left, top, right, bottom), keep in zip(geometry.boxes, kept, strict=True)
+    )
+    if outside:
+        remarks.append(f"{outside} of the kept tokens show nothing but padding")
+    if selection.merge is not None:
+        remarks.append("the other tokens are averaged into the kept ones")
+    if geometry.seen != (0, 0, width, height):
+        remarks.append("hatched: cropped away, never seen by the model")
+    return remarks
 
 
 def _outline(mask: Image.Image) -> Image.Image:
@@ -106,8 +128,6 @@ def _hatched(size: tuple[int, int]) -> Image.Image:
 
 def _captioned(picture: Image.Image, lines: list[str]) -> Image.Image:
     """The picture with its caption below; centred where it is narrower than the caption needs."""
-    if not lines:
-        return picture
     width = max(picture.width, NARROWEST)
     margin = 16
     rows: list[tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont, tuple[int, int, int], int]] = []

@@ -1,0 +1,176 @@
+"""The command line: what it prints, and that every mistake is one readable paragraph and exit code 2."""
+
+from __future__ import annotations
+
+import json
+
+import huggingface_hub.constants
+import pytest
+from PIL import Image
+
+from gripvlm import lab
+from gripvlm.cli import main
+from gripvlm.cli.commands import split_pruners
+from gripvlm.evaluate import answer, runner
+from gripvlm.tasks import lab_tasks
+from tiny_lab import tiny_lab, write_sample
+
+
+@pytest.fixture(autouse=True)
+def tiny(tmp_path, monkeypatch):
+    """`lab` is the tiny untrained model with a sample of its own; the working folder is empty."""
+    monkeypatch.setattr(lab, "load", tiny_lab)
+    monkeypatch.setattr(lab_tasks, "SAMPLE", write_sample(tmp_path / "sample", pictures=3))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable is read at import
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Image.new("RGB", (300, 120), (180, 60, 60)).save("cat.png")
+
+
+ASK = ["ask", "--image", "cat.png", "--question", "is there a cat?"]
+
+
+def test_ask_answers_and_says_what_it_cost(capsys):
+    assert main([*ASK, "--pruner", "grid", "--keep", "10%", "--overlay", "new/o.png"]) == 0
+    text = capsys.readouterr().out
+    assert "26 of 256 visual tokens kept (10.2 %) by grid" in text
+    assert all(name in text for name in ("vision", "pruner", "prefill", "decode"))
+    assert Image.open("new/o.png").height > 300
+
+
+@pytest.mark.parametrize(("keep", "said"), [("64", "64 of 256"), ("0.5", "128 of 256"), ("1", "1 of 256")])
+def test_keep_is_a_count_a_fraction_or_a_percentage(capsys, keep, said):
+    assert main([*ASK, "--pruner", "norm", "--keep", keep, "--max-new-tokens", "1"]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_full_needs_no_budget(capsys):
+    assert main([*ASK, "--pruner", "full", "--max-new-tokens", "1"]) == 0
+    assert "256 of 256" in capsys.readouterr().out
+
+
+EVAL = ["eval", "--tasks", "lab/text,lab/existence", "--pruners", "grid,random:seed=2,oracle", "--keep", "10%,64"]
+
+
+def test_eval_prints_a_table_and_writes_rows(capsys):
+    assert main([*EVAL, "--limit", "2", "--out", "r/f.json"]) == 0
+    printed = capsys.readouterr()
+    assert "random:seed=2" in printed.out
+    assert "mean" in printed.out
+    with open("r/f.json") as file:
+        result = json.load(file)
+    assert len(result["rows"]) == 2 * (1 + 3 * 2)
+    assert result["rows"][0]["model"] == "lab"
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(capsys, monkeypatch):
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "answer", stopping)
+    assert main([*EVAL, "--limit", "2", "--out", "f.json"]) == 130
+    printed = capsys.readouterr()
+    assert "8 of 32 answers are in f.samples.jsonl; the same command goes on" in printed.err
+    assert main([*EVAL, "--limit", "2", "--out", "f.json"]) == 0
+    assert len(calls) == 6 + 1 + 16 - 4
+    assert main([*EVAL, "--limit", "3", "--out", "f.json"]) == 2
+    assert "limit: 2 then, 3 now" in capsys.readouterr().err
+    assert main([*EVAL, "--limit", "3", "--out", "f.json", "--overwrite"]) == 0
+
+
+def test_quickstart_shows_answers_tables_and_pictures(capsys):
+    assert main(["quickstart", "--limit", "2", "--out", "shown"]) == 0
+    text = capsys.readouterr().out
+    assert "all 256 tokens" in text
+    assert "26 tokens, divprune" in text
+    for name in ("full", "oracle", "random", "grid", "norm", "pool", "divprune"):
+        assert f"  {name} " in text
+    assert "gripvlm.prune(model, 'divprune', keep=64)" in text
+    for line in text.splitlines():
+        if line.strip().startswith("shown/") and line.strip().endswith(".png"):
+            assert Image.open(line.strip()).width >= 480
+    assert text.count(".png\n") == 6
+
+
+def test_list_and_env(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("divprune", "features", "arXiv 2503.02175", "lab/reading", "oracle"))
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("torch", "transformers", "cores", "python"))
+
+
+def test_no_command_shows_help(capsys):
+    assert main([]) == 0
+    assert "quickstart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([*ASK, "--pruner", "divprun"], "did you mean 'divprune'"),
+        ([*ASK, "--keep", "0"], "keeps nothing"),
+        ([*ASK, "--keep", "x"], "10%"),
+        ([*ASK, "--keep", "300"], "only 256"),
+        ([*ASK, "--pruner", "given"], "scores"),
+        ([*ASK, "--overlay", "o.txt"], ".png"),
+        ([*ASK, "--positions", "odd"], "renumbered"),
+        ([*ASK, "--model", "./nowhere"], "no model './nowhere'"),
+        ([*ASK, "--model", "no-such-user/no-such-model"], "could not be loaded from the Hub"),
+        ([*ASK, "--model", "."], "no config.json"),
+        ([*ASK, "--device", "cuda:77"], "cannot be used"),
+        (["ask", "--image", "nowhere.png", "--question", "x"], "no image 'nowhere.png'"),
+        (["ask", "--image", ".", "--question", "x"], "is a folder"),
+        (["ask", "--image", "cat.png"], "--question"),
+        (["ask", "--image", "cat.png", "--question", " "], "the question is empty"),
+        (["eval", "--tasks", "lab/read", "--out", "f.json"], "lab/reading"),
+        (["eval", "--tasks", ","], "names nothing"),
+        (["eval", "--tasks", "jsonl:none.jsonl"], "no file 'none.jsonl'"),
+        (["eval", "--pruners", "grid,gridd"], "'grid'"),
+        (["eval", "--keep", "1.5"], "above 1"),
+        (["eval", "--limit", "0"], "--limit"),
+        (["eval", "--out", "."], "is a folder"),
+        (["evall"], "evall"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_exit_code_2(capsys, arguments, said):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    message = " ".join(printed.err.split())
+    assert said in message
+    assert message.startswith("Error: ")
+    assert "Traceback" not in message
+    assert "\n\n" not in printed.err.strip()
+    assert printed.out == ""
+
+
+def test_debug_shows_where_it_came_from(capsys):
+    assert main(["--debug", *ASK, "--pruner", "divprun"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_text_model_is_refused_before_its_weights_are_loaded(capsys):
+    with open("config.json", "w") as file:
+        json.dump({"model_type": "llama"}, file)
+    assert main([*ASK, "--model", "."]) == 2
+    assert "is a model of type 'llama'; supported are" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_saved_folder_is_a_model(capsys):
+    model, processor = tiny_lab()
+    model.save_pretrained("saved")
+    processor.save_pretrained("saved")
+    assert main([*ASK, "--model", "saved", "--pruner", "pool", "--keep", "16"]) == 0
+    printed = capsys.readouterr()
+    assert "16 of 256" in printed.out
+    assert printed.err == ""
+
+
+def test_commas_inside_a_spec_separate_nothing():
+    assert split_pruners("grid, random:seed=3,x=1 ,norm") == ["grid", "random:seed=3,x=1", "norm"]
