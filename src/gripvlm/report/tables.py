@@ -37,6 +37,7 @@ def with_means(rows: Sequence[Row]) -> list[Row]:
         mine = list(members.values())
         numbers = ["score", "tokens", "keep_fraction", "majority", "blind", *(f"seconds_{name}" for name in TIMES)]
         mean: dict[str, Any] = {**mine[0], "task": MEAN, "ci_low": None, "ci_high": None}
+        mean["n"] = sum(row["n"] for row in mine)
         for name in numbers:
             values = [row[name] for row in mine if row.get(name) is not None]
             mean[name] = float(np.mean(values)) if len(values) == len(mine) else None
@@ -62,30 +63,34 @@ def tables(rows: Sequence[Row]) -> Group:
     """Two tables to print: scores in percent (task x pruner x keep, interval below), and milliseconds a sample."""
     rows = with_means(rows)
     tasks = task_order(rows)
-    scores = Table(box=box.SIMPLE_HEAD, title="Score, % right (below: 95 % interval)", title_justify="left")
-    times = Table(box=box.SIMPLE_HEAD, title="Milliseconds a question", title_justify="left")
-    for table in (scores, times):
-        table.add_column("pruner")
-        table.add_column("keep", justify="right")
-        table.add_column("tokens", justify="right")
+    scores = _sheet("Score, % right (below: 95 % interval)")
+    times = _sheet("Milliseconds a question")
     for task in tasks:
         scores.add_column(short(task), justify="right", style="bold" if task == MEAN else "")
     for name in TIMES:
         times.add_column(name, justify="right")
     for (pruner, _), cells in by_arm(rows).items():
         first = next(iter(cells.values()))
-        head = [pruner, _keep(first), _number(cells.get(MEAN, first)["tokens"])]
+        head = [pruner, f"{_number(cells.get(MEAN, first)['tokens'])} ({_keep(first)})"]
         scores.add_row(*head, *(_cell(cells.get(task)) for task in tasks), end_section=pruner == "full")
         timed = cells.get(MEAN, first)
         times.add_row(*head, *(_ms(timed.get(f"seconds_{name}")) for name in TIMES), end_section=pruner == "full")
     first_rows = next(iter(by_arm(rows).values()))
     scores.add_section()
-    for name, text in (("blind", "no image"), ("majority", "one answer")):
+    for name, text in (("blind", "no image"), ("majority", "majority")):
         values = [first_rows[task].get(name) if task in first_rows else None for task in tasks]
         if any(value is not None for value in values):
-            shown = ("" if value is None else f"{100 * value:.0f}" for value in values)
-            scores.add_row(f"({text})", "", "0" if name == "blind" else "", *shown, style="dim")
+            shown = ("" if value is None else f"{100 * value:.1f}" for value in values)
+            scores.add_row(text, "0" if name == "blind" else "", *shown, style="dim")
     return Group(scores, times)
+
+
+def _sheet(title: str) -> Table:
+    """An empty table that stays narrow: six families and their mean fit into 80 columns."""
+    sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=0)
+    sheet.add_column("pruner")
+    sheet.add_column("tokens", justify="right", no_wrap=True)
+    return sheet
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -101,7 +106,7 @@ def markdown(rows: Sequence[Row]) -> str:
         shown = (_cell(cells.get(task)).plain.replace("\n", " [") for task in tasks)
         closed = (f"{text}]" if "[" in text else text for text in shown)
         lines.append(_line([f"`{pruner}`", _keep(first), _number(cells.get(MEAN, first)["tokens"]), *closed]))
-    for name, text in (("blind", "no image"), ("majority", "commonest answer")):
+    for name, text in (("blind", "no image"), ("majority", "majority")):
         values = [first_rows[task].get(name) if task in first_rows else None for task in tasks]
         if any(value is not None for value in values):
             shown = ("" if value is None else f"{100 * value:.1f}" for value in values)
@@ -124,7 +129,7 @@ def _line(cells: Iterable[str]) -> str:
 
 def _keep(row: Row) -> str:
     keep = row["keep"]
-    return f"{100 * keep:g} %" if isinstance(keep, float) else str(keep)
+    return f"{100 * keep:g}%" if isinstance(keep, float) else str(keep)
 
 
 def _number(value: float) -> str:
