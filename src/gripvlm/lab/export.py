@@ -1,6 +1,6 @@
 """Stage 3 of the lab's recipe: put the trained model and a sample of the test split into the package.
 
-    python -m gripvlm.lab.export OUT --reader reader
+python -m gripvlm.lab.export OUT --reader reader
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from gripvlm.lab import MODEL, SAMPLE, art
+from gripvlm.lab.compose import compose
 from gripvlm.lab.questions import Question, ask
-from gripvlm.lab.scenes import compose
 from gripvlm.lab.train_reader import load_tagger
 from gripvlm.lab.vlm import build_model, build_processor
 
@@ -75,7 +75,7 @@ def export_sample(folder: Path, pictures: int) -> None:
         asked = ask(scene, "test", np.random.default_rng((17, art.SPLITS.index("test"), seed)))
         for j, q in enumerate(pick(asked, rng)):
             order = [int(c) for c in np.argsort(-q.evidence, kind="stable") if q.evidence[c] > 0.15]
-            row = {"id": f"{i:04d}-{j:02d}", "image": name, "family": q.family, "kind": q.kind}
+            row: dict[str, object] = {"id": f"{i:04d}-{j:02d}", "image": name, "family": q.family, "kind": q.kind}
             row |= {"question": q.question, "answer": q.answer, "choices": list(q.choices)}
             row |= {"pair": None if q.pair < 0 else f"{i:04d}-{q.pair}", "evidence": order}
             rows.append(json.dumps(row))

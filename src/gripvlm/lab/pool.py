@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from gripvlm.lab import art
+from gripvlm.lab.compose import compose
 from gripvlm.lab.questions import Question, ask
-from gripvlm.lab.scenes import CHARACTERS, DEVICES, GRID, SIZE, Scene, compose
+from gripvlm.lab.scenes import CHARACTERS, DEVICES, GRID, SIZE, Scene
 
 SHARD = 1000
 

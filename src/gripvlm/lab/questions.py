@@ -141,7 +141,13 @@ def _science(scene: Scene, split: str, rng: np.random.Generator) -> list[Questio
             add("food", f"what eats the {eaten}?", eater, _choose(rng, eater, lures(eater, (eaten,), eaters)), where)
         elif thing.kind == "group":
             name = scene.things[thing.owner].name
-            add("sorting", f"what is in group {thing.name}?", name, _choose(rng, name, lures(name, (), everything)), [thing.owner, i])
+            add(
+                "sorting",
+                f"what is in group {thing.name}?",
+                name,
+                _choose(rng, name, lures(name, (), everything)),
+                [thing.owner, i],
+            )
     return questions
 
 
@@ -165,7 +171,9 @@ def _reading(scene: Scene, split: str, rng: np.random.Generator) -> list[Questio
     questions = []
     for i, thing in enumerate(scene.things):
         if thing.kind in ("word", "number"):
-            questions.append(Question("reading", thing.kind, f"read the {thing.kind}.", thing.text, scene.evidence([i])))
+            questions.append(
+                Question("reading", thing.kind, f"read the {thing.kind}.", thing.text, scene.evidence([i]))
+            )
         elif thing.kind == "sign":
             text = f"read the {thing.colour} sign."
             questions.append(Question("reading", "sign", text, thing.text, scene.evidence([i])))

@@ -1,13 +1,16 @@
 """The lab's vision tower: CLIP's encoder behind a small convolutional stem.
 
 A plain patch-embedding ViT is measurably too slow to train on two cores (docs/lab.md), so the patches come from
-strided 3 x 3 convolutions with residual blocks between them. Everything after them is transformers' own CLIP encoder, with a CLS token and
-attention reachable as `encoder.layers[i].self_attn`, so whatever works on CLIP's tower works here.
+strided 3 x 3 convolutions with residual blocks between them. Everything after them is transformers' own CLIP
+encoder, with a CLS token and attention reachable as `encoder.layers[i].self_attn`, so whatever works on CLIP's
+tower works here.
 
 Importing this module registers the tower with AutoConfig and AutoModel.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -50,7 +53,9 @@ class LabVisionEmbeddings(nn.Module):
         super().__init__()
         widths = [config.num_channels, *config.stem_channels, config.hidden_size]
         if config.patch_size != 2 ** (len(widths) - 1):
-            raise ValueError(f"{len(widths) - 1} convolutions of stride 2 make patches of {2 ** (len(widths) - 1)} pixels")
+            raise ValueError(
+                f"{len(widths) - 1} convolutions of stride 2 make patches of {2 ** (len(widths) - 1)} pixels"
+            )
         layers: list[nn.Module] = []
         for a, b, blocks in zip(widths[:-1], widths[1:], config.stem_blocks, strict=True):
             layers += [nn.ReLU()] if layers else []
@@ -75,7 +80,7 @@ class LabVisionModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _no_split_modules = ["CLIPEncoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["CLIPEncoderLayer"]
 
     def __init__(self, config: LabVisionConfig):
         super().__init__(config)
@@ -94,7 +99,7 @@ class LabVisionModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        hidden = self.embeddings(pixel_values.to(self.embeddings.stem[0].weight.dtype))
+        hidden = self.embeddings(pixel_values.to(self.embeddings.position_embedding.dtype))
         states = [hidden]
         for layer in self.encoder.layers:
             hidden = layer(hidden, attention_mask=None)

@@ -1,6 +1,6 @@
 """Stage 2 of the lab's recipe: teach the language model to answer about the frozen tower's tokens.
 
-    python -m gripvlm.lab.train_reader POOL OUT --minutes 70            # --no-drop: the ablation
+    python -m gripvlm.lab.train_reader POOL OUT --steps 4000            # --no-drop: the ablation
 
 What makes two cores enough (docs/lab.md): an aligned start (vlm.start_aligned); two dozen questions behind one image
 in one sequence, with a block mask so that each sees the image and itself only and positions that restart; random
@@ -141,9 +141,9 @@ class AttentionRows:
         picture, index = packed.row.unbind(1)
         for i, module in self.attention.items():
             hidden, (cos, sin) = self.inputs[i]
-            b, length, _ = hidden.shape
-            split = lambda x: x.view(b, length, -1, module.head_dim).transpose(1, 2).float()  # noqa: E731
-            q, k = apply_rotary_pos_emb(split(module.q_proj(hidden)), split(module.k_proj(hidden)), cos, sin)
+            shape = (*hidden.shape[:2], -1, module.head_dim)
+            q, k = (project(hidden).view(shape).transpose(1, 2).float() for project in (module.q_proj, module.k_proj))
+            q, k = apply_rotary_pos_emb(q, k, cos, sin)
             rows = q[picture, :, 1 + v + index]  # [r, heads, d]
             scores = torch.einsum("rhd,rhvd->rhv", rows, k[picture, :, 1 : 1 + v]) * module.scaling
             share = scores.softmax(-1)[:, :3].mean(1)  # the three mimetic heads
@@ -171,10 +171,11 @@ def drop(evidence: list[list[Question]], rng: np.random.Generator, enabled: bool
 
 def forward(model: LlavaForConditionalGeneration, features: torch.Tensor, packed: Packed) -> torch.Tensor:
     """Logits [m, vocab] at the m positions that have a target."""
-    table = model.get_input_embeddings()
+    table: nn.Module = model.get_input_embeddings()
     b, v = len(packed.keep), len(packed.keep[0])
     bos = table(torch.full((b, 1), 1))
-    visual = model.model.multi_modal_projector(features)
+    project: nn.Module = model.model.multi_modal_projector
+    visual = project(features)
     index = torch.from_numpy(np.stack(packed.keep)).long()
     visual = visual.gather(1, index[..., None].expand(-1, -1, visual.shape[-1]))
     hidden = model.model.language_model(
@@ -211,7 +212,9 @@ def load_tagger(out: Path) -> Tagger:
     return tagger.eval().requires_grad_(False)
 
 
-def train(pool: Path, out: Path, name: str, minutes: float, steps: int, enabled: bool, batch: int, rate: float) -> None:
+def train(
+    pool: Path, out: Path, name: str, steps: int, *, dropping: bool, batch: int, rate: float, snapshot: int, stop: int
+) -> None:
     torch.manual_seed(1)
     rng = np.random.default_rng(1)
     tagger, packer = load_tagger(out), Packer()
@@ -231,27 +234,27 @@ def train(pool: Path, out: Path, name: str, minutes: float, steps: int, enabled:
         rng.bit_generator.state = state["rng"]
         print(f"resuming at step {step}, {spent / 60:.1f} minutes spent", flush=True)
 
-    def save() -> None:
+    def save(path: Path = checkpoint) -> None:
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "rng": rng.bit_generator.state}
-        torch.save(state | {"spent": spent, "step": step, "asked": asked_total}, checkpoint.with_suffix(".part"))
-        checkpoint.with_suffix(".part").rename(checkpoint)
+        torch.save(state | {"spent": spent, "step": step, "asked": asked_total}, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
 
     val = load_shard(shards(pool, "val")[0])
     clock = saved = time.monotonic()
     recent: dict[str, list[float]] = {"loss": [], "hint": []}
     shard, order = {}, np.arange(0)
-    done = 0.0
-    while done < 1:
+    while step < min(steps, stop or steps):
         if len(order) < batch:
             files = shards(pool, "train")
             shard = load_shard(files[rng.integers(len(files))])
             order = rng.permutation(len(shard["images"]))
         pictures, order = order[:batch], order[batch:]
-        done = min(1.0, step / steps if steps else spent / (minutes * 60))
+        done = step / steps
+        decay = min(1.0, 0.85 * (1 + math.cos(math.pi * done)))  # flat for two fifths of the run, then a cosine
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 150) * (0.02 + 0.98 * min(1.0, 1.7 * 0.5 * (1 + math.cos(math.pi * done))))
+            group["lr"] = rate * min(1.0, (step + 1) / 150) * (0.02 + 0.98 * decay)
         asked = [packer.choose(shard["questions"][i], rng) for i in pictures]
-        packed = packer.pack(asked, drop(asked, rng, enabled), renumber=bool(rng.random() < 0.25))
+        packed = packer.pack(asked, drop(asked, rng, dropping), renumber=bool(rng.random() < 0.25))
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 features = tagger.tower(augment(shard["images"][pictures], rng)).last_hidden_state[:, 1:]
@@ -271,7 +274,7 @@ def train(pool: Path, out: Path, name: str, minutes: float, steps: int, enabled:
         now = time.monotonic()
         spent, clock = spent + now - clock, now
         if step % 50 == 0:
-            line = {"step": step, "minutes": round(spent / 60, 2), "questions": asked_total}
+            line: dict[str, object] = {"step": step, "minutes": round(spent / 60, 2), "questions": asked_total}
             line |= {k: round(float(np.mean(x)), 3) for k, x in recent.items() if x}
             recent = {"loss": [], "hint": []}
             if step % 250 == 0:
@@ -279,12 +282,14 @@ def train(pool: Path, out: Path, name: str, minutes: float, steps: int, enabled:
                 line["val"] = score(model, tagger, packer, val, 64)
                 model.train()
             print(json.dumps(line), flush=True)
+        if step == snapshot:
+            save(out / f"{name}-{step}.pt")
         if now - saved > 120:
             save()
             saved = now
     save()
     model.eval()
-    report = {"minutes": spent / 60, "steps": step, "questions": asked_total, "dropping": enabled}
+    report: dict[str, object] = {"minutes": spent / 60, "steps": step, "questions": asked_total, "dropping": dropping}
     report["val"] = score(model, tagger, packer, val, 320)
     print(json.dumps(report), flush=True)
     (out / f"{name}.json").write_text(json.dumps(report, indent=1))
@@ -295,13 +300,24 @@ def main() -> None:
     parser.add_argument("pool", type=Path)
     parser.add_argument("out", type=Path, help="folder with tower.pt; the reader's checkpoint is written there")
     parser.add_argument("--name", default="reader")
-    parser.add_argument("--minutes", type=float, default=70)
-    parser.add_argument("--steps", type=int, default=0, help="train this many steps instead of --minutes")
+    parser.add_argument("--steps", type=int, default=4000, help="length of the whole schedule")
+    parser.add_argument("--stop", type=int, default=0, help="stop after this many steps of the schedule")
+    parser.add_argument("--snapshot", type=int, default=0, help="also keep the checkpoint of this step")
     parser.add_argument("--no-drop", action="store_true", help="never drop visual tokens in training (the ablation)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     args = parser.parse_args()
-    train(args.pool, args.out, args.name, args.minutes, args.steps, not args.no_drop, args.batch, args.rate)
+    train(
+        args.pool,
+        args.out,
+        args.name,
+        args.steps,
+        dropping=not args.no_drop,
+        batch=args.batch,
+        rate=args.rate,
+        snapshot=args.snapshot,
+        stop=args.stop,
+    )
 
 
 if __name__ == "__main__":

@@ -120,7 +120,11 @@ def train(pool: Path, out: Path, minutes: float, batch: int = 20, rate: float = 
         print(f"resuming at step {step}, {spent / 60:.1f} minutes spent", flush=True)
 
     def save() -> None:
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "config": model.tower.config.to_dict()}
+        state = {
+            "model": model.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "config": model.tower.config.to_dict(),
+        }
         state |= {"spent": spent, "seen": seen, "step": step, "rng": rng.bit_generator.state}
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").rename(checkpoint)
@@ -145,7 +149,12 @@ def train(pool: Path, out: Path, minutes: float, batch: int = 20, rate: float = 
             now = time.monotonic()
             spent, clock = spent + now - clock, now
             if step % 100 == 0:
-                line = {"step": step, "minutes": round(spent / 60, 2), "images": seen, "loss": round(loss.item(), 3)}
+                line: dict[str, object] = {
+                    "step": step,
+                    "minutes": round(spent / 60, 2),
+                    "images": seen,
+                    "loss": round(loss.item(), 3),
+                }
                 if step % 500 == 0:
                     line["val"] = tag_accuracy(model, val)
                 print(json.dumps(line), flush=True)
@@ -155,7 +164,7 @@ def train(pool: Path, out: Path, minutes: float, batch: int = 20, rate: float = 
             if spent >= minutes * 60:
                 break
     save()
-    report = {"minutes": spent / 60, "images": seen, "val": tag_accuracy(model, val, 960)}
+    report: dict[str, object] = {"minutes": spent / 60, "images": seen, "val": tag_accuracy(model, val, 960)}
     print(json.dumps(report), flush=True)
     (out / "tower.json").write_text(json.dumps(report, indent=1))
 

@@ -15,14 +15,15 @@ from transformers import (
 
 from gripvlm.lab import art
 from gripvlm.lab.questions import NUMBERS
-from gripvlm.lab.scenes import CHARACTERS, DEVICES, PATCH, SIZE
+from gripvlm.lab.scenes import DEVICES, PATCH, SIZE
 from gripvlm.lab.tower import LabVisionConfig
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-_WORDS = """
-    is there a an the at left right top bottom big small do you see what comes after before does point to where how
-    warm in missing eats group choose read word number sign written next answer yes no
-""".split()
+_WORDS = (
+    *("is", "there", "a", "an", "the", "at", "left", "right", "top", "bottom", "big", "small", "do", "you", "see"),
+    *("what", "comes", "after", "before", "does", "point", "to", "where", "how", "warm", "in", "missing", "eats"),
+    *("group", "choose", "read", "word", "number", "sign", "written", "next", "answer", "yes", "no"),
+)
 MEAN, STD = 0.5, 0.25
 
 CHAT_TEMPLATE = (
@@ -43,7 +44,14 @@ def prompt(question: str, image: bool = True) -> str:
 
 def vocabulary() -> list[str]:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    words = [*_WORDS, *art.CLASSES, *art.COLOURS, *DEVICES, *(s for states in DEVICES.values() for s in states), *NUMBERS]
+    words = [
+        *_WORDS,
+        *art.CLASSES,
+        *art.COLOURS,
+        *DEVICES,
+        *(s for states in DEVICES.values() for s in states),
+        *NUMBERS,
+    ]
     return list(dict.fromkeys([*SPECIAL, *"?:,.", *letters, *(f"##{c}" for c in letters), *words]))
 
 
@@ -124,7 +132,9 @@ def build_model(vision: LabVisionConfig, width: int = 160, layers: int = 5) -> L
 
 
 @torch.no_grad()
-def start_aligned(model: LlavaForConditionalGeneration, heads: dict[str, torch.Tensor], names: dict[str, tuple]) -> None:
+def start_aligned(
+    model: LlavaForConditionalGeneration, heads: dict[str, torch.Tensor], names: dict[str, tuple]
+) -> None:
     """Start the language model where the tower already is (docs/lab.md).
 
     heads: classifier weights [classes, d] of the tower's tag heads; names: their class names. Word embeddings (tied
