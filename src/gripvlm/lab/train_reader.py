@@ -171,11 +171,10 @@ def drop(evidence: list[list[Question]], rng: np.random.Generator, enabled: bool
 
 def forward(model: LlavaForConditionalGeneration, features: torch.Tensor, packed: Packed) -> torch.Tensor:
     """Logits [m, vocab] at the m positions that have a target."""
-    table: nn.Module = model.get_input_embeddings()
+    table = model.get_input_embeddings()
     b, v = len(packed.keep), len(packed.keep[0])
     bos = table(torch.full((b, 1), 1))
-    project: nn.Module = model.model.multi_modal_projector
-    visual = project(features)
+    visual = model.model.multi_modal_projector(features)
     index = torch.from_numpy(np.stack(packed.keep)).long()
     visual = visual.gather(1, index[..., None].expand(-1, -1, visual.shape[-1]))
     hidden = model.model.language_model(
@@ -220,7 +219,7 @@ def train(
     tagger, packer = load_tagger(out), Packer()
     model = build_model(tagger.tower.config)
     model.model.vision_tower = tagger.tower
-    start_aligned(model, {n: h.weight.detach() for n, h in tagger.heads.items()}, HEADS)
+    start_aligned(model, {n: h.state_dict()["weight"] for n, h in tagger.heads.items()}, HEADS)
     hints = AttentionRows(model, HINT_LAYERS)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=rate, weight_decay=0.02, betas=(0.9, 0.98))
