@@ -293,9 +293,8 @@ def typefaces(split: str) -> tuple[str, ...]:
     return _TYPEFACES[split]
 
 
-def _trim(mask: Image.Image) -> np.ndarray:
-    box = mask.getbbox()
-    return np.asarray(mask.crop(box) if box else mask, dtype=np.uint8)
+def photographs(split: str) -> tuple[str, ...]:
+    return _PHOTOS[split]
 
 
 @lru_cache(maxsize=8192)
@@ -357,7 +356,7 @@ def background(split: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """A background [size, size, 3] float32 in 0..255: a photograph's crop or a procedural texture."""
     base = rng.uniform(40, 215, 3).astype(np.float32)
     if rng.random() < 0.65:
-        photo = _photo(_PHOTOS[split][rng.integers(len(_PHOTOS[split]))])
+        photo = _photo(photographs(split)[rng.integers(len(photographs(split)))])
         h, w = photo.shape[:2]
         side = int(rng.uniform(0.35, 1.0) * min(h, w))
         y, x = rng.integers(0, h - side + 1), rng.integers(0, w - side + 1)

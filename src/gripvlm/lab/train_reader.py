@@ -1,4 +1,4 @@
-"""Stage 2 of the lab's recipe: teach the language model to answer about the frozen tower's tokens.
+"""Stage 2 of the lab's recipe: teach the language model to answer about the tower's tokens.
 
     python -m gripvlm.lab.train_reader POOL OUT --steps 4000            # --no-drop: the ablation
 
@@ -6,6 +6,7 @@ What makes two cores enough (docs/lab.md): an aligned start (vlm.start_aligned);
 in one sequence, with a block mask so that each sees the image and itself only and positions that restart; random
 token dropping, of single patches and of whole pieces; and, in the first part of the run, a hint at where to look
 (the last prompt token's attention in two middle layers is rewarded for falling on the evidence), annealed to zero.
+The tower goes on learning its tags meanwhile, from the same pictures; answers do not reach it.
 Checkpoints every two minutes and resumes from the last one.
 """
 
@@ -28,7 +29,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gripvlm.lab.pool import HEADS, load_shard, shards
 from gripvlm.lab.questions import FAMILIES, Question
 from gripvlm.lab.scenes import GRID
-from gripvlm.lab.train_tower import MEAN, STD, Tagger, augment, tower_config
+from gripvlm.lab.train_tower import MEAN, STD, Tagger, augment, tag_loss, tower_config
 from gripvlm.lab.vlm import build_model, build_tokenizer, prompt, spell, start_aligned
 
 N = GRID * GRID
@@ -73,6 +74,25 @@ class Packer:
             pool = [q for q in questions if q.family == family]
             chosen += [pool[i] for i in rng.permutation(len(pool))[:count]]
         return chosen
+
+    def stepping_stones(self, questions: list[Question], rng: np.random.Generator) -> list[Question]:
+        """Colour and place asked openly, "what is the cat? choose: red, blue.": training only, no family of its own.
+
+        From yes and no alone, these comparisons start late: the reader must already know what to compare.
+        """
+        pairs: dict[int, list[Question]] = {}
+        for q in questions:
+            if q.kind in ("colour", "position"):
+                pairs.setdefault(q.pair, []).append(q)
+        stones = []
+        for i in rng.permutation(len(pairs))[:4]:
+            true, false = list(pairs.values())[i]
+            words = [q.question.rstrip("?").split(" ")[-1] for q in (true, false)]
+            name, ask = true.question.split(" ")[2], "what" if true.kind == "colour" else "where"
+            options = ", ".join(words[j] for j in rng.permutation(2))
+            text = f"{ask} is the {name}? choose: {options}."
+            stones.append(Question("perception", "stone", text, words[0], true.evidence))
+        return stones
 
     def pack(self, asked: list[list[Question]], keep: list[np.ndarray], renumber: bool) -> Packed:
         v = len(keep[0])
@@ -204,6 +224,11 @@ def score(model, tagger, packer: Packer, shard: dict, pictures: int, keep: int |
     return {f: round(float(np.mean(r)), 3) for f, r in right.items()}
 
 
+def save_checkpoint(path: Path, **state: object) -> None:
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+
+
 def load_tagger(out: Path) -> Tagger:
     state = torch.load(out / "tower.pt", weights_only=False)
     tagger = Tagger(tower_config())
@@ -212,7 +237,17 @@ def load_tagger(out: Path) -> Tagger:
 
 
 def train(
-    pool: Path, out: Path, name: str, steps: int, *, dropping: bool, batch: int, rate: float, snapshot: int, stop: int
+    pool: Path,
+    out: Path,
+    name: str,
+    steps: int,
+    *,
+    dropping: bool,
+    batch: int,
+    rate: float,
+    tag_rate: float,
+    snapshot: int,
+    stop: int,
 ) -> None:
     torch.manual_seed(1)
     rng = np.random.default_rng(1)
@@ -223,24 +258,36 @@ def train(
     hints = AttentionRows(model, HINT_LAYERS)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=rate, weight_decay=0.02, betas=(0.9, 0.98))
+    tagger.requires_grad_(True).train()
+    tag_optimiser = torch.optim.AdamW(tagger.parameters(), lr=tag_rate, weight_decay=0.05, betas=(0.9, 0.98))
     spent, step, asked_total = 0.0, 0, 0
     checkpoint = out / f"{name}.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
         model.load_state_dict(state["model"])
+        tagger.load_state_dict(state["tagger"])
         optimiser.load_state_dict(state["optimiser"])
+        tag_optimiser.load_state_dict(state["tag_optimiser"])
         spent, step, asked_total = state["spent"], state["step"], state["asked"]
         rng.bit_generator.state = state["rng"]
         print(f"resuming at step {step}, {spent / 60:.1f} minutes spent", flush=True)
 
     def save(path: Path = checkpoint) -> None:
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "rng": rng.bit_generator.state}
-        torch.save(state | {"spent": spent, "step": step, "asked": asked_total}, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        save_checkpoint(
+            path,
+            model=model.state_dict(),
+            tagger=tagger.state_dict(),
+            optimiser=optimiser.state_dict(),
+            tag_optimiser=tag_optimiser.state_dict(),
+            rng=rng.bit_generator.state,
+            spent=spent,
+            step=step,
+            asked=asked_total,
+        )
 
     val = load_shard(shards(pool, "val")[0])
     clock = saved = time.monotonic()
-    recent: dict[str, list[float]] = {"loss": [], "hint": []}
+    recent: dict[str, list[float]] = {"loss": [], "hint": [], "tagging": []}
     shard, order = {}, np.arange(0)
     while step < min(steps, stop or steps):
         if len(order) < batch:
@@ -250,32 +297,35 @@ def train(
         pictures, order = order[:batch], order[batch:]
         done = step / steps
         decay = min(1.0, 0.85 * (1 + math.cos(math.pi * done)))  # flat for two fifths of the run, then a cosine
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 150) * (0.02 + 0.98 * decay)
-        asked = [packer.choose(shard["questions"][i], rng) for i in pictures]
+        for used, top in ((optimiser, rate), (tag_optimiser, tag_rate)):
+            used.param_groups[0]["lr"] = top * min(1.0, (step + 1) / 150) * (0.02 + 0.98 * decay)
+        pools = [shard["questions"][i] for i in pictures]
+        asked = [packer.choose(pool, rng) + packer.stepping_stones(pool, rng) for pool in pools]
         packed = packer.pack(asked, drop(asked, rng, dropping), renumber=bool(rng.random() < 0.25))
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = tagger.tower(augment(shard["images"][pictures], rng)).last_hidden_state[:, 1:]
-            logits = forward(model, features, packed)
+            features, tags = tagger.tag(augment(shard["images"][pictures], rng))
+            tagging = tag_loss(tags, torch.from_numpy(shard["labels"][pictures]))
+            logits = forward(model, features.detach(), packed)
             loss = F.cross_entropy(logits, packed.target[packed.target >= 0])
             total, weight = loss, 0.3 * max(0.0, 1 - done / 0.5)
             if weight and len(packed.row):
                 hint = -torch.stack(hints.mass(packed)).mean()
                 recent["hint"].append(float(hint.detach()))
                 total = total + weight * hint
-        optimiser.zero_grad()
-        total.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
+        for used, goal, parameters in ((optimiser, total, weights), (tag_optimiser, tagging, [*tagger.parameters()])):
+            used.zero_grad()
+            goal.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            used.step()
         step, asked_total = step + 1, asked_total + len(packed.family)
         recent["loss"].append(float(loss.detach()))
+        recent["tagging"].append(float(tagging.detach()))
         now = time.monotonic()
         spent, clock = spent + now - clock, now
         if step % 50 == 0:
             line: dict[str, object] = {"step": step, "minutes": round(spent / 60, 2), "questions": asked_total}
             line |= {k: round(float(np.mean(x)), 3) for k, x in recent.items() if x}
-            recent = {"loss": [], "hint": []}
+            recent = {"loss": [], "hint": [], "tagging": []}
             if step % 250 == 0:
                 model.eval()
                 line["val"] = score(model, tagger, packer, val, 64)
@@ -305,6 +355,7 @@ def main() -> None:
     parser.add_argument("--no-drop", action="store_true", help="never drop visual tokens in training (the ablation)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--tag-rate", type=float, default=3e-4, help="learning rate of the tower and its tags")
     args = parser.parse_args()
     train(
         args.pool,
@@ -314,6 +365,7 @@ def main() -> None:
         dropping=not args.no_drop,
         batch=args.batch,
         rate=args.rate,
+        tag_rate=args.tag_rate,
         snapshot=args.snapshot,
         stop=args.stop,
     )

@@ -50,9 +50,13 @@ class Tagger(nn.Module):
         sizes = {name: len(names) for name, names in HEADS.items()} | {"row": GRID, "column": GRID}
         self.heads = nn.ModuleDict({name: nn.Linear(config.hidden_size, n) for name, n in sizes.items()})
 
-    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def tag(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Patch features [b, n, d] and each head's scores [b, n, classes]."""
         patches = self.tower(pixels).last_hidden_state[:, 1:]
-        return {name: head(patches).float() for name, head in self.heads.items()}
+        return patches, {name: head(patches).float() for name, head in self.heads.items()}
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.tag(pixels)[1]
 
 
 def augment(images: np.ndarray, rng: np.random.Generator) -> torch.Tensor:

@@ -154,6 +154,11 @@ def start_aligned(
                 if word and token in tokens:
                     noise = torch.randn(weight.shape[1], generator=generator) * 0.05
                     table[tokens[token]] = 0.25 * weight[row] / weight[row].std() + noise
+    for words, head in ((("left", "right"), "column"), (("top", "bottom"), "row")):
+        weight, half = heads[head], heads[head].shape[0] // 2
+        side = weight[:half].mean(0) - weight[half:].mean(0)
+        for word, sign in zip(words, (1, -1), strict=True):
+            table[tokens[word]] = sign * 0.25 * side / side.std()
     projector = model.model.multi_modal_projector
     for linear in (projector.linear_1, projector.linear_2):
         linear.weight.copy_(torch.eye(linear.weight.shape[0]))
