@@ -1,0 +1,5 @@
+"""`python -m gripvlm`: the command line."""
+
+from gripvlm.cli import main
+
+main()
