@@ -2,4 +2,4 @@
 
 from gripvlm.cli import main
 
-main()
+raise SystemExit(main())

@@ -69,7 +69,7 @@ def export_sample(folder: Path, pictures: int) -> None:
         scene = compose(seed, "test")
         rng = np.random.default_rng((23, seed))
         buffer = io.BytesIO()
-        Image.fromarray(scene.image).save(buffer, "WEBP", lossless=True, quality=100, method=6)
+        Image.fromarray(scene.image).save(buffer, "WEBP", lossless=True, quality=75, method=4)
         name = f"{i:04d}.webp"
         (folder / "images" / name).write_bytes(buffer.getvalue())
         asked = ask(scene, "test", np.random.default_rng((17, art.SPLITS.index("test"), seed)))

@@ -35,7 +35,7 @@ from gripvlm.lab.vlm import build_model, build_tokenizer, prompt, spell, start_a
 N = GRID * GRID
 HINT_LAYERS = (2, 3)
 # questions a picture, by family; a picture that has fewer gives what it has
-SHARE = {"existence": 4, "perception": 7, "science": 4, "diagram": 4, "reading": 4, "text": 2}
+SHARE = {"existence": 4, "perception": 8, "science": 4, "diagram": 4, "reading": 4, "text": 2}
 
 
 @dataclass
@@ -76,22 +76,21 @@ class Packer:
         return chosen
 
     def stepping_stones(self, questions: list[Question], rng: np.random.Generator) -> list[Question]:
-        """Colour and place asked openly, "what is the cat? choose: red, blue.": training only, no family of its own.
+        """Colour and place asked openly, "what is the cat?", "where is the cat?": training only, no family of its own.
 
         From yes and no alone, these comparisons start late: the reader must already know what to compare.
         """
-        pairs: dict[int, list[Question]] = {}
-        for q in questions:
-            if q.kind in ("colour", "position"):
-                pairs.setdefault(q.pair, []).append(q)
+        true = [q for q in questions if q.kind in ("colour", "position") and q.answer == "yes"]
         stones = []
-        for i in rng.permutation(len(pairs))[:4]:
-            true, false = list(pairs.values())[i]
-            words = [q.question.rstrip("?").split(" ")[-1] for q in (true, false)]
-            name, ask = true.question.split(" ")[2], "what" if true.kind == "colour" else "where"
-            options = ", ".join(words[j] for j in rng.permutation(2))
-            text = f"{ask} is the {name}? choose: {options}."
-            stones.append(Question("perception", "stone", text, words[0], true.evidence))
+        for i in rng.permutation(len(true))[:6]:
+            _, _, name, *_, said = true[i].question.rstrip("?").split(" ")
+            ask, answer = "what", said
+            if true[i].kind == "position":
+                weight = true[i].evidence.reshape(GRID, GRID).astype(float)
+                row, column = (float(np.average(np.arange(GRID), weights=weight.sum(axis))) for axis in (1, 0))
+                ask = "where"
+                answer = f"{('top', 'bottom')[row > (GRID - 1) / 2]} {('left', 'right')[column > (GRID - 1) / 2]}"
+            stones.append(Question("perception", "stone", f"{ask} is the {name}?", answer, true[i].evidence))
         return stones
 
     def pack(self, asked: list[list[Question]], keep: list[np.ndarray], renumber: bool) -> Packed:

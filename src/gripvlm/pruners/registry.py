@@ -37,6 +37,14 @@ class PrunerRow(NamedTuple):
     source: str
 
 
+def _same(old: object, new: object) -> bool:
+    """Equal, or one class defined anew under its own name, as a notebook cell does when it runs again."""
+    return old == new or all(
+        isinstance(one, type) and (one.__module__, one.__qualname__) == (old.__module__, old.__qualname__)  # type: ignore[attr-defined]
+        for one in (old, new)
+    )
+
+
 def register_pruner(name: str, factory: str | Callable[..., Pruner]) -> None:
     """Makes `factory` known as `name` in this process.
 
@@ -51,7 +59,7 @@ def register_pruner(name: str, factory: str | Callable[..., Pruner]) -> None:
     """
     if not name.isidentifier():
         raise PrunerError(f"pruner name {name!r} must be snake_case, such as 'my_pruner'")
-    if (taken := _sources().get(name)) is not None and taken != factory:
+    if (taken := _sources().get(name)) is not None and not _same(taken, factory):
         raise PrunerError(f"pruner name {name!r} is taken by {taken}: choose another")
     _registered[name] = factory
 
