@@ -208,7 +208,7 @@ def prune(
             record.calls += 1
             return original(None, *args, **kwargs)
         options = decoding.Options(model, args, kwargs)
-        options.refuse()
+        options.refuse(family)
         given = checked_inputs(model, family, kwargs, None)
         with torch.no_grad():
             arguments, now = _pruned(model, family, given, chooser, keep, positions, question, None, options.uncached)

@@ -28,6 +28,7 @@ TEXT: dict[str, Any] = {
     "pad_token_id": PAD,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
+    "tie_word_embeddings": False,  # else a tiny model mostly says its last word again
 }
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -84,6 +85,7 @@ class Tiny:
         types: makes the per-token types from the ids.
         video: makes one video, for families that take any.
         tolerance: absolute and relative, of logits that spread over about +-10.
+        embedding: scale of the embedding table; Gemmas multiply it by the root of the hidden size.
     """
 
     model_type: str
@@ -93,6 +95,7 @@ class Tiny:
     types: Callable[[Tensor], dict[str, Tensor]] = no_types
     video: Callable[[torch.Generator], Picture] | None = None
     tolerance: float = 3e-5
+    embedding: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ def _built(model_type: str, changes: tuple[tuple[str, Any], ...], attention: str
     from tiny_families import TINY  # the table imports this file
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **_copied(TINY[model_type].config))
+    tiny = TINY[model_type]
+    config = AutoConfig.for_model(model_type, **{"tie_word_embeddings": False} | _copied(tiny.config))
     for name, value in changes:
         setattr(config.get_text_config(), name, list(value) if isinstance(value, tuple) else value)
     model = AutoModelForImageTextToText.from_config(config)
@@ -143,7 +147,9 @@ def _built(model_type: str, changes: tuple[tuple[str, Any], ...], attention: str
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
-                scale = 1.0 if "embed" in name else 0.4 if "lm_head" in name else 1.6 / weight.shape[-1] ** 0.5
+                scale = (
+                    tiny.embedding if "embed" in name else 0.4 if "lm_head" in name else 1.6 / weight.shape[-1] ** 0.5
+                )
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = None  # always the asked number of tokens

@@ -48,6 +48,7 @@ BLOCKS = [
         },
         squares(16, (START,), (END,)),
         types=image_blocks,
+        embedding=0.15,
     ),
     Tiny(
         "gemma4",
@@ -81,6 +82,7 @@ BLOCKS = [
         },
         patches,
         types=modality_types,
+        embedding=0.15,
     ),
     Tiny(
         "paligemma",
@@ -92,5 +94,6 @@ BLOCKS = [
         },
         squares(16),
         types=prefix,
+        embedding=0.15,
     ),
 ]

@@ -40,8 +40,13 @@ class Options:
         """True where decoding runs without a key-value cache."""
         return self.get("use_cache") is False
 
-    def refuse(self) -> None:
-        """Raises for ways of decoding that are not right with fewer tokens."""
+    def refuse(self, family: Family) -> None:
+        """Raises for ways of decoding that are not right with fewer tokens, or not even with all."""
+        if self.get("prefill_chunk_size") is not None and not family.chunks:
+            raise InputError(
+                f"prefill_chunk_size: {family.model_type} images attend in both directions, which transformers "
+                "cannot prefill in chunks; leave it out"
+            )
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if self.get(name) is not None:
                 raise InputError(f"{name}: speculative decoding is not supported with pruning; leave it out")

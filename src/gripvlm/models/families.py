@@ -54,6 +54,8 @@ class Family:
             token is not a deleted one.
         beams: False where transformers itself gives the wrong images to the beams of a prompt with
             several.
+        chunks: False where image tokens see each other in both directions, so that transformers itself
+            is wrong where it prefills an image in two chunks.
         note: what a user should know, one line.
     """
 
@@ -65,13 +67,14 @@ class Family:
     extras: tuple[str, ...] = ()
     equals: str = "masking"
     beams: bool = True
+    chunks: bool = True
     note: str = ""
 
 
 _BOTH = ("image", "video")
 _ROWS = (
-    Family("gemma3", square, note="sliding layers count their window over kept tokens"),
-    Family("gemma4", from_coordinates, note="sliding layers count their window over kept tokens"),
+    Family("gemma3", square, chunks=False, note="sliding layers count their window over kept tokens"),
+    Family("gemma4", from_coordinates, chunks=False, note="sliding layers count their window over kept tokens"),
     Family("glm4v", from_patches, beams=False, note="images only; no beams over several images a prompt"),
     Family("idefics3", square, item="tile", joined=shuffled, note="a budget counts per tile"),
     Family("internvl", square, item="tile", note="a budget counts per tile, mostly of 256 tokens"),
@@ -81,7 +84,7 @@ _ROWS = (
     Family("llava_onevision", unknown, note="images only; newline rows count as visual tokens"),
     Family("mistral3", from_pixels, note="row breaks are text and stay"),
     Family("ovis2", square, item="tile", extras=("visual_indicator_features",), note="a budget counts per tile"),
-    Family("paligemma", square, note="the whole prompt attends in both directions"),
+    Family("paligemma", square, chunks=False, note="the whole prompt attends in both directions"),
     Family("qwen2_5_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
     Family("qwen2_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
     Family("qwen3_5", from_patches, equals="deletion", note="linear attention: masking is not deletion"),
