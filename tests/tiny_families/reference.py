@@ -49,8 +49,9 @@ def teacher_forced(model: Any, arguments: dict[str, Any], new: Tensor) -> list[T
     longer["input_ids"] = torch.cat((arguments["input_ids"], new), -1)
     longer["attention_mask"] = torch.cat((arguments["attention_mask"], ones), -1)
     longer["position_ids"] = torch.cat((positions, after), -1)
-    if "mm_token_type_ids" in arguments:
-        longer["mm_token_type_ids"] = torch.cat((arguments["mm_token_type_ids"], zeros), -1)
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in arguments:
+            longer[name] = torch.cat((arguments[name], zeros), -1)
     with torch.no_grad():
         logits = model(**longer).logits
     start = arguments["input_ids"].shape[1] - 1
