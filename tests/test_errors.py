@@ -221,3 +221,24 @@ def test_a_pruner_that_needs_a_raster_says_so_where_there_is_none(inputs):
     assert gripvlm.prune_inputs(model, with_cls, "norm", keep=3)["input_ids"].shape[1] == 6
     with pytest.raises(PrunerError, match="'grid' needs rows in a plain raster, but the 17 rows"):
         gripvlm.prune_inputs(model, with_cls, "grid", keep=3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("mllama", "'mllama' is not supported, because its visual tokens are read by cross-attention"),
+        ("llama4", "because its forward projects"),
+        ("qwen3_vl_next", r"the nearest is qwen3_vl.*docs/families\.md says how"),
+    ],
+)
+def test_other_families_hear_the_reason_and_the_nearest(monkeypatch, model_type, says):
+    model = tiny_llava()
+    monkeypatch.setattr(type(model.config), "model_type", model_type)
+    with pytest.raises(UnsupportedModelError, match=says):
+        gripvlm.encode(model, llava_inputs([1], [4]))
+
+
+def test_videos_are_refused_where_the_family_takes_none(model, inputs):
+    videos = inputs | {"pixel_values_videos": torch.zeros(1, 2, 3, 32, 32)}
+    with pytest.raises(InputError, match=r"videos are not supported for llava: .*frames as images"):
+        gripvlm.prune_inputs(model, videos, "norm", keep=4)

@@ -13,6 +13,7 @@ from gripvlm.budget import Budget, Keep
 from gripvlm.errors import BudgetError, InputError, PrunerError
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
+from gripvlm.models.families import Family
 from gripvlm.pruners import Pruner, Selection, VisualTokens, get_pruner
 from gripvlm.pruners.base import NEEDS
 
@@ -52,7 +53,7 @@ def checked_pruner(pruner: str | Pruner) -> Pruner:
     return chooser
 
 
-def checked_inputs(model: Any, inputs: Mapping[str, Any], encoded: Encoded | None) -> dict[str, Any]:
+def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encoded: Encoded | None) -> dict[str, Any]:
     """The inputs as a dict without None, or an `InputError` that says what is wrong with them."""
     if not isinstance(inputs, Mapping):
         raise InputError(f"inputs are a {type(inputs).__name__}: pass what the processor returns")
@@ -68,6 +69,10 @@ def checked_inputs(model: Any, inputs: Mapping[str, Any], encoded: Encoded | Non
         )
     if encoded is None and not any(name in given for name in PIXELS):
         raise InputError("no image: inputs have no pixel_values; without images call the model without gripvlm")
+    if "pixel_values_videos" in given and "video" not in family.modalities:
+        raise InputError(
+            f"videos are not supported for {family.model_type}: leave pixel_values_videos out, or pass frames as images"
+        )
     for name in ("attention_mask", "labels"):
         if name in given and given[name].shape != ids.shape:
             raise InputError(

@@ -76,7 +76,7 @@ def encode(model: Any, inputs: Mapping[str, Any]) -> Encoded:
         UnsupportedModelError, InputError: see `prune_inputs`.
     """
     family = family_of(model)
-    inputs = checked_inputs(model, inputs, None)
+    inputs = checked_inputs(model, family, inputs, None)
     started = _now(model)
     encoded = seam.encode(model, family, inputs)
     return replace(encoded, seconds=_now(model) - started)
@@ -124,11 +124,14 @@ def prune_inputs(
         BudgetError: not a budget, or more than an image has.
         PrunerError: an unknown pruner, or one that returned no valid selection.
 
-    Nothing is patched and the model is not changed. Gradients flow through the kept features.
+    Nothing is patched. Gradients flow through the kept features. On models with M-RoPE the base
+    model's `rope_deltas` are set, as transformers itself does for every prompt, so that a decoding
+    loop of your own goes on at the right positions; other models need the loop to pass
+    `position_ids` that go on from the last ones here.
     """
     family = family_of(model)
     chooser = checked_pruner(pruner)
-    inputs = checked_inputs(model, inputs, encoded)
+    inputs = checked_inputs(model, family, inputs, encoded)
     arguments, record = _pruned(model, family, inputs, chooser, keep, positions, question, encoded, spare_column=False)
     return (arguments, record) if return_record else arguments
 
@@ -149,7 +152,7 @@ def visual_tokens(
         A list (samples) of lists (images, in prompt order) of `VisualTokens`.
     """
     family = family_of(model)
-    inputs = checked_inputs(model, inputs, encoded)
+    inputs = checked_inputs(model, family, inputs, encoded)
     if encoded is None:
         encoded = seam.encode(model, family, inputs)
     return _tokens(model, family, inputs, _Onlooker(), keep, question, encoded)[1]
@@ -205,11 +208,11 @@ def prune(
             record.calls += 1
             return original(None, *args, **kwargs)
         options = decoding.Options(model, args, kwargs)
-        options.refuse()
-        given = checked_inputs(model, kwargs, None)
+        options.refuse(family)
+        given = checked_inputs(model, family, kwargs, None)
         with torch.no_grad():
             arguments, now = _pruned(model, family, given, chooser, keep, positions, question, None, options.uncached)
-        options.check_beams(arguments, now.selections)
+        options.check_beams(family, arguments, now.selections)
         record.selections, record.seconds = now.selections, now.seconds
         record.calls += 1
         args, arguments = options.shifted(arguments, given["input_ids"].shape[1])

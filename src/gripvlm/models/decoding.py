@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
+from gripvlm.models.families import Family
 
 __all__ = ["Options", "with_prompt"]
 
@@ -39,19 +40,30 @@ class Options:
         """True where decoding runs without a key-value cache."""
         return self.get("use_cache") is False
 
-    def refuse(self) -> None:
-        """Raises for ways of decoding that are not right with fewer tokens."""
+    def refuse(self, family: Family) -> None:
+        """Raises for ways of decoding that are not right with fewer tokens, or not even with all."""
+        if self.get("prefill_chunk_size") is not None and not family.chunks:
+            raise InputError(
+                f"prefill_chunk_size: {family.model_type} images attend in both directions, which transformers "
+                "cannot prefill in chunks; leave it out"
+            )
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if self.get(name) is not None:
                 raise InputError(f"{name}: speculative decoding is not supported with pruning; leave it out")
 
-    def check_beams(self, arguments: Mapping[str, Any], selections: Sequence[Sequence[Any]]) -> None:
-        """Raises where transformers would mix images up: beams over unequal counts."""
+    def check_beams(self, family: Family, arguments: Mapping[str, Any], selections: Sequence[Sequence[Any]]) -> None:
+        """Raises where transformers would mix images up: beams over unequal counts, or over several images."""
         several = max(self.get("num_beams") or 1, self.get("num_return_sequences") or 1) > 1
         counts = {selection.k for sample in selections for selection in sample}
         one_tensor = any(
             isinstance(output.pooler_output, Tensor) for output in arguments["mm_encoder_outputs"].values()
         )
+        if several and not family.beams and any(len(sample) > 1 for sample in selections):
+            raise InputError(
+                f"beams and several returned sequences are wrong in transformers itself for "
+                f"{family.model_type} prompts with more than one image: decode greedily or sample one "
+                "sequence, or repeat the prompt in the batch"
+            )
         if several and one_tensor and len(selections) > 1 and len(counts) > 1:
             raise InputError(
                 f"beams or several returned sequences need the same count in every image for this "

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.families import Grid
+from gripvlm.models.grids import Grid
 
-__all__ = ["Encoded", "Item", "Span"]
+__all__ = ["Encoded", "Item", "Output", "Span"]
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One visual item (an image, for most families) as encoded.
+    """One visual item as encoded: an image, for most families; a tile or a video for some.
 
     Attributes:
         modality: "image" or "video".
@@ -23,6 +24,7 @@ class Item:
         deepstack: further planes [n, d], one for each layer they are added at; mostly none.
         grid: (h, w) of a plain raster, else None.
         key: a number from the pixels alone (see `VisualTokens.key`).
+        patches: (t, h, w) before merging, for families whose positions are made from it, else None.
     """
 
     modality: str
@@ -30,6 +32,21 @@ class Item:
     deepstack: tuple[Tensor, ...]
     grid: Grid
     key: int
+    patches: tuple[int, int, int] | None = None
+
+
+class Output(NamedTuple):
+    """What is needed to make an encoder's output again, with other rows.
+
+    Attributes:
+        kind: the class of the encoder's output.
+        one_tensor: whether its rows were one tensor for all items, not a list.
+        extras: further fields that `forward` reads, the same whatever rows are kept.
+    """
+
+    kind: type
+    one_tensor: bool
+    extras: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +56,13 @@ class Encoded:
     Attributes:
         model_type: the family that made it.
         samples: a tuple (batch) of tuples of `Item`, in prompt order; () for a prompt without any.
-        outputs: modality -> (class of the encoder's output, whether its rows were one tensor).
+        outputs: modality -> `Output`.
         seconds: what encoding took.
     """
 
     model_type: str
     samples: tuple[tuple[Item, ...], ...]
-    outputs: Mapping[str, tuple[type, bool]]
+    outputs: Mapping[str, Output]
     seconds: float = 0.0
 
     def __len__(self) -> int:

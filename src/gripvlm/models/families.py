@@ -1,61 +1,40 @@
 """What differs between model families, as data: one row each.
 
-To add a family: write its row here, add a tiny random model to `tests/tiny_models.py`, and run
-`pytest tests/test_seam.py`, which tries every row. Nothing else in gripvlm names a model.
+To add a family: write its row here, describe a tiny random model in `tests/tiny_families/`, and run
+`pytest tests/test_families.py`, which tries every row; docs/families.md shows it with an example.
+Nothing else in gripvlm names a model.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gripvlm.errors import UnsupportedModelError
+from gripvlm.models.grids import (
+    Grid,
+    GridRule,
+    from_coordinates,
+    from_patches,
+    from_pixels,
+    from_shapes,
+    square,
+    unknown,
+)
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "family_of"]
 
-Grid = tuple[int, int] | None
-GridRule = Callable[[Any, Mapping[str, Any], list[int]], list[Grid]]
-
-
-def from_pixels(model: Any, inputs: Mapping[str, Any], sizes: list[int]) -> list[Grid]:
-    """Grids of towers that see each image whole: h / w is the image's own height / width.
-
-    Needs no patch size, so it serves any tower whose rows are one square patch each. None where n
-    does not factor so (a CLS row kept in front, for instance).
-    """
-    pixels = inputs["pixel_values"]
-    shapes = inputs.get("image_sizes")
-    if shapes is None:
-        shapes = [pixels.shape[-2:]] * len(sizes)
-    return [_factor(n, int(shape[0]), int(shape[1])) for n, shape in zip(sizes, shapes, strict=True)]
+DOCS = "docs/families.md"
 
 
-def from_patches(model: Any, inputs: Mapping[str, Any], sizes: list[int]) -> list[Grid]:
-    """Grids of towers that are told them, `image_grid_thw` in patches before merging."""
-    merge = model.config.vision_config.spatial_merge_size
-    grids = inputs["image_grid_thw"].tolist()
-    return [(h // merge, w // merge) if t == 1 else None for t, h, w in grids]
-
-
-def square(model: Any, inputs: Mapping[str, Any], sizes: list[int]) -> list[Grid]:
-    """Grids of towers whose tiles are square: n = h * h."""
-    return [_factor(n, 1, 1) for n in sizes]
-
-
-def unknown(model: Any, inputs: Mapping[str, Any], sizes: list[int]) -> list[Grid]:
-    """No grid: rows are no plain raster (tiles joined, newline rows in between)."""
-    return [None] * len(sizes)
-
-
-def _factor(n: int, height: int, width: int) -> Grid:
-    """(h, w) with h * w == n and h / w within a tenth of height / width, or None."""
-    h = max(1, round(math.sqrt(n * height / width)))
-    w = n // h
-    return (h, w) if h * w == n and abs(math.log(h * width / (w * height))) < 0.1 else None
+def shuffled(model: Any, inputs: Mapping[str, Any]) -> int:
+    """Rows of one tile where `scale_factor` squared patches become one row (pixel shuffle)."""
+    height, width = inputs["pixel_values"].shape[-2:]
+    patch = model.config.vision_config.patch_size
+    return (height // patch) * (width // patch) // model.config.scale_factor**2
 
 
 @dataclass(frozen=True)
@@ -67,6 +46,16 @@ class Family:
         grid: the rule for (h, w) of each visual item.
         item: what one entry of the encoder's output is, for error messages and docs.
         modalities: what its encoders take; `config.<modality>_token_id` is the placeholder.
+        joined: where the encoder joins all items of a prompt, the rule for the rows of one.
+        extras: further fields of the encoder's output that `forward` reads, handed on as they are.
+        equals: what pruning equals. "masking": the full model with the dropped keys masked at the
+            same positions. "deletion": the model that never saw the dropped rows, prefilled or
+            decoded alike; recurrent and convolutional layers mix neighbours, so for them a masked
+            token is not a deleted one.
+        beams: False where transformers itself gives the wrong images to the beams of a prompt with
+            several.
+        chunks: False where image tokens see each other in both directions, so that transformers itself
+            is wrong where it prefills an image in two chunks.
         note: what a user should know, one line.
     """
 
@@ -74,14 +63,47 @@ class Family:
     grid: GridRule
     item: str = "image"
     modalities: tuple[str, ...] = ("image",)
+    joined: Callable[[Any, Mapping[str, Any]], int] | None = None
+    extras: tuple[str, ...] = ()
+    equals: str = "masking"
+    beams: bool = True
+    chunks: bool = True
     note: str = ""
 
 
+_BOTH = ("image", "video")
 _ROWS = (
+    Family("gemma3", square, chunks=False, note="sliding layers count their window over kept tokens"),
+    Family("gemma4", from_coordinates, chunks=False, note="sliding layers count their window over kept tokens"),
+    Family("glm4v", from_patches, beams=False, note="images only; no beams over several images a prompt"),
+    Family("idefics3", square, item="tile", joined=shuffled, note="a budget counts per tile"),
     Family("internvl", square, item="tile", note="a budget counts per tile, mostly of 256 tokens"),
+    Family("lfm2_vl", from_shapes, item="tile", equals="deletion", note="convolutions: masking is not deletion"),
     Family("llava", from_pixels, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
+    Family("llava_next", unknown, note="tiles joined, with newline rows that count as visual tokens"),
+    Family("llava_onevision", unknown, note="images only; newline rows count as visual tokens"),
+    Family("mistral3", from_pixels, note="row breaks are text and stay"),
+    Family("ovis2", square, item="tile", extras=("visual_indicator_features",), note="a budget counts per tile"),
+    Family("paligemma", square, chunks=False, note="the whole prompt attends in both directions"),
+    Family("qwen2_5_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
+    Family("qwen2_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
+    Family("qwen3_5", from_patches, equals="deletion", note="linear attention: masking is not deletion"),
+    Family("qwen3_vl", from_patches, modalities=_BOTH, note="M-RoPE; DeepStack planes lose the same rows"),
+    Family("qwen3_vl_moe", from_patches, modalities=_BOTH, note="M-RoPE; DeepStack planes lose the same rows"),
+    Family("smolvlm", square, item="tile", joined=shuffled, note="a budget counts per tile"),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
+
+_QUERIES = "its Q-Former already reduces an image to 32 tokens"
+REFUSED: dict[str, str] = {
+    "blip-2": _QUERIES,
+    "fuyu": "it has no vision encoder whose output could be pruned",
+    "granite4_vision": "its visual tokens enter at several layers only, not in the sequence",
+    "instructblip": _QUERIES,
+    "llama4": "its forward projects the encoder's rows itself, after the point where rows are dropped",
+    "mllama": "its visual tokens are read by cross-attention and are never in the sequence",
+}
+"""model type -> why pruning at the input is not right or not worth it, whatever the row."""
 
 
 def family_of(model: Any) -> Family:
@@ -101,11 +123,12 @@ def family_of(model: Any) -> Family:
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=2, cutoff=0.5)
         hint = f" (the nearest is {' or '.join(near)})" if near else ""
-        kind = "" if hasattr(config, "vision_config") else ", which looks like a text-only model,"
+        kind = "" if hasattr(config, "vision_config") or name in REFUSED else ", which looks like a text-only model,"
+        why = f", because {REFUSED[name]}" if name in REFUSED else ""
         raise UnsupportedModelError(
-            f"model type {name!r}{kind} is not supported: supported are "
+            f"model type {name!r}{kind} is not supported{why}: supported are "
             f"{', '.join(sorted(FAMILIES))}{hint}. "
-            "Adding one is a row in gripvlm/models/families.py; its docstring says how"
+            f"Adding one is a row in gripvlm/models/families.py; {DOCS} says how"
         )
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(

@@ -9,16 +9,17 @@ This is the only file that calls transformers' private helpers or applies a merg
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.encoded import Encoded, Item, Span
+from gripvlm.models.contents import content_keys
+from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
 from gripvlm.models.text import full_mask, padding_token, placeholder
 
@@ -56,24 +57,36 @@ class Chosen(Protocol):
 def encode(model: Any, family: Family, inputs: Mapping[str, Any]) -> Encoded:
     """Runs the vision encoder and projector once over all of `inputs`' pixels."""
     filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
-    outputs = filled["mm_encoder_outputs"]
     items: dict[str, list[Item]] = {}
-    kinds: dict[str, tuple[type, bool]] = {}
-    for modality, output in outputs.items():
-        rows = list(output.pooler_output)
-        planes = getattr(output, "deepstack_features", None) or ()
-        sizes = [row.shape[0] for row in rows]
-        grids = family.grid(model, inputs, sizes)
-        keys = _content_keys(inputs, len(rows))
-        items[modality] = [
-            Item(modality, row, tuple(plane[i] for plane in planes), grid, key)
-            for i, (row, grid, key) in enumerate(zip(rows, grids, keys, strict=True))
-        ]
-        kinds[modality] = (type(output), isinstance(output.pooler_output, Tensor))
+    kinds: dict[str, Output] = {}
+    for modality, output in filled["mm_encoder_outputs"].items():
+        items[modality] = _items(model, family, inputs, modality, output)
+        extras = {name: getattr(output, name) for name in family.extras}
+        kinds[modality] = Output(type(output), isinstance(output.pooler_output, Tensor), extras)
     ids = inputs["input_ids"]
     shared = {name: _share_out(model, ids, name, made) for name, made in items.items()}
     samples = [tuple(item for name in shared for item in shared[name][b]) for b in range(ids.shape[0])]
-    return Encoded(family.model_type, tuple(samples), kinds)
+    encoded = Encoded(family.model_type, tuple(samples), kinds)
+    in_order = [tuple(span.item for span in spans) for spans in locate(model, ids, encoded)]
+    return replace(encoded, samples=tuple(in_order))
+
+
+def _items(model: Any, family: Family, inputs: Mapping[str, Any], modality: str, output: Any) -> list[Item]:
+    """One `Item` for each entry of the encoder's output, or for each part of a joined one."""
+    rows = list(output.pooler_output)
+    if family.joined is not None:
+        one = family.joined(model, inputs)
+        rows = [part for row in rows for part in row.split(one) if part.shape[0]]  # none: a prompt without images
+    sizes = [row.shape[0] for row in rows]
+    planes = getattr(output, "deepstack_features", None) or ()
+    grids = family.grid(model, inputs, modality, sizes)
+    keys = content_keys(inputs, modality, len(rows))
+    told = inputs.get(f"{modality}_grid_thw")
+    patches = [None] * len(rows) if told is None else [(t, h, w) for t, h, w in told.tolist()]
+    return [
+        Item(modality, row, tuple(plane[i] for plane in planes), grids[i], keys[i], patches[i])
+        for i, row in enumerate(rows)
+    ]
 
 
 def _share_out(model: Any, ids: Tensor, modality: str, items: list[Item]) -> list[list[Item]]:
@@ -99,16 +112,6 @@ def _share_out(model: Any, ids: Tensor, modality: str, items: list[Item]) -> lis
             "the text needs one image token for each image"
         )
     return samples
-
-
-def _content_keys(inputs: Mapping[str, Any], count: int) -> list[int]:
-    """One number an image, from some of its own pixels: the same in any batch, on any device."""
-    pixels = inputs.get("pixel_values")
-    if not isinstance(pixels, Tensor) or pixels.shape[0] != count or pixels.ndim < 3:
-        return [0] * count
-    flat = pixels.detach().reshape(count, -1)
-    few = flat[:, :: max(1, flat.shape[1] // 4096)].float().cpu()
-    return [int.from_bytes(hashlib.blake2b(row.numpy().tobytes(), digest_size=7).digest(), "little") for row in few]
 
 
 # --- where things are in the prompt -------------------------------------------------------------
@@ -169,15 +172,36 @@ def shorten(
             row[span.positions[pick.indices.to(span.positions.device)]] = True
     dropped = mask.bool().sum(-1) - keep.sum(-1)  # [B]
     if arguments.get("position_ids") is None:
-        arguments["position_ids"] = model._prepare_position_ids_for_generation(arguments["input_ids"], dict(arguments))
+        arguments["position_ids"] = _full_positions(model, arguments, spans)
     if bool(dropped.any()):
         length = min(keep.shape[1], int(keep.sum(-1).max()) + spare_column)
         _compact(model, arguments, keep, length, right=not bool(mask[:, -1].all()))
-        _renumber(model, arguments, dropped, positions)
+        _renumber(model, arguments, positions)
     for name in encoder_arguments(model, arguments):
         arguments.pop(name)
     arguments["mm_encoder_outputs"] = _visual_outputs(encoded, spans, chosen)
     return arguments
+
+
+def _full_positions(model: Any, inputs: Mapping[str, Any], spans: Sequence[Sequence[Span]]) -> Tensor:
+    """Position ids of the full prompt, as the model itself would make them.
+
+    [B, L], or [axes, B, L] for M-RoPE, which needs to know the items' patches; those are the
+    encoded items' own, so that an encoding serves any prompts it fits.
+    """
+    told: dict[str, list[tuple[int, int, int]]] = {}
+    for mine in spans:
+        for span in mine:
+            if span.item.patches is not None:
+                told.setdefault(f"{span.item.modality}_grid_thw", []).append(span.item.patches)
+    if told and inputs.get("mm_token_type_ids") is None:
+        raise InputError(
+            "mm_token_type_ids are missing, without which this model's positions are wrong: pass "
+            "everything the processor returns"
+        )
+    ids = inputs["input_ids"]
+    grids = {name: torch.tensor(rows, device=ids.device) for name, rows in told.items()}
+    return model._prepare_position_ids_for_generation(ids, dict(inputs) | grids)
 
 
 def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, right: bool) -> None:
@@ -196,7 +220,7 @@ def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, r
         arguments[name] = value.gather(-1, index).masked_fill(~real, fill)
 
 
-def _renumber(model: Any, arguments: dict[str, Any], dropped: Tensor, positions: str) -> None:
+def _renumber(model: Any, arguments: dict[str, Any], positions: str) -> None:
     """Position ids after dropping: as they were, or counted anew."""
     now = arguments["position_ids"]
     mask = arguments["attention_mask"].long()
@@ -212,8 +236,9 @@ def _renumber(model: Any, arguments: dict[str, Any], dropped: Tensor, positions:
         )
     if now.shape[0] == 4:  # text row + t, h, w: the text row only counts tokens
         arguments["position_ids"] = torch.cat((counted[None], now[1:]))
-    if (deltas := getattr(model.base_model, "rope_deltas", None)) is not None:
-        model.base_model.rope_deltas = deltas + dropped[:, None].to(deltas.device)
+    if hasattr(model.base_model, "rope_deltas"):  # what a manual decoding loop adds to the tokens it counts
+        beyond = now[-3:].masked_fill(mask == 0, -1).amax(dim=(0, 2)) + 1
+        model.base_model.rope_deltas = (beyond - mask.sum(-1))[:, None]
 
 
 def encoder_arguments(model: Any, given: Mapping[str, Any]) -> list[str]:
@@ -231,7 +256,7 @@ def _visual_outputs(
 ) -> dict[str, Any]:
     """modality -> a fresh output of the encoder's own class that holds the chosen rows."""
     outputs = {}
-    for modality, (output_class, was_tensor) in encoded.outputs.items():
+    for modality, made in encoded.outputs.items():
         pairs = [
             (span.item, pick)
             for mine, picks in zip(spans, chosen, strict=True)
@@ -241,7 +266,7 @@ def _visual_outputs(
         if not pairs:
             continue
         rows = [_rows(item.features, pick) for item, pick in pairs]
-        output = output_class(pooler_output=_contain(rows, was_tensor))
+        output = made.kind(pooler_output=_contain(rows, made.one_tensor), **made.extras)
         depth = len(pairs[0][0].deepstack)
         if depth:
             output.deepstack_features = [

@@ -1,0 +1,204 @@
+"""Chosen rows of attention, under any attention implementation that keeps keys, without full attention.
+
+`output_attentions=True` gives nothing under sdpa (an empty tuple) and, in Qwen's towers, not even the
+weights under eager. So the queries and keys are watched where every transformers model hands them to
+its attention function, and softmax(q[rows] k^T) is computed for the asked rows only: O(rows x length).
+
+    with watch_attention(model.get_decoder(), layers=[1], queries=[-1]) as seen:
+        model(**inputs)
+    seen[1][0]          # [B, heads, 1, L]: what the last token looks at in layer 1
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+from gripvlm.errors import InputError
+
+__all__ = ["merged_rows", "watch_attention"]
+
+Queries: TypeAlias = Sequence[int] | str
+_CHUNK = 256  # queries at a time for "received"
+
+
+@dataclass
+class _Watch:
+    """One open block: which modules it watches, as id -> layer, and what it has seen."""
+
+    modules: dict[int, int]
+    queries: Queries
+    seen: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
+        layer = self.modules.get(id(module))
+        if layer is not None:
+            with torch.no_grad():
+                self.seen.setdefault(layer, []).append(_weights(module, query, key, mask, options, self.queries))
+
+
+_open: list[_Watch] = []
+_lock = threading.Lock()
+_original: Callable[..., Any] | None = None
+
+
+@contextmanager
+def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Iterator[dict[int, list[Tensor]]]:
+    """Inside the block, attention rows of some of `root`'s layers are noted whenever it runs.
+
+    Args:
+        root: the part of a model to watch, such as `model.get_encoder("image")` (the vision tower) or
+            `model.get_decoder()` (the language model), or a whole model of one stack.
+        layers: numbers of its layers; negative ones count from the last.
+        queries: positions of query tokens (negative ones from the end), or "received" for the mean
+            over all queries.
+
+    Yields:
+        A dict, filled while the model runs: layer -> list (calls of its attention, in order) of
+        float32 tensors [B, heads, len(queries), L], or [B, heads, L] for "received". Towers that
+        attend by window or by image make one call for each, in their own order: see `merged_rows`.
+
+    Only modules below `root` are watched: other models, also in other threads, run as they would.
+    Queries that see nothing (padding) give and receive zero. The attention function itself runs
+    unchanged, so outputs are the same bit for bit.
+
+    Raises:
+        InputError: no such layer; or, when the model runs, an attention implementation whose mask
+            does not say what each query sees.
+    """
+    global _original
+    if isinstance(queries, str) and queries != "received":
+        raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or 'received'")
+    watch = _Watch(_chosen(root, layers), queries)
+    with _lock:
+        if not _open:
+            _original = AttentionInterface.get_interface
+            AttentionInterface.get_interface = _watched(_original)
+        _open.append(watch)
+    try:
+        yield watch.seen
+    finally:
+        with _lock:
+            _open.remove(watch)
+            if not _open:
+                AttentionInterface.get_interface = _original
+
+
+def merged_rows(tower: Any, pieces: Sequence[Tensor], grids: Tensor) -> list[Tensor]:
+    """Received attention of a tower with `<modality>_grid_thw`, for each row of each of its items.
+
+    Args:
+        tower: the vision tower, which merges square blocks of patches and may attend by window, in
+            an order of its own.
+        pieces: what `watch_attention(tower, [layer], "received")` noted in a layer, a list of
+            [1, heads, patches of one window or image].
+        grids: [items, 3] (t, h, w) in patches.
+
+    Returns:
+        A list (items) of [n] float32: the mean over heads and over a row's patches, in the order of
+        the item's rows. The values of one attention call (a window, an image) sum to 1 over its
+        patches before that mean.
+    """
+    block = tower.spatial_merge_size**2
+    flat = torch.cat([piece[0].mean(0) for piece in pieces])
+    if flat.numel() != int(grids.prod(-1).sum()):
+        raise InputError(f"{flat.numel()} patches were noted, but grids have {int(grids.prod(-1).sum())}: one run each")
+    rows = flat.unflatten(0, (-1, block)).mean(-1)
+    if hasattr(tower, "window_size"):
+        order = _window_order(tower, grids)
+        rows = rows[torch.argsort(order.to(rows.device))]
+    return list(rows.split((grids.prod(-1) // block).tolist()))
+
+
+def _window_order(tower: Any, grids: Tensor) -> Tensor:
+    """[rows] the row that the tower's order has at each place; older transformers have it as a method."""
+    if hasattr(tower, "get_window_index"):
+        return torch.as_tensor(tower.get_window_index(grids)[0])
+    from transformers.vision_utils import get_vision_window_index
+
+    return get_vision_window_index(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)[0]
+
+
+def _chosen(root: Any, layers: Sequence[int]) -> dict[int, int]:
+    """id of a module -> its layer, for all modules inside the chosen layers."""
+    inside = {}
+    for name, module in root.named_modules():
+        if number := re.search(r"(?:^|\.)(\d+)\.", name):
+            inside[id(module)] = int(number.group(1))
+    count = max(inside.values(), default=-1) + 1
+    if wrong := [layer for layer in layers if not -count <= layer < count]:
+        raise InputError(f"no layer {wrong[0]} in this {type(root).__name__}: it has {count}, from 0 to {count - 1}")
+    wanted = {layer % count for layer in layers}
+    return {module: layer for module, layer in inside.items() if layer in wanted}
+
+
+def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`AttentionInterface.get_interface` that returns functions which let open blocks look first."""
+
+    @functools.wraps(original)
+    def get_interface(self: Any, implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        attend = original(self, implementation, default)
+
+        @functools.wraps(attend)
+        def look_and_attend(
+            module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+        ) -> Any:
+            for watch in tuple(_open):
+                watch.look(module, query, key, attention_mask, options)
+            return attend(module, query, key, value, attention_mask, **options)
+
+        return look_and_attend
+
+    return get_interface
+
+
+def _weights(module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], queries: Queries) -> Tensor:
+    """[B, H, r, L] weights of the asked queries, or [B, H, L] received by each key on average."""
+    unclear = mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4)
+    if unclear or options.get("cu_seq_lens_q") is not None:
+        raise InputError(
+            f"{type(module).__name__} runs with a mask that does not say what each query sees (flash or flex "
+            "attention): load the model with attn_implementation='sdpa' to watch it"
+        )
+    if any(options.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise InputError(f"{type(module).__name__} adds sinks or biases to its scores, which are not watched")
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    length, total = query.shape[2], key.shape[2]
+    causal = options.get("is_causal")
+    causal = (getattr(module, "is_causal", True) if causal is None else causal) and mask is None and length > 1
+
+    def rows(index: Tensor) -> Tensor:
+        scale = options.get("scaling")
+        scores = query[:, :, index].float() @ key.transpose(2, 3).float()
+        scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if (cap := options.get("softcap")) is not None:
+            scores = torch.tanh(scores / cap) * cap
+        if mask is not None:
+            part = mask[:, :, index if mask.shape[2] > 1 else slice(None), :total]
+            if part.dtype == torch.bool:
+                scores = scores.masked_fill(~part, -torch.inf)
+            else:
+                hidden = part <= torch.finfo(part.dtype).min / 2
+                scores = (scores + part.float()).masked_fill(hidden, -torch.inf)
+        elif causal:  # aligned at the top left, as scaled_dot_product_attention does
+            after = torch.arange(total, device=index.device) > index[:, None]
+            scores = scores.masked_fill(after, -torch.inf)
+        return scores.softmax(-1).nan_to_num(0.0)  # NaN: a query that sees nothing
+
+    everyone = torch.arange(length, device=query.device)
+    if isinstance(queries, str):
+        received = sum(rows(part).sum(2) for part in everyone.split(_CHUNK))
+        assert isinstance(received, Tensor)
+        return received / length
+    if wrong := [place for place in queries if not -length <= place < length]:
+        raise InputError(f"no query {wrong[0]} in a call over {length} tokens")
+    return rows(everyone[list(queries)])

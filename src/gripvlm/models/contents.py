@@ -1,0 +1,50 @@
+"""A number for each image from its pixels alone: the same in any batch and on any device.
+
+Processors pad pixels to the largest image or the largest number of tiles in the batch, so what is
+hashed is the image's own part: found from the shapes, the same way for every family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["content_keys"]
+
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+def content_keys(inputs: Mapping[str, Any], modality: str, count: int) -> list[int]:
+    """One key for each of `count` items; zeros where the pixels cannot be told apart by item."""
+    pixels = inputs.get(_PIXELS[modality])
+    if not isinstance(pixels, Tensor):
+        return [0] * count
+    pieces = _pieces(inputs, modality, pixels.detach(), count)
+    return [_key(piece) for piece in pieces] if len(pieces) == count else [0] * count
+
+
+def _pieces(inputs: Mapping[str, Any], modality: str, pixels: Tensor, count: int) -> list[Tensor]:
+    """Each item's own pixels; the list's length differs from `count` where that cannot be told."""
+    if (grids := inputs.get(f"{modality}_grid_thw")) is not None:  # [patches of all items, d]
+        sizes = grids.prod(-1).tolist()
+        return list(pixels.split(sizes)) if sum(sizes) == pixels.shape[0] else []
+    if pixels.ndim == 5 and pixels.shape[0] != count:  # [samples, tiles, 3, H, W], blank tiles are padding
+        return [tile for sample in pixels for tile in sample if bool(tile.any())]
+    if pixels.shape[0] != count:
+        return []
+    sizes = inputs.get("image_sizes")
+    if pixels.ndim == 4 and sizes is not None:  # [items, 3, H, W], padded on the right and below
+        return [one[:, : int(h), : int(w)] for one, (h, w) in zip(pixels, sizes, strict=True)]
+    if pixels.ndim == 5 and modality == "image":  # [items, tiles, 3, H, W]
+        return [torch.stack([tile for tile in item if bool(tile.any())] or [item[0]]) for item in pixels]
+    return list(pixels) if pixels.ndim > 2 else []
+
+
+def _key(pixels: Tensor) -> int:
+    flat = pixels.reshape(-1)
+    few = flat[:: max(1, flat.numel() // 4096)].float().cpu()
+    return int.from_bytes(hashlib.blake2b(few.numpy().tobytes(), digest_size=7).digest(), "little")

@@ -1,0 +1,199 @@
+"""The invariants of docs/families.md on every family row: what pruning may not change."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gripvlm
+from gripvlm.models import FAMILIES
+from tiny_families import TINY, build, make
+from tiny_families.base import IMAGE
+from tiny_families.reference import full_positions, kept, masked, teacher_forced
+
+NAMES = sorted(TINY)
+MASKING = [name for name in NAMES if FAMILIES[name].equals == "masking"]
+DELETION = [name for name in NAMES if FAMILIES[name].equals == "deletion"]
+BOTH = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+IMAGES, WORDS = [1, 2, 0], [7, 9, 5]  # ragged, left-padded, one prompt without any image
+
+
+def close(name: str, ours: list, theirs: list) -> None:
+    tolerance = TINY[name].tolerance
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@lru_cache
+def runs(name: str, attention: str) -> SimpleNamespace:
+    """The same batch unpruned and pruned by "random" to 5 rows an item, and the record."""
+    model, batch = build(name, attention), make(TINY[name], IMAGES, WORDS)
+    plain = model.generate(**batch.inputs, **GREEDY)
+    with gripvlm.prune(model, "random", keep=5) as record:
+        pruned = model.generate(**batch.inputs, **GREEDY)
+    return SimpleNamespace(model=model, batch=batch, plain=plain, pruned=pruned, record=record)
+
+
+def test_every_family_row_has_a_tiny_model():
+    assert set(TINY) == set(FAMILIES)
+    assert all(build(name).config.model_type == name for name in NAMES)
+
+
+@BOTH
+@pytest.mark.parametrize("name", NAMES)
+def test_keeping_everything_is_the_unpruned_model_bit_for_bit(name, attention):
+    run = runs(name, attention)
+    with gripvlm.prune(run.model, "random", keep=1.0) as record:
+        kept_all = run.model.generate(**run.batch.inputs, **GREEDY)
+    assert torch.equal(kept_all.sequences, run.plain.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(kept_all.logits, run.plain.logits, strict=True))
+    assert record.kept == record.total == sum(map(sum, run.batch.sizes))
+
+
+@BOTH
+@pytest.mark.parametrize("name", MASKING)
+def test_dropping_equals_masking_in_prefill_and_decoding(name, attention):
+    run = runs(name, attention)
+    reference = run.model.generate(**masked(run.model, run.batch.inputs, run.record.selections), **GREEDY)
+    assert torch.equal(run.pruned.sequences, reference.sequences)
+    close(name, run.pruned.logits, reference.logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dropped_rows_did_matter(name):
+    run = runs(name, "sdpa")
+    assert all((a[:2] - b[:2]).abs().max() > 0.1 for a, b in zip(run.pruned.logits, run.plain.logits, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("name", [*DELETION, "llava", "qwen3_vl"])
+def test_decoding_equals_one_forward_over_prompt_and_answer(name, attention):
+    """What holds where masking is not deletion: prefill and decoding agree about what was dropped."""
+    run = runs(name, attention)
+    arguments = gripvlm.prune_inputs(run.model, run.batch.inputs, "random", keep=5)
+    new = run.pruned.sequences[:, -4:]
+    close(name, run.pruned.logits, teacher_forced(run.model, arguments, new))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_are_exact_and_text_stays_in_order(name):
+    run = runs(name, "sdpa")
+    inputs, selections = run.batch.inputs, run.record.selections
+    arguments = gripvlm.prune_inputs(run.model, inputs, "random", keep=5)
+    assert [[s.n for s in sample] for sample in selections] == run.batch.sizes
+    assert {s.k for sample in selections for s in sample} == {5}
+    keep = kept(inputs["input_ids"], inputs["attention_mask"], selections)
+    positions = full_positions(run.model, inputs)
+    for sample in range(3):
+        real = arguments["attention_mask"][sample].bool()
+        assert torch.equal(arguments["input_ids"][sample][real], inputs["input_ids"][sample][keep[sample]])
+        # each kept token is still at its own place (the text row of M-RoPE positions only counts)
+        now, before = arguments["position_ids"][..., sample, :][..., real], positions[..., sample, :][..., keep[sample]]
+        assert torch.equal(now[-3:] if now.ndim == 2 else now, before[-3:] if now.ndim == 2 else before)
+    assert arguments["attention_mask"].sum(-1).max() == arguments["input_ids"].shape[1]  # no idle column
+    assert not (arguments["input_ids"][2] == IMAGE).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rows_are_those_selected_plane_by_plane(name):
+    run = runs(name, "sdpa")
+    with torch.no_grad():
+        encoded = gripvlm.encode(run.model, run.batch.inputs)
+        output = gripvlm.prune_inputs(run.model, run.batch.inputs, "random", keep=5)["mm_encoder_outputs"]["image"]
+    pairs = [
+        (item, selection)
+        for items, sample in zip(encoded.samples, run.record.selections, strict=True)
+        for item, selection in zip(items, sample, strict=True)
+    ]
+    rows = torch.cat([item.features[selection.indices] for item, selection in pairs])
+    assert torch.equal(torch.cat(list(output.pooler_output)), rows)
+    for depth, plane in enumerate(getattr(output, "deepstack_features", None) or []):
+        assert torch.equal(torch.cat(plane), torch.cat([i.deepstack[depth][s.indices] for i, s in pairs]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cache_is_really_shorter(name):
+    run = runs(name, "sdpa")
+    fewer = (
+        run.batch.inputs["input_ids"].shape[1]
+        - gripvlm.prune_inputs(run.model, run.batch.inputs, "random", keep=5)["input_ids"].shape[1]
+    )
+    assert fewer > 0
+    lengths = [
+        [layer.keys.shape[-2] for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        for cache in (run.plain.past_key_values, run.pruned.past_key_values)
+    ]
+    assert lengths[1] == [length - fewer for length in lengths[0]]
+    assert lengths[0]
+
+
+@BOTH
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_equals_its_samples_alone(name, attention):
+    """Also where processors pad pixels to the batch: the draw by "random" comes from an image's own."""
+    run = runs(name, attention)
+    with gripvlm.prune(run.model, "random", keep=5) as record:
+        for sample in range(3):
+            alone = run.model.generate(**make(TINY[name], IMAGES, WORDS, only=sample).inputs, **GREEDY)
+            picked = [s.indices.tolist() for s in run.record.selections[sample]]
+            assert [s.indices.tolist() for s in record.selections[0]] == picked
+            assert alone.sequences[0, -4:].tolist() == run.pruned.sequences[sample, -4:].tolist()
+            close(name, [a[0] for a in alone.logits], [b[sample] for b in run.pruned.logits])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_selection_is_the_same_under_sdpa_and_eager(name):
+    picked = [
+        [[s.indices.tolist() for s in sample] for sample in runs(name, attention).record.selections]
+        for attention in ("sdpa", "eager")
+    ]
+    assert picked[0] == picked[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_original_prompt_is_in_front(name):
+    run = runs(name, "sdpa")
+    ids = run.batch.inputs["input_ids"]
+    assert torch.equal(run.pruned.sequences[:, : ids.shape[1]], ids)
+    assert run.pruned.sequences.shape[1] == ids.shape[1] + 4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MASKING)
+def test_a_direct_forward_with_labels_equals_masking(name, side):
+    """Ragged counts in one batch, both padding sides, the loss, and every kept token's logits."""
+    model, batch = build(name), make(TINY[name], [1, 2], [7, 9], side=side)
+    labels = torch.full_like(batch.inputs["input_ids"], -100)
+    for row, mask, ids in zip(labels, batch.inputs["attention_mask"], batch.inputs["input_ids"], strict=True):
+        answer = mask.nonzero().flatten()[-3:]
+        row[answer] = ids[answer]
+    full = batch.inputs | {"labels": labels}
+    ragged = [[3 + (5 * i + j) % 6 for j, _ in enumerate(sizes)] for i, sizes in enumerate(batch.sizes)]
+    with torch.no_grad():
+        arguments, record = gripvlm.prune_inputs(model, full, "random", keep=ragged, return_record=True)
+        ours = model(**arguments)
+        theirs = model(**masked(model, full, record.selections))
+    keep = kept(full["input_ids"], full["attention_mask"], record.selections)
+    close(name, [ours.logits[arguments["attention_mask"].bool()], ours.loss], [theirs.logits[keep], theirs.loss])
+
+
+GRIDS = {"llava_next": None, "llava_onevision": None}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grids_are_those_of_the_pictures(name):
+    """The tiny pictures are 4 x 4 tiles, or 3 x 3, 3 x 4 and 4 x 3 rows; joined tiles have no grid."""
+    model, batch = build(name), make(TINY[name], [2, 2], [7, 9])
+    items = [item for sample in gripvlm.encode(model, batch.inputs).samples for item in sample]
+    grids = {item.grid for item in items}
+    assert grids == {None} if name in GRIDS else grids <= {(3, 3), (3, 4), (4, 3), (4, 4)}
+    assert all(item.grid is None or item.grid[0] * item.grid[1] == item.features.shape[0] for item in items)
+    assert len({item.key for item in items}) == len(items)
+    if "image_grid_thw" in batch.inputs:
+        assert [item.grid for item in items] == [
+            (h // 2, w // 2) for _, h, w in batch.inputs["image_grid_thw"].tolist()
+        ]
