@@ -88,11 +88,9 @@ def _perception(scene: Scene, split: str, rng: np.random.Generator) -> list[Ques
             questions.append(Question("perception", kind, text, answer, scene.evidence(where), pair=pair))
 
     for name, where in _icons(scene).items():
-        wrong = [n for n in (1, 2, 3) if n != len(where)]
-        other = wrong[rng.integers(len(wrong))]
-        counted = {n: f"{NUMBERS[n]} {name if n == 1 else plural(name)}" for n in (1, 2, 3)}
-        if len(where) in counted and (len(where) > 1 or rng.random() < 0.3):
-            both("count", f"do you see {counted[len(where)]}?", f"do you see {counted[other]}?", where)
+        if len(where) in (2, 3):  # two or three, either way round: the number asked for says nothing
+            true, false = (f"{NUMBERS[n]} {plural(name)}" for n in (len(where), 5 - len(where)))
+            both("count", f"do you see {true}?", f"do you see {false}?", where)
         if len(where) > 1:
             continue
         thing = scene.things[where[0]]
