@@ -13,7 +13,7 @@ from gripvlm.models.attention import watch_attention
 from gripvlm.models.layers import drop_in_layers
 from tiny_families import TINY, build, make
 
-NAMES = sorted(name for name, family in FAMILIES.items() if family.layers)
+NAMES = sorted(name for name in TINY if FAMILIES[name].layers)
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
