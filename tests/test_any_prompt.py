@@ -12,7 +12,7 @@ from tiny_families import TINY, build, make
 from tiny_families.reference import kept, masked
 
 # newline rows and ordinary positions; joined tiles; blocks of images; M-RoPE with DeepStack and videos; M-RoPE
-SCHEMES = ["llava_next", "smolvlm", "gemma3", "qwen3_vl", "qwen2_vl"]
+SCHEMES = ["llava_next", "idefics3", "gemma3", "qwen3_vl", "qwen2_vl"]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

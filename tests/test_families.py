@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import gripvlm
-from gripvlm.models import FAMILIES
-from tiny_families import TINY, build, make
+from gripvlm.errors import UnsupportedModelError
+from gripvlm.models import FAMILIES, families, family_of
+from tiny_families import LATER, TINY, build, make
 from tiny_families.base import IMAGE
 from tiny_families.reference import full_positions, kept, masked, teacher_forced
 
@@ -39,8 +40,23 @@ def runs(name: str, attention: str) -> SimpleNamespace:
 
 
 def test_every_family_row_has_a_tiny_model():
-    assert set(TINY) == set(FAMILIES)
+    assert {*TINY, *LATER} == set(FAMILIES)
     assert all(build(name).config.model_type == name for name in NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_row_that_needs_a_newer_transformers_says_so(name, monkeypatch):
+    model = SimpleNamespace(
+        config=SimpleNamespace(model_type=name), generate=print, forward=lambda mm_encoder_outputs: 0
+    )
+    if name in LATER:
+        with pytest.raises(UnsupportedModelError, match=f"{name} needs transformers>=5"):
+            family_of(model)
+        return
+    assert family_of(model) is FAMILIES[name]
+    monkeypatch.setattr(families, "installed", lambda: (5, 18))
+    with pytest.raises(UnsupportedModelError, match=rf"{name} needs transformers>=5\.\d+, installed is 5\.18: pip"):
+        family_of(model)
 
 
 @BOTH

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import gripvlm
 from gripvlm.errors import InputError
+from gripvlm.models.decoding import CHUNKS_SINCE
+from gripvlm.models.families import installed
 from tiny_models import BUILDERS, build, hidden_from, make, single
 
 FAMILIES = sorted(BUILDERS)
@@ -127,6 +129,8 @@ def test_sampling_equals_masking_too(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_cache_gives_the_same_text(family, images, options):
     """Without a cache, gaps in the positions must not be taken for packed sequences."""
+    if "prefill_chunk_size" in options and installed() < CHUNKS_SINCE:
+        pytest.skip("transformers before 5.23 does not cut encoded images into chunks: refused")
     model = build(family)
     inputs = make(family, images, [7, 9][: len(images)])
     with gripvlm.prune(model, "norm", keep=5):

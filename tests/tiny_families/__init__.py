@@ -1,13 +1,17 @@
-"""A tiny random model and its inputs for every family gripvlm supports: `TINY`, by model type."""
+"""A tiny random model and its inputs for every family gripvlm supports here: `TINY`, by model type."""
 
 from __future__ import annotations
 
+from gripvlm.models.families import FAMILIES, installed
 from tiny_families.base import Batch, Picture, Tiny, build, make
 from tiny_families.blocks import BLOCKS
 from tiny_families.mrope import MROPE
 from tiny_families.plain import PLAIN
 from tiny_families.tiles import TILES
 
-__all__ = ["TINY", "Batch", "Picture", "Tiny", "build", "make"]
+__all__ = ["LATER", "TINY", "Batch", "Picture", "Tiny", "build", "make"]
 
-TINY: dict[str, Tiny] = {tiny.model_type: tiny for tiny in (*PLAIN, *TILES, *BLOCKS, *MROPE)}
+EVERY = (*PLAIN, *TILES, *BLOCKS, *MROPE)
+TINY: dict[str, Tiny] = {t.model_type: t for t in EVERY if installed() >= FAMILIES[t.model_type].since}
+LATER = sorted({t.model_type for t in EVERY} - set(TINY))
+"""Families that the installed transformers is too old for; `tests/test_families.py` says so."""

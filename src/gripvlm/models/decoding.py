@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.families import Family
+from gripvlm.models.families import Family, installed
 
 __all__ = ["Options", "with_prompt"]
+
+CHUNKS_SINCE = (5, 23)
 
 
 class Options:
@@ -42,6 +44,11 @@ class Options:
 
     def refuse(self, family: Family) -> None:
         """Raises for ways of decoding that are not right with fewer tokens, or not even with all."""
+        if self.get("prefill_chunk_size") is not None and installed() < CHUNKS_SINCE:
+            raise InputError(
+                "prefill_chunk_size: transformers before 5.23 does not cut encoded images into chunks; leave it "
+                "out, or pip install -U transformers"
+            )
         if self.get("prefill_chunk_size") is not None and not family.chunks:
             raise InputError(
                 f"prefill_chunk_size: {family.model_type} images attend in both directions, which transformers "

@@ -25,7 +25,7 @@ from gripvlm.models.grids import (
     unknown,
 )
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "family_of"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "family_of", "installed"]
 
 DOCS = "docs/families.md"
 
@@ -56,6 +56,9 @@ class Family:
             several.
         chunks: False where image tokens see each other in both directions, so that transformers itself
             is wrong where it prefills an image in two chunks.
+        layers: False where dropping inside the language model's layers is not right: states or keys
+            that other layers go on to use still hold the dropped tokens.
+        since: the first transformers in which it works.
         note: what a user should know, one line.
     """
 
@@ -68,17 +71,32 @@ class Family:
     equals: str = "masking"
     beams: bool = True
     chunks: bool = True
+    layers: bool = True
+    since: tuple[int, int] = (5, 19)
     note: str = ""
 
 
 _BOTH = ("image", "video")
 _ROWS = (
     Family("gemma3", square, chunks=False, note="sliding layers count their window over kept tokens"),
-    Family("gemma4", from_coordinates, chunks=False, note="sliding layers count their window over kept tokens"),
+    Family(
+        "gemma4",
+        from_coordinates,
+        chunks=False,
+        layers=False,
+        note="sliding layers count their window over kept tokens",
+    ),
     Family("glm4v", from_patches, beams=False, note="images only; no beams over several images a prompt"),
     Family("idefics3", square, item="tile", joined=shuffled, note="a budget counts per tile"),
     Family("internvl", square, item="tile", note="a budget counts per tile, mostly of 256 tokens"),
-    Family("lfm2_vl", from_shapes, item="tile", equals="deletion", note="convolutions: masking is not deletion"),
+    Family(
+        "lfm2_vl",
+        from_shapes,
+        item="tile",
+        equals="deletion",
+        layers=False,
+        note="convolutions: masking is not deletion",
+    ),
     Family("llava", from_pixels, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
     Family("llava_next", unknown, note="tiles joined, with newline rows that count as visual tokens"),
     Family("llava_onevision", unknown, note="images only; newline rows count as visual tokens"),
@@ -87,10 +105,17 @@ _ROWS = (
     Family("paligemma", square, chunks=False, note="the whole prompt attends in both directions"),
     Family("qwen2_5_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
     Family("qwen2_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
-    Family("qwen3_5", from_patches, equals="deletion", note="linear attention: masking is not deletion"),
+    Family(
+        "qwen3_5",
+        from_patches,
+        equals="deletion",
+        layers=False,
+        since=(5, 21),
+        note="linear attention: masking is not deletion",
+    ),
     Family("qwen3_vl", from_patches, modalities=_BOTH, note="M-RoPE; DeepStack planes lose the same rows"),
     Family("qwen3_vl_moe", from_patches, modalities=_BOTH, note="M-RoPE; DeepStack planes lose the same rows"),
-    Family("smolvlm", square, item="tile", joined=shuffled, note="a budget counts per tile"),
+    Family("smolvlm", square, item="tile", joined=shuffled, since=(5, 21), note="a budget counts per tile"),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
@@ -135,4 +160,18 @@ def family_of(model: Any) -> Family:
             f"this {type(model).__name__} takes no mm_encoder_outputs: gripvlm needs "
             "transformers>=5.19 (pip install -U transformers)"
         )
-    return FAMILIES[name]
+    family = FAMILIES[name]
+    if installed() < family.since:
+        wanted, have = (".".join(map(str, version)) for version in (family.since, installed()))
+        raise UnsupportedModelError(
+            f"{name} needs transformers>={wanted}, installed is {have}: pip install -U transformers"
+        )
+    return family
+
+
+def installed() -> tuple[int, int]:
+    """Major and minor version of the transformers that runs."""
+    import transformers  # not with this file: the prune room loads without it
+
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)

@@ -1,0 +1,250 @@
+"""Dropping visual tokens after layer k of the language model: fewer tokens from there on, in every later layer.
+
+Hooks on this model's own decoder layers hand each layer from k on fewer hidden states, positions and
+mask columns. Its cache is shorter there, so decoding builds its mask for the first layer and each later
+layer is given the columns it has kept. Nothing is copied from transformers and `generate` stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import GripError, InputError, UnsupportedModelError
+from gripvlm.models.families import family_of
+from gripvlm.models.text import full_mask, placeholder
+
+__all__ = ["Dropped", "drop_in_layers"]
+
+Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(hidden [B, L, d], visual [B, L] bool) -> [B, L] bool, the visual tokens that go on; text always does."""
+
+
+@dataclass
+class _Stage:
+    """The tokens that are left from one layer on.
+
+    Attributes:
+        order: [B, l] their places in the prompt; padded on the left with places of dropped ones.
+        real: [B, l] False for that padding and for the prompt's own.
+    """
+
+    order: Tensor
+    real: Tensor
+
+
+@dataclass
+class Dropped:
+    """What the latest prompt came to.
+
+    Attributes:
+        stages: layer -> [B, L] bool, the tokens of the prompt that layer and those after it see.
+    """
+
+    stages: dict[int, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def drop_in_layers(model: Any, choose: Mapping[int, Choose]) -> Iterator[Dropped]:
+    """Inside the block, this model's language model drops visual tokens before some of its layers.
+
+        with drop_in_layers(model, {2: lambda hidden, visual: visual & mine}) as dropped:
+            ids = model.generate(**inputs, max_new_tokens=32)
+
+    Args:
+        model: a supported model, under sdpa or eager attention, whose layers all see the whole prompt.
+        choose: layer k >= 1 -> a function of what enters that layer. Counts may differ by sample;
+            shorter samples are padded on the left and the padding is masked.
+
+    Yields:
+        A `Dropped`, filled at each prefill.
+
+    Logits of a direct `forward` are those of the tokens left at the end.
+
+    Raises:
+        UnsupportedModelError: a family or an attention implementation for which this is not right.
+        InputError: when the model runs: a prompt in chunks or speculative tokens, right padding,
+            labels, a cache that is not dynamic, a prompt beyond a sliding window, or a choice of the wrong shape.
+        GripError: a block for this model is already open.
+    """
+    decoder = model.get_decoder()
+    layers = decoder.layers
+    family = family_of(model)
+    if not family.layers:
+        raise UnsupportedModelError(
+            f"dropping inside {family.model_type}'s layers is not supported: its layers share or carry "
+            "state that still holds the dropped tokens; drop at the input with gripvlm.prune"
+        )
+    implementation = decoder.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"dropping inside layers needs masks key by key, which {implementation} does not take: load the model "
+            "with attn_implementation='sdpa'"
+        )
+    if wrong := [k for k in choose if not 1 <= k < len(layers)]:
+        raise InputError(f"no layer {wrong[0]} to drop before: type 1 to {len(layers) - 1}")
+    if getattr(layers[0], "_gripvlm_drops", False):
+        raise GripError("this model already drops inside its layers: leave that block first")
+    dropper = _Dropper(model, decoder, dict(choose))
+    handles = [model.register_forward_pre_hook(dropper.begin, with_kwargs=True)]
+    handles += [
+        layer.register_forward_pre_hook(dropper.before(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+        if index >= min(choose, default=len(layers))
+    ]
+    deepstack = getattr(decoder, "_deepstack_process", None)
+    layers[0]._gripvlm_drops = True
+    if deepstack is not None:
+        decoder._deepstack_process = dropper.deepstack(deepstack)
+    try:
+        yield dropper.dropped
+    finally:
+        for handle in handles:
+            handle.remove()
+        del layers[0]._gripvlm_drops
+        if deepstack is not None:
+            del decoder._deepstack_process
+
+
+class _Dropper:
+    """The hooks of one block and what they must remember between them."""
+
+    def __init__(self, model: Any, decoder: Any, choose: dict[int, Choose]) -> None:
+        self.model, self.decoder, self.choose = model, decoder, choose
+        self.dropped = Dropped()
+        self.stages: dict[int, _Stage] = {}
+        self.now: _Stage | None = None
+        self.visual = self.mask = torch.empty(0)
+        self.prefill, self.total = True, 0
+        self.boolean = True  # whether masks are, as under sdpa; eager adds them
+
+    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the whole model: is this a prompt, and one for which dropping is right?"""
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            raise InputError("dropping inside layers needs input_ids by name: call model(input_ids=...)")
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        self.now = None
+        self.prefill = past == 0
+        self.total = past + ids.shape[1]
+        if kwargs.get("labels") is not None:
+            raise InputError("labels do not fit the shorter logits of dropping inside layers: leave them out")
+        if not self.prefill and ids.shape[1] > 1:
+            raise InputError(
+                "several tokens on top of a cache (prefill_chunk_size, speculative decoding, a further turn) "
+                "cannot be told from a prompt: run the whole prompt at once"
+            )
+        if cache is not None and any("Static" in type(layer).__name__ for layer in cache.layers):
+            raise InputError("a static cache has one length for all layers: use the default dynamic cache")
+        kinds = getattr(self.decoder.config, "layer_types", None) or []
+        window = getattr(self.decoder.config, "sliding_window", None) if "sliding_attention" in kinds else None
+        if window is not None and self.total > window:
+            raise InputError(
+                f"{self.total} tokens exceed the sliding window of {window}, which is counted from the first layer: "
+                "drop at the input with gripvlm.prune"
+            )
+        if not self.prefill:
+            return
+        self.mask = full_mask(self.model, kwargs).bool()
+        if not bool(self.mask[:, -1].all()):
+            raise InputError("dropping inside layers needs padding on the left: set tokenizer.padding_side='left'")
+        names = [n for n in ("image", "video") if getattr(self.model.config, f"{n}_token_id", None) is not None]
+        places = torch.tensor([placeholder(self.model, name) for name in names], device=ids.device)
+        self.visual = torch.isin(ids, places)
+        self.stages, self.dropped.stages = {}, {}
+
+    def before(self, index: int) -> Callable[..., Any]:
+        """The hook before layer `index`."""
+
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden = args[0]
+            if self.prefill and index in self.choose:
+                hidden = self._drop(index, hidden)
+            stage = self.stages[max(k for k in self.stages if k <= index)]
+            self.now = stage
+            kwargs = dict(kwargs)
+            kwargs["attention_mask"] = self._narrow(kwargs.get("attention_mask"), stage, hidden)
+            if self.prefill:
+                kwargs["position_embeddings"] = tuple(
+                    _take(one, stage.order, -2) for one in kwargs["position_embeddings"]
+                )
+                if kwargs.get("position_ids") is not None:
+                    kwargs["position_ids"] = _take(kwargs["position_ids"], stage.order, -1)
+            return (hidden, *args[1:]), kwargs
+
+        return hook
+
+    def _drop(self, index: int, hidden: Tensor) -> Tensor:
+        """[B, l, d]: what is left of the hidden states, after asking; notes the stage."""
+        if self.now is None:
+            everyone = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+            self.now = _Stage(everyone, self.mask)
+        order, real = self.now.order, self.now.real
+        visual = self.visual.gather(-1, order) & real
+        asked = self.choose[index](hidden, visual)
+        if not isinstance(asked, Tensor) or asked.shape != visual.shape or asked.dtype != torch.bool:
+            got = f"{asked.dtype} {tuple(asked.shape)}" if isinstance(asked, Tensor) else type(asked).__name__
+            raise InputError(f"the choice before layer {index} must be bool {tuple(visual.shape)}, got {got}")
+        keep = real & (asked.to(hidden.device) | ~visual)
+        length = int(keep.sum(-1).max())
+        left = torch.sort(keep.int(), dim=-1, stable=True).indices[:, -length:]  # kept ones in order, at the end
+        stage = _Stage(order.gather(-1, left), keep.gather(-1, left))
+        self.stages[index] = stage
+        seen = torch.zeros_like(self.mask)
+        self.dropped.stages[index] = seen.scatter(-1, stage.order, stage.real)
+        return hidden.gather(1, left[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _narrow(self, mask: Tensor | None, stage: _Stage, hidden: Tensor) -> Tensor | None:
+        """[B, 1, q, l (+ decoded)]: the mask of one layer for the tokens that are left before it.
+
+        A prompt's mask is what transformers made, its rows and columns taken. A decoded token sees
+        everything real; transformers' mask is of no use there, being as long as some other layer.
+        """
+        batch, full = self.mask.shape
+        if not self.prefill:
+            if bool(stage.real.all()):
+                return None
+            sees = torch.nn.functional.pad(stage.real, (0, self.total - full), value=True)[:, None, None]
+            return sees if self.boolean else _additive(sees, hidden)
+        if mask is None:
+            if bool(stage.real.all()):
+                return None
+            mask = torch.ones(batch, 1, full, full, dtype=torch.bool, device=hidden.device).tril()
+        self.boolean = mask.dtype == torch.bool
+        mask = mask.expand(batch, *mask.shape[1:])
+        mask = mask.gather(2, stage.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, stage.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        sees = stage.real[:, None, None] | torch.eye(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        # padding sees itself, so that its softmax is defined
+        return mask & sees if self.boolean else torch.minimum(mask, _additive(sees, mask))
+
+    def deepstack(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`_deepstack_process` that adds to each token that is left its own row of the plane."""
+
+        def process(hidden: Tensor, visual: Tensor, plane: Tensor) -> Tensor:
+            if self.now is None or not self.prefill:
+                return original(hidden, visual, plane)
+            left = visual.gather(-1, self.now.order) & self.now.real
+            row = (visual.flatten().cumsum(0) - 1).view(visual.shape)
+            return original(hidden, left, plane[row.gather(-1, self.now.order)[left]])
+
+        return process
+
+
+def _additive(sees: Tensor, like: Tensor) -> Tensor:
+    """0 where a key is seen, the smallest number elsewhere."""
+    return torch.zeros(sees.shape, dtype=like.dtype, device=like.device).masked_fill(~sees, torch.finfo(like.dtype).min)
+
+
+def _take(value: Tensor, order: Tensor, axis: int) -> Tensor:
+    """Entries `order` [B, l] along `axis` of a tensor whose batch is the axis before (1 serves all)."""
+    lead = value.shape[:axis]  # ends with the batch
+    value = value.expand(*lead[:-1], order.shape[0], *value.shape[axis:])
+    index = order.view(*(1 for _ in lead[:-1]), *order.shape, *(1 for _ in range(-axis - 1)))
+    return value.gather(axis, index.expand(*lead[:-1], *order.shape, *(value.shape[axis + 1 :] if axis < -1 else ())))
