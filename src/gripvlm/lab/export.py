@@ -41,13 +41,19 @@ def export_model(out: Path, reader: str, folder: Path) -> None:
 
 
 def pick(questions: list[Question], rng: np.random.Generator) -> list[Question]:
-    """A few questions a family; existence half yes and half no, perception in whole pairs."""
+    """A few questions a family; existence half yes and half no, perception in whole pairs.
+
+    "Is there a cat?" is asked about the smaller half of what is in the picture: large things are found by any few
+    tokens, so they tell no pruner from another.
+    """
     chosen: list[Question] = []
     for family, count in SAMPLE_SHARE.items():
         pool = [q for q in questions if q.family == family]
         if family == "existence":
             for answer in ("yes", "no"):
                 half = [q for q in pool if q.answer == answer]
+                if answer == "yes":
+                    half = sorted(half, key=lambda q: float(q.evidence.sum()))[: max(2, len(half) // 2)]
                 chosen += [half[i] for i in rng.permutation(len(half))[: count // 2]]
         elif family == "perception":
             kinds = sorted({q.kind for q in pool})
