@@ -6,6 +6,6 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 
 "$PYTHON" -m gripvlm eval --model lab --tasks lab --pruners full,oracle,random,grid,norm,pool,divprune \
-  --keep 0.5,0.25,0.1,0.05,0.025 --limit "${LIMIT:-240}" --batch 16 --out results/lab.json "$@"
+  --keep 0.5,0.25,0.1,0.05,0.025 --limit "${LIMIT:-100000}" --batch 16 --out results/lab.json "$@"
 gzip -kf9 results/lab.samples.jsonl
 "$PYTHON" runs/write_results.py
