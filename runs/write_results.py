@@ -74,7 +74,7 @@ def ablation() -> list[str]:
         {(r["pruner"], r["keep"]): r for r in result["means"]} for result in (results["drop"], results["nodrop"])
     )
     lines = ["", "## Without token dropping in training", ""]
-    lines += ["Two readers after the same 1,200 steps on the same tower; mean of the six families, % right.", ""]
+    lines += ["Two readers trained equally long on the same tower; mean of the six families, % right.", ""]
     lines += [line(["pruner", "keep", "with dropping", "without", "difference"]), line(["---", *["---:"] * 4])]
     for arm, row in with_.items():
         other = without[arm]
