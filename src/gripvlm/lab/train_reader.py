@@ -1,6 +1,6 @@
 """Stage 2 of the lab's recipe: teach the language model to answer about the tower's tokens.
 
-    python -m gripvlm.lab.train_reader POOL OUT --steps 4000            # --no-drop: the ablation
+    python -m gripvlm.lab.train_reader POOL OUT --steps 4000            # --no-drop --name nodrop: the ablation
 
 What makes two cores enough (docs/lab.md): an aligned start (vlm.start_aligned); two dozen questions behind one image
 in one sequence, with a block mask so that each sees the image and itself only and positions that restart; random
@@ -261,8 +261,11 @@ def train(
     tag_optimiser = torch.optim.AdamW(tagger.parameters(), lr=tag_rate, weight_decay=0.05, betas=(0.9, 0.98))
     spent, step, asked_total = 0.0, 0, 0
     checkpoint = out / f"{name}.pt"
+    recipe = {"dropping": dropping, "steps": steps, "batch": batch, "rate": rate, "tag_rate": tag_rate}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
+        if state["recipe"] != recipe:
+            raise SystemExit(f"{checkpoint} was trained with {state['recipe']}, not {recipe}: type another --name")
         model.load_state_dict(state["model"])
         tagger.load_state_dict(state["tagger"])
         optimiser.load_state_dict(state["optimiser"])
@@ -274,6 +277,7 @@ def train(
     def save(path: Path = checkpoint) -> None:
         save_checkpoint(
             path,
+            recipe=recipe,
             model=model.state_dict(),
             tagger=tagger.state_dict(),
             optimiser=optimiser.state_dict(),
