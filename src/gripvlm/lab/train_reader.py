@@ -245,6 +245,8 @@ def train(
     batch: int,
     rate: float,
     tag_rate: float,
+    hint: float,
+    start: str,
     snapshot: int,
     stop: int,
 ) -> None:
@@ -262,6 +264,7 @@ def train(
     spent, step, asked_total = 0.0, 0, 0
     checkpoint = out / f"{name}.pt"
     recipe = {"dropping": dropping, "steps": steps, "batch": batch, "rate": rate, "tag_rate": tag_rate}
+    recipe |= {"hint": hint, "start": start}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
         if state["recipe"] != recipe:
@@ -273,6 +276,11 @@ def train(
         spent, step, asked_total = state["spent"], state["step"], state["asked"]
         rng.bit_generator.state = state["rng"]
         print(f"resuming at step {step}, {spent / 60:.1f} minutes spent", flush=True)
+    elif start:
+        state = torch.load(out / f"{start}.pt", weights_only=False)
+        model.load_state_dict(state["model"])
+        tagger.load_state_dict(state["tagger"])
+        rng = np.random.default_rng(2)  # other pictures and questions than the first run's
 
     def save(path: Path = checkpoint) -> None:
         save_checkpoint(
@@ -310,11 +318,11 @@ def train(
             tagging = tag_loss(tags, torch.from_numpy(shard["labels"][pictures]))
             logits = forward(model, features.detach(), packed)
             loss = F.cross_entropy(logits, packed.target[packed.target >= 0])
-            total, weight = loss, 0.3 * max(0.0, 1 - done / 0.5)
+            total, weight = loss, hint * max(0.0, 1 - done / 0.5)
             if weight and len(packed.row):
-                hint = -torch.stack(hints.mass(packed)).mean()
-                recent["hint"].append(float(hint.detach()))
-                total = total + weight * hint
+                missed = -torch.stack(hints.mass(packed)).mean()
+                recent["hint"].append(float(missed.detach()))
+                total = total + weight * missed
         for used, goal, parameters in ((optimiser, total, weights), (tag_optimiser, tagging, [*tagger.parameters()])):
             used.zero_grad()
             goal.backward()
@@ -356,6 +364,8 @@ def main() -> None:
     parser.add_argument("--stop", type=int, default=0, help="stop after this many steps of the schedule")
     parser.add_argument("--snapshot", type=int, default=0, help="also keep the checkpoint of this step")
     parser.add_argument("--no-drop", action="store_true", help="never drop visual tokens in training (the ablation)")
+    parser.add_argument("--start", default="", metavar="NAME", help="start from this finished run instead of anew")
+    parser.add_argument("--hint", type=float, default=0.3, help="first weight of the hint at where to look")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--tag-rate", type=float, default=3e-4, help="learning rate of the tower and its tags")
@@ -369,6 +379,8 @@ def main() -> None:
         batch=args.batch,
         rate=args.rate,
         tag_rate=args.tag_rate,
+        hint=args.hint,
+        start=args.start,
         snapshot=args.snapshot,
         stop=args.stop,
     )
