@@ -22,12 +22,16 @@ from gripvlm.pruners.pool import Pool
 from gripvlm.pruners.random import Random
 from gripvlm.pruners.registry import _sources
 
-CHOOSING = ["divprune", "grid", "norm", "pool", "random"]  # those that take any k and need no scores
+NOT_ALONE = {"given", "keep_all", "ensemble", "mmr", "split", "spread"}  # need scores, all rows, a pruner
+WRAPPED = ["ensemble(norm,divprune)", "mmr(norm)", "split(norm)", "spread(divprune)"]
+CHOOSING = sorted({row.name for row in list_pruners() if row.stage == "input"} - NOT_ALONE) + WRAPPED
 
 
 def tokens(h: int, w: int, keep: int, seed: int = 0, **fields) -> VisualTokens:
-    features = torch.randn(h * w, 8, generator=torch.Generator().manual_seed(seed))
-    return VisualTokens(features, keep, grid=(h, w), **fields)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(h * w, 8, generator=generator)
+    question = torch.randn(3, 8, generator=generator)
+    return VisualTokens(features, keep, grid=(h, w), **{"question": question} | fields)
 
 
 # --- what all must do ---------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def test_names_and_specs():
 
 def test_the_list_says_what_each_needs():
     rows = {row.name: row for row in list_pruners()}
-    assert set(CHOOSING) | {"keep_all", "given"} <= set(rows)
+    assert {*CHOOSING, *NOT_ALONE} - set(WRAPPED) <= set(rows)
     assert sorted(rows) == pruner_names()
     assert rows["grid"].needs == ("grid",)
     assert rows["divprune"].needs == ("features",)
@@ -238,8 +242,8 @@ def test_the_list_says_what_each_needs():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: get_pruner("divprun"), r"unknown pruner 'divprun': did you mean 'divprune'\? known are"),
-        (lambda: get_pruner("zzz"), "unknown pruner 'zzz': known are divprune, given, grid"),
+        (lambda: get_pruner("divprun"), r"unknown pruner 'divprun': did you mean 'divprune' or "),
+        (lambda: get_pruner("zzz"), "unknown pruner 'zzz': known are cdpruner, divprune"),
         (lambda: get_pruner("random:sed=3"), "'random' cannot be made with sed=3"),
         (lambda: get_pruner("random:3"), "type name:option=value"),
         (lambda: get_pruner("given"), "'given' cannot be made with no options"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -203,17 +202,10 @@ def env() -> None:
 
 
 def split_pruners(text: str) -> list[str]:
-    """Names and specs at commas; a comma between the options of one spec separates nothing.
+    """Names and specs at commas; none at all is an error (see `split_specs`)."""
+    from gripvlm.pruners.registry import split_specs
 
-    `"grid,random:seed=3,x=1,norm"` gives grid, random:seed=3,x=1 and norm.
-    """
-    names: list[str] = []
-    for part in _split(text):
-        if names and ":" in names[-1] and re.match(r"\w+\s*=", part):
-            names[-1] += f",{part}"
-        else:
-            names.append(part)
-    return names
+    return split_specs(text) or _split(text)
 
 
 def _split(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -12,18 +13,25 @@ from typing import Any, NamedTuple
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner
 
-__all__ = ["PrunerRow", "get_pruner", "list_pruners", "pruner_names", "register_pruner"]
+__all__ = ["PrunerRow", "get_pruner", "list_pruners", "pruner_names", "register_pruner", "split_specs"]
 
 ENTRY_POINTS = "gripvlm.pruners"
 
 _BUILT_IN: dict[str, str] = {
+    "cdpruner": "gripvlm.pruners.cdpruner:CDPruner",
     "divprune": "gripvlm.pruners.divprune:DivPrune",
+    "ensemble": "gripvlm.pruners.ensemble:Ensemble",
+    "fastv": "gripvlm.pruners.fastv:FastV",
     "given": "gripvlm.pruners.given:Given",
     "grid": "gripvlm.pruners.grid:Grid",
     "keep_all": "gripvlm.pruners.keep_all:KeepAll",
+    "mmr": "gripvlm.pruners.mmr:MMR",
     "norm": "gripvlm.pruners.norm:Norm",
     "pool": "gripvlm.pruners.pool:Pool",
     "random": "gripvlm.pruners.random:Random",
+    "split": "gripvlm.pruners.split:Split",
+    "spread": "gripvlm.pruners.spread:Spread",
+    "svd_prune": "gripvlm.pruners.svd_prune:SVDPrune",
 }
 _registered: dict[str, str | Callable[..., Pruner]] = {}
 
@@ -86,7 +94,8 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
 
     Args:
         pruner: a name (`"divprune"`), a spec with options (`"random:seed=3"`, several separated by
-            commas), or a pruner object, which is returned as it is.
+            commas; around another pruner `"mmr(norm):balance=0.5"`), or a pruner object, which is
+            returned as it is.
         options: fields of the pruner, `get_pruner("random", seed=3)`; they win over the spec's.
 
     Raises:
@@ -104,9 +113,9 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
         if options:
             raise PrunerError(f"options {sorted(options)} go with a name, not with a pruner object")
         return pruner
-    name, _, spec = pruner.partition(":")
-    options = _parse_options(pruner, spec) | options
-    factory = _load(name.strip())
+    name, inner, spec = _parts(pruner)
+    options = inner | _parse_options(pruner, spec) | options
+    factory = _load(name)
     try:
         return factory(**options)
     except TypeError as error:
@@ -133,10 +142,46 @@ def _load(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def split_specs(text: str) -> list[str]:
+    """Names and specs at commas; a comma in parentheses or between one spec's options separates nothing.
+
+    `"grid,random:seed=3,x=1,mmr(norm)"` gives grid, random:seed=3,x=1 and mmr(norm).
+    """
+    specs: list[str] = []
+    for piece in filter(None, _outside(text, ",")):
+        if specs and len(_outside(specs[-1], ":")) > 1 and re.match(r"\w+\s*=", piece):
+            specs[-1] += f",{piece}"
+        else:
+            specs.append(piece)
+    return specs
+
+
+def _outside(text: str, mark: str) -> list[str]:
+    """`text` split at the marks outside of brackets, each piece stripped."""
+    pieces, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([") - (sign in ")]")
+        if sign == mark and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += sign
+    return [piece.strip() for piece in pieces]
+
+
+def _parts(pruner: str) -> tuple[str, dict[str, Any], str]:
+    """("mmr", {"inner": a pruner}, "balance=1") from "mmr(norm):balance=1"."""
+    head, *spec = _outside(pruner, ":")
+    name, opened, inside = head.partition("(")
+    if opened and not (inside.endswith(")") and inside[:-1].strip()):
+        raise PrunerError(f"cannot read {pruner!r}: type wrapper(pruner):option=value, such as mmr(norm):balance=0.5")
+    inner = tuple(get_pruner(one) for one in split_specs(inside[:-1]))
+    return name.strip(), {"inner": inner[0] if len(inner) == 1 else inner} if inner else {}, ":".join(spec)
+
+
 def _parse_options(whole: str, spec: str) -> dict[str, Any]:
     """{"seed": 3} from "seed=3": Python literals where they parse, else strings."""
     options: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in spec.split(","))):
+    for part in filter(None, _outside(spec, ",")):
         key, equals, text = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise PrunerError(f"cannot read {part!r} in {whole!r}: type name:option=value,option=value")

@@ -1,0 +1,62 @@
+"""MMR: re-rank any pruner's scores so that the kept tokens do not repeat each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import normalize
+
+from gripvlm.errors import PrunerError
+from gripvlm.pruners.base import Selection, VisualTokens
+from gripvlm.pruners.wrapper import Wrapper, scores_of
+
+__all__ = ["MMR"]
+
+
+@dataclass(frozen=True)
+class MMR(Wrapper):
+    """Maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998) over the inner scores.
+
+    Repeatedly takes argmax_i balance x s_i - (1 - balance) x max_{j in S} cos(x_i, x_j), where s is
+    the inner pruner's scores scaled to [0, 1] over the image. O(n^2 d + k n).
+
+    1. The first token is argmax s_i: with S empty there is nothing to repeat.
+    2. Scores that are all equal count as 1. Infinite ones count as the largest (smallest) finite one.
+    3. What the inner pruner would merge is dropped: its kept rows are others.
+    4. Float32 whatever the dtype; ties go to the lower index; raster order is restored.
+
+    Attributes:
+        balance: 1 is the inner ranking alone, 0 is diversity alone after the first token.
+    """
+
+    name: ClassVar[str] = "mmr"
+    extra: ClassVar[frozenset[str]] = frozenset({"features"})
+    source: ClassVar[str] = "wrapper: maximal marginal relevance, SIGIR 1998"
+
+    balance: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.balance <= 1:
+            raise PrunerError(f"mmr: balance={self.balance} must be in [0, 1]: type mmr(norm):balance=0.5")
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        scores = scores_of(self, self.inner, tokens)
+        finite = scores[scores.isfinite()]
+        low, high = finite.aminmax() if finite.numel() else (scores.new_zeros(()), scores.new_zeros(()))
+        scaled = (scores.clamp(low, high) - low) / (high - low) if high > low else torch.ones_like(scores)
+        rows = normalize(tokens.features.float(), dim=-1)
+        cosine = rows @ rows.T
+        cosine = torch.maximum(cosine, cosine.T)  # symmetric to the bit, so that ties are ties
+        value = scaled
+        closest = torch.full_like(scaled, -torch.inf)  # [n], cosine to the nearest chosen token
+        chosen = torch.empty(tokens.keep, dtype=torch.long, device=rows.device)
+        taken = torch.zeros_like(scaled, dtype=torch.bool)
+        for step in range(tokens.keep):
+            pick = value.masked_fill(taken, -torch.inf).argmax().reshape(1)
+            chosen[step], taken[pick] = pick[0], True
+            closest = torch.maximum(closest, cosine.index_select(0, pick)[0])
+            value = self.balance * scaled - (1 - self.balance) * closest
+        return Selection(chosen.sort().values, tokens.n)
