@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gripvlm
+from gripvlm.checks import checked_selection
 from gripvlm.errors import PrunerError
-from gripvlm.pruners import ScorePruner, VisualTokens, get_pruner, list_pruners, pruner_names, register_pruner, top_k
+from gripvlm.pruners import (
+    ScorePruner,
+    VisionRows,
+    VisualTokens,
+    get_pruner,
+    list_pruners,
+    pruner_names,
+    register_pruner,
+    top_k,
+)
 from gripvlm.pruners.divprune import DivPrune
 from gripvlm.pruners.given import Given
 from gripvlm.pruners.grid import Grid, lattice
@@ -31,7 +41,14 @@ def tokens(h: int, w: int, keep: int, seed: int = 0, **fields) -> VisualTokens:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(h * w, 8, generator=generator)
     question = torch.randn(3, 8, generator=generator)
-    return VisualTokens(features, keep, grid=(h, w), **{"question": question} | fields)
+    vision = {
+        layer: VisionRows(*torch.rand(2, 2, h * w, generator=generator), torch.randn(h * w, 4, generator=generator))
+        for layer in (0, 5, 9, -2, -1)
+    }
+    patches = torch.randn(h * w, 6, generator=generator)
+    return VisualTokens(
+        features, keep, grid=(h, w), **{"question": question, "vision": vision, "patches": patches} | fields
+    )
 
 
 # --- what all must do ---------------------------------------------------------------------------
@@ -51,6 +68,7 @@ def test_exactly_k_ascending_unique_and_repeatable(name, data, h, w, seed):
     assert int(first.indices[0]) >= 0
     assert int(first.indices[-1]) < h * w
     assert torch.equal(first.indices, again.indices)
+    checked_selection(name, first, given_tokens)
     if k == h * w:
         assert first.indices.tolist() == list(range(k))
 
@@ -75,8 +93,17 @@ def test_content_pruners_choose_the_same_rows_in_any_order(name, n, seed, data):
 
 @pytest.mark.parametrize("name", CHOOSING)
 def test_half_precision_features_are_fine(name):
-    half = VisualTokens(torch.randn(36, 8).bfloat16(), 7, grid=(6, 6))
+    full = tokens(6, 6, 7)
+    assert full.question is not None
+    half = replace(full, features=full.features.bfloat16(), question=full.question.bfloat16())
     assert get_pruner(name).select(half).k == 7
+
+
+@pytest.mark.parametrize("name", [row.name for row in list_pruners() if "vision_attention" in row.needs])
+def test_towers_without_cls_and_keys_are_fine(name):
+    full = tokens(6, 6, 7)
+    bare = replace(full, vision={layer: VisionRows(rows.received) for layer, rows in full.vision.items()})
+    assert checked_selection(name, get_pruner(name).select(bare), bare).k == 7
 
 
 def test_top_k_is_stable():

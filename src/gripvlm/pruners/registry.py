@@ -19,19 +19,31 @@ ENTRY_POINTS = "gripvlm.pruners"
 
 _BUILT_IN: dict[str, str] = {
     "cdpruner": "gripvlm.pruners.cdpruner:CDPruner",
+    "dart_input": "gripvlm.pruners.dart_input:DARTInput",
     "divprune": "gripvlm.pruners.divprune:DivPrune",
     "ensemble": "gripvlm.pruners.ensemble:Ensemble",
+    "fastervlm": "gripvlm.pruners.fastervlm:FasterVLM",
     "fastv": "gripvlm.pruners.fastv:FastV",
+    "fopru": "gripvlm.pruners.fopru:FoPru",
     "given": "gripvlm.pruners.given:Given",
     "grid": "gripvlm.pruners.grid:Grid",
+    "hiprune": "gripvlm.pruners.hiprune:HiPrune",
+    "hired": "gripvlm.pruners.hired:HiRED",
     "keep_all": "gripvlm.pruners.keep_all:KeepAll",
     "mmr": "gripvlm.pruners.mmr:MMR",
+    "mustdrop": "gripvlm.pruners.mustdrop:MustDrop",
     "norm": "gripvlm.pruners.norm:Norm",
     "pool": "gripvlm.pruners.pool:Pool",
+    "prumerge": "gripvlm.pruners.prumerge:PruMerge",
+    "prumerge_plus": "gripvlm.pruners.prumerge_plus:PruMergePlus",
+    "ptp_vision": "gripvlm.pruners.ptp_vision:PTPVision",
     "random": "gripvlm.pruners.random:Random",
     "split": "gripvlm.pruners.split:Split",
     "spread": "gripvlm.pruners.spread:Spread",
     "svd_prune": "gripvlm.pruners.svd_prune:SVDPrune",
+    "visionzip": "gripvlm.pruners.visionzip:VisionZip",
+    "vispruner": "gripvlm.pruners.vispruner:VisPruner",
+    "vscan_vision": "gripvlm.pruners.vscan_vision:VScanVision",
 }
 _registered: dict[str, str | Callable[..., Pruner]] = {}
 
@@ -82,7 +94,9 @@ def list_pruners() -> list[PrunerRow]:
     rows = []
     for name in pruner_names():
         made_by = _load(name)
-        needs = getattr(made_by, "needs", ())  # a property, where it depends on the object's options
+        needs = getattr(made_by, "needs", ())
+        if isinstance(needs, property):  # it depends on the object's options
+            needs = _needs_by_default(made_by)
         needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
         stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
         rows.append(PrunerRow(name, needs, stage, source))
@@ -121,6 +135,14 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
     except TypeError as error:
         given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
         raise PrunerError(f"pruner {name!r} cannot be made with {given}: {error}") from error
+
+
+def _needs_by_default(made_by: Callable[[], Pruner]) -> frozenset[str]:
+    """What a pruner needs without any options; nothing for a wrapper, which needs what it wraps."""
+    try:
+        return made_by().needs
+    except TypeError:
+        return frozenset()
 
 
 def _sources() -> dict[str, Any]:
