@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "budget"},
     {"policy", "scorer", "pruners"},
     {"models"},
-    {"checks", "prune"},
+    {"checks", "layered", "prune"},
     {"tasks"},
     {"evaluate"},
     {"train"},
