@@ -19,6 +19,7 @@ ENTRY_POINTS = "gripvlm.pruners"
 
 _BUILT_IN: dict[str, str] = {
     "cdpruner": "gripvlm.pruners.cdpruner:CDPruner",
+    "dart": "gripvlm.pruners.dart:DART",
     "dart_input": "gripvlm.pruners.dart_input:DARTInput",
     "divprune": "gripvlm.pruners.divprune:DivPrune",
     "ensemble": "gripvlm.pruners.ensemble:Ensemble",
@@ -36,13 +37,18 @@ _BUILT_IN: dict[str, str] = {
     "pool": "gripvlm.pruners.pool:Pool",
     "prumerge": "gripvlm.pruners.prumerge:PruMerge",
     "prumerge_plus": "gripvlm.pruners.prumerge_plus:PruMergePlus",
+    "ptp": "gripvlm.pruners.ptp:PTP",
     "ptp_vision": "gripvlm.pruners.ptp_vision:PTPVision",
+    "pumer": "gripvlm.pruners.pumer:PuMer",
+    "pyramiddrop": "gripvlm.pruners.pyramiddrop:PyramidDrop",
     "random": "gripvlm.pruners.random:Random",
+    "sparsevlm": "gripvlm.pruners.sparsevlm:SparseVLM",
     "split": "gripvlm.pruners.split:Split",
     "spread": "gripvlm.pruners.spread:Spread",
     "svd_prune": "gripvlm.pruners.svd_prune:SVDPrune",
     "visionzip": "gripvlm.pruners.visionzip:VisionZip",
     "vispruner": "gripvlm.pruners.vispruner:VisPruner",
+    "vscan": "gripvlm.pruners.vscan:VScan",
     "vscan_vision": "gripvlm.pruners.vscan_vision:VScanVision",
 }
 _registered: dict[str, str | Callable[..., Pruner]] = {}

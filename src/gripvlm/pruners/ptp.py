@@ -1,0 +1,72 @@
+"""PTP: regions, salient tokens and the instruction decide together, after a few layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from gripvlm.errors import PrunerError
+from gripvlm.pruners.base import Selection, VisualTokens
+from gripvlm.pruners.layered import LayerPruner, LayerTokens, Schedule, one_cut
+from gripvlm.pruners.ptp_vision import best_of_regions, checked, region_budgets, saliency
+from gripvlm.pruners.saliency import min_max
+
+__all__ = ["PTP"]
+
+
+@dataclass(frozen=True)
+class PTP(LayerPruner):
+    """Pyramid token pruning (arXiv 2509.15704), all three levels: see `ptp_vision` for the first two.
+
+    Instruction: c_j = max over text tokens of their attention on token j, the mean over heads, in the layer
+    before `layer`, scaled to [0, 1] over the tile. Kept are the tokens with the largest
+    f = (1 - alpha) b + alpha c, each region as many as its saliency b earns.
+
+    1. `keep` is the average over layers: what goes on after the cut is solved from it.
+    2. b and c are both scaled; unscaled, c is about 1e-3 and alpha hardly matters.
+    3. Departures 1 to 3 of `ptp_vision`.
+
+    Attributes:
+        alpha: weight of the instruction, in [0, 1].
+        layer: 1 or more; the paper's 2.
+        region_rule, thumbnail, windows: see `ptp_vision`.
+    """
+
+    name: ClassVar[str] = "ptp"
+    layer_needs: ClassVar[frozenset[str]] = frozenset({"question"})
+    vision_layers: ClassVar[tuple[int, ...]] = (-2,)
+    source: ClassVar[str] = "PTP, arXiv 2509.15704"
+
+    alpha: float = 0.5
+    layer: int = 2
+    region_rule: str = "mean_saliency"
+    thumbnail: int = -1
+    windows: int = 1
+
+    def __post_init__(self) -> None:
+        checked(self.name, self.region_rule, self.windows)
+        if not 0 <= self.alpha <= 1:
+            raise PrunerError(f"ptp: alpha={self.alpha} must be in [0, 1]: type alpha=0.5")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"features", "vision_attention"} | ({"grid"} if self.windows > 1 else set()))
+
+    def share(self, sample: Sequence[VisualTokens]) -> list[int]:
+        return region_budgets(sample, self.region_rule, self.thumbnail)
+
+    def schedule(self, n: int, keep: int, layers: int) -> Schedule:
+        return one_cut(self.name, n, keep, layers, self.layer)
+
+    def select_at(self, layer: int, tokens: LayerTokens) -> Selection:
+        assert tokens.question is not None  # promised by `layer_needs`
+        base = saliency(tokens.input)[tokens.rows]
+        asked = torch.zeros_like(base)
+        if tokens.question.shape[1]:
+            asked = min_max(tokens.question.float().mean(dim=0).amax(dim=0)).to(base.device)
+        scores = (1 - self.alpha) * base + self.alpha * asked
+        kept = best_of_regions(scores, base, tokens.keep, tokens.input.grid, self.windows)
+        return Selection(kept.nonzero().flatten(), tokens.n, scores)

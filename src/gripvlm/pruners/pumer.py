@@ -1,0 +1,94 @@
+"""PuMer: drop what the text does not look at, then merge what is alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from gripvlm.errors import PrunerError
+from gripvlm.pruners.base import Selection
+from gripvlm.pruners.depths import at_depths
+from gripvlm.pruners.layered import LayerPruner, LayerTokens, Schedule, geometric_cuts
+from gripvlm.pruners.saliency import mean_into
+
+__all__ = ["PuMer", "soft_matching"]
+
+
+def soft_matching(keys: Tensor, merges: int) -> tuple[Tensor, Tensor]:
+    """(source, destination), both [merges], of [m, d] keys in an order: places at even places go to odd ones.
+
+    Each even place has one edge, to the odd place with the largest cosine; the `merges` strongest are taken.
+    """
+    rows = normalize(keys.float(), dim=-1)
+    best = (rows[::2] @ rows[1::2].T).max(dim=1)
+    even = torch.sort(best.values, descending=True, stable=True).indices[:merges]
+    return 2 * even, 2 * best.indices[even] + 1
+
+
+@dataclass(frozen=True)
+class PuMer(LayerPruner):
+    """Text-informed pruning and modality-aware merging (ACL 2023, acl-long.721), inside a language model.
+
+    At each cut, c_j = the attention of the text on token j, the mean over text tokens and heads: the
+    lowest are dropped. The others, in falling order of c, are matched by bipartite soft matching on
+    their keys, even places with odd ones, and the closest pairs become their mean.
+
+    1. PuMer is for cross-modal encoders and fine-tuned with reduction; this is its reducer, untrained, in a
+       decoder. Cuts are at 2, 5 and 8 of 12 layers, as in the paper's ViLT, at the same relative depth.
+    2. `keep` is the average over layers, the same share going on at each cut. Of the tokens that have to go at
+       a cut, those dropped and those merged are as prune to merge, as far as pairs go.
+    3. Text is not merged: the prompt's tokens are not the pruner's. So merging is within the modality.
+    4. Text that attention hides from the image, ahead of it, counts as zero. Without text, the last token.
+    5. A merged token stands where its odd one stood; raster order is restored for the kept ones.
+
+    Attributes:
+        prune, merge: shares of tokens pruned and merged; only their ratio counts.
+        order: "score" matches in the order of c as the code does, "raster" in that of the image.
+        cuts: layers of a model of 12.
+    """
+
+    name: ClassVar[str] = "pumer"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    layer_needs: ClassVar[frozenset[str]] = frozenset({"question", "last", "keys"})
+    source: ClassVar[str] = "PuMer, ACL 2023 (acl-long.721); untrained"
+
+    prune: float = 0.1
+    merge: float = 0.3
+    order: str = "score"
+    cuts: tuple[int, ...] = (2, 5, 8)
+
+    def __post_init__(self) -> None:
+        if self.order not in ("score", "raster") or min(self.prune, self.merge) < 0 or self.prune + self.merge <= 0:
+            raise PrunerError(
+                f"pumer: type prune=0.1 and merge=0.3, not both 0, and order=score or order=raster; got {self}"
+            )
+
+    def schedule(self, n: int, keep: int, layers: int) -> Schedule:
+        return geometric_cuts(self.name, n, keep, layers, at_depths(self.cuts, 12, layers))
+
+    def merges(self, n: int, count: int) -> int:
+        """How many of the n - count tokens that go are merged: at most as many as stay."""
+        return min(count, int((n - count) * self.merge / (self.prune + self.merge) + 0.5))
+
+    def select_at(self, layer: int, tokens: LayerTokens) -> Selection:
+        assert tokens.question is not None  # promised by `layer_needs`
+        assert tokens.last is not None
+        assert tokens.keys is not None
+        seen = tokens.question if tokens.question.shape[1] else tokens.last[:, None]
+        scores = seen.float().mean(dim=(0, 1))
+        merges = self.merges(tokens.n, tokens.keep)
+        left = torch.sort(scores, descending=True, stable=True).indices[: tokens.keep + merges]
+        if self.order == "raster":
+            left = left.sort().values
+        if not merges:
+            return Selection(left.sort().values, tokens.n, scores)
+        source, destination = soft_matching(tokens.keys[left], merges)
+        stays = torch.ones_like(left, dtype=torch.bool)
+        stays[source] = False
+        indices = left[stays].sort().values
+        merge = mean_into(tokens.keep, indices, left[source], torch.searchsorted(indices, left[destination]))
+        return Selection(indices, tokens.n, scores, merge)
