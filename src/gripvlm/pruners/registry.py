@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable
@@ -140,7 +141,18 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
         return factory(**options)
     except TypeError as error:
         given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
-        raise PrunerError(f"pruner {name!r} cannot be made with {given}: {error}") from error
+        raise PrunerError(f"pruner {name!r} cannot be made with {given} ({error}): {_takes(factory)}") from error
+
+
+def _takes(factory: Any) -> str:
+    """The options there are, with their defaults."""
+    if not dataclasses.is_dataclass(factory):
+        return "see its documentation"
+    options = [
+        option.name if option.default is dataclasses.MISSING else f"{option.name}={option.default!r}"
+        for option in dataclasses.fields(factory)
+    ]
+    return f"it takes {', '.join(options)}" if options else "it takes no options"
 
 
 def _needs_by_default(made_by: Callable[[], Pruner]) -> frozenset[str]:
