@@ -187,6 +187,8 @@ def slow_prumerge(tokens: VisualTokens, uniform: float, neighbours: int, extra: 
     a, n, k = cls(tokens, -1), tokens.n, tokens.keep
     keys, x = tokens.vision[-1].keys, tokens.features.double()
     assert keys is not None
+    if k == n:
+        return dict(enumerate(x))
     more = 1 if extra and 1 < k < n else 0
     evenly = min(k - more - 1, math.floor(uniform * (k - more) + 0.5))
     kept = falling(a)[: k - more - evenly]

@@ -29,7 +29,7 @@ class PruMerge(Pruner):
     3. The extra row is one of the k. It stands at the strongest token that is not kept.
     4. Attention and keys are means over heads; the code computes both as one head of full width.
        Towers without a CLS token: the mean attention received.
-    5. Projected rows are merged; the paper merges before the projector.
+    5. Projected rows are merged; the paper merges before the projector. With k = n nothing is.
 
     Attributes:
         neighbours: tokens that a kept row absorbs; they may be kept themselves.
@@ -91,4 +91,4 @@ class PruMerge(Pruner):
             hole = int(torch.arange(k).to(slots)[~torch.isin(torch.arange(k).to(slots), slots)])
             destination = [*destination, torch.full_like(rest, hole)]
         merge = Merge(torch.cat(source), torch.cat(destination), torch.cat(weight))
-        return Selection(indices, n, attention, merge)
+        return Selection(indices, n, attention, merge if k < n else None)

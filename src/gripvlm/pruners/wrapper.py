@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,6 +55,10 @@ class Wrapper(Pruner):
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(sorted({layer for inner in self.inners for layer in inner.vision_layers}))
+
+    def share(self, sample: Sequence[VisualTokens]) -> Sequence[int]:
+        """As the inner pruner shares; as asked for, where there are several."""
+        return self.inners[0].share(sample) if len(self.inners) == 1 else super().share(sample)
 
 
 def scores_of(wrapper: Pruner, inner: Pruner, tokens: VisualTokens) -> Tensor:
