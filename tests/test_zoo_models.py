@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -56,3 +59,13 @@ def test_every_budget_from_one_to_all(spec):
         assert bool(logits.isfinite().all())
         if record.selections[0][0].k == n:
             torch.testing.assert_close(logits, plain, atol=0, rtol=0)
+
+
+def test_the_methods_table_is_up_to_date():
+    path = Path(__file__).parents[1] / "runs" / "methods_table.py"
+    spec = importlib.util.spec_from_file_location("methods_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    assert table.PAGE.read_text(encoding="utf-8") == table.page(), "run python runs/methods_table.py"

@@ -152,6 +152,7 @@ class Pruner(ABC):
     stage: where rows are dropped; "input" means before the language model's first layer, "llm" inside
         it (see `LayerPruner`).
     source: the paper, in one line.
+    trained: whether it has weights that were trained for pruning.
     default_keep: the budget when `keep` is left away; None means that `keep` must be given.
     """
 
@@ -160,6 +161,7 @@ class Pruner(ABC):
     vision_layers: ClassVar[tuple[int, ...]] = ()
     stage: ClassVar[str] = "input"
     source: ClassVar[str] = ""
+    trained: ClassVar[bool] = False
     default_keep: ClassVar[float | None] = None
 
     @abstractmethod
