@@ -20,7 +20,7 @@ SPENT = 1e-5  # of a unit variance: less than this is rounding
 
 @dataclass(frozen=True)
 class CDPruner(Pruner):
-    """Conditional DPP (CDPruner, NeurIPS 2025): greedy argmax_S det L_S, L = diag(r) C diag(r).
+    """Conditional DPP (arXiv 2506.10967): greedy argmax_S det L_S, L = diag(r) C diag(r).
 
     C_ij = cos(x_i, x_j), r_i = (c_i - min c) / (max c - min c) + 1e-6, c_i the relevance of token i
     to the question. Each step adds the token with the largest det L_{S + i} / det L_S, which is
@@ -46,7 +46,7 @@ class CDPruner(Pruner):
 
     name: ClassVar[str] = "cdpruner"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "question"})
-    source: ClassVar[str] = "CDPruner (NeurIPS 2025); question embeddings stand in for CLIP text"
+    source: ClassVar[str] = "CDPruner, arXiv 2506.10967 (NeurIPS 2025); question embeddings stand in for CLIP text"
 
     relevance: str = "positive"
     theta: float | None = None

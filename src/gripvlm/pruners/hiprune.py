@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from gripvlm.errors import PrunerError
-from gripvlm.pruners.base import Pruner, Selection, VisualTokens
+from gripvlm.pruners.base import Pruner, Selection, VisualTokens, top_k
 from gripvlm.pruners.saliency import received
 
 __all__ = ["HiPrune"]
@@ -19,24 +18,23 @@ __all__ = ["HiPrune"]
 class HiPrune(Pruner):
     """Hierarchical attention (arXiv 2508.00553): anchors, buffers and registers.
 
-    Attention is what a token receives, the mean over heads and queries. Anchors: the tokens with the
-    most in block `middle`; buffers: their neighbours above, left, right and below. Together they are
-    round(alpha k) tokens. Registers: the rest of k, by attention in the last block.
+    Attention is what a token receives, the mean over heads and queries. Anchors: the floor(alpha k / 5)
+    tokens with the most in block `middle`; buffers: their neighbours above, left, right and below.
+    Registers: the rest of k, by attention in the block before the last, whose output LLaVA reads.
 
-    1. Anchors come in the order of attention, each followed by its buffers (in raster order) that are
-       inside the image and not chosen yet, until the number is reached; how the code shares the
-       number out between anchors and buffers was not available to us.
-    2. The mean includes the CLS query, where there is one.
+    1. Neighbours are inside the image: the authors' notebook takes the index before and after, which at
+       the end of a row is a token of the next one.
+    2. The mean includes the CLS query, where there is one, as in the notebook.
     3. Ties go to the lower index; raster order is restored.
 
     Attributes:
-        alpha: in [0, 1].
-        middle: block of the tower; the paper's 9 of CLIP's 24. Another tower needs another.
+        alpha: share of anchors and buffers, in [0, 1].
+        middle: block of the tower; 9 of CLIP's 24, 16 for Qwen2.5-VL. Another tower needs another.
     """
 
     name: ClassVar[str] = "hiprune"
     needs: ClassVar[frozenset[str]] = frozenset({"vision_attention", "grid"})
-    source: ClassVar[str] = "HiPrune, arXiv 2508.00553"
+    source: ClassVar[str] = "HiPrune, arXiv 2508.00553 (ACL Findings 2026)"
 
     alpha: float = 0.1
     middle: int = 9
@@ -47,27 +45,20 @@ class HiPrune(Pruner):
 
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
-        return (self.middle, -1)
+        return (self.middle, -2)
 
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.grid is not None  # promised by `needs`
-        kept = torch.zeros(tokens.n, dtype=torch.bool, device=tokens.features.device)
-        first = int(self.alpha * tokens.keep + 0.5)
-        kept[around(received(tokens, self.middle), tokens.grid)[:first]] = True
-        deep = received(tokens, -1)
+        deep = received(tokens, -2)
+        anchors = torch.zeros_like(deep, dtype=torch.bool)
+        anchors[top_k(received(tokens, self.middle), int(self.alpha * tokens.keep / 5 + 1e-9))] = True
+        middle = anchors.view(tokens.grid)
+        kept = middle.clone()
+        kept[1:] |= middle[:-1]
+        kept[:-1] |= middle[1:]
+        kept[:, 1:] |= middle[:, :-1]
+        kept[:, :-1] |= middle[:, 1:]
+        kept = kept.flatten()
         order = torch.sort(deep, descending=True, stable=True).indices
-        kept[order[~kept[order]][: tokens.keep - first]] = True
+        kept[order[~kept[order]][: tokens.keep - int(kept.sum())]] = True
         return Selection(kept.nonzero().flatten(), tokens.n, deep)
-
-
-def around(scores: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[n] all tokens, each as soon as it or a neighbour comes up in the order of falling scores."""
-    h, w = grid
-    order = torch.sort(scores, descending=True, stable=True).indices
-    y, x = order // w, order % w
-    near = torch.stack((y, y - 1, y, y, y + 1), 1), torch.stack((x, x, x - 1, x + 1, x), 1)
-    inside = (near[0] >= 0) & (near[0] < h) & (near[1] >= 0) & (near[1] < w)
-    listed = (near[0] * w + near[1])[inside]  # in order; each token up to five times
-    place = torch.full((h * w,), listed.numel(), device=scores.device)
-    place.scatter_reduce_(0, listed, torch.arange(listed.numel(), device=scores.device), "amin")
-    return place.argsort()
