@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "budget"},
     {"policy", "scorer", "pruners"},
     {"models"},
-    {"checks", "layered", "prune"},
+    {"checks", "layered", "path", "prune"},
     {"tasks"},
     {"evaluate"},
     {"train"},
