@@ -46,12 +46,11 @@ class PlackettLuce(SubsetLaw):
 
     def log_prob(self, picks: Tensor) -> Tensor:
         """[B, G]: of the ordered picks [B, G, K]. Hundreds of nats at large k: divide by k before clipping a ratio."""
-        return self.step_log_probs(picks).sum(-1)
+        return self._out(self._steps(picks).sum(-1))
 
     def step_log_probs(self, picks: Tensor) -> Tensor:
         """[B, G, K]: of each pick given those before it; 0 at padding."""
-        odds, _, _ = self._walk(self._checked_picks(picks))
-        return self._out(logsigmoid(odds).masked_fill(self._padding[:, None], 0.0))
+        return self._out(self._steps(picks))
 
     def step_entropy(self, picks: Tensor) -> Tensor:
         """[B, G, K]: the entropy of each pick given those before it, exact; 0 at padding.
@@ -87,6 +86,11 @@ class PlackettLuce(SubsetLaw):
     def kl(self, other: PlackettLuce, picks: Tensor) -> Tensor:
         """[B, G]: an estimate of the KL of the ordered laws: the sum of `step_kl`."""
         return self.step_kl(other, picks).sum(-1)
+
+    def _steps(self, picks: Tensor) -> Tensor:
+        """[B, G, K], wide: `step_log_probs`."""
+        odds, _, _ = self._walk(self._checked_picks(picks))
+        return logsigmoid(odds).masked_fill(self._padding[:, None], 0.0)
 
     def _walk(self, picks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The log-odds of each pick against what is left after it [B, G, K], log of what is left at each step

@@ -141,35 +141,35 @@ def uniform_noise(
 
 
 def _checked_logits(logits: Any) -> Tensor:
-    """`logits` as [B, n] without nan, +inf or a finite one beyond 1e20."""
+    """`logits` as [B, n]."""
     allowed = "allowed are floats [B, n] or [n] with n >= 1"
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         what = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"logits are {what}: {allowed}: type torch.as_tensor(logits, dtype=torch.float32)")
     if logits.dim() not in (1, 2) or logits.numel() == 0:
         raise InputError(f"logits have shape {list(logits.shape)}: {allowed}: type logits.view(-1, n)")
-    logits = logits if logits.dim() == 2 else logits[None]
-    bad = ~((logits.detach().abs() <= _LARGEST) | (logits == -torch.inf))
-    if bool(bad.any()):
-        row, item = (int(i) for i in bad.nonzero()[0])
-        raise InputError(
-            f"logits[{row}, {item}] = {float(logits[row, item].detach())}: allowed are -inf (never picked) and finite "
-            f"ones up to {_LARGEST:g}: type torch.nan_to_num(logits) if you mean it, and look where it comes from"
-        )
-    return logits
+    return logits if logits.dim() == 2 else logits[None]
 
 
 def _checked_real(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """bool [B, n]: not masked, not -inf."""
-    finite = logits.detach() > -torch.inf
-    if mask is None:
-        return finite
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape not in (logits.shape, logits.shape[1:]):
-        what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    """bool [B, n]: not masked, not -inf; refuses nan, +inf and a finite logit beyond 1e20 where it is not masked."""
+    real = torch.ones_like(logits, dtype=torch.bool)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape not in (real.shape, real.shape[1:]):
+            what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(
+                f"mask is {what}: allowed is bool {list(real.shape)}, True for a real item: type mask.bool()"
+            )
+        real = real & mask.to(logits.device)
+    fixed = logits.detach()
+    bad = real & ~((fixed.abs() <= _LARGEST) | (fixed == -torch.inf))
+    if bool(bad.any()):
+        row, item = (int(i) for i in bad.nonzero()[0])
         raise InputError(
-            f"mask is {what}: allowed is bool {list(logits.shape)}, True for a real item: type mask.bool()"
+            f"logits[{row}, {item}] = {float(fixed[row, item])}: allowed are -inf (never picked) and finite ones up to "
+            f"{_LARGEST:g}: type mask=... to leave the item out, or look where it comes from"
         )
-    return finite & mask.to(logits.device)
+    return real & (fixed > -torch.inf)
 
 
 def _checked_k(k: Any, rows: int, device: torch.device) -> Tensor:
