@@ -22,6 +22,8 @@ class ConditionalBernoulli(SubsetLaw):
        and an exp an element slower.
     2. log P(heads = k) by divide and conquer: log2(n) levels of polynomial products by FFT, where one item after
        another is n kernels. All samples of a row share it; autograd through it gives the inclusion probabilities.
+       B = G = 16, one core, ms: log_prob 1.7, with backward 3.1, sample 5 at n = 256, k = 64; 22, 41 and 88 at
+       n = 4096, k = 512, where the recursion over items in log space takes 409 for one forward table (2.6 at n = 256).
     3. A sample walks the same tree downwards, splitting each node's count between its halves: log2(n) batched draws.
 
     Args and raises: see `SubsetLaw`.
@@ -30,7 +32,8 @@ class ConditionalBernoulli(SubsetLaw):
     def sample(self, samples: int = 1, *, generator: torch.Generator | None = None, antithetic: bool = False) -> Tensor:
         """int64 [B, G, K]: picks in ascending order. Arguments as in `PlackettLuce.sample`."""
         with torch.no_grad():
-            levels = self._levels(self._tilted()[0])
+            tilted, _ = self._tilted()
+            levels = self._levels(tilted.sigmoid(), (-tilted).sigmoid())
         size = levels[0].shape[1]
         real = pad(self.real.long(), (0, size - self.n))
         sizes = [real.unflatten(1, (-1, 1 << level)).sum(-1) for level in range(len(levels))]  # [B, nodes] each
@@ -39,7 +42,7 @@ class ConditionalBernoulli(SubsetLaw):
         )
         count = self.k[:, None, None].expand(-1, samples, 1)  # [B, G, nodes]: picks below each node
         for level in range(len(levels) - 2, -1, -1):
-            below, under = levels[level][:, None].clamp_min(0.0), sizes[level][:, None]
+            below, under = levels[level][:, None], sizes[level][:, None]
             left, right = below[:, :, ::2], below[:, :, 1::2].expand(-1, samples, -1, -1)
             other = count[..., None] - torch.arange(left.shape[-1], device=count.device)  # picks of the right half
             weight = right.gather(-1, other.clamp(0, left.shape[-1] - 1)) * left
@@ -61,12 +64,13 @@ class ConditionalBernoulli(SubsetLaw):
         member = picks_to_mask(self._checked_picks(picks), self.n)
         tilted, _ = self._tilted()
         coins = logsigmoid(torch.where(member, tilted[:, None], -tilted[:, None])).sum(-1)
-        return self._out(coins - self._log_heads(tilted)[:, None])
+        return self._out(coins - self._log_heads(tilted.sigmoid(), (-tilted).sigmoid())[:, None])
 
     def log_normalizer(self) -> Tensor:
         """[B]: log e_k(exp s), the log-sum over all k-subsets of exp(sum of their logits)."""
         tilted, shift = self._tilted()
-        return self._out(self._log_heads(tilted) + softplus(tilted).sum(-1) - self.k * shift)
+        log_heads = self._log_heads(tilted.sigmoid(), (-tilted).sigmoid())
+        return self._out(log_heads + softplus(tilted).sum(-1) - self.k * shift)
 
     def inclusion(self) -> Tensor:
         """[B, n]: P(i in S), the gradient of `log_normalizer`; sums to k. Differentiable in the logits itself."""
@@ -83,7 +87,7 @@ class ConditionalBernoulli(SubsetLaw):
         inside, outside, heads, tails, log_heads = self._terms()
         theirs, _ = other._tilted()
         gap = inside * (heads - logsigmoid(theirs)) + outside * (tails - logsigmoid(-theirs))
-        return self._out(gap.sum(-1) - log_heads + other._log_heads(theirs))
+        return self._out(gap.sum(-1) - log_heads + other._log_heads(theirs.sigmoid(), (-theirs).sigmoid()))
 
     def _tilted(self) -> tuple[Tensor, Tensor]:
         """x = s + shift [B, n] (`FAR` where nothing is) and shift [B], a constant, with sum sigmoid(x) close to k.
@@ -101,11 +105,10 @@ class ConditionalBernoulli(SubsetLaw):
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
         return lowered + high, (high - self._at_k())[:, 0]
 
-    def _levels(self, tilted: Tensor) -> list[Tensor]:
+    def _levels(self, p: Tensor, q: Tensor) -> list[Tensor]:
         """P(heads = j) below each node of a binary tree over the items: level l is [B, N / 2^l, min(2^l, K) + 1]."""
         size = 1 << (self.n - 1).bit_length()
-        coins = pad(tilted, (0, size - self.n), value=FAR)
-        levels = [torch.stack([(-coins).sigmoid(), coins.sigmoid()], -1)]
+        levels = [torch.stack([pad(q, (0, size - self.n), value=1.0), pad(p, (0, size - self.n))], -1)]
         while levels[-1].shape[1] > 1:
             below = levels[-1]
             width = 2 * below.shape[-1] - 1
@@ -115,23 +118,21 @@ class ConditionalBernoulli(SubsetLaw):
             levels.append(product[..., : min(width, self.kmax + 1)])
         return levels
 
-    def _log_heads(self, tilted: Tensor) -> Tensor:
-        """[B]: log P(k heads) of independent coins with log-odds `tilted`."""
+    def _log_heads(self, p: Tensor, q: Tensor) -> Tensor:
+        """[B]: log P(k heads) of independent coins with chances p of heads and q = 1 - p [B, n]."""
         wanted = self.k[:, None].clone()  # autograd saves it, and may not save one made under inference mode
-        return self._levels(tilted)[-1][:, 0].gather(-1, wanted)[:, 0].log()
+        return self._levels(p, q)[-1][:, 0].gather(-1, wanted)[:, 0].log()
 
     def _terms(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """P(i in S), P(i not in S), log P(head i), log P(tail i), all [B, n], and log P(k heads) [B]."""
         live = torch.is_grad_enabled() and self.logits.requires_grad
         with torch.inference_mode(False), torch.enable_grad():
             tilted = self._tilted()[0] if live else self._tilted()[0].detach().clone().requires_grad_()
-            log_heads = self._log_heads(tilted)
-            (slope,) = torch.autograd.grad(log_heads.sum(), tilted, create_graph=live)
-            heads, tails = logsigmoid(tilted), logsigmoid(-tilted)
-            chance, rest = tilted.sigmoid(), (-tilted).sigmoid()
-            inside = (chance + slope).masked_fill(chance == 0, 0.0)
-            outside = (rest - slope).masked_fill(rest == 0, 0.0)
-        terms = inside, outside, heads, tails, log_heads
+            p, q = tilted.sigmoid(), (-tilted).sigmoid()
+            log_heads = self._log_heads(p, q)
+            # P(k) = p_i a + q_i b with a, b over the other coins: by slopes in p and q apart, nothing is subtracted.
+            by_p, by_q = torch.autograd.grad(log_heads.sum(), (p, q), create_graph=live)
+        terms = p * by_p, q * by_q, logsigmoid(tilted), logsigmoid(-tilted), log_heads
         return terms if live else tuple(term.detach() for term in terms)  # type: ignore[return-value]
 
     def _ascending(self, member: Tensor) -> Tensor:
