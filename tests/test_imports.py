@@ -14,7 +14,8 @@ import gripvlm
 PACKAGE = Path(gripvlm.__file__).parent
 LAYERS = [
     {"errors", "budget"},
-    {"policy", "scorer", "pruners"},
+    {"policy"},
+    {"scorer", "pruners"},
     {"models"},
     {"checks", "prune"},
     {"tasks"},
