@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import gripvlm
-from gripvlm.errors import BudgetError, GripError, PrunerError
+from gripvlm.errors import BudgetError, GripError, InputError, PrunerError
 from gripvlm.evaluate import (
     Interrupted,
     ResumeError,
@@ -183,6 +183,29 @@ def test_a_finished_run_measures_nothing_again_and_duplicates_count_once(whole, 
     monkeypatch.setattr(runner, "answer", lambda *args, **kwargs: calls.append(1) or answer(*args, **kwargs))
     assert run(out)["rows"] == whole[0]["rows"]
     assert len(calls) <= 1
+
+
+def test_a_finished_run_leaves_its_files_as_they_are(whole, tmp_path, monkeypatch, capsys):
+    """The header's times are those of the run that measured."""
+    out = tmp_path / "r.json"
+    for old, new in ((whole[1], out), (samples_path(whole[1]), samples_path(out))):
+        new.write_bytes(old.read_bytes())
+    monkeypatch.setattr(runner, "answer", lambda *args, **kwargs: pytest.fail("measured again"))
+    result = run(out, command="another", progress=True)
+    assert result == json.loads(out.read_text())
+    assert out.read_bytes() == whole[1].read_bytes()
+    assert samples_path(out).read_bytes() == samples_path(whole[1]).read_bytes()
+    assert "All 128 answers are in" in capsys.readouterr().err
+
+
+def test_a_finished_run_counts_anew_where_its_rows_are_stale(whole, tmp_path):
+    out = tmp_path / "r.json"
+    stale = json.loads(whole[1].read_text())
+    stale["rows"][0]["score"] = 7
+    out.write_text(json.dumps(stale))
+    samples_path(out).write_bytes(samples_path(whole[1]).read_bytes())
+    run(out)
+    assert json.loads(out.read_text()) == json.loads(whole[1].read_text())
 
 
 def test_a_damaged_line_is_named(whole, tmp_path):
@@ -367,6 +390,13 @@ def test_a_processor_without_a_template_gets_image_and_question():
 
     assert prompt_text(Bare(), "Q?") == "<img>\nQ?"
     assert prompt_text(Bare(), "Q?", image=False) == "Q?"
+
+
+def test_a_question_may_not_bring_its_own_placeholder():
+    model, processor = tiny_lab()
+    for images in ([Image.new("RGB", (64, 64))], None):
+        with pytest.raises(InputError, match="holds <image>, the model's own placeholder"):
+            make_inputs(model, processor, ["an <image> of what?"], images)
 
 
 def test_batches_are_padded_on_the_left_and_a_template_may_bring_its_own_start():

@@ -74,7 +74,15 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
             f"videos are not supported for {family.model_type}: leave pixel_values_videos out, or pass frames as images"
         )
     for name in ("attention_mask", "labels"):
-        if name in given and given[name].shape != ids.shape:
+        if name not in given:
+            continue
+        if not isinstance(given[name], Tensor):
+            kind = type(given[name]).__name__
+            what = (
+                "the model makes its own masks from that, also where layers differ" if name != "labels" else "or none"
+            )
+            raise InputError(f"{name} is a {kind}: pass a tensor like input_ids, {tuple(ids.shape)}; {what}")
+        if given[name].shape != ids.shape:
             raise InputError(
                 f"{name} has shape {tuple(given[name].shape)}, expected that of input_ids, {tuple(ids.shape)}"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from gripvlm.checks import (
     checked_selection,
     one_budget,
 )
+from gripvlm.clock import device_time
 from gripvlm.errors import GripError, InputError, PrunerError
 from gripvlm.models import decoding, seam
 from gripvlm.models.encoded import Encoded, Span
@@ -77,9 +77,9 @@ def encode(model: Any, inputs: Mapping[str, Any]) -> Encoded:
     """
     family = family_of(model)
     inputs = checked_inputs(model, family, inputs, None)
-    started = _now(model)
+    started = device_time(model.device)
     encoded = seam.encode(model, family, inputs)
-    return replace(encoded, seconds=_now(model) - started)
+    return replace(encoded, seconds=device_time(model.device) - started)
 
 
 def prune_inputs(
@@ -246,13 +246,13 @@ def _pruned(
 ) -> tuple[dict[str, Any], Record]:
     """Encode, choose, check, drop: the whole of gripvlm in one function."""
     checked_positions(positions)
-    started = _now(model)
+    started = device_time(model.device)
     done = encoded if encoded is not None else seam.encode(model, family, inputs)
-    seen = _now(model)
+    seen = device_time(model.device)
     spans, batch = _tokens(model, family, inputs, pruner, keep, question, done)
-    gathered = _now(model)
+    gathered = device_time(model.device)
     raw = [[pruner.select(tokens) for tokens in sample] for sample in batch]
-    chosen = _now(model)
+    chosen = device_time(model.device)
     selections = [
         [checked_selection(pruner.name, *pair) for pair in zip(mine, sample, strict=True)]
         for mine, sample in zip(raw, batch, strict=True)
@@ -261,7 +261,7 @@ def _pruned(
     seconds = {
         "vision": seen - started if encoded is None else 0.0,
         "pruner": chosen - gathered,
-        "surgery": gathered - seen + _now(model) - chosen,
+        "surgery": gathered - seen + device_time(model.device) - chosen,
     }
     return arguments, Record(selections, 1, seconds)
 
@@ -297,14 +297,6 @@ def _tokens(
             keeps = budget.count(item.features.shape[0], where)
             batch[sample].append(VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key))
     return spans, batch
-
-
-def _now(model: Any) -> float:
-    """Seconds on a steady clock, after the model's device has done all it was asked."""
-    device = model.device
-    if device.type not in ("cpu", "meta"):
-        getattr(torch, device.type).synchronize(device)
-    return time.perf_counter()
 
 
 class _Onlooker(KeepAll):

@@ -33,10 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "gripvlm"
         message = error.format_message()  # type: ignore[attr-defined]
-        return _complain(f"{message} Type `{command} --help` to see what it takes.", debug)
+        end = "" if message.endswith((".", "!", "?")) else "."
+        return _complain(f"{message}{end} Type `{command} --help` to see what it takes.", debug)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("Stopped.", debug=False, code=130)
-    except (GripError, OSError, ImportError, MemoryError) as error:
+    except OSError as error:
+        about = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        return _complain(about or type(error).__name__, debug)
+    except (GripError, ImportError, MemoryError) as error:
         return _complain(str(error) or type(error).__name__, debug)
     except RuntimeError as error:  # PyTorch's own for memory that runs out
         if "out of memory" not in str(error):

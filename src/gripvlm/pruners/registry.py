@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 from collections.abc import Callable
 from importlib import import_module
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner
+from gripvlm.pruners.options import Option, made, options_of, parsed
 
 __all__ = ["PrunerRow", "get_pruner", "list_pruners", "pruner_names", "register_pruner"]
 
@@ -18,6 +18,7 @@ ENTRY_POINTS = "gripvlm.pruners"
 
 _BUILT_IN: dict[str, str] = {
     "divprune": "gripvlm.pruners.divprune:DivPrune",
+    "full": "gripvlm.pruners.keep_all:Full",
     "given": "gripvlm.pruners.given:Given",
     "grid": "gripvlm.pruners.grid:Grid",
     "keep_all": "gripvlm.pruners.keep_all:KeepAll",
@@ -35,6 +36,7 @@ class PrunerRow(NamedTuple):
     needs: tuple[str, ...]
     stage: str
     source: str
+    options: tuple[Option, ...] = ()
 
 
 def _same(old: object, new: object) -> bool:
@@ -70,14 +72,14 @@ def pruner_names() -> list[str]:
 
 
 def list_pruners() -> list[PrunerRow]:
-    """One row a pruner: name, what it needs, where it drops rows, its source. Imports them all."""
+    """One row a pruner: name, what it needs, where it drops rows, its source, its options. Imports them all."""
     rows = []
     for name in pruner_names():
         made_by = _load(name)
         needs = getattr(made_by, "needs", ())  # a property, where it depends on the object's options
         needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
         stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
-        rows.append(PrunerRow(name, needs, stage, source))
+        rows.append(PrunerRow(name, needs, stage, source, tuple(options_of(made_by))))
     return rows
 
 
@@ -90,8 +92,8 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
         options: fields of the pruner, `get_pruner("random", seed=3)`; they win over the spec's.
 
     Raises:
-        PrunerError: an unknown name (the nearest known ones are listed), an unknown option, or an
-            object without `select`.
+        PrunerError: an unknown name (the nearest known ones are listed), an unknown option, a value
+            that does not fit the option's annotation, or an object without `select`.
     """
     if not isinstance(pruner, str):
         if isinstance(pruner, type):
@@ -105,13 +107,9 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
             raise PrunerError(f"options {sorted(options)} go with a name, not with a pruner object")
         return pruner
     name, _, spec = pruner.partition(":")
-    options = _parse_options(pruner, spec) | options
-    factory = _load(name.strip())
-    try:
-        return factory(**options)
-    except TypeError as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
-        raise PrunerError(f"pruner {name!r} cannot be made with {given}: {error}") from error
+    name = name.strip()
+    factory = _load(name)
+    return made(name, factory, parsed(pruner, spec, options_of(factory)) | options)
 
 
 def _sources() -> dict[str, Any]:
@@ -131,17 +129,3 @@ def _load(name: str) -> Any:
         return source
     module, _, attribute = source.partition(":")
     return getattr(import_module(module), attribute)
-
-
-def _parse_options(whole: str, spec: str) -> dict[str, Any]:
-    """{"seed": 3} from "seed=3": Python literals where they parse, else strings."""
-    options: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in spec.split(","))):
-        key, equals, text = part.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise PrunerError(f"cannot read {part!r} in {whole!r}: type name:option=value,option=value")
-        try:
-            options[key.strip()] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            options[key.strip()] = text.strip()
-    return options
