@@ -17,11 +17,14 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "gripvlm.budget",
     "Encoded": "gripvlm.models.encoded",
+    "Grip": "gripvlm.pruners.grip",
     "GripError": "gripvlm.errors",
     "Merge": "gripvlm.pruners.base",
     "Pruner": "gripvlm.pruners.base",
     "Record": "gripvlm.prune",
     "ScorePruner": "gripvlm.pruners.base",
+    "Scorer": "gripvlm.scorer",
+    "ScorerConfig": "gripvlm.scorer",
     "Selection": "gripvlm.pruners.base",
     "VisualTokens": "gripvlm.pruners.base",
     "encode": "gripvlm.prune",
@@ -73,7 +76,10 @@ if TYPE_CHECKING:
     from gripvlm.pruners.base import ScorePruner as ScorePruner
     from gripvlm.pruners.base import Selection as Selection
     from gripvlm.pruners.base import VisualTokens as VisualTokens
+    from gripvlm.pruners.grip import Grip as Grip
     from gripvlm.pruners.registry import get_pruner as get_pruner
     from gripvlm.pruners.registry import list_pruners as list_pruners
     from gripvlm.pruners.registry import pruner_names as pruner_names
     from gripvlm.pruners.registry import register_pruner as register_pruner
+    from gripvlm.scorer import Scorer as Scorer
+    from gripvlm.scorer import ScorerConfig as ScorerConfig

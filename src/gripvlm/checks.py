@@ -39,7 +39,8 @@ def checked_positions(positions: str) -> None:
         raise InputError(f"positions={positions!r}: type 'original' or 'renumbered'")
 
 
-def checked_pruner(pruner: str | Pruner) -> Pruner:
+def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
+    """The pruner, known to have what a pruner has, and to serve `model` where one is given."""
     chooser = get_pruner(pruner)
     name = getattr(chooser, "name", None)
     if not isinstance(name, str):
@@ -50,6 +51,8 @@ def checked_pruner(pruner: str | Pruner) -> Pruner:
         raise PrunerError(f"pruner {name!r} needs {unknown}, but known are {sorted(NEEDS)}")
     if getattr(chooser, "stage", "input") != "input":
         raise PrunerError(f"pruner {name!r} drops rows at stage {chooser.stage!r}, but only 'input' is supported")
+    if model is not None and hasattr(chooser, "check"):  # an object of the caller's own may do without
+        chooser.check(model)
     return chooser
 
 

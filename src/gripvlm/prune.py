@@ -130,7 +130,7 @@ def prune_inputs(
     `position_ids` that go on from the last ones here.
     """
     family = family_of(model)
-    chooser = checked_pruner(pruner)
+    chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
     arguments, record = _pruned(model, family, inputs, chooser, keep, positions, question, encoded, spare_column=False)
     return (arguments, record) if return_record else arguments
@@ -186,7 +186,7 @@ def prune(
         GripError: a block for this model is already open, or what `prune_inputs` raises.
     """
     family = family_of(model)
-    chooser = checked_pruner(pruner)
+    chooser = checked_pruner(pruner, model)
     checked_positions(positions)
     if not isinstance(keep, (list, tuple)):
         one_budget(chooser, keep)

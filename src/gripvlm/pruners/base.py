@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -117,6 +117,9 @@ class Pruner(ABC):
     stage: ClassVar[str] = "input"
     source: ClassVar[str] = ""
     default_keep: ClassVar[float | None] = None
+
+    def check(self, model: Any) -> None:  # noqa: B027
+        """Raises a `GripError` where this pruner cannot serve `model`. Called when it is attached."""
 
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:

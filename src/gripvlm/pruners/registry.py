@@ -21,6 +21,7 @@ _BUILT_IN: dict[str, str] = {
     "full": "gripvlm.pruners.keep_all:Full",
     "given": "gripvlm.pruners.given:Given",
     "grid": "gripvlm.pruners.grid:Grid",
+    "grip": "gripvlm.pruners.grip:Grip",
     "keep_all": "gripvlm.pruners.keep_all:KeepAll",
     "norm": "gripvlm.pruners.norm:Norm",
     "pool": "gripvlm.pruners.pool:Pool",
