@@ -225,7 +225,12 @@ def test_a_damaged_line_is_named(whole, tmp_path):
     [
         ({"seed": 1}, "seed: 0 then, 1 now"),
         ({"batch_size": 5}, "batch_size"),
-        ({"keeps": [0.2]}, "arms"),
+        (
+            {"keeps": [0.2, 40]},
+            r'arms: random:seed=3 0.1 {"name": "random", "seed": 3}, grid 0.1 .* only then, .* only now',
+        ),
+        ({"pruners": [*PRUNERS[1:], PRUNERS[0]]}, "arms: in another order"),
+        ({"pruners": [*PRUNERS, "norm"]}, r'arms: norm 0.1 {"name": "norm"}, norm 40 {"name": "norm"} only now'),
         ({"limit": 3}, "limit"),
     ],
 )
