@@ -103,13 +103,7 @@ def _checked_name(name: str) -> str | Path:
         return folder
     if folder.is_file():
         raise ModelError(f"{name} is a file: type the folder it lies in")
-    looks_local = (
-        not name.strip()
-        or name.startswith((".", "~", "/"))
-        or name.endswith("/")
-        or name.count("/") != 1
-        or " " in name
-    )
+    looks_local = name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") != 1 or " " in name
     if looks_local:
         raise ModelError(
             f"no model {name!r}: type 'lab', a folder that exists, or a hub id such as llava-hf/llava-1.5-7b-hf"
