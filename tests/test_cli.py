@@ -169,6 +169,9 @@ def test_no_command_shows_help(capsys):
         ([*ASK, "--device", "cuda:77"], "cannot be used"),
         (["ask", "--image", "nowhere.png", "--question", "x"], "no image 'nowhere.png'"),
         (["ask", "--image", ".", "--question", "x"], "is a folder"),
+        (["ask", "--image", "https://a.org/cat.png", "--question", "x"], "download the picture first"),
+        ([*ASK, "--model", ""], "no model ''"),
+        ([*ASK, "--model", "folder.png"], "no config.json"),
         (["ask", "--image", "cat.png"], "--question"),
         (["ask", "--image", "cat.png", "--question", " "], "the question is empty"),
         (["eval", "--tasks", "lab/read", "--out", "f.json"], "lab/reading"),
@@ -237,6 +240,20 @@ def test_a_model_folder_that_is_not_whole_says_what_is_missing(capsys, missing, 
     assert said in message
     assert "processor.save_pretrained(folder)" in message
     assert "huggingface.co" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("config.json", "has a config.json that is not JSON"), ("model.safetensors", "cannot be loaded")]
+)
+def test_a_file_that_is_cut_short_is_one_paragraph(capsys, name, said):
+    model, processor = tiny_lab()
+    model.save_pretrained("saved")
+    processor.save_pretrained("saved")
+    Path("saved", name).write_bytes(Path("saved", name).read_bytes()[:100])
+    assert main([*ASK, "--model", "saved"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert message.startswith("Error: the ")
+    assert said in message
 
 
 def test_commas_inside_a_spec_separate_nothing():

@@ -14,19 +14,7 @@ from transformers import LlamaForCausalLM
 import gripvlm
 from gripvlm.errors import BudgetError, GripError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.pruners import Merge, Pruner, ScorePruner, Selection, VisualTokens
-from tiny_models import IMAGE, llava_inputs, tiny_llama, tiny_llava
-
-SHORT = {"max_new_tokens": 4, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llava()
-
-
-@pytest.fixture
-def inputs():
-    return llava_inputs([1, 2], [7, 9])
+from tiny_models import IMAGE, SHORT, llava_inputs, tiny_llama, tiny_llava
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,7 @@ from transformers import GenerationConfig
 import gripvlm
 from gripvlm.errors import BudgetError, GripError, InputError
 from gripvlm.pruners import ScorePruner, VisualTokens
-from tiny_models import BOS, EOS, IMAGE, PAD, llava_inputs, tiny_llava
-
-SHORT = {"max_new_tokens": 4, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llava()
-
-
-@pytest.fixture
-def inputs():
-    return llava_inputs([1, 2], [7, 9])
-
+from tiny_models import BOS, EOS, IMAGE, PAD, SHORT, llava_inputs, tiny_llava
 
 # --- 7: the block leaves nothing behind -------------------------------------------------------------
 

@@ -91,6 +91,8 @@ def ask(
 
     if not question.strip():
         raise GripError("the question is empty: type --question 'what is in the picture?'")
+    if image.parts[:1] in (("http:",), ("https:",)):
+        raise GripError("--image takes a file: download the picture first, then type its path")
     picture = open_image(image)
     chooser = get_pruner(_one_pruner(pruner))
     whole = isinstance(chooser, KeepAll)

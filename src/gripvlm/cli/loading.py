@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -51,6 +52,7 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
         model, processor = lab.load()
         return model.to(place).eval(), processor
 
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     import gripvlm.lab  # noqa: F401  (a folder may hold the lab's own tower)
@@ -70,7 +72,7 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
         model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
     except GripError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_advice(name, where, error)) from error
     return model.to(place).eval(), processor
 
@@ -84,7 +86,7 @@ def _device(name: str | None) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ModelError(f"--device {name} is none that PyTorch knows: type cpu, cuda, cuda:1, mps or xpu") from error
+        raise ModelError(f"--device {name!r} is none that PyTorch knows: type cpu, cuda, cuda:1, mps or xpu") from error
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -95,7 +97,7 @@ def _device(name: str | None) -> Any:
 def _checked_name(name: str) -> str | Path:
     """A folder that exists, or what may be a hub id."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name.strip() and folder.is_dir():
         if not (folder / "config.json").exists():
             raise ModelError(f"the folder {name} has no config.json: type the folder that save_pretrained wrote")
         return folder
@@ -129,6 +131,10 @@ def _lacking(folder: Path) -> list[str]:
     whole = folder / "processor_config.json"
     inside = whole.is_file() and "image_processor" in whole.read_text(encoding="utf-8", errors="replace")
     lacking = []
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        lacking.append("a config.json that is not JSON")
     if not inside and not (folder / "preprocessor_config.json").is_file():
         lacking.append("no image processor (preprocessor_config.json, or processor_config.json with one in it)")
     if not any((folder / file).is_file() for file in _TOKENIZERS):

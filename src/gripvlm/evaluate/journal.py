@@ -135,8 +135,18 @@ def _differences(then: Any, now: Any) -> str:
     if not isinstance(then, dict):
         return "unknown options"
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    shown = [f"{name}: {_short(then.get(name))} then, {_short(now.get(name))} now" for name in names]
-    return "; ".join(shown)
+    return "; ".join(_difference(name, then.get(name), now.get(name)) for name in names)
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    """Of lists and dicts only what is in one of them."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        then, now = ([f"{key} {value}" for key, value in one.items()] for one in (then, now))
+    if isinstance(then, list) and isinstance(now, list):
+        lost, new = [one for one in then if one not in now], [one for one in now if one not in then]
+        said = [f"{_short(some)} only {when}" for some, when in ((lost, "then"), (new, "now")) if some]
+        return f"{name}: {', '.join(said) or 'in another order'}"
+    return f"{name}: {_short(then)} then, {_short(now)} now"
 
 
 def _short(value: Any) -> str:

@@ -93,7 +93,19 @@ class JsonlTask(Task):
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        return tuple(read_samples(self.path, self.path.parent, self.answers))
+        samples = tuple(read_samples(self.path, self.path.parent, self.answers))
+        if not self.answers:
+            return samples  # training decides by itself what a missing picture does
+        missing = [
+            name for name in dict.fromkeys(s.image_id for s in samples) if not (self.path.parent / name).exists()
+        ]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise TaskError(
+                f"{str(self.path)!r} asks about {missing[0]!r}{more}, but there is no such file: paths are relative to "
+                f"the folder {str(self.path.parent)!r}"
+            )
+        return samples
 
     def prompt(self, sample: Sample) -> str:
         if all(choice in sample.question for choice in sample.choices):
