@@ -336,9 +336,11 @@ class _Block(nn.Module):
         if film is not None:
             shifts = self.film(film)[:, None].chunk(4, dim=-1)
         y = self.norms[0](x) * (1 + shifts[0]) + shifts[1]
-        x = x + self.out(self._attend(*self.qkv(y).chunk(3, dim=-1), mask))
+        mine, keys, values = self.qkv(y).chunk(3, dim=-1)
+        x = x + self.out(self._attend(mine, keys, values, mask))
         if q is not None:
-            x = x + self.told(self._attend(self.ask(self.norms[2](x)), *self.words(q).chunk(2, dim=-1), q_mask))
+            keys, values = self.words(q).chunk(2, dim=-1)
+            x = x + self.told(self._attend(self.ask(self.norms[2](x)), keys, values, q_mask))
         return x + self.mlp(self.norms[1](x) * (1 + shifts[2]) + shifts[3])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -145,7 +145,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[no-redef]
+        import tomli as tomllib
 
     try:
         return checked_names(tomllib.loads(Path(path).read_text(encoding="utf-8")), str(path))

@@ -31,7 +31,6 @@ from gripvlm.train.rollout import Batch, Engine
 __all__ = ["Grpo", "advantages"]
 
 Law: TypeAlias = PlackettLuce | ConditionalBernoulli
-POLICIES = {"plackett_luce": PlackettLuce, "conditional_bernoulli": ConditionalBernoulli}
 
 
 def advantages(rewards: Tensor, scale: str, baseline: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -80,8 +79,8 @@ class Grpo(Stage):
 
     def _law(self, logits: Tensor, chosen: Tensor, free: Tensor) -> Law:
         """The law of `chosen` [I] picks among the `free` [I, n] tokens."""
-        law: Law = POLICIES[self.config.policy](logits / self.config.temperature, chosen, free)
-        return law
+        family = PlackettLuce if self.config.policy == "plackett_luce" else ConditionalBernoulli
+        return family(logits / self.config.temperature, chosen, free)
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
         config, group = self.config, self.config.num_generations

@@ -68,7 +68,7 @@ def get_reward(name: str | Reward) -> Reward:
         except (ImportError, AttributeError) as error:
             raise TrainError(f"no reward {name!r}: {error}") from error
         if callable(found):
-            return found  # type: ignore[no-any-return]
+            return found
     raise TrainError(f"unknown reward {name!r}: known are {', '.join(REWARDS)}, or module:function of your own")
 
 

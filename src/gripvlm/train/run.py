@@ -98,7 +98,9 @@ def _stages(config: TrainConfig, done: str) -> list[str]:
 
 
 def _stage(name: str, config: TrainConfig, scorer: Scorer, engine: Engine) -> Stage:
-    return {"warmup": WarmUp, "grpo": Grpo, "relaxed": Relaxed}[name](config, scorer, engine)
+    if name == "warmup":
+        return WarmUp(config, scorer, engine)
+    return Grpo(config, scorer, engine) if name == "grpo" else Relaxed(config, scorer, engine)
 
 
 def _start(config: TrainConfig, folder: Path, model: Any) -> tuple[Scorer, str]:

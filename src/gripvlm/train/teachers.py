@@ -125,7 +125,7 @@ class _BestOfN:
         rollout = engine.run(batch, rows, subsets)
         reward = (rollout.log_probs.sum(-1) / rollout.mask.sum(-1)).view(len(batch), self.tries)
         best = reward.argmax(-1).tolist()
-        out = []
+        out: list[Tensor] = []
         for sample in range(len(batch)):
             for picks in subsets[sample * self.tries + best[sample]]:
                 look = torch.zeros(len(looks[len(out)]), device=picks.device)
