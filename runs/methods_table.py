@@ -28,8 +28,9 @@ def idea(name: str, made_by: Any) -> str:
 def needs(row: Any, made_by: Any) -> str:
     """Fields of `VisualTokens`, and of `LayerTokens` in italics."""
     inside = sorted(getattr(made_by, "layer_needs", ()))
-    wrapped = "what it wraps" if "wrapper" in row.source else "-"
-    return ", ".join([*row.needs, *(f"*{name}*" for name in inside)]) or wrapped
+    held = "what it wraps" if "wrapper" in row.source else "what its weights need"
+    other = held if isinstance(getattr(made_by, "needs", None), property) else "-"
+    return ", ".join([*row.needs, *(f"*{name}*" for name in inside)]) or other
 
 
 def page() -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from PIL import Image
 
+import gripvlm
 from gripvlm import lab
 from gripvlm.cli import main
 from gripvlm.cli.commands import split_pruners
@@ -26,17 +28,18 @@ def tiny(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     Image.new("RGB", (300, 120), (180, 60, 60)).save("cat.png")
+    (tmp_path / "work" / "folder.png").mkdir()
 
 
 ASK = ["ask", "--image", "cat.png", "--question", "is there a cat?"]
 
 
 def test_ask_answers_and_says_what_it_cost(capsys):
-    assert main([*ASK, "--pruner", "grid", "--keep", "10%", "--overlay", "new/o.png"]) == 0
+    assert main([*ASK, "--pruner", "grid", "--keep", "10%", "--overlay", "o.png"]) == 0
     text = capsys.readouterr().out
     assert "26 of 256 visual tokens kept (10.2 %) by grid" in text
     assert all(name in text for name in ("vision", "pruner", "prefill", "decode"))
-    assert Image.open("new/o.png").height > 300
+    assert Image.open("o.png").height > 300
 
 
 @pytest.mark.parametrize(("keep", "said"), [("64", "64 of 256"), ("0.5", "128 of 256"), ("1", "1 of 256")])
@@ -47,7 +50,7 @@ def test_keep_is_a_count_a_fraction_or_a_percentage(capsys, keep, said):
 
 def test_full_needs_no_budget(capsys):
     assert main([*ASK, "--pruner", "full", "--max-new-tokens", "1"]) == 0
-    assert "256 of 256" in capsys.readouterr().out
+    assert "256 of 256 visual tokens kept (100.0 %) by full" in capsys.readouterr().out
 
 
 def test_ask_says_what_every_layer_saw(capsys):
@@ -108,10 +111,32 @@ def test_quickstart_shows_answers_tables_and_pictures(capsys):
 def test_list_and_env(capsys):
     assert main(["list"]) == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("divprune", "features", "arXiv 2503.02175", "lab/reading", "oracle"))
+    assert all(word in text for word in ("divprune", "features", "arXiv 2503.02175", "lab/reading", "oracle", "seed=0"))
+    assert {"full", "keep_all", "given"} <= {line.split()[0] for line in text.splitlines() if line.strip()}
     assert main(["env"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("torch", "transformers", "cores", "python"))
+
+
+def test_a_finished_eval_says_that_nothing_is_measured_again(capsys):
+    arguments = ["eval", "--tasks", "lab/text", "--pruners", "grid", "--limit", "2", "--out", "r/f.json"]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    with open("r/f.json") as file:
+        before = file.read()
+    assert main(arguments) == 0
+    again = capsys.readouterr()
+    assert "already" not in first.err
+    assert "All 6 answers are in r/f.samples.jsonl already: nothing is measured again" in again.err
+    assert "--overwrite" in again.err
+    assert again.out == first.out
+    with open("r/f.json") as file:
+        assert file.read() == before
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gripvlm {gripvlm.__version__}\n"
 
 
 def test_no_command_shows_help(capsys):
@@ -128,6 +153,22 @@ def test_no_command_shows_help(capsys):
         ([*ASK, "--keep", "300"], "only 256"),
         ([*ASK, "--pruner", "given"], "scores"),
         ([*ASK, "--overlay", "o.txt"], ".png"),
+        ([*ASK, "--overlay", "some/missing/o.png"], "no folder some/missing: make it first"),
+        ([*ASK, "--overlay", "folder.png"], "is a folder"),
+        ([*ASK, "--overlay", "./cat.png"], "is the picture itself"),
+        ([*ASK, "--pruner", "full", "--keep", "10%"], "'full' keeps every visual token, so keep=10% cannot be met"),
+        (
+            [*ASK, "--pruner", "full", "--keep", "7"],
+            "'full' keeps every visual token, so keep=7 (of 256) cannot be met",
+        ),
+        ([*ASK, "--pruner", "oracle"], "type `gripvlm eval --pruners oracle`"),
+        ([*ASK, "--pruner", "blind"], "`gripvlm eval` measures it by itself"),
+        ([*ASK, "--pruner", "grid,norm"], "type one name; `gripvlm eval --pruners grid,norm` compares"),
+        ([*ASK, "--pruner", "random:seed=abc"], "type random:seed=0"),
+        ([*ASK, "--pruner", "random:sead=3"], "did you mean 'seed'? its options are seed=0"),
+        ([*ASK[:-1], "an <image> of what?"], "holds <image>"),
+        ([*ASK, "--device", "gpu"], "type cpu, cuda"),
+        ([*ASK, "--max-new-tokens", "0"], "equal to 1. Type `gripvlm ask --help`"),
         ([*ASK, "--positions", "odd"], "renumbered"),
         ([*ASK, "--model", "./nowhere"], "no model './nowhere'"),
         ([*ASK, "--model", "no-such-user/no-such-model"], "could not be loaded from the Hub"),
@@ -135,6 +176,9 @@ def test_no_command_shows_help(capsys):
         ([*ASK, "--device", "cuda:77"], "cannot be used"),
         (["ask", "--image", "nowhere.png", "--question", "x"], "no image 'nowhere.png'"),
         (["ask", "--image", ".", "--question", "x"], "is a folder"),
+        (["ask", "--image", "https://a.org/cat.png", "--question", "x"], "download the picture first"),
+        ([*ASK, "--model", ""], "no model ''"),
+        ([*ASK, "--model", "folder.png"], "no config.json"),
         (["ask", "--image", "cat.png"], "--question"),
         (["ask", "--image", "cat.png", "--question", " "], "the question is empty"),
         (["eval", "--tasks", "lab/read", "--out", "f.json"], "lab/reading"),
@@ -144,6 +188,9 @@ def test_no_command_shows_help(capsys):
         (["eval", "--keep", "1.5"], "above 1"),
         (["eval", "--limit", "0"], "--limit"),
         (["eval", "--out", "."], "is a folder"),
+        (["eval", "--out", "results"], "such as results.json"),
+        (["eval", "--out", "cat.png/f.json"], "cat.png is a file"),
+        (["quickstart", "--out", "cat.png"], "cat.png is a file"),
         (["evall"], "evall"),
     ],
 )
@@ -178,6 +225,42 @@ def test_a_saved_folder_is_a_model(capsys):
     printed = capsys.readouterr()
     assert "16 of 256" in printed.out
     assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        (["processor_config.json"], "no image processor (preprocessor_config.json, or processor_config.json"),
+        (["tokenizer.json"], "no tokenizer (tokenizer.json)"),
+        (["processor_config.json", "model.safetensors"], "in it) and no weights (model.safetensors)"),
+    ],
+)
+def test_a_model_folder_that_is_not_whole_says_what_is_missing(capsys, missing, said):
+    model, processor = tiny_lab()
+    model.save_pretrained("saved")
+    processor.save_pretrained("saved")
+    for name in missing:
+        Path("saved", name).unlink()
+    assert main([*ASK, "--model", "saved"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert message.startswith("Error: the folder saved has no ")
+    assert said in message
+    assert "processor.save_pretrained(folder)" in message
+    assert "huggingface.co" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("config.json", "has a config.json that is not JSON"), ("model.safetensors", "cannot be loaded")]
+)
+def test_a_file_that_is_cut_short_is_one_paragraph(capsys, name, said):
+    model, processor = tiny_lab()
+    model.save_pretrained("saved")
+    processor.save_pretrained("saved")
+    Path("saved", name).write_bytes(Path("saved", name).read_bytes()[:100])
+    assert main([*ASK, "--model", "saved"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert message.startswith("Error: the ")
+    assert said in message
 
 
 def test_commas_inside_a_spec_separate_nothing():

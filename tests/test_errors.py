@@ -14,19 +14,7 @@ from transformers import LlamaForCausalLM
 import gripvlm
 from gripvlm.errors import BudgetError, GripError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.pruners import Merge, Pruner, ScorePruner, Selection, VisualTokens
-from tiny_models import IMAGE, llava_inputs, tiny_llama, tiny_llava
-
-SHORT = {"max_new_tokens": 4, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llava()
-
-
-@pytest.fixture
-def inputs():
-    return llava_inputs([1, 2], [7, 9])
+from tiny_models import IMAGE, SHORT, llava_inputs, tiny_llama, tiny_llava
 
 
 @dataclass(frozen=True)
@@ -132,6 +120,12 @@ REFUSED: list[tuple[type[GripError], str, Callable]] = [
         r"attention_mask has shape \(2, 41\)",
         lambda i: {"inputs": i | {"attention_mask": i["attention_mask"][:, 1:]}},
     ),
+    (
+        InputError,
+        r"attention_mask is a dict: pass a tensor like input_ids, \(2, 42\)",
+        lambda i: {"inputs": i | {"attention_mask": {"full_attention": i["attention_mask"]}}},
+    ),
+    (InputError, "labels is a list: pass a tensor", lambda i: {"inputs": i | {"labels": i["input_ids"].tolist()}}),
     (InputError, r"labels has shape \(1, 42\)", lambda i: {"inputs": i | {"labels": i["input_ids"][:1]}}),
     (InputError, "cross_mask has one entry a prompt token", lambda i: {"inputs": i | {"cross_mask": i["input_ids"]}}),
     (InputError, "positions='new'", lambda i: {"positions": "new"}),

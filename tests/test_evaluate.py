@@ -11,13 +11,12 @@ import torch
 from PIL import Image
 
 import gripvlm
-from gripvlm.errors import BudgetError, GripError, PrunerError
+from gripvlm.errors import BudgetError, GripError, InputError, PrunerError
 from gripvlm.evaluate import (
     Interrupted,
     ResumeError,
     answer,
     evaluate,
-    interval,
     make_inputs,
     oracle,
     oracle_order,
@@ -185,6 +184,29 @@ def test_a_finished_run_measures_nothing_again_and_duplicates_count_once(whole, 
     assert len(calls) <= 1
 
 
+def test_a_finished_run_leaves_its_files_as_they_are(whole, tmp_path, monkeypatch, capsys):
+    """The header's times are those of the run that measured."""
+    out = tmp_path / "r.json"
+    for old, new in ((whole[1], out), (samples_path(whole[1]), samples_path(out))):
+        new.write_bytes(old.read_bytes())
+    monkeypatch.setattr(runner, "answer", lambda *args, **kwargs: pytest.fail("measured again"))
+    result = run(out, command="another", progress=True)
+    assert result == json.loads(out.read_text())
+    assert out.read_bytes() == whole[1].read_bytes()
+    assert samples_path(out).read_bytes() == samples_path(whole[1]).read_bytes()
+    assert "All 128 answers are in" in capsys.readouterr().err
+
+
+def test_a_finished_run_counts_anew_where_its_rows_are_stale(whole, tmp_path):
+    out = tmp_path / "r.json"
+    stale = json.loads(whole[1].read_text())
+    stale["rows"][0]["score"] = 7
+    out.write_text(json.dumps(stale))
+    samples_path(out).write_bytes(samples_path(whole[1]).read_bytes())
+    run(out)
+    assert json.loads(out.read_text()) == json.loads(whole[1].read_text())
+
+
 def test_a_damaged_line_is_named(whole, tmp_path):
     out = tmp_path / "r.json"
     lines = samples_path(whole[1]).read_text().splitlines(keepends=True)
@@ -202,7 +224,12 @@ def test_a_damaged_line_is_named(whole, tmp_path):
     [
         ({"seed": 1}, "seed: 0 then, 1 now"),
         ({"batch_size": 5}, "batch_size"),
-        ({"keeps": [0.2]}, "arms"),
+        (
+            {"keeps": [0.2, 40]},
+            r'arms: random:seed=3 0.1 {"name": "random", "seed": 3}, grid 0.1 .* only then, .* only now',
+        ),
+        ({"pruners": [*PRUNERS[1:], PRUNERS[0]]}, "arms: in another order"),
+        ({"pruners": [*PRUNERS, "norm"]}, r'arms: norm 0.1 {"name": "norm"}, norm 40 {"name": "norm"} only now'),
         ({"limit": 3}, "limit"),
     ],
 )
@@ -310,47 +337,6 @@ def test_the_oracle_keeps_what_is_marked_in_a_real_batch():
     assert [selections[0].indices.tolist() for selections in outcome.selections] == [[0, 1], [1, 2], [2, 3]]
 
 
-# --- intervals ------------------------------------------------------------------------------------
-
-
-def test_an_interval_is_seeded_and_holds_the_mean():
-    rng = np.random.default_rng(0)
-    scores, images = rng.integers(0, 2, 100).tolist(), [str(i // 2) for i in range(100)]
-    low, high = interval([(scores, images)], 0)
-    assert (low, high) == interval([(scores, images)], 0) != interval([(scores, images)], 1)
-    assert low < np.mean(scores) < high
-
-
-def test_questions_about_one_picture_are_no_new_evidence():
-    scores = np.random.default_rng(1).integers(0, 2, 40).tolist()
-    images = [str(i) for i in range(40)]
-    low, high = interval([(scores, images)], 0)
-    again = interval([(scores * 9, images * 9)], 0)
-    assert again == pytest.approx((low, high))
-    as_if_new = interval([(scores * 9, [f"{i}" for i in range(360)])], 0)
-    assert as_if_new[1] - as_if_new[0] < 0.5 * (high - low)
-
-
-def test_one_picture_gives_no_interval():
-    assert interval([([1.0, 0.0], ["a", "a"])], 0) == (None, None)
-
-
-def test_intervals_cover_about_as_often_as_they_say():
-    rng, inside = np.random.default_rng(0), 0
-    for seed in range(200):
-        scores = (rng.random(80) < 0.7).astype(float)
-        low, high = interval([(scores.tolist(), [str(i) for i in range(80)])], seed, draws=400)
-        inside += low <= 0.7 <= high
-    assert 0.90 <= inside / 200 <= 0.99
-
-
-def test_the_mean_of_two_tasks_weighs_them_equally():
-    easy = ([1.0] * 100, [f"a{i}" for i in range(100)])
-    hard = ([0.0, 1.0] * 5, [f"b{i}" for i in range(10)])
-    low, high = interval([easy, hard], 0)
-    assert low < 0.75 < high < 1
-
-
 # --- prompts and inputs ---------------------------------------------------------------------------
 
 
@@ -367,6 +353,13 @@ def test_a_processor_without_a_template_gets_image_and_question():
 
     assert prompt_text(Bare(), "Q?") == "<img>\nQ?"
     assert prompt_text(Bare(), "Q?", image=False) == "Q?"
+
+
+def test_a_question_may_not_bring_its_own_placeholder():
+    model, processor = tiny_lab()
+    for images in ([Image.new("RGB", (64, 64))], None):
+        with pytest.raises(InputError, match="holds <image>, the model's own placeholder"):
+            make_inputs(model, processor, ["an <image> of what?"], images)
 
 
 def test_batches_are_padded_on_the_left_and_a_template_may_bring_its_own_start():

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+from transformers.utils import logging
 
 import gripvlm
 from gripvlm import lab
@@ -57,6 +58,19 @@ def test_it_is_a_small_stock_llava_in_half_precision():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bars", [True, False])
+def test_loading_is_silent_and_leaves_the_bars_as_they_were(capfd, bars):
+    before = logging.is_progress_bar_enabled()
+    switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    switch[bars]()
+    try:
+        lab.load()
+        assert logging.is_progress_bar_enabled() is bars
+    finally:
+        switch[before]()
+    assert capfd.readouterr().err == ""
+
+
 def test_its_tower_attends_like_clips(loaded):
     model, _ = loaded
     tower = model.model.vision_tower

@@ -14,22 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import gripvlm
-from gripvlm.errors import BudgetError, GripError, InputError, PrunerError
+from gripvlm.errors import BudgetError, GripError, InputError
 from gripvlm.pruners import ScorePruner, VisualTokens
-from tiny_models import BOS, EOS, IMAGE, PAD, llava_inputs, tiny_llava
-
-SHORT = {"max_new_tokens": 4, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llava()
-
-
-@pytest.fixture
-def inputs():
-    return llava_inputs([1, 2], [7, 9])
-
+from tiny_models import BOS, EOS, IMAGE, PAD, SHORT, llava_inputs, tiny_llava
 
 # --- 7: the block leaves nothing behind -------------------------------------------------------------
 
@@ -184,8 +171,9 @@ def test_a_call_without_images_passes_through(model):
 
 def test_keep_all_needs_no_budget_and_refuses_a_smaller_one(model, inputs):
     assert gripvlm.prune_inputs(model, inputs, "keep_all")["input_ids"].shape == inputs["input_ids"].shape
-    with pytest.raises(PrunerError, match=r"'keep_all' on image 0 of sample 0: returned 16 indices, but .* exactly 4"):
+    with pytest.raises(BudgetError, match=r"'keep_all' keeps every visual token, so keep=4 \(of 16\) cannot be met"):
         gripvlm.prune_inputs(model, inputs, "keep_all", keep=4)
+    assert gripvlm.visual_tokens(model, inputs, keep=0.25)[0][0].keep == 4
 
 
 # --- the question -----------------------------------------------------------------------------------

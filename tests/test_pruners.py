@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import gripvlm
 from gripvlm.checks import checked_selection
-from gripvlm.errors import PrunerError
+from gripvlm.errors import BudgetError, PrunerError
 from gripvlm.pruners import (
     ScorePruner,
     VisionRows,
@@ -32,7 +33,16 @@ from gripvlm.pruners.pool import Pool
 from gripvlm.pruners.random import Random
 from gripvlm.pruners.registry import _sources
 
-NOT_ALONE = {"given", "keep_all", "ensemble", "mmr", "split", "spread"}  # need scores, all rows, a pruner
+NOT_ALONE = {
+    "given",
+    "keep_all",
+    "full",
+    "grip",
+    "ensemble",
+    "mmr",
+    "split",
+    "spread",
+}  # need scores, all rows, a pruner
 WRAPPED = ["ensemble(norm,divprune)", "mmr(norm)", "split(norm)", "spread(divprune)"]
 CHOOSING = sorted({row.name for row in list_pruners() if row.stage == "input"} - NOT_ALONE) + WRAPPED
 
@@ -118,7 +128,15 @@ def test_top_k_is_stable():
 
 
 def test_keep_all():
-    assert get_pruner("keep_all").select(tokens(3, 4, 12)).indices.tolist() == list(range(12))
+    for name in ("keep_all", "full"):
+        chooser = get_pruner(name)
+        assert chooser.name == name
+        assert chooser.default_keep == 1.0
+        assert chooser.select(tokens(3, 4, 12)).indices.tolist() == list(range(12))
+        with pytest.raises(
+            BudgetError, match=rf"'{name}' keeps every .* keep=5 \(of 12\) cannot be met: leave keep out"
+        ):
+            chooser.select(tokens(3, 4, 5))
 
 
 def test_norm_keeps_the_longest_rows():
@@ -273,9 +291,22 @@ def test_the_list_says_what_each_needs():
     [
         (lambda: get_pruner("divprun"), r"unknown pruner 'divprun': did you mean 'divprune' or "),
         (lambda: get_pruner("zzz"), "unknown pruner 'zzz': known are "),
-        (lambda: get_pruner("random:sed=3"), "'random' cannot be made with sed=3"),
+        (
+            lambda: get_pruner("random:sead=3"),
+            r"'random' has no option 'sead': did you mean 'seed'\? its options are seed=0",
+        ),
+        (lambda: get_pruner("grid:seed=3"), "'grid' has no option 'seed': it has none: type 'grid' alone"),
+        (lambda: get_pruner("random:seed=abc"), "takes seed as a whole number, got 'abc': type random:seed=0"),
+        (lambda: get_pruner("random:seed=1.5"), "takes seed as a whole number, got 1.5"),
+        (lambda: get_pruner("random", seed="3"), "takes seed as a whole number, got '3'"),
+        (lambda: get_pruner("random:seed=True"), "takes seed as a whole number, got True"),
         (lambda: get_pruner("random:3"), "type name:option=value"),
-        (lambda: get_pruner("given"), "'given' cannot be made with no options"),
+        (
+            lambda: get_pruner("given"),
+            r"'given' needs scores .*Tensor.*from Python, get_pruner\('given', scores=\.\.\.\)",
+        ),
+        (lambda: get_pruner("given:scores=3"), "'given' needs scores .* for use from Python"),
+        (lambda: get_pruner("given", scores=[[3.0]]).select(tokens(1, 1, 1)), "needs a tensor .* got a float"),
         (lambda: get_pruner(DivPrune), r"the class DivPrune: pass an object, DivPrune\(\)"),
         (lambda: get_pruner(64), "got a int, which has no select"),
         (lambda: get_pruner(Random(), seed=1), "go with a name"),
@@ -296,6 +327,55 @@ class Last(ScorePruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.arange(tokens.n).float()
+
+
+@dataclass(frozen=True)
+class Tuned(Last):
+    """Options of every kind that a spec can hold, and one that it cannot."""
+
+    name: ClassVar[str] = "tuned"
+
+    share: float
+    mode: Literal["soft", "hard"] = "soft"
+    path: str | None = None
+    flag: bool = False
+    rows: Sequence[int] = ()
+
+
+def plain(share: "Missing", **anything):  # noqa: F821, UP037
+    """A factory whose annotation cannot be read."""
+    return share, anything
+
+
+@pytest.fixture
+def others(monkeypatch):
+    monkeypatch.setattr("gripvlm.pruners.registry._registered", {"tuned": Tuned, "plain": plain})
+
+
+def test_options_are_read_as_their_annotations_say(others):
+    assert get_pruner("tuned:share=1") == Tuned(1)
+    made = get_pruner("tuned:share=0.5,mode=hard,path=7,flag=True")
+    assert made == Tuned(0.5, "hard", "7", True)
+    assert get_pruner("tuned", share=1, rows=[1, 2]).rows == [1, 2]
+    assert get_pruner("plain:share=x,more=2") == ("x", {"more": 2})
+    row = next(row for row in list_pruners() if row.name == "tuned")
+    assert [str(option) for option in row.options][:2] == ["share (a number)", "mode=soft"]
+    assert [option.name for option in row.options if not option.typeable] == ["rows"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("tuned", r"'tuned' needs share \(a number\): type tuned:share=\.\.\."),
+        ("tuned:share=much", "takes share as a number, got 'much'$"),
+        ("tuned:share=1,mode=odd", "takes mode as 'soft' or 'hard', got 'odd': type tuned:mode=soft"),
+        ("tuned:share=1,flag=1", "takes flag as True or False, got 1"),
+        ("tuned:share=1,rows=3", "rows=.*cannot be typed in a name: it is for use from Python"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(others, spec, says):
+    with pytest.raises(PrunerError, match=says):
+        get_pruner(spec)
 
 
 def test_a_registered_pruner_is_like_any_other(monkeypatch):

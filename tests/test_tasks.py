@@ -92,6 +92,7 @@ def test_lab_is_six_tasks_and_each_has_its_own_samples(sample_folder):
         ("labb", "lab"),
         ("x", "known are"),
         ("jsonl:", "jsonl:PATH"),
+        ("my/questions.jsonl", "type jsonl:my/questions.jsonl"),
     ],
 )
 def test_an_unknown_task_names_the_nearest(name, hint):
@@ -185,6 +186,15 @@ def test_missing_files_say_so(tmp_path, monkeypatch):
         open_image(tmp_path / "text.png")
     with pytest.raises(TaskError, match="is a folder"):
         open_image(tmp_path)
+
+
+def test_missing_pictures_show_before_any_is_opened(tmp_path):
+    Image.new("L", (10, 20)).save(tmp_path / "a.png")
+    file = tmp_path / "mine.jsonl"
+    rows = [{"image": f"{name}.png", "question": "q", "answer": "a"} for name in "abbc"]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(TaskError, match=r"'b.png' \(and 1 more\), but there is no such file: .*relative to"):
+        _ = get_tasks(f"jsonl:{file}")[0].samples
 
 
 def test_a_photo_is_turned_upright(tmp_path):

@@ -84,8 +84,8 @@ def test_svd_prune_adaptive_shares_by_count():
     sample = [VisualTokens(flat, 4), VisualTokens(rich, 4)]
     plain, adaptive = SVDPrune(), SVDPrune(adaptive=True)
     counts = [plain.count(flat), plain.count(rich)]
-    assert list(plain.share(sample)) == [4, 4]
-    assert adaptive.share(sample) == apportion(8, counts, [8, 8])
+    assert list(plain.allot(sample)) == [4, 4]
+    assert adaptive.allot(sample) == apportion(8, counts, [8, 8])
     assert plain.count(flat) == 8  # equal rows have equal leverage 1/8: 7/8 < 0.9
 
 
@@ -211,13 +211,13 @@ def test_ensemble_averages_ranks():
 def test_split_shares_one_budget():
     same, mixed = torch.ones(6, 4), torch.eye(4)[[0, 1, 2, 3, 0, 1]]
     sample = [VisualTokens(same, 3, image=0), VisualTokens(mixed, 3, image=1)]
-    assert Split("norm").share(sample) == [1, 5]  # equal rows: weight 0, but one row at least
-    assert Split("norm", "tokens").share(sample) == [3, 3]
-    assert Split("norm", "scores").share([VisualTokens(same, 3), VisualTokens(same * 2, 3)]) == [2, 4]
+    assert Split("norm").allot(sample) == [1, 5]  # equal rows: weight 0, but one row at least
+    assert Split("norm", "tokens").allot(sample) == [3, 3]
+    assert Split("norm", "scores").allot([VisualTokens(same, 3), VisualTokens(same * 2, 3)]) == [2, 4]
     assert Split("norm").select(sample[0]).indices.tolist() == [0, 1, 2]
-    assert Norm().share(sample) == [3, 3]
+    assert Norm().allot(sample) == [3, 3]
     with pytest.raises(PrunerError, match="scores >= 0"):
-        Split(Given([[-torch.ones(6)]]), "scores").share(sample[:1])
+        Split(Given([[-torch.ones(6)]]), "scores").allot(sample[:1])
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(0, 5)), min_size=1, max_size=9), st.data())
@@ -263,7 +263,7 @@ def test_wrappers_on_the_command_line():
         ("mmr(nrom)", "unknown pruner 'nrom': did you mean 'norm'"),
         ("mmr(norm,grid)", "takes one pruner, got 2"),
         ("mmr(norm):balance=2", "must be in"),
-        ("norm(grid)", "cannot be made with inner"),
+        ("norm(grid)", "'norm' has no option 'inner'"),
         ("ensemble(norm,grid):weights=(1,)", "2 pruners need 2 positive weights"),
         ("split(norm):by=size", "by='size' is unknown"),
         ("mmr(fastv)", "'fastv' drops them at llm"),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from gripvlm.lab.tower import LabVisionConfig
 from gripvlm.lab.vlm import build_model, build_processor
+from tiny_models import TOWER
 
 FAMILIES = ("existence", "perception", "science", "diagram", "reading", "text")
 
@@ -22,8 +23,7 @@ def tiny_lab() -> tuple[Any, Any]:
     """(model, processor): 256 visual tokens, two layers, answers that depend on what is kept."""
     torch.manual_seed(0)
     vision = LabVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        **TOWER,
         num_hidden_layers=2,
         num_attention_heads=1,
         image_size=128,

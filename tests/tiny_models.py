@@ -29,6 +29,8 @@ from gripvlm.pruners import Selection
 
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 98
 VOCABULARY = 99
+SHORT = {"max_new_tokens": 4, "do_sample": False}
+TOWER = {"hidden_size": 32, "intermediate_size": 64}
 
 
 class TinyTowerConfig(CLIPVisionConfig):
@@ -64,8 +66,7 @@ def tiny_llava(attention: str = "sdpa", seed: int = 0, tower: type[CLIPVisionCon
     """LLaVA with 4 x 4 visual tokens an image and 4 decoder layers."""
     torch.manual_seed(seed)
     vision = tower(
-        hidden_size=32,
-        intermediate_size=64,
+        **TOWER,
         num_hidden_layers=3,
         num_attention_heads=2,
         image_size=32,
@@ -86,8 +87,7 @@ def tiny_internvl(attention: str = "sdpa", seed: int = 0) -> Any:
     """InternVL: 8 x 8 patches shuffled to 4 x 4 visual tokens, features in one tensor, not a list."""
     torch.manual_seed(seed)
     vision = InternVLVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        **TOWER,
         num_hidden_layers=3,
         num_attention_heads=2,
         image_size=[32, 32],

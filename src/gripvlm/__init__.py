@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "gripvlm.budget",
     "Encoded": "gripvlm.models.encoded",
+    "Grip": "gripvlm.pruners.grip",
     "GripError": "gripvlm.errors",
     "LayerPruner": "gripvlm.pruners.layered",
     "LayerTokens": "gripvlm.pruners.layered",
@@ -24,6 +25,8 @@ _HOME = {
     "Pruner": "gripvlm.pruners.base",
     "Record": "gripvlm.path",
     "ScorePruner": "gripvlm.pruners.base",
+    "Scorer": "gripvlm.scorer",
+    "ScorerConfig": "gripvlm.scorer",
     "Selection": "gripvlm.pruners.base",
     "VisionRows": "gripvlm.pruners.base",
     "VisualTokens": "gripvlm.pruners.base",
@@ -79,9 +82,12 @@ if TYPE_CHECKING:
     from gripvlm.pruners.base import Selection as Selection
     from gripvlm.pruners.base import VisionRows as VisionRows
     from gripvlm.pruners.base import VisualTokens as VisualTokens
+    from gripvlm.pruners.grip import Grip as Grip
     from gripvlm.pruners.layered import LayerPruner as LayerPruner
     from gripvlm.pruners.layered import LayerTokens as LayerTokens
     from gripvlm.pruners.registry import get_pruner as get_pruner
     from gripvlm.pruners.registry import list_pruners as list_pruners
     from gripvlm.pruners.registry import pruner_names as pruner_names
     from gripvlm.pruners.registry import register_pruner as register_pruner
+    from gripvlm.scorer import Scorer as Scorer
+    from gripvlm.scorer import ScorerConfig as ScorerConfig

@@ -46,7 +46,8 @@ def checked_positions(positions: str) -> None:
         raise InputError(f"positions={positions!r}: type 'original' or 'renumbered'")
 
 
-def checked_pruner(pruner: str | Pruner) -> Pruner:
+def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
+    """The pruner, known to have what a pruner has, and to serve `model` where one is given."""
     chooser = get_pruner(pruner)
     name = getattr(chooser, "name", None)
     if not isinstance(name, str):
@@ -64,6 +65,8 @@ def checked_pruner(pruner: str | Pruner) -> Pruner:
         raise PrunerError(f"pruner {name!r} needs {unknown} of the layers, but known are {sorted(LAYER_NEEDS)}")
     if "vision_attention" in chooser.needs and not getattr(chooser, "vision_layers", ()):
         raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
+    if model is not None and hasattr(chooser, "check"):  # an object of the caller's own may do without
+        chooser.check(model)
     return chooser
 
 
@@ -148,7 +151,15 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
             f"videos are not supported for {family.model_type}: leave pixel_values_videos out, or pass frames as images"
         )
     for name in ("attention_mask", "labels"):
-        if name in given and given[name].shape != ids.shape:
+        if name not in given:
+            continue
+        if not isinstance(given[name], Tensor):
+            kind = type(given[name]).__name__
+            what = (
+                "the model makes its own masks from that, also where layers differ" if name != "labels" else "or none"
+            )
+            raise InputError(f"{name} is a {kind}: pass a tensor like input_ids, {tuple(ids.shape)}; {what}")
+        if given[name].shape != ids.shape:
             raise InputError(
                 f"{name} has shape {tuple(given[name].shape)}, expected that of input_ids, {tuple(ids.shape)}"
             )

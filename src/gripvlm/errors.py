@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BudgetError", "GripError", "InputError", "PrunerError", "UnsupportedModelError"]
+__all__ = ["BudgetError", "GripError", "InputError", "PrunerError", "TrainError", "UnsupportedModelError"]
 
 
 class GripError(ValueError):
@@ -19,6 +19,10 @@ class InputError(GripError):
 
 class PrunerError(GripError):
     """A pruner is unknown, needs what is not there, or returned no valid selection."""
+
+
+class TrainError(GripError):
+    """Training cannot go on: a setting, the data or a reward is wrong."""
 
 
 class UnsupportedModelError(GripError):

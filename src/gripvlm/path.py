@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch
 
 from gripvlm.checks import (
     Keeps,
@@ -17,6 +14,7 @@ from gripvlm.checks import (
     checked_schedule,
     checked_selection,
 )
+from gripvlm.clock import device_time
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.layered import LayerRun
 from gripvlm.models import seam
@@ -165,7 +163,4 @@ def gather(
 
 def clock(model: Any) -> float:
     """Seconds on a steady clock, after the model's device has done all it was asked."""
-    device = model.device
-    if device.type not in ("cpu", "meta"):
-        getattr(torch, device.type).synchronize(device)
-    return time.perf_counter()
+    return device_time(model.device)

@@ -51,7 +51,7 @@ def encode(model: Any, inputs: Mapping[str, Any], pruners: Sequence[str | Pruner
     """
     family = family_of(model)
     inputs = checked_inputs(model, family, inputs, None)
-    asked = checked_needs(family, [checked_pruner(pruner) for pruner in pruners])
+    asked = checked_needs(family, [checked_pruner(pruner, model) for pruner in pruners])
     started = clock(model)
     encoded = seam.encode(model, family, inputs, asked)
     return replace(encoded, seconds=clock(model) - started)
@@ -106,7 +106,7 @@ def prune_inputs(
     `position_ids` that go on from the last ones here.
     """
     family = family_of(model)
-    chooser = checked_pruner(pruner)
+    chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
     arguments, record, run = pruned(model, family, inputs, chooser, keep, positions, question, encoded, False)
     if run is not None:
@@ -205,7 +205,7 @@ def prune(
         GripError: a block for this model is already open, or what `prune_inputs` raises.
     """
     family = family_of(model)
-    chooser = checked_pruner(pruner)
+    chooser = checked_pruner(pruner, model)
     checked_positions(positions)
     checked_needs(family, [chooser])
     if isinstance(chooser, LayerPruner):

@@ -1,4 +1,4 @@
-"""The command line: `gripvlm quickstart | ask | eval | list | env`, thin over the Python of the same names."""
+"""The command line: `gripvlm quickstart | ask | train | eval | list | env`, thin over the Python of the same names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import typer
 
 from gripvlm.cli.commands import app
+from gripvlm.cli.training import train_command
 from gripvlm.errors import GripError
 
 __all__ = ["app", "main"]
+
+app.command(name="train")(train_command)
 
 # typer brings its own copy of click or uses the installed one; this is the right class in both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -33,10 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "gripvlm"
         message = error.format_message()  # type: ignore[attr-defined]
-        return _complain(f"{message} Type `{command} --help` to see what it takes.", debug)
+        end = "" if message.endswith((".", "!", "?")) else "."
+        return _complain(f"{message}{end} Type `{command} --help` to see what it takes.", debug)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("Stopped.", debug=False, code=130)
-    except (GripError, OSError, ImportError, MemoryError) as error:
+    except OSError as error:
+        about = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        return _complain(about or type(error).__name__, debug)
+    except (GripError, ImportError, MemoryError) as error:
         return _complain(str(error) or type(error).__name__, debug)
     except RuntimeError as error:  # PyTorch's own for memory that runs out
         if "out of memory" not in str(error):

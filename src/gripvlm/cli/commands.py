@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import gripvlm
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 
@@ -19,7 +20,6 @@ __all__ = ["app", "console"]
 
 app = typer.Typer(
     name="gripvlm",
-    help="Prune the visual tokens of vision-language models: try it, ask, evaluate.",
     epilog="--debug after any command shows the traceback of an error.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,12 +35,29 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"gripvlm {gripvlm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Prune the visual tokens of vision-language models: try it, ask, evaluate."""
+
+
 @app.command()
 def quickstart(
     limit: Annotated[int, typer.Option(min=1, help="Questions a family in the table.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the JSON.")] = Path("gripvlm-out"),
 ) -> None:
     """See a trained model answer with all its visual tokens and with a tenth of them."""
+    from gripvlm.cli.outputs import checked_folder
+
+    checked_folder(out, "--out")
+
     from gripvlm.cli.loading import quiet
     from gripvlm.cli.quickstart import run
 
@@ -53,26 +70,36 @@ def ask(
     image: Annotated[Path, typer.Option("--image", "-i", help="A picture.")],
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
     model: Model = "lab",
-    pruner: Annotated[str, typer.Option("--pruner", "-p", help="A name from `gripvlm list`, or full.")] = "divprune",
-    keep: Annotated[str | None, typer.Option("--keep", "-k", help="64, 0.1 or 10%; by default 10%.")] = None,
-    overlay: Annotated[Path | None, typer.Option(help="Write a picture of what was kept here (.png).")] = None,
+    pruner: Annotated[str, typer.Option("--pruner", "-p", help="A name from `gripvlm list`.")] = "divprune",
+    keep: Annotated[
+        str | None, typer.Option("--keep", "-k", help="64, 0.1 or 10%; by default 10%, with full all.")
+    ] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Write a picture of what was kept here (.png), in a folder that exists.")
+    ] = None,
     positions: Positions = "original",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
     device: Device = None,
 ) -> None:
     """Ask one question about one picture with fewer visual tokens."""
     from gripvlm.cli.loading import load_model, quiet
+    from gripvlm.cli.outputs import checked_picture
     from gripvlm.pruners import get_pruner
+    from gripvlm.pruners.keep_all import KeepAll
     from gripvlm.tasks import open_image
 
     if not question.strip():
         raise GripError("the question is empty: type --question 'what is in the picture?'")
+    if image.parts[:1] in (("http:",), ("https:",)):
+        raise GripError("--image takes a file: download the picture first, then type its path")
     picture = open_image(image)
-    whole = pruner.strip() in ("full", "keep_all")
-    chooser = get_pruner("keep_all" if whole else pruner)
+    chooser = get_pruner(_one_pruner(pruner))
+    whole = isinstance(chooser, KeepAll)
     budget = Budget.parse(keep if keep is not None else "1.0" if whole else "10%")
-    if overlay is not None and overlay.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise GripError(f"--overlay {overlay}: type a name that ends in .png")
+    if isinstance(chooser, KeepAll) and budget.is_fraction and budget.value < 1:
+        raise chooser.refused(str(keep))
+    if overlay is not None:
+        checked_picture(overlay, image)
     _checked_positions(positions)
 
     from gripvlm.evaluate import answer, make_inputs, question_ids
@@ -128,13 +155,16 @@ def evaluate_command(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
     seed: Annotated[int, typer.Option(help="Of the questions drawn and of the intervals.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the results.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON file for the results; missing folders are made.")
+    ] = None,
     positions: Positions = "original",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where results exist.")] = False,
     device: Device = None,
 ) -> None:
     """Score pruners at several budgets; Ctrl-C keeps what is done and the same command goes on."""
     from gripvlm.cli.loading import load_model, quiet
+    from gripvlm.cli.outputs import checked_json
     from gripvlm.evaluate import Interrupted, evaluate
     from gripvlm.evaluate.arms import make_arms
     from gripvlm.tasks import get_tasks
@@ -146,8 +176,8 @@ def evaluate_command(
     for task in chosen:
         task.take(limit, seed)
     _checked_positions(positions)
-    if out is not None and out.is_dir():
-        raise GripError(f"--out {out} is a folder: type a file in it, such as {out / 'results.json'}")
+    if out is not None:
+        checked_json(out)
 
     from gripvlm.report import table
 
@@ -185,13 +215,17 @@ def list_command() -> None:
     from gripvlm.tasks import task_names
 
     rows = Table(box=box.SIMPLE_HEAD)
-    for name in ("pruner", "needs", "drops at", "source"):
+    for name in ("pruner", "options", "needs", "drops at", "source"):
         rows.add_column(name)
     for one in list_pruners():
-        rows.add_row(escape(one.name), ", ".join(one.needs) or "-", one.stage, escape(one.source))
+        options = ", ".join(str(o) if o.typeable else f"{o.name}: from Python" for o in one.options)
+        rows.add_row(
+            escape(one.name), escape(options) or "-", ", ".join(one.needs) or "-", one.stage, escape(one.source)
+        )
     screen = console()
     screen.print(rows)
-    screen.print("in `eval` also: full (no pruning, always there), oracle (each lab question's own evidence)")
+    screen.print("options are typed as name:option=value, such as random:seed=3")
+    screen.print("in `eval` also: oracle (each lab question's own evidence); full and no image are always there")
     screen.print(f"tasks: {', '.join(task_names())}, jsonl:PATH")
 
 
@@ -205,6 +239,25 @@ def env() -> None:
         screen.print(part, style="bold")
         for name, value in (values or {"": "installed, no checkout"}).items():
             screen.print(f"  {name:<16} {escape(str(value))}")
+
+
+def _one_pruner(text: str) -> str:
+    """The name or spec that `ask` was given, or what `eval` has and `ask` has not."""
+    names = split_pruners(text) if text.strip(", ") else [text]
+    if len(names) > 1:
+        raise GripError(f"--pruner {text}: type one name; `gripvlm eval --pruners {text}` compares several")
+    if names[0] == "oracle":
+        raise GripError(
+            "the oracle keeps the evidence that a task marks for each question, and a picture of your own has none "
+            "marked: type `gripvlm eval --pruners oracle` to see it on the lab's tasks, or here a name from "
+            "`gripvlm list`"
+        )
+    if names[0] == "blind":
+        raise GripError(
+            "'blind', the model without the picture, is no pruner: `gripvlm eval` measures it by itself; type here a "
+            "name from `gripvlm list`"
+        )
+    return names[0]
 
 
 def split_pruners(text: str) -> list[str]:

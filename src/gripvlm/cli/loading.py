@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 from gripvlm.errors import GripError, UnsupportedModelError
 
 __all__ = ["ModelError", "load_model", "quiet"]
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 class ModelError(GripError):
@@ -48,6 +52,7 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
         model, processor = lab.load()
         return model.to(place).eval(), processor
 
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     import gripvlm.lab  # noqa: F401  (a folder may hold the lab's own tower)
@@ -61,14 +66,14 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
                 f"{name} is a model of type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
             )
         processor = AutoProcessor.from_pretrained(where)
+        if not hasattr(processor, "image_processor"):
+            raise ModelError(_advice(name, where, ValueError("its processor has no image processor.")))
         dtype = torch.float32 if place.type == "cpu" else "auto"
         model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
     except GripError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_advice(name, where, error)) from error
-    if not hasattr(processor, "image_processor"):
-        raise ModelError(f"{name} has no image processor (preprocessor_config.json): it is no vision-language model")
     return model.to(place).eval(), processor
 
 
@@ -80,6 +85,9 @@ def _device(name: str | None) -> Any:
         return found or torch.device("cpu")
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"--device {name!r} is none that PyTorch knows: type cpu, cuda, cuda:1, mps or xpu") from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {name} cannot be used: {_first_line(error)}") from error
@@ -89,7 +97,7 @@ def _device(name: str | None) -> Any:
 def _checked_name(name: str) -> str | Path:
     """A folder that exists, or what may be a hub id."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name.strip() and folder.is_dir():
         if not (folder / "config.json").exists():
             raise ModelError(f"the folder {name} has no config.json: type the folder that save_pretrained wrote")
         return folder
@@ -105,11 +113,35 @@ def _checked_name(name: str) -> str | Path:
 
 def _advice(name: str, where: str | Path, error: BaseException) -> str:
     if isinstance(where, Path):
+        if lacking := _lacking(where):
+            return (
+                f"the folder {name} has {' and '.join(lacking)}: save the whole model there, "
+                "model.save_pretrained(folder) and processor.save_pretrained(folder), or copy the missing files from "
+                "where it came from"
+            )
         return f"the model in {name} cannot be loaded: {_first_line(error)}"
     return (
         f"{name!r} is no folder here and could not be loaded from the Hub: {_first_line(error)} "
         "Check the spelling and the network (a gated model needs `hf auth login`), or type a local folder or 'lab'."
     )
+
+
+def _lacking(folder: Path) -> list[str]:
+    """What a model folder is without, as one would say it; [] where all the usual files are there."""
+    whole = folder / "processor_config.json"
+    inside = whole.is_file() and "image_processor" in whole.read_text(encoding="utf-8", errors="replace")
+    lacking = []
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        lacking.append("a config.json that is not JSON")
+    if not inside and not (folder / "preprocessor_config.json").is_file():
+        lacking.append("no image processor (preprocessor_config.json, or processor_config.json with one in it)")
+    if not any((folder / file).is_file() for file in _TOKENIZERS):
+        lacking.append("no tokenizer (tokenizer.json)")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        lacking.append("no weights (model.safetensors)")
+    return lacking
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from gripvlm.budget import Keep
+from gripvlm.clock import device_time
+from gripvlm.errors import InputError
 from gripvlm.models.encoded import Encoded
 from gripvlm.prune import Record, pruned_run
 from gripvlm.pruners import Pruner, Selection
@@ -48,7 +49,7 @@ class _Clock(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if self.first is None:
-            self.first = _now(self.device)
+            self.first = device_time(self.device)
         return scores
 
 
@@ -70,7 +71,17 @@ def make_inputs(
     Args:
         questions: [B] texts of the user's turn.
         images: [B], one for each question; None for prompts without images.
+
+    Raises:
+        InputError: a question holds the model's own placeholder of a picture.
     """
+    mark = getattr(processor, "image_token", None)
+    for question in questions:
+        if isinstance(mark, str) and mark and mark in question:
+            raise InputError(
+                f"the question {question!r} holds {mark}, the model's own placeholder of a picture: leave it out, "
+                "the picture is put in front of the question without it"
+            )
     texts = [prompt_text(processor, question, images is not None) for question in questions]
     tokenizer = getattr(processor, "tokenizer", processor)
     start = getattr(tokenizer, "bos_token", None)
@@ -123,7 +134,7 @@ def answer(
         if pruner is not None:
             run = pruned_run(model, inputs, pruner, keep, positions=positions, question=question, encoded=encoded)
             arguments, record = stack.enter_context(run)
-        began = _now(device)
+        began = device_time(device)
         output = model.generate(
             **arguments,
             max_new_tokens=max_new_tokens,
@@ -134,7 +145,7 @@ def answer(
     seconds = dict.fromkeys(("vision", "pruner", "surgery"), 0.0) | record.seconds
     if encoded is not None:
         seconds["vision"] = encoded.seconds
-    ended = _now(device)
+    ended = device_time(device)
     first = ended if clock.first is None else clock.first
     seconds |= {"prefill": first - began, "decode": ended - first}
     new = output[:, arguments["input_ids"].shape[1] :]
@@ -142,10 +153,3 @@ def answer(
     peak = memory.max_memory_allocated(device) if hasattr(memory, "max_memory_allocated") else None
     texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return Outcome(texts, record.selections, seconds, peak)
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a steady clock, after the device has done all it was asked."""
-    if device.type not in ("cpu", "meta"):
-        getattr(torch, device.type).synchronize(device)
-    return time.perf_counter()

@@ -43,7 +43,7 @@ class Journal:
     def __init__(
         self, path: Path | None, config: Mapping[str, Any], session: Mapping[str, Any], overwrite: bool = False
     ) -> None:
-        """Opens the file, or goes on from what is there.
+        """Reads what is there; nothing is written before the block is entered.
 
         Raises:
             ResumeError: it belongs to another configuration (the differences are named), or a line
@@ -53,22 +53,14 @@ class Journal:
         self.config = json.loads(json.dumps(config))
         self.sessions: list[dict[str, Any]] = []
         self.records: dict[Key, dict[str, Any]] = {}
+        self._session = dict(session)
         self._file: TextIO | None = None
         if path is None:
-            self.sessions.append(dict(session))
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         old = b"" if overwrite or not path.exists() else path.read_bytes()
         whole = old[: old.rfind(b"\n") + 1]
+        self._whole = len(whole)
         self._read(whole)
-        if self.records:
-            os.truncate(path, len(whole))
-            self._file = path.open("a", encoding="utf-8")
-        else:
-            self._file = path.open("w", encoding="utf-8")
-            self._write([{"config": self.config}])
-        self.sessions.append(dict(session))
-        self._write([{"session": dict(session)}])
 
     def _read(self, content: bytes) -> None:
         theirs: Any = None
@@ -121,6 +113,17 @@ class Journal:
             self._file = None
 
     def __enter__(self) -> Journal:
+        """Opens the file, or goes on from what is there, with a line that a session began."""
+        self.sessions.append(self._session)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.records:
+                os.truncate(self.path, self._whole)
+                self._file = self.path.open("a", encoding="utf-8")
+            else:
+                self._file = self.path.open("w", encoding="utf-8")
+                self._write([{"config": self.config}])
+            self._write([{"session": self._session}])
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -132,8 +135,18 @@ def _differences(then: Any, now: Any) -> str:
     if not isinstance(then, dict):
         return "unknown options"
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    shown = [f"{name}: {_short(then.get(name))} then, {_short(now.get(name))} now" for name in names]
-    return "; ".join(shown)
+    return "; ".join(_difference(name, then.get(name), now.get(name)) for name in names)
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    """Of lists and dicts only what is in one of them."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        then, now = ([f"{key} {value}" for key, value in one.items()] for one in (then, now))
+    if isinstance(then, list) and isinstance(now, list):
+        lost, new = [one for one in then if one not in now], [one for one in now if one not in then]
+        said = [f"{_short(some)} only {when}" for some, when in ((lost, "then"), (new, "now")) if some]
+        return f"{name}: {', '.join(said) or 'in another order'}"
+    return f"{name}: {_short(then)} then, {_short(now)} now"
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,14 +128,23 @@ def evaluate(
             f"{target} exists, but its {samples_path(target).name} does not: type --overwrite, or another --out"
         )
     session = {"started": _utc(), "command": command or command_line(), "git": git_state()}
+    journal = Journal(samples_path(target) if target else None, config, session, overwrite)
+    total, had = len(arms) * sum(map(len, drawn.values())), len(journal.records)
+    if progress and had:
+        print(_reused(journal, had, total), file=sys.stderr)
+    if had == total and target is not None and (old := _finished(target)) is not None:
+        result = old | _result(name, config, arms, chosen, drawn, journal, seed) | {"header": old["header"]}
+        if json.loads(json.dumps(result)) != old:  # the statistics have changed since
+            _write(target, result)
+        return result
     runner = _Runner(model, processor, arms, positions)
     runner.rehearse(chunks[0], {chunk.task.name: chunk.task for chunk in chunks}.values())
     began = time.monotonic()
-    with Journal(samples_path(target) if target else None, config, session, overwrite) as journal:
+    with journal:
         try:
             runner.run(chunks, journal, progress)
         except KeyboardInterrupt:
-            raise Interrupted(_how_to_go_on(journal, len(arms) * sum(map(len, drawn.values())))) from None
+            raise Interrupted(_how_to_go_on(journal, total)) from None
         result = _result(name, config, arms, chosen, drawn, journal, seed)
     result["header"] |= {
         "command": session["command"],
@@ -148,7 +158,7 @@ def evaluate(
     }
     if target is not None:
         result["samples"] = samples_path(target).name
-        write_atomically(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        _write(target, result)
     return result
 
 
@@ -291,6 +301,29 @@ def _result(
                 [record["image_id"] for record in records],
             )
     return {"schema": SCHEMA, "header": dict(config), "rows": rows, "means": mean_rows(rows, scored, seed)}
+
+
+def _finished(target: Path) -> dict[str, Any] | None:
+    """The result that a finished run wrote, with its header; None where there is none."""
+    try:
+        old = json.loads(target.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(old, dict) and old.get("schema") == SCHEMA and isinstance(old.get("header"), dict)
+    return old if whole else None
+
+
+def _write(target: Path, result: Mapping[str, Any]) -> None:
+    write_atomically(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _reused(journal: Journal, had: int, total: int) -> str:
+    if had < total:
+        return f"{had} of {total} answers are in {journal.path} already; going on from there."
+    return (
+        f"All {total} answers are in {journal.path} already: nothing is measured again, times are those of that run. "
+        "To measure anew, type --overwrite or another --out."
+    )
 
 
 def _how_to_go_on(journal: Journal, total: int) -> str:

@@ -7,6 +7,8 @@ lab's vision tower with transformers' Auto classes, so that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,5 +28,25 @@ def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
 
     if not (MODEL / "config.json").exists():
         raise FileNotFoundError(f"{MODEL} holds no lab model. Train one: bash runs/train_lab.sh")
-    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="float32")
+    with _no_bar():  # a few megabytes from this disk
+        model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="float32")
     return model.eval(), AutoProcessor.from_pretrained(MODEL)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers' bars are off inside, and as they were afterwards; its switch also moves the Hub's."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    shown, hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    if not shown:
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        if not hub_shown:
+            disable_progress_bars()

@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,26 +67,37 @@ def pick(questions: list[Question], rng: np.random.Generator) -> list[Question]:
     return chosen
 
 
-def export_sample(folder: Path, pictures: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def write_questions(folder: Path, split: str, first: int, pictures: int, before: str = "") -> int:
+    """`questions.jsonl` and `images/` of scenes first, first + 1, ...; returns how many questions there are.
+
+    `before` is put in front of the images' names.
+    """
     (folder / "images").mkdir(parents=True)
     rows = []
     for i in range(pictures):
-        seed = FIRST_SEED + i
-        scene = compose(seed, "test")
+        seed = first + i
+        scene = compose(seed, split)
         rng = np.random.default_rng((23, seed))
         buffer = io.BytesIO()
-        Image.fromarray(scene.image).save(buffer, "WEBP", lossless=True, quality=75, method=4)
+        Image.fromarray(scene.image).save(buffer, "WEBP", lossless=True, quality=75, method=4 if split == "test" else 0)
         name = f"{i:04d}.webp"
         (folder / "images" / name).write_bytes(buffer.getvalue())
-        asked = ask(scene, "test", np.random.default_rng((17, art.SPLITS.index("test"), seed)))
+        asked = ask(scene, split, np.random.default_rng((17, art.SPLITS.index(split), seed)))
         for j, q in enumerate(pick(asked, rng)):
             order = [int(c) for c in np.argsort(-q.evidence, kind="stable") if q.evidence[c] > 0.15]
-            row: dict[str, object] = {"id": f"{i:04d}-{j:02d}", "image": name, "family": q.family, "kind": q.kind}
+            row: dict[str, object] = {
+                "id": f"{i:04d}-{j:02d}",
+                "image": before + name,
+                "family": q.family,
+                "kind": q.kind,
+            }
             row |= {"question": q.question, "answer": q.answer, "choices": list(q.choices)}
             row |= {"pair": None if q.pair < 0 else f"{i:04d}-{q.pair}", "evidence": order}
             rows.append(json.dumps(row))
+        if sys.stderr.isatty() and i % 100 == 99:
+            print(f"\r{i + 1} of {pictures} pictures", end="", file=sys.stderr, flush=True)
     (folder / "questions.jsonl").write_text("\n".join(rows) + "\n")
+    return len(rows)
 
 
 def main() -> None:
@@ -97,7 +109,8 @@ def main() -> None:
     args = parser.parse_args()
     export_model(args.out, args.reader, args.model_folder)
     if not args.no_sample:
-        export_sample(SAMPLE, PICTURES)
+        shutil.rmtree(SAMPLE, ignore_errors=True)
+        write_questions(SAMPLE, "test", FIRST_SEED, PICTURES)
 
 
 if __name__ == "__main__":

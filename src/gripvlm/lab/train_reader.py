@@ -263,7 +263,13 @@ def train(
     tag_optimiser = torch.optim.AdamW(tagger.parameters(), lr=tag_rate, weight_decay=0.05, betas=(0.9, 0.98))
     spent, step, asked_total = 0.0, 0, 0
     checkpoint = out / f"{name}.pt"
-    recipe = {"dropping": dropping, "steps": steps, "batch": batch, "rate": rate, "tag_rate": tag_rate}
+    recipe: dict[str, object] = {
+        "dropping": dropping,
+        "steps": steps,
+        "batch": batch,
+        "rate": rate,
+        "tag_rate": tag_rate,
+    }
     recipe |= {"hint": hint, "start": start}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -164,11 +164,14 @@ class Pruner(ABC):
     trained: ClassVar[bool] = False
     default_keep: ClassVar[float | None] = None
 
+    def check(self, model: Any) -> None:  # noqa: B027
+        """Raises a `GripError` where this pruner cannot serve `model`. Called when it is attached."""
+
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
         """Exactly `tokens.keep` rows of `tokens`. The caller checks the result, for all pruners."""
 
-    def share(self, sample: Sequence[VisualTokens]) -> Sequence[int]:
+    def allot(self, sample: Sequence[VisualTokens]) -> Sequence[int]:
         """The rows to keep of each of a prompt's images; their sum is that of the budgets asked for.
 
         By default what was asked for. Pruners that split a budget among images or tiles override it.

@@ -38,4 +38,6 @@ class Given(ScorePruner):
                 f"pruner 'given' has no scores for image {tokens.image} of sample {tokens.sample}: "
                 "pass a list (samples) of lists (images) of tensors [n]"
             ) from None
+        if not isinstance(scores, Tensor):
+            raise PrunerError(f"pruner 'given' needs a tensor [n] for each image, got a {type(scores).__name__}")
         return scores.to(tokens.features.device)

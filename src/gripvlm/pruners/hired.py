@@ -27,7 +27,7 @@ class HiRED(ScorePruner):
     block 0, lie in the tile's part of the picture. One picture without tiles: the k largest scores.
 
     1. Shares are exact (see `apportion`): the code's rounding loses tokens. Every tile keeps one.
-    2. How tiles lie is not in the data a pruner gets: say it with `layout`. It works through `share`.
+    2. How tiles lie is not in the data a pruner gets: say it with `layout`. It works through `allot`.
     3. Towers without a CLS token: the mean attention received.
 
     Attributes:
@@ -53,7 +53,7 @@ class HiRED(ScorePruner):
     def score(self, tokens: VisualTokens) -> Tensor:
         return looked_at(tokens, -2)
 
-    def share(self, sample: Sequence[VisualTokens]) -> list[int]:
+    def allot(self, sample: Sequence[VisualTokens]) -> list[int]:
         if self.layout is None:
             return [tokens.keep for tokens in sample]
         rows, columns = self.layout

@@ -55,7 +55,7 @@ class PTP(LayerPruner):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"features", "vision_attention"} | ({"grid"} if self.windows > 1 else set()))
 
-    def share(self, sample: Sequence[VisualTokens]) -> list[int]:
+    def allot(self, sample: Sequence[VisualTokens]) -> list[int]:
         return region_budgets(sample, self.region_rule, self.thumbnail)
 
     def schedule(self, n: int, keep: int, layers: int) -> Schedule:

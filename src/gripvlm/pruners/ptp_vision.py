@@ -55,7 +55,7 @@ class PTPVision(Pruner):
     1. How the paper weighs regions is not known for certain. Raw attention sums to 1 in every tile, so
        its mean says nothing; z_t is the mean of b. `region_rule="global_similarity"` instead takes the
        softmax over tiles of the cosine between a tile's mean row and the thumbnail's.
-    2. The tiles are the images of the prompt (for tiled families one item each); it works through `share`.
+    2. The tiles are the images of the prompt (for tiled families one item each); it works through `allot`.
        A picture of one tile can be cut into `windows` x `windows` regions instead.
     3. Shares are exact (see `apportion`). Towers without a CLS token: the mean attention received.
 
@@ -80,7 +80,7 @@ class PTPVision(Pruner):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"features", "vision_attention"} | ({"grid"} if self.windows > 1 else set()))
 
-    def share(self, sample: Sequence[VisualTokens]) -> list[int]:
+    def allot(self, sample: Sequence[VisualTokens]) -> list[int]:
         return region_budgets(sample, self.region_rule, self.thumbnail)
 
     def select(self, tokens: VisualTokens) -> Selection:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import difflib
 import re
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner
+from gripvlm.pruners.options import Option, made, options_of, outside, parsed
 
 __all__ = ["PrunerRow", "get_pruner", "list_pruners", "pruner_names", "register_pruner", "split_specs"]
 
@@ -27,8 +26,10 @@ _BUILT_IN: dict[str, str] = {
     "fastervlm": "gripvlm.pruners.fastervlm:FasterVLM",
     "fastv": "gripvlm.pruners.fastv:FastV",
     "fopru": "gripvlm.pruners.fopru:FoPru",
+    "full": "gripvlm.pruners.keep_all:Full",
     "given": "gripvlm.pruners.given:Given",
     "grid": "gripvlm.pruners.grid:Grid",
+    "grip": "gripvlm.pruners.grip:Grip",
     "hiprune": "gripvlm.pruners.hiprune:HiPrune",
     "hired": "gripvlm.pruners.hired:HiRED",
     "keep_all": "gripvlm.pruners.keep_all:KeepAll",
@@ -62,6 +63,7 @@ class PrunerRow(NamedTuple):
     needs: tuple[str, ...]
     stage: str
     source: str
+    options: tuple[Option, ...] = ()
 
 
 def _same(old: object, new: object) -> bool:
@@ -97,7 +99,7 @@ def pruner_names() -> list[str]:
 
 
 def list_pruners() -> list[PrunerRow]:
-    """One row a pruner: name, what it needs, where it drops rows, its source. Imports them all."""
+    """One row a pruner: name, what it needs, where it drops rows, its source, its options. Imports them all."""
     rows = []
     for name in pruner_names():
         made_by = _load(name)
@@ -106,7 +108,7 @@ def list_pruners() -> list[PrunerRow]:
             needs = _needs_by_default(made_by)
         needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
         stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
-        rows.append(PrunerRow(name, needs, stage, source))
+        rows.append(PrunerRow(name, needs, stage, source, tuple(options_of(made_by))))
     return rows
 
 
@@ -120,8 +122,8 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
         options: fields of the pruner, `get_pruner("random", seed=3)`; they win over the spec's.
 
     Raises:
-        PrunerError: an unknown name (the nearest known ones are listed), an unknown option, or an
-            object without `select`.
+        PrunerError: an unknown name (the nearest known ones are listed), an unknown option, a value
+            that does not fit the option's annotation, or an object without `select`.
     """
     if not isinstance(pruner, str):
         if isinstance(pruner, type):
@@ -135,30 +137,14 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
             raise PrunerError(f"options {sorted(options)} go with a name, not with a pruner object")
         return pruner
     name, inner, spec = _parts(pruner)
-    options = inner | _parse_options(pruner, spec) | options
     factory = _load(name)
+    return made(name, factory, inner | parsed(pruner, spec, options_of(factory)) | options)
+
+
+def _needs_by_default(made_by: Any) -> frozenset[str]:
+    """What a pruner needs without any options; nothing for a wrapper or a trained one, which need what they hold."""
     try:
-        return factory(**options)
-    except TypeError as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
-        raise PrunerError(f"pruner {name!r} cannot be made with {given} ({error}): {_takes(factory)}") from error
-
-
-def _takes(factory: Any) -> str:
-    """The options there are, with their defaults."""
-    if not dataclasses.is_dataclass(factory):
-        return "see its documentation"
-    options = [
-        option.name if option.default is dataclasses.MISSING else f"{option.name}={option.default!r}"
-        for option in dataclasses.fields(factory)
-    ]
-    return f"it takes {', '.join(options)}" if options else "it takes no options"
-
-
-def _needs_by_default(made_by: Callable[[], Pruner]) -> frozenset[str]:
-    """What a pruner needs without any options; nothing for a wrapper, which needs what it wraps."""
-    try:
-        return made_by().needs
+        return frozenset() if getattr(made_by, "trained", False) else made_by().needs
     except TypeError:
         return frozenset()
 
@@ -188,45 +174,19 @@ def split_specs(text: str) -> list[str]:
     `"grid,random:seed=3,x=1,mmr(norm)"` gives grid, random:seed=3,x=1 and mmr(norm).
     """
     specs: list[str] = []
-    for piece in filter(None, _outside(text, ",")):
-        if specs and len(_outside(specs[-1], ":")) > 1 and re.match(r"\w+\s*=", piece):
+    for piece in filter(None, outside(text, ",")):
+        if specs and len(outside(specs[-1], ":")) > 1 and re.match(r"\w+\s*=", piece):
             specs[-1] += f",{piece}"
         else:
             specs.append(piece)
     return specs
 
 
-def _outside(text: str, mark: str) -> list[str]:
-    """`text` split at the marks outside of brackets, each piece stripped."""
-    pieces, depth = [""], 0
-    for sign in text:
-        depth += (sign in "([") - (sign in ")]")
-        if sign == mark and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += sign
-    return [piece.strip() for piece in pieces]
-
-
 def _parts(pruner: str) -> tuple[str, dict[str, Any], str]:
     """("mmr", {"inner": a pruner}, "balance=1") from "mmr(norm):balance=1"."""
-    head, *spec = _outside(pruner, ":")
+    head, *spec = outside(pruner, ":")
     name, opened, inside = head.partition("(")
     if opened and not (inside.endswith(")") and inside[:-1].strip()):
         raise PrunerError(f"cannot read {pruner!r}: type wrapper(pruner):option=value, such as mmr(norm):balance=0.5")
     inner = tuple(get_pruner(one) for one in split_specs(inside[:-1]))
     return name.strip(), {"inner": inner[0] if len(inner) == 1 else inner} if inner else {}, ":".join(spec)
-
-
-def _parse_options(whole: str, spec: str) -> dict[str, Any]:
-    """{"seed": 3} from "seed=3": Python literals where they parse, else strings."""
-    options: dict[str, Any] = {}
-    for part in filter(None, _outside(spec, ",")):
-        key, equals, text = part.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise PrunerError(f"cannot read {part!r} in {whole!r}: type name:option=value,option=value")
-        try:
-            options[key.strip()] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            options[key.strip()] = text.strip()
-    return options

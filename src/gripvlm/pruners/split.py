@@ -26,7 +26,7 @@ class Split(Wrapper):
     pruner chooses k_i rows of each. For families whose items are tiles this is a split among tiles.
 
     1. Ours. `by="scores"` is the region rule of PTP (arXiv 2509.15704) with any pruner's scores.
-    2. It works through `share`, which is asked before `select`; `select` alone changes nothing.
+    2. It works through `allot`, which is asked before `select`; `select` alone changes nothing.
 
     Attributes:
         by: w_i is "tokens": the image's rows; "scores": the mean of the inner pruner's scores, which
@@ -54,7 +54,7 @@ class Split(Wrapper):
             raise PrunerError(f"split: by=scores needs scores >= 0, but {self.inner.name!r} has some below")
         return float(scores.mean())
 
-    def share(self, sample: Sequence[VisualTokens]) -> list[int]:
+    def allot(self, sample: Sequence[VisualTokens]) -> list[int]:
         total = sum(tokens.keep for tokens in sample)
         return apportion(total, [self._weight(tokens) for tokens in sample], [tokens.n for tokens in sample])
 

@@ -71,7 +71,7 @@ class SVDPrune(ScorePruner):
         falling = self.leverage(features).sort(descending=True).values.cumsum(0)
         return int((falling < self.energy * falling[-1] * (1 - 1e-6)).sum()) + 1
 
-    def share(self, sample: Sequence[VisualTokens]) -> list[int]:
+    def allot(self, sample: Sequence[VisualTokens]) -> list[int]:
         if not self.adaptive:
             return [tokens.keep for tokens in sample]
         total = sum(tokens.keep for tokens in sample)

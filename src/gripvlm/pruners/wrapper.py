@@ -56,9 +56,14 @@ class Wrapper(Pruner):
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(sorted({layer for inner in self.inners for layer in inner.vision_layers}))
 
-    def share(self, sample: Sequence[VisualTokens]) -> Sequence[int]:
+    def check(self, model: Any) -> None:
+        for inner in self.inners:
+            if hasattr(inner, "check"):  # an object of the caller's own may do without
+                inner.check(model)
+
+    def allot(self, sample: Sequence[VisualTokens]) -> Sequence[int]:
         """As the inner pruner shares; as asked for, where there are several."""
-        return self.inners[0].share(sample) if len(self.inners) == 1 else super().share(sample)
+        return self.inners[0].allot(sample) if len(self.inners) == 1 else super().allot(sample)
 
 
 def scores_of(wrapper: Pruner, inner: Pruner, tokens: VisualTokens) -> Tensor:

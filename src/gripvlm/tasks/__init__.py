@@ -55,6 +55,8 @@ def _named(name: str) -> list[Task]:
         return [JsonlTask(rest)]
     if name in task_names():
         return [LabTask(name.partition("/")[2])]
+    if name.endswith((".jsonl", ".json")):
+        raise TaskError(f"unknown task {name!r}: for a file of your own questions type jsonl:{name}")
     near = difflib.get_close_matches(name, [*task_names(), *FAMILIES], n=2, cutoff=0.5)
     near = [f"lab/{one}" if one in FAMILIES else one for one in near]
     hint = f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}? " if near else ""

@@ -14,8 +14,8 @@ __all__ = ["JsonlTask", "read_samples"]
 _EXAMPLE = '{"image": "cat.png", "question": "What is this?", "answer": "a cat"}'
 
 
-def read_samples(file: Path, images: Path) -> list[Sample]:
-    """One sample a line; blank lines are skipped.
+def read_samples(file: Path, images: Path, answers: bool = True) -> list[Sample]:
+    """One sample a line; blank lines are skipped. Without `answers` a line may leave its answer out.
 
     A line is an object with `image` (a path, relative to `images`), `question` and `answer`, and if
     wanted `choices` (list of strings), `id`, `family`, `pair`, `evidence` (list of patch indices).
@@ -31,7 +31,7 @@ def read_samples(file: Path, images: Path) -> list[Sample]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{str(file)!r} cannot be read as text: {error}") from None
-    samples = [_sample(line, f"{file}:{i}", i, images) for i, line in enumerate(lines, 1) if line.strip()]
+    samples = [_sample(line, f"{file}:{i}", i, images, answers) for i, line in enumerate(lines, 1) if line.strip()]
     if not samples:
         raise TaskError(f"{str(file)!r} has no questions: write one a line, such as {_EXAMPLE}")
     seen: set[str] = set()
@@ -42,20 +42,24 @@ def read_samples(file: Path, images: Path) -> list[Sample]:
     return samples
 
 
-def _sample(line: str, where: str, number: int, images: Path) -> Sample:
+def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> Sample:
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise TaskError(f"{where} is not JSON ({error}): write one object a line, such as {_EXAMPLE}") from None
     if not isinstance(row, dict):
         raise TaskError(f"{where} is a {type(row).__name__}: write one object a line, such as {_EXAMPLE}")
+    if not answers:
+        row.setdefault("answer", "")
     for key in ("image", "question", "answer"):
+        if key == "answer" and not answers and row[key] == "":
+            continue
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise TaskError(f"{where} needs a text {key!r}, got {row.get(key)!r}: write for instance {_EXAMPLE}")
     choices = row.get("choices") or []
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise TaskError(f"{where}: choices must be a list of texts, got {choices!r}")
-    if choices and row["answer"] not in choices:
+    if choices and row["answer"] and row["answer"] not in choices:
         raise TaskError(f"{where}: the answer {row['answer']!r} is none of the choices {choices}")
     evidence = row.get("evidence") or []
     if not isinstance(evidence, list) or not all(type(patch) is int and patch >= 0 for patch in evidence):
@@ -77,18 +81,31 @@ def _sample(line: str, where: str, number: int, images: Path) -> Sample:
 class JsonlTask(Task):
     """A user's own questions, `jsonl:PATH`; images are looked up beside the file.
 
-    Where a line has choices that its question does not name, the prompt lists them.
+    Where a line has choices that its question does not name, the prompt lists them. Without `answers`
+    lines may leave theirs out: enough to train on, but not to be scored.
     """
 
     max_new_tokens = 32
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+    def __init__(self, path: str | Path, answers: bool = True) -> None:
+        self.path, self.answers = Path(path).expanduser(), answers
         self.name = f"jsonl:{path}"
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        return tuple(read_samples(self.path, self.path.parent))
+        samples = tuple(read_samples(self.path, self.path.parent, self.answers))
+        if not self.answers:
+            return samples  # training decides by itself what a missing picture does
+        missing = [
+            name for name in dict.fromkeys(s.image_id for s in samples) if not (self.path.parent / name).exists()
+        ]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise TaskError(
+                f"{str(self.path)!r} asks about {missing[0]!r}{more}, but there is no such file: paths are relative to "
+                f"the folder {str(self.path.parent)!r}"
+            )
+        return samples
 
     def prompt(self, sample: Sample) -> str:
         if all(choice in sample.question for choice in sample.choices):

@@ -1,0 +1,73 @@
+"""`gripvlm train`: the flags are the fields of `TrainConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from gripvlm.errors import GripError
+
+__all__ = ["train_command"]
+
+
+def train_command(**given: Any) -> None:
+    """Train a scorer for a frozen model: a supervised warm-up, then GRPO (or a relaxed baseline).
+
+    gripvlm train --model M --data questions.jsonl --out grip/        both stages
+    gripvlm train warmup ... | grpo ... | relaxed ...                 one of them
+
+    Ctrl-C keeps a checkpoint and the same command goes on. Several processes: accelerate launch -m gripvlm train ...
+    """
+    from gripvlm.cli.commands import console
+    from gripvlm.cli.loading import load_model, quiet
+    from gripvlm.train import TrainConfig, read_toml, train
+    from gripvlm.train.processes import launched_device
+
+    file: Path | None = given.pop("config")
+    stage: str | None = given.pop("stage")
+    settings = read_toml(file) if file is not None else {}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if stage is not None:
+        settings["stage"] = stage
+    config = TrainConfig(**settings)
+    if not config.data:
+        raise GripError("no training data: type --data questions.jsonl (or a task's name)")
+    quiet()
+    model, processor = load_model(config.model, launched_device(config.device) or None)
+    grip = train(config, model, processor, quiet=False)
+    screen = console()
+    screen.print(f"trained: {grip.scorer}")
+    screen.print(f"try it:  gripvlm eval --model {config.model} --pruners grip:scorer={grip.scorer},random --keep 10%")
+
+
+def _signature() -> inspect.Signature:
+    """One option a field, with None for "as in the config file, or the default"."""
+    from gripvlm.train.config import STAGES, TrainConfig, help_of
+
+    stage = typer.Argument(help=f"{', '.join(STAGES)}; by default all", show_default=False)
+    config = typer.Option("--config", help="TOML file of settings; flags win over it.")
+    kind, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("stage", kind, default=None, annotation=Annotated[str | None, stage]),
+        inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config]),
+    ]
+    hints = get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        if field.name == "stage":
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        names = (f"{flag}/--no-{flag[2:]}",) if hints[field.name] is bool else (flag,)
+        told = f"{help_of(field.name)} [default: {field.default if field.default != '' else 'none'}]"
+        option = typer.Option(*names, help=told, show_default=False)
+        parameters.append(
+            inspect.Parameter(field.name, keyword, default=None, annotation=Annotated[hints[field.name] | None, option])
+        )
+    return inspect.Signature(parameters)
+
+
+train_command.__signature__ = _signature()  # type: ignore[attr-defined]
+train_command.__annotations__ = {p.name: p.annotation for p in train_command.__signature__.parameters.values()}  # type: ignore[attr-defined]

@@ -1,0 +1,166 @@
+"""One configuration for every stage: a dataclass that is also the command line's flags and a TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from gripvlm.errors import TrainError
+
+__all__ = ["STAGES", "TrainConfig", "help_of", "read_toml", "write_toml"]
+
+STAGES = ("all", "warmup", "grpo", "relaxed")
+
+
+def _f(default: Any, help: str, *choices: str) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run. Names follow TRL's GRPOConfig where they mean the same."""
+
+    # what
+    model: str = _f("lab", "lab, a local folder, or a Hugging Face hub id; stays frozen")
+    data: str = _f("", "training questions: PATH.jsonl ({image, question, answer?, choices?} a line) or tasks")
+    out: str = _f("grip", "folder of the run: scorer, config, metrics, checkpoint; the same command resumes")
+    stage: str = _f("all", "all (warm-up, then GRPO), warmup, grpo or relaxed", *STAGES)
+    start: str = _f("", "a scorer to start from; by default a new one, or what the stage before left in --out")
+    val_data: str = _f("", "validation questions; by default --val-share of --data's images")
+    val_share: float = _f(0.05, "share of images held out for validation where --val-data is not given")
+    val_questions: int = _f(256, "validation questions at most")
+    seed: int = _f(0, "of everything random")
+    device: str = _f("", "such as cpu or cuda:0; by default an accelerator if there is one")
+    on_bad: str = _f("stop", "what a picture that cannot be read or an empty answer does", "stop", "skip")
+    # the scorer
+    width: int = _f(128, "of the scorer's transformer")
+    blocks: int = _f(3, "of the scorer's transformer")
+    heads: int = _f(4, "of the scorer's transformer")
+    question: bool = _f(True, "whether the scorer reads the question")
+    budget: bool = _f(True, "whether the scorer is told the budget")
+    # batches and budgets
+    images: int = _f(4, "pictures a micro-batch")
+    questions: int = _f(4, "questions a picture at most")
+    accumulate: int = _f(1, "micro-batches a step, over all processes")
+    rows: int = _f(128, "subsets in one forward of the model")
+    bf16: bool = _f(False, "rollouts under bfloat16 autocast, for models that are loaded in float32")
+    budgets: str = _f("log_uniform", "how a group's budget is drawn", "log_uniform", "uniform", "annealed", "fixed")
+    keep_low: float = _f(0.015, "smallest share of tokens drawn (the only one for fixed)")
+    keep_high: float = _f(0.5, "largest share of tokens drawn")
+    # optimiser
+    steps: int = _f(1000, "of GRPO or the relaxed baseline")
+    learning_rate: float = _f(5e-4, "of GRPO or the relaxed baseline; 3 % linear warm-up, then a cosine to a tenth")
+    max_grad_norm: float = _f(1.0, "gradients are clipped to this norm")
+    weight_decay: float = _f(0.0, "of AdamW")
+    # warm-up
+    warmup_steps: int = _f(400, "of the supervised warm-up; 0 leaves it out")
+    warmup_learning_rate: float = _f(1e-3, "of the supervised warm-up")
+    teacher: str = _f("attention", "attention, gradient, best_of_n or pruner:NAME")
+    teacher_layers: str = _f("", "layers of the attention teacher, such as 2,3; by default the second half")
+    # GRPO
+    policy: str = _f("plackett_luce", "distribution over subsets", "plackett_luce", "conditional_bernoulli")
+    num_generations: int = _f(16, "G, subsets a question")
+    reward: str = _f("log_prob", "log_prob, agreement (no labels), exact_match, task_score or module:function")
+    own_answers: bool = _f(False, "force the unpruned model's own answers and not the data's")
+    beta: float = _f(0.0, "weight of the KL divergence to the scorer that GRPO started from")
+    epsilon: float = _f(0.2, "clipping of the ratio, per token of the subset")
+    epsilon_high: float = _f(0.0, "upper clipping; 0 means epsilon")
+    num_iterations: int = _f(1, "optimiser steps a group of rollouts; 1 is strictly on-policy")
+    scale_rewards: str = _f("group", "advantages are divided by this standard deviation", "group", "batch", "none")
+    loss_type: str = _f("grpo", "grpo: mean over a subset's tokens; dr_grpo: their sum", "grpo", "dr_grpo")
+    importance_sampling_level: str = _f("sequence", "of the ratio", "sequence", "token")
+    entropy_coef: float = _f(0.0, "weight of the policy's entropy per token")
+    temperature: float = _f(1.0, "divides the logits when subsets are drawn")
+    antithetic: bool = _f(False, "subsets of a group come in antithetic pairs")
+    band: int = _f(0, "explore only ranks within this distance of k; 0 explores all")
+    baseline: str = _f("mean", "what rewards are compared with", "mean", "self_critical")
+    credit: str = _f("group", "group: one advantage a subset; value: a learnt value of each token", "group", "value")
+    # relaxed baselines
+    relaxation: str = _f("soft_topk", "gradient baseline", "soft_topk", "straight_through", "perturbed")
+    tau_start: float = _f(1.0, "temperature of the relaxation at the first step")
+    tau_end: float = _f(0.02, "temperature of the relaxation at the last step")
+    samples: int = _f(4, "noise samples of the perturbed relaxation")
+    # running
+    save_minutes: float = _f(5.0, "minutes between checkpoints; Ctrl-C writes one as well")
+    val_every: int = _f(100, "steps between validations")
+    val_keeps: str = _f("0.25,0.125,0.06,0.03,0.015", "budgets of the validation")
+    patience: int = _f(0, "stop after so many validations without a better one; 0 never")
+    max_minutes: float = _f(0.0, "stop a stage after so long; 0 never")
+    log_with: str = _f("", "also log to tensorboard or trackio, through accelerate", "", "tensorboard", "trackio")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if hints[one.name] is float and type(value) is int:
+                object.__setattr__(self, one.name, float(value))
+            elif type(value) is not hints[one.name]:
+                raise TrainError(f"{one.name} = {value!r}: type a {hints[one.name].__name__}")
+            choices = one.metadata["choices"]
+            if choices and value not in choices:
+                raise TrainError(f"{one.name} = {value!r}: type one of {', '.join(map(repr, choices))}")
+        for name in ("images", "questions", "accumulate", "rows", "num_iterations", "samples", "val_every"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name} = {getattr(self, name)}: type 1 or more")
+        if self.num_generations < 2:
+            raise TrainError(f"num_generations = {self.num_generations}: a group needs 2 or more to compare")
+        if self.antithetic and self.num_generations % 2:
+            raise TrainError(f"num_generations = {self.num_generations} cannot be paired: type an even number")
+        if not 0 < self.keep_low <= self.keep_high <= 1:
+            raise TrainError(f"keep_low = {self.keep_low}, keep_high = {self.keep_high}: type shares in (0, 1]")
+        if self.tau_start <= 0 or self.tau_end <= 0:
+            raise TrainError(f"tau_start = {self.tau_start}, tau_end = {self.tau_end}: temperatures are above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def help_of(name: str) -> str:
+    """What a setting means, in one line."""
+    metadata = TrainConfig.__dataclass_fields__[name].metadata
+    choices = [choice for choice in metadata["choices"] if choice and choice not in metadata["help"]]
+    return metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+
+
+def checked_names(names: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same dict, if all its keys are settings."""
+    known = TrainConfig.__dataclass_fields__
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`gripvlm train --help` lists them"
+            raise TrainError(f"{where} has no setting {name!r}: {hint}")
+    return names
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The settings in a TOML file.
+
+    Raises:
+        TrainError: no such file, not TOML, or an unknown setting.
+    """
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+
+    try:
+        return checked_names(tomllib.loads(Path(path).read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        raise TrainError(f"no config file {str(path)!r}: check the path") from None
+    except ValueError as error:
+        raise TrainError(f"{str(path)!r} is not TOML: {error}") from None
+
+
+def write_toml(config: TrainConfig, path: Path) -> None:
+    """All settings, one a line, with their meaning; `read_toml` reads them back."""
+    lines = []
+    for name, value in config.to_dict().items():
+        said = (
+            f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
+        )
+        lines.append(f"{name} = {said}  # {help_of(name)}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

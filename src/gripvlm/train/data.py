@@ -1,0 +1,98 @@
+"""Training data: which questions each step sees, told by (seed, step) alone, so that any step can be made again."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gripvlm.errors import TrainError
+from gripvlm.tasks import JsonlTask, Sample, Task, get_tasks
+
+__all__ = ["Questions", "generator", "load_questions", "split"]
+
+
+def generator(seed: int, *names: object) -> torch.Generator:
+    """A stream of random numbers of its own for each (seed, names): nothing to save, nothing to resume."""
+    text = "/".join(map(str, (seed, *names)))
+    high, low = zlib.crc32(text.encode()), zlib.crc32(text[::-1].encode() + b"gripvlm")
+    return torch.Generator().manual_seed((high << 32 | low) & (2**63 - 1))
+
+
+def load_questions(data: str | Task | Sequence[Task]) -> list[tuple[Task, Sample]]:
+    """All questions of a task's name, of `PATH.jsonl` (answers may be left out there), or of `Task` objects."""
+    if isinstance(data, str):
+        if not data.strip():
+            raise TrainError("no training data: type --data questions.jsonl, or the name of a task")
+        path = data.removeprefix("jsonl:")
+        if path.endswith((".jsonl", ".json")):
+            tasks: Iterable[Task] = [JsonlTask(Path(path), answers=False)]
+        else:
+            tasks = get_tasks([part.strip() for part in data.split(",")])
+    else:
+        tasks = [data] if isinstance(data, Task) else data
+    return [(task, sample) for task in tasks for sample in task.samples]
+
+
+def split(questions: list[tuple[Task, Sample]], share: float) -> tuple[list, list]:
+    """(training, validation) questions: whole images, chosen by a hash of their names, so that it never changes."""
+
+    def held_out(sample: Sample) -> bool:
+        return zlib.crc32(f"validation {sample.image_id or sample.id}".encode()) % 10_000 < share * 10_000
+
+    held = [held_out(sample) for _, sample in questions]
+    train = [q for q, out in zip(questions, held, strict=True) if not out]
+    validation = [q for q, out in zip(questions, held, strict=True) if out]
+    if not train or not validation:
+        raise TrainError(
+            f"{len(questions)} questions cannot be split into {1 - share:.0%} for training and {share:.0%} for "
+            "validation: bring more pictures, or name --val-data"
+        )
+    return train, validation
+
+
+@dataclass
+class Questions:
+    """An endless, shuffled stream of images with some questions about each.
+
+    Attributes:
+        questions: (task, sample) pairs; those with the same `image_id` share an image.
+        images: how many images a micro-batch has.
+        each: at most so many questions an image.
+        seed: of the order.
+        skipped: id -> why, for samples that were left out.
+    """
+
+    questions: list[tuple[Task, Sample]]
+    images: int
+    each: int
+    seed: int
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        groups: dict[tuple[str, str], list[int]] = {}
+        for i, (task, sample) in enumerate(self.questions):
+            name = sample.image_id or sample.id
+            groups.setdefault(("" if sample.image_id else task.name, name), []).append(i)
+        self._groups = list(groups.values())
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self._groups)
+
+    def batch(self, number: int) -> list[tuple[Task, Sample]]:
+        """The questions of micro-batch `number` (0, 1, 2, ...), those of an image side by side."""
+        chosen = []
+        for place in range(number * self.images, (number + 1) * self.images):
+            epoch, index = divmod(place, len(self._groups))
+            if self._order[0] != epoch:
+                shuffled = torch.randperm(len(self._groups), generator=generator(self.seed, "order", epoch))
+                self._order = (epoch, shuffled.tolist())
+            group = self._groups[self._order[1][index]]
+            draw = torch.randperm(len(group), generator=generator(self.seed, "questions", place))
+            chosen += [self.questions[group[i]] for i in draw[: self.each].tolist()]
+        return [pair for pair in chosen if pair[1].id not in self.skipped]

@@ -1,0 +1,313 @@
+"""The loop that every stage shares: steps, validation, checkpoints, Ctrl-C, several processes.
+
+All random numbers come from (seed, stage, step, micro-batch), so a run that was killed and goes on is the same
+run bit for bit, and two processes with one micro-batch each are one process with two.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from gripvlm.errors import GripError, TrainError
+from gripvlm.scorer import Scorer
+from gripvlm.tasks import Sample, Task, TaskError
+from gripvlm.train.config import TrainConfig
+from gripvlm.train.data import Questions, generator
+from gripvlm.train.processes import Processes
+from gripvlm.train.rollout import Batch, Engine
+from gripvlm.train.validation import Validator
+
+__all__ = ["Interrupted", "Loop", "Stage", "Stats"]
+
+Stats: TypeAlias = dict[str, float]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in training; its text says what is kept and how to go on."""
+
+
+class Stage(ABC):
+    """What is particular to one way of training: a loss, and modules of its own besides the scorer."""
+
+    name: ClassVar[str]
+
+    def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine, steps: int, rate: float) -> None:
+        self.config, self.scorer, self.engine, self.steps, self.rate = config, scorer, engine, steps, rate
+
+    @abstractmethod
+    def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
+        """One or more (loss, what to log) for a batch; an optimiser step is taken after each."""
+
+    def extras(self) -> dict[str, nn.Module]:
+        """Further modules that a checkpoint must hold; those that require gradients are trained."""
+        return {}
+
+
+class Loop:
+    """Runs one stage to its end, or until it is stopped.
+
+    Args:
+        stage: with the scorer it trains.
+        data, validator: training questions and the judge of the best step.
+        folder: of the run.
+        processes: how many there are and how they add gradients.
+        quiet: no progress bar.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        data: Questions,
+        validator: Validator,
+        folder: Path,
+        processes: Processes,
+        quiet: bool = False,
+    ) -> None:
+        self.stage, self.data, self.validator, self.folder = stage, data, validator, folder
+        self.processes, self.quiet, self.config = processes, quiet, stage.config
+        self.modules: dict[str, nn.Module] = {"scorer": stage.scorer, **stage.extras()}
+        for module in self.modules.values():
+            module.to(stage.engine.model.device)
+        self.weights = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(
+            self.weights, lr=stage.rate, betas=(0.9, 0.98), weight_decay=self.config.weight_decay
+        )
+        self.step, self.spent, self.best, self.stale = 0, 0.0, -math.inf, 0
+        self.best_state = copy.deepcopy(stage.scorer.state_dict())
+        self.checkpoint = folder / f"{stage.name}.ckpt"
+        self.metrics = folder / "metrics.jsonl"
+        self.stop = False
+
+    # --- the run ----------------------------------------------------------------------------------------------
+
+    def run(self) -> Scorer:
+        """Trains; returns the scorer with the best validated weights.
+
+        Raises:
+            Interrupted: after Ctrl-C, with a checkpoint written.
+            TrainError: a reward, a sample or the loss went wrong; the checkpoint before it stands.
+        """
+        self._resume()
+        saved = clock = time.monotonic()
+        with self._ctrl_c(), self._bar() as advance:
+            if self.step == 0 and self.stage.steps:
+                self._validate()
+            while not self._over():
+                stats = self._one_step()
+                now = time.monotonic()
+                self.spent, clock = self.spent + now - clock, now
+                self._log({"step": self.step, **stats})
+                advance(stats)
+                if self.step % self.config.val_every == 0 or self.step == self.stage.steps:
+                    self._validate()
+                if now - saved > 60 * self.config.save_minutes:
+                    self._save()
+                    saved = now
+                if self.stop:
+                    self._save()
+                    raise Interrupted(
+                        f"Stopped at step {self.step} of {self.stage.steps} ({self.stage.name}). The same command "
+                        f"goes on from {self.checkpoint}."
+                    )
+                clock = time.monotonic() if self.step % self.config.val_every == 0 else clock
+        self._save()
+        self.stage.scorer.load_state_dict(self.best_state)
+        return self.stage.scorer
+
+    def _over(self) -> bool:
+        config = self.config
+        late = bool(config.max_minutes) and self.spent > 60 * config.max_minutes
+        tired = bool(config.patience) and self.stale >= config.patience
+        return self.step >= self.stage.steps or self.processes.any(late) or tired
+
+    def _one_step(self) -> Stats:
+        config, stage = self.config, self.stage
+        progress = self.step / max(stage.steps, 1)
+        if config.max_minutes:
+            progress = max(progress, min(1.0, self.spent / (60 * config.max_minutes)))
+            progress = self.processes.largest(progress)
+        for group in self.optimiser.param_groups:
+            group["lr"] = stage.rate * min(1.0, (self.step + 1) / max(1.0, 0.03 * stage.steps)) * _cosine(progress)
+        stage.scorer.train()
+        mine = [m for m in range(config.accumulate) if m % self.processes.count == self.processes.rank]
+        running = []
+        for micro in mine:
+            number = self.step * config.accumulate + micro
+            batch = self._batch(number)
+            if batch is not None:
+                running.append(stage.losses(batch, progress, generator(config.seed, stage.name, self.step, micro)))
+        collected: list[Stats] = []
+        rounds = config.num_iterations if stage.name == "grpo" else 1
+        norm = 0.0
+        for _ in range(rounds):
+            self.optimiser.zero_grad(set_to_none=False)
+            for losses in running:
+                loss, stats = next(losses)
+                if not bool(loss.isfinite()):
+                    raise TrainError(f"the loss of {stage.name} is {float(loss)} at step {self.step}: lower the rate")
+                (loss / config.accumulate).backward()
+                collected.append({"loss": float(loss.detach()), **stats})
+            self.processes.add_gradients(self.weights)
+            norm = float(nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm))
+            self.optimiser.step()
+        self.step += 1
+        means = {key: _mean([s[key] for s in collected if key in s]) for s0 in collected[:1] for key in s0}
+        means = self.processes.average(means)
+        return {"lr": self.optimiser.param_groups[0]["lr"], "grad_norm": norm, **means}
+
+    def _batch(self, number: int) -> Batch | None:
+        """The micro-batch's encoded questions; None where every one of them was left out."""
+        config = self.config
+        whole = bool(torch.rand((), generator=generator(config.seed, "text", number)) < 0.5)
+        while questions := self.data.batch(number):
+            try:
+                return self.stage.engine.prepare(questions, own=config.own_answers, whole=whole)
+            except (TaskError, TrainError) as error:
+                if config.on_bad == "stop":
+                    raise
+                self._skip(questions, error)
+        return None
+
+    def _skip(self, questions: list[tuple[Task, Sample]], error: GripError) -> None:
+        """Finds the bad questions of a batch, one by one, and leaves them out from now on."""
+        before = len(self.data.skipped)
+        for pair in questions:
+            try:
+                self.stage.engine.prepare([pair], own=self.config.own_answers)
+            except (TaskError, TrainError) as why:
+                self.data.skipped[pair[1].id] = str(why)
+                self._log({"step": self.step, "skipped": pair[1].id, "why": str(why)})
+        if len(self.data.skipped) == before:
+            raise error
+
+    # --- validation, log, checkpoint --------------------------------------------------------------------------
+
+    def _validate(self) -> None:
+        self.stage.scorer.eval()
+        found = self.validator.judge(self.stage.scorer)
+        if found["objective"] > self.best:
+            self.best, self.stale = found["objective"], 0
+            self.best_state = copy.deepcopy(self.stage.scorer.state_dict())
+        else:
+            self.stale += 1
+        self._log({"step": self.step, "minutes": round(self.spent / 60, 3), "val": found})
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.processes.rank:
+            return
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.stage.name, **_rounded(line)}) + "\n")
+        self.processes.log({f"{self.stage.name}/{k}": v for k, v in _flat(line).items()}, self.step)
+
+    def _save(self) -> None:
+        if self.processes.rank:
+            return
+        state = {
+            "config": self.config.to_dict(),
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "spent": self.spent,
+            "best": self.best,
+            "stale": self.stale,
+            "best_state": self.best_state,
+            "skipped": self.data.skipped,
+        }
+        part = self.checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        part.rename(self.checkpoint)
+
+    def _resume(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, weights_only=False, map_location=self.stage.engine.model.device)
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.spent, self.best = state["step"], state["spent"], state["best"]
+        self.stale, self.best_state = state["stale"], state["best_state"]
+        self.data.skipped.update(state["skipped"])
+        if self.processes.rank == 0:
+            self._forget_later_lines()
+
+    def _forget_later_lines(self) -> None:
+        """Drops what was logged after the checkpoint, so that no step is there twice."""
+        if not self.metrics.exists():
+            return
+        lines = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        kept = [one for one in lines if one["stage"] != self.stage.name or one["step"] <= self.step]
+        self.metrics.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
+
+    @contextmanager
+    def _ctrl_c(self) -> Iterator[None]:
+        """The first Ctrl-C ends the step in hand, the second stops at once."""
+
+        def ask_to_stop(number: int, frame: Any) -> None:
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+
+        try:
+            before = signal.signal(signal.SIGINT, ask_to_stop)
+        except ValueError:  # not the main thread: Ctrl-C is its business
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def _bar(self) -> Iterator[Any]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        hidden = self.quiet or bool(self.processes.rank)
+        with Progress(*columns, *times, console=Console(file=sys.stderr), disable=hidden) as bar:
+            task = bar.add_task(self.stage.name, total=self.stage.steps, completed=self.step)
+
+            def advance(stats: Stats) -> None:
+                said = next((f"{name} {stats[name]:.3f}" for name in ("reward", "loss") if name in stats), "")
+                bar.update(task, completed=self.step, description=f"{self.stage.name}  {said}")
+
+            yield advance
+
+
+def _cosine(progress: float) -> float:
+    """From 1 down to 0.1."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return {key: _rounded(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def _flat(line: dict[str, Any], before: str = "") -> dict[str, float]:
+    """Numbers only, nested names joined by a slash."""
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{before}{key}/")
+        elif isinstance(value, (int, float)):
+            found[before + key] = value
+    return found

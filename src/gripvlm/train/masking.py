@@ -1,0 +1,66 @@
+"""Soft selection inside the language model: a bias on attention to each visual token, with gradients.
+
+`log(m)` added to every query's score for a visual token multiplies its attention weight by m before
+normalisation, as DynamicViT (arXiv 2106.02034, eq. 11) does: at m in {0, 1} it is exactly dropping or keeping,
+and unlike scaling the feature it cannot be undone by a normalisation layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import UnsupportedModelError
+from gripvlm.models import seam
+from gripvlm.train.rollout import Batch, Engine
+
+__all__ = ["masked_forward"]
+
+
+def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Tensor:
+    """Log-probabilities [B, T] of the forced answers, differentiable in the biases.
+
+    Args:
+        biases: one [n] for each image of the batch, in order: log of the share of attention it keeps.
+
+    Returns:
+        [B, T], 0 at padding.
+
+    Raises:
+        UnsupportedModelError: an attention implementation that takes no bias key by key.
+    """
+    model = engine.model
+    text = model.get_decoder().config
+    if text._attn_implementation not in ("sdpa", "eager") or getattr(text, "sliding_window", None):
+        raise UnsupportedModelError(
+            f"soft masks need attention with a bias on each key, which {text.model_type} under "
+            f"{text._attn_implementation} does not take: load the model with attn_implementation='sdpa'"
+        )
+    everything = [[torch.arange(t.n, device=t.features.device) for t in tokens] for tokens in batch.tokens]
+    with torch.no_grad():
+        arguments = engine.pruned(batch, batch.inputs, range(len(batch)), everything)
+    arguments.pop("labels")
+    mask = arguments["attention_mask"].bool()
+    length = mask.shape[1]
+    lowest = torch.finfo(model.dtype).min
+    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    open_ = causal & mask[:, None]
+    open_ |= torch.eye(length, dtype=torch.bool, device=mask.device)  # padding sees itself, or it would be NaN
+    bias = torch.zeros(mask.shape, device=mask.device)
+    spans = seam.locate(model, batch.inputs["input_ids"], batch.encoded)
+    places = [(i, span.positions) for i, mine in enumerate(spans) for span in mine]
+    row = torch.cat([torch.full_like(positions, i) for i, positions in places])
+    column = torch.cat([positions for _, positions in places])
+    bias = bias.index_put((row, column), torch.cat([b.float() for b in biases]))
+    full = torch.where(open_, bias[:, None], torch.tensor(lowest, device=mask.device))[:, None]
+    # A visual token always sees itself fully: a dropped token's own row is read by nobody, and must not be NaN.
+    own = torch.eye(length, dtype=torch.bool, device=mask.device)
+    full = torch.where(own, torch.zeros((), device=mask.device), full).to(model.dtype)
+    arguments["attention_mask"] = full
+    width = batch.longest
+    logits = model(**arguments, use_cache=False).logits[:, -width - 1 : -1].float()
+    targets = batch.inputs["labels"][:, -width:]
+    log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    return log_probs.masked_fill(targets < 0, 0.0)

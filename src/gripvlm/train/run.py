@@ -1,0 +1,147 @@
+"""`train`: from a frozen model and questions to a scorer, in a folder that tells how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gripvlm.errors import TrainError
+from gripvlm.evaluate import environment
+from gripvlm.pruners.grip import Grip
+from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
+from gripvlm.tasks import Task
+from gripvlm.train.config import TrainConfig, read_toml, write_toml
+from gripvlm.train.curve import draw_curve
+from gripvlm.train.data import Questions, load_questions, split
+from gripvlm.train.grpo import Grpo
+from gripvlm.train.loop import Loop, Stage
+from gripvlm.train.processes import Processes
+from gripvlm.train.relaxed import Relaxed
+from gripvlm.train.rewards import get_reward, log_prob
+from gripvlm.train.rollout import Engine
+from gripvlm.train.validation import Validator
+from gripvlm.train.warmup import WarmUp
+
+__all__ = ["train"]
+
+# What may differ between a run and its continuation.
+_FREE = {"out", "save_minutes", "val_every", "max_minutes", "log_with", "device", "rows", "patience"}
+
+
+def train(
+    config: TrainConfig,
+    model: Any,
+    processor: Any,
+    data: Task | Sequence[Task] | None = None,
+    validation: Task | Sequence[Task] | None = None,
+    *,
+    quiet: bool = True,
+) -> Grip:
+    """Trains a scorer for a frozen model.
+
+        grip = train(TrainConfig(data="my/questions.jsonl", out="grip"), model, processor)
+
+    Args:
+        config: every setting; `config.out` is the run's folder, and the same call goes on from its checkpoint.
+        model, processor: a supported transformers model, which is frozen, and its processor.
+        data, validation: tasks, instead of what `config.data` and `config.val_data` name.
+        quiet: no progress bar.
+
+    Returns:
+        The trained pruner, which is also saved in `config.out`.
+
+    Raises:
+        TrainError: bad settings, data or rewards, with what to change.
+        Interrupted: Ctrl-C; a checkpoint is written.
+    """
+    folder = Path(config.out).expanduser()
+    _claim(config, folder)
+    questions = load_questions(data if data is not None else config.data)
+    if validation is not None or config.val_data:
+        held = load_questions(validation if validation is not None else config.val_data)
+    else:
+        questions, held = split(questions, config.val_share)
+    processes = Processes(config.log_with, folder, cpu=model.device.type == "cpu")
+    engine = Engine(model, processor, rows=config.rows, bf16=config.bf16)
+    torch.manual_seed(config.seed)
+    scorer, done = _start(config, folder, model)
+    keeps = _keeps(config.val_keeps)
+    every = max(1, len(held) // config.val_questions)
+    held = held[::every][: config.val_questions]
+    for name in _stages(config, done):
+        stage = _stage(name, config, scorer, engine)
+        reward = get_reward(config.reward) if name == "grpo" else log_prob
+        validator = Validator(engine, held, keeps, reward, config.own_answers, config.on_bad == "skip")
+        stream = Questions(questions, config.images, config.questions, config.seed)
+        scorer = Loop(stage, stream, validator, folder, processes, quiet).run()
+        scorer.notes = {"stage": name, "steps": stage.steps, "config": config.to_dict()}
+        if processes.rank == 0:
+            scorer.save_pretrained(folder / name)
+    if processes.rank == 0:
+        scorer.save_pretrained(folder)
+        draw_curve(folder / "metrics.jsonl", folder / "curve.png")
+    processes.wait()
+    processes.end()
+    return Grip(str(folder), scorer.eval())
+
+
+def _stages(config: TrainConfig, done: str) -> list[str]:
+    """What is left to do, in order."""
+    if config.stage != "all":
+        return [config.stage]
+    wanted = ["warmup", "grpo"] if config.warmup_steps else ["grpo"]
+    return wanted[wanted.index(done) + 1 :] if done in wanted else wanted
+
+
+def _stage(name: str, config: TrainConfig, scorer: Scorer, engine: Engine) -> Stage:
+    if name == "warmup":
+        return WarmUp(config, scorer, engine)
+    return Grpo(config, scorer, engine) if name == "grpo" else Relaxed(config, scorer, engine)
+
+
+def _start(config: TrainConfig, folder: Path, model: Any) -> tuple[Scorer, str]:
+    """The scorer to begin with, and the last stage that is finished."""
+    device = model.device
+    base = BaseModel.of(model)
+    for name in ("grpo", "warmup") if config.stage == "all" else ():
+        if (folder / name / "scorer.json").exists():
+            return Scorer.from_pretrained(folder / name).to(device), name
+    start = config.start or (str(folder / "warmup") if config.stage in ("grpo", "relaxed") else "")
+    if start and (config.start or (Path(start) / "scorer.json").exists()):
+        scorer = Scorer.from_pretrained(start)
+        if scorer.base is not None:
+            scorer.base.check(model)
+        scorer.base = base
+        return scorer.to(device), ""
+    sizes = ScorerConfig(base.features, config.width, config.blocks, config.heads, config.question, config.budget)
+    return Scorer(sizes, base).to(device), ""
+
+
+def _claim(config: TrainConfig, folder: Path) -> None:
+    """Makes the run's folder, or checks that it is this run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.toml"
+    if file.exists():
+        before, now = read_toml(file), config.to_dict()
+        unlike = [name for name in now if name not in _FREE and before.get(name) != now[name]]
+        if config.stage != before.get("stage") and before.get("stage") == "warmup":
+            unlike = []  # the next stage of the same folder
+        if unlike:
+            told = ", ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in unlike[:4])
+            raise TrainError(f"{folder} holds another run ({told}): type another --out, or those settings")
+    write_toml(config, file)
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def _keeps(text: str) -> list[float]:
+    try:
+        keeps = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        keeps = []
+    if not keeps or not all(0 < keep <= 1 for keep in keeps):
+        raise TrainError(f"val_keeps = {text!r}: type fractions in (0, 1], such as 0.25,0.1")
+    return keeps

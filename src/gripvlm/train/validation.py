@@ -1,0 +1,92 @@
+"""How good a scorer is while it trains: hard top-k at several budgets on questions that it never learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import TrainError
+from gripvlm.scorer import Scorer
+from gripvlm.tasks import Sample, Task, TaskError
+from gripvlm.train.rewards import Reward, checked, log_prob
+from gripvlm.train.rollout import Batch, Engine
+
+__all__ = ["Validator", "greedy_subsets"]
+
+
+def greedy_subsets(logits: Tensor, kept: Tensor) -> list[Tensor]:
+    """[I] ascending indices of each row's `kept` highest logits; ties go to the lower index."""
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    return [row[:k].sort().values for row, k in zip(order, kept.tolist(), strict=True)]
+
+
+class Validator:
+    """Judges scorers on the same questions every time.
+
+    Args:
+        questions: (task, sample) pairs.
+        keeps: fractions.
+        reward: its mean over questions and budgets is the objective.
+        size: questions at a time. Images are encoded once and kept.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        questions: Sequence[tuple[Task, Sample]],
+        keeps: Sequence[float],
+        reward: Reward = log_prob,
+        own: bool = False,
+        skip: bool = False,
+        size: int = 32,
+    ) -> None:
+        self.engine, self.keeps, self.reward = engine, keeps, reward
+        self.questions, self.own, self.skip, self.size = list(questions), own, skip, size
+        self.batches: list[Batch] | None = None
+
+    @torch.no_grad()
+    def judge(self, scorer: Scorer) -> dict[str, float]:
+        """{"objective", "reward@KEEP", "exact@KEEP", ...}: means over questions."""
+        totals: dict[str, float] = {}
+        count = 0
+        for batch in self._prepared():
+            count += len(batch)
+            seen = batch.for_scorer(scorer.config.question)
+            for keep in self.keeps:
+                kept = (seen.sizes * keep).round().long().clamp(min=1)
+                subsets = greedy_subsets(seen.score(scorer, kept), kept)
+                rows: list[list[Tensor]] = [[] for _ in range(len(batch))]
+                for sample, subset in zip(seen.owner.tolist(), subsets, strict=True):
+                    rows[sample].append(subset)
+                rollout = self.engine.run(batch, range(len(batch)), rows)
+                for name, values in (("reward", checked(self.reward, rollout)), ("exact", rollout.exact)):
+                    key = f"{name}@{keep:g}"
+                    totals[key] = totals.get(key, 0.0) + float(values.sum())
+        means = {key: total / count for key, total in totals.items()}
+        return {"objective": sum(means[f"reward@{keep:g}"] for keep in self.keeps) / len(self.keeps), **means}
+
+    def _prepared(self) -> list[Batch]:
+        if self.batches is None:
+            self.batches = []
+            for start in range(0, len(self.questions), self.size):
+                part = self.questions[start : start + self.size]
+                try:
+                    self.batches.append(self.engine.prepare(part, own=self.own))
+                except (TaskError, TrainError):
+                    if not self.skip:
+                        raise
+                    self.batches += self._good_ones(part)
+            if not self.batches:
+                raise TrainError("no validation question can be read")
+        return self.batches
+
+    def _good_ones(self, part: Sequence[tuple[Task, Sample]]) -> list[Batch]:
+        found = []
+        for pair in part:
+            try:
+                found.append(self.engine.prepare([pair], own=self.own))
+            except (TaskError, TrainError):
+                continue
+        return found

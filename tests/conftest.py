@@ -1,0 +1,21 @@
+"""What several test files start from: one tiny model, and a ragged batch for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tiny_models import llava_inputs, tiny_llava
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """One tiny LLaVA a file."""
+    return tiny_llava()
+
+
+@pytest.fixture
+def inputs() -> dict[str, Any]:
+    """Two prompts, with one image and with two."""
+    return llava_inputs([1, 2], [7, 9])
