@@ -225,11 +225,11 @@ class Scorer(nn.Module):
 
     # --- folders and the hub ----------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `scorer.safetensors` and `scorer.json` into `folder`, which is made where missing."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes `scorer.safetensors`, in `dtype`, and `scorer.json` into `folder`, which is made where missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
+        weights = {name: value.detach().to(dtype).contiguous().cpu() for name, value in self.state_dict().items()}
         save_file(weights, folder / _WEIGHTS)
         about = {
             "format": FORMAT,
