@@ -19,6 +19,8 @@ _HOME = {
     "Encoded": "gripvlm.models.encoded",
     "Grip": "gripvlm.pruners.grip",
     "GripError": "gripvlm.errors",
+    "LayerPruner": "gripvlm.pruners.layered",
+    "LayerTokens": "gripvlm.pruners.layered",
     "Merge": "gripvlm.pruners.base",
     "Pruner": "gripvlm.pruners.base",
     "Record": "gripvlm.prune",
@@ -26,6 +28,7 @@ _HOME = {
     "Scorer": "gripvlm.scorer",
     "ScorerConfig": "gripvlm.scorer",
     "Selection": "gripvlm.pruners.base",
+    "VisionRows": "gripvlm.pruners.base",
     "VisualTokens": "gripvlm.pruners.base",
     "encode": "gripvlm.prune",
     "get_pruner": "gripvlm.pruners.registry",
@@ -75,8 +78,11 @@ if TYPE_CHECKING:
     from gripvlm.pruners.base import Pruner as Pruner
     from gripvlm.pruners.base import ScorePruner as ScorePruner
     from gripvlm.pruners.base import Selection as Selection
+    from gripvlm.pruners.base import VisionRows as VisionRows
     from gripvlm.pruners.base import VisualTokens as VisualTokens
     from gripvlm.pruners.grip import Grip as Grip
+    from gripvlm.pruners.layered import LayerPruner as LayerPruner
+    from gripvlm.pruners.layered import LayerTokens as LayerTokens
     from gripvlm.pruners.registry import get_pruner as get_pruner
     from gripvlm.pruners.registry import list_pruners as list_pruners
     from gripvlm.pruners.registry import pruner_names as pruner_names
