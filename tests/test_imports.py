@@ -18,7 +18,7 @@ LAYERS = [
     {"scorer"},
     {"pruners"},
     {"models"},
-    {"checks", "prune"},
+    {"checks", "layered", "prune"},
     {"tasks"},
     {"evaluate"},
     {"train"},

@@ -35,6 +35,7 @@ _HOME = {
     "list_pruners": "gripvlm.pruners.registry",
     "prune": "gripvlm.prune",
     "prune_inputs": "gripvlm.prune",
+    "pruned_run": "gripvlm.prune",
     "pruner_names": "gripvlm.pruners.registry",
     "register_pruner": "gripvlm.pruners.registry",
     "visual_tokens": "gripvlm.prune",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from gripvlm.prune import encode as encode
     from gripvlm.prune import prune as prune
     from gripvlm.prune import prune_inputs as prune_inputs
+    from gripvlm.prune import pruned_run as pruned_run
     from gripvlm.prune import visual_tokens as visual_tokens
     from gripvlm.pruners.base import Merge as Merge
     from gripvlm.pruners.base import Pruner as Pruner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -14,21 +14,25 @@ from gripvlm.checks import (
     Keeps,
     checked_budgets,
     checked_inputs,
+    checked_needs,
     checked_positions,
     checked_pruner,
+    checked_schedule,
     checked_selection,
     one_budget,
 )
 from gripvlm.clock import device_time
 from gripvlm.errors import GripError, InputError, PrunerError
+from gripvlm.layered import LayerRun
 from gripvlm.models import decoding, seam
 from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import Family, family_of
+from gripvlm.models.layers import checked_layers
 from gripvlm.models.text import Question, questions
-from gripvlm.pruners import Pruner, Selection, VisualTokens
+from gripvlm.pruners import LayerPruner, Pruner, Selection, VisionRows, VisualTokens
 from gripvlm.pruners.keep_all import KeepAll
 
-__all__ = ["Record", "encode", "prune", "prune_inputs", "visual_tokens"]
+__all__ = ["Record", "encode", "prune", "prune_inputs", "pruned_run", "visual_tokens"]
 
 
 @dataclass
@@ -37,11 +41,12 @@ class Record:
 
     Attributes:
         selections: a list (samples) of lists (images, in prompt order) of `Selection`; the list of
-            a prompt without images is empty.
+            a prompt without images is empty. Where a pruner drops inside the language model,
+            `selection.counts` says how many rows each layer saw.
         calls: how many calls were recorded so far.
         seconds: {"vision", "pruner", "surgery"}: time in the vision encoder and projector, in the
             pruner, and in finding and dropping rows and placeholders. Accelerators are synchronised
-            around each.
+            around each. Inside the language model the pruner's time is part of the prefill's.
     """
 
     selections: list[list[Selection]] = field(default_factory=list)
@@ -50,8 +55,13 @@ class Record:
 
     @property
     def kept(self) -> int:
-        """Visual tokens kept in the latest call, all images of all samples together."""
+        """Visual tokens kept (to the last layer) in the latest call, all images of all samples together."""
         return sum(selection.k for sample in self.selections for selection in sample)
+
+    @property
+    def paid(self) -> float:
+        """The same, averaged over the language model's layers: what `keep` asks for."""
+        return sum(selection.paid for sample in self.selections for selection in sample)
 
     @property
     def total(self) -> int:
@@ -59,13 +69,14 @@ class Record:
         return sum(selection.n for sample in self.selections for selection in sample)
 
 
-def encode(model: Any, inputs: Mapping[str, Any]) -> Encoded:
+def encode(model: Any, inputs: Mapping[str, Any], pruners: Sequence[str | Pruner] = ()) -> Encoded:
     """Runs the vision encoder and projector once; reuse the result across prunings and questions.
 
     Args:
         model: a supported transformers model.
         inputs: what its processor returns: `input_ids` [B, L] (they say which images belong to
             which prompt) and the pixels.
+        pruners: those that will prune it, where any needs attention or patches of the vision tower.
 
     Returns:
         `Encoded`, to pass as `prune_inputs(..., encoded=...)` with these inputs or with other
@@ -73,12 +84,13 @@ def encode(model: Any, inputs: Mapping[str, Any]) -> Encoded:
         Gradients flow as they would in `forward`: wrap the call in `torch.no_grad()` to stop them.
 
     Raises:
-        UnsupportedModelError, InputError: see `prune_inputs`.
+        UnsupportedModelError, InputError, PrunerError: see `prune_inputs`.
     """
     family = family_of(model)
     inputs = checked_inputs(model, family, inputs, None)
+    asked = checked_needs(family, [checked_pruner(pruner, model) for pruner in pruners])
     started = device_time(model.device)
-    encoded = seam.encode(model, family, inputs)
+    encoded = seam.encode(model, family, inputs, asked)
     return replace(encoded, seconds=device_time(model.device) - started)
 
 
@@ -118,11 +130,12 @@ def prune_inputs(
         (dict, Record).
 
     Raises:
-        UnsupportedModelError: no support for this model.
+        UnsupportedModelError: no support for this model, or none for this pruner on it.
         InputError: no image, a cache or embeddings instead of a full prompt, placeholders and
             images that do not match, a per-token input that gripvlm does not know.
         BudgetError: not a budget, or more than an image has.
-        PrunerError: an unknown pruner, or one that returned no valid selection.
+        PrunerError: an unknown pruner, one that returned no valid selection, or one that drops inside
+            the language model, which arguments cannot say (see `pruned_run`).
 
     Nothing is patched. Gradients flow through the kept features. On models with M-RoPE the base
     model's `rope_deltas` are set, as transformers itself does for every prompt, so that a decoding
@@ -132,8 +145,51 @@ def prune_inputs(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
-    arguments, record = _pruned(model, family, inputs, chooser, keep, positions, question, encoded, spare_column=False)
+    arguments, record, run = _pruned(model, family, inputs, chooser, keep, positions, question, encoded, False)
+    if run is not None:
+        raise PrunerError(
+            f"pruner {chooser.name!r} drops inside the language model, which arguments alone cannot say: type "
+            f"`with gripvlm.pruned_run(model, inputs, {chooser.name!r}, keep) as (arguments, record):` and run the "
+            "model inside, or use gripvlm.prune"
+        )
     return (arguments, record) if return_record else arguments
+
+
+@contextmanager
+def pruned_run(
+    model: Any,
+    inputs: Mapping[str, Any],
+    pruner: str | Pruner,
+    keep: Keeps = None,
+    *,
+    positions: str = "original",
+    question: Question = None,
+    encoded: Encoded | None = None,
+) -> Iterator[tuple[dict[str, Any], Record]]:
+    """`prune_inputs` for every pruner, those that drop inside the language model too: run the model in the block.
+
+        with gripvlm.pruned_run(model, inputs, "fastv", keep=192) as (arguments, record):
+            logits = model(**arguments).logits          # or model.generate(**arguments)
+
+    Args, Raises: as for `prune_inputs`.
+
+    Yields:
+        The arguments, and the `Record`, whose selections are complete once the prompt has run. One prompt
+        (batch) a block: choices of the first prefill stay. Logits of a direct `forward` are those of the
+        tokens left at the end.
+    """
+    family = family_of(model)
+    chooser = checked_pruner(pruner, model)
+    inputs = checked_inputs(model, family, inputs, encoded)
+    arguments, record, run = _pruned(model, family, inputs, chooser, keep, positions, question, encoded, False)
+    if run is None:
+        yield arguments, record
+        return
+    with run.block():
+        try:
+            yield arguments, record
+        finally:
+            record.selections = run.selections()
 
 
 def visual_tokens(
@@ -188,6 +244,9 @@ def prune(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     checked_positions(positions)
+    checked_needs(family, [chooser])
+    if isinstance(chooser, LayerPruner):
+        checked_layers(model)
     if not isinstance(keep, (list, tuple)):
         one_budget(chooser, keep)
     before = vars(model).get("generate")
@@ -208,15 +267,22 @@ def prune(
             record.calls += 1
             return original(None, *args, **kwargs)
         options = decoding.Options(model, args, kwargs)
-        options.refuse(family)
+        options.refuse(family, isinstance(chooser, LayerPruner))
         given = checked_inputs(model, family, kwargs, None)
         with torch.no_grad():
-            arguments, now = _pruned(model, family, given, chooser, keep, positions, question, None, options.uncached)
+            arguments, now, run = _pruned(
+                model, family, given, chooser, keep, positions, question, None, options.uncached
+            )
         options.check_beams(family, arguments, now.selections)
         record.selections, record.seconds = now.selections, now.seconds
         record.calls += 1
         args, arguments = options.shifted(arguments, given["input_ids"].shape[1])
-        output = original(None, *args, **arguments)
+        if run is None:
+            output = original(None, *args, **arguments)
+        else:
+            with run.block():
+                output = original(None, *args, **arguments)
+            record.selections = run.selections()
         return decoding.with_prompt(output, given["input_ids"], arguments["input_ids"].shape[1])
 
     generate._gripvlm = True  # type: ignore[attr-defined]
@@ -243,19 +309,30 @@ def _pruned(
     question: Question,
     encoded: Encoded | None,
     spare_column: bool,
-) -> tuple[dict[str, Any], Record]:
-    """Encode, choose, check, drop: the whole of gripvlm in one function."""
+) -> tuple[dict[str, Any], Record, LayerRun | None]:
+    """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to drop in the layers."""
     checked_positions(positions)
+    asked = checked_needs(family, [pruner])
     started = device_time(model.device)
-    done = encoded if encoded is not None else seam.encode(model, family, inputs)
+    done = encoded if encoded is not None else seam.encode(model, family, inputs, asked)
     seen = device_time(model.device)
     spans, batch = _tokens(model, family, inputs, pruner, keep, question, done)
+    schedules: list[list[dict[int, int]]] = []
+    at_input = batch
+    if isinstance(pruner, LayerPruner):
+        checked_layers(model)
+        layers = len(model.get_decoder().layers)
+        schedules = [[checked_schedule(pruner, tokens, layers) for tokens in sample] for sample in batch]
+        at_input = [
+            [replace(tokens, keep=plan.get(0, tokens.n)) for tokens, plan in zip(*pair, strict=True)]
+            for pair in zip(batch, schedules, strict=True)
+        ]
     gathered = device_time(model.device)
-    raw = [[pruner.select(tokens) for tokens in sample] for sample in batch]
+    raw = [[pruner.select(tokens) for tokens in sample] for sample in at_input]
     chosen = device_time(model.device)
     selections = [
-        [checked_selection(pruner.name, *pair) for pair in zip(mine, sample, strict=True)]
-        for mine, sample in zip(raw, batch, strict=True)
+        [_checked(pruner, *pair) for pair in zip(mine, sample, strict=True)]
+        for mine, sample in zip(raw, at_input, strict=True)
     ]
     arguments = seam.shorten(model, inputs, done, spans, selections, positions, spare_column)
     seconds = {
@@ -263,7 +340,16 @@ def _pruned(
         "pruner": chosen - gathered,
         "surgery": gathered - seen + device_time(model.device) - chosen,
     }
-    return arguments, Record(selections, 1, seconds)
+    run = None
+    if isinstance(pruner, LayerPruner):
+        run = LayerRun(model, pruner, arguments, batch, selections, schedules)
+        selections = run.selections()
+    return arguments, Record(selections, 1, seconds), run if run is not None and run.cuts else None
+
+
+def _checked(pruner: Pruner, selection: Any, tokens: VisualTokens) -> Selection:
+    where = f"image {tokens.image} of sample {tokens.sample}"
+    return checked_selection(pruner.name, selection, tokens.n, tokens.keep, tokens.features.device, where)
 
 
 def _tokens(
@@ -278,6 +364,12 @@ def _tokens(
     """Where each image lies in its prompt, and what the pruner sees of it."""
     if encoded.model_type != family.model_type:
         raise InputError(f"encoded by a {encoded.model_type} model, but this one is {family.model_type}")
+    wanted = checked_needs(family, [pruner])
+    if {*wanted.layers} - {*encoded.asked.layers} or (wanted.patches and not encoded.asked.patches):
+        raise InputError(
+            f"images were encoded without what pruner {pruner.name!r} reads of the vision tower: type "
+            f"gripvlm.encode(model, inputs, pruners=[{pruner.name!r}])"
+        )
     spans = seam.locate(model, inputs["input_ids"], encoded)
     if not any(spans):
         raise InputError("no prompt has an image: there is nothing to prune")
@@ -295,7 +387,10 @@ def _tokens(
                     f"{item.features.shape[0]} rows of {where} are none: use a pruner without grid"
                 )
             keeps = budget.count(item.features.shape[0], where)
-            batch[sample].append(VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key))
+            vision = {layer: VisionRows(*rows) for layer, rows in item.vision.items()}
+            batch[sample].append(
+                VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states)
+            )
     return spans, batch
 
 

@@ -42,8 +42,16 @@ class Options:
         """True where decoding runs without a key-value cache."""
         return self.get("use_cache") is False
 
-    def refuse(self, family: Family) -> None:
-        """Raises for ways of decoding that are not right with fewer tokens, or not even with all."""
+    def refuse(self, family: Family, inside: bool) -> None:
+        """Raises for ways of decoding that are not right with fewer tokens, or not even with all.
+
+        `inside` says whether tokens are dropped inside the language model.
+        """
+        if self.get("prefill_chunk_size") is not None and inside:
+            raise InputError(
+                "prefill_chunk_size: a pruner that drops inside the language model must see the whole prompt at "
+                "once; leave it out, or use a pruner that drops at the input"
+            )
         if self.get("prefill_chunk_size") is not None and installed() < CHUNKS_SINCE:
             raise InputError(
                 "prefill_chunk_size: transformers before 5.23 does not cut encoded images into chunks; leave it "

@@ -24,6 +24,7 @@ from gripvlm.models.grids import (
     square,
     unknown,
 )
+from gripvlm.models.vision import VisionRule, by_grid, by_tile, in_one_row, packed
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "family_of", "installed"]
 
@@ -58,6 +59,8 @@ class Family:
             is wrong where it prefills an image in two chunks.
         layers: False where dropping inside the language model's layers is not right: states or keys
             that other layers go on to use still hold the dropped tokens.
+        vision: the rule for which patches of the vision tower become which row, None where that is not
+            known; attention of the tower and patch states need it.
         since: the first transformers in which it works.
         note: what a user should know, one line.
     """
@@ -72,13 +75,14 @@ class Family:
     beams: bool = True
     chunks: bool = True
     layers: bool = True
+    vision: VisionRule | None = None
     since: tuple[int, int] = (5, 19)
     note: str = ""
 
 
 _BOTH = ("image", "video")
 _ROWS = (
-    Family("gemma3", square, chunks=False, note="sliding layers count their window over kept tokens"),
+    Family("gemma3", square, chunks=False, vision=by_tile, note="sliding layers count their window over kept tokens"),
     Family(
         "gemma4",
         from_coordinates,
@@ -86,9 +90,11 @@ _ROWS = (
         layers=False,
         note="sliding layers count their window over kept tokens",
     ),
-    Family("glm4v", from_patches, beams=False, note="images only; no beams over several images a prompt"),
-    Family("idefics3", square, item="tile", joined=shuffled, note="a budget counts per tile"),
-    Family("internvl", square, item="tile", note="a budget counts per tile, mostly of 256 tokens"),
+    Family(
+        "glm4v", from_patches, beams=False, vision=by_grid, note="images only; no beams over several images a prompt"
+    ),
+    Family("idefics3", square, item="tile", joined=shuffled, vision=by_tile, note="a budget counts per tile"),
+    Family("internvl", square, item="tile", vision=by_tile, note="a budget counts per tile, mostly of 256 tokens"),
     Family(
         "lfm2_vl",
         from_shapes,
@@ -97,25 +103,43 @@ _ROWS = (
         layers=False,
         note="convolutions: masking is not deletion",
     ),
-    Family("llava", from_pixels, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
-    Family("llava_next", unknown, note="tiles joined, with newline rows that count as visual tokens"),
-    Family("llava_onevision", unknown, note="images only; newline rows count as visual tokens"),
-    Family("mistral3", from_pixels, note="row breaks are text and stay"),
-    Family("ovis2", square, item="tile", extras=("visual_indicator_features",), note="a budget counts per tile"),
-    Family("paligemma", square, chunks=False, note="the whole prompt attends in both directions"),
-    Family("qwen2_5_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
-    Family("qwen2_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
+    Family("llava", from_pixels, vision=by_tile, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
+    Family("llava_next", unknown, vision=packed, note="tiles joined, with newline rows that count as visual tokens"),
+    Family("llava_onevision", unknown, vision=packed, note="images only; newline rows count as visual tokens"),
+    Family("mistral3", from_pixels, vision=in_one_row, note="row breaks are text and stay"),
+    Family(
+        "ovis2",
+        square,
+        item="tile",
+        extras=("visual_indicator_features",),
+        vision=by_tile,
+        note="a budget counts per tile",
+    ),
+    Family("paligemma", square, chunks=False, vision=by_tile, note="the whole prompt attends in both directions"),
+    Family("qwen2_5_vl", from_patches, modalities=_BOTH, vision=by_grid, note="M-RoPE"),
+    Family("qwen2_vl", from_patches, modalities=_BOTH, vision=by_grid, note="M-RoPE"),
     Family(
         "qwen3_5",
         from_patches,
         equals="deletion",
         layers=False,
         since=(5, 21),
+        vision=by_grid,
         note="linear attention: masking is not deletion",
     ),
-    Family("qwen3_vl", from_patches, modalities=_BOTH, note="M-RoPE; DeepStack planes lose the same rows"),
-    Family("qwen3_vl_moe", from_patches, modalities=_BOTH, note="M-RoPE; DeepStack planes lose the same rows"),
-    Family("smolvlm", square, item="tile", joined=shuffled, since=(5, 21), note="a budget counts per tile"),
+    Family(
+        "qwen3_vl", from_patches, modalities=_BOTH, vision=by_grid, note="M-RoPE; DeepStack planes lose the same rows"
+    ),
+    Family(
+        "qwen3_vl_moe",
+        from_patches,
+        modalities=_BOTH,
+        vision=by_grid,
+        note="M-RoPE; DeepStack planes lose the same rows",
+    ),
+    Family(
+        "smolvlm", square, item="tile", joined=shuffled, since=(5, 21), vision=by_tile, note="a budget counts per tile"
+    ),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
