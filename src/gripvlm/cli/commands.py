@@ -111,7 +111,7 @@ def ask(
     quiet()
     vlm, processor = load_model(model, device)
     inputs = make_inputs(vlm, processor, [question], [picture])
-    encoded = encode(vlm, inputs)
+    encoded = encode(vlm, inputs, [chooser])
     cells = geometry(processor, picture.size, _grid(encoded)) if overlay is not None else None
     outcome = answer(
         vlm,
@@ -125,10 +125,14 @@ def ask(
         encoded=encoded,
     )
     selections = outcome.selections[0]
-    kept, total = sum(s.k for s in selections), sum(s.n for s in selections)
+    kept, total = round(sum(s.paid for s in selections), 1), sum(s.n for s in selections)
+    kept = int(kept) if kept == int(kept) else kept
     screen = console()
     screen.print(escape(outcome.predictions[0] or "(an empty answer)"), style="bold")
     screen.print(f"{kept} of {total} visual tokens kept ({100 * kept / total:.1f} %) by {escape(chooser.name)}")
+    if any(s.layers for s in selections):
+        left = [sum(counts) for counts in zip(*(s.counts for s in selections), strict=True)]
+        screen.print(f"that is the average over {len(left)} layers, which see {', '.join(map(str, left))}")
     times = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in outcome.seconds.items())
     screen.print(f"milliseconds: {times}", style="dim")
     if overlay is not None and cells is not None:
