@@ -14,6 +14,7 @@ from gripvlm.errors import BudgetError, InputError, PrunerError, UnsupportedMode
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import FAMILIES, Family
+from gripvlm.models.text import placeholder
 from gripvlm.models.vision import Asked
 from gripvlm.pruners import LayerPruner, Pruner, Selection, VisualTokens, get_pruner
 from gripvlm.pruners.base import NEEDS
@@ -23,6 +24,7 @@ __all__ = [
     "PIXELS",
     "Keeps",
     "checked_budgets",
+    "checked_imageless",
     "checked_inputs",
     "checked_needs",
     "checked_positions",
@@ -35,6 +37,7 @@ __all__ = [
 Keeps: TypeAlias = Keep | Sequence[Keep | Sequence[Keep]] | None
 """One budget, one for each sample, or one list for each sample with one for each image."""
 
+ENCODED = ("mm_encoder_outputs", "inputs_embeds")
 PIXELS = ("pixel_values", "pixel_values_videos")
 
 
@@ -110,11 +113,28 @@ def checked_schedule(pruner: LayerPruner, tokens: VisualTokens, layers: int) -> 
     return dict(plan)
 
 
+def checked_imageless(model: Any, given: Mapping[str, Any]) -> None:
+    """Raises where a call without any image has placeholders for one: transformers would take them for words."""
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or any(given.get(name) is not None for name in ("past_key_values", *ENCODED)):
+        return
+    for modality in ("image", "video"):
+        if getattr(model.config, f"{modality}_token_id", None) is None:
+            continue
+        if count := int((ids == placeholder(model, modality)).sum()):
+            raise InputError(
+                f"the prompts have {count} {modality} placeholder tokens, but the call has no pixels: pass everything "
+                "the processor returns"
+            )
+
+
 def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encoded: Encoded | None) -> dict[str, Any]:
     """The inputs as a dict without None, or an `InputError` that says what is wrong with them."""
     if not isinstance(inputs, Mapping):
         raise InputError(f"inputs are a {type(inputs).__name__}: pass what the processor returns")
     given = {name: value for name, value in inputs.items() if value is not None}
+    if model.device.type == "meta" and not hasattr(model, "hf_device_map"):
+        raise InputError("the model is on the meta device, which holds no weights: load it with from_pretrained(...)")
     if "inputs_embeds" in given:
         raise InputError("inputs_embeds hide where the images are: pass input_ids and pixel_values")
     ids = given.get("input_ids")

@@ -13,6 +13,7 @@ from gripvlm.checks import (
     PIXELS,
     Keeps,
     checked_budgets,
+    checked_imageless,
     checked_inputs,
     checked_needs,
     checked_positions,
@@ -261,6 +262,7 @@ def prune(
         if inputs is not None:
             kwargs["input_ids"] = inputs
         if not any(kwargs.get(name) is not None for name in PIXELS):
+            checked_imageless(model, kwargs)
             rows = kwargs["input_ids"].shape[0] if "input_ids" in kwargs else 0
             record.selections = [[] for _ in range(rows)]
             record.seconds = {"vision": 0.0, "pruner": 0.0, "surgery": 0.0}
@@ -387,6 +389,11 @@ def _tokens(
                     f"{item.features.shape[0]} rows of {where} are none: use a pruner without grid"
                 )
             keeps = budget.count(item.features.shape[0], where)
+            if bool(item.features.isnan().any()):
+                raise InputError(
+                    f"the vision encoder made NaN of {where}: look at its pixels (a corrupt image), or load the model "
+                    "in bfloat16 or float32, if float16 overflows"
+                )
             vision = {layer: VisionRows(*rows) for layer, rows in item.vision.items()}
             batch[sample].append(
                 VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states)
