@@ -26,7 +26,7 @@ from gripvlm.models.grids import (
 )
 from gripvlm.models.vision import VisionRule, by_grid, by_tile, in_one_row, packed
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "family_of", "installed"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "chunkable", "family_of", "installed"]
 
 DOCS = "docs/families.md"
 
@@ -36,6 +36,11 @@ def shuffled(model: Any, inputs: Mapping[str, Any]) -> int:
     height, width = inputs["pixel_values"].shape[-2:]
     patch = model.config.vision_config.patch_size
     return (height // patch) * (width // patch) // model.config.scale_factor**2
+
+
+def causal_images(model: Any) -> bool:
+    """Whether this checkpoint's image tokens see only those before them, as the smaller Gemma 4's do."""
+    return getattr(model.config.get_text_config(), "use_bidirectional_attention", None) is None
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Family:
         beams: False where transformers itself gives the wrong images to the beams of a prompt with
             several.
         chunks: False where image tokens see each other in both directions, so that transformers itself
-            is wrong where it prefills an image in two chunks.
+            is wrong where it prefills an image in two chunks; or a function of the model that says so.
         layers: False where dropping inside the language model's layers is not right: states or keys
             that other layers go on to use still hold the dropped tokens.
         vision: the rule for which patches of the vision tower become which row, None where that is not
@@ -73,11 +78,16 @@ class Family:
     extras: tuple[str, ...] = ()
     equals: str = "masking"
     beams: bool = True
-    chunks: bool = True
+    chunks: bool | Callable[[Any], bool] = True
     layers: bool = True
     vision: VisionRule | None = None
     since: tuple[int, int] = (5, 19)
     note: str = ""
+
+
+def chunkable(family: Family, model: Any) -> bool:
+    """Whether transformers may prefill this model's prompts in chunks."""
+    return family.chunks(model) if callable(family.chunks) else family.chunks
 
 
 _BOTH = ("image", "video")
@@ -86,7 +96,7 @@ _ROWS = (
     Family(
         "gemma4",
         from_coordinates,
-        chunks=False,
+        chunks=causal_images,
         layers=False,
         note="sliding layers count their window over kept tokens",
     ),
