@@ -18,7 +18,7 @@ LAYERS = [
     {"scorer"},
     {"pruners"},
     {"models"},
-    {"checks", "layered", "prune"},
+    {"checks", "layered", "path", "prune"},
     {"tasks"},
     {"evaluate"},
     {"train"},

@@ -23,7 +23,7 @@ _HOME = {
     "LayerTokens": "gripvlm.pruners.layered",
     "Merge": "gripvlm.pruners.base",
     "Pruner": "gripvlm.pruners.base",
-    "Record": "gripvlm.prune",
+    "Record": "gripvlm.path",
     "ScorePruner": "gripvlm.pruners.base",
     "Scorer": "gripvlm.scorer",
     "ScorerConfig": "gripvlm.scorer",
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from gripvlm.budget import Budget as Budget
     from gripvlm.errors import GripError as GripError
     from gripvlm.models.encoded import Encoded as Encoded
-    from gripvlm.prune import Record as Record
+    from gripvlm.path import Record as Record
     from gripvlm.prune import encode as encode
     from gripvlm.prune import prune as prune
     from gripvlm.prune import prune_inputs as prune_inputs
