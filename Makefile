@@ -18,7 +18,7 @@ test-transformers: .venv/.ok
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/transformers-$(VERSION) "transformers==$(VERSION)"
 	PYTHONPATH=.venv/transformers-$(VERSION) $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_families.py \
 		tests/test_video.py tests/test_decoding.py tests/test_windows.py tests/test_any_prompt.py \
-		tests/test_attention.py tests/test_layers.py tests/test_seam.py
+		tests/test_attention.py tests/test_vision.py tests/test_layers.py tests/test_layered.py tests/test_seam.py
 
 lint: .venv/.ok
 	$(BIN)/ruff check .

@@ -53,6 +53,13 @@ def test_full_needs_no_budget(capsys):
     assert "256 of 256 visual tokens kept (100.0 %) by full" in capsys.readouterr().out
 
 
+def test_ask_says_what_every_layer_saw(capsys):
+    assert main([*ASK, "--pruner", "fastv:layer=1", "--keep", "75%"]) == 0
+    printed = capsys.readouterr().out
+    assert "192 of 256 visual tokens kept (75.0 %) by fastv" in printed
+    assert "the average over 2 layers, which see 256, 128" in printed
+
+
 EVAL = ["eval", "--tasks", "lab/text,lab/existence", "--pruners", "grid,random:seed=2,oracle", "--keep", "10%,64"]
 
 

@@ -10,7 +10,7 @@ import gripvlm
 from gripvlm.errors import InputError
 from gripvlm.models import FAMILIES
 from gripvlm.models.decoding import CHUNKS_SINCE
-from gripvlm.models.families import installed
+from gripvlm.models.families import chunkable, installed
 from tiny_families import TINY, build, make
 from tiny_families.reference import masked
 
@@ -32,7 +32,7 @@ WAYS = [
 def test_every_way_gives_what_it_gives_on_the_masked_model(name, images, options):
     model, batch = build(name), make(TINY[name], images, [7, 9][: len(images)])
     with gripvlm.prune(model, "random", keep=5) as record:
-        if "prefill_chunk_size" in options and not (FAMILIES[name].chunks and installed() >= CHUNKS_SINCE):
+        if "prefill_chunk_size" in options and not (chunkable(FAMILIES[name], model) and installed() >= CHUNKS_SINCE):
             with pytest.raises(InputError, match="prefill_chunk_size: "):
                 model.generate(**batch.inputs, **ANSWER, **options)
             return
@@ -40,6 +40,18 @@ def test_every_way_gives_what_it_gives_on_the_masked_model(name, images, options
     reference = {n: v for n, v in options.items() if n.startswith("num_")}  # the caches may not matter
     expected = model.generate(**masked(model, batch.inputs, record.selections), **ANSWER, **reference)
     assert torch.equal(pruned, expected)
+
+
+@pytest.mark.skipif(installed() < CHUNKS_SINCE, reason="transformers does not cut encoded images into chunks")
+def test_gemma4_runs_in_chunks_where_its_images_are_causal():
+    """The larger checkpoints' images attend in both directions, the smaller ones' do not."""
+    batch = make(TINY["gemma4"], [1, 2], [7, 9])
+    causal, both = build("gemma4", use_bidirectional_attention=None), build("gemma4")
+    with gripvlm.prune(causal, "random", keep=5):
+        whole = causal.generate(**batch.inputs, **ANSWER)
+        assert torch.equal(causal.generate(**batch.inputs, **ANSWER, prefill_chunk_size=7), whole)
+    with gripvlm.prune(both, "random", keep=5), pytest.raises(InputError, match="attend in both directions"):
+        both.generate(**batch.inputs, **ANSWER, prefill_chunk_size=7)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -384,3 +384,16 @@ def test_the_lab_sample_runs_end_to_end(tmp_path, monkeypatch):
     extras = {row["task"]: row["extras"] for row in result["rows"]}
     assert "f1" in extras["lab/existence"]
     assert "accuracy_plus" in extras["lab/perception"]
+
+
+def test_a_pruner_inside_the_language_model_is_scored_by_what_the_layers_pay(tmp_path):
+    """Two layers, all 256 tokens in the first, so 200 on average leave 144 for the second."""
+    out = tmp_path / "r.json"
+    result = run(out, pruners=["fastv:layer=1", "random"], keeps=[200], tasks=[Letters()])
+    rows = {row["pruner"]: row for row in result["rows"]}
+    assert rows["fastv:layer=1"]["tokens"] == rows["random"]["tokens"] == 200
+    records = [json.loads(line) for line in samples_path(out).read_text().splitlines()[1:]]
+    layers = {json.dumps(r.get("layers")) for r in records if r.get("pruner") == "fastv:layer=1"}
+    assert layers == {"[[256, 144]]"}
+    with pytest.raises(BudgetError, match="type keep=129 or more"):
+        run(pruners=["fastv:layer=1"], keeps=[0.1], tasks=[Letters()])

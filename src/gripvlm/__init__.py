@@ -19,19 +19,23 @@ _HOME = {
     "Encoded": "gripvlm.models.encoded",
     "Grip": "gripvlm.pruners.grip",
     "GripError": "gripvlm.errors",
+    "LayerPruner": "gripvlm.pruners.layered",
+    "LayerTokens": "gripvlm.pruners.layered",
     "Merge": "gripvlm.pruners.base",
     "Pruner": "gripvlm.pruners.base",
-    "Record": "gripvlm.prune",
+    "Record": "gripvlm.path",
     "ScorePruner": "gripvlm.pruners.base",
     "Scorer": "gripvlm.scorer",
     "ScorerConfig": "gripvlm.scorer",
     "Selection": "gripvlm.pruners.base",
+    "VisionRows": "gripvlm.pruners.base",
     "VisualTokens": "gripvlm.pruners.base",
     "encode": "gripvlm.prune",
     "get_pruner": "gripvlm.pruners.registry",
     "list_pruners": "gripvlm.pruners.registry",
     "prune": "gripvlm.prune",
     "prune_inputs": "gripvlm.prune",
+    "pruned_run": "gripvlm.prune",
     "pruner_names": "gripvlm.pruners.registry",
     "register_pruner": "gripvlm.pruners.registry",
     "visual_tokens": "gripvlm.prune",
@@ -66,17 +70,21 @@ if TYPE_CHECKING:
     from gripvlm.budget import Budget as Budget
     from gripvlm.errors import GripError as GripError
     from gripvlm.models.encoded import Encoded as Encoded
-    from gripvlm.prune import Record as Record
+    from gripvlm.path import Record as Record
     from gripvlm.prune import encode as encode
     from gripvlm.prune import prune as prune
     from gripvlm.prune import prune_inputs as prune_inputs
+    from gripvlm.prune import pruned_run as pruned_run
     from gripvlm.prune import visual_tokens as visual_tokens
     from gripvlm.pruners.base import Merge as Merge
     from gripvlm.pruners.base import Pruner as Pruner
     from gripvlm.pruners.base import ScorePruner as ScorePruner
     from gripvlm.pruners.base import Selection as Selection
+    from gripvlm.pruners.base import VisionRows as VisionRows
     from gripvlm.pruners.base import VisualTokens as VisualTokens
     from gripvlm.pruners.grip import Grip as Grip
+    from gripvlm.pruners.layered import LayerPruner as LayerPruner
+    from gripvlm.pruners.layered import LayerTokens as LayerTokens
     from gripvlm.pruners.registry import get_pruner as get_pruner
     from gripvlm.pruners.registry import list_pruners as list_pruners
     from gripvlm.pruners.registry import pruner_names as pruner_names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -10,20 +10,26 @@ import torch
 from torch import Tensor
 
 from gripvlm.budget import Budget, Keep
-from gripvlm.errors import BudgetError, InputError, PrunerError
+from gripvlm.errors import BudgetError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
-from gripvlm.models.families import Family
-from gripvlm.pruners import Pruner, Selection, VisualTokens, get_pruner
+from gripvlm.models.families import FAMILIES, Family
+from gripvlm.models.text import placeholder
+from gripvlm.models.vision import Asked
+from gripvlm.pruners import LayerPruner, Pruner, Selection, VisualTokens, get_pruner
 from gripvlm.pruners.base import NEEDS
+from gripvlm.pruners.layered import LAYER_NEEDS, average
 
 __all__ = [
     "PIXELS",
     "Keeps",
     "checked_budgets",
+    "checked_imageless",
     "checked_inputs",
+    "checked_needs",
     "checked_positions",
     "checked_pruner",
+    "checked_schedule",
     "checked_selection",
     "one_budget",
 ]
@@ -31,6 +37,7 @@ __all__ = [
 Keeps: TypeAlias = Keep | Sequence[Keep | Sequence[Keep]] | None
 """One budget, one for each sample, or one list for each sample with one for each image."""
 
+ENCODED = ("mm_encoder_outputs", "inputs_embeds")
 PIXELS = ("pixel_values", "pixel_values_videos")
 
 
@@ -49,11 +56,76 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
         raise PrunerError(f"pruner {name!r} states no needs: give it needs = frozenset({{'features'}})")
     if unknown := sorted(chooser.needs - NEEDS):
         raise PrunerError(f"pruner {name!r} needs {unknown}, but known are {sorted(NEEDS)}")
-    if getattr(chooser, "stage", "input") != "input":
-        raise PrunerError(f"pruner {name!r} drops rows at stage {chooser.stage!r}, but only 'input' is supported")
+    stage = getattr(chooser, "stage", "input")
+    if stage not in ("input", "llm"):
+        raise PrunerError(f"pruner {name!r} drops rows at stage {stage!r}: known are 'input' and 'llm'")
+    if stage == "llm" and not isinstance(chooser, LayerPruner):
+        raise PrunerError(f"pruner {name!r} drops rows at stage 'llm', so it must be a gripvlm.LayerPruner")
+    if stage == "llm" and (unknown := sorted(chooser.layer_needs - LAYER_NEEDS)):  # type: ignore[attr-defined]
+        raise PrunerError(f"pruner {name!r} needs {unknown} of the layers, but known are {sorted(LAYER_NEEDS)}")
+    if "vision_attention" in chooser.needs and not getattr(chooser, "vision_layers", ()):
+        raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
     if model is not None and hasattr(chooser, "check"):  # an object of the caller's own may do without
         chooser.check(model)
     return chooser
+
+
+def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
+    """What these pruners together want of the vision tower.
+
+    Raises:
+        UnsupportedModelError: the family's rows cannot be traced to its tower's patches.
+    """
+    layers: dict[int, None] = {}
+    patches = False
+    for pruner in pruners:
+        wanted = sorted(pruner.needs & {"vision_attention", "patches"})
+        if wanted and family.vision is None:
+            having = ", ".join(sorted(name for name, row in FAMILIES.items() if row.vision is not None))
+            raise UnsupportedModelError(
+                f"pruner {pruner.name!r} needs {' and '.join(wanted)} of the vision tower, which gripvlm cannot yet "
+                f"bring back to {family.model_type}'s rows; it can for {having}: use another pruner or model"
+            )
+        if "vision_attention" in wanted:
+            layers.update(dict.fromkeys(pruner.vision_layers))
+        patches |= "patches" in wanted
+    return Asked(tuple(layers), patches)
+
+
+def checked_schedule(pruner: LayerPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:
+    """The rows of one image that each layer sees, or a `PrunerError` that names the pruner."""
+    where = f"image {tokens.image} of sample {tokens.sample}"
+    plan = pruner.schedule(tokens.n, tokens.keep, layers)
+
+    def wrong(what: str) -> PrunerError:
+        return PrunerError(f"pruner {pruner.name!r} on {where}: schedule {plan} {what}")
+
+    if not isinstance(plan, Mapping) or not all(isinstance(x, int) for pair in plan.items() for x in pair):
+        raise wrong("must be a dict of ints, layer -> count")
+    if outside := [layer for layer in plan if not 0 <= layer < layers]:
+        raise wrong(f"names layer {outside[0]}, but there are {layers}, from 0 to {layers - 1}")
+    counts = [tokens.n, *(plan[layer] for layer in sorted(plan))]
+    if counts[-1] < 1 or counts != sorted(counts, reverse=True):
+        raise wrong(f"must go down from {tokens.n}, to 1 at least")
+    if abs(average(tokens.n, plan, layers) - tokens.keep) > 0.5:
+        paid = average(tokens.n, plan, layers)
+        raise wrong(f"pays for {paid:.1f} rows on average over {layers} layers, but the budget is {tokens.keep}")
+    return dict(plan)
+
+
+def checked_imageless(model: Any, given: Mapping[str, Any]) -> None:
+    """Raises where a call without any image has placeholders for one: transformers would take them for words."""
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or any(given.get(name) is not None for name in ("past_key_values", *ENCODED)):
+        return
+    for modality in ("image", "video"):
+        if getattr(model.config, f"{modality}_token_id", None) is None:
+            continue
+        if count := int((ids == placeholder(model, modality)).sum()):
+            raise InputError(
+                f"the prompts have {count} {modality} placeholder tokens, but the call has no pixels: pass everything "
+                "the processor returns"
+            )
 
 
 def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encoded: Encoded | None) -> dict[str, Any]:
@@ -61,6 +133,8 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
     if not isinstance(inputs, Mapping):
         raise InputError(f"inputs are a {type(inputs).__name__}: pass what the processor returns")
     given = {name: value for name, value in inputs.items() if value is not None}
+    if model.device.type == "meta" and not hasattr(model, "hf_device_map"):
+        raise InputError("the model is on the meta device, which holds no weights: load it with from_pretrained(...)")
     if "inputs_embeds" in given:
         raise InputError("inputs_embeds hide where the images are: pass input_ids and pixel_values")
     ids = given.get("input_ids")
@@ -101,16 +175,14 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
     return given
 
 
-def checked_selection(name: str, selection: Any, tokens: VisualTokens) -> Selection:
-    """The selection on the features' device, or a `PrunerError` that names the pruner."""
-    where = f"image {tokens.image} of sample {tokens.sample}"
+def checked_selection(name: str, selection: Any, n: int, k: int, device: torch.device, where: str) -> Selection:
+    """The selection of k of n rows, on `device`, or a `PrunerError` that names the pruner and `where`."""
 
     def wrong(what: str) -> PrunerError:
         return PrunerError(f"pruner {name!r} on {where}: {what}")
 
     if not isinstance(selection, Selection):
         raise wrong(f"select() returned a {type(selection).__name__}, expected a Selection")
-    device, n, k = tokens.features.device, tokens.n, tokens.keep
     scores = selection.scores
     if scores is not None:
         if not isinstance(scores, Tensor) or scores.shape != (n,):
@@ -123,6 +195,8 @@ def checked_selection(name: str, selection: Any, tokens: VisualTokens) -> Select
     if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype != torch.long:
         got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else indices
         raise wrong(f"indices must be a LongTensor [k], got {got}")
+    if indices.device.type == "meta":
+        raise wrong(f"indices are on the meta device, which holds no data: make them on {device}")
     if indices.numel() != k:
         raise wrong(f"returned {indices.numel()} indices, but the budget is exactly {k} of {n}")
     if selection.n != n:

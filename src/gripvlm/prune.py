@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,60 +12,35 @@ import torch
 from gripvlm.checks import (
     PIXELS,
     Keeps,
-    checked_budgets,
+    checked_imageless,
     checked_inputs,
+    checked_needs,
     checked_positions,
     checked_pruner,
-    checked_selection,
     one_budget,
 )
 from gripvlm.clock import device_time
-from gripvlm.errors import GripError, InputError, PrunerError
+from gripvlm.errors import GripError, PrunerError
 from gripvlm.models import decoding, seam
-from gripvlm.models.encoded import Encoded, Span
-from gripvlm.models.families import Family, family_of
-from gripvlm.models.text import Question, questions
-from gripvlm.pruners import Pruner, Selection, VisualTokens
+from gripvlm.models.encoded import Encoded
+from gripvlm.models.families import family_of
+from gripvlm.models.layers import checked_layers
+from gripvlm.models.text import Question
+from gripvlm.path import Record, gather, pruned
+from gripvlm.pruners import LayerPruner, Pruner, VisualTokens
 from gripvlm.pruners.keep_all import KeepAll
 
-__all__ = ["Record", "encode", "prune", "prune_inputs", "visual_tokens"]
+__all__ = ["Record", "encode", "prune", "prune_inputs", "pruned_run", "visual_tokens"]
 
 
-@dataclass
-class Record:
-    """What happened in the latest call.
-
-    Attributes:
-        selections: a list (samples) of lists (images, in prompt order) of `Selection`; the list of
-            a prompt without images is empty.
-        calls: how many calls were recorded so far.
-        seconds: {"vision", "pruner", "surgery"}: time in the vision encoder and projector, in the
-            pruner, and in finding and dropping rows and placeholders. Accelerators are synchronised
-            around each.
-    """
-
-    selections: list[list[Selection]] = field(default_factory=list)
-    calls: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def kept(self) -> int:
-        """Visual tokens kept in the latest call, all images of all samples together."""
-        return sum(selection.k for sample in self.selections for selection in sample)
-
-    @property
-    def total(self) -> int:
-        """Visual tokens there were in the latest call."""
-        return sum(selection.n for sample in self.selections for selection in sample)
-
-
-def encode(model: Any, inputs: Mapping[str, Any]) -> Encoded:
+def encode(model: Any, inputs: Mapping[str, Any], pruners: Sequence[str | Pruner] = ()) -> Encoded:
     """Runs the vision encoder and projector once; reuse the result across prunings and questions.
 
     Args:
         model: a supported transformers model.
         inputs: what its processor returns: `input_ids` [B, L] (they say which images belong to
             which prompt) and the pixels.
+        pruners: those that will prune it, where any needs attention or patches of the vision tower.
 
     Returns:
         `Encoded`, to pass as `prune_inputs(..., encoded=...)` with these inputs or with other
@@ -73,12 +48,13 @@ def encode(model: Any, inputs: Mapping[str, Any]) -> Encoded:
         Gradients flow as they would in `forward`: wrap the call in `torch.no_grad()` to stop them.
 
     Raises:
-        UnsupportedModelError, InputError: see `prune_inputs`.
+        UnsupportedModelError, InputError, PrunerError: see `prune_inputs`.
     """
     family = family_of(model)
     inputs = checked_inputs(model, family, inputs, None)
+    asked = checked_needs(family, [checked_pruner(pruner, model) for pruner in pruners])
     started = device_time(model.device)
-    encoded = seam.encode(model, family, inputs)
+    encoded = seam.encode(model, family, inputs, asked)
     return replace(encoded, seconds=device_time(model.device) - started)
 
 
@@ -118,11 +94,12 @@ def prune_inputs(
         (dict, Record).
 
     Raises:
-        UnsupportedModelError: no support for this model.
+        UnsupportedModelError: no support for this model, or none for this pruner on it.
         InputError: no image, a cache or embeddings instead of a full prompt, placeholders and
             images that do not match, a per-token input that gripvlm does not know.
         BudgetError: not a budget, or more than an image has.
-        PrunerError: an unknown pruner, or one that returned no valid selection.
+        PrunerError: an unknown pruner, one that returned no valid selection, or one that drops inside
+            the language model, which arguments cannot say (see `pruned_run`).
 
     Nothing is patched. Gradients flow through the kept features. On models with M-RoPE the base
     model's `rope_deltas` are set, as transformers itself does for every prompt, so that a decoding
@@ -132,8 +109,51 @@ def prune_inputs(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
-    arguments, record = _pruned(model, family, inputs, chooser, keep, positions, question, encoded, spare_column=False)
+    arguments, record, run = pruned(model, family, inputs, chooser, keep, positions, question, encoded, False)
+    if run is not None:
+        raise PrunerError(
+            f"pruner {chooser.name!r} drops inside the language model, which arguments alone cannot say: type "
+            f"`with gripvlm.pruned_run(model, inputs, {chooser.name!r}, keep) as (arguments, record):` and run the "
+            "model inside, or use gripvlm.prune"
+        )
     return (arguments, record) if return_record else arguments
+
+
+@contextmanager
+def pruned_run(
+    model: Any,
+    inputs: Mapping[str, Any],
+    pruner: str | Pruner,
+    keep: Keeps = None,
+    *,
+    positions: str = "original",
+    question: Question = None,
+    encoded: Encoded | None = None,
+) -> Iterator[tuple[dict[str, Any], Record]]:
+    """`prune_inputs` for every pruner, those that drop inside the language model too: run the model in the block.
+
+        with gripvlm.pruned_run(model, inputs, "fastv", keep=192) as (arguments, record):
+            logits = model(**arguments).logits          # or model.generate(**arguments)
+
+    Args, Raises: as for `prune_inputs`.
+
+    Yields:
+        The arguments, and the `Record`, whose selections are complete once the prompt has run. One prompt
+        (batch) a block: choices of the first prefill stay. Logits of a direct `forward` are those of the
+        tokens left at the end.
+    """
+    family = family_of(model)
+    chooser = checked_pruner(pruner, model)
+    inputs = checked_inputs(model, family, inputs, encoded)
+    arguments, record, run = pruned(model, family, inputs, chooser, keep, positions, question, encoded, False)
+    if run is None:
+        yield arguments, record
+        return
+    with run.block():
+        try:
+            yield arguments, record
+        finally:
+            record.selections = run.selections()
 
 
 def visual_tokens(
@@ -155,7 +175,7 @@ def visual_tokens(
     inputs = checked_inputs(model, family, inputs, encoded)
     if encoded is None:
         encoded = seam.encode(model, family, inputs)
-    return _tokens(model, family, inputs, _Onlooker(), keep, question, encoded)[1]
+    return gather(model, family, inputs, _Onlooker(), keep, question, encoded)[1]
 
 
 @contextmanager
@@ -188,6 +208,9 @@ def prune(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     checked_positions(positions)
+    checked_needs(family, [chooser])
+    if isinstance(chooser, LayerPruner):
+        checked_layers(model)
     if not isinstance(keep, (list, tuple)):
         one_budget(chooser, keep)
     before = vars(model).get("generate")
@@ -202,21 +225,29 @@ def prune(
         if inputs is not None:
             kwargs["input_ids"] = inputs
         if not any(kwargs.get(name) is not None for name in PIXELS):
+            checked_imageless(model, kwargs)
             rows = kwargs["input_ids"].shape[0] if "input_ids" in kwargs else 0
             record.selections = [[] for _ in range(rows)]
             record.seconds = {"vision": 0.0, "pruner": 0.0, "surgery": 0.0}
             record.calls += 1
             return original(None, *args, **kwargs)
         options = decoding.Options(model, args, kwargs)
-        options.refuse(family)
+        options.refuse(family, isinstance(chooser, LayerPruner))
         given = checked_inputs(model, family, kwargs, None)
         with torch.no_grad():
-            arguments, now = _pruned(model, family, given, chooser, keep, positions, question, None, options.uncached)
+            arguments, now, run = pruned(
+                model, family, given, chooser, keep, positions, question, None, options.uncached
+            )
         options.check_beams(family, arguments, now.selections)
         record.selections, record.seconds = now.selections, now.seconds
         record.calls += 1
         args, arguments = options.shifted(arguments, given["input_ids"].shape[1])
-        output = original(None, *args, **arguments)
+        if run is None:
+            output = original(None, *args, **arguments)
+        else:
+            with run.block():
+                output = original(None, *args, **arguments)
+            record.selections = run.selections()
         return decoding.with_prompt(output, given["input_ids"], arguments["input_ids"].shape[1])
 
     generate._gripvlm = True  # type: ignore[attr-defined]
@@ -228,75 +259,6 @@ def prune(
             del model.generate
         else:
             model.generate = before
-
-
-# --- the one path both take ---------------------------------------------------------------------
-
-
-def _pruned(
-    model: Any,
-    family: Family,
-    inputs: Mapping[str, Any],
-    pruner: Pruner,
-    keep: Keeps,
-    positions: str,
-    question: Question,
-    encoded: Encoded | None,
-    spare_column: bool,
-) -> tuple[dict[str, Any], Record]:
-    """Encode, choose, check, drop: the whole of gripvlm in one function."""
-    checked_positions(positions)
-    started = device_time(model.device)
-    done = encoded if encoded is not None else seam.encode(model, family, inputs)
-    seen = device_time(model.device)
-    spans, batch = _tokens(model, family, inputs, pruner, keep, question, done)
-    gathered = device_time(model.device)
-    raw = [[pruner.select(tokens) for tokens in sample] for sample in batch]
-    chosen = device_time(model.device)
-    selections = [
-        [checked_selection(pruner.name, *pair) for pair in zip(mine, sample, strict=True)]
-        for mine, sample in zip(raw, batch, strict=True)
-    ]
-    arguments = seam.shorten(model, inputs, done, spans, selections, positions, spare_column)
-    seconds = {
-        "vision": seen - started if encoded is None else 0.0,
-        "pruner": chosen - gathered,
-        "surgery": gathered - seen + device_time(model.device) - chosen,
-    }
-    return arguments, Record(selections, 1, seconds)
-
-
-def _tokens(
-    model: Any,
-    family: Family,
-    inputs: Mapping[str, Any],
-    pruner: Pruner,
-    keep: Keeps,
-    question: Question,
-    encoded: Encoded,
-) -> tuple[list[list[Span]], list[list[VisualTokens]]]:
-    """Where each image lies in its prompt, and what the pruner sees of it."""
-    if encoded.model_type != family.model_type:
-        raise InputError(f"encoded by a {encoded.model_type} model, but this one is {family.model_type}")
-    spans = seam.locate(model, inputs["input_ids"], encoded)
-    if not any(spans):
-        raise InputError("no prompt has an image: there is nothing to prune")
-    budgets = checked_budgets(pruner, keep, spans)
-    asked = "question" in pruner.needs
-    texts = questions(model, family, inputs, question) if asked else [None] * len(spans)
-    batch: list[list[VisualTokens]] = [[] for _ in spans]
-    for sample, (mine, text) in enumerate(zip(spans, texts, strict=True)):
-        for image, (span, budget) in enumerate(zip(mine, budgets[sample], strict=True)):
-            item = span.item
-            where = f"{item.modality} {image} of sample {sample}"
-            if "grid" in pruner.needs and item.grid is None:
-                raise PrunerError(
-                    f"pruner {pruner.name!r} needs rows in a plain raster, but the "
-                    f"{item.features.shape[0]} rows of {where} are none: use a pruner without grid"
-                )
-            keeps = budget.count(item.features.shape[0], where)
-            batch[sample].append(VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key))
-    return spans, batch
 
 
 class _Onlooker(KeepAll):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
@@ -105,14 +105,14 @@ def ask(
 
     from gripvlm.evaluate import answer, make_inputs, question_ids
     from gripvlm.prune import encode
-    from gripvlm.report import geometry
+    from gripvlm.report import layout
     from gripvlm.report import overlay as draw
 
     quiet()
     vlm, processor = load_model(model, device)
     inputs = make_inputs(vlm, processor, [question], [picture])
-    encoded = encode(vlm, inputs)
-    cells = geometry(processor, picture.size, _grid(encoded)) if overlay is not None else None
+    encoded = encode(vlm, inputs, [chooser])
+    parts = layout(processor, picture.size, [item.grid for item in encoded.samples[0]]) if overlay is not None else []
     outcome = answer(
         vlm,
         processor,
@@ -125,16 +125,22 @@ def ask(
         encoded=encoded,
     )
     selections = outcome.selections[0]
-    kept, total = sum(s.k for s in selections), sum(s.n for s in selections)
+    kept, total = round(sum(s.paid for s in selections), 1), sum(s.n for s in selections)
+    kept = int(kept) if kept == int(kept) else kept
     screen = console()
     screen.print(escape(outcome.predictions[0] or "(an empty answer)"), style="bold")
     screen.print(f"{kept} of {total} visual tokens kept ({100 * kept / total:.1f} %) by {escape(chooser.name)}")
+    if any(s.layers for s in selections):
+        left = [sum(counts) for counts in zip(*(s.counts for s in selections), strict=True)]
+        screen.print(f"that is the average over {len(left)} layers, which see {', '.join(map(str, left))}")
     times = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in outcome.seconds.items())
     screen.print(f"milliseconds: {times}", style="dim")
-    if overlay is not None and cells is not None:
+    for part in parts:
+        assert overlay is not None
+        path = overlay.with_stem(f"{overlay.stem}-{part.name}") if part.name else overlay
         line = f"{outcome.predictions[0]}  |  {kept} of {total} tokens, {chooser.name}"
-        draw(picture, selections[0], cells, overlay, f"{question}\n{line}")
-        screen.print(f"picture of what was kept: {escape(str(overlay))}")
+        draw(picture, part.of(selections), part.geometry, path, f"{question}\n{line}")
+        screen.print(f"picture of what was kept: {escape(str(path))}")
 
 
 @app.command(name="eval")
@@ -280,9 +286,3 @@ def _checked_positions(positions: str) -> None:
     from gripvlm.checks import checked_positions
 
     checked_positions(positions)
-
-
-def _grid(encoded: Any) -> tuple[int, int] | None:
-    """The raster of the one image, None where there is none."""
-    items = encoded.samples[0]
-    return items[0].grid if len(items) == 1 else None

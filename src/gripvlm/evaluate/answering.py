@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from gripvlm.budget import Keep
 from gripvlm.clock import device_time
 from gripvlm.errors import InputError
 from gripvlm.models.encoded import Encoded
-from gripvlm.prune import prune_inputs
+from gripvlm.prune import Record, pruned_run
 from gripvlm.pruners import Pruner, Selection
 
 __all__ = ["Outcome", "answer", "make_inputs", "prompt_text", "question_ids"]
@@ -28,7 +29,8 @@ class Outcome:
         predictions: [B] decoded answers without special tokens.
         selections: [B] lists of one `Selection` an image; empty lists for a prompt without images.
         seconds: {"vision", "pruner", "surgery", "prefill", "decode"} of the whole batch. Prefill ends
-            when the first new token's logits are there; decode is all that follows.
+            when the first new token's logits are there, dropping inside the language model included;
+            decode is all that follows.
         peak_memory: bytes on the accelerator at most, None where the device doesn't know.
     """
 
@@ -126,33 +128,23 @@ def answer(
     memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
     if hasattr(memory, "reset_peak_memory_stats"):
         memory.reset_peak_memory_stats(device)
-    seconds = dict.fromkeys(("vision", "pruner", "surgery"), 0.0)
+    clock, record = _Clock(device), Record([[] for _ in inputs["input_ids"]])
     arguments: dict[str, Any] = dict(inputs)
-    selections: list[list[Selection]] = [[] for _ in inputs["input_ids"]]
-    if pruner is not None:
-        arguments, record = prune_inputs(
-            model,
-            inputs,
-            pruner,
-            keep,
-            positions=positions,
-            question=question,
-            encoded=encoded,
-            return_record=True,
+    with ExitStack() as stack:
+        if pruner is not None:
+            run = pruned_run(model, inputs, pruner, keep, positions=positions, question=question, encoded=encoded)
+            arguments, record = stack.enter_context(run)
+        began = device_time(device)
+        output = model.generate(
+            **arguments,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            logits_processor=LogitsProcessorList([clock]),
         )
-        seconds.update(record.seconds)
-        selections = record.selections
-        if encoded is not None:
-            seconds["vision"] = encoded.seconds
-    clock = _Clock(device)
-    began = device_time(device)
-    output = model.generate(
-        **arguments,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        logits_processor=LogitsProcessorList([clock]),
-    )
+    seconds = dict.fromkeys(("vision", "pruner", "surgery"), 0.0) | record.seconds
+    if encoded is not None:
+        seconds["vision"] = encoded.seconds
     ended = device_time(device)
     first = ended if clock.first is None else clock.first
     seconds |= {"prefill": first - began, "decode": ended - first}
@@ -160,4 +152,4 @@ def answer(
     tokenizer = getattr(processor, "tokenizer", processor)
     peak = memory.max_memory_allocated(device) if hasattr(memory, "max_memory_allocated") else None
     texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return Outcome(texts, selections, seconds, peak)
+    return Outcome(texts, record.selections, seconds, peak)

@@ -24,7 +24,7 @@ from gripvlm.evaluate.journal import Journal, ResumeError, samples_path, write_a
 from gripvlm.evaluate.oracle import oracle
 from gripvlm.evaluate.statistics import Scored, majority, mean_rows, row
 from gripvlm.models.encoded import Encoded
-from gripvlm.prune import encode, prune_inputs
+from gripvlm.prune import encode, pruned_run
 from gripvlm.pruners import Pruner
 from gripvlm.tasks import Sample, Task, get_tasks
 
@@ -178,9 +178,10 @@ class _Runner:
         for arm in self.arms:
             if arm.label != BLIND:
                 pruner = self._pruner(arm, chunk, encoded)
-                prune_inputs(
-                    self.model, inputs, pruner, arm.keep, positions=self.positions, question=question, encoded=encoded
-                )
+                options: dict[str, Any] = {"positions": self.positions, "question": question, "encoded": encoded}
+                with pruned_run(self.model, inputs, pruner, arm.keep, **options) as (arguments, record):
+                    if any(s.layers for mine in record.selections for s in mine):  # chosen while it runs
+                        self.model.generate(**arguments, max_new_tokens=1, do_sample=False)
         answer(self.model, self.processor, inputs, "keep_all", max_new_tokens=2, encoded=encoded)
 
     def run(self, chunks: Sequence[_Chunk], journal: Journal, progress: bool) -> None:
@@ -226,12 +227,17 @@ class _Runner:
         texts = [chunk.task.prompt(sample) for sample in chunk.samples]
         inputs = make_inputs(self.model, self.processor, texts, [sample.image for sample in chunk.samples])
         question = question_ids(self.processor, [sample.question for sample in chunk.samples])
-        return inputs, question, encode(self.model, inputs)
+        return inputs, question, encode(self.model, inputs, [arm.pruner for arm in self.arms if arm.pruner is not None])
 
     def _pruner(self, arm: Arm, chunk: _Chunk, encoded: Encoded) -> Pruner:
         if arm.pruner is not None:
             return arm.pruner
         return oracle(chunk.samples, encoded, chunk.task.evidence_grid)
+
+
+def _whole(number: float) -> int | float:
+    """An int where it is one, so that counts look like counts."""
+    return int(number) if number == int(number) else round(number, 4)
 
 
 def _records(chunk: _Chunk, arm: Arm, outcome: Outcome) -> list[dict[str, Any]]:
@@ -247,10 +253,11 @@ def _records(chunk: _Chunk, arm: Arm, outcome: Outcome) -> list[dict[str, Any]]:
             "answer": sample.answer,
             "prediction": prediction,
             "score": chunk.task.score(prediction, sample),
-            "k": sum(selection.k for selection in selections),
+            "k": _whole(sum(selection.paid for selection in selections)),
             "n": sum(selection.n for selection in selections),
             "seconds": share,
             "peak_memory": outcome.peak_memory,
+            **({"layers": [s.counts for s in selections]} if any(s.layers for s in selections) else {}),
         }
         for sample, prediction, selections in zip(chunk.samples, outcome.predictions, outcome.selections, strict=True)
     ]

@@ -21,13 +21,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import AttentionInterface
 
 from gripvlm.errors import InputError
 
 __all__ = ["merged_rows", "watch_attention"]
 
-Queries: TypeAlias = Sequence[int] | str
+Queries: TypeAlias = Sequence[int] | str | Callable[[int], Sequence[int] | str | None]
+_NAMED = ("received", "keys")
 _CHUNK = 256  # queries at a time for "received"
 
 
@@ -41,9 +41,16 @@ class _Watch:
 
     def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
         layer = self.modules.get(id(module))
-        if layer is not None:
-            with torch.no_grad():
-                self.seen.setdefault(layer, []).append(_weights(module, query, key, mask, options, self.queries))
+        if layer is None:
+            return
+        queries = self.queries(query.shape[2]) if callable(self.queries) else self.queries
+        if queries is None:
+            return
+        with torch.no_grad():
+            if queries == "keys":
+                self.seen.setdefault(layer, []).append(key.float().mean(1))
+            else:
+                self.seen.setdefault(layer, []).append(_weights(module, query, key, mask, options, queries))
 
 
 _open: list[_Watch] = []
@@ -59,12 +66,14 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
         root: the part of a model to watch, such as `model.get_encoder("image")` (the vision tower) or
             `model.get_decoder()` (the language model), or a whole model of one stack.
         layers: numbers of its layers; negative ones count from the last.
-        queries: positions of query tokens (negative ones from the end), or "received" for the mean
-            over all queries.
+        queries: positions of query tokens (negative ones from the end); a function that returns them
+            for a call over so many queries, None for a call to leave out; "received" for the mean over
+            all queries that are no padding; or "keys" for the keys instead.
 
     Yields:
         A dict, filled while the model runs: layer -> list (calls of its attention, in order) of
-        float32 tensors [B, heads, len(queries), L], or [B, heads, L] for "received". Towers that
+        float32 tensors [B, heads, len(queries), L], or [B, heads, L] for "received", or [B, L, d_h], the
+        mean over heads after rotary positions, for "keys". Towers that
         attend by window or by image make one call for each, in their own order: see `merged_rows`.
 
     Only modules below `root` are watched: other models, also in other threads, run as they would.
@@ -75,9 +84,11 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
         InputError: no such layer; or, when the model runs, an attention implementation whose mask
             does not say what each query sees.
     """
+    from transformers.modeling_utils import AttentionInterface  # not with this file: the prune room loads without it
+
     global _original
-    if isinstance(queries, str) and queries != "received":
-        raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or 'received'")
+    if isinstance(queries, str) and queries not in _NAMED:
+        raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or 'received', or 'keys'")
     watch = _Watch(_chosen(root, layers), queries)
     with _lock:
         if not _open:
@@ -100,23 +111,25 @@ def merged_rows(tower: Any, pieces: Sequence[Tensor], grids: Tensor) -> list[Ten
         tower: the vision tower, which merges square blocks of patches and may attend by window, in
             an order of its own.
         pieces: what `watch_attention(tower, [layer], "received")` noted in a layer, a list of
-            [1, heads, patches of one window or image].
+            [1, heads, patches of one window or image]; or other channels of the patches, so laid out.
         grids: [items, 3] (t, h, w) in patches.
 
     Returns:
-        A list (items) of [n] float32: the mean over heads and over a row's patches, in the order of
-        the item's rows. The values of one attention call (a window, an image) sum to 1 over its
-        patches before that mean.
+        A list (items) of [heads, n] float32: the mean over a row's patches, in the order of the item's
+        rows. The values of one attention call (a window, an image) sum to 1 over its patches before
+        that mean.
     """
     block = tower.spatial_merge_size**2
-    flat = torch.cat([piece[0].mean(0) for piece in pieces])
-    if flat.numel() != int(grids.prod(-1).sum()):
-        raise InputError(f"{flat.numel()} patches were noted, but grids have {int(grids.prod(-1).sum())}: one run each")
-    rows = flat.unflatten(0, (-1, block)).mean(-1)
+    flat = torch.cat([piece[0] for piece in pieces], dim=-1)  # [heads, patches]
+    if flat.shape[-1] != int(grids.prod(-1).sum()):
+        raise InputError(
+            f"{flat.shape[-1]} patches were noted, but grids have {int(grids.prod(-1).sum())}: one run each"
+        )
+    rows = flat.unflatten(-1, (-1, block)).mean(-1)
     if hasattr(tower, "window_size"):
         order = _window_order(tower, grids)
-        rows = rows[torch.argsort(order.to(rows.device))]
-    return list(rows.split((grids.prod(-1) // block).tolist()))
+        rows = rows[:, torch.argsort(order.to(rows.device))]
+    return list(rows.split((grids.prod(-1) // block).tolist(), dim=-1))
 
 
 def _window_order(tower: Any, grids: Tensor) -> Tensor:
@@ -161,7 +174,9 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_interface
 
 
-def _weights(module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], queries: Queries) -> Tensor:
+def _weights(
+    module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], queries: Sequence[int] | str
+) -> Tensor:
     """[B, H, r, L] weights of the asked queries, or [B, H, L] received by each key on average."""
     unclear = mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4)
     if unclear or options.get("cu_seq_lens_q") is not None:
@@ -196,9 +211,22 @@ def _weights(module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[s
 
     everyone = torch.arange(length, device=query.device)
     if isinstance(queries, str):
-        received = sum(rows(part).sum(2) for part in everyone.split(_CHUNK))
+        real = _real(mask, query, total)  # [B or 1, length]
+        received = sum((rows(part) * real[:, None, part, None]).sum(2) for part in everyone.split(_CHUNK))
         assert isinstance(received, Tensor)
-        return received / length
+        return received / real.sum(-1).clamp(min=1)[:, None, None]
     if wrong := [place for place in queries if not -length <= place < length]:
         raise InputError(f"no query {wrong[0]} in a call over {length} tokens")
     return rows(everyone[list(queries)])
+
+
+def _real(mask: Tensor | None, query: Tensor, total: int) -> Tensor:
+    """[B or 1, L] 1.0 for queries that are no padding: those that some other query sees as a key."""
+    length = query.shape[2]
+    if mask is None or length != total:
+        return query.new_ones(1, length, dtype=torch.float32)
+    sees = mask[..., :total]
+    sees = sees if sees.dtype == torch.bool else sees > torch.finfo(sees.dtype).min / 2
+    sees = sees.any(1).expand(-1, length, -1)  # [B or 1, L, L]
+    lonely = torch.eye(length, dtype=torch.bool, device=sees.device)  # padding may be left to see itself
+    return ((sees & ~lonely).any(1) | (sees.sum(1) == length)).float() if length > 1 else sees.any(1).float()

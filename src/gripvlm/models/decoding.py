@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.families import Family, installed
+from gripvlm.models.families import Family, chunkable, installed
 
 __all__ = ["Options", "with_prompt"]
 
@@ -25,6 +25,7 @@ class Options:
     """
 
     def __init__(self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.model = model
         self.args = tuple(args)
         self.kwargs = kwargs
         self.config = self.args[0] if self.args else kwargs.get("generation_config")
@@ -42,14 +43,22 @@ class Options:
         """True where decoding runs without a key-value cache."""
         return self.get("use_cache") is False
 
-    def refuse(self, family: Family) -> None:
-        """Raises for ways of decoding that are not right with fewer tokens, or not even with all."""
+    def refuse(self, family: Family, inside: bool) -> None:
+        """Raises for ways of decoding that are not right with fewer tokens, or not even with all.
+
+        `inside` says whether tokens are dropped inside the language model.
+        """
+        if self.get("prefill_chunk_size") is not None and inside:
+            raise InputError(
+                "prefill_chunk_size: a pruner that drops inside the language model must see the whole prompt at "
+                "once; leave it out, or use a pruner that drops at the input"
+            )
         if self.get("prefill_chunk_size") is not None and installed() < CHUNKS_SINCE:
             raise InputError(
                 "prefill_chunk_size: transformers before 5.23 does not cut encoded images into chunks; leave it "
                 "out, or pip install -U transformers"
             )
-        if self.get("prefill_chunk_size") is not None and not family.chunks:
+        if self.get("prefill_chunk_size") is not None and not chunkable(family, self.model):
             raise InputError(
                 f"prefill_chunk_size: {family.model_type} images attend in both directions, which transformers "
                 "cannot prefill in chunks; leave it out"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from gripvlm.errors import InputError
 from gripvlm.models.grids import Grid
+from gripvlm.models.vision import NOTHING, Asked, TowerRows
 
 __all__ = ["Encoded", "Item", "Output", "Span"]
 
@@ -25,6 +26,8 @@ class Item:
         grid: (h, w) of a plain raster, else None.
         key: a number from the pixels alone (see `VisualTokens.key`).
         patches: (t, h, w) before merging, for families whose positions are made from it, else None.
+        vision: layer as asked -> what that block of the vision tower says about each row; mostly empty.
+        states: [n, d_v] what the tower made of each row before the projector, where asked for.
     """
 
     modality: str
@@ -33,6 +36,8 @@ class Item:
     grid: Grid
     key: int
     patches: tuple[int, int, int] | None = None
+    vision: Mapping[int, TowerRows] = field(default_factory=dict)
+    states: Tensor | None = None
 
 
 class Output(NamedTuple):
@@ -58,12 +63,14 @@ class Encoded:
         samples: a tuple (batch) of tuples of `Item`, in prompt order; () for a prompt without any.
         outputs: modality -> `Output`.
         seconds: what encoding took.
+        asked: what of the vision tower was noted on the way.
     """
 
     model_type: str
     samples: tuple[tuple[Item, ...], ...]
     outputs: Mapping[str, Output]
     seconds: float = 0.0
+    asked: Asked = NOTHING
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -82,7 +89,11 @@ class Encoded:
             raise InputError("Encoded.cat takes at least one encoding, all made by one model")
         outputs = {name: kind for part in parts for name, kind in part.outputs.items()}
         samples = tuple(sample for part in parts for sample in part.samples)
-        return cls(parts[0].model_type, samples, outputs, sum(part.seconds for part in parts))
+        common = Asked(
+            tuple(layer for layer in parts[0].asked.layers if all(layer in part.asked.layers for part in parts)),
+            all(part.asked.patches for part in parts),
+        )
+        return cls(parts[0].model_type, samples, outputs, sum(part.seconds for part in parts), common)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,9 @@ from gripvlm.models.grids import (
     square,
     unknown,
 )
+from gripvlm.models.vision import VisionRule, by_grid, by_tile, in_one_row, packed
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "family_of", "installed"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "chunkable", "family_of", "installed"]
 
 DOCS = "docs/families.md"
 
@@ -35,6 +36,11 @@ def shuffled(model: Any, inputs: Mapping[str, Any]) -> int:
     height, width = inputs["pixel_values"].shape[-2:]
     patch = model.config.vision_config.patch_size
     return (height // patch) * (width // patch) // model.config.scale_factor**2
+
+
+def causal_images(model: Any) -> bool:
+    """Whether this checkpoint's image tokens see only those before them, as the smaller Gemma 4's do."""
+    return getattr(model.config.get_text_config(), "use_bidirectional_attention", None) is None
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,11 @@ class Family:
         beams: False where transformers itself gives the wrong images to the beams of a prompt with
             several.
         chunks: False where image tokens see each other in both directions, so that transformers itself
-            is wrong where it prefills an image in two chunks.
+            is wrong where it prefills an image in two chunks; or a function of the model that says so.
         layers: False where dropping inside the language model's layers is not right: states or keys
             that other layers go on to use still hold the dropped tokens.
+        vision: the rule for which patches of the vision tower become which row, None where that is not
+            known; attention of the tower and patch states need it.
         since: the first transformers in which it works.
         note: what a user should know, one line.
     """
@@ -70,25 +78,33 @@ class Family:
     extras: tuple[str, ...] = ()
     equals: str = "masking"
     beams: bool = True
-    chunks: bool = True
+    chunks: bool | Callable[[Any], bool] = True
     layers: bool = True
+    vision: VisionRule | None = None
     since: tuple[int, int] = (5, 19)
     note: str = ""
 
 
+def chunkable(family: Family, model: Any) -> bool:
+    """Whether transformers may prefill this model's prompts in chunks."""
+    return family.chunks(model) if callable(family.chunks) else family.chunks
+
+
 _BOTH = ("image", "video")
 _ROWS = (
-    Family("gemma3", square, chunks=False, note="sliding layers count their window over kept tokens"),
+    Family("gemma3", square, chunks=False, vision=by_tile, note="sliding layers count their window over kept tokens"),
     Family(
         "gemma4",
         from_coordinates,
-        chunks=False,
+        chunks=causal_images,
         layers=False,
         note="sliding layers count their window over kept tokens",
     ),
-    Family("glm4v", from_patches, beams=False, note="images only; no beams over several images a prompt"),
-    Family("idefics3", square, item="tile", joined=shuffled, note="a budget counts per tile"),
-    Family("internvl", square, item="tile", note="a budget counts per tile, mostly of 256 tokens"),
+    Family(
+        "glm4v", from_patches, beams=False, vision=by_grid, note="images only; no beams over several images a prompt"
+    ),
+    Family("idefics3", square, item="tile", joined=shuffled, vision=by_tile, note="a budget counts per tile"),
+    Family("internvl", square, item="tile", vision=by_tile, note="a budget counts per tile, mostly of 256 tokens"),
     Family(
         "lfm2_vl",
         from_shapes,
@@ -97,25 +113,43 @@ _ROWS = (
         layers=False,
         note="convolutions: masking is not deletion",
     ),
-    Family("llava", from_pixels, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
-    Family("llava_next", unknown, note="tiles joined, with newline rows that count as visual tokens"),
-    Family("llava_onevision", unknown, note="images only; newline rows count as visual tokens"),
-    Family("mistral3", from_pixels, note="row breaks are text and stay"),
-    Family("ovis2", square, item="tile", extras=("visual_indicator_features",), note="a budget counts per tile"),
-    Family("paligemma", square, chunks=False, note="the whole prompt attends in both directions"),
-    Family("qwen2_5_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
-    Family("qwen2_vl", from_patches, modalities=_BOTH, note="M-RoPE"),
+    Family("llava", from_pixels, vision=by_tile, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
+    Family("llava_next", unknown, vision=packed, note="tiles joined, with newline rows that count as visual tokens"),
+    Family("llava_onevision", unknown, vision=packed, note="images only; newline rows count as visual tokens"),
+    Family("mistral3", from_pixels, vision=in_one_row, note="row breaks are text and stay"),
+    Family(
+        "ovis2",
+        square,
+        item="tile",
+        extras=("visual_indicator_features",),
+        vision=by_tile,
+        note="a budget counts per tile",
+    ),
+    Family("paligemma", square, chunks=False, vision=by_tile, note="the whole prompt attends in both directions"),
+    Family("qwen2_5_vl", from_patches, modalities=_BOTH, vision=by_grid, note="M-RoPE"),
+    Family("qwen2_vl", from_patches, modalities=_BOTH, vision=by_grid, note="M-RoPE"),
     Family(
         "qwen3_5",
         from_patches,
         equals="deletion",
         layers=False,
         since=(5, 21),
+        vision=by_grid,
         note="linear attention: masking is not deletion",
     ),
-    Family("qwen3_vl", from_patches, modalities=_BOTH, note="M-RoPE; DeepStack planes lose the same rows"),
-    Family("qwen3_vl_moe", from_patches, modalities=_BOTH, note="M-RoPE; DeepStack planes lose the same rows"),
-    Family("smolvlm", square, item="tile", joined=shuffled, since=(5, 21), note="a budget counts per tile"),
+    Family(
+        "qwen3_vl", from_patches, modalities=_BOTH, vision=by_grid, note="M-RoPE; DeepStack planes lose the same rows"
+    ),
+    Family(
+        "qwen3_vl_moe",
+        from_patches,
+        modalities=_BOTH,
+        vision=by_grid,
+        note="M-RoPE; DeepStack planes lose the same rows",
+    ),
+    Family(
+        "smolvlm", square, item="tile", joined=shuffled, since=(5, 21), vision=by_tile, note="a budget counts per tile"
+    ),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 

@@ -19,10 +19,12 @@ from gripvlm.errors import GripError, InputError, UnsupportedModelError
 from gripvlm.models.families import family_of
 from gripvlm.models.text import full_mask, placeholder
 
-__all__ = ["Dropped", "drop_in_layers"]
+__all__ = ["Dropped", "checked_layers", "drop_in_layers"]
 
-Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(hidden [B, L, d], visual [B, L] bool) -> [B, L] bool, the visual tokens that go on; text always does."""
+Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+"""(hidden [B, L, d], visual [B, L] bool) -> [B, L] bool, the visual tokens that go on; text always does.
+
+It may also return (that, hidden): the states to go on with, where dropped tokens are merged into kept ones."""
 
 
 @dataclass
@@ -44,9 +46,14 @@ class Dropped:
 
     Attributes:
         stages: layer -> [B, L] bool, the tokens of the prompt that layer and those after it see.
+        order: [B, l] places in the prompt of the tokens that are left at present, None while all are. Shorter
+            samples are padded on the left with places of dropped tokens.
+        real: [B, l] False for that padding and for the prompt's own; None while all are left.
     """
 
     stages: dict[int, Tensor] = field(default_factory=dict)
+    order: Tensor | None = None
+    real: Tensor | None = None
 
 
 @contextmanager
@@ -72,20 +79,9 @@ def drop_in_layers(model: Any, choose: Mapping[int, Choose]) -> Iterator[Dropped
             labels, a cache that is not dynamic, a prompt beyond a sliding window, or a choice of the wrong shape.
         GripError: a block for this model is already open.
     """
+    checked_layers(model)
     decoder = model.get_decoder()
     layers = decoder.layers
-    family = family_of(model)
-    if not family.layers:
-        raise UnsupportedModelError(
-            f"dropping inside {family.model_type}'s layers is not supported: its layers share or carry "
-            "state that still holds the dropped tokens; drop at the input with gripvlm.prune"
-        )
-    implementation = decoder.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        raise UnsupportedModelError(
-            f"dropping inside layers needs masks key by key, which {implementation} does not take: load the model "
-            "with attn_implementation='sdpa'"
-        )
     if wrong := [k for k in choose if not 1 <= k < len(layers)]:
         raise InputError(f"no layer {wrong[0]} to drop before: type 1 to {len(layers) - 1}")
     if getattr(layers[0], "_gripvlm_drops", False):
@@ -109,6 +105,22 @@ def drop_in_layers(model: Any, choose: Mapping[int, Choose]) -> Iterator[Dropped
         del layers[0]._gripvlm_drops
         if deepstack is not None:
             del decoder._deepstack_process
+
+
+def checked_layers(model: Any) -> None:
+    """Raises an UnsupportedModelError where dropping inside the language model's layers is not right."""
+    family = family_of(model)
+    if not family.layers:
+        raise UnsupportedModelError(
+            f"dropping inside {family.model_type}'s layers is not supported: its layers share or carry "
+            "state that still holds the dropped tokens; drop at the input with gripvlm.prune"
+        )
+    implementation = model.get_decoder().config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"dropping inside layers needs masks key by key, which {implementation} does not take: load the model "
+            "with attn_implementation='sdpa'"
+        )
 
 
 class _Dropper:
@@ -158,6 +170,7 @@ class _Dropper:
         places = torch.tensor([placeholder(self.model, name) for name in names], device=ids.device)
         self.visual = torch.isin(ids, places)
         self.stages, self.dropped.stages = {}, {}
+        self.dropped.order = self.dropped.real = None
 
     def before(self, index: int) -> Callable[..., Any]:
         """The hook before layer `index`."""
@@ -188,6 +201,8 @@ class _Dropper:
         order, real = self.now.order, self.now.real
         visual = self.visual.gather(-1, order) & real
         asked = self.choose[index](hidden, visual)
+        if isinstance(asked, tuple):
+            asked, hidden = asked
         if not isinstance(asked, Tensor) or asked.shape != visual.shape or asked.dtype != torch.bool:
             got = f"{asked.dtype} {tuple(asked.shape)}" if isinstance(asked, Tensor) else type(asked).__name__
             raise InputError(f"the choice before layer {index} must be bool {tuple(visual.shape)}, got {got}")
@@ -196,6 +211,7 @@ class _Dropper:
         left = torch.sort(keep.int(), dim=-1, stable=True).indices[:, -length:]  # kept ones in order, at the end
         stage = _Stage(order.gather(-1, left), keep.gather(-1, left))
         self.stages[index] = stage
+        self.dropped.order, self.dropped.real = stage.order, stage.real
         seen = torch.zeros_like(self.mask)
         self.dropped.stages[index] = seen.scatter(-1, stage.order, stage.real)
         return hidden.gather(1, left[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -22,6 +22,7 @@ from gripvlm.models.contents import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
 from gripvlm.models.text import full_mask, padding_token, placeholder
+from gripvlm.models.vision import NOTHING, Asked, share_out, watch_tower
 
 __all__ = ["PER_TOKEN", "encode", "encoder_arguments", "locate", "shorten"]
 
@@ -54,19 +55,28 @@ class Chosen(Protocol):
 # --- encode -----------------------------------------------------------------------------------
 
 
-def encode(model: Any, family: Family, inputs: Mapping[str, Any]) -> Encoded:
-    """Runs the vision encoder and projector once over all of `inputs`' pixels."""
-    filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
+def encode(model: Any, family: Family, inputs: Mapping[str, Any], asked: Asked = NOTHING) -> Encoded:
+    """Runs the vision encoder and projector once over all of `inputs`' pixels, noting what is `asked` of the tower."""
+    if not (asked.layers or asked.patches):
+        filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
+    else:
+        with watch_tower(model, asked) as notes:
+            filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
     items: dict[str, list[Item]] = {}
     kinds: dict[str, Output] = {}
     for modality, output in filled["mm_encoder_outputs"].items():
         items[modality] = _items(model, family, inputs, modality, output)
         extras = {name: getattr(output, name) for name in family.extras}
         kinds[modality] = Output(type(output), isinstance(output.pooler_output, Tensor), extras)
+    if asked.layers or asked.patches:
+        sizes = {name: [item.features.shape[0] for item in made] for name, made in items.items()}
+        for name, rows in share_out(model, family.vision, inputs, sizes, asked, notes).items():
+            pairs = zip(items[name], rows, strict=True)
+            items[name] = [replace(item, vision=vision, states=states) for item, (vision, states) in pairs]
     ids = inputs["input_ids"]
     shared = {name: _share_out(model, ids, name, made) for name, made in items.items()}
     samples = [tuple(item for name in shared for item in shared[name][b]) for b in range(ids.shape[0])]
-    encoded = Encoded(family.model_type, tuple(samples), kinds)
+    encoded = Encoded(family.model_type, tuple(samples), kinds, asked=asked)
     in_order = [tuple(span.item for span in spans) for spans in locate(model, ids, encoded)]
     return replace(encoded, samples=tuple(in_order))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gripvlm.errors import InputError
 from gripvlm.models.families import Family
 
-__all__ = ["Question", "full_mask", "padding_token", "placeholder", "questions"]
+__all__ = ["Question", "full_mask", "padding_token", "placeholder", "questions", "words"]
 
 Question: TypeAlias = Tensor | Sequence[Any] | None
 """Token ids [t], embeddings [t, d], or a batch of either; None for the prompt's own text."""
@@ -55,6 +55,14 @@ def full_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return (ids != pad[0]).long()
 
 
+def words(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """[B, L] bool: tokens that are text, no padding and no begin, end or visual tokens."""
+    ids = inputs["input_ids"]
+    special = {i for name in _SPECIAL for i in _token_ids(model, name)}
+    real = full_mask(model, inputs).to(torch.bool, copy=True)
+    return real & ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device))
+
+
 def questions(model: Any, family: Family, inputs: Mapping[str, Any], question: Question) -> list[Tensor]:
     """[t, d] embeddings of each prompt's question, on the embedding table's device.
 
@@ -65,10 +73,7 @@ def questions(model: Any, family: Family, inputs: Mapping[str, Any], question: Q
     ids = inputs["input_ids"]
     table = model.get_input_embeddings()
     if question is None:
-        special = {i for name in _SPECIAL for i in _token_ids(model, name)}
-        words = full_mask(model, inputs).bool()
-        words &= ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device))
-        return [_embed(table, row[word]) for row, word in zip(ids, words, strict=True)]
+        return [_embed(table, row[word]) for row, word in zip(ids, words(model, inputs), strict=True)]
     each = _one_each(question)
     if len(each) != ids.shape[0]:
         raise InputError(f"{len(each)} questions for {ids.shape[0]} prompts: pass one for each")

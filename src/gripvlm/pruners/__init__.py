@@ -1,13 +1,17 @@
 """Pruning methods: one file a method, tensors only, found by name through the registry."""
 
-from gripvlm.pruners.base import Merge, Pruner, ScorePruner, Selection, VisualTokens, top_k
+from gripvlm.pruners.base import Merge, Pruner, ScorePruner, Selection, VisionRows, VisualTokens, top_k
+from gripvlm.pruners.layered import LayerPruner, LayerTokens
 from gripvlm.pruners.registry import get_pruner, list_pruners, pruner_names, register_pruner
 
 __all__ = [
+    "LayerPruner",
+    "LayerTokens",
     "Merge",
     "Pruner",
     "ScorePruner",
     "Selection",
+    "VisionRows",
     "VisualTokens",
     "get_pruner",
     "list_pruners",

@@ -6,7 +6,8 @@ Tensors only: nothing in this folder knows transformers or any model family.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,29 @@ from torch import Tensor
 
 from gripvlm.errors import PrunerError
 
-__all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisualTokens", "top_k"]
+__all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisionRows", "VisualTokens", "top_k"]
 
-NEEDS = frozenset({"features", "grid", "question", "key"})
-"""Everything a pruner may name in `needs`; what it does not name may be None or 0."""
+NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "patches"})
+"""Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
+
+
+@dataclass(frozen=True, eq=False)
+class VisionRows:
+    """What one block of the vision tower says about each of an image's n rows.
+
+    A row that is made of several patches gets their mean. Float32, on the model's device. Rows with
+    no patch behind them (newline rows) get zeros.
+
+    Attributes:
+        received: [H, n] attention that the row gets, head by head: the mean over all queries that
+            see it (its image, tile or window), CLS included where there is one.
+        cls: [H, n] attention of the CLS query; None where the tower has no CLS token.
+        keys: [n, d_h] keys, the mean over heads, as attention takes them (after rotary positions).
+    """
+
+    received: Tensor
+    cls: Tensor | None = None
+    keys: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +54,10 @@ class VisualTokens:
         image: the image's position in its prompt.
         key: a number that depends on the image's pixels alone, so that it is the same in any batch
             and on any device (0 where a family gives none).
+        vision: layer -> `VisionRows`, one for each of the pruner's `vision_layers`, under the number as
+            it stands there; empty unless "vision_attention" is in `needs`.
+        patches: [n, d_v] what the vision tower made of each row before the projector; a row of several
+            patches has their mean. None unless in `needs`.
     """
 
     features: Tensor
@@ -43,6 +67,8 @@ class VisualTokens:
     sample: int = 0
     image: int = 0
     key: int = 0
+    vision: Mapping[int, VisionRows] = field(default_factory=dict)
+    patches: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -71,21 +97,35 @@ class Selection:
     """The kept rows of one image.
 
     Attributes:
-        indices: [k] LongTensor, ascending and unique, rows of `VisualTokens.features`.
+        indices: [k] LongTensor, ascending and unique, rows of `VisualTokens.features`. Where rows are
+            dropped inside the language model, those that are left in its last layer.
         n: the rows there were.
         scores: [n] what the rows were ranked by (higher is kept), or None.
         merge: what the kept rows absorb, or None.
+        layers: one LongTensor for each layer of the language model, the rows that it sees; empty where
+            all rows are dropped before the first layer.
     """
 
     indices: Tensor
     n: int
     scores: Tensor | None = None
     merge: Merge | None = None
+    layers: tuple[Tensor, ...] = ()
 
     @property
     def k(self) -> int:
-        """Rows kept."""
+        """Rows kept (to the last layer)."""
         return int(self.indices.numel())
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows in each layer of the language model; [k] where the count is the same in all."""
+        return [int(rows.numel()) for rows in self.layers] or [self.k]
+
+    @property
+    def paid(self) -> float:
+        """Rows the language model pays for, averaged over its layers: what `keep` asks for."""
+        return sum(self.counts) / len(self.counts)
 
     def mask(self) -> Tensor:
         """[n] bool, True where the row is kept."""
@@ -107,13 +147,17 @@ class Pruner(ABC):
 
     name: the registry name, snake_case.
     needs: which fields of `VisualTokens` they read (see `NEEDS`).
-    stage: where rows are dropped; "input" means before the language model's first layer.
+    vision_layers: blocks of the vision tower whose attention they read (with "vision_attention" in
+        `needs`); negative numbers count from the last. LLaVA's features come out of -2.
+    stage: where rows are dropped; "input" means before the language model's first layer, "llm" inside
+        it (see `LayerPruner`).
     source: the paper, in one line.
     default_keep: the budget when `keep` is left away; None means that `keep` must be given.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    vision_layers: ClassVar[tuple[int, ...]] = ()
     stage: ClassVar[str] = "input"
     source: ClassVar[str] = ""
     default_keep: ClassVar[float | None] = None

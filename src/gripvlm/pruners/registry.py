@@ -18,6 +18,7 @@ ENTRY_POINTS = "gripvlm.pruners"
 
 _BUILT_IN: dict[str, str] = {
     "divprune": "gripvlm.pruners.divprune:DivPrune",
+    "fastv": "gripvlm.pruners.fastv:FastV",
     "full": "gripvlm.pruners.keep_all:Full",
     "given": "gripvlm.pruners.given:Given",
     "grid": "gripvlm.pruners.grid:Grid",

@@ -5,5 +5,6 @@ from gripvlm.report.picture import overlay
 from gripvlm.report.plots import plot
 from gripvlm.report.tables import markdown
 from gripvlm.report.tables import tables as table
+from gripvlm.report.tiles import Part, layout
 
-__all__ = ["Geometry", "GeometryError", "geometry", "markdown", "overlay", "plot", "table"]
+__all__ = ["Geometry", "GeometryError", "Part", "geometry", "layout", "markdown", "overlay", "plot", "table"]

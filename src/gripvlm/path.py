@@ -1,0 +1,161 @@
+"""The one path that every pruning takes: encode, choose, check, drop; and the record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gripvlm.checks import (
+    Keeps,
+    checked_budgets,
+    checked_needs,
+    checked_positions,
+    checked_schedule,
+    checked_selection,
+)
+from gripvlm.clock import device_time
+from gripvlm.errors import InputError, PrunerError
+from gripvlm.layered import LayerRun
+from gripvlm.models import seam
+from gripvlm.models.encoded import Encoded, Span
+from gripvlm.models.families import Family
+from gripvlm.models.layers import checked_layers
+from gripvlm.models.text import Question, questions
+from gripvlm.pruners import LayerPruner, Pruner, Selection, VisionRows, VisualTokens
+
+__all__ = ["Record", "gather", "pruned"]
+
+
+@dataclass
+class Record:
+    """What happened in the latest call.
+
+    Attributes:
+        selections: a list (samples) of lists (images, in prompt order) of `Selection`; the list of
+            a prompt without images is empty. Where a pruner drops inside the language model,
+            `selection.counts` says how many rows each layer saw.
+        calls: how many calls were recorded so far.
+        seconds: {"vision", "pruner", "surgery"}: time in the vision encoder and projector, in the
+            pruner, and in finding and dropping rows and placeholders. Accelerators are synchronised
+            around each. Inside the language model the pruner's time is part of the prefill's.
+    """
+
+    selections: list[list[Selection]] = field(default_factory=list)
+    calls: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens kept (to the last layer) in the latest call, all images of all samples together."""
+        return sum(selection.k for sample in self.selections for selection in sample)
+
+    @property
+    def paid(self) -> float:
+        """The same, averaged over the language model's layers: what `keep` asks for."""
+        return sum(selection.paid for sample in self.selections for selection in sample)
+
+    @property
+    def total(self) -> int:
+        """Visual tokens there were in the latest call."""
+        return sum(selection.n for sample in self.selections for selection in sample)
+
+
+def pruned(
+    model: Any,
+    family: Family,
+    inputs: Mapping[str, Any],
+    pruner: Pruner,
+    keep: Keeps,
+    positions: str,
+    question: Question,
+    encoded: Encoded | None,
+    spare_column: bool,
+) -> tuple[dict[str, Any], Record, LayerRun | None]:
+    """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to drop in the layers."""
+    checked_positions(positions)
+    asked = checked_needs(family, [pruner])
+    started = device_time(model.device)
+    done = encoded if encoded is not None else seam.encode(model, family, inputs, asked)
+    seen = device_time(model.device)
+    spans, batch = gather(model, family, inputs, pruner, keep, question, done)
+    schedules: list[list[dict[int, int]]] = []
+    at_input = batch
+    if isinstance(pruner, LayerPruner):
+        checked_layers(model)
+        layers = len(model.get_decoder().layers)
+        schedules = [[checked_schedule(pruner, tokens, layers) for tokens in sample] for sample in batch]
+        at_input = [
+            [replace(tokens, keep=plan.get(0, tokens.n)) for tokens, plan in zip(*pair, strict=True)]
+            for pair in zip(batch, schedules, strict=True)
+        ]
+    gathered = device_time(model.device)
+    raw = [[pruner.select(tokens) for tokens in sample] for sample in at_input]
+    chosen = device_time(model.device)
+    selections = [
+        [_checked(pruner, *pair) for pair in zip(mine, sample, strict=True)]
+        for mine, sample in zip(raw, at_input, strict=True)
+    ]
+    arguments = seam.shorten(model, inputs, done, spans, selections, positions, spare_column)
+    seconds = {
+        "vision": seen - started if encoded is None else 0.0,
+        "pruner": chosen - gathered,
+        "surgery": gathered - seen + device_time(model.device) - chosen,
+    }
+    run = None
+    if isinstance(pruner, LayerPruner):
+        run = LayerRun(model, pruner, arguments, batch, selections, schedules)
+        selections = run.selections()
+    return arguments, Record(selections, 1, seconds), run if run is not None and run.cuts else None
+
+
+def _checked(pruner: Pruner, selection: Any, tokens: VisualTokens) -> Selection:
+    where = f"image {tokens.image} of sample {tokens.sample}"
+    return checked_selection(pruner.name, selection, tokens.n, tokens.keep, tokens.features.device, where)
+
+
+def gather(
+    model: Any,
+    family: Family,
+    inputs: Mapping[str, Any],
+    pruner: Pruner,
+    keep: Keeps,
+    question: Question,
+    encoded: Encoded,
+) -> tuple[list[list[Span]], list[list[VisualTokens]]]:
+    """Where each image lies in its prompt, and what the pruner sees of it."""
+    if encoded.model_type != family.model_type:
+        raise InputError(f"encoded by a {encoded.model_type} model, but this one is {family.model_type}")
+    wanted = checked_needs(family, [pruner])
+    if {*wanted.layers} - {*encoded.asked.layers} or (wanted.patches and not encoded.asked.patches):
+        raise InputError(
+            f"images were encoded without what pruner {pruner.name!r} reads of the vision tower: type "
+            f"gripvlm.encode(model, inputs, pruners=[{pruner.name!r}])"
+        )
+    spans = seam.locate(model, inputs["input_ids"], encoded)
+    if not any(spans):
+        raise InputError("no prompt has an image: there is nothing to prune")
+    budgets = checked_budgets(pruner, keep, spans)
+    asked = "question" in pruner.needs
+    texts = questions(model, family, inputs, question) if asked else [None] * len(spans)
+    batch: list[list[VisualTokens]] = [[] for _ in spans]
+    for sample, (mine, text) in enumerate(zip(spans, texts, strict=True)):
+        for image, (span, budget) in enumerate(zip(mine, budgets[sample], strict=True)):
+            item = span.item
+            where = f"{item.modality} {image} of sample {sample}"
+            if "grid" in pruner.needs and item.grid is None:
+                raise PrunerError(
+                    f"pruner {pruner.name!r} needs rows in a plain raster, but the "
+                    f"{item.features.shape[0]} rows of {where} are none: use a pruner without grid"
+                )
+            keeps = budget.count(item.features.shape[0], where)
+            if bool(item.features.isnan().any()):
+                raise InputError(
+                    f"the vision encoder made NaN of {where}: look at its pixels (a corrupt image), or load the model "
+                    "in bfloat16 or float32, if float16 overflows"
+                )
+            vision = {layer: VisionRows(*rows) for layer, rows in item.vision.items()}
+            batch[sample].append(
+                VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states)
+            )
+    return spans, batch
