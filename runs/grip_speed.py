@@ -46,7 +46,7 @@ def main() -> None:
             return engine.run(batch, rows, kept).log_probs.sum(-1)
 
         @torch.no_grad()
-        def one_by_one(count: int, kept: list = kept) -> torch.Tensor:
+        def one_by_one(count: int, kept: list = kept, k: int = k) -> torch.Tensor:
             out = []
             for row in range(count):
                 sample = questions[rows[row]][1]

@@ -63,7 +63,9 @@ class TrainConfig:
     # GRPO
     policy: str = _f("plackett_luce", "distribution over subsets", "plackett_luce", "conditional_bernoulli")
     num_generations: int = _f(16, "G, subsets a question")
-    reward: str = _f("log_prob", "log_prob, agreement (no labels), exact_match, task_score or module:function")
+    reward: str = _f(
+        "log_prob", "log_prob, probability, agreement (no labels), exact_match, task_score or module:function"
+    )
     own_answers: bool = _f(False, "force the unpruned model's own answers and not the data's")
     beta: float = _f(0.0, "weight of the KL divergence to the scorer that GRPO started from")
     epsilon: float = _f(0.2, "clipping of the ratio, per token of the subset")
