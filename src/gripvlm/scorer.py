@@ -14,6 +14,7 @@ architecture; every choice below is ours:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -213,6 +214,14 @@ class Scorer(nn.Module):
     def parameters_count(self) -> int:
         """Numbers that are trained."""
         return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def digest(self) -> str:
+        """A short hash of all weights in half precision, the same for a scorer and its half-precision copy."""
+        seen = hashlib.blake2b(digest_size=6)
+        for name, weight in sorted(self.state_dict().items()):
+            seen.update(name.encode() + weight.half().cpu().contiguous().numpy().tobytes())
+        return seen.hexdigest()
 
     def flops(self, n: int, t: int = 0) -> int:
         """Multiply-adds times two of one image of n tokens and a question of t."""
