@@ -104,7 +104,7 @@ def checked(reward: Reward, rollout: Rollout) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (rows,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise TrainError(f"reward {name!r} must return a tensor ({rows},), got {got}: one value for each row")
-    values = values.detach().float()
+    values = values.detach().to(rollout.mask.device, torch.float32)
     if not bool(values.isfinite().all()):
         row = int((~values.isfinite()).nonzero()[0])
         raise TrainError(
