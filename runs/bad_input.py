@@ -247,7 +247,7 @@ CASES = [
     Case("an unknown pruner", "'divprun'", lambda: pruned("divprun"),
          "PrunerError: unknown pruner 'divprun': did you mean 'divprune'"),
     Case("an unknown option", "'random:sed=3'", lambda: pruned("random:sed=3"),
-         "PrunerError: pruner 'random' has no option 'sed': did you mean 'seed'"),
+         r"PrunerError: pruner 'random' has no option 'sed': did you mean 'seed'\?"),
     Case("an unknown model", "model_type 'qwen3_vl_next'", other_model,
          r"UnsupportedModelError: model type 'qwen3_vl_next' is not supported.*nearest is qwen3_vl.*docs/families\.md"),
     Case("a text-only model", "LlamaForCausalLM", lambda: pruned(model=text_only()),

@@ -24,7 +24,7 @@ from gripvlm.models.layers import checked_layers
 from gripvlm.models.text import Question, questions
 from gripvlm.pruners import LayerPruner, Pruner, Selection, VisionRows, VisualTokens
 
-__all__ = ["Record", "clock", "gather", "pruned"]
+__all__ = ["Record", "gather", "pruned"]
 
 
 @dataclass
@@ -75,9 +75,9 @@ def pruned(
     """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to drop in the layers."""
     checked_positions(positions)
     asked = checked_needs(family, [pruner])
-    started = clock(model)
+    started = device_time(model.device)
     done = encoded if encoded is not None else seam.encode(model, family, inputs, asked)
-    seen = clock(model)
+    seen = device_time(model.device)
     spans, batch = gather(model, family, inputs, pruner, keep, question, done)
     schedules: list[list[dict[int, int]]] = []
     at_input = batch
@@ -89,9 +89,9 @@ def pruned(
             [replace(tokens, keep=plan.get(0, tokens.n)) for tokens, plan in zip(*pair, strict=True)]
             for pair in zip(batch, schedules, strict=True)
         ]
-    gathered = clock(model)
+    gathered = device_time(model.device)
     raw = [[pruner.select(tokens) for tokens in sample] for sample in at_input]
-    chosen = clock(model)
+    chosen = device_time(model.device)
     selections = [
         [_checked(pruner, *pair) for pair in zip(mine, sample, strict=True)]
         for mine, sample in zip(raw, at_input, strict=True)
@@ -100,7 +100,7 @@ def pruned(
     seconds = {
         "vision": seen - started if encoded is None else 0.0,
         "pruner": chosen - gathered,
-        "surgery": gathered - seen + clock(model) - chosen,
+        "surgery": gathered - seen + device_time(model.device) - chosen,
     }
     run = None
     if isinstance(pruner, LayerPruner):
@@ -159,8 +159,3 @@ def gather(
                 VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states)
             )
     return spans, batch
-
-
-def clock(model: Any) -> float:
-    """Seconds on a steady clock, after the model's device has done all it was asked."""
-    return device_time(model.device)

@@ -19,13 +19,14 @@ from gripvlm.checks import (
     checked_pruner,
     one_budget,
 )
+from gripvlm.clock import device_time
 from gripvlm.errors import GripError, PrunerError
 from gripvlm.models import decoding, seam
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.families import family_of
 from gripvlm.models.layers import checked_layers
 from gripvlm.models.text import Question
-from gripvlm.path import Record, clock, gather, pruned
+from gripvlm.path import Record, gather, pruned
 from gripvlm.pruners import LayerPruner, Pruner, VisualTokens
 from gripvlm.pruners.keep_all import KeepAll
 
@@ -52,9 +53,9 @@ def encode(model: Any, inputs: Mapping[str, Any], pruners: Sequence[str | Pruner
     family = family_of(model)
     inputs = checked_inputs(model, family, inputs, None)
     asked = checked_needs(family, [checked_pruner(pruner, model) for pruner in pruners])
-    started = clock(model)
+    started = device_time(model.device)
     encoded = seam.encode(model, family, inputs, asked)
-    return replace(encoded, seconds=clock(model) - started)
+    return replace(encoded, seconds=device_time(model.device) - started)
 
 
 def prune_inputs(
@@ -142,7 +143,7 @@ def pruned_run(
         tokens left at the end.
     """
     family = family_of(model)
-    chooser = checked_pruner(pruner)
+    chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
     arguments, record, run = pruned(model, family, inputs, chooser, keep, positions, question, encoded, False)
     if run is None:

@@ -14,6 +14,7 @@ architecture; every choice below is ours:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,7 +87,7 @@ class BaseModel:
     def of(cls, model: Any) -> BaseModel:
         """Of a loaded transformers model."""
         table = model.get_input_embeddings().weight
-        rows = torch.linspace(0, table.shape[0] - 1, _SKETCH, device=table.device).long()
+        rows = torch.arange(_SKETCH, device=table.device) * (table.shape[0] - 1) // (_SKETCH - 1)
         norms = [round(float(x), 4) for x in table[rows].float().norm(dim=-1)]
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         return cls(Path(name).name, model.config.model_type, table.shape[1], table.shape[0], tuple(norms))
@@ -214,22 +216,32 @@ class Scorer(nn.Module):
         """Numbers that are trained."""
         return sum(p.numel() for p in self.parameters())
 
+    @torch.no_grad()
+    def digest(self) -> str:
+        """A short hash of all weights in half precision, the same for a scorer and its half-precision copy."""
+        seen = hashlib.blake2b(digest_size=6)
+        for name, weight in sorted(self.state_dict().items()):
+            seen.update(name.encode() + weight.half().cpu().contiguous().numpy().tobytes())
+        return seen.hexdigest()
+
     def flops(self, n: int, t: int = 0) -> int:
         """Multiply-adds times two of one image of n tokens and a question of t."""
         c, w = self.config, self.config.width
-        visual = 2 * n * w * (c.features + c.blocks * 12 * w) + c.blocks * 4 * n * n * w
+        visual = 2 * n * w * (c.features + 4 * _PLACES + 1 + c.blocks * 12 * w) + c.blocks * 4 * n * n * w
+        if c.budget:
+            visual += 2 * w * (2 * _BUDGETS + w + c.blocks * 4 * w)
         if not c.question:
             return visual
         visual += c.blocks * (4 * n * w * w + 4 * (t + 1) * w * w + 4 * n * (t + 1) * w)
-        return visual + 2 * t * w * (c.features + 12 * w)
+        return visual + 2 * t * w * (c.features + 2 * _ORDERS) + (t + 1) * w * (24 * w + 4 * (t + 1))
 
     # --- folders and the hub ----------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `scorer.safetensors` and `scorer.json` into `folder`, which is made where missing."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes `scorer.safetensors`, in `dtype`, and `scorer.json` into `folder`, which is made where missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
+        weights = {name: value.detach().to(dtype).contiguous().cpu() for name, value in self.state_dict().items()}
         save_file(weights, folder / _WEIGHTS)
         about = {
             "format": FORMAT,
@@ -253,19 +265,27 @@ class Scorer(nn.Module):
         try:
             about = json.loads((folder / _CONFIG).read_text())
             weights = load_file(folder / _WEIGHTS)
-        except FileNotFoundError as error:
-            raise ScorerError(f"{name} holds no scorer: {error.filename} is missing") from None
+        except FileNotFoundError:
+            lacking = [file for file in (_CONFIG, _WEIGHTS) if not (folder / file).is_file()]
+            raise ScorerError(f"{name} holds no scorer: {' and '.join(lacking)} missing") from None
         except ValueError as error:
             raise ScorerError(f"{folder / _CONFIG} is not JSON: {error}") from None
-        if about.get("format") != FORMAT:
-            raise ScorerError(f"{name} has format {about.get('format')!r}, this gripvlm reads {FORMAT!r}: update it")
+        except SafetensorError as error:
+            raise ScorerError(f"{folder / _WEIGHTS} is damaged ({error}): copy it anew") from None
+        written = about.get("format") if isinstance(about, dict) else None
+        if written != FORMAT:
+            raise ScorerError(f"{name} has format {written!r}, this gripvlm reads {FORMAT!r}: update it")
         known = {field.name for field in fields(ScorerConfig)}
         base = about.get("base")
         scorer = cls(
             ScorerConfig(**{k: v for k, v in about["scorer"].items() if k in known}),
             None if base is None else BaseModel(**{**base, "sketch": tuple(base["sketch"])}),
         )
-        scorer.load_state_dict({key: value.float() for key, value in weights.items()})
+        try:
+            scorer.load_state_dict({key: value.float() for key, value in weights.items()})
+        except RuntimeError as error:
+            told = " ".join(str(error).split())[:200]
+            raise ScorerError(f"{name}: {_WEIGHTS} does not fit {_CONFIG} ({told}): copy both anew") from None
         scorer.notes = about.get("notes", {})
         return scorer.eval()
 
@@ -295,8 +315,8 @@ def _fetched(name: str, hub: Mapping[str, Any]) -> Path:
 
     try:
         paths = [hf_hub_download(name, file, **hub) for file in (_CONFIG, _WEIGHTS)]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).splitlines()[0]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise ScorerError(f"{name!r} is no folder here and no scorer on the hub: {first}") from error
     return Path(paths[0]).parent
 

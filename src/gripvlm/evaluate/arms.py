@@ -98,6 +98,8 @@ def _fields(pruner: Pruner, changed: bool = False) -> dict[str, Any]:
         return {}
     found = {}
     for field in dataclasses.fields(pruner):
+        if not field.repr or (changed and not field.init):
+            continue
         value = getattr(pruner, field.name)
         if changed and isinstance(value, (str, int, float, bool)) and value == field.default:
             continue

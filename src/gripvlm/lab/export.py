@@ -19,6 +19,7 @@ from PIL import Image
 from gripvlm.lab import MODEL, SAMPLE, art
 from gripvlm.lab.compose import compose
 from gripvlm.lab.questions import Question, ask
+from gripvlm.lab.scenes import GRID
 from gripvlm.lab.train_reader import load_tagger
 from gripvlm.lab.vlm import build_model, build_processor
 
@@ -73,7 +74,7 @@ def write_questions(folder: Path, split: str, first: int, pictures: int, before:
     `before` is put in front of the images' names.
     """
     (folder / "images").mkdir(parents=True)
-    rows = []
+    rows: list[str] = []
     for i in range(pictures):
         seed = first + i
         scene = compose(seed, split)
@@ -93,6 +94,8 @@ def write_questions(folder: Path, split: str, first: int, pictures: int, before:
             }
             row |= {"question": q.question, "answer": q.answer, "choices": list(q.choices)}
             row |= {"pair": None if q.pair < 0 else f"{i:04d}-{q.pair}", "evidence": order}
+            if before and not rows:
+                row["evidence_grid"] = [GRID, GRID]
             rows.append(json.dumps(row))
         if sys.stderr.isatty() and i % 100 == 99:
             print(f"\r{i + 1} of {pictures} pictures", end="", file=sys.stderr, flush=True)

@@ -32,6 +32,7 @@ class Grip(ScorePruner):
     Attributes:
         scorer: a name for `Scorer.from_pretrained`, or `lab` and `lab-blind`, the two that come with the package
             for its lab VLM (with the question and without).
+        weights: a short hash of the scorer's weights, for results files.
     """
 
     name: ClassVar[str] = "grip"
@@ -40,11 +41,13 @@ class Grip(ScorePruner):
 
     scorer: str = "lab"
     module: Scorer | None = field(default=None, repr=False)
+    weights: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         if self.module is None:
             shipped = {"lab": SHIPPED / "question", "lab-blind": SHIPPED / "blind"}
             object.__setattr__(self, "module", Scorer.from_pretrained(shipped.get(self.scorer, self.scorer)))
+        object.__setattr__(self, "weights", self._scorer.digest())
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub: Any) -> Grip:

@@ -82,7 +82,8 @@ class JsonlTask(Task):
     """A user's own questions, `jsonl:PATH`; images are looked up beside the file.
 
     Where a line has choices that its question does not name, the prompt lists them. Without `answers`
-    lines may leave theirs out: enough to train on, but not to be scored.
+    lines may leave theirs out: enough to train on, but not to be scored. `evidence` counts in the raster that the
+    first line names as `evidence_grid`, [h, w].
     """
 
     max_new_tokens = 32
@@ -106,6 +107,18 @@ class JsonlTask(Task):
                 f"the folder {str(self.path.parent)!r}"
             )
         return samples
+
+    @cached_property
+    def evidence_grid(self) -> tuple[int, int] | None:  # type: ignore[override]
+        """(h, w) as the file's first line says, None where it does not."""
+        with self.path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline() or "{}")
+        grid = first.get("evidence_grid") if isinstance(first, dict) else None
+        if grid is None:
+            return None
+        if not (isinstance(grid, list) and len(grid) == 2 and all(type(side) is int and side > 0 for side in grid)):
+            raise TaskError(f"{self.path}:1: evidence_grid must be [rows, columns], got {grid!r}")
+        return grid[0], grid[1]
 
     def prompt(self, sample: Sample) -> str:
         if all(choice in sample.question for choice in sample.choices):

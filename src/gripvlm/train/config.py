@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -63,7 +65,9 @@ class TrainConfig:
     # GRPO
     policy: str = _f("plackett_luce", "distribution over subsets", "plackett_luce", "conditional_bernoulli")
     num_generations: int = _f(16, "G, subsets a question")
-    reward: str = _f("log_prob", "log_prob, agreement (no labels), exact_match, task_score or module:function")
+    reward: str = _f(
+        "log_prob", "log_prob, probability, agreement (no labels), exact_match, task_score or module:function"
+    )
     own_answers: bool = _f(False, "force the unpruned model's own answers and not the data's")
     beta: float = _f(0.0, "weight of the KL divergence to the scorer that GRPO started from")
     epsilon: float = _f(0.2, "clipping of the ratio, per token of the subset")
@@ -111,8 +115,22 @@ class TrainConfig:
             raise TrainError(f"num_generations = {self.num_generations} cannot be paired: type an even number")
         if not 0 < self.keep_low <= self.keep_high <= 1:
             raise TrainError(f"keep_low = {self.keep_low}, keep_high = {self.keep_high}: type shares in (0, 1]")
-        if self.tau_start <= 0 or self.tau_end <= 0:
-            raise TrainError(f"tau_start = {self.tau_start}, tau_end = {self.tau_end}: temperatures are above 0")
+        for name in ("tau_start", "tau_end", "temperature", "learning_rate", "warmup_learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise TrainError(f"{name} = {getattr(self, name)}: type a number above 0")
+        for name in ("steps", "warmup_steps", "band", "patience", "beta", "max_minutes", "save_minutes"):
+            if not getattr(self, name) >= 0:
+                raise TrainError(f"{name} = {getattr(self, name)}: type 0 or more")
+        if not 0 < self.val_share < 1:
+            raise TrainError(f"val_share = {self.val_share}: type a share between 0 and 1")
+        if self.relaxation == "perturbed" and self.samples < 2:
+            raise TrainError(f"samples = {self.samples}: the gradient of 'perturbed' compares 2 samples or more")
+        if self.policy != "plackett_luce" and self.importance_sampling_level == "token":
+            raise TrainError(f"{self.policy} has no steps: type --importance-sampling-level sequence")
+        if self.policy != "conditional_bernoulli" and self.credit == "value":
+            raise TrainError("credit 'value' needs exact inclusion probabilities: type --policy conditional_bernoulli")
+        if self.policy != "plackett_luce" and (self.band or self.antithetic):
+            raise TrainError("band and antithetic draws need Gumbel noise: type --policy plackett_luce")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -159,8 +177,9 @@ def write_toml(config: TrainConfig, path: Path) -> None:
     """All settings, one a line, with their meaning; `read_toml` reads them back."""
     lines = []
     for name, value in config.to_dict().items():
-        said = (
-            f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
-        )
+        if isinstance(value, str):
+            said = json.dumps(value, ensure_ascii=False)
+        else:
+            said = str(value).lower() if isinstance(value, bool) else repr(value)
         lines.append(f"{name} = {said}  # {help_of(name)}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

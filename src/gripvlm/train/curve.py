@@ -9,13 +9,15 @@ __all__ = ["draw_curve"]
 
 
 def draw_curve(metrics: Path, target: Path) -> Path | None:
-    """Validation score at each budget against steps, and the training reward; None without matplotlib."""
+    """Validation score at each budget against steps, and the training reward; None without matplotlib or metrics."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    if not lines:
+        return None
     stages = list(dict.fromkeys(line["stage"] for line in lines))
     figure = Figure(figsize=(4.6 * len(stages), 6.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -29,7 +31,8 @@ def draw_curve(metrics: Path, target: Path) -> Path | None:
                 [line["step"] for line in judged], [100 * line["val"][name] for line in judged], label=f"{keep:g} %"
             )
         axes[0][column].set(title=f"{stage}: validation, hard top-k", ylabel="answers right (%)", ylim=(0, 100))
-        axes[0][column].legend(title="tokens kept", fontsize=8)
+        if judged:
+            axes[0][column].legend(title="tokens kept", fontsize=8)
         key = "reward" if any("reward" in line for line in mine) else "loss"
         seen = [(line["step"], line[key]) for line in mine if key in line]
         size = max(1, len(seen) // 50)

@@ -12,7 +12,7 @@ import torch
 from gripvlm.errors import TrainError
 from gripvlm.tasks import JsonlTask, Sample, Task, get_tasks
 
-__all__ = ["Questions", "generator", "load_questions", "split"]
+__all__ = ["Questions", "generator", "load_questions", "picture_of", "split"]
 
 
 def generator(seed: int, *names: object) -> torch.Generator:
@@ -34,7 +34,17 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[tuple[Task, Sample
             tasks = get_tasks([part.strip() for part in data.split(",")])
     else:
         tasks = [data] if isinstance(data, Task) else data
-    return [(task, sample) for task in tasks for sample in task.samples]
+    questions = [(task, sample) for task in tasks for sample in task.samples]
+    if not questions:
+        raise TrainError("the training data has no questions: bring at least two pictures with a question each")
+    return questions
+
+
+def picture_of(task: Task, sample: Sample) -> str:
+    """What the samples about one picture share: its file; for pictures that are made, the task and its image id."""
+    if isinstance(sample.picture, Path):
+        return str(sample.picture)
+    return f"{task.name}/{sample.image_id or sample.id}"
 
 
 def split(questions: list[tuple[Task, Sample]], share: float) -> tuple[list, list]:
@@ -59,11 +69,11 @@ class Questions:
     """An endless, shuffled stream of images with some questions about each.
 
     Attributes:
-        questions: (task, sample) pairs; those with the same `image_id` share an image.
+        questions: (task, sample) pairs; see `picture_of` for those that share an image.
         images: how many images a micro-batch has.
         each: at most so many questions an image.
         seed: of the order.
-        skipped: id -> why, for samples that were left out.
+        skipped: "task/id" -> why, for samples that were left out.
     """
 
     questions: list[tuple[Task, Sample]]
@@ -73,10 +83,9 @@ class Questions:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        groups: dict[tuple[str, str], list[int]] = {}
-        for i, (task, sample) in enumerate(self.questions):
-            name = sample.image_id or sample.id
-            groups.setdefault(("" if sample.image_id else task.name, name), []).append(i)
+        groups: dict[str, list[int]] = {}
+        for i, pair in enumerate(self.questions):
+            groups.setdefault(picture_of(*pair), []).append(i)
         self._groups = list(groups.values())
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -95,4 +104,19 @@ class Questions:
             group = self._groups[self._order[1][index]]
             draw = torch.randperm(len(group), generator=generator(self.seed, "questions", place))
             chosen += [self.questions[group[i]] for i in draw[: self.each].tolist()]
-        return [pair for pair in chosen if pair[1].id not in self.skipped]
+        return [pair for pair in chosen if _name(*pair) not in self.skipped]
+
+    def skip(self, pair: tuple[Task, Sample], why: str) -> None:
+        """Leaves a question out from now on.
+
+        Raises:
+            TrainError: it was the last one.
+        """
+        self.skipped[_name(*pair)] = why
+        if all(_name(*one) in self.skipped for one in self.questions):
+            raise TrainError(f"not one of {len(self.questions)} questions can be used; the last: {why}")
+
+
+def _name(task: Task, sample: Sample) -> str:
+    """Ids are unique in their task only."""
+    return f"{task.name}/{sample.id}"

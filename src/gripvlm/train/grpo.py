@@ -19,7 +19,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gripvlm.errors import TrainError
 from gripvlm.policy import ConditionalBernoulli, PlackettLuce, band_mask, picks_to_mask
 from gripvlm.scorer import Scorer
 from gripvlm.train.budgets import draw_keeps
@@ -58,12 +57,6 @@ class Grpo(Stage):
     def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
         super().__init__(config, scorer, engine, config.steps, config.learning_rate)
         self.reward = get_reward(config.reward)
-        if config.policy != "plackett_luce" and config.importance_sampling_level == "token":
-            raise TrainError(f"{config.policy} has no steps: type --importance-sampling-level sequence")
-        if config.policy != "conditional_bernoulli" and config.credit == "value":
-            raise TrainError("credit 'value' needs exact inclusion probabilities: type --policy conditional_bernoulli")
-        if config.policy != "plackett_luce" and (config.band or config.antithetic):
-            raise TrainError("band and antithetic draws need Gumbel noise: type --policy plackett_luce")
         self.reference: Scorer | None = None
         if config.beta:
             self.reference = copy.deepcopy(scorer).eval().requires_grad_(False)
@@ -206,12 +199,15 @@ class Grpo(Stage):
         """The critic's regression, and the exact gradient of what it already explains.
 
         An additive control variate: with V(S) = sum of v_i over S, the score-function term uses A - V(S), and
-        E[V] = sum_i pi_i v_i is differentiated exactly through the inclusion probabilities pi. Unbiased for any v.
+        E[V] = sum_i pi_i v_i is differentiated exactly through the inclusion probabilities pi. Unbiased for any v:
+        centring V over the group takes 1 / G of its expected gradient away, so that much is not given back either.
         """
         values = self._values(hidden, valid)
         error = (a - self._gain(values, picks)).square().mean(-1)
         assert isinstance(law, ConditionalBernoulli)
-        expected = (law.inclusion() * values.detach()).sum(-1) / law.k
+        expected = (law.inclusion() * values.detach()).sum(-1) / law.k * (1 - 1 / picks.shape[1])
+        if self.config.loss_type == "dr_grpo":
+            expected = expected * law.k / valid.shape[1]
         return (w * (0.5 * error - expected)).sum()
 
     def _kl(self, law: Law, before: object, picks: Tensor) -> Tensor:

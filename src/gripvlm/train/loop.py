@@ -87,7 +87,7 @@ class Loop:
         self.optimiser = torch.optim.AdamW(
             self.weights, lr=stage.rate, betas=(0.9, 0.98), weight_decay=self.config.weight_decay
         )
-        self.step, self.spent, self.best, self.stale = 0, 0.0, -math.inf, 0
+        self.step, self.spent, self.best, self.stale, self.judged = 0, 0.0, -math.inf, 0, -1
         self.best_state = copy.deepcopy(stage.scorer.state_dict())
         self.checkpoint = folder / f"{stage.name}.ckpt"
         self.metrics = folder / "metrics.jsonl"
@@ -103,28 +103,29 @@ class Loop:
             TrainError: a reward, a sample or the loss went wrong; the checkpoint before it stands.
         """
         self._resume()
-        saved = clock = time.monotonic()
+        saved = time.monotonic()
         with self._ctrl_c(), self._bar() as advance:
             if self.step == 0 and self.stage.steps:
                 self._validate()
             while not self._over():
+                began = time.monotonic()
                 stats = self._one_step()
-                now = time.monotonic()
-                self.spent, clock = self.spent + now - clock, now
+                self.spent += time.monotonic() - began  # validations and checkpoints are not counted
                 self._log({"step": self.step, **stats})
                 advance(stats)
                 if self.step % self.config.val_every == 0 or self.step == self.stage.steps:
                     self._validate()
-                if now - saved > 60 * self.config.save_minutes:
-                    self._save()
-                    saved = now
-                if self.stop:
+                if self.processes.any(self.stop):
                     self._save()
                     raise Interrupted(
                         f"Stopped at step {self.step} of {self.stage.steps} ({self.stage.name}). The same command "
                         f"goes on from {self.checkpoint}."
                     )
-                clock = time.monotonic() if self.step % self.config.val_every == 0 else clock
+                if time.monotonic() - saved > 60 * self.config.save_minutes:
+                    self._save()
+                    saved = time.monotonic()
+            if self.judged < self.step:  # out of time between two validations
+                self._validate()
         self._save()
         self.stage.scorer.load_state_dict(self.best_state)
         return self.stage.scorer
@@ -164,6 +165,8 @@ class Loop:
                 collected.append({"loss": float(loss.detach()), **stats})
             self.processes.add_gradients(self.weights)
             norm = float(nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm))
+            if not math.isfinite(norm):
+                raise TrainError(f"the gradient of {stage.name} is {norm} at step {self.step}: lower the rate")
             self.optimiser.step()
         self.step += 1
         means = {key: _mean([s[key] for s in collected if key in s]) for s0 in collected[:1] for key in s0}
@@ -185,14 +188,15 @@ class Loop:
 
     def _skip(self, questions: list[tuple[Task, Sample]], error: GripError) -> None:
         """Finds the bad questions of a batch, one by one, and leaves them out from now on."""
-        before = len(self.data.skipped)
+        found = False
         for pair in questions:
             try:
                 self.stage.engine.prepare([pair], own=self.config.own_answers)
             except (TaskError, TrainError) as why:
-                self.data.skipped[pair[1].id] = str(why)
-                self._log({"step": self.step, "skipped": pair[1].id, "why": str(why)})
-        if len(self.data.skipped) == before:
+                found = True
+                self._log({"step": self.step + 1, "skipped": pair[1].id, "task": pair[0].name, "why": str(why)})
+                self.data.skip(pair, str(why))
+        if not found:
             raise error
 
     # --- validation, log, checkpoint --------------------------------------------------------------------------
@@ -200,6 +204,7 @@ class Loop:
     def _validate(self) -> None:
         self.stage.scorer.eval()
         found = self.validator.judge(self.stage.scorer)
+        self.judged = self.step
         if found["objective"] > self.best:
             self.best, self.stale = found["objective"], 0
             self.best_state = copy.deepcopy(self.stage.scorer.state_dict())
@@ -225,33 +230,42 @@ class Loop:
             "spent": self.spent,
             "best": self.best,
             "stale": self.stale,
+            "judged": self.judged,
             "best_state": self.best_state,
             "skipped": self.data.skipped,
         }
         part = self.checkpoint.with_suffix(".part")
         torch.save(state, part)
-        part.rename(self.checkpoint)
+        part.replace(self.checkpoint)
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():
+            if self.processes.rank == 0:
+                self._forget_later_lines()
             return
-        state = torch.load(self.checkpoint, weights_only=False, map_location=self.stage.engine.model.device)
+        state = torch.load(self.checkpoint, weights_only=True, map_location=self.stage.engine.model.device)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.spent, self.best = state["step"], state["spent"], state["best"]
         self.stale, self.best_state = state["stale"], state["best_state"]
+        self.judged = state.get("judged", self.step)
         self.data.skipped.update(state["skipped"])
         if self.processes.rank == 0:
             self._forget_later_lines()
 
     def _forget_later_lines(self) -> None:
-        """Drops what was logged after the checkpoint, so that no step is there twice."""
+        """Drops what was logged after the checkpoint (all of it without one), so that no step is there twice."""
         if not self.metrics.exists():
             return
-        lines = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
-        kept = [one for one in lines if one["stage"] != self.stage.name or one["step"] <= self.step]
-        self.metrics.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
+        text = self.metrics.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may end in half a line
+        last = self.step if self.checkpoint.exists() else -1
+        lines = [json.loads(line) for line in whole]
+        kept = [one for one in lines if one["stage"] != self.stage.name or one["step"] <= last]
+        part = self.metrics.with_suffix(".part")
+        part.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
+        part.replace(self.metrics)
 
     @contextmanager
     def _ctrl_c(self) -> Iterator[None]:
@@ -270,7 +284,7 @@ class Loop:
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
     @contextmanager
     def _bar(self) -> Iterator[Any]:

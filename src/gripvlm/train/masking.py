@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.models import seam
+from gripvlm.models.families import family_of
 from gripvlm.train.rollout import Batch, Engine
 
 __all__ = ["masked_forward"]
@@ -29,7 +30,8 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
         [B, T], 0 at padding.
 
     Raises:
-        UnsupportedModelError: an attention implementation that takes no bias key by key.
+        UnsupportedModelError: an attention implementation that takes no bias key by key, or a family whose
+            images attend in both directions.
     """
     model = engine.model
     text = model.get_decoder().config
@@ -37,6 +39,11 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
         raise UnsupportedModelError(
             f"soft masks need attention with a bias on each key, which {text.model_type} under "
             f"{text._attn_implementation} does not take: load the model with attn_implementation='sdpa'"
+        )
+    if not family_of(model).chunks:
+        raise UnsupportedModelError(
+            f"soft masks are causal, and {model.config.model_type} images attend in both directions: train with "
+            "stage grpo, and with a teacher other than gradient"
         )
     everything = [[torch.arange(t.n, device=t.features.device) for t in tokens] for tokens in batch.tokens]
     with torch.no_grad():

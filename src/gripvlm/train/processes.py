@@ -38,6 +38,8 @@ class Processes:
         self.count, self.rank = self._accelerator.num_processes, self._accelerator.process_index
         if log_with:
             self._accelerator.init_trackers("gripvlm")
+            if not self.rank and not self._accelerator.trackers:
+                raise TrainError(f"log_with = {log_with!r} is not installed: type pip install {log_with}")
 
     @property
     def device(self) -> torch.device | None:

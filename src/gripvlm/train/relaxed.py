@@ -68,7 +68,7 @@ def soft_top_k(scores: Tensor, k: Tensor, tau: float) -> Tensor:
 def straight_through_top_k(scores: Tensor, k: Tensor, tau: float, noise: Tensor) -> Tensor:
     """[B, n] the hard top-k of scores + noise, with `soft_top_k`'s gradient."""
     soft = soft_top_k(scores + noise, k, tau)
-    return _hard(scores.detach() + noise, k) + soft - soft.detach()
+    return _hard(scores.detach() + noise, k) + (soft - soft.detach())  # exactly hard: the brackets matter
 
 
 class _Perturbed(torch.autograd.Function):

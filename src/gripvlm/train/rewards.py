@@ -15,7 +15,17 @@ from torch import Tensor
 from gripvlm.errors import GripError, TrainError
 from gripvlm.train.rollout import Rollout
 
-__all__ = ["REWARDS", "Reward", "agreement", "checked", "exact_match", "get_reward", "log_prob", "task_score"]
+__all__ = [
+    "REWARDS",
+    "Reward",
+    "agreement",
+    "checked",
+    "exact_match",
+    "get_reward",
+    "log_prob",
+    "probability",
+    "task_score",
+]
 
 Reward: TypeAlias = Callable[[Rollout], Tensor]
 
@@ -23,6 +33,11 @@ Reward: TypeAlias = Callable[[Rollout], Tensor]
 def log_prob(rollout: Rollout) -> Tensor:
     """Mean log-probability of the forced answer's tokens (TwigVLM++, arXiv 2503.14075)."""
     return rollout.log_probs.sum(-1) / rollout.mask.sum(-1)
+
+
+def probability(rollout: Rollout) -> Tensor:
+    """exp of `log_prob`: between 0 and 1, so that no hopeless question outweighs all others."""
+    return log_prob(rollout).exp()
 
 
 def agreement(rollout: Rollout) -> Tensor:
@@ -45,6 +60,7 @@ def task_score(rollout: Rollout) -> Tensor:
 
 REWARDS: dict[str, Reward] = {
     "log_prob": log_prob,
+    "probability": probability,
     "agreement": agreement,
     "exact_match": exact_match,
     "task_score": task_score,
@@ -88,7 +104,7 @@ def checked(reward: Reward, rollout: Rollout) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (rows,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise TrainError(f"reward {name!r} must return a tensor ({rows},), got {got}: one value for each row")
-    values = values.detach().float()
+    values = values.detach().to(rollout.mask.device, torch.float32)
     if not bool(values.isfinite().all()):
         row = int((~values.isfinite()).nonzero()[0])
         raise TrainError(

@@ -21,7 +21,8 @@ from gripvlm.models.encoded import Encoded
 from gripvlm.prune import encode, prune_inputs, visual_tokens
 from gripvlm.pruners import Pruner, Selection, VisualTokens
 from gripvlm.scorer import Scorer, coordinates
-from gripvlm.tasks import Sample, Task
+from gripvlm.tasks import Sample, Task, TaskError
+from gripvlm.train.data import picture_of
 
 __all__ = ["Batch", "Engine", "Rollout", "ScorerInputs"]
 
@@ -56,7 +57,7 @@ class Batch:
 
     Attributes:
         tasks, samples: [B].
-        answers: [B] token ids, the model's own end token last.
+        answers: [B] token ids, the end token last (unless the model's own answer was cut off).
         prompts: inputs of the questions alone, left-padded, for decoding.
         inputs: inputs of question and answer, left-padded, with labels [B, L] on the answers.
         encoded: the images.
@@ -175,7 +176,7 @@ class Engine:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
         ends = getattr(model.generation_config, "eos_token_id", None)
-        self.end = ends[0] if isinstance(ends, (list, tuple)) else ends
+        self.ends: list[int] = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
 
     # --- inputs -----------------------------------------------------------------------------------------------
 
@@ -190,18 +191,22 @@ class Engine:
 
         Raises:
             TrainError: with the sample's id: an answer without tokens.
-            TaskError: a picture that cannot be read.
+            TaskError: with the sample's id: a picture that cannot be read.
         """
         tasks, samples = [task for task, _ in questions], [sample for _, sample in questions]
         pictures: dict[str, tuple[int, Image.Image]] = {}
         first: list[int] = []
-        for i, sample in enumerate(samples):
-            name = sample.image_id or sample.id
-            if name not in pictures:
+        names = [picture_of(task, sample) for task, sample in questions]
+        for i, (name, sample) in enumerate(zip(names, samples, strict=True)):
+            if name in pictures:
+                continue
+            try:
                 pictures[name] = (len(first), sample.image)
-                first.append(i)
-        index = [pictures[sample.image_id or sample.id][0] for sample in samples]
-        images = [pictures[sample.image_id or sample.id][1] for sample in samples]
+            except TaskError as error:
+                raise TaskError(f"sample {sample.id!r}: {error}") from error
+            first.append(i)
+        index = [pictures[name][0] for name in names]
+        images = [pictures[name][1] for name in names]
         texts = [task.prompt(sample) for task, sample in questions]
         once = make_inputs(self.model, self.processor, [texts[i] for i in first], [images[i] for i in first])
         encoded = encode(self.model, once).take(index)
@@ -218,17 +223,19 @@ class Engine:
     ) -> list[list[int]]:
         """[B] token ids to force."""
         answers = [self.tokenizer(sample.answer, add_special_tokens=False)["input_ids"] for sample in samples]
-        if own or not all(sample.answer for sample in samples):
+        lacking = [own or not sample.answer for sample in samples]
+        if empty := [s.id for s, answer, no in zip(samples, answers, lacking, strict=True) if not (answer or no)]:
+            raise TrainError(f"the answer of sample {empty[0]!r} tokenises to nothing: mend it, or leave the line out")
+        answers = [answer + self.ends[:1] for answer in answers]
+        if any(lacking):
             arguments = prune_inputs(self.model, prompts, "keep_all", encoded=encoded)
             length = prompts["input_ids"].shape[1]
             said = self.model.generate(**arguments, max_new_tokens=self.answer_tokens, do_sample=False)[:, length:]
-            for i, (sample, row) in enumerate(zip(samples, said.tolist(), strict=True)):
-                if own or not sample.answer:
-                    ends = [j for j, token in enumerate(row) if token == self.end]
-                    answers[i] = row[: ends[0] if ends else None]
-        elif empty := [sample.id for sample, answer in zip(samples, answers, strict=True) if not answer]:
-            raise TrainError(f"the answer of sample {empty[0]!r} tokenises to nothing: mend it, or leave the line out")
-        return [answer + ([] if self.end is None else [self.end]) for answer in answers]
+            for i, row in enumerate(said.tolist()):
+                if lacking[i]:  # up to its end; one that was cut off has none
+                    ended = [j for j, token in enumerate(row) if token in self.ends]
+                    answers[i] = row[: ended[0] + 1] if ended else row
+        return answers
 
     def _with_answers(self, prompts: dict[str, Any], answers: list[list[int]]) -> dict[str, Any]:
         """Prompts and answers in one row each, padded on the left; labels on the answers."""

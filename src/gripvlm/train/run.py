@@ -23,13 +23,15 @@ from gripvlm.train.processes import Processes
 from gripvlm.train.relaxed import Relaxed
 from gripvlm.train.rewards import get_reward, log_prob
 from gripvlm.train.rollout import Engine
+from gripvlm.train.teachers import make_teacher
 from gripvlm.train.validation import Validator
 from gripvlm.train.warmup import WarmUp
 
 __all__ = ["train"]
 
 # What may differ between a run and its continuation.
-_FREE = {"out", "save_minutes", "val_every", "max_minutes", "log_with", "device", "rows", "patience"}
+_FREE = {"out", "save_minutes", "val_every", "max_minutes", "log_with", "device", "rows", "patience", "on_bad"}
+_CONFIG = "config.toml"
 
 
 def train(
@@ -59,7 +61,9 @@ def train(
         Interrupted: Ctrl-C; a checkpoint is written.
     """
     folder = Path(config.out).expanduser()
-    _claim(config, folder)
+    reward, keeps = get_reward(config.reward), _keeps(config.val_keeps)
+    make_teacher(config.teacher)
+    _check_folder(config, folder)
     questions = load_questions(data if data is not None else config.data)
     if validation is not None or config.val_data:
         held = load_questions(validation if validation is not None else config.val_data)
@@ -69,13 +73,15 @@ def train(
     engine = Engine(model, processor, rows=config.rows, bf16=config.bf16)
     torch.manual_seed(config.seed)
     scorer, done = _start(config, folder, model)
-    keeps = _keeps(config.val_keeps)
     every = max(1, len(held) // config.val_questions)
     held = held[::every][: config.val_questions]
+    processes.wait()
+    if processes.rank == 0:
+        _claim(config, folder)
     for name in _stages(config, done):
         stage = _stage(name, config, scorer, engine)
-        reward = get_reward(config.reward) if name == "grpo" else log_prob
-        validator = Validator(engine, held, keeps, reward, config.own_answers, config.on_bad == "skip")
+        judge = reward if name == "grpo" else log_prob
+        validator = Validator(engine, held, keeps, judge, config.own_answers, config.on_bad == "skip")
         stream = Questions(questions, config.images, config.questions, config.seed)
         scorer = Loop(stage, stream, validator, folder, processes, quiet).run()
         scorer.notes = {"stage": name, "steps": stage.steps, "config": config.to_dict()}
@@ -121,19 +127,23 @@ def _start(config: TrainConfig, folder: Path, model: Any) -> tuple[Scorer, str]:
     return Scorer(sizes, base).to(device), ""
 
 
+def _check_folder(config: TrainConfig, folder: Path) -> None:
+    """Refuses the folder of another run."""
+    file = folder / _CONFIG
+    if not file.exists():
+        return
+    before, now = TrainConfig(**read_toml(file)).to_dict(), config.to_dict()
+    if config.stage != before["stage"] and before["stage"] == "warmup":
+        return  # the next stage of the same folder
+    if unlike := [name for name in now if name not in _FREE and before[name] != now[name]]:
+        told = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in unlike[:4])
+        raise TrainError(f"{folder} holds another run ({told}): type another --out, or those settings")
+
+
 def _claim(config: TrainConfig, folder: Path) -> None:
-    """Makes the run's folder, or checks that it is this run's."""
+    """Makes the run's folder and writes down what runs there."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "config.toml"
-    if file.exists():
-        before, now = read_toml(file), config.to_dict()
-        unlike = [name for name in now if name not in _FREE and before.get(name) != now[name]]
-        if config.stage != before.get("stage") and before.get("stage") == "warmup":
-            unlike = []  # the next stage of the same folder
-        if unlike:
-            told = ", ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in unlike[:4])
-            raise TrainError(f"{folder} holds another run ({told}): type another --out, or those settings")
-    write_toml(config, file)
+    write_toml(config, folder / _CONFIG)
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
 
 

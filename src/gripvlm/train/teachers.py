@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gripvlm.errors import TrainError
 from gripvlm.models.attention import watch_attention
-from gripvlm.pruners import get_pruner
+from gripvlm.pruners import Pruner, get_pruner
 from gripvlm.train.data import generator
 from gripvlm.train.masking import masked_forward
 from gripvlm.train.rollout import Batch, Engine
@@ -47,7 +47,10 @@ def make_teacher(name: str, layers: Sequence[int] = (), tries: int = 16) -> Teac
         return _BestOfN(tries)
     kind, _, rest = name.partition(":")
     if kind == "pruner" and rest:
-        return _Imitate(rest)
+        pruner = get_pruner(rest)
+        if pruner.stage != "input" or not pruner.needs <= {"features", "grid", "question", "key"}:
+            raise TrainError(f"{name!r} looks inside the model, which this teacher cannot: type another pruner")
+        return _Imitate(pruner)
     raise TrainError(f"unknown teacher {name!r}: type one of {', '.join(TEACHERS)}")
 
 
@@ -138,18 +141,17 @@ class _BestOfN:
 class _Imitate:
     """Any pruner's set, each of its tokens alike."""
 
-    spec: str
+    pruner: Pruner
 
     @torch.no_grad()
     def __call__(self, engine: Engine, batch: Batch, kept: Tensor, random: torch.Generator) -> list[Tensor]:
         from dataclasses import replace
 
-        pruner = get_pruner(self.spec)
         images = [tokens for mine in batch.tokens for tokens in mine]
         out = []
         for tokens, k in zip(images, kept.tolist(), strict=True):
             look = torch.zeros(tokens.n, device=tokens.features.device)
-            look[pruner.select(replace(tokens, keep=k)).indices] = 1 / k
+            look[self.pruner.select(replace(tokens, keep=k)).indices] = 1 / k
             out.append(look)
         return out
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gripvlm.budget import Budget
 from gripvlm.errors import TrainError
 from gripvlm.scorer import Scorer
 from gripvlm.tasks import Sample, Task, TaskError
@@ -55,7 +56,7 @@ class Validator:
             count += len(batch)
             seen = batch.for_scorer(scorer.config.question)
             for keep in self.keeps:
-                kept = (seen.sizes * keep).round().long().clamp(min=1)
+                kept = torch.tensor([Budget(keep).count(n) for n in seen.sizes.tolist()], device=seen.sizes.device)
                 subsets = greedy_subsets(seen.score(scorer, kept), kept)
                 rows: list[list[Tensor]] = [[] for _ in range(len(batch))]
                 for sample, subset in zip(seen.owner.tolist(), subsets, strict=True):

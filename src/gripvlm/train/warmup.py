@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from gripvlm.errors import TrainError
 from gripvlm.scorer import Scorer
 from gripvlm.train.budgets import draw_keeps
 from gripvlm.train.config import TrainConfig
@@ -29,8 +30,7 @@ class WarmUp(Stage):
 
     def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
         super().__init__(config, scorer, engine, config.warmup_steps, config.warmup_learning_rate)
-        layers = [int(part) for part in config.teacher_layers.split(",") if part.strip()]
-        self.teacher = make_teacher(config.teacher, layers, config.num_generations)
+        self.teacher = make_teacher(config.teacher, _layers(config.teacher_layers, engine), config.num_generations)
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
         seen = batch.for_scorer(self.scorer.config.question)
@@ -41,3 +41,13 @@ class WarmUp(Stage):
         entropy = -(wanted * wanted.clamp(min=1e-12).log()).sum(-1)
         kl = -(wanted * log_probs).sum(-1) - entropy
         yield kl.mean(), {"kl_teacher": float(kl.detach().mean())}
+
+
+def _layers(text: str, engine: Engine) -> list[int]:
+    """Layer numbers as typed, each one that the language model has."""
+    count = engine.model.config.get_text_config().num_hidden_layers
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    layers = [int(part) for part in parts if part.lstrip("-").isdecimal()]
+    if len(layers) < len(parts) or not all(-count <= layer < count for layer in layers):
+        raise TrainError(f"teacher_layers = {text!r}: type numbers from 0 to {count - 1}, such as {count - 1}")
+    return layers

@@ -1,0 +1,51 @@
+"""results/grip.json: the shipped scorers, further ones and the other pruners on the lab's whole test sample.
+
+    python runs/grip_study.py [ARM=FOLDER ...]
+
+An arm is a scorer's folder with a name for the table, such as warmup=.lab/grip/question/warmup.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from gripvlm import lab
+from gripvlm.cli.loading import quiet
+from gripvlm.evaluate import command_line, evaluate
+from gripvlm.pruners import register_pruner
+from gripvlm.pruners.grip import Grip
+
+KEEPS = (0.5, 0.25, 0.125, 0.06, 0.03, 0.015)
+OTHERS = ("oracle", "random", "grid", "norm", "divprune")
+
+
+def main() -> None:
+    quiet()
+    model, processor = lab.load()
+    arms = ["grip", "grip:scorer=lab-blind"]
+    for text in sys.argv[1:]:
+        name, _, folder = text.partition("=")
+        register_pruner(name, partial(Grip, folder))
+        arms.append(name)
+    others = os.environ.get("OTHERS", ",".join(OTHERS)).split(",")
+    evaluate(
+        model,
+        processor,
+        "lab",
+        [*others, *arms],
+        KEEPS,
+        limit=int(os.environ.get("LIMIT", "100000")),
+        batch_size=16,
+        out=Path(__file__).parent.parent / "results" / "grip.json",
+        overwrite=bool(os.environ.get("OVERWRITE")),
+        model_name="lab",
+        command=command_line(),
+        progress=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

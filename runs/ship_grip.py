@@ -1,0 +1,18 @@
+"""Puts trained scorers for the lab VLM into the package, in half precision: question/ and blind/ of a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from gripvlm.pruners.grip import SHIPPED
+from gripvlm.scorer import Scorer
+
+source = Path(sys.argv[1])
+for name in ("question", "blind"):
+    scorer = Scorer.from_pretrained(source / name)
+    scorer.notes["config"] = {k: v for k, v in scorer.notes["config"].items() if k not in ("data", "val_data", "out")}
+    scorer.save_pretrained(SHIPPED / name, dtype=torch.float16)
+    print(f"{SHIPPED / name}: {scorer.parameters_count / 1e6:.2f} M parameters")
