@@ -6,7 +6,7 @@ Tensors only: nothing in this folder knows transformers or any model family.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -168,6 +168,10 @@ class Pruner(ABC):
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
         """Exactly `tokens.keep` rows of `tokens`. The caller checks the result, for all pruners."""
+
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        """`select` for all images of a batch; override it where they are faster together."""
+        return [self.select(tokens) for tokens in images]
 
 
 class ScorePruner(Pruner):
