@@ -16,6 +16,18 @@ mkdir -p "$WORK"
 [ -d "$WORK/val" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/val" --split val --pictures 150
 DATA=(--data "$WORK/train/questions.jsonl" --val-data "$WORK/val/questions.jsonl" --bf16)
 
-"$PYTHON" -m gripvlm train "${DATA[@]}" --config runs/grip-question.toml --out "$WORK/question"
-"$PYTHON" -m gripvlm train "${DATA[@]}" --config runs/grip-blind.toml --out "$WORK/blind"
+GRPO=(--reward probability --scale-rewards batch --keep-high 0.25 --val-questions 512 --val-keeps 0.125,0.06,0.03,0.015)
+
+"$PYTHON" -m gripvlm train warmup "${DATA[@]}" --teacher gradient --warmup-steps 500 --val-every 125 \
+  --out "$WORK/warmup"
+"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" --start "$WORK/warmup" --steps 800 --learning-rate 3e-4 \
+  --out "$WORK/first"
+"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" --start "$WORK/first" --steps 800 --learning-rate 4e-4 \
+  --seed 1 --out "$WORK/question"
+
+"$PYTHON" -m gripvlm train warmup "${DATA[@]}" --no-question --teacher gradient --warmup-steps 400 \
+  --out "$WORK/warmup-blind"
+"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" --no-question --start "$WORK/warmup-blind" --steps 600 \
+  --learning-rate 3e-4 --out "$WORK/blind"
+
 "$PYTHON" runs/ship_grip.py "$WORK"

@@ -90,7 +90,10 @@ def pruned(
             for pair in zip(batch, schedules, strict=True)
         ]
     gathered = device_time(model.device)
-    raw = [[pruner.select(tokens) for tokens in sample] for sample in at_input]
+    flat = [tokens for sample in at_input for tokens in sample]
+    together = getattr(pruner, "select_batch", None)  # an object of the caller's own may do without
+    found = iter(together(flat) if together is not None else [pruner.select(tokens) for tokens in flat])
+    raw = [[next(found) for _ in sample] for sample in at_input]
     chosen = device_time(model.device)
     selections = [
         [_checked(pruner, *pair) for pair in zip(mine, sample, strict=True)]

@@ -178,6 +178,10 @@ class Pruner(ABC):
         """
         return [tokens.keep for tokens in sample]
 
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        """`select` for all images of a batch; override it where they are faster together."""
+        return [self.select(tokens) for tokens in images]
+
 
 class ScorePruner(Pruner):
     """A pruner that ranks: implement `score`, and the k highest are kept."""

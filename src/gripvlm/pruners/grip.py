@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,13 +11,62 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import PrunerError
-from gripvlm.pruners.base import ScorePruner, VisualTokens
+from gripvlm.pruners.base import ScorePruner, Selection, VisualTokens, top_k
 from gripvlm.scorer import Scorer, coordinates
 
-__all__ = ["SHIPPED", "Grip"]
+__all__ = ["SHIPPED", "Grip", "ScorerInputs"]
 
 SHIPPED = Path(__file__).parents[1] / "lab" / "data" / "grip"
 """Scorers for the lab VLM that come with the package, one folder each: `question` and `blind`."""
+
+TOGETHER = 32
+"""Images in one run of the scorer."""
+
+
+@dataclass(eq=False)
+class ScorerInputs:
+    """All images of a batch, padded for the scorer: I images of at most n tokens, questions of at most t."""
+
+    features: Tensor  # [I, n, d]
+    places: Tensor  # [I, n, 2]
+    valid: Tensor  # [I, n]
+    question: Tensor | None  # [I, t, d]
+    asked: Tensor | None  # [I, t]
+    owner: Tensor  # [I] the sample each image belongs to
+    sizes: Tensor  # [I] tokens of each image
+
+    def hidden(self, scorer: Scorer, kept: Tensor) -> Tensor:
+        """[I, n, width] the scorer's hidden states when `kept` [I] tokens will be left."""
+        return scorer.hidden(self.features, self.places, kept / self.sizes, self.valid, self.question, self.asked)
+
+    def score(self, scorer: Scorer, kept: Tensor) -> Tensor:
+        """[I, n] logits when `kept` [I] tokens will be left."""
+        logits: Tensor = scorer(self.features, self.places, kept / self.sizes, self.valid, self.question, self.asked)
+        return logits
+
+    @classmethod
+    def of(cls, images: Sequence[VisualTokens], question: bool, owner: Sequence[int] | None = None) -> ScorerInputs:
+        """Pads the images; `owner` says which sample each belongs to (by default its own)."""
+        device = images[0].features.device
+        pad = torch.nn.utils.rnn.pad_sequence
+        features = pad([tokens.features.detach() for tokens in images], batch_first=True)
+        places = pad([coordinates(tokens.n, tokens.grid, device) for tokens in images], batch_first=True)
+        sizes = torch.tensor([tokens.n for tokens in images])
+        words, asked = None, None
+        if question:
+            texts = [features.new_zeros(0, features.shape[-1]) if t.question is None else t.question for t in images]
+            words = pad([text.detach() for text in texts], batch_first=True).float()
+            lengths = torch.tensor([len(text) for text in texts])
+            asked = (torch.arange(words.shape[1]) < lengths[:, None]).to(device)
+        return cls(
+            features.float(),
+            places,
+            (torch.arange(features.shape[1]) < sizes[:, None]).to(device),
+            words,
+            asked,
+            torch.tensor(list(range(len(images)) if owner is None else owner), device=device),
+            sizes.to(device),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +120,20 @@ class Grip(ScorePruner):
         self._scorer.base.check(model)
         self._scorer.to(model.device)
 
-    @torch.no_grad()
     def score(self, tokens: VisualTokens) -> Tensor:
-        dtype = next(self._scorer.parameters()).dtype
-        question = tokens.question
-        return self._scorer(
-            tokens.features[None].to(dtype),
-            coordinates(tokens.n, tokens.grid, tokens.features.device)[None].to(dtype),
-            torch.tensor([tokens.keep / tokens.n], device=tokens.features.device),
-            question=None if question is None else question[None].to(dtype),
-        )[0]
+        return self._scores([tokens])[0]
+
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        found = []
+        for start in range(0, len(images), TOGETHER):
+            part = images[start : start + TOGETHER]
+            for tokens, scores in zip(part, self._scores(part), strict=True):
+                found.append(Selection(top_k(scores, tokens.keep), tokens.n, scores))
+        return found
+
+    @torch.no_grad()
+    def _scores(self, images: Sequence[VisualTokens]) -> list[Tensor]:
+        """A [n] of logits for each image, from one run of the scorer."""
+        seen = ScorerInputs.of(images, self._scorer.config.question)
+        kept = torch.tensor([tokens.keep for tokens in images], device=seen.sizes.device)
+        return [row[: tokens.n] for row, tokens in zip(seen.score(self._scorer, kept), images, strict=True)]

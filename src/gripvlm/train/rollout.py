@@ -20,35 +20,14 @@ from gripvlm.evaluate import make_inputs, question_ids
 from gripvlm.models.encoded import Encoded
 from gripvlm.prune import encode, prune_inputs, visual_tokens
 from gripvlm.pruners import Pruner, Selection, VisualTokens
-from gripvlm.scorer import Scorer, coordinates
+from gripvlm.pruners.grip import ScorerInputs
 from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.train.data import picture_of
 
-__all__ = ["Batch", "Engine", "Rollout", "ScorerInputs"]
+__all__ = ["Batch", "Engine", "Rollout"]
 
 Kept = Sequence[Sequence[Tensor]]
 """[rows] lists over the row's images of kept indices [k], ascending."""
-
-
-@dataclass(eq=False)
-class ScorerInputs:
-    """All images of a batch, padded for the scorer: I images of at most n tokens, questions of at most t."""
-
-    features: Tensor  # [I, n, d]
-    places: Tensor  # [I, n, 2]
-    valid: Tensor  # [I, n]
-    question: Tensor | None  # [I, t, d]
-    asked: Tensor | None  # [I, t]
-    owner: Tensor  # [I] the sample each image belongs to
-    sizes: Tensor  # [I] tokens of each image
-
-    def hidden(self, scorer: Scorer, kept: Tensor) -> Tensor:
-        """[I, n, width] the scorer's hidden states when `kept` [I] tokens will be left."""
-        return scorer.hidden(self.features, self.places, kept / self.sizes, self.valid, self.question, self.asked)
-
-    def score(self, scorer: Scorer, kept: Tensor) -> Tensor:
-        """[I, n] logits when `kept` [I] tokens will be left."""
-        return scorer.judge(self.hidden(scorer, kept), self.valid)
 
 
 @dataclass(eq=False)
@@ -83,29 +62,8 @@ class Batch:
 
     def for_scorer(self, question: bool) -> ScorerInputs:
         """Everything the scorer reads, padded."""
-        images = [(i, tokens) for i, mine in enumerate(self.tokens) for tokens in mine]
-        sizes = torch.tensor([tokens.n for _, tokens in images])
-        pad = torch.nn.utils.rnn.pad_sequence
-        features = pad([tokens.features.detach() for _, tokens in images], batch_first=True)
-        device = features.device
-        places = pad([coordinates(t.n, t.grid, device) for _, t in images], batch_first=True)
-        valid = torch.arange(features.shape[1]) < sizes[:, None]
-        words, asked = None, None
-        if question:
-            texts = [tokens.question for _, tokens in images]
-            words = pad([text.detach() for text in texts if text is not None], batch_first=True)
-            lengths = torch.tensor([0 if text is None else len(text) for text in texts])
-            asked = (torch.arange(words.shape[1]) < lengths[:, None]).to(device)
-        owner = torch.tensor([i for i, _ in images])
-        return ScorerInputs(
-            features.float(),
-            places,
-            valid.to(device),
-            None if words is None else words.float(),
-            asked,
-            owner.to(device),
-            sizes.to(device),
-        )
+        images = [tokens for mine in self.tokens for tokens in mine]
+        return ScorerInputs.of(images, question, [i for i, mine in enumerate(self.tokens) for _ in mine])
 
 
 @dataclass(eq=False)
