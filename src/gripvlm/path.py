@@ -161,4 +161,19 @@ def gather(
             batch[sample].append(
                 VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states)
             )
-    return spans, batch
+    return spans, [_allotted(pruner, mine) for mine in batch]
+
+
+def _allotted(pruner: Pruner, images: list[VisualTokens]) -> list[VisualTokens]:
+    """A sample's images with the budgets that the pruner moves between them; their sum is what was asked."""
+    if not images or not hasattr(pruner, "allot"):  # an object of the caller's own may do without
+        return images
+    counts = list(pruner.allot(images))
+    asked = [tokens.keep for tokens in images]
+    fits = len(counts) == len(images) and all(1 <= k <= tokens.n for k, tokens in zip(counts, images, strict=True))
+    if not fits or sum(counts) != sum(asked):
+        raise PrunerError(
+            f"pruner {pruner.name!r} allots {counts} to the {len(images)} images of sample {images[0].sample}: allowed "
+            f"are counts from 1 to {[tokens.n for tokens in images]} with the sum of the budgets {asked}"
+        )
+    return [replace(tokens, keep=k) for tokens, k in zip(images, counts, strict=True)]

@@ -23,8 +23,8 @@ from gripvlm.tasks import Sample, Task, get_tasks
 __all__ = ["run"]
 
 KEEP = 0.1
-COMPARED = ("oracle", "random", "grid", "norm", "pool", "divprune")
-SHOWN = ("divprune", "oracle")
+COMPARED = ("oracle", "grip", "random", "grid", "norm", "divprune")
+SHOWN = ("grip", "divprune")
 PICTURES, EACH = 3, 2
 
 
