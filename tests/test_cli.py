@@ -98,8 +98,8 @@ def test_quickstart_shows_answers_tables_and_pictures(capsys):
     assert main(["quickstart", "--limit", "2", "--out", "shown"]) == 0
     text = capsys.readouterr().out
     assert "all 256 tokens" in text
-    assert "26 tokens, divprune" in text
-    for name in ("full", "oracle", "random", "grid", "norm", "pool", "divprune"):
+    assert "26 tokens, grip" in text
+    for name in ("full", "oracle", "random", "grid", "norm", "grip", "divprune"):
         assert re.search(rf"^ *{name} +\d+ \(\d+%\)", text, re.MULTILINE)
     assert "gripvlm.prune(model, 'divprune', keep=64)" in text
     for line in text.splitlines():
