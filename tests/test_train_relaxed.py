@@ -81,9 +81,13 @@ def test_the_gradient_teacher_points_at_what_the_answer_hangs_on(engine, batch):
         one = torch.zeros(16)
         one[token] = -1e-2
         costs.append(-masked_forward(engine, batch, [one] * 4).sum(-1) / lengths)
-    costs = torch.stack(costs, -1)
-    for look, cost in zip(looks, costs, strict=True):
-        assert int(look.argmax()) == int(cost.argmax())
+    before = -masked_forward(engine, batch, [torch.zeros(16)] * 4).sum(-1) / lengths
+    loses = (torch.stack(costs, -1) - before[:, None]).clamp(min=0)
+    assert (loses > 1e-4).any(-1).sum() >= 2
+    for look, lost in zip(looks, loses, strict=True):
+        if float(lost.max()) > 1e-4:
+            assert int(look.argmax()) == int(lost.argmax())
+            assert torch.allclose(look, lost / lost.sum(), atol=0.05)
 
 
 def test_models_whose_masks_are_not_plain_are_refused(engine, batch, monkeypatch):
@@ -155,10 +159,10 @@ def test_straight_through_has_the_soft_gradient():
 def test_the_perturbed_mask_sums_to_k_and_its_gradient_is_that_of_the_smoothed_objective():
     scores, k, sigma = torch.randn(1, 6, generator=drawn(5)), torch.tensor([2]), 0.5
     weight = torch.tensor([[1.0, -2.0, 0.5, 3.0, 0.0, -1.0]])
-    noise = torch.randn(200_000, 1, 6, generator=drawn(3))
+    noise = torch.randn(100_000, 1, 6, generator=drawn(3))
     leaf = scores.clone().requires_grad_()
     mask = perturbed_top_k(leaf, k, sigma, noise)
-    assert float(mask.sum()) == pytest.approx(2, abs=1e-3)
+    assert float(mask.detach().sum()) == pytest.approx(2, abs=1e-3)
     (mask * weight).sum().backward()
     for i in range(6):
         step = torch.zeros(1, 6)
@@ -272,7 +276,5 @@ def test_rewards_of_ones_own(rollout):
     assert (values.dtype, values.tolist()) == (torch.float32, [1, 0, 1, 1])
     assert not checked(lambda r: r.log_probs.sum(-1).requires_grad_(), rollout).requires_grad
     for name in ("nonsense", "no.such.module:f", "math:nothing", "math:pi", "a"):
-        with pytest.raises(
-            TrainError, match=r"no reward|unknown reward .* log_prob, agreement, exact_match, task_score"
-        ):
+        with pytest.raises(TrainError, match=r"no reward|unknown reward .* agreement, exact_match"):
             get_reward(name)

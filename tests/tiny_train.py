@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +91,12 @@ ASKED = (("is there a cat?", "yes"), ("what is written next to the dog?", "ab"),
 
 def asked(pictures: int = 4, each: int = 2, name: str = "asked") -> Asked:
     """`each` questions about each of some pictures."""
-    samples = [
-        Sample(
-            f"{p}-{q}",
-            lambda p=p: picture(p),
-            *ASKED[(p + q) % 3],
-            image_id=f"{p}.png",
-            evidence=(p % 16, (p + 5) % 16),
-        )
-        for p in range(pictures)
-        for q in range(each)
-    ]
+    samples = []
+    for p in range(pictures):
+        marks = (p % 16, (p + 5) % 16)
+        for q in range(each):
+            made = partial(picture, p)
+            samples.append(Sample(f"{p}-{q}", made, *ASKED[(p + q) % 3], image_id=f"{p}.png", evidence=marks))
     return Asked(samples, name)
 
 
