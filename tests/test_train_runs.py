@@ -318,11 +318,10 @@ def test_mistakes_are_one_paragraph(tiny_lab_here, capsys, flags, said):
 def test_flags_win_over_the_file_and_ctrl_c_says_what_is_kept(tiny_lab_here, capsys, monkeypatch):
     Path("c.toml").write_text('steps = 3\nwarmup_steps = 2\nout = "elsewhere"\nimages = 2\nnum_generations = 4\n')
     flags = [*tiny_lab_here, "--config", "c.toml", "--steps", "2", "--val-keeps", "0.5", "--no-question"]
-    stopping(monkeypatch, 1)
-    assert main(flags) == 130
+    with monkeypatch.context() as patch:
+        stopping(patch, 1)
+        assert main(flags) == 130
     assert "Stopped at step 1 of 2 (grpo). The same command goes on from" in " ".join(capsys.readouterr().err.split())
-    monkeypatch.undo()
-    monkeypatch.setattr(lab, "load", tiny_vlm)
     assert main(flags) == 0
     assert "grip:scorer=elsewhere" in "".join(capsys.readouterr().out.split("\n"))
     written = read_toml("elsewhere/config.toml")
