@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = error.format_message()  # type: ignore[attr-defined]
         end = "" if message.endswith((".", "!", "?")) else "."
         return _complain(f"{message}{end} Type `{command} --help` to see what it takes.", debug)
-    except (KeyboardInterrupt, typer.Abort) as stop:  # click makes an Abort of a KeyboardInterrupt
-        return _complain(str(stop) or str(stop.__cause__ or "") or "Stopped.", debug=False, code=130)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("Stopped.", debug=False, code=130)
     except OSError as error:
         about = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         return _complain(about or type(error).__name__, debug)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -24,7 +26,7 @@ def train_command(**given: Any) -> None:
     """
     from gripvlm.cli.commands import console
     from gripvlm.cli.loading import load_model, quiet
-    from gripvlm.train import TrainConfig, read_toml, train
+    from gripvlm.train import Interrupted, TrainConfig, read_toml, train
     from gripvlm.train.processes import launched_device
 
     file: Path | None = given.pop("config")
@@ -38,7 +40,11 @@ def train_command(**given: Any) -> None:
         raise GripError("no training data: type --data questions.jsonl (or a task's name)")
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)
-    grip = train(config, model, processor, quiet=False)
+    try:
+        grip = train(config, model, processor, quiet=False)
+    except Interrupted as stop:
+        print(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+        raise typer.Exit(130) from None
     screen = console()
     screen.print(f"trained: {grip.scorer}")
     screen.print(f"try it:  gripvlm eval --model {config.model} --pruners grip:scorer={grip.scorer},random --keep 10%")

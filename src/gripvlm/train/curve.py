@@ -31,7 +31,7 @@ def draw_curve(metrics: Path, target: Path) -> Path | None:
                 [line["step"] for line in judged], [100 * line["val"][name] for line in judged], label=f"{keep:g} %"
             )
         axes[0][column].set(title=f"{stage}: validation, hard top-k", ylabel="answers right (%)", ylim=(0, 100))
-        if judged:
+        if axes[0][column].lines:
             axes[0][column].legend(title="tokens kept", fontsize=8)
         key = "reward" if any("reward" in line for line in mine) else "loss"
         seen = [(line["step"], line[key]) for line in mine if key in line]

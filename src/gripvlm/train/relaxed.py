@@ -74,7 +74,7 @@ def straight_through_top_k(scores: Tensor, k: Tensor, tau: float, noise: Tensor)
 class _Perturbed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, k: Tensor, sigma: float, noise: Tensor) -> Tensor:
-        hard = torch.stack([_hard(scores + sigma * one, k) for one in noise])
+        hard = _hard(scores + sigma * noise, k)
         ctx.save_for_backward(hard, noise)
         ctx.sigma = sigma
         return hard.mean(0)
@@ -99,7 +99,7 @@ def perturbed_top_k(scores: Tensor, k: Tensor, sigma: float, noise: Tensor) -> T
 
 
 def _hard(scores: Tensor, k: Tensor) -> Tensor:
-    """[B, n] 1.0 at the k [B] largest."""
+    """[..., B, n] 1.0 at the k [B] largest."""
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     return (rank < k[:, None]).to(scores)
 

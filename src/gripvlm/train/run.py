@@ -75,11 +75,11 @@ def train(
     scorer, done = _start(config, folder, model)
     every = max(1, len(held) // config.val_questions)
     held = held[::every][: config.val_questions]
-    processes.wait()
-    if processes.rank == 0:
-        _claim(config, folder)
+    processes.wait()  # all have checked the folder
     for name in _stages(config, done):
         stage = _stage(name, config, scorer, engine)
+        if processes.rank == 0:
+            _claim(config, folder)
         judge = reward if name == "grpo" else log_prob
         validator = Validator(engine, held, keeps, judge, config.own_answers, config.on_bad == "skip")
         stream = Questions(questions, config.images, config.questions, config.seed)

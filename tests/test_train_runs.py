@@ -1,0 +1,341 @@
+"""Whole runs: killed and resumed, bad data, several processes, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gripvlm
+from gripvlm import lab
+from gripvlm.cli import main
+from gripvlm.errors import TrainError
+from gripvlm.scorer import Scorer
+from gripvlm.tasks import Sample, TaskError
+from gripvlm.train import Interrupted, TrainConfig, read_toml, train, write_toml
+from gripvlm.train.loop import Loop
+from gripvlm.train.validation import Validator
+from tiny_train import Asked, asked, tiny_config, tiny_vlm, write_jsonl
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return tiny_vlm()
+
+
+@pytest.fixture(scope="module")
+def whole(vlm, tmp_path_factory):
+    """The folder of one uninterrupted run of both stages."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(tiny_config(out=str(folder)), *vlm, asked(8))
+    return folder
+
+
+def lines(folder: Path) -> list[dict]:
+    """The metrics without clock times."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "minutes"} for line in found]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (Scorer.from_pretrained(folder).state_dict() for folder in (one, other))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stopping(monkeypatch, at: int, how=lambda: os.kill(os.getpid(), signal.SIGINT), stage: str = "grpo") -> None:
+    """Calls `how` in the middle of step `at` of a stage."""
+    before = Loop._one_step
+
+    def step(self):
+        if self.stage.name == stage and self.step == at - 1:
+            how()
+        return before(self)
+
+    monkeypatch.setattr(Loop, "_one_step", step)
+
+
+def test_a_run_leaves_everything_in_its_folder(whole):
+    names = {file.name for file in whole.iterdir()}
+    assert names >= {
+        "scorer.json",
+        "scorer.safetensors",
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "curve.png",
+    }
+    assert (whole / "curve.png").stat().st_size > 5000
+    assert [(line["stage"], line["step"]) for line in lines(whole) if "loss" in line] == [
+        *(("warmup", step) for step in (1, 2, 3)),
+        *(("grpo", step) for step in (1, 2, 3, 4, 5, 6)),
+    ]
+    judged = [(line["stage"], line["step"]) for line in lines(whole) if "val" in line]
+    assert judged == [*(("warmup", step) for step in (0, 2, 3)), *(("grpo", step) for step in (0, 2, 4, 6))]
+    grpo = [line for line in lines(whole) if line["stage"] == "grpo" and "loss" in line]
+    assert set(grpo[0]) >= {"lr", "grad_norm", "reward", "reward_std", "exact", "evidence", "zero_std", "entropy"}
+    assert TrainConfig(**read_toml(whole / "config.toml")) == tiny_config(out=str(whole))
+    assert not same_weights(whole, whole / "warmup")
+
+
+@pytest.mark.parametrize(("stage", "at"), [("grpo", 3), ("warmup", 2)])
+def test_stopped_by_ctrl_c_and_resumed_it_is_the_same_run(vlm, whole, tmp_path, monkeypatch, stage, at):
+    stopping(monkeypatch, at, stage=stage)
+    with pytest.raises(Interrupted, match=rf"Stopped at step {at} of \d \({stage}\).*goes on from"):
+        train(tiny_config(out=str(tmp_path)), *vlm, asked(8))
+    monkeypatch.undo()
+    assert (tmp_path / "warmup" / "scorer.json").exists() is (stage == "grpo")
+    train(tiny_config(out=str(tmp_path)), *vlm, asked(8))
+    assert lines(tmp_path) == lines(whole)
+    assert same_weights(tmp_path, whole)
+
+
+def test_killed_between_checkpoints_it_is_the_same_run_too(vlm, whole, tmp_path, monkeypatch):
+    """First before any checkpoint, then behind one, each time with half a line at the end."""
+
+    def die():
+        raise SystemExit
+
+    for at in (3, 5):
+        stopping(monkeypatch, at, die)
+        with pytest.raises(SystemExit):
+            train(tiny_config(out=str(tmp_path), save_minutes=1e9 if at == 3 else 1e-9), *vlm, asked(8))
+        monkeypatch.undo()
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"stage": "grpo", "st')
+    train(tiny_config(out=str(tmp_path)), *vlm, asked(8))
+    assert lines(tmp_path) == lines(whole)
+    assert same_weights(tmp_path, whole)
+
+
+def test_a_run_that_is_over_trains_no_more(vlm, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(Loop, "_one_step", None)
+    before = (whole / "metrics.jsonl").read_text()
+    grip = train(tiny_config(out=str(whole)), *vlm, asked(8))
+    assert (whole / "metrics.jsonl").read_text() == before
+    assert all(
+        torch.equal(v, grip.module.state_dict()[k]) for k, v in Scorer.from_pretrained(whole).state_dict().items()
+    )
+
+
+def test_a_second_stage_follows_in_the_folder_of_the_first(vlm, whole, tmp_path):
+    train(tiny_config(out=str(tmp_path), stage="warmup"), *vlm, asked(8))
+    assert {line["stage"] for line in lines(tmp_path)} == {"warmup"}
+    train(tiny_config(out=str(tmp_path), stage="grpo"), *vlm, asked(8))
+    assert lines(tmp_path) == lines(whole)
+    assert same_weights(tmp_path, whole)
+
+
+def test_another_run_is_kept_out_of_the_folder(vlm, whole, tmp_path):
+    with pytest.raises(TrainError, match=r"holds another run \(seed was 0, now 1\): type another --out"):
+        train(tiny_config(out=str(whole), seed=1), *vlm, asked(8))
+    train(tiny_config(out=str(tmp_path), stage="warmup"), *vlm, asked(8))
+    for wrong in ({"reward": "nonsense"}, {"val_keeps": "2"}, {"start": "/nowhere/x"}):
+        with pytest.raises(ValueError, match=r"nonsense|val_keeps|no scorer"):
+            train(tiny_config(out=str(tmp_path), stage="grpo", **wrong), *vlm, asked(8))
+    assert read_toml(tmp_path / "config.toml")["stage"] == "warmup"  # what failed at once left no trace
+
+
+def test_the_best_step_is_kept_and_patience_ends(vlm, tmp_path, monkeypatch):
+    scores, states = iter([1.0, 3.0, 2.0, 2.5, 9.0]), []
+
+    def judge(self, scorer):
+        states.append({name: value.clone() for name, value in scorer.state_dict().items()})
+        return {"objective": next(scores)}
+
+    monkeypatch.setattr(Validator, "judge", judge)
+    config = tiny_config(out=str(tmp_path), stage="grpo", steps=100, val_every=1, patience=2)
+    grip = train(config, *vlm, asked(8))
+    assert len(states) == 4
+    assert all(torch.equal(value, states[1][name]) for name, value in grip.module.state_dict().items())
+    assert not torch.equal(states[1]["score.weight"], states[3]["score.weight"])
+    assert max(line["step"] for line in lines(tmp_path)) == 3
+
+
+def test_out_of_time_the_last_step_is_judged(vlm, tmp_path, monkeypatch):
+    before = Loop._one_step
+
+    def slow(self):
+        stats = before(self)
+        self.spent += 25.0
+        return stats
+
+    monkeypatch.setattr(Loop, "_one_step", slow)
+    train(tiny_config(out=str(tmp_path), stage="grpo", steps=100, val_every=50, max_minutes=1.0), *vlm, asked(8))
+    assert [line["step"] for line in lines(tmp_path) if "val" in line] == [0, 3]
+    rates = [line["lr"] for line in lines(tmp_path) if "lr" in line]
+    assert len(rates) == 3
+
+
+def nan_at_the_third(rollout):
+    nan_at_the_third.calls += 1
+    values = rollout.log_probs.sum(-1)
+    return values * torch.nan if nan_at_the_third.calls > 12 else values
+
+
+def test_a_reward_or_a_loss_that_is_no_number_stops(vlm, tmp_path, monkeypatch):
+    nan_at_the_third.calls = 0
+    with pytest.raises(TrainError, match=r"'nan_at_the_third' is nan for sample '\d-\d'"):
+        train(tiny_config(out=str(tmp_path / "a"), reward=f"{__name__}:nan_at_the_third"), *vlm, asked(8))
+    monkeypatch.setattr("gripvlm.train.grpo.Grpo._surrogate", lambda *a: (a[5] * torch.nan, {}))
+    with pytest.raises(TrainError, match="the loss of grpo is nan at step 0: lower the rate"):
+        train(tiny_config(out=str(tmp_path / "b"), stage="grpo"), *vlm, asked(8))
+
+
+def with_bad_ones(folder: Path) -> tuple[Asked, Asked]:
+    """(training, validation) questions, each with a picture that is none and an answer of nothing."""
+    (folder / "bad.png").write_bytes(b"no picture")
+    good = asked(5)
+    bad = [Sample("corrupt", folder / "bad.png", "is there a cat?", "yes")]
+    bad.append(Sample("empty", good.samples[0].picture, "is there a cat?", " ", image_id="0.png"))
+    return Asked([*good.samples, *bad], "train"), Asked([bad[0], *asked(7).samples[-4:], bad[1]], "held")
+
+
+def test_bad_questions_stop_or_are_left_out(vlm, tmp_path):
+    data, held = with_bad_ones(tmp_path)
+    with pytest.raises((TaskError, TrainError), match=r"sample '(corrupt|empty)'"):
+        train(tiny_config(out=str(tmp_path / "r"), stage="grpo"), *vlm, data, asked(2))
+    train(tiny_config(out=str(tmp_path / "r"), stage="grpo", on_bad="skip"), *vlm, data, held)
+    left_out = [line for line in lines(tmp_path / "r") if "skipped" in line]
+    assert sorted(line["skipped"] for line in left_out) == ["corrupt", "empty"]
+    assert "not a picture" in next(line["why"] for line in left_out if line["skipped"] == "corrupt")
+    one = Asked(list(data.samples[-1:]), "one")
+    with pytest.raises(TrainError, match="not one of 1 questions can be used"):
+        train(tiny_config(out=str(tmp_path / "s"), stage="grpo", on_bad="skip"), *vlm, one, asked(2))
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch
+from gripvlm.train import train
+from tiny_train import asked, tiny_config, tiny_vlm
+torch.set_num_threads(1)
+train(tiny_config(out=sys.argv[1], accumulate=2, steps=4, stage="grpo", log_with="tensorboard"), *tiny_vlm(), asked(8))
+"""
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(vlm, tmp_path):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("tensorboard")
+    (tmp_path / "run.py").write_text(SCRIPT)
+    paths = os.pathsep.join([str(HERE), str(Path(gripvlm.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "run.py"), str(tmp_path / "two")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(tiny_config(out=str(tmp_path / "one"), accumulate=2, steps=4, stage="grpo"), *vlm, asked(8))
+    one, two = (Scorer.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    for mine, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(mine[k] == pytest.approx(theirs[k], abs=1e-4) for k in mine if k not in ("stage", "val", "loss"))
+    assert list((tmp_path / "two").rglob("events.out.tfevents*"))
+
+
+# --- settings and the command line --------------------------------------------------------------------------------
+
+
+def test_settings_survive_their_file(tmp_path):
+    odd = tiny_config(out='C:\\runs\\"a" \u00fc', learning_rate=1e-7, question=False, keep_low=0.015, reward="a:b")
+    write_toml(odd, tmp_path / "c.toml")
+    assert TrainConfig(**read_toml(tmp_path / "c.toml")) == odd
+    for text, said in (("stepz = 3", "did you mean steps"), ("steps = ", "is not TOML")):
+        (tmp_path / "c.toml").write_text(text)
+        with pytest.raises(TrainError, match=said):
+            read_toml(tmp_path / "c.toml")
+    with pytest.raises(TrainError, match="no config file"):
+        read_toml(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": "many"},
+        {"steps": 1.5},
+        {"steps": -1},
+        {"policy": "nonsense"},
+        {"num_generations": 1},
+        {"antithetic": True, "num_generations": 5},
+        {"keep_low": 0.0},
+        {"keep_low": 0.6, "keep_high": 0.5},
+        {"temperature": 0.0},
+        {"tau_end": 0.0},
+        {"learning_rate": float("nan")},
+        {"val_share": 1.0},
+        {"relaxation": "perturbed", "samples": 1},
+        {"policy": "conditional_bernoulli", "band": 4},
+        {"policy": "conditional_bernoulli", "importance_sampling_level": "token"},
+        {"credit": "value"},
+    ],
+)
+def test_settings_that_cannot_be(wrong):
+    with pytest.raises(TrainError):
+        tiny_config(**wrong)
+
+
+@pytest.fixture
+def tiny_lab_here(tmp_path, monkeypatch, vlm):
+    """`lab` is the tiny model; questions.jsonl is here."""
+    monkeypatch.setattr(lab, "load", lambda: vlm)
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path, 8)
+    return ["train", "--device", "cpu", "--data", "q.jsonl", "--width", "16", "--blocks", "1", "--val-share", "0.3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--stepz", "3"], "No such option"),
+        (["--steps", "many"], "Invalid value for '--steps'"),
+        (["sideways"], "type one of 'all', 'warmup', 'grpo', 'relaxed'"),
+        (["--data", ""], "no training data: type --data"),
+        (["--data", "nothing.jsonl"], "no file 'nothing.jsonl'"),
+        (["--reward", "nonsense"], "unknown reward 'nonsense'"),
+        (["--teacher", "nobody"], "unknown teacher 'nobody'"),
+        (["--teacher-layers", "9"], "teacher_layers = '9': type numbers from 0 to 1"),
+        (["--config", "nothing.toml"], "no config file 'nothing.toml'"),
+        (["--val-keeps", "50%"], "val_keeps = '50%'"),
+    ],
+)
+def test_mistakes_are_one_paragraph(tiny_lab_here, capsys, flags, said):
+    assert main([*tiny_lab_here, *flags]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert said in told
+    assert "Traceback" not in told
+    assert not Path("grip/config.toml").exists()
+
+
+def test_flags_win_over_the_file_and_ctrl_c_says_what_is_kept(tiny_lab_here, capsys, monkeypatch):
+    Path("c.toml").write_text('steps = 3\nwarmup_steps = 2\nout = "elsewhere"\nimages = 2\nnum_generations = 4\n')
+    flags = [*tiny_lab_here, "--config", "c.toml", "--steps", "2", "--val-keeps", "0.5", "--no-question"]
+    with monkeypatch.context() as patch:
+        stopping(patch, 1)
+        assert main(flags) == 130
+    assert "Stopped at step 1 of 2 (grpo). The same command goes on from" in " ".join(capsys.readouterr().err.split())
+    assert main(flags) == 0
+    assert "grip:scorer=elsewhere" in "".join(capsys.readouterr().out.split("\n"))
+    written = read_toml("elsewhere/config.toml")
+    assert (written["steps"], written["warmup_steps"], written["question"]) == (2, 2, False)
+    assert not Scorer.from_pretrained("elsewhere").config.question
+
+
+def test_help_lists_every_setting_without_loading_torch():
+    code = (
+        "import sys; from gripvlm.cli import main; main(['train', '--help']);"
+        "print('LOADED', [m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(gripvlm.__file__).parents[1]), "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "LOADED []" in done.stdout
+    for name in TrainConfig.__dataclass_fields__:
+        assert name == "stage" or f"--{name.replace('_', '-')}" in done.stdout, name
