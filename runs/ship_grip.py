@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,5 +15,7 @@ source = Path(sys.argv[1])
 for name in ("question", "blind"):
     scorer = Scorer.from_pretrained(source / name)
     scorer.notes["config"] = {k: v for k, v in scorer.notes["config"].items() if k not in ("data", "val_data", "out")}
+    if scorer.base is not None:
+        scorer.base = replace(scorer.base, name="gripvlm's lab model")
     scorer.save_pretrained(SHIPPED / name, dtype=torch.float16)
     print(f"{SHIPPED / name}: {scorer.parameters_count / 1e6:.2f} M parameters")

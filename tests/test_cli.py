@@ -15,6 +15,8 @@ from gripvlm import lab
 from gripvlm.cli import main
 from gripvlm.cli.commands import split_pruners
 from gripvlm.evaluate import answer, runner
+from gripvlm.pruners import grip
+from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
 from gripvlm.tasks import lab_tasks
 from tiny_lab import tiny_lab, write_sample
 
@@ -23,6 +25,9 @@ from tiny_lab import tiny_lab, write_sample
 def tiny(tmp_path, monkeypatch):
     """`lab` is the tiny untrained model with a sample of its own; the working folder is empty."""
     monkeypatch.setattr(lab, "load", tiny_lab)
+    monkeypatch.setattr(grip, "SHIPPED", tmp_path / "grip")
+    model, _ = tiny_lab()
+    Scorer(ScorerConfig(32, width=16, blocks=1), BaseModel.of(model)).save_pretrained(tmp_path / "grip" / "question")
     monkeypatch.setattr(lab_tasks, "SAMPLE", write_sample(tmp_path / "sample", pictures=3))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable is read at import
     (tmp_path / "work").mkdir()
