@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from gripvlm import lab
-from gripvlm.evaluate import command_line, environment, make_inputs
+from gripvlm.evaluate import environment, make_inputs
+from gripvlm.evaluate.environment import command_line
 from gripvlm.prune import prune_inputs
 from gripvlm.pruners.given import Given
 from gripvlm.scorer import Scorer, ScorerConfig

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from gripvlm import lab
 from gripvlm.cli.loading import quiet
-from gripvlm.evaluate import command_line, evaluate
+from gripvlm.evaluate import evaluate
+from gripvlm.evaluate.environment import command_line
 from gripvlm.pruners import register_pruner
 from gripvlm.pruners.grip import Grip
 
