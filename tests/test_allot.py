@@ -55,6 +55,6 @@ def test_split_shares_by_variety(llava):
 
 @pytest.mark.parametrize("wrong", ["sum", "zero", "length"])
 def test_a_wrong_allotment_is_refused(llava, wrong):
-    with pytest.raises(PrunerError, match="allots .* of sample"):
+    with pytest.raises(PrunerError, match=r"allots .* of sample"):
         counts(Uneven(wrong), llava)
     assert counts(Uneven(), llava)[0] == [5]  # the model is as it was
