@@ -54,26 +54,26 @@ class TrainConfig:
     keep_high: float = _f(0.5, "largest share of tokens drawn")
     # optimiser
     steps: int = _f(1000, "of GRPO or the relaxed baseline")
-    learning_rate: float = _f(5e-4, "of GRPO or the relaxed baseline; 3 % linear warm-up, then a cosine to a tenth")
+    learning_rate: float = _f(3e-4, "of GRPO or the relaxed baseline; 3 % linear warm-up, then a cosine to a tenth")
     max_grad_norm: float = _f(1.0, "gradients are clipped to this norm")
     weight_decay: float = _f(0.0, "of AdamW")
     # warm-up
     warmup_steps: int = _f(400, "of the supervised warm-up; 0 leaves it out")
     warmup_learning_rate: float = _f(1e-3, "of the supervised warm-up")
-    teacher: str = _f("attention", "attention, gradient, best_of_n or pruner:NAME")
+    teacher: str = _f("gradient", "attention, gradient, best_of_n or pruner:NAME")
     teacher_layers: str = _f("", "layers of the attention teacher, such as 2,3; by default the second half")
     # GRPO
     policy: str = _f("plackett_luce", "distribution over subsets", "plackett_luce", "conditional_bernoulli")
     num_generations: int = _f(16, "G, subsets a question")
     reward: str = _f(
-        "log_prob", "log_prob, probability, agreement (no labels), exact_match, task_score or module:function"
+        "probability", "log_prob, probability, agreement (no labels), exact_match, task_score or module:function"
     )
     own_answers: bool = _f(False, "force the unpruned model's own answers and not the data's")
     beta: float = _f(0.0, "weight of the KL divergence to the scorer that GRPO started from")
     epsilon: float = _f(0.2, "clipping of the ratio, per token of the subset")
     epsilon_high: float = _f(0.0, "upper clipping; 0 means epsilon")
     num_iterations: int = _f(1, "optimiser steps a group of rollouts; 1 is strictly on-policy")
-    scale_rewards: str = _f("group", "advantages are divided by this standard deviation", "group", "batch", "none")
+    scale_rewards: str = _f("batch", "advantages are divided by this standard deviation", "group", "batch", "none")
     loss_type: str = _f("grpo", "grpo: mean over a subset's tokens; dr_grpo: their sum", "grpo", "dr_grpo")
     importance_sampling_level: str = _f("sequence", "of the ratio", "sequence", "token")
     entropy_coef: float = _f(0.0, "weight of the policy's entropy per token")
