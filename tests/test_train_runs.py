@@ -228,9 +228,13 @@ def test_two_processes_are_one_with_twice_the_accumulation(vlm, tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     paths = os.pathsep.join([str(HERE), str(Path(gripvlm.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(tmp_path / "two")], capture_output=True, text=True, env=environment
+        [*command, str(tmp_path / "run.py"), str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     train(tiny_config(out=str(tmp_path / "one"), accumulate=2, steps=4, stage="grpo"), *vlm, asked(8))
