@@ -234,7 +234,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(vlm, tmp_path):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     train(tiny_config(out=str(tmp_path / "one"), accumulate=2, steps=4, stage="grpo"), *vlm, asked(8))
