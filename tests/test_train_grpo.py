@@ -51,8 +51,10 @@ def test_advantages_by_hand():
     whole, _ = advantages(REWARDS, "batch")
     assert torch.allclose(whole, plain / torch.tensor([-1.0, 1, 0, 0, -4, 4]).std(), atol=1e-3)
     against, seen = advantages(REWARDS, "none", torch.tensor([0.0, 0.0, 8.0]))
-    assert against.tolist() == [[1, 3], [0, 0], [-8, 0]]
-    assert seen.tolist() == useful
+    assert against.tolist() == [[1, 3], [5, 5], [-8, 0]]
+    assert seen.tolist() == [True, True, True]  # all alike, but not like the baseline
+    _, seen = advantages(REWARDS, "group", torch.tensor([0.0, 0.0, 8.0]))
+    assert seen.tolist() == useful  # no standard deviation to divide by
 
 
 # --- the gradient, by enumeration of n = 5, k = 2 -----------------------------------------------------------------

@@ -40,9 +40,10 @@ def advantages(rewards: Tensor, scale: str, baseline: Tensor | None = None) -> t
             baseline, `none` not at all (Dr. GRPO, arXiv 2503.20783).
         baseline: [B] what rewards are compared with; by default the group's mean.
     """
-    useful = rewards.amax(-1) - rewards.amin(-1) > 1e-6
     centred = rewards - (rewards.mean(-1) if baseline is None else baseline)[:, None]
+    useful = centred.abs().amax(-1) > 1e-6
     if scale == "group":
+        useful &= rewards.amax(-1) - rewards.amin(-1) > 1e-6  # nothing to divide by, whatever the baseline
         centred = centred / (rewards.std(-1, keepdim=True) + 1e-4)
     elif scale == "batch":
         centred = centred / (centred.std() + 1e-4)
