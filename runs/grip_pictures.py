@@ -59,7 +59,8 @@ def main() -> None:
                 model, processor, inputs, pruners[name], keep, max_new_tokens=12, question=ids, encoded=encoded
             )
             picture = overlay(sample.image, out.selections[0][0], cells)
-            sheet.paste(picture.resize((CELL - 4, CELL - 22), Image.Resampling.LANCZOS), (x + 2, y + 2))
+            square = picture.crop((0, 0, picture.width, picture.width))  # without its caption
+            sheet.paste(square.resize((CELL - 24, CELL - 24), Image.Resampling.LANCZOS), (x + 2, y + 2))
             right = out.predictions[0] == sample.answer
             pen.text((x + 4, y + CELL - 20), out.predictions[0], "#00703c" if right else "#b00020", small)
     target = Path(__file__).parent.parent / "docs" / "grip-tokens.png"

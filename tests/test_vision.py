@@ -12,6 +12,7 @@ from torch import Tensor
 import gripvlm
 from gripvlm.errors import InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import FAMILIES
+from gripvlm.models.attention import watch_attention
 from gripvlm.pruners import ScorePruner, VisualTokens
 from tiny_families import TINY, build, make
 
@@ -75,12 +76,12 @@ def test_rows_do_not_depend_on_the_batch_or_on_the_attention_implementation(name
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_is_traced_to_the_patches_it_is_made_of(name, monkeypatch):
     """A patch changed behind the tower's last block changes one row of features; its states must be that row's."""
-    from gripvlm.models.vision import _tower_blocks
+    from gripvlm.models.attention import blocks_of
 
     model, batch = build(name), make(TINY[name], [1], [7])
     number = getattr(model.config, "vision_feature_layer", None)
     number = number if isinstance(number, int) else -1
-    block = _tower_blocks(model.get_encoder("image"))[number]
+    block = blocks_of(model.get_encoder("image"))[number]
     with torch.no_grad():
         plain = gripvlm.encode(model, batch.inputs, [Looks()]).samples[0]
     tried, forward = set(), block.forward
@@ -177,3 +178,16 @@ def test_what_is_refused_and_what_it_says():
         gripvlm.prune_inputs(model, inputs, Looks(vision_layers=(-4,)), keep=4)
     with pytest.raises(PrunerError, match=r"names no layers: give it vision_layers"):
         gripvlm.prune_inputs(model, inputs, Looks(vision_layers=()), keep=4)
+
+
+def test_the_labs_tower_is_read_from_its_own_last_blocks():
+    """Its stem has numbered parts too, which are no blocks."""
+    from tiny_lab import tiny_lab
+
+    model, _ = tiny_lab()
+    tower = model.get_encoder("image")
+    pixels = torch.rand(1, 3, 128, 128)
+    with watch_attention(tower, [-1, 0], [0]) as seen:
+        tower(pixels)
+    assert sorted(seen) == [0, 1]
+    assert seen[1][0].shape[-1] == 257

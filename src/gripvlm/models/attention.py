@@ -12,7 +12,6 @@ its attention function, and softmax(q[rows] k^T) is computed for the asked rows 
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 
-__all__ = ["merged_rows", "watch_attention"]
+__all__ = ["blocks_of", "merged_rows", "watch_attention"]
 
 Queries: TypeAlias = Sequence[int] | str | Callable[[int], Sequence[int] | str | None]
 _NAMED = ("received", "keys")
@@ -141,17 +140,28 @@ def _window_order(tower: Any, grids: Tensor) -> Tensor:
     return get_vision_window_index(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)[0]
 
 
+def blocks_of(root: nn.Module) -> nn.ModuleList:
+    """The blocks of a tower or a language model: its longest list of modules.
+
+    Raises:
+        InputError: it has none.
+    """
+    lists = [module for module in root.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise InputError(
+            f"a {type(root).__name__} has no blocks whose attention could be read: use a pruner of features only"
+        )
+    return max(lists, key=len)
+
+
 def _chosen(root: Any, layers: Sequence[int]) -> dict[int, int]:
     """id of a module -> its layer, for all modules inside the chosen layers."""
-    inside = {}
-    for name, module in root.named_modules():
-        if number := re.search(r"(?:^|\.)(\d+)\.", name):
-            inside[id(module)] = int(number.group(1))
-    count = max(inside.values(), default=-1) + 1
+    blocks = blocks_of(root)
+    count = len(blocks)
     if wrong := [layer for layer in layers if not -count <= layer < count]:
         raise InputError(f"no layer {wrong[0]} in this {type(root).__name__}: it has {count}, from 0 to {count - 1}")
     wanted = {layer % count for layer in layers}
-    return {module: layer for module, layer in inside.items() if layer in wanted}
+    return {id(module): layer for layer in wanted for module in blocks[layer].modules()}
 
 
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from gripvlm.errors import InputError
-from gripvlm.models.attention import merged_rows, watch_attention
+from gripvlm.models.attention import blocks_of, merged_rows, watch_attention
 
 __all__ = [
     "NOTHING",
@@ -167,7 +167,7 @@ def watch_tower(model: Any, asked: Asked) -> Iterator[_Notes]:
         asked: which blocks, and whether patch states: the output of the block that features are made from.
     """
     tower = model.get_encoder("image")
-    notes = _Notes({}, {}, {}, [], len(_tower_blocks(tower)))
+    notes = _Notes({}, {}, {}, [], len(blocks_of(tower)))
     with ExitStack() as stack:
         seen: dict[str, dict[int, list[Tensor]]] = {}
         if asked.layers:
@@ -176,7 +176,7 @@ def watch_tower(model: Any, asked: Asked) -> Iterator[_Notes]:
         if asked.patches:
             number = getattr(model.config, "vision_feature_layer", None)
             number = number if isinstance(number, int) else -1
-            block = _tower_blocks(tower)[number if number < 0 else number - 1]  # states count the embeddings as 0
+            block = blocks_of(tower)[number if number < 0 else number - 1]  # states count the embeddings as 0
             hook = block.register_forward_hook(lambda block, args, output: notes.states.append(_state(output)))
             stack.callback(hook.remove)
         yield notes
@@ -190,17 +190,6 @@ def _state(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     hidden = hidden.detach()
     return (hidden if hidden.ndim == 3 else hidden[None]).transpose(1, 2)  # [b, d, L]
-
-
-def _tower_blocks(tower: nn.Module) -> nn.ModuleList:
-    """The tower's blocks: its longest list of modules."""
-    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise InputError(
-            f"the vision tower, a {type(tower).__name__}, has no blocks whose attention could be read: use a pruner "
-            "that reads features only"
-        )
-    return max(lists, key=len)
 
 
 def share_out(
