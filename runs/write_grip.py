@@ -13,6 +13,7 @@ from gripvlm.evaluate.statistics import interval
 from gripvlm.report import markdown, plot
 
 ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- grip:begin -->", "<!-- grip:end -->"
 
 
 def paired(scored: dict, a: str, b: str, keep: str) -> str:
@@ -67,6 +68,23 @@ def main() -> None:
         "",
         header(result),
     ]
+    page += [
+        "",
+        "## What is kept",
+        "",
+        "Six questions about two pictures, four budgets, four pruners (`runs/grip_pictures.py`): dimmed patches were",
+        "dropped, the answer stands below, green where it is right. The question visibly moves what Grip keeps.",
+        "",
+        "![Tokens kept for six questions](grip-tokens.png)",
+    ]
+    means = {(row["pruner"], str(row["keep"])): row["score"] for row in result["means"]}
+    short = [line(["", *(f"{100 * float(keep):g} %" for keep in keeps)]), line(["---", *["---:"] * len(keeps)])]
+    for name in ("grip", "warmup", "divprune", "norm", "grid", "random", "oracle"):
+        short.append(line([f"`{name}`", *(percent(means[name, keep]) for keep in keeps)]))
+    readme = (ROOT / "README.md").read_text()
+    before, rest = readme.split(BEGIN)
+    block = ["", f"Mean of six families, % right, by share of tokens kept; all tokens: {percent(full['score'])}.", ""]
+    (ROOT / "README.md").write_text(before + BEGIN + "\n".join([*block, *short, ""]) + END + rest.split(END)[1])
     (ROOT / "docs" / "grip-results.md").write_text("\n".join(page).rstrip() + "\n")
 
 
