@@ -51,7 +51,7 @@ def main() -> None:
             out = []
             for row in range(count):
                 sample = questions[rows[row]][1]
-                ids = processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"] + [engine.end]
+                ids = processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"] + engine.end
                 inputs = make_inputs(model, processor, [sample.question], [sample.image])
                 inputs["input_ids"] = torch.cat((inputs["input_ids"], torch.tensor([ids])), 1)
                 inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

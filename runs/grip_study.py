@@ -2,7 +2,7 @@
 
     python runs/grip_study.py [ARM=FOLDER ...]
 
-An arm is a scorer's folder with a name for the table, such as warmup=.lab/grip/question/warmup.
+An arm is a scorer's folder with a name for the table, such as warmup=.lab/grip/warmup.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Grip against everything else on the lab's test sample: results/grip.json and docs/grip.md's table.
 #
-#   bash runs/grip_table.sh [ARM=FOLDER ...]      further scorers, such as warmup=.lab/grip/question/warmup
+#   bash runs/grip_table.sh [ARM=FOLDER ...]      further scorers, such as warmup=.lab/grip/warmup
 #
 # Ctrl-C and repeat: it goes on. Its time and hardware are in results/grip.json.
 set -euo pipefail

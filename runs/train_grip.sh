@@ -4,7 +4,9 @@
 #
 #   bash runs/train_grip.sh
 #
-# Needs `pip install -e .[lab,train]`. Times and results of the shipped scorers: docs/grip.md.
+# Needs `pip install -e .[lab,train]`. The shipped scorers, 2026-11-22, one thread each: questions 8 minutes, warm-up 10,
+# GRPO 12 and 12; without the question 11 and 11. Results: docs/grip-results.md. They were made by these commands one by
+# one; the script as a whole has not been run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class BaseModel:
         model_type: of its config.
         features, vocabulary: the shape of its embedding table.
         sketch: norms of some embedding rows, evenly spaced.
+        weights: name -> (norm, first value) of some of the tower's and projector's weights.
     """
 
     name: str
@@ -81,6 +82,7 @@ class BaseModel:
     features: int
     vocabulary: int
     sketch: tuple[float, ...]
+    weights: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -90,13 +92,16 @@ class BaseModel:
         rows = torch.arange(_SKETCH, device=table.device) * (table.shape[0] - 1) // (_SKETCH - 1)
         norms = [round(float(x), 4) for x in table[rows].float().norm(dim=-1)]
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return cls(Path(name).name, model.config.model_type, table.shape[1], table.shape[0], tuple(norms))
+        return cls(
+            Path(name).name, model.config.model_type, table.shape[1], table.shape[0], tuple(norms), _visual(model)
+        )
 
     def check(self, model: Any) -> None:
         """Passes where `model` is the scorer's own, in any dtype.
 
         Raises:
-            ScorerError: another type, another width, or embeddings that are more than 2 % different.
+            ScorerError: another type, another width, or embeddings, tower or projector more than 2 % different
+                where they are compared. Weights without a float form (quantised ones) are not.
         """
         other = BaseModel.of(model)
         mine = f"this scorer was trained for {self.name} ({self.model_type}, {self.vocabulary} x {self.features})"
@@ -106,11 +111,37 @@ class BaseModel:
                 "load the scorer's own model, or train one with `gripvlm train --model ...`"
             )
         a, b = torch.tensor(self.sketch), torch.tensor(other.sketch)
-        if self.vocabulary != other.vocabulary or bool(((a - b).abs() > 0.02 * a.abs() + 1e-3).any()):
+        unlike = self.vocabulary != other.vocabulary or bool(((a - b).abs() > 0.02 * a.abs() + 1e-3).any())
+        for key in self.weights.keys() & other.weights.keys():
+            (norm, first), (norm_there, first_there) = self.weights[key], other.weights[key]
+            unlike |= abs(norm - norm_there) > 0.02 * norm + 1e-3
+            unlike |= abs(first - first_there) > 0.05 * abs(first) + 2e-3
+        if unlike:
             raise ScorerError(
                 f"{mine}, and the model is a {other.model_type} with other weights ({other.name}): its features mean "
                 "something else. Load the scorer's own model, or train one with `gripvlm train --model ...`"
             )
+
+
+def _visual(model: Any) -> dict[str, tuple[float, float]]:
+    """What `BaseModel.weights` compares: matrices outside the language model, evenly spaced by name."""
+    text = {
+        id(weight)
+        for part in (model.get_decoder(), model.get_output_embeddings())
+        if part
+        for weight in part.parameters()
+    }
+    text.add(id(model.get_input_embeddings().weight))
+    mine = sorted(
+        (name, weight)
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and weight.is_floating_point() and id(weight) not in text
+    )
+    chosen = {i * (len(mine) - 1) // (_SKETCH - 1) for i in range(_SKETCH)} if mine else set()
+    return {
+        mine[i][0]: (round(float(mine[i][1].float().norm()), 4), round(float(mine[i][1].flatten()[0]), 6))
+        for i in sorted(chosen)
+    }
 
 
 def coordinates(n: int, grid: tuple[int, int] | None, device: torch.device | None = None) -> Tensor:
@@ -275,12 +306,16 @@ class Scorer(nn.Module):
         written = about.get("format") if isinstance(about, dict) else None
         if written != FORMAT:
             raise ScorerError(f"{name} has format {written!r}, this gripvlm reads {FORMAT!r}: update it")
-        known = {field.name for field in fields(ScorerConfig)}
-        base = about.get("base")
-        scorer = cls(
-            ScorerConfig(**{k: v for k, v in about["scorer"].items() if k in known}),
-            None if base is None else BaseModel(**{**base, "sketch": tuple(base["sketch"])}),
-        )
+        try:
+            base = about.get("base")
+            if base is not None:
+                pairs = {key: (norm, first) for key, (norm, first) in base.get("weights", {}).items()}
+                base = BaseModel(**{**base, "sketch": tuple(base["sketch"]), "weights": pairs})
+            scorer = cls(ScorerConfig(**about["scorer"]), base)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ScorerError(
+                f"{folder / _CONFIG} is damaged ({type(error).__name__}: {error}): copy it anew"
+            ) from None
         try:
             scorer.load_state_dict({key: value.float() for key, value in weights.items()})
         except RuntimeError as error:

@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:  # PyTorch's own for memory that runs out
         if "out of memory" not in str(error):
             raise
-        return _complain("the device ran out of memory: type a smaller --batch, or --device cpu", debug)
+        return _complain(
+            "the device ran out of memory: type a smaller --batch (train: --rows or --images), or --device cpu", debug
+        )
     return code if isinstance(code, int) else 0
 
 

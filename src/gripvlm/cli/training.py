@@ -28,6 +28,7 @@ def train_command(**given: Any) -> None:
     from gripvlm.cli.loading import load_model, quiet
     from gripvlm.train import Interrupted, TrainConfig, read_toml, train
     from gripvlm.train.processes import launched_device
+    from gripvlm.train.run import check_settings
 
     file: Path | None = given.pop("config")
     stage: str | None = given.pop("stage")
@@ -38,6 +39,7 @@ def train_command(**given: Any) -> None:
     config = TrainConfig(**settings)
     if not config.data:
         raise GripError("no training data: type --data questions.jsonl (or a task's name)")
+    check_settings(config)
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)
     try:
@@ -47,7 +49,11 @@ def train_command(**given: Any) -> None:
         raise typer.Exit(130) from None
     screen = console()
     screen.print(f"trained: {grip.scorer}")
-    screen.print(f"try it:  gripvlm eval --model {config.model} --pruners grip:scorer={grip.scorer},random --keep 10%")
+    data = config.val_data or "held-out questions"
+    screen.print(
+        f"try it:  gripvlm eval --model {config.model} --tasks jsonl:{data.removeprefix('jsonl:')} "
+        f"--pruners grip:scorer={grip.scorer},random --keep 10%"
+    )
 
 
 def _signature() -> inspect.Signature:

@@ -8,6 +8,7 @@ Needs `pip install gripvlm[lab]`. Artwork, typefaces and backgrounds differ betw
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from gripvlm.lab import art
@@ -26,8 +27,7 @@ def main() -> None:
     if args.out.exists():
         raise SystemExit(f"{args.out} exists: name a new folder, or remove it")
     part = args.out.with_name(args.out.name + ".part")
-    if part.exists():
-        raise SystemExit(f"{part} is left of a run that was stopped: remove it")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
     count = write_questions(part, args.split, FIRST[args.split], args.pictures, "images/")
     part.rename(args.out)
     print(f"{count} questions about {args.pictures} pictures: {args.out / 'questions.jsonl'}")

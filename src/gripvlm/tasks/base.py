@@ -61,7 +61,7 @@ def open_image(path: Path) -> Image.Image:
         raise TaskError(f"no image {str(path)!r}: check the path") from None
     except IsADirectoryError:
         raise TaskError(f"{str(path)!r} is a folder: type the path of one picture in it") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise TaskError(f"{str(path)!r} is not a picture that Pillow can read: {error}") from None
 
 

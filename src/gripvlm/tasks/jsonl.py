@@ -24,7 +24,7 @@ def read_samples(file: Path, images: Path, answers: bool = True) -> list[Sample]
         TaskError: with the line's number, where a line is none of that or an id comes twice.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise TaskError(
             f"no file {str(file)!r}: type jsonl:PATH with one question a line, such as {_EXAMPLE}"
@@ -49,8 +49,8 @@ def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> 
         raise TaskError(f"{where} is not JSON ({error}): write one object a line, such as {_EXAMPLE}") from None
     if not isinstance(row, dict):
         raise TaskError(f"{where} is a {type(row).__name__}: write one object a line, such as {_EXAMPLE}")
-    if not answers:
-        row.setdefault("answer", "")
+    if not answers and row.get("answer") is None:
+        row["answer"] = ""
     for key in ("image", "question", "answer"):
         if key == "answer" and not answers and row[key] == "":
             continue
@@ -95,6 +95,13 @@ class JsonlTask(Task):
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
         samples = tuple(read_samples(self.path, self.path.parent, self.answers))
+        if (grid := self.evidence_grid) is not None:
+            for sample in samples:
+                if max(sample.evidence, default=0) >= grid[0] * grid[1]:
+                    raise TaskError(
+                        f"{str(self.path)!r}: sample {sample.id!r} marks patch {max(sample.evidence)}, but "
+                        f"evidence_grid {list(grid)} has patches 0 to {grid[0] * grid[1] - 1}"
+                    )
         if not self.answers:
             return samples  # training decides by itself what a missing picture does
         missing = [
@@ -111,8 +118,8 @@ class JsonlTask(Task):
     @cached_property
     def evidence_grid(self) -> tuple[int, int] | None:  # type: ignore[override]
         """(h, w) as the file's first line says, None where it does not."""
-        with self.path.open(encoding="utf-8") as file:
-            first = json.loads(file.readline() or "{}")
+        with self.path.open(encoding="utf-8-sig") as file:
+            first = json.loads(next((line for line in file if line.strip()), "{}"))
         grid = first.get("evidence_grid") if isinstance(first, dict) else None
         if grid is None:
             return None

@@ -106,7 +106,16 @@ class TrainConfig:
             choices = one.metadata["choices"]
             if choices and value not in choices:
                 raise TrainError(f"{one.name} = {value!r}: type one of {', '.join(map(repr, choices))}")
-        for name in ("images", "questions", "accumulate", "rows", "num_iterations", "samples", "val_every"):
+        for name in (
+            "images",
+            "questions",
+            "accumulate",
+            "rows",
+            "num_iterations",
+            "samples",
+            "val_every",
+            "val_questions",
+        ):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name} = {getattr(self, name)}: type 1 or more")
         if self.num_generations < 2:
@@ -118,8 +127,21 @@ class TrainConfig:
         for name in ("tau_start", "tau_end", "temperature", "learning_rate", "warmup_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TrainError(f"{name} = {getattr(self, name)}: type a number above 0")
-        for name in ("steps", "warmup_steps", "band", "patience", "beta", "max_minutes", "save_minutes"):
-            if not getattr(self, name) >= 0:
+        for name in (
+            "steps",
+            "warmup_steps",
+            "band",
+            "patience",
+            "beta",
+            "max_minutes",
+            "save_minutes",
+            "weight_decay",
+            "epsilon",
+            "epsilon_high",
+            "entropy_coef",
+            "seed",
+        ):
+            if not 0 <= getattr(self, name) < 2**63:
                 raise TrainError(f"{name} = {getattr(self, name)}: type 0 or more")
         if not 0 < self.val_share < 1:
             raise TrainError(f"val_share = {self.val_share}: type a share between 0 and 1")

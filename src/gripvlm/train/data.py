@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from gripvlm.errors import TrainError
-from gripvlm.tasks import JsonlTask, Sample, Task, get_tasks
+from gripvlm.tasks import JsonlTask, LabTask, Sample, Task, get_tasks
+from gripvlm.tasks.lab_tasks import SAMPLE as SHIPPED
 
 __all__ = ["Questions", "generator", "load_questions", "picture_of", "split"]
 
@@ -34,10 +35,34 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[tuple[Task, Sample
             tasks = get_tasks([part.strip() for part in data.split(",")])
     else:
         tasks = [data] if isinstance(data, Task) else data
+    if any(isinstance(task, LabTask) and task.folder == SHIPPED for task in tasks):
+        raise TrainError(
+            "the lab tasks are the test split, and training on it would make every later score worthless: make "
+            "training questions with `python -m gripvlm.lab.dataset FOLDER` and type --data FOLDER/questions.jsonl"
+        )
     questions = [(task, sample) for task in tasks for sample in task.samples]
     if not questions:
         raise TrainError("the training data has no questions: bring at least two pictures with a question each")
     return questions
+
+
+def check_pictures(questions: Sequence[tuple[Task, Sample]]) -> None:
+    """Passes where the file of every picture exists, before anything long begins.
+
+    Raises:
+        TrainError: with the first sample whose picture is missing.
+    """
+    there: dict[Path, bool] = {}
+    missing = []
+    for _, sample in questions:
+        if isinstance(sample.picture, Path) and not there.setdefault(sample.picture, sample.picture.is_file()):
+            missing.append(sample)
+    if missing:
+        more = f" (and {len(missing) - 1} more samples)" if len(missing) > 1 else ""
+        raise TrainError(
+            f"sample {missing[0].id!r} asks about {str(missing[0].picture)!r}, but there is no such file{more}: mend "
+            "the paths, or type --on-bad skip"
+        )
 
 
 def picture_of(task: Task, sample: Sample) -> str:
@@ -58,8 +83,8 @@ def split(questions: list[tuple[Task, Sample]], share: float) -> tuple[list, lis
     validation = [q for q, out in zip(questions, held, strict=True) if out]
     if not train or not validation:
         raise TrainError(
-            f"{len(questions)} questions cannot be split into {1 - share:.0%} for training and {share:.0%} for "
-            "validation: bring more pictures, or name --val-data"
+            f"{len(questions)} questions about {len({picture_of(*q) for q in questions})} pictures cannot be split "
+            f"with --val-share {share:g}: type another share, bring more pictures, or name --val-data"
         )
     return train, validation
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 import signal
 import sys
 import time
@@ -127,6 +128,10 @@ class Loop:
             if self.judged < self.step:  # out of time between two validations
                 self._validate()
         self._save()
+        if self.stop:
+            raise Interrupted(
+                f"Stopped at the end of {self.stage.name}. The same command goes on from {self.checkpoint}."
+            )
         self.stage.scorer.load_state_dict(self.best_state)
         return self.stage.scorer
 
@@ -160,13 +165,15 @@ class Loop:
             for losses in running:
                 loss, stats = next(losses)
                 if not bool(loss.isfinite()):
-                    raise TrainError(f"the loss of {stage.name} is {float(loss)} at step {self.step}: lower the rate")
+                    raise TrainError(
+                        f"the loss of {stage.name} is {float(loss)} at step {self.step}: lower --learning-rate"
+                    )
                 (loss / config.accumulate).backward()
                 collected.append({"loss": float(loss.detach()), **stats})
             self.processes.add_gradients(self.weights)
             norm = float(nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm))
             if not math.isfinite(norm):
-                raise TrainError(f"the gradient of {stage.name} is {norm} at step {self.step}: lower the rate")
+                raise TrainError(f"the gradient of {stage.name} is {norm} at step {self.step}: lower --learning-rate")
             self.optimiser.step()
         self.step += 1
         means = {key: _mean([s[key] for s in collected if key in s]) for s0 in collected[:1] for key in s0}
@@ -203,7 +210,11 @@ class Loop:
 
     def _validate(self) -> None:
         self.stage.scorer.eval()
+        told = set(self.validator.skipped)
         found = self.validator.judge(self.stage.scorer)
+        for name, why in self.validator.skipped.items():
+            if name not in told:
+                self._log({"step": self.step, "skipped": name, "why": why, "validation": True})
         self.judged = self.step
         if found["objective"] > self.best:
             self.best, self.stale = found["objective"], 0
@@ -243,7 +254,12 @@ class Loop:
             if self.processes.rank == 0:
                 self._forget_later_lines()
             return
-        state = torch.load(self.checkpoint, weights_only=True, map_location=self.stage.engine.model.device)
+        try:
+            state = torch.load(self.checkpoint, weights_only=True, map_location=self.stage.engine.model.device)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise TrainError(
+                f"{self.checkpoint} is damaged ({type(error).__name__}): remove it to begin this stage again"
+            ) from error
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -275,6 +291,7 @@ class Loop:
             if self.stop:
                 raise KeyboardInterrupt
             self.stop = True
+            print("\nStopping after this step; Ctrl-C again stops at once and loses it.", file=sys.stderr, flush=True)
 
         try:
             before = signal.signal(signal.SIGINT, ask_to_stop)

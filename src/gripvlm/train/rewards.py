@@ -54,6 +54,10 @@ def exact_match(rollout: Rollout) -> Tensor:
 
 def task_score(rollout: Rollout) -> Tensor:
     """The task's own score of the decoded answer; costs a generation."""
+    if lacking := [sample.id for sample in rollout.samples if not sample.answer]:
+        raise TrainError(
+            f"sample {lacking[0]!r} has no answer to be scored against: type --reward agreement, which needs none"
+        )
     pairs = zip(rollout.tasks, rollout.samples, rollout.decode(), strict=True)
     return torch.tensor([task.score(said, sample) for task, sample, said in pairs], device=rollout.mask.device)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jinja2
 import torch
 from PIL import Image
 from torch import Tensor
@@ -135,6 +136,21 @@ class Engine:
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.ends: list[int] = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+        self.end = self._end_of_turn()
+
+    def _end_of_turn(self) -> list[int]:
+        """The token that ends an answer: of the model's end tokens the one its chat template closes a turn with."""
+        if len(self.ends) > 1 and getattr(self.processor, "chat_template", None):
+            turns = [("user", "a"), ("assistant", "b")]
+            chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+            try:
+                text = self.processor.apply_chat_template(chat, tokenize=False)
+            except (TypeError, ValueError, KeyError, jinja2.TemplateError):
+                return self.ends[:1]  # a template of other shape: the first, as generate lists them
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if found := [token for token in ids if token in self.ends]:
+                return found[-1:]
+        return self.ends[:1]
 
     # --- inputs -----------------------------------------------------------------------------------------------
 
@@ -184,7 +200,7 @@ class Engine:
         lacking = [own or not sample.answer for sample in samples]
         if empty := [s.id for s, answer, no in zip(samples, answers, lacking, strict=True) if not (answer or no)]:
             raise TrainError(f"the answer of sample {empty[0]!r} tokenises to nothing: mend it, or leave the line out")
-        answers = [answer + self.ends[:1] for answer in answers]
+        answers = [answer + self.end for answer in answers]
         if any(lacking):
             arguments = prune_inputs(self.model, prompts, "keep_all", encoded=encoded)
             length = prompts["input_ids"].shape[1]

@@ -16,7 +16,7 @@ from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
 from gripvlm.tasks import Task
 from gripvlm.train.config import TrainConfig, read_toml, write_toml
 from gripvlm.train.curve import draw_curve
-from gripvlm.train.data import Questions, load_questions, split
+from gripvlm.train.data import Questions, check_pictures, load_questions, split
 from gripvlm.train.grpo import Grpo
 from gripvlm.train.loop import Loop, Stage
 from gripvlm.train.processes import Processes
@@ -27,8 +27,10 @@ from gripvlm.train.teachers import make_teacher
 from gripvlm.train.validation import Validator
 from gripvlm.train.warmup import WarmUp
 
-__all__ = ["train"]
+__all__ = ["check_settings", "train"]
 
+# Settings that the scorer itself has.
+_SIZES = ("width", "blocks", "heads", "question", "budget")
 # What may differ between a run and its continuation.
 _FREE = {"out", "save_minutes", "val_every", "max_minutes", "log_with", "device", "rows", "patience", "on_bad"}
 _CONFIG = "config.toml"
@@ -61,15 +63,21 @@ def train(
         Interrupted: Ctrl-C; a checkpoint is written.
     """
     folder = Path(config.out).expanduser()
+    check_settings(config, given=data is not None)
     reward, keeps = get_reward(config.reward), _keeps(config.val_keeps)
-    make_teacher(config.teacher)
-    _check_folder(config, folder)
     questions = load_questions(data if data is not None else config.data)
     if validation is not None or config.val_data:
         held = load_questions(validation if validation is not None else config.val_data)
     else:
         questions, held = split(questions, config.val_share)
+    if config.on_bad == "stop":
+        check_pictures([*questions, *held])
     processes = Processes(config.log_with, folder, cpu=model.device.type == "cpu")
+    if config.accumulate % processes.count:
+        raise TrainError(
+            f"accumulate = {config.accumulate} micro-batches a step do not divide among {processes.count} processes: "
+            f"type --accumulate {processes.count}, or a multiple"
+        )
     engine = Engine(model, processor, rows=config.rows, bf16=config.bf16)
     torch.manual_seed(config.seed)
     scorer, done = _start(config, folder, model)
@@ -95,6 +103,24 @@ def train(
     return Grip(str(folder), scorer.eval())
 
 
+def check_settings(config: TrainConfig, given: bool = False) -> None:
+    """Everything that can be known to be wrong before the model is loaded; `given`: the data are.
+
+    Raises:
+        TrainError, TaskError: what to change.
+    """
+    get_reward(config.reward)
+    _keeps(config.val_keeps)
+    make_teacher(config.teacher)
+    _check_folder(config, Path(config.out).expanduser())
+    if not given:
+        questions = load_questions(config.data)
+        if config.val_data:
+            questions = questions + load_questions(config.val_data)
+        if config.on_bad == "stop":
+            check_pictures(questions)
+
+
 def _stages(config: TrainConfig, done: str) -> list[str]:
     """What is left to do, in order."""
     if config.stage != "all":
@@ -115,27 +141,48 @@ def _start(config: TrainConfig, folder: Path, model: Any) -> tuple[Scorer, str]:
     base = BaseModel.of(model)
     for name in ("grpo", "warmup") if config.stage == "all" else ():
         if (folder / name / "scorer.json").exists():
-            return Scorer.from_pretrained(folder / name).to(device), name
-    start = config.start or (str(folder / "warmup") if config.stage in ("grpo", "relaxed") else "")
+            return _loaded(folder / name, config, model, base), name
+    own = config.stage in ("grpo", "relaxed") and not config.start
+    if own and (folder / "warmup.ckpt").exists() and not (folder / "warmup" / "scorer.json").exists():
+        raise TrainError(
+            f"the warm-up in {folder} was stopped before its end: finish it with `gripvlm train warmup` and the same "
+            "settings, or name a scorer with --start"
+        )
+    start = config.start or (str(folder / "warmup") if own else "")
     if start and (config.start or (Path(start) / "scorer.json").exists()):
-        scorer = Scorer.from_pretrained(start)
-        if scorer.base is not None:
-            scorer.base.check(model)
-        scorer.base = base
-        return scorer.to(device), ""
+        return _loaded(start, config, model, base), ""
     sizes = ScorerConfig(base.features, config.width, config.blocks, config.heads, config.question, config.budget)
     return Scorer(sizes, base).to(device), ""
+
+
+def _loaded(name: str | Path, config: TrainConfig, model: Any, base: BaseModel) -> Scorer:
+    """A scorer to go on from, if it is this model's and of the sizes that were asked for.
+
+    Sizes left at their defaults ask for nothing.
+    """
+    scorer = Scorer.from_pretrained(name)
+    if scorer.base is not None:
+        scorer.base.check(model)
+    for field in _SIZES:
+        asked, has = getattr(config, field), getattr(scorer.config, field)
+        if asked not in (has, TrainConfig.__dataclass_fields__[field].default):
+            raise TrainError(f"{field} = {asked!r}, but the scorer in {name} has {has!r}: leave that setting out")
+    scorer.base = base
+    return scorer.to(model.device)
 
 
 def _check_folder(config: TrainConfig, folder: Path) -> None:
     """Refuses the folder of another run."""
     file = folder / _CONFIG
     if not file.exists():
+        if left := [path.name for path in (*folder.glob("*.ckpt"), *folder.glob("scorer.*"))]:
+            raise TrainError(f"{folder} holds {', '.join(sorted(left))} but no {_CONFIG}: type another --out")
         return
     before, now = TrainConfig(**read_toml(file)).to_dict(), config.to_dict()
-    if config.stage != before["stage"] and before["stage"] == "warmup":
-        return  # the next stage of the same folder
-    if unlike := [name for name in now if name not in _FREE and before[name] != now[name]]:
+    free = _FREE
+    if config.stage != before["stage"] and before["stage"] == "warmup":  # the next stage of the same folder
+        free = set(now) - {"model", *_SIZES}
+    if unlike := [name for name in now if name not in free and before[name] != now[name]]:
         told = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in unlike[:4])
         raise TrainError(f"{folder} holds another run ({told}): type another --out, or those settings")
 
@@ -154,4 +201,4 @@ def _keeps(text: str) -> list[float]:
         keeps = []
     if not keeps or not all(0 < keep <= 1 for keep in keeps):
         raise TrainError(f"val_keeps = {text!r}: type fractions in (0, 1], such as 0.25,0.1")
-    return keeps
+    return list(dict.fromkeys(keeps))

@@ -15,7 +15,6 @@ from torch import Tensor
 from gripvlm.errors import TrainError
 from gripvlm.models.attention import watch_attention
 from gripvlm.pruners import Pruner, get_pruner
-from gripvlm.train.data import generator
 from gripvlm.train.masking import masked_forward
 from gripvlm.train.rollout import Batch, Engine
 
@@ -154,8 +153,3 @@ class _Imitate:
             look[self.pruner.select(replace(tokens, keep=k)).indices] = 1 / k
             out.append(look)
         return out
-
-
-def seeded(seed: int, step: int) -> torch.Generator:
-    """Random numbers of one step's teacher."""
-    return generator(seed, "teacher", step)

@@ -46,6 +46,8 @@ class Validator:
         self.engine, self.keeps, self.reward = engine, keeps, reward
         self.questions, self.own, self.skip, self.size = list(questions), own, skip, size
         self.batches: list[Batch] | None = None
+        self.skipped: dict[str, str] = {}
+        """id -> why, for questions that were left out."""
 
     @torch.no_grad()
     def judge(self, scorer: Scorer) -> dict[str, float]:
@@ -88,6 +90,6 @@ class Validator:
         for pair in part:
             try:
                 found.append(self.engine.prepare([pair], own=self.own))
-            except (TaskError, TrainError):
-                continue
+            except (TaskError, TrainError) as why:
+                self.skipped[pair[1].id] = str(why)
         return found
