@@ -77,6 +77,26 @@ def main() -> None:
         "",
         "![Tokens kept for six questions](grip-tokens.png)",
     ]
+    speed = json.loads((ROOT / "results" / "grip-speed.json").read_text())
+    page += [
+        "",
+        "## Cost",
+        "",
+        "Rollouts a second in training, against a loop that prunes and encodes anew for each; ratios of times taken in",
+        "turns in one run (`runs/grip_speed.py`, `results/grip-speed.json`), 16 subsets a question:",
+        "",
+        line(["tokens kept of 256", "engine / loop", "lowest to highest"]),
+        line(["---:", "---:", "---:"]),
+        *(
+            line([kept, f"{one['ratio']:.1f}", f"{one['ratio_range'][0]:.1f} to {one['ratio_range'][1]:.1f}"])
+            for kept, one in speed["by_kept"].items()
+        ),
+        "",
+        f"By FLOPs, a scorer of {speed['scorer_parameters_at_4096'] / 1e6:.1f} M parameters for a model of width 4096 costs",
+        f"{100 * speed['scorer_share_of_7b_prefill_flops']:.2f} % of a 7B prefill (576 visual and 64 text tokens). On the",
+        "lab model itself, whose language model is no larger than the scorer, it costs as much as it saves: times are in",
+        "the table above.",
+    ]
     means = {(row["pruner"], str(row["keep"])): row["score"] for row in result["means"]}
     short = [line(["", *(f"{100 * float(keep):g} %" for keep in keeps)]), line(["---", *["---:"] * len(keeps)])]
     for name in ("grip", "warmup", "divprune", "norm", "grid", "random", "oracle"):
