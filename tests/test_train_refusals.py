@@ -48,6 +48,12 @@ def test_the_shipped_scorers_are_the_lab_models():
         assert "/" not in str(scorer.notes["config"].get("start", ""))
 
 
+def test_the_shipped_scorers_have_names():
+    by_name = {gripvlm.Grip.from_pretrained(name).weights for name in ("lab", "lab-blind")}
+    assert by_name == {gripvlm.get_pruner("grip").weights, gripvlm.get_pruner("grip:scorer=lab-blind").weights}
+    assert len(by_name) == 2
+
+
 def test_the_test_split_is_no_training_data():
     with pytest.raises(TrainError, match=r"gripvlm\.lab\.dataset"):
         check_settings(tiny_config(data="lab/text"))

@@ -23,6 +23,11 @@ TOGETHER = 32
 """Images in one run of the scorer."""
 
 
+def _place(name: str) -> str | Path:
+    """The folder of a shipped scorer, or the name itself."""
+    return {"lab": SHIPPED / "question", "lab-blind": SHIPPED / "blind"}.get(name, name)
+
+
 @dataclass(eq=False)
 class ScorerInputs:
     """All images of a batch, padded for the scorer: I images of at most n tokens, questions of at most t."""
@@ -95,14 +100,13 @@ class Grip(ScorePruner):
 
     def __post_init__(self) -> None:
         if self.module is None:
-            shipped = {"lab": SHIPPED / "question", "lab-blind": SHIPPED / "blind"}
-            object.__setattr__(self, "module", Scorer.from_pretrained(shipped.get(self.scorer, self.scorer)))
+            object.__setattr__(self, "module", Scorer.from_pretrained(_place(self.scorer)))
         object.__setattr__(self, "weights", self._scorer.digest())
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub: Any) -> Grip:
-        """A trained scorer from a folder or the hub; arguments as for `Scorer.from_pretrained`."""
-        return cls(str(name), Scorer.from_pretrained(name, **hub))
+        """A trained scorer: `lab`, `lab-blind`, a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
+        return cls(str(name), Scorer.from_pretrained(_place(str(name)), **hub))
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
