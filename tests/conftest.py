@@ -19,3 +19,21 @@ def model() -> Any:
 def inputs() -> dict[str, Any]:
     """Two prompts, with one image and with two."""
     return llava_inputs([1, 2], [7, 9])
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """A tiny llava, ready to score subsets."""
+    from gripvlm.train import Engine
+    from tiny_train import tiny_vlm
+
+    return Engine(*tiny_vlm())
+
+
+@pytest.fixture(scope="module")
+def batch(engine):
+    """Two questions about each of two pictures."""
+    from tiny_train import asked
+
+    task = asked(pictures=2, each=2)
+    return engine.prepare([(task, sample) for sample in task.samples])

@@ -16,6 +16,7 @@ PACKAGE = Path(gripvlm.__file__).parent
 LAYERS = [
     {"errors", "budget", "clock"},
     {"policy"},
+    {"base_model"},
     {"scorer"},
     {"pruners"},
     {"models"},

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import gripvlm
@@ -47,10 +48,12 @@ def test_the_pruner_of_the_readme_prunes(names):
 def test_every_command_exists():
     from gripvlm.cli.commands import app
 
-    found = [shlex.split(line, comments=True)[1] for line in COMMANDS if line.startswith("gripvlm ")]
-    assert {"quickstart", "ask", "eval", "list", "env"} <= set(found)
-    for name in set(found):
+    typed = [shlex.split(line, comments=True)[1:] for line in COMMANDS if line.startswith("gripvlm ")]
+    assert {"quickstart", "ask", "train", "eval", "list", "env"} <= {words[0] for words in typed}
+    for name, *words in typed:
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+        known = {flag for option in get_command(app).commands[name].params for flag in option.opts}
+        assert {word for word in words if word.startswith("-")} <= known
 
 
 def test_make_targets_exist():

@@ -9,27 +9,12 @@ import torch
 
 from gripvlm.models.encoded import Encoded
 from gripvlm.policy import ConditionalBernoulli, PlackettLuce, picks_to_mask
-from gripvlm.train import Batch, Engine
+from gripvlm.train import Batch
 from gripvlm.train.grpo import Grpo, advantages, evidence_share
 from gripvlm.train.relaxed import Relaxed
 from gripvlm.train.validation import greedy_subsets
 from gripvlm.train.warmup import WarmUp
-from tiny_train import asked, tiny_config, tiny_scorer, tiny_vlm
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return Engine(*tiny_vlm())
-
-
-@pytest.fixture(scope="module")
-def batch(engine):
-    task = asked(pictures=2, each=2)
-    return engine.prepare([(task, sample) for sample in task.samples])
-
-
-def drawn(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tiny_train import drawn, tiny_config, tiny_scorer
 
 
 def grpo(engine, **changes) -> Grpo:

@@ -8,28 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gripvlm.errors import TrainError, UnsupportedModelError
-from gripvlm.train import Engine
 from gripvlm.train.masking import masked_forward
 from gripvlm.train.relaxed import Relaxed, perturbed_top_k, soft_top_k, straight_through_top_k
 from gripvlm.train.rewards import checked, get_reward
 from gripvlm.train.teachers import make_teacher
-from tiny_train import asked, tiny_config, tiny_scorer, tiny_vlm
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return Engine(*tiny_vlm())
-
-
-@pytest.fixture(scope="module")
-def batch(engine):
-    task = asked(pictures=2, each=2)
-    return engine.prepare([(task, sample) for sample in task.samples])
-
-
-def drawn(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
+from tiny_train import drawn, tiny_config, tiny_scorer
 
 EVERYTHING = [[torch.arange(16)]] * 4
 

@@ -25,6 +25,7 @@ from gripvlm.pruners.registry import split_specs
 from gripvlm.pruners.split import Split
 from gripvlm.pruners.spread import Spread
 from gripvlm.pruners.svd_prune import SVDPrune
+from naive import cosine
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -38,10 +39,6 @@ def best(values: list[float], k: int) -> list[int]:
 
 def picked(pruner, features: Tensor, k: int, **fields) -> list[int]:
     return pruner.select(VisualTokens(features, k, **fields)).indices.tolist()
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    return float(a.double() @ b.double() / (a.double().norm() * b.double().norm()))
 
 
 # --- SVD-Prune ----------------------------------------------------------------------------------

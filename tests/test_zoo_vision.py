@@ -26,6 +26,7 @@ from gripvlm.pruners.ptp_vision import PTPVision
 from gripvlm.pruners.visionzip import VisionZip
 from gripvlm.pruners.vispruner import VisPruner
 from gripvlm.pruners.vscan_vision import VScanVision
+from naive import cosine
 
 GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
@@ -65,10 +66,6 @@ def received(tokens: VisualTokens, layer: int) -> list[float]:
 def falling(values: list[float], among: list[int] | range | None = None) -> list[int]:
     """Indices by falling value; among equals the lower first."""
     return sorted(range(len(values)) if among is None else sorted(among), key=lambda i: -values[i])
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    return float(a.double() @ b.double() / (a.double().norm() * b.double().norm()))
 
 
 def rows_of(tokens: VisualTokens, selection: Selection) -> Tensor:

@@ -165,3 +165,8 @@ class Counted:
 
 def engine_of(model: Any, processor: Any, **options: Any) -> Engine:
     return Engine(model, processor, **options)
+
+
+def drawn(seed: int = 0) -> torch.Generator:
+    """Random numbers."""
+    return torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gripvlm.errors import GripError, InputError
+from gripvlm.base_model import BaseModel, ScorerError
+from gripvlm.errors import InputError
 
 __all__ = ["BaseModel", "Scorer", "ScorerConfig", "ScorerError", "coordinates"]
 
 FORMAT = "gripvlm.scorer/1"
 _WEIGHTS, _CONFIG = "scorer.safetensors", "scorer.json"
-_SKETCH = 32  # embedding rows that tell one base model from another
-
-
-class ScorerError(GripError):
-    """A scorer cannot be loaded, or belongs to another base model."""
 
 
 @dataclass(frozen=True)
@@ -63,85 +59,6 @@ class ScorerConfig:
     def __post_init__(self) -> None:
         if min(self.features, self.width, self.blocks, self.heads) < 1 or self.width % self.heads:
             raise InputError(f"{self}: sizes must be positive, and heads must divide width")
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Which model a scorer was trained for, told by what survives a change of dtype.
-
-    Attributes:
-        name: as it was loaded, for messages only.
-        model_type: of its config.
-        features, vocabulary: the shape of its embedding table.
-        sketch: norms of some embedding rows, evenly spaced.
-        weights: name -> (norm, first value) of some of the tower's and projector's weights.
-    """
-
-    name: str
-    model_type: str
-    features: int
-    vocabulary: int
-    sketch: tuple[float, ...]
-    weights: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: Any) -> BaseModel:
-        """Of a loaded transformers model."""
-        table = model.get_input_embeddings().weight
-        rows = torch.arange(_SKETCH, device=table.device) * (table.shape[0] - 1) // (_SKETCH - 1)
-        norms = [round(float(x), 4) for x in table[rows].float().norm(dim=-1)]
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return cls(
-            Path(name).name, model.config.model_type, table.shape[1], table.shape[0], tuple(norms), _visual(model)
-        )
-
-    def check(self, model: Any) -> None:
-        """Passes where `model` is the scorer's own, in any dtype.
-
-        Raises:
-            ScorerError: another type, another width, or embeddings, tower or projector more than 2 % different
-                where they are compared. Weights without a float form (quantised ones) are not.
-        """
-        other = BaseModel.of(model)
-        mine = f"this scorer was trained for {self.name} ({self.model_type}, {self.vocabulary} x {self.features})"
-        if (other.model_type, other.features) != (self.model_type, self.features):
-            raise ScorerError(
-                f"{mine}, but the model is {other.name} ({other.model_type}, {other.vocabulary} x {other.features}): "
-                "load the scorer's own model, or train one with `gripvlm train --model ...`"
-            )
-        a, b = torch.tensor(self.sketch), torch.tensor(other.sketch)
-        unlike = self.vocabulary != other.vocabulary or bool(((a - b).abs() > 0.02 * a.abs() + 1e-3).any())
-        for key in self.weights.keys() & other.weights.keys():
-            (norm, first), (norm_there, first_there) = self.weights[key], other.weights[key]
-            unlike |= abs(norm - norm_there) > 0.02 * norm + 1e-3
-            unlike |= abs(first - first_there) > 0.05 * abs(first) + 2e-3
-        if unlike:
-            raise ScorerError(
-                f"{mine}, and the model is a {other.model_type} with other weights ({other.name}): its features mean "
-                "something else. Load the scorer's own model, or train one with `gripvlm train --model ...`"
-            )
-
-
-def _visual(model: Any) -> dict[str, tuple[float, float]]:
-    """What `BaseModel.weights` compares: matrices outside the language model, evenly spaced by name."""
-    text = {
-        id(weight)
-        for part in (model.get_decoder(), model.get_output_embeddings())
-        if part
-        for weight in part.parameters()
-    }
-    text.add(id(model.get_input_embeddings().weight))
-    mine = sorted(
-        (name, weight)
-        for name, weight in model.named_parameters()
-        if weight.ndim > 1 and weight.is_floating_point() and id(weight) not in text
-    )
-    chosen = {i * (len(mine) - 1) // (_SKETCH - 1) for i in range(_SKETCH)} if mine else set()
-    return {
-        mine[i][0]: (round(float(mine[i][1].float().norm()), 4), round(float(mine[i][1].flatten()[0]), 6))
-        for i in sorted(chosen)
-    }
 
 
 def coordinates(n: int, grid: tuple[int, int] | None, device: torch.device | None = None) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import UnsupportedModelError
-from gripvlm.models import seam
 from gripvlm.models.families import family_of
 from gripvlm.train.rollout import Batch, Engine
 
@@ -45,10 +44,8 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
             f"soft masks are causal, and {model.config.model_type} images attend in both directions: train with "
             "stage grpo, and with a teacher other than gradient"
         )
-    everything = [[torch.arange(t.n, device=t.features.device) for t in tokens] for tokens in batch.tokens]
     with torch.no_grad():
-        arguments = engine.pruned(batch, batch.inputs, range(len(batch)), everything)
-    arguments.pop("labels")
+        arguments = engine.whole(batch)
     mask = arguments["attention_mask"].bool()
     length = mask.shape[1]
     lowest = torch.finfo(model.dtype).min
@@ -56,8 +53,7 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
     open_ = causal & mask[:, None]
     open_ |= torch.eye(length, dtype=torch.bool, device=mask.device)  # padding sees itself, or it would be NaN
     bias = torch.zeros(mask.shape, device=mask.device)
-    spans = seam.locate(model, batch.inputs["input_ids"], batch.encoded)
-    places = [(i, span.positions) for i, mine in enumerate(spans) for span in mine]
+    places = engine.places(batch)
     row = torch.cat([torch.full_like(positions, i) for i, positions in places])
     column = torch.cat([positions for _, positions in places])
     bias = bias.index_put((row, column), torch.cat([b.float() for b in biases]))

@@ -129,7 +129,6 @@ class Relaxed(Stage):
         bias = (mask * (1 - FLOOR) + FLOOR).log()
         biases = [row[:n] for row, n in zip(bias, seen.sizes.tolist(), strict=True)]
         log_probs = masked_forward(self.engine, batch, biases)
-        lengths = torch.tensor([len(answer) for answer in batch.answers], device=log_probs.device)
-        reward = log_probs.sum(-1) / lengths
+        reward = log_probs.sum(-1) / batch.lengths
         top = mask.detach().masked_fill(~seen.valid, 0.0).square().sum(-1) / kept
         yield -reward.mean(), {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gripvlm.errors import TrainError
 from gripvlm.evaluate import make_inputs, question_ids
+from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded
 from gripvlm.prune import encode, prune_inputs, visual_tokens
 from gripvlm.pruners import Pruner, Selection, VisualTokens
@@ -60,6 +61,16 @@ class Batch:
     def longest(self) -> int:
         """T, tokens of the longest answer."""
         return max(map(len, self.answers))
+
+    @property
+    def everything(self) -> Kept:
+        """The subset that keeps every token of every image."""
+        return [[torch.arange(t.n, device=t.features.device) for t in tokens] for tokens in self.tokens]
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] tokens of each forced answer."""
+        return (self.inputs["labels"] >= 0).sum(-1)
 
     def for_scorer(self, question: bool) -> ScorerInputs:
         """Everything the scorer reads, padded."""
@@ -279,8 +290,7 @@ class Engine:
     def full_logits(self, batch: Batch) -> Tensor:
         """[B, T, V] logits of the unpruned model at the forced answers, kept with the batch."""
         if batch.full is None:
-            everything = [[torch.arange(t.n, device=t.features.device) for t in tokens] for tokens in batch.tokens]
-            batch.full = self._forward(batch, range(len(batch)), everything, batch.longest)
+            batch.full = self._forward(batch, range(len(batch)), batch.everything, batch.longest)
         return batch.full
 
     def pruned(self, batch: Batch, inputs: dict[str, Any], rows: Sequence[int], kept: Kept) -> dict[str, Any]:
@@ -301,6 +311,17 @@ class Engine:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(**arguments, **short, use_cache=False).logits
         return logits[:, -width - 1 : -1].float()
+
+    def whole(self, batch: Batch) -> dict[str, Any]:
+        """Arguments for the model's forward over questions and answers with every visual token."""
+        arguments = self.pruned(batch, batch.inputs, range(len(batch)), batch.everything)
+        arguments.pop("labels")
+        return arguments
+
+    def places(self, batch: Batch) -> list[tuple[int, Tensor]]:
+        """(sample, positions of its placeholders in `whole`) of every image, in order."""
+        spans = seam.locate(self.model, batch.inputs["input_ids"], batch.encoded)
+        return [(i, span.positions) for i, mine in enumerate(spans) for span in mine]
 
     def _decode(self, batch: Batch, rows: Sequence[int], kept: Kept, order: list[int]) -> list[str]:
         said = [""] * len(rows)

@@ -7,7 +7,7 @@ uniform distribution over it), from the frozen model's run on the *full* input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from gripvlm.errors import TrainError
 from gripvlm.models.attention import watch_attention
 from gripvlm.pruners import Pruner, get_pruner
 from gripvlm.train.masking import masked_forward
+from gripvlm.train.rewards import log_prob
 from gripvlm.train.rollout import Batch, Engine
 
 __all__ = ["TEACHERS", "Teacher", "make_teacher"]
@@ -53,14 +54,6 @@ def make_teacher(name: str, layers: Sequence[int] = (), tries: int = 16) -> Teac
     raise TrainError(f"unknown teacher {name!r}: type one of {', '.join(TEACHERS)}")
 
 
-def _images(engine: Engine, batch: Batch) -> list[tuple[int, Tensor]]:
-    """(sample, places of its placeholders in `batch.inputs`) of every image, in order."""
-    from gripvlm.models import seam
-
-    spans = seam.locate(engine.model, batch.inputs["input_ids"], batch.encoded)
-    return [(i, span.positions) for i, mine in enumerate(spans) for span in mine]
-
-
 @dataclass(frozen=True)
 class _Attention:
     """Head-mean attention that the rows which predict the answer pay to each visual token, mean over layers.
@@ -77,15 +70,13 @@ class _Attention:
         layers = self.layers or tuple(range(count // 2, count))
         width = batch.longest
         queries = list(range(-width - 1, -1))
-        everything = [[torch.arange(t.n, device=t.features.device) for t in tokens] for tokens in batch.tokens]
-        arguments = engine.pruned(batch, batch.inputs, range(len(batch)), everything)
-        arguments.pop("labels")
+        arguments = engine.whole(batch)
         with watch_attention(model.get_decoder(), layers, queries) as seen:
             model(**arguments, use_cache=False)
         rows = torch.stack([seen[layer % count][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
         predicts = (batch.inputs["labels"][:, -width:] >= 0).to(rows)
         looks = (rows * predicts[..., None]).sum(1)
-        found = [looks[i, positions] for i, positions in _images(engine, batch)]
+        found = [looks[i, positions] for i, positions in engine.places(batch)]
         return [look / look.sum().clamp(min=1e-9) for look in found]
 
 
@@ -97,7 +88,7 @@ def _gradient(engine: Engine, batch: Batch, kept: Tensor, random: torch.Generato
     """
     gates = [torch.zeros(t.n, device=t.features.device, requires_grad=True) for m in batch.tokens for t in m]
     log_probs = masked_forward(engine, batch, gates)
-    (log_probs.sum(-1) / (log_probs != 0).sum(-1).clamp(min=1)).sum().backward()
+    (log_probs.sum(-1) / batch.lengths).sum().backward()
     found = [gate.grad.clamp(min=0) for gate in gates if gate.grad is not None]
     return [(g + 1e-6 * g.mean() + 1e-12) / (g + 1e-6 * g.mean() + 1e-12).sum() for g in found]
 
@@ -125,8 +116,7 @@ class _BestOfN:
                 rows.append(sample)
                 subsets.append(picks)
         rollout = engine.run(batch, rows, subsets)
-        reward = (rollout.log_probs.sum(-1) / rollout.mask.sum(-1)).view(len(batch), self.tries)
-        best = reward.argmax(-1).tolist()
+        best = log_prob(rollout).view(len(batch), self.tries).argmax(-1).tolist()
         out: list[Tensor] = []
         for sample in range(len(batch)):
             for picks in subsets[sample * self.tries + best[sample]]:
@@ -144,8 +134,6 @@ class _Imitate:
 
     @torch.no_grad()
     def __call__(self, engine: Engine, batch: Batch, kept: Tensor, random: torch.Generator) -> list[Tensor]:
-        from dataclasses import replace
-
         images = [tokens for mine in batch.tokens for tokens in mine]
         out = []
         for tokens, k in zip(images, kept.tolist(), strict=True):
