@@ -34,8 +34,8 @@ def drawn(seed: int = 0) -> torch.Generator:
 # --- budgets ------------------------------------------------------------------------------------------------------
 
 
-def keeps(budgets: str, progress: float = 0.5, groups: int = 4000, n: int = 1000) -> torch.Tensor:
-    config = tiny_config(budgets=budgets, keep_low=0.01, keep_high=0.64)
+def keeps(budgets: str, progress: float = 0.5, groups: int = 4000, n: int = 1000, choices: str = "") -> torch.Tensor:
+    config = tiny_config(budgets=budgets, keep_low=0.01, keep_high=0.64, keep_choices=choices)
     return draw_keeps(config, torch.full((groups,), n), torch.arange(groups), progress, drawn())
 
 
@@ -47,6 +47,15 @@ def test_budgets_lie_between_their_bounds_and_are_distributed_as_they_say():
     assert float(keeps("log_uniform").float().median()) == pytest.approx(80, rel=0.1)  # the root of 10 x 640
     assert float(keeps("uniform").float().mean()) == pytest.approx(325, rel=0.05)
     assert keeps("fixed").unique().tolist() == [10]
+
+
+def test_budgets_that_are_listed_are_drawn_alike_and_no_others():
+    found, counts = keeps("choices", choices="0.5,0.03,0.5,1").unique(return_counts=True)
+    assert found.tolist() == [30, 500, 1000]
+    assert (counts / (4000 / 3) - 1).abs().max() < 0.1
+    for budgets, choices, told in (("choices", "", "keep_choices = ''"), ("fixed", "0.5", "by budgets = 'choices'")):
+        with pytest.raises(TrainError, match=told):
+            tiny_config(budgets=budgets, keep_choices=choices)
 
 
 def test_annealed_budgets_start_even_and_end_at_the_lowest():
@@ -271,6 +280,16 @@ def test_autocast_is_off_unless_asked_for(engine, batch):
     rough = Engine(engine.model, engine.processor, bf16=True).run(batch, [0], KEPT[:1]).logits
     assert rough.dtype == torch.float32
     assert 1e-4 < (plain - rough).abs().max() < 1.0
+
+
+def test_autocast_reaches_the_soft_masks_and_hardly_changes_the_gradient(engine, batch):
+    def look(engine: Engine) -> torch.Tensor:
+        kept = torch.ones(len(batch), dtype=torch.long)
+        return torch.cat(make_teacher("gradient")(engine, batch, kept, drawn()))
+
+    plain, rough = look(engine), look(Engine(engine.model, engine.processor, bf16=True))
+    assert (plain - rough).abs().max() > 1e-6
+    assert torch.corrcoef(torch.stack((plain, rough)))[0, 1] > 0.95
 
 
 def test_the_scorer_sees_the_question_or_the_whole_prompt(engine):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gripvlm.train.config import TrainConfig
+from gripvlm.train.config import TrainConfig, shares
 
 __all__ = ["draw_keeps"]
 
@@ -25,7 +25,8 @@ def draw_keeps(config: TrainConfig, sizes: Tensor, owner: Tensor, progress: floa
 
     `log_uniform` and `uniform` draw between keep_low and keep_high; `annealed` draws rung i of a ladder of
     equal ratios from keep_low up with P(i) ~ exp(-8 progress^2 i), uniform at first and all at keep_low in the
-    end (TwigVLM++, arXiv 2503.14075); `fixed` is always keep_low.
+    end (TwigVLM++, arXiv 2503.14075); `fixed` is always keep_low; `choices` draws
+    one of keep_choices.
     """
     groups = int(owner.max()) + 1
     low, high = config.keep_low, config.keep_high
@@ -39,6 +40,9 @@ def draw_keeps(config: TrainConfig, sizes: Tensor, owner: Tensor, progress: floa
         cumulative = torch.softmax(-8 * progress**2 * rungs, 0).cumsum(0)
         rung = torch.searchsorted(cumulative, u).clamp(max=LADDER - 1)
         fraction = low * math.exp(math.log(high / low) / (LADDER - 1)) ** rung
+    elif config.budgets == "choices":
+        choices = torch.tensor(shares(config.keep_choices, "keep_choices"), dtype=torch.float64)
+        fraction = choices[(u * len(choices)).long()]
     else:
         fraction = torch.full((groups,), low, dtype=torch.float64)
     kept = (fraction[owner.cpu()] * sizes.cpu()).round().long()

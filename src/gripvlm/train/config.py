@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from gripvlm.errors import TrainError
 
-__all__ = ["STAGES", "TrainConfig", "help_of", "read_toml", "write_toml"]
+__all__ = ["STAGES", "TrainConfig", "help_of", "read_toml", "shares", "write_toml"]
 
 STAGES = ("all", "warmup", "grpo", "relaxed")
 
@@ -48,8 +48,11 @@ class TrainConfig:
     questions: int = _f(4, "questions a picture at most")
     accumulate: int = _f(1, "micro-batches a step, over all processes")
     rows: int = _f(128, "subsets in one forward of the model")
-    bf16: bool = _f(False, "rollouts under bfloat16 autocast, for models that are loaded in float32")
-    budgets: str = _f("log_uniform", "how a group's budget is drawn", "log_uniform", "uniform", "annealed", "fixed")
+    bf16: bool = _f(False, "the frozen model under bfloat16 autocast, for models that are loaded in float32")
+    budgets: str = _f(
+        "log_uniform", "how a group's budget is drawn", "log_uniform", "uniform", "annealed", "fixed", "choices"
+    )
+    keep_choices: str = _f("", "the shares of tokens that budgets = choices draws from, such as 0.25,0.06,0.015")
     keep_low: float = _f(0.015, "smallest share of tokens drawn (the only one for fixed)")
     keep_high: float = _f(0.5, "largest share of tokens drawn")
     # optimiser
@@ -143,6 +146,11 @@ class TrainConfig:
         ):
             if not 0 <= getattr(self, name) < 2**63:
                 raise TrainError(f"{name} = {getattr(self, name)}: type 0 or more")
+        shares(self.val_keeps, "val_keeps")
+        if self.budgets == "choices" or self.keep_choices:
+            shares(self.keep_choices, "keep_choices")
+        if self.keep_choices and self.budgets != "choices":
+            raise TrainError(f"keep_choices are drawn by budgets = 'choices' only, not {self.budgets!r}")
         if not 0 < self.val_share < 1:
             raise TrainError(f"val_share = {self.val_share}: type a share between 0 and 1")
         if self.relaxation == "perturbed" and self.samples < 2:
@@ -156,6 +164,21 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def shares(text: str, name: str) -> list[float]:
+    """The shares of tokens in the setting `name`, each once.
+
+    Raises:
+        TrainError: none, or one outside (0, 1].
+    """
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise TrainError(f"{name} = {text!r}: type fractions in (0, 1], such as 0.25,0.1")
+    return list(dict.fromkeys(found))
 
 
 def help_of(name: str) -> str:

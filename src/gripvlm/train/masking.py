@@ -63,7 +63,8 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
     full = torch.where(own, torch.zeros((), device=mask.device), full).to(model.dtype)
     arguments["attention_mask"] = full
     width = batch.longest
-    logits = model(**arguments, use_cache=False).logits[:, -width - 1 : -1].float()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=engine.bf16):
+        logits = model(**arguments, use_cache=False).logits[:, -width - 1 : -1].float()
     targets = batch.inputs["labels"][:, -width:]
     log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
     return log_probs.masked_fill(targets < 0, 0.0)

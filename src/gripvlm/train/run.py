@@ -14,7 +14,7 @@ from gripvlm.evaluate import environment
 from gripvlm.pruners.grip import Grip
 from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
 from gripvlm.tasks import Task
-from gripvlm.train.config import TrainConfig, read_toml, write_toml
+from gripvlm.train.config import TrainConfig, read_toml, shares, write_toml
 from gripvlm.train.curve import draw_curve
 from gripvlm.train.data import Questions, check_pictures, load_questions, split
 from gripvlm.train.grpo import Grpo
@@ -64,7 +64,7 @@ def train(
     """
     folder = Path(config.out).expanduser()
     check_settings(config, given=data is not None)
-    reward, keeps = get_reward(config.reward), _keeps(config.val_keeps)
+    reward, keeps = get_reward(config.reward), shares(config.val_keeps, "val_keeps")
     questions = load_questions(data if data is not None else config.data)
     if validation is not None or config.val_data:
         held = load_questions(validation if validation is not None else config.val_data)
@@ -110,7 +110,6 @@ def check_settings(config: TrainConfig, given: bool = False) -> None:
         TrainError, TaskError: what to change.
     """
     get_reward(config.reward)
-    _keeps(config.val_keeps)
     make_teacher(config.teacher)
     _check_folder(config, Path(config.out).expanduser())
     if not given:
@@ -192,13 +191,3 @@ def _claim(config: TrainConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_toml(config, folder / _CONFIG)
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
-
-
-def _keeps(text: str) -> list[float]:
-    try:
-        keeps = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        keeps = []
-    if not keeps or not all(0 < keep <= 1 for keep in keeps):
-        raise TrainError(f"val_keeps = {text!r}: type fractions in (0, 1], such as 0.25,0.1")
-    return list(dict.fromkeys(keeps))

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Every arm of the study of training methods, for three seeds: the scorers that runs/grip_table.sh compares.
+#
+#   bash runs/grip_arms.sh               all, two at a time (JOBS=2), one thread each
+#   bash runs/grip_arms.sh grpo soft     some arms only
+#   LIST=1 bash runs/grip_arms.sh        what would run, and how
+#
+# Needs `pip install -e .[lab,train]` and about 4 minutes of one core an arm and seed. Interrupt it at any time; the
+# same command goes on. Every arm starts from its seed's warm-up and takes as many steps of about the same time; GRPO
+# without warm-up takes as long as both together.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+WORK=${WORK:-.lab/grip}
+PYTHON=${PYTHON:-.venv/bin/python}
+JOBS=${JOBS:-2}
+SEEDS=${SEEDS:-0 1 2}
+STEPS=${STEPS:-300}
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+DATA="--data $WORK/train/questions.jsonl --val-data $WORK/val/questions.jsonl --bf16"
+VAL="--val-every 150 --val-questions 256 --val-keeps 0.125,0.06,0.03,0.015"
+RUN="$DATA $VAL --keep-high 0.25"
+
+arm() { # NAME SEED: the arguments of `gripvlm train`
+  local start="--start $WORK/arms/warmup-$2"
+  case $1 in
+    warmup) echo "warmup $RUN --warmup-steps 400" ;;
+    warmup_longer) echo "warmup $RUN $start --warmup-steps 500 --warmup-learning-rate 5e-4" ;;
+    warmup_no_budget) echo "warmup $RUN --no-budget --warmup-steps 400" ;;
+    grpo) echo "grpo $RUN $start --steps $STEPS" ;;
+    conditional) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli" ;;
+    no_warmup) echo "grpo $RUN --steps $((2 * STEPS))" ;;
+    label_free) echo "grpo $RUN $start --steps $STEPS --reward agreement --own-answers" ;;
+    soft) echo "relaxed $RUN $start --steps $STEPS --relaxation soft_topk" ;;
+    straight) echo "relaxed $RUN $start --steps $STEPS --relaxation straight_through" ;;
+    perturbed) echo "relaxed $RUN $start --steps $STEPS --relaxation perturbed" ;;
+    three_budgets) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.25,0.06,0.015" ;;
+    only_12) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.125" ;;
+    only_3) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.03" ;;
+    antithetic) echo "grpo $RUN $start --steps $STEPS --antithetic" ;;
+    band) echo "grpo $RUN $start --steps $STEPS --band 8" ;;
+    self_critical) echo "grpo $RUN $start --steps $STEPS --baseline self_critical --num-generations 15" ;;
+    value) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
+    no_budget) echo "grpo $RUN --start $WORK/arms/warmup_no_budget-$2 --steps $STEPS --no-budget" ;;
+    *) echo "unknown arm $1" >&2; return 1 ;;
+  esac
+}
+
+FIRST="warmup"
+THEN="grpo soft conditional label_free straight no_warmup perturbed warmup_longer three_budgets only_3 only_12
+  antithetic band value self_critical warmup_no_budget no_budget"
+
+one() { # NAME-SEED
+  local name=${1%-*} seed=${1##*-}
+  [ -f "$WORK/arms/$1/scorer.json" ] && return 0
+  mkdir -p "$WORK/arms"
+  echo "$(date +%T) $1"
+  # shellcheck disable=SC2046
+  "$PYTHON" -m gripvlm train $(arm "$name" "$seed") --seed "$seed" --out "$WORK/arms/$1" >>"$WORK/arms/$1.log" 2>&1 ||
+    { echo "$1 failed: $WORK/arms/$1.log" >&2; return 255; }
+}
+export -f arm one
+export WORK PYTHON STEPS RUN
+
+pairs() { for name in "$@"; do for seed in $SEEDS; do echo "$name-$seed"; done; done; }
+if [ -n "${LIST:-}" ]; then
+  # shellcheck disable=SC2086
+  for pair in $(pairs ${*:-$FIRST $THEN}); do echo "$pair: gripvlm train $(arm "${pair%-*}" "${pair##*-}") --seed ${pair##*-}"; done
+  exit
+fi
+[ -d "$WORK/train" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/train" --split train --pictures 4000
+[ -d "$WORK/val" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/val" --split val --pictures 150
+# shellcheck disable=SC2086
+pairs $FIRST | xargs -P "$JOBS" -I{} bash -c 'one {}'
+# shellcheck disable=SC2086
+pairs ${*:-$THEN} | xargs -P "$JOBS" -I{} bash -c 'one {}'
