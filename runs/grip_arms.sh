@@ -14,7 +14,7 @@ WORK=${WORK:-.lab/grip}
 PYTHON=${PYTHON:-.venv/bin/python}
 JOBS=${JOBS:-2}
 SEEDS=${SEEDS:-0 1 2}
-STEPS=${STEPS:-300}
+STEPS=${STEPS:-240}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 DATA="--data $WORK/train/questions.jsonl --val-data $WORK/val/questions.jsonl --bf16"
 VAL="--val-every 150 --val-questions 256 --val-keeps 0.125,0.06,0.03,0.015"
@@ -28,7 +28,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     warmup_no_budget) echo "warmup $RUN --no-budget --warmup-steps 400" ;;
     grpo) echo "grpo $RUN $start --steps $STEPS" ;;
     conditional) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli" ;;
-    no_warmup) echo "grpo $RUN --steps $((2 * STEPS))" ;;
+    no_warmup) echo "grpo $RUN --steps $((5 * STEPS / 2))" ;;
     label_free) echo "grpo $RUN $start --steps $STEPS --reward agreement --own-answers" ;;
     soft) echo "relaxed $RUN $start --steps $STEPS --relaxation soft_topk" ;;
     straight) echo "relaxed $RUN $start --steps $STEPS --relaxation straight_through" ;;
@@ -47,7 +47,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
 
 FIRST="warmup"
 THEN="grpo soft conditional label_free straight no_warmup perturbed warmup_longer three_budgets only_3 only_12
-  antithetic band value self_critical warmup_no_budget no_budget"
+  antithetic value band warmup_no_budget no_budget self_critical"
 
 one() { # NAME-SEED
   local name=${1%-*} seed=${1##*-}

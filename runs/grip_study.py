@@ -2,7 +2,8 @@
 
     python runs/grip_study.py [ARM=FOLDER ...]
 
-An arm is a scorer's folder with a name for the table, such as warmup=.lab/grip/warmup.
+An arm is a scorer's folder with a name for the table, such as warmup=.lab/grip/warmup. The environment may change
+OUT (grip.json), OTHERS (pruners by name) and LIMIT (questions a family).
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from gripvlm.pruners import register_pruner
 from gripvlm.pruners.grip import Grip
 
 KEEPS = (0.5, 0.25, 0.125, 0.06, 0.03, 0.015)
-OTHERS = ("oracle", "random", "grid", "norm", "divprune")
+OTHERS = "oracle,random,grid,norm,divprune,grip,grip:scorer=lab-blind"
 
 
 def main() -> None:
     quiet()
     model, processor = lab.load()
-    arms = ["grip", "grip:scorer=lab-blind"]
+    arms = []
     for text in sys.argv[1:]:
         name, _, folder = text.partition("=")
         register_pruner(name, partial(Grip, folder))
         arms.append(name)
-    others = os.environ.get("OTHERS", ",".join(OTHERS)).split(",")
+    others = [name for name in os.environ.get("OTHERS", OTHERS).split(",") if name]
     evaluate(
         model,
         processor,
@@ -40,7 +41,7 @@ def main() -> None:
         KEEPS,
         limit=int(os.environ.get("LIMIT", "100000")),
         batch_size=16,
-        out=Path(__file__).parent.parent / "results" / "grip.json",
+        out=Path(__file__).parent.parent / "results" / os.environ.get("OUT", "grip.json"),
         overwrite=bool(os.environ.get("OVERWRITE")),
         model_name="lab",
         command=command_line(),

@@ -93,6 +93,21 @@ def test_the_surrogates_expected_gradient_is_that_of_the_reward(engine, policy, 
     assert torch.allclose(leaf.grad, -constant * exact_gradient(policy, logits), atol=1e-5)
 
 
+def test_dr_grpo_does_not_see_padding(engine):
+    stage = grpo(engine, loss_type="dr_grpo")
+    picks, a = every("plackett_luce"), reward_of(every("plackett_luce")[0])[None]
+
+    def losses(padding: int) -> torch.Tensor:
+        logits = torch.cat((torch.randn(1, N, generator=drawn()), torch.full((1, padding), -torch.inf)), 1)
+        valid = logits.isfinite()
+        law = stage._law(logits, torch.tensor([K]), valid)
+        old, steps = law.log_prob(picks), law.step_log_probs(picks)
+        return stage._surrogate(law, picks, old, steps, a, torch.zeros(1, N + padding, 1), valid)[0]
+
+    assert losses(0).abs().max() > 0.01
+    assert torch.allclose(losses(0), losses(7))
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo"])
 def test_the_critic_changes_no_expected_gradient_and_calms_it_when_right(engine, loss_type):
     """Groups of G = 2 sets, all 100 of them, with the group's mean as baseline."""

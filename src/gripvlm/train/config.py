@@ -77,7 +77,9 @@ class TrainConfig:
     epsilon_high: float = _f(0.0, "upper clipping; 0 means epsilon")
     num_iterations: int = _f(1, "optimiser steps a group of rollouts; 1 is strictly on-policy")
     scale_rewards: str = _f("batch", "advantages are divided by this standard deviation", "group", "batch", "none")
-    loss_type: str = _f("grpo", "grpo: mean over a subset's tokens; dr_grpo: their sum", "grpo", "dr_grpo")
+    loss_type: str = _f(
+        "grpo", "grpo: mean over a subset's tokens; dr_grpo: their sum over the image's", "grpo", "dr_grpo"
+    )
     importance_sampling_level: str = _f("sequence", "of the ratio", "sequence", "token")
     entropy_coef: float = _f(0.0, "weight of the policy's entropy per token")
     temperature: float = _f(1.0, "divides the logits when subsets are drawn")

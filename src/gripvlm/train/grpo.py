@@ -183,7 +183,7 @@ class Grpo(Stage):
         clipped = (ratio.detach() < low) | (ratio.detach() > high)
         more: Stats = {"clipped": float(clipped.float().mean())}
         if config.loss_type == "dr_grpo":
-            chosen = chosen * k / valid.shape[1]
+            chosen = chosen * k / valid.sum(-1, keepdim=True)
         return -chosen, more
 
     def _values(self, hidden: Tensor, valid: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class Grpo(Stage):
         assert isinstance(law, ConditionalBernoulli)
         expected = (law.inclusion() * values.detach()).sum(-1) / law.k * (1 - 1 / picks.shape[1])
         if self.config.loss_type == "dr_grpo":
-            expected = expected * law.k / valid.shape[1]
+            expected = expected * law.k / valid.sum(-1)
         return (w * (0.5 * error - expected)).sum()
 
     def _kl(self, law: Law, before: object, picks: Tensor) -> Tensor:

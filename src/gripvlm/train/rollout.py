@@ -25,6 +25,7 @@ from gripvlm.pruners import Pruner, Selection, VisualTokens
 from gripvlm.pruners.grip import ScorerInputs
 from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.train.data import picture_of
+from gripvlm.train.prefix import Prefix, shared_length
 
 __all__ = ["Batch", "Engine", "Rollout"]
 
@@ -43,6 +44,9 @@ class Batch:
         inputs: inputs of question and answer, left-padded, with labels [B, L] on the answers.
         encoded: the images.
         tokens: [B] lists of `VisualTokens`, one an image.
+        full: logits of the unpruned model, once they were asked for.
+        shared: tokens that all prompts begin with, 0 where sharing them is not exact or does not pay.
+        prefix: the model's keys and values of those, once they were needed.
     """
 
     tasks: list[Task]
@@ -53,6 +57,8 @@ class Batch:
     encoded: Encoded
     tokens: list[list[VisualTokens]]
     full: Tensor | None = None
+    shared: int = 0
+    prefix: Prefix | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -201,7 +207,9 @@ class Engine:
         tokens = visual_tokens(self.model, prompts, question=asked, encoded=encoded)
         answers = self._answers(tasks, samples, prompts, encoded, own)
         inputs = self._with_answers(prompts, answers)
-        return Batch(tasks, samples, answers, prompts, inputs, encoded, tokens)
+        spans = seam.locate(self.model, inputs["input_ids"], encoded)
+        shared = shared_length(self.model, inputs["input_ids"], inputs["attention_mask"], spans)
+        return Batch(tasks, samples, answers, prompts, inputs, encoded, tokens, shared=shared)
 
     def _answers(
         self, tasks: list[Task], samples: list[Sample], prompts: dict[str, Any], encoded: Encoded, own: bool
@@ -309,7 +317,10 @@ class Engine:
         arguments.pop("labels")
         short = {"logits_to_keep": width + 1} if self._short else {}
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(**arguments, **short, use_cache=False).logits
+            if batch.shared and batch.prefix is None:
+                batch.prefix = Prefix.of(self.model, arguments, batch.shared)
+            arguments = {**arguments, "use_cache": False} if batch.prefix is None else batch.prefix.without(arguments)
+            logits = self.model(**arguments, **short).logits
         return logits[:, -width - 1 : -1].float()
 
     def whole(self, batch: Batch) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The arms of runs/grip_arms.sh on the lab's test sample: results/grip-arms-SEED.json, docs/grip-study.md.
+#
+#   bash runs/grip_arms_table.sh
+#
+# Ctrl-C and repeat: it goes on. Two seeds at a time, one thread each.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+WORK=${WORK:-.lab/grip}
+PYTHON=${PYTHON:-.venv/bin/python}
+JOBS=${JOBS:-2}
+SEEDS=${SEEDS:-0 1 2}
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE LIMIT=${LIMIT:-240} OTHERS=
+
+one() { # SEED
+  local arms=()
+  for folder in "$WORK"/arms/*-"$1"; do
+    [ -f "$folder/scorer.json" ] && name=$(basename "$folder") && arms+=("${name%-*}=$folder")
+  done
+  OUT=grip-arms-$1.json "$PYTHON" runs/grip_study.py "${arms[@]}"
+  gzip -kf9 "results/grip-arms-$1.samples.jsonl"
+}
+export -f one
+export WORK PYTHON
+# shellcheck disable=SC2086
+printf '%s\n' $SEEDS | xargs -P "$JOBS" -I{} bash -c 'one {}'
+"$PYTHON" runs/grip_arms_train.py "$WORK/arms"
+"$PYTHON" runs/write_arms.py

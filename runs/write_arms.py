@@ -1,0 +1,264 @@
+"""docs/grip-study.md and its two pictures from results/grip-arms-*.json: every number in them is generated."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from write_results import header, line, percent
+
+from gripvlm.evaluate.statistics import interval
+
+ROOT = Path(__file__).parent.parent
+SEEDS = (0, 1, 2)
+TOLD = {
+    "warmup": "supervised warm-up only (gradient teacher); every arm below starts here, except where it says not",
+    "warmup_longer": "warm-up, gone on with for longer than GRPO takes",
+    "grpo": "GRPO, Plackett-Luce: the recipe",
+    "conditional": "GRPO, conditional Bernoulli",
+    "no_warmup": "GRPO from a random scorer, for as long as warm-up and GRPO together",
+    "label_free": "GRPO towards the unpruned model's own answers; no labels after the warm-up",
+    "soft": "relaxed: soft top-k, temperature annealed",
+    "straight": "relaxed: straight-through Gumbel top-k",
+    "perturbed": "relaxed: perturbed top-k",
+    "dynamicvit": "relaxed: DynamicViT-style gates",
+    "diffprune": "relaxed: DiffPrune-style denoised gates",
+    "three_budgets": "GRPO, trained at 25, 6 and 1.5 % only",
+    "only_12": "GRPO, trained at 12.5 % only",
+    "only_3": "GRPO, trained at 3 % only",
+    "antithetic": "GRPO, subsets in antithetic pairs",
+    "band": "GRPO, exploring only 8 ranks on either side of k",
+    "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
+    "self_critical": "GRPO, compared with the greedy subset (15 subsets and that one)",
+    "warmup_no_budget": "warm-up without the budget as input",
+    "no_budget": "GRPO without the budget as input, from that",
+}
+Answers = dict[tuple[str, str, str], dict[str, tuple[float, str]]]
+"""(task, arm, keep) -> question -> (score, image)."""
+
+
+def read(name: str) -> Answers:
+    found: Answers = defaultdict(dict)
+    with gzip.open(ROOT / "results" / f"{name}.samples.jsonl.gz", "rt") as file:
+        for text in file:
+            record = json.loads(text)
+            if "score" in record:
+                key = record["task"], record["pruner"], str(record["keep"])
+                found[key][record["id"]] = record["score"], record["image_id"]
+    return found
+
+
+class Study:
+    """All answers of all seeds; an arm's score of a question is its mean over seeds."""
+
+    def __init__(self) -> None:
+        self.results = {s: json.loads((ROOT / "results" / f"grip-arms-{s}.json").read_text()) for s in SEEDS}
+        self.answers = {seed: read(f"grip-arms-{seed}") for seed in SEEDS}
+        self.others = read("grip") | read("grip-more")
+        self.tasks = list(dict.fromkeys(task for task, _, _ in self.answers[0]))
+        self.keeps = list(dict.fromkeys(keep for _, arm, keep in self.answers[0] if arm == "grpo"))
+        self.arms = [
+            arm for arm in TOLD if all((self.tasks[0], arm, self.keeps[0]) in a for a in self.answers.values())
+        ]
+
+    def of(self, arm: str, keep: str, task: str) -> dict[str, tuple[float, str]]:
+        """Question -> (score, image): the mean over seeds for an arm, the one answer of another pruner."""
+        if arm in self.arms:
+            seeds = [answers[task, arm, keep] for answers in self.answers.values()]
+            return {i: (sum(s[i][0] for s in seeds) / len(seeds), image) for i, (_, image) in seeds[0].items()}
+        asked = self.answers[0][task, self.arms[0], keep]
+        return {i: self.others[task, arm, "1.0" if arm == "full" else keep][i] for i in asked}
+
+    def mean(self, arm: str, keep: str, seed: int | None = None) -> float:
+        values = []
+        for task in self.tasks:
+            got = self.of(arm, keep, task) if seed is None else self.answers[seed][task, arm, keep]
+            values.append(sum(score for score, _ in got.values()) / len(got))
+        return sum(values) / len(values)
+
+    def minus(self, a: str, b: str | None, keep: str) -> tuple[float, float, float]:
+        """Mean over families of a - b (of a alone without b), and its interval over pictures."""
+        groups = []
+        for task in self.tasks:
+            mine = self.of(a, keep, task)
+            theirs = self.of(b, keep, task) if b else dict.fromkeys(mine, (0.0, ""))
+            groups.append(([mine[i][0] - theirs[i][0] for i in mine], [mine[i][1] for i in mine]))
+        low, high = interval(groups, 0)
+        assert low is not None
+        assert high is not None
+        return sum(sum(s) / len(s) for s, _ in groups) / len(groups), low, high
+
+    def cell(self, a: str, b: str, keep: str) -> str:
+        mean, low, high = (100 * value for value in self.minus(a, b, keep))
+        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows), ""]
+
+
+def shares(keeps: list[str]) -> list[str]:
+    return [f"{100 * float(keep):g} %" for keep in keeps]
+
+
+def scores(study: Study) -> list[str]:
+    rows = []
+    for name in ("full", "oracle", *study.arms, "mmr(norm)", "cdpruner", "divprune", "norm", "grid", "random"):
+        cells = []
+        for keep in study.keeps:
+            mean, low, high = study.minus(name, None, keep)
+            cell = f"{percent(mean)} [{100 * low:.0f}-{100 * high:.0f}]"
+            if name in study.arms:
+                cell += " (" + " ".join(percent(study.mean(name, keep, seed)) for seed in SEEDS) + ")"
+            cells.append(cell)
+        rows.append([f"`{name}`", *cells])
+    return table(["arm", *shares(study.keeps)], rows)
+
+
+def minutes(train: dict) -> list[str]:
+    rows = []
+    for name in train["arms"]:
+        runs = train["arms"][name]
+        clock = [run["minutes"] for run in runs.values()]
+        rollouts = {run["rollouts"] for run in runs.values()}
+        steps = {run["steps"] for run in runs.values()}
+        best = [run["best"] for run in runs.values()]
+        rows.append(
+            [
+                f"`{name}`",
+                TOLD.get(name, ""),
+                "/".join(map(str, sorted(steps))),
+                "/".join(map(str, sorted(rollouts))),
+                f"{min(clock):.1f}-{max(clock):.1f}",
+                "/".join(map(str, best)),
+            ]
+        )
+    return table(["arm", "what", "steps", "subsets tried", "minutes", "best step, by seed"], rows)
+
+
+def main() -> None:
+    study = Study()
+    train = json.loads((ROOT / "results" / "grip-arms-train.json").read_text())
+    keeps, arms = study.keeps, study.arms
+    n = len({i for task in study.tasks for i in study.answers[0][task, "grpo", keeps[0]]})
+    against = [
+        name for name in (*arms, "mmr(norm)", "cdpruner", "divprune", "norm", "grid", "random") if name != "grpo"
+    ]
+    page = [
+        "# How to train a scorer: the study",
+        "",
+        "Generated by `runs/write_arms.py` from `results/grip-arms-{0,1,2}.json` (one file a training seed, with every",
+        "answer), `grip-arms-train.json` and `grip.json`. Made by `bash runs/grip_arms.sh` and",
+        f"`bash runs/grip_arms_table.sh`. Lab evidence ([lab.md](lab.md)): {len(SEEDS)} training seeds, {n} questions",
+        "of the test split, never a statement about a larger model. What the methods are: [grip.md](grip.md).",
+        "",
+        "## Arms",
+        "",
+        *minutes(train),
+        "Minutes are of one core of a machine that did other work besides, from the least to the greatest of the seeds.",
+        "The checkpoint is the best of those validated (`best step`), on other pictures.",
+        "",
+        "## Scores",
+        "",
+        "Mean of six families, % right; [95 % interval over pictures of the mean of the seeds]; (each seed).",
+        "",
+        *scores(study),
+        "## Differences",
+        "",
+        "`grpo` minus each, in points, question by question, mean of the seeds, with a 95 % interval over pictures.",
+        "",
+        *table(["", *shares(keeps)], [[f"`{b}`", *(study.cell("grpo", b, keep) for keep in keeps)] for b in against]),
+    ]
+    asked = [("three_budgets", "only_3", "0.03"), ("three_budgets", "only_12", "0.125")]
+    rows = [[f"`{a}` - `{b}`", f"{100 * float(k):g} %", study.cell(a, b, k)] for a, b, k in asked if {a, b} <= {*arms}]
+    if rows:
+        page += [
+            "## One checkpoint against specialists",
+            "",
+            "`three_budgets` has seen 25, 6 and 1.5 % only; each specialist only the budget at which it is compared.",
+            "",
+            *table(["", "at", "points"], rows),
+        ]
+    rows = [[f"`{b}`", *(study.cell(b, "grpo", keep) for keep in keeps)] for b in CALMER if b in arms]
+    if rows:
+        page += [
+            "## Fewer rollouts",
+            "",
+            "Each idea minus plain GRPO of the same policy at the same number of rollouts and steps.",
+            "",
+            *table(
+                ["", *shares(keeps)],
+                [
+                    [f"`{b}` - `{a}`", *(study.cell(b, a, k) for k in keeps)]
+                    for b, a in CALMER.items()
+                    if {a, b} <= {*arms}
+                ],
+            ),
+        ]
+    if {"no_budget", "warmup_no_budget"} <= {*arms}:
+        pairs = (("grpo", "no_budget"), ("warmup", "warmup_no_budget"))
+        page += [
+            "## Does the budget as an input matter?",
+            "",
+            "With the budget minus without, everything else the same.",
+            "",
+            *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
+        ]
+    page += relaxed()
+    page += [header(study.results[0])]
+    (ROOT / "docs" / "grip-study.md").write_text("\n".join(page).rstrip() + "\n")
+
+
+CALMER = {"antithetic": "grpo", "band": "grpo", "self_critical": "grpo", "value": "conditional"}
+"""Idea -> the plain arm it is compared with."""
+
+
+def relaxed() -> list[str]:
+    """What the relaxations believe of themselves, and what is true."""
+    file = ROOT / "results" / "grip-relaxed.json"
+    if not file.exists():
+        return []
+    found = json.loads(file.read_text())
+    names = ("soft_first", "soft_last", "hard", "live_first", "live_last", "swap_first", "swap_hard")
+    rows = []
+    for arm, at in found["arms"].items():
+        for keep, one in at.items():
+            cells = [sum(one[name]) / len(one[name]) for name in names]
+            rows.append([f"`{arm}`", f"{100 * float(keep):g} %", *(f"{value:.2f}" for value in cells)])
+    first, last = found["taus"]
+    return [
+        "## Are the relaxations stuck?",
+        "",
+        f"On {found['questions']} validation questions (`runs/grip_relaxed.py`, `results/grip-relaxed.json`), mean of",
+        "the seeds: the answer's probability under the soft mask of training at its first and last temperature",
+        f"({first:g}, {last:g}) and under the k tokens that inference keeps; how many tokens have a slope there (mask",
+        "between 0.05 and 0.95), as a multiple of k; and how often the gradient with respect to the mask tells whether",
+        "exchanging a kept token for a dropped one helps (a coin: 0.50), at the first soft mask and at the hard one.",
+        "",
+        *table(
+            [
+                "arm",
+                "keep",
+                "soft, first",
+                "soft, last",
+                "hard",
+                "live, first",
+                "live, last",
+                "swap, first",
+                "swap, hard",
+            ],
+            rows,
+        ),
+        *(f"{text}" for text in STUCK),
+        "",
+    ]
+
+
+STUCK: list[str] = []
+"""What was read off that table, in words."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The text that all prompts begin with, read by the frozen model once for all rows of a batch.
+
+A chat template puts a system prompt and a turn's opening before the image. What the model makes of it depends
+neither on image nor on question, so its keys and values are computed once and every rollout goes on from them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gripvlm.models.encoded import Span
+from gripvlm.models.families import chunkable, family_of
+
+__all__ = ["SHORTEST", "Prefix", "shared_length"]
+
+SHORTEST = 8
+"""Tokens from which sharing pays: every forward also has to repeat the prefix's keys and values, row by row."""
+
+
+def shared_length(model: Any, ids: Tensor, mask: Tensor, spans: Sequence[Sequence[Span]]) -> int:
+    """How many tokens [B, L] (left-padded) all prompts begin with before their first visual token.
+
+    0 where going on from keys and values would not be exact: images that attend in both directions, recurrent or
+    convolutional layers, and sliding windows, whose length counts what is in the cache.
+    """
+    family, text = family_of(model), model.config.get_text_config()
+    sliding = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+    if not chunkable(family, model) or family.equals != "masking" or not family.layers or sliding:
+        return 0
+    starts = mask.shape[1] - mask.sum(-1)  # [B]
+    firsts = [int(mine[0].positions[0]) - start for mine, start in zip(spans, starts.tolist(), strict=True) if mine]
+    most = min(firsts, default=0) if len(firsts) == len(spans) else 0
+    if most < SHORTEST:
+        return 0
+    column = starts[:, None] + torch.arange(most, device=ids.device)
+    heads = ids.gather(-1, column)
+    same = (heads == heads[:1]).all(0).long().cumprod(0)
+    found = int(same.sum())
+    return found if found >= SHORTEST else 0
+
+
+class Prefix:
+    """The keys and values of P tokens that every row begins with.
+
+    Args:
+        model: the frozen model.
+        ids: [P] the tokens.
+        positions: [P], or [axes, P] for M-RoPE, their positions.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, positions: Tensor) -> None:
+        self.length = ids.shape[0]
+        whole = {"attention_mask": torch.ones_like(ids)[None], "position_ids": positions.unsqueeze(-2)}
+        self._cache = model(input_ids=ids[None], **whole, use_cache=True).past_key_values
+
+    @classmethod
+    def of(cls, model: Any, arguments: Mapping[str, Any], length: int) -> Prefix:
+        """The first `length` tokens of any row of `arguments` (left-padded)."""
+        start = int((arguments["attention_mask"][0] == 0).sum())
+        part = slice(start, start + length)
+        return cls(model, arguments["input_ids"][0, part], arguments["position_ids"][..., 0, part])
+
+    def without(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The same rows, left-padded, going on after the prefix.
+
+        A row that was padded by s columns loses the first P columns, and its s tokens of prefix that are left become
+        padding: no row is moved.
+        """
+        mask = arguments["attention_mask"]
+        padding = (mask == 0).sum(-1, keepdim=True)  # [R, 1]
+        rest = {name: value[..., self.length :] if name in _PER_TOKEN else value for name, value in arguments.items()}
+        column = torch.arange(rest["attention_mask"].shape[1], device=mask.device)
+        seen = (column >= padding).to(mask)
+        rest["attention_mask"] = torch.cat((seen.new_ones(len(mask), self.length), seen), -1)
+        rest["position_ids"] = rest["position_ids"].masked_fill(seen == 0, 0)
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(len(mask))
+        return {**rest, "past_key_values": cache, "use_cache": True}
+
+
+_PER_TOKEN = frozenset({"input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "token_type_ids"})
