@@ -157,7 +157,7 @@ def main() -> None:
         "## Arms",
         "",
         *minutes(train),
-        "Minutes are of one core of a machine that did other work besides, from the least to the greatest of the seeds.",
+        "Minutes are of one core of a machine that did other work besides; least and greatest of the seeds.",
         "The checkpoint is the best of those validated (`best step`), on other pictures.",
         "",
         "## Scores",
