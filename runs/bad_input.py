@@ -22,7 +22,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "runs")]
+
+import bad_training  # noqa: E402
 
 import gripvlm  # noqa: E402
 from gripvlm.pruners import Pruner, Selection  # noqa: E402
@@ -282,6 +284,7 @@ CASES = [
     Case("a model on the meta device", "torch.device('meta')", lambda: pruned(model=meta_model()),
          "InputError: the model is on the meta device, which holds no weights"),
     Case("a quantised model", "torch.ao dynamic int8", quantised, "works: runs, at the input and inside"),
+    *(Case(*row) for row in bad_training.CASES),
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -147,6 +148,32 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
     features, words = torch.randn(9, WIDTH), torch.randn(3, WIDTH)
     assert torch.equal(one(loaded, features, None, 0.3, words), one(scorer, features, None, 0.3, words))
     assert {file.name for file in (tmp_path / "a" / "b").iterdir()} == {"scorer.json", "scorer.safetensors"}
+
+
+def test_the_hub_gives_back_what_was_pushed(model, tmp_path, monkeypatch):
+    """Against a stand-in for the hub that keeps files in a folder: there is no network in tests."""
+    import huggingface_hub
+
+    hub, asked = tmp_path / "hub", []
+
+    class Api:
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            asked.append((repo_id, private, exist_ok))
+            (hub / repo_id).mkdir(parents=True)
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+            return f"https://hub/{repo_id}: {commit_message}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, revision: str(hub / name / file))
+    scorer = scorer_of(model)
+    said = scorer.push_to_hub("me/grip", private=True, commit_message="first")
+    assert said == "https://hub/me/grip: first"
+    assert asked == [("me/grip", True, True)]
+    again = Grip.from_pretrained("me/grip", revision="main").module
+    assert again.digest() == scorer.digest()
+    assert again.base == scorer.base
 
 
 def test_a_scorer_without_a_model_loads_and_may_not_prune(model, inputs, tmp_path):

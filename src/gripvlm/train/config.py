@@ -21,6 +21,9 @@ def _f(default: Any, help: str, *choices: str) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run. Names follow TRL's GRPOConfig where they mean the same."""
@@ -107,7 +110,7 @@ class TrainConfig:
             if hints[one.name] is float and type(value) is int:
                 object.__setattr__(self, one.name, float(value))
             elif type(value) is not hints[one.name]:
-                raise TrainError(f"{one.name} = {value!r}: type a {hints[one.name].__name__}")
+                raise TrainError(f"{one.name} = {value!r}: type {_KINDS[hints[one.name]]}")
             choices = one.metadata["choices"]
             if choices and value not in choices:
                 raise TrainError(f"{one.name} = {value!r}: type one of {', '.join(map(repr, choices))}")
@@ -213,11 +216,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         import tomli as tomllib
 
     try:
-        return checked_names(tomllib.loads(Path(path).read_text(encoding="utf-8")), str(path))
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TrainError(f"no config file {str(path)!r}: check the path") from None
     except ValueError as error:
         raise TrainError(f"{str(path)!r} is not TOML: {error}") from None
+    return checked_names(found, str(path))
 
 
 def write_toml(config: TrainConfig, path: Path) -> None:

@@ -194,7 +194,7 @@ class Engine:
             try:
                 pictures[name] = (len(first), sample.image)
             except TaskError as error:
-                raise TaskError(f"sample {sample.id!r}: {error}") from error
+                raise TaskError(f"sample {sample.id!r}: {error}: mend it, or type --on-bad skip") from error
             first.append(i)
         index = [pictures[name][0] for name in names]
         images = [pictures[name][1] for name in names]
@@ -218,7 +218,7 @@ class Engine:
         answers = [self.tokenizer(sample.answer, add_special_tokens=False)["input_ids"] for sample in samples]
         lacking = [own or not sample.answer for sample in samples]
         if empty := [s.id for s, answer, no in zip(samples, answers, lacking, strict=True) if not (answer or no)]:
-            raise TrainError(f"the answer of sample {empty[0]!r} tokenises to nothing: mend it, or leave the line out")
+            raise TrainError(f"the answer of sample {empty[0]!r} tokenises to nothing: mend it, or type --on-bad skip")
         answers = [answer + self.end for answer in answers]
         if any(lacking):
             arguments = prune_inputs(self.model, prompts, "keep_all", encoded=encoded)
