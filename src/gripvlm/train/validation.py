@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gripvlm.budget import Budget
 from gripvlm.errors import TrainError
+from gripvlm.pruners.base import top_k
 from gripvlm.scorer import Scorer
 from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.train.rewards import Reward, checked, log_prob
@@ -19,8 +20,7 @@ __all__ = ["Validator", "greedy_subsets"]
 
 def greedy_subsets(logits: Tensor, kept: Tensor) -> list[Tensor]:
     """[I] ascending indices of each row's `kept` highest logits; ties go to the lower index."""
-    order = logits.argsort(dim=-1, descending=True, stable=True)
-    return [row[:k].sort().values for row, k in zip(order, kept.tolist(), strict=True)]
+    return [top_k(row, k) for row, k in zip(logits, kept.tolist(), strict=True)]
 
 
 class Validator:
