@@ -37,6 +37,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     only_12) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.125" ;;
     only_3) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.03" ;;
     antithetic) echo "grpo $RUN $start --steps $STEPS --antithetic" ;;
+    averaged) echo "grpo $RUN $start --steps $STEPS --ema-decay 0.98" ;;
     band) echo "grpo $RUN $start --steps $STEPS --band 8" ;;
     self_critical) echo "grpo $RUN $start --steps $STEPS --baseline self_critical --num-generations 15" ;;
     value) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
@@ -47,7 +48,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
 
 FIRST="warmup"
 THEN="grpo soft conditional label_free straight no_warmup perturbed warmup_longer three_budgets only_3 only_12
-  antithetic value band warmup_no_budget no_budget self_critical"
+  averaged antithetic value band warmup_no_budget no_budget self_critical"
 
 one() { # NAME-SEED
   local name=${1%-*} seed=${1##*-}

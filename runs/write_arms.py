@@ -28,6 +28,7 @@ TOLD = {
     "three_budgets": "GRPO, trained at 25, 6 and 1.5 % only",
     "only_12": "GRPO, trained at 12.5 % only",
     "only_3": "GRPO, trained at 3 % only",
+    "averaged": "GRPO, with a running average of the weights (decay 0.98)",
     "antithetic": "GRPO, subsets in antithetic pairs",
     "band": "GRPO, exploring only 8 ranks on either side of k",
     "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
@@ -211,7 +212,7 @@ def main() -> None:
     (ROOT / "docs" / "grip-study.md").write_text("\n".join(page).rstrip() + "\n")
 
 
-CALMER = {"antithetic": "grpo", "band": "grpo", "self_critical": "grpo", "value": "conditional"}
+CALMER = {"averaged": "grpo", "antithetic": "grpo", "band": "grpo", "self_critical": "grpo", "value": "conditional"}
 """Idea -> the plain arm it is compared with."""
 
 

@@ -140,6 +140,7 @@ def test_another_run_is_kept_out_of_the_folder(vlm, whole, tmp_path):
     mistakes = {
         "unknown reward": {"reward": "nonsense"},
         "val_keeps": {"val_keeps": "2"},
+        "ema_decay": {"ema_decay": 1.0},
         "no scorer": {"start": "/no/x"},
     }
     for said, wrong in mistakes.items():
@@ -162,6 +163,33 @@ def test_the_best_step_is_kept_and_patience_ends(vlm, tmp_path, monkeypatch):
     assert all(torch.equal(value, states[1][name]) for name, value in grip.module.state_dict().items())
     assert not torch.equal(states[1]["score.weight"], states[3]["score.weight"])
     assert max(line["step"] for line in lines(tmp_path)) == 3
+
+
+def test_a_running_average_of_the_weights_is_kept_and_resumed(vlm, tmp_path, monkeypatch):
+    steps, before, judge = [], Loop._one_step, Validator.judge
+    counted = iter(range(1000))
+    monkeypatch.setattr(Validator, "judge", lambda self, scorer: judge(self, scorer) | {"objective": next(counted)})
+
+    def noted(self):
+        steps.append({name: value.clone() for name, value in self.stage.scorer.state_dict().items()})
+        return before(self)
+
+    monkeypatch.setattr(Loop, "_one_step", noted)
+    settings = {"warmup_steps": 0, "steps": 4, "ema_decay": 0.7, "stage": "grpo", "learning_rate": 0.01}
+    kept = train(tiny_config(out=str(tmp_path / "a"), **settings), *vlm, asked(8)).module.state_dict()
+    state = torch.load(tmp_path / "a" / "grpo.ckpt", weights_only=True)["modules"]
+    expected = steps[0]
+    for after in [*steps[1:], state["scorer"]]:
+        expected = {name: 0.7 * expected[name] + 0.3 * after[name] for name in expected}
+    moved = [(expected[name] - steps[0][name]).abs().max() > 1e-3 for name in expected]
+    assert sum(moved) > len(moved) / 2
+    assert all(torch.allclose(kept[name], expected[name], atol=1e-5) for name in expected)
+    stopping(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        train(tiny_config(out=str(tmp_path / "b"), **settings), *vlm, asked(8))
+    monkeypatch.setattr(Loop, "_one_step", before)
+    train(tiny_config(out=str(tmp_path / "b"), **settings), *vlm, asked(8))
+    assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
 def test_out_of_time_the_last_step_is_judged(vlm, tmp_path, monkeypatch):

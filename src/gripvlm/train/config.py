@@ -63,6 +63,7 @@ class TrainConfig:
     learning_rate: float = _f(3e-4, "of GRPO or the relaxed baseline; 3 % linear warm-up, then a cosine to a tenth")
     max_grad_norm: float = _f(1.0, "gradients are clipped to this norm")
     weight_decay: float = _f(0.0, "of AdamW")
+    ema_decay: float = _f(0.0, "keep a running average of the weights with this decay, such as 0.98; 0 keeps the last")
     # warm-up
     warmup_steps: int = _f(400, "of the supervised warm-up; 0 leaves it out")
     warmup_learning_rate: float = _f(1e-3, "of the supervised warm-up")
@@ -156,6 +157,8 @@ class TrainConfig:
             shares(self.keep_choices, "keep_choices")
         if self.keep_choices and self.budgets != "choices":
             raise TrainError(f"keep_choices are drawn by budgets = 'choices' only, not {self.budgets!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise TrainError(f"ema_decay = {self.ema_decay}: type 0, or a number below 1 such as 0.98")
         if not 0 < self.val_share < 1:
             raise TrainError(f"val_share = {self.val_share}: type a share between 0 and 1")
         if self.relaxation == "perturbed" and self.samples < 2:

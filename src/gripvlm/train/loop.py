@@ -82,6 +82,9 @@ class Loop:
         self.stage, self.data, self.validator, self.folder = stage, data, validator, folder
         self.processes, self.quiet, self.config = processes, quiet, stage.config
         self.modules: dict[str, nn.Module] = {"scorer": stage.scorer, **stage.extras()}
+        self.kept = stage.scorer  # what is validated, and in the end returned
+        if self.config.ema_decay:
+            self.modules["average"] = self.kept = copy.deepcopy(stage.scorer).requires_grad_(False)
         for module in self.modules.values():
             module.to(stage.engine.model.device)
         self.weights = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
@@ -175,10 +178,18 @@ class Loop:
             if not math.isfinite(norm):
                 raise TrainError(f"the gradient of {stage.name} is {norm} at step {self.step}: lower --learning-rate")
             self.optimiser.step()
+            self._average()
         self.step += 1
         means = {key: _mean([s[key] for s in collected if key in s]) for s0 in collected[:1] for key in s0}
         means = self.processes.average(means)
         return {"lr": self.optimiser.param_groups[0]["lr"], "grad_norm": norm, **means}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Moves the running average of the scorer's weights, where there is one, towards what they are now."""
+        if self.kept is not self.stage.scorer:
+            for average, now in zip(self.kept.parameters(), self.stage.scorer.parameters(), strict=True):
+                average.lerp_(now, 1 - self.config.ema_decay)
 
     def _batch(self, number: int) -> Batch | None:
         """The micro-batch's encoded questions; None where every one of them was left out."""
@@ -209,16 +220,16 @@ class Loop:
     # --- validation, log, checkpoint --------------------------------------------------------------------------
 
     def _validate(self) -> None:
-        self.stage.scorer.eval()
+        self.kept.eval()
         told = set(self.validator.skipped)
-        found = self.validator.judge(self.stage.scorer)
+        found = self.validator.judge(self.kept)
         for name, why in self.validator.skipped.items():
             if name not in told:
                 self._log({"step": self.step, "skipped": name, "why": why, "validation": True})
         self.judged = self.step
         if found["objective"] > self.best:
             self.best, self.stale = found["objective"], 0
-            self.best_state = copy.deepcopy(self.stage.scorer.state_dict())
+            self.best_state = copy.deepcopy(self.kept.state_dict())
         else:
             self.stale += 1
         self._log({"step": self.step, "minutes": round(self.spent / 60, 3), "val": found})
