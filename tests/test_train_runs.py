@@ -140,7 +140,6 @@ def test_another_run_is_kept_out_of_the_folder(vlm, whole, tmp_path):
     mistakes = {
         "unknown reward": {"reward": "nonsense"},
         "val_keeps": {"val_keeps": "2"},
-        "ema_decay": {"ema_decay": 1.0},
         "no scorer": {"start": "/no/x"},
     }
     for said, wrong in mistakes.items():
@@ -314,6 +313,7 @@ def test_settings_survive_their_file(tmp_path):
         {"policy": "conditional_bernoulli", "band": 4},
         {"importance_sampling_level": "token", "policy": "conditional_bernoulli"},
         {"credit": "value"},
+        {"ema_decay": 1.0},
     ],
 )
 def test_settings_that_cannot_be(wrong):
