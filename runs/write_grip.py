@@ -9,10 +9,13 @@ from pathlib import Path
 
 from write_results import header, line, percent
 
+from gripvlm import get_pruner
 from gripvlm.evaluate.statistics import interval
 from gripvlm.report import markdown, plot
 
 ROOT = Path(__file__).parent.parent
+EARLIER = "second_leg"
+"""What `grip` is called in results that were measured with the scorer that shipped before."""
 BEGIN, END = "<!-- grip:begin -->", "<!-- grip:end -->"
 
 
@@ -32,6 +35,12 @@ def main() -> None:
     result = json.loads((ROOT / "results" / "grip.json").read_text())
     more = json.loads((ROOT / "results" / "grip-more.json").read_text())
     assert result["header"]["weights"] == more["header"]["weights"], "two runs of different models"
+    shipped = get_pruner("grip").weights
+    named = {"grip": {}, "grip-more": {}}
+    for name, one in (("grip", result), ("grip-more", more)):
+        for row in (*one["rows"], *one["means"]):
+            if row["pruner"] == "grip" and row["pruner_config"]["weights"] != shipped:
+                named[name]["grip"] = row["pruner"] = EARLIER
     for part in ("rows", "means"):
         result[part] += [row for row in more[part] if row["pruner"] != "full"]
     scored: dict = defaultdict(dict)
@@ -40,11 +49,12 @@ def main() -> None:
             for text in file:
                 record = json.loads(text)
                 if "score" in record:
-                    key = record["task"], record["pruner"], str(record["keep"])
+                    pruner = named[name].get(record["pruner"], record["pruner"])
+                    key = record["task"], pruner, str(record["keep"])
                     scored[key][record["id"]] = (record["score"], record["image_id"])
     arms = list(dict.fromkeys(pruner for _, pruner, _ in scored))
     keeps = list(dict.fromkeys(keep for _, pruner, keep in scored if pruner == "grip"))
-    others = [name for name in arms if name not in ("grip", "blind")]
+    others = [name for name in arms if name != "grip"]
     lines = [line(["Grip minus", *(f"{100 * float(keep):g} %" for keep in keeps)])]
     lines.append(line(["---", *["---:"] * len(keeps)]))
     lines += [line([f"`{name}`", *(paired(scored, "grip", name, keep) for keep in keeps)]) for name in others]
