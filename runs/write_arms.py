@@ -52,39 +52,40 @@ def read(name: str) -> Answers:
 
 
 class Study:
-    """All answers of all seeds; an arm's score of a question is its mean over seeds."""
+    """All answers of all seeds; an arm's score of a question is its mean over the seeds asked for."""
 
     def __init__(self) -> None:
-        self.results = {s: json.loads((ROOT / "results" / f"grip-arms-{s}.json").read_text()) for s in SEEDS}
-        self.answers = {seed: read(f"grip-arms-{seed}") for seed in SEEDS}
-        self.others = read("grip") | read("grip-more")
-        self.tasks = list(dict.fromkeys(task for task, _, _ in self.answers[0]))
-        self.keeps = list(dict.fromkeys(keep for _, arm, keep in self.answers[0] if arm == "grpo"))
-        self.arms = [
-            arm for arm in TOLD if all((self.tasks[0], arm, self.keeps[0]) in a for a in self.answers.values())
-        ]
+        files = {s: ROOT / "results" / f"grip-arms-{s}.json" for s in SEEDS}
+        self.results = {s: json.loads(file.read_text()) for s, file in files.items() if file.exists()}
+        self.answers = {seed: read(f"grip-arms-{seed}") for seed in self.results}
+        self.others = read("grip") | read("grip-shipped")
+        first = next(iter(self.answers.values()))
+        self.tasks = list(dict.fromkeys(task for task, _, _ in first))
+        self.keeps = list(dict.fromkeys(keep for _, arm, keep in first if arm == "grpo"))
+        self.asked = {task: list(first[task, "grpo", self.keeps[0]]) for task in self.tasks}
+        self.seeds = {
+            arm: [seed for seed, a in self.answers.items() if (self.tasks[0], arm, self.keeps[0]) in a] for arm in TOLD
+        }
+        self.arms = [arm for arm, seeds in self.seeds.items() if seeds]
 
-    def of(self, arm: str, keep: str, task: str) -> dict[str, tuple[float, str]]:
+    def of(self, arm: str, keep: str, task: str, seeds: list[int]) -> dict[str, tuple[float, str]]:
         """Question -> (score, image): the mean over seeds for an arm, the one answer of another pruner."""
         if arm in self.arms:
-            seeds = [answers[task, arm, keep] for answers in self.answers.values()]
-            return {i: (sum(s[i][0] for s in seeds) / len(seeds), image) for i, (_, image) in seeds[0].items()}
-        asked = self.answers[0][task, self.arms[0], keep]
-        return {i: self.others[task, arm, "1.0" if arm == "full" else keep][i] for i in asked}
+            many = [self.answers[seed][task, arm, keep] for seed in seeds]
+            return {i: (sum(one[i][0] for one in many) / len(many), many[0][i][1]) for i in self.asked[task]}
+        return {i: self.others[task, arm, "1.0" if arm == "full" else keep][i] for i in self.asked[task]}
 
-    def mean(self, arm: str, keep: str, seed: int | None = None) -> float:
-        values = []
-        for task in self.tasks:
-            got = self.of(arm, keep, task) if seed is None else self.answers[seed][task, arm, keep]
-            values.append(sum(score for score, _ in got.values()) / len(got))
-        return sum(values) / len(values)
+    def mean(self, arm: str, keep: str, seed: int) -> float:
+        values = [[score for score, _ in self.of(arm, keep, task, [seed]).values()] for task in self.tasks]
+        return sum(sum(scores) / len(scores) for scores in values) / len(values)
 
     def minus(self, a: str, b: str | None, keep: str) -> tuple[float, float, float]:
-        """Mean over families of a - b (of a alone without b), and its interval over pictures."""
+        """Mean over families of a - b (of a alone without b) over the seeds of both, and its interval over pictures."""
+        seeds = [seed for seed in self.seeds.get(a, SEEDS) if seed in self.seeds.get(b or a, SEEDS)]
         groups = []
         for task in self.tasks:
-            mine = self.of(a, keep, task)
-            theirs = self.of(b, keep, task) if b else dict.fromkeys(mine, (0.0, ""))
+            mine = self.of(a, keep, task, seeds)
+            theirs = self.of(b, keep, task, seeds) if b else dict.fromkeys(mine, (0.0, ""))
             groups.append(([mine[i][0] - theirs[i][0] for i in mine], [mine[i][1] for i in mine]))
         low, high = interval(groups, 0)
         assert low is not None
@@ -112,7 +113,7 @@ def scores(study: Study) -> list[str]:
             mean, low, high = study.minus(name, None, keep)
             cell = f"{percent(mean)} [{100 * low:.0f}-{100 * high:.0f}]"
             if name in study.arms:
-                cell += " (" + " ".join(percent(study.mean(name, keep, seed)) for seed in SEEDS) + ")"
+                cell += " (" + " ".join(percent(study.mean(name, keep, seed)) for seed in study.seeds[name]) + ")"
             cells.append(cell)
         rows.append([f"`{name}`", *cells])
     return table(["arm", *shares(study.keeps)], rows)
@@ -143,7 +144,7 @@ def main() -> None:
     study = Study()
     train = json.loads((ROOT / "results" / "grip-arms-train.json").read_text())
     keeps, arms = study.keeps, study.arms
-    n = len({i for task in study.tasks for i in study.answers[0][task, "grpo", keeps[0]]})
+    n = sum(map(len, study.asked.values()))
     against = [
         name for name in (*arms, "mmr(norm)", "cdpruner", "divprune", "norm", "grid", "random") if name != "grpo"
     ]
@@ -152,8 +153,8 @@ def main() -> None:
         "",
         "Generated by `runs/write_arms.py` from `results/grip-arms-{0,1,2}.json` (one file a training seed, with every",
         "answer), `grip-arms-train.json` and `grip.json`. Made by `bash runs/grip_arms.sh` and",
-        f"`bash runs/grip_arms_table.sh`. Lab evidence ([lab.md](lab.md)): {len(SEEDS)} training seeds, {n} questions",
-        "of the test split, never a statement about a larger model. What the methods are: [grip.md](grip.md).",
+        f"`bash runs/grip_arms_table.sh`. Lab evidence ([lab.md](lab.md)): {n} questions of the test split, as many training",
+        "seeds as an arm has numbers in brackets below, never a statement about a larger model. What the methods are: [grip.md](grip.md).",
         "",
         "## Arms",
         "",
@@ -168,7 +169,8 @@ def main() -> None:
         *scores(study),
         "## Differences",
         "",
-        "`grpo` minus each, in points, question by question, mean of the seeds, with a 95 % interval over pictures.",
+        "`grpo` minus each, in points, question by question, mean of the seeds that both have, with a 95 % interval over",
+        "pictures.",
         "",
         *table(["", *shares(keeps)], [[f"`{b}`", *(study.cell("grpo", b, keep) for keep in keeps)] for b in against]),
     ]
@@ -208,7 +210,7 @@ def main() -> None:
             *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
         ]
     page += relaxed()
-    page += [header(study.results[0])]
+    page += [header(next(iter(study.results.values())))]
     (ROOT / "docs" / "grip-study.md").write_text("\n".join(page).rstrip() + "\n")
 
 
