@@ -20,7 +20,6 @@ from gripvlm.layered import LayerRun
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import Family
-from gripvlm.models.layers import checked_layers
 from gripvlm.models.text import Question, questions
 from gripvlm.pruners import LayerPruner, Pruner, Selection, VisionRows, VisualTokens
 
@@ -82,7 +81,6 @@ def pruned(
     schedules: list[list[dict[int, int]]] = []
     at_input = batch
     if isinstance(pruner, LayerPruner):
-        checked_layers(model)
         layers = len(model.get_decoder().layers)
         schedules = [[checked_schedule(pruner, tokens, layers) for tokens in sample] for sample in batch]
         at_input = [
