@@ -5,6 +5,7 @@ Tensors only, as everywhere in this folder.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def one_cut(name: str, n: int, keep: int, layers: int, cut: int) -> dict[int, in
     _checked_cuts(name, [cut], layers)
     count = (2 * (layers * keep - cut * n) + (layers - cut)) // (2 * (layers - cut))
     if count < 1:
-        raise _too_few(name, n, keep, layers, {cut: 1})
+        raise _too_few(name, n, keep, layers, cut, -(-(2 * cut * n + layers - cut) // (2 * layers)))
     return {cut: count}
 
 
@@ -163,7 +164,8 @@ def geometric_cuts(name: str, n: int, keep: int, layers: int, cuts: Sequence[int
         least, most = found[cuts[i + 1]] if i + 1 < len(cuts) else 1, found[cuts[i - 1]] if i else n
         found[cuts[i]] = min(most, max(least, found[cuts[i]] - over))
     if average(n, found, layers) - keep > 0.5:
-        raise _too_few(name, n, keep, layers, dict.fromkeys(cuts, 1))
+        least = math.ceil(average(n, dict.fromkeys(cuts, 1), layers) - 0.5)
+        raise _too_few(name, n, keep, layers, cuts[0], least)
     return found
 
 
@@ -175,9 +177,7 @@ def _checked_cuts(name: str, cuts: Sequence[int], layers: int) -> None:
         )
 
 
-def _too_few(name: str, n: int, keep: int, layers: int, least: Schedule) -> BudgetError:
-    first = min(least)
-    floor = -int(-average(n, least, layers) // 1)
+def _too_few(name: str, n: int, keep: int, layers: int, first: int, floor: int) -> BudgetError:
     return BudgetError(
         f"keep={keep} of {n} on average over {layers} layers is less than pruner {name!r} can reach: all {n} go "
         f"through the first {first}; type keep={floor} or more, or drop before an earlier layer"
