@@ -79,14 +79,15 @@ def times(name: str, speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def timing(speed: Mapping[str, Any]) -> list[str]:
     """The section on time."""
     cells, model, where = speed["cells"], speed["model"], speed["environment"]
+    on = where["hardware"]
     names = [f"n = {cell['n']}, batch {cell['batch']}" for cell in cells]
     lines = [
         "## Time of each pruner alone",
         "",
-        f"In percent of the prefill of the same images by a language model of {model['parameters'] / 1e6:.0f} M weights "
-        f"({model['hidden']} x {model['layers']}, {model['dtype']}), measured in the same run on "
-        f"{where['hardware']['processor']}, {where['hardware']['threads']} threads, {where['hardware']['device']}: median "
-        f"and [smallest-largest] of {speed['repeats']} rounds. Kept are a ninth of the tokens, in the LLM a third on "
+        "In percent of the prefill of the same images by a language model of "
+        f"{model['parameters'] / 1e6:.0f} M weights ({model['hidden']} x {model['layers']}, {model['dtype']}), measured "
+        f"in the same run on {on['processor']}, {on['threads']} threads, {on['device']}: median and "
+        f"[smallest-largest] of {speed['repeats']} rounds. Kept are a ninth of the tokens, in the LLM a third on "
         "average. The tower's and the model's own work is not counted. Where the prefill was not measured there is no "
         "ratio, and the seconds are given.",
         "",
@@ -113,8 +114,8 @@ def page() -> str:
         "Written by `python runs/methods_table.py` from the registry and `results/`. Each file in",
         "`src/gripvlm/pruners/` has its paper's equation, its options, and every departure from the paper, numbered.",
         "",
-        "Lab score: the mean over the lab's tasks ([zoo.md](zoo.md)), with its 95 % interval, at a tenth of the tokens;",
-        "in the LLM at half of them; `full` at all. Time: percent of a prefill, n = 576, one image.",
+        "Lab score: the mean over the lab's tasks ([zoo.md](zoo.md)), with its 95 % interval, at a tenth of the",
+        "tokens; in the LLM at half of them; `full` at all. Time: percent of a prefill, n = 576, one image.",
         "",
         "| name | what it does | needs | drops rows | trained | lab score | time | source |",
         "|---|---|---|---|---|---:|---:|---|",

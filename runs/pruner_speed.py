@@ -204,12 +204,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     cells, longest = [], {}
     for n in options.sizes:
         for batch in options.batches:
-            told = longest.get(n, 0.0) * batch / min(options.batches)
-            why = (
-                f"batch {min(options.batches)} took {longest[n]:.0f} s, so this would pass --longest {options.longest:g}"
-                if told > options.longest
-                else ""
-            )
+            why, one = "", min(options.batches)
+            if longest.get(n, 0.0) * batch / one > options.longest:
+                why = f"batch {one} took {longest[n]:.0f} s, so this would pass --longest {options.longest:g}"
             began = time.perf_counter()
             cells.append(cell(model, n, batch, options.repeats, why))
             if cells[-1]["prefill"]["seconds"]:

@@ -221,8 +221,8 @@ class Spy(LayerPruner):
     def schedule(self, n: int, keep: int, layers: int) -> Any:
         return self.inner.schedule(n, keep, layers)
 
-    def allot(self, sample: Any) -> Any:
-        return self.inner.allot(sample)
+    def allot_over(self, sample: Any, layers: int) -> Any:
+        return self.inner.allot_over(sample, layers)
 
     def select(self, tokens: VisualTokens) -> Selection:
         return self.inner.select(tokens)
@@ -240,7 +240,7 @@ def feasible(here: Case, pruner: LayerPruner) -> Iterator[int]:
             for sample in images:
                 for n, count in zip(
                     [tokens.n for tokens in sample],
-                    pruner.allot([replace(tokens, keep=min(k, tokens.n)) for tokens in sample]),
+                    pruner.allot_over([replace(tokens, keep=min(k, tokens.n)) for tokens in sample], layers),
                     strict=True,
                 ):
                     pruner.schedule(n, count, layers)

@@ -15,7 +15,7 @@ from gripvlm.train import train
 from gripvlm.train.diffprune import Denoiser, DiffPrune, noised, with_features
 from gripvlm.train.dynamicvit import DynamicViT, decisions, ratio_loss
 from gripvlm.train.masking import forced_log_probs
-from gripvlm.train.relaxed import FLOOR, soft_top_k
+from gripvlm.train.relaxed import FLOOR
 from tiny_families import build
 from tiny_models import llava_inputs
 from tiny_train import asked, drawn, tiny_config, tiny_scorer, tiny_vlm

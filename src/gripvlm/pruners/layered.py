@@ -17,7 +17,16 @@ from torch import Tensor
 from gripvlm.errors import BudgetError
 from gripvlm.pruners.base import Merge, Pruner, Selection, VisualTokens
 
-__all__ = ["LAYER_NEEDS", "LayerPruner", "LayerTokens", "Schedule", "average", "geometric_cuts", "one_cut"]
+__all__ = [
+    "LAYER_NEEDS",
+    "LayerPruner",
+    "LayerTokens",
+    "Schedule",
+    "average",
+    "geometric_cuts",
+    "least_of_one_cut",
+    "one_cut",
+]
 
 LAYER_NEEDS = frozenset({"hidden", "last", "question", "keys"})
 """Everything a pruner may name in `layer_needs`; what it does not name is None."""
@@ -111,6 +120,10 @@ class LayerPruner(Pruner):
         the schedule at which the image loses rows. The caller checks the result, for all pruners.
         """
 
+    def allot_over(self, sample: Sequence[VisualTokens], layers: int) -> Sequence[int]:
+        """`allot` where the language model has so many layers, which says what `schedule` can reach."""
+        return self.allot(sample)
+
     def select(self, tokens: VisualTokens) -> Selection:
         """All rows; override it where the schedule drops some at the input (layer 0)."""
         return Selection(torch.arange(tokens.n, device=tokens.features.device), tokens.n)
@@ -134,8 +147,13 @@ def one_cut(name: str, n: int, keep: int, layers: int, cut: int) -> dict[int, in
     _checked_cuts(name, [cut], layers)
     count = (2 * (layers * keep - cut * n) + (layers - cut)) // (2 * (layers - cut))
     if count < 1:
-        raise _too_few(name, n, keep, layers, cut, -(-(2 * cut * n + layers - cut) // (2 * layers)))
+        raise _too_few(name, n, keep, layers, cut, least_of_one_cut(n, layers, cut))
     return {cut: count}
+
+
+def least_of_one_cut(n: int, layers: int, cut: int) -> int:
+    """The smallest `keep` that `one_cut` takes: one row is left after the cut."""
+    return -(-(2 * cut * n + layers - cut) // (2 * layers))
 
 
 def geometric_cuts(name: str, n: int, keep: int, layers: int, cuts: Sequence[int]) -> dict[int, int]:

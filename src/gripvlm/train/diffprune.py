@@ -1,4 +1,4 @@
-"""DiffPrune-style baseline: tokens that are worth less get more noise, and a denoiser stands in for the missing ones."""
+"""DiffPrune-style baseline: tokens that are worth less get more noise; a denoiser stands in for the missing ones."""
 
 from __future__ import annotations
 
