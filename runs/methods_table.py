@@ -85,8 +85,8 @@ def timing(speed: Mapping[str, Any]) -> list[str]:
         "## Time of each pruner alone",
         "",
         "In percent of the prefill of the same images by a language model of "
-        f"{model['parameters'] / 1e6:.0f} M weights ({model['hidden']} x {model['layers']}, {model['dtype']}), measured "
-        f"in the same run on {on['processor']}, {on['threads']} threads, {on['device']}: median and "
+        f"{model['parameters'] / 1e6:.0f} M weights ({model['hidden']} x {model['layers']}, {model['dtype']}), "
+        f"measured in the same run on {on['processor']}, {on['threads']} threads, {on['device']}: median and "
         f"[smallest-largest] of {speed['repeats']} rounds. Kept are a ninth of the tokens, in the LLM a third on "
         "average. The tower's and the model's own work is not counted. Where the prefill was not measured there is no "
         "ratio, and the seconds are given.",

@@ -86,7 +86,7 @@ def test_the_nearest_counts(data):
 
 @pytest.mark.parametrize("keep", [37, 40, 64, 200])
 def test_regions_share_what_goes_on_after_the_cut(keep):
-    """576 tokens an image, 2 of 32 layers see them all: 37 is the least of each, also where one image matters little."""
+    """576 tokens an image, 2 of 32 layers see them all: 37 is the least of each, whatever it matters."""
     noise = torch.Generator().manual_seed(0)
     rows = [torch.rand(1, 576, generator=noise) ** power for power in (8, 1, 1)]
     images = [

@@ -14,7 +14,7 @@ import torch
 
 import gripvlm
 from gripvlm.checks import checked_selection
-from gripvlm.errors import BudgetError, UnsupportedModelError
+from gripvlm.errors import BudgetError, InputError, UnsupportedModelError
 from gripvlm.models import FAMILIES
 from gripvlm.models.grids import unknown
 from gripvlm.pruners import LayerPruner, Merge, Selection, get_pruner
@@ -253,6 +253,14 @@ def test_pairs_that_cannot_work_are_refused_when_attached(spec, name):
         families = set(text.replace(",", " ").replace(":", " ").split())
         assert {*HAVE[first]} - {name} <= families
         assert needs_of(spec)[1] == "llm" or first in text
+
+
+@pytest.mark.parametrize("spec", ["hiprune", "vscan_vision:window=2", "spread(hiprune)"])
+def test_blocks_that_a_tower_does_not_have_are_refused_when_attached(spec):
+    """llava's tiny tower has 3 blocks; the published ones are CLIP's."""
+    said = r"reads a block of the vision tower by its number, but there is no layer [59] in this CLIP\w+: it has 3"
+    with pytest.raises(InputError, match=rf"{said}, from 0 to 2; the pruner's options are \w"):
+        gripvlm.prune(build("llava"), spec, 4).__enter__()
 
 
 def test_the_invariants_can_fail():
