@@ -1,9 +1,11 @@
-"""Writes the tables of docs/methods.md from the registry: `python runs/methods_table.py`; a test keeps them true."""
+"""Writes docs/methods.md from the registry and results/: `python runs/methods_table.py`; a test keeps it true."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
 
 from gripvlm.models.families import FAMILIES  # noqa: E402
+from gripvlm.models.grids import unknown  # noqa: E402
 from gripvlm.pruners.registry import _BUILT_IN, _load, list_pruners  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 PLACES = {"input": "input", "llm": "in the LLM"}
+KEPT = {"input": 0.1, "llm": 0.5}
+SCORE = (("score", 1), ("ci_low", 0), ("ci_high", 0))
 
 
 def idea(name: str, made_by: Any) -> str:
@@ -33,29 +38,113 @@ def needs(row: Any, made_by: Any) -> str:
     return ", ".join([*row.needs, *(f"*{name}*" for name in inside)]) or other
 
 
+def result(name: str) -> dict[str, Any] | None:
+    """A file of results/, None where it has not been measured."""
+    path = ROOT / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def head(spec: str) -> str:
+    """The pruner that a spec names."""
+    return spec.partition(":")[0].partition("(")[0]
+
+
+def score(name: str, stage: str) -> str:
+    """The lab's mean with its confidence interval, and as what it was measured where that is not the bare name."""
+    found, keep = result("zoo" if stage == "input" else "zoo-llm"), KEPT[stage]
+    means = [row for row in (found or {"means": []})["means"] if head(row["pruner"]) == name]
+    rows = [row for row in means if row["keep"] == (1.0 if name == "full" else keep)]
+    rows.sort(key=lambda row: row["pruner"] != name)  # the bare name first
+    if not rows:
+        return "-"
+    value, low, high = (f"{100 * rows[0][key]:.{digits}f}" for key, digits in SCORE)
+    typed = rows[0]["pruner"].removeprefix(name).lstrip(":")
+    return f"{value} [{low}-{high}]" + (f" `{typed}`" if typed else "")
+
+
+def share(ratios: list[float] | None) -> str:
+    """A ratio to the prefill in percent: the median and, in brackets, the smallest and the largest."""
+    if ratios is None:
+        return "-"
+    median, low, high = (f"{100 * value:.2g}" if value < 0.1 else f"{100 * value:.0f}" for value in ratios)
+    return f"{median} [{low}-{high}]"
+
+
+def times(name: str, speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What was measured of a pruner, one entry for each number of tokens and batch."""
+    cells = speed["cells"] if speed else []
+    return [row for cell in cells for spec, row in cell["pruners"].items() if head(spec) == name]
+
+
+def timing(speed: Mapping[str, Any]) -> list[str]:
+    """The section on time."""
+    cells, model, where = speed["cells"], speed["model"], speed["environment"]
+    on = where["hardware"]
+    names = [f"n = {cell['n']}, batch {cell['batch']}" for cell in cells]
+    lines = [
+        "## Time of each pruner alone",
+        "",
+        "In percent of the prefill of the same images by a language model of "
+        f"{model['parameters'] / 1e6:.0f} M weights ({model['hidden']} x {model['layers']}, {model['dtype']}), "
+        f"measured in the same run on {on['processor']}, {on['threads']} threads, {on['device']}: median and "
+        f"[smallest-largest] of {speed['repeats']} rounds. Kept are a ninth of the tokens, in the LLM a third on "
+        "average. The tower's and the model's own work is not counted. Where the prefill was not measured there is no "
+        "ratio, and the seconds are given.",
+        "",
+        f"| pruner | {' | '.join(names)} |",
+        f"|---|{'---:|' * len(cells)}",
+    ]
+    for spec in cells[0]["pruners"]:
+        rows = [cell["pruners"][spec] for cell in cells]
+        shown = [f"{share(row['ratio'])} %" if row["ratio"] else f"{row['seconds'][0]:.2g} s" for row in rows]
+        lines.append(f"| `{spec}` | {' | '.join(shown)} |")
+    for cell, named in zip(cells, names, strict=True):
+        if "why" in cell["prefill"]:
+            lines += ["", f"The prefill at {named} was not measured: {cell['prefill']['why']}."]
+    commit = where["git"]["commit"][:12] if where["git"] else "no checkout"
+    return [*lines, "", f"`results/pruner-speed.json`: `{speed['command']}` at {commit}.", ""]
+
+
 def page() -> str:
     """All of docs/methods.md."""
+    speed = result("pruner-speed")
     lines = [
         "# Methods",
         "",
-        "Written by `python runs/methods_table.py` from the registry. Each file in `src/gripvlm/pruners/` has its",
-        "paper's equation, its options, and every departure from the paper, numbered.",
+        "Written by `python runs/methods_table.py` from the registry and `results/`. Each file in",
+        "`src/gripvlm/pruners/` has its paper's equation, its options, and every departure from the paper, numbered.",
         "",
-        "| name | what it does | needs | drops rows | trained | source |",
-        "|---|---|---|---|---|---|",
+        "Lab score: the mean over the lab's tasks ([zoo.md](zoo.md)), with its 95 % interval, at a tenth of the",
+        "tokens; in the LLM at half of them; `full` at all. Time: percent of a prefill, n = 576, one image.",
+        "",
+        "| name | what it does | needs | drops rows | trained | lab score | time | source |",
+        "|---|---|---|---|---|---:|---:|---|",
     ]
     for row in list_pruners():
         if row.name not in _BUILT_IN:  # other packages' are theirs to describe
             continue
         made_by = _load(row.name)
         trained = "yes" if getattr(made_by, "trained", False) else "no"
-        cells = (f"`{row.name}`", idea(row.name, made_by), needs(row, made_by), PLACES[row.stage], trained, row.source)
+        measured = times(row.name, speed)
+        time = f"{share(measured[0]['ratio'])} %" if measured and measured[0]["ratio"] else "-"
+        cells = (
+            f"`{row.name}`",
+            idea(row.name, made_by),
+            needs(row, made_by),
+            PLACES[row.stage],
+            trained,
+            score(row.name, row.stage),
+            time,
+            row.source,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     sees = ", ".join(sorted(name for name, family in FAMILIES.items() if family.vision is not None))
     drops = ", ".join(sorted(name for name, family in FAMILIES.items() if family.layers))
+    flat = ", ".join(sorted(name for name, family in FAMILIES.items() if family.grid is unknown))
     lines += [
         "",
-        "- `features`, `question`, `key`: every family. `grid`: where an image's rows are a plain raster.",
+        "- `features`, `question`, `key`: every family.",
+        f"- `grid`, rows in a plain raster: all but {flat}.",
         f"- `vision_attention`, `patches`: {sees}.",
         f"- In the LLM (needs in italics): {drops}. There `keep` is the average over the layers.",
         "- Towers without a CLS token (SigLIP, Qwen): where a method reads the CLS token's attention, it reads the",
@@ -67,7 +156,7 @@ def page() -> str:
         "- Wrappers are typed around others: `mmr(norm)`, `spread(visionzip):floor=0.5`, `ensemble(norm,divprune)`.",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(timing(speed) if speed else [])])
 
 
 if __name__ == "__main__":

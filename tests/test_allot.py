@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import ClassVar
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gripvlm
 from gripvlm.errors import PrunerError
-from gripvlm.pruners import Pruner, Selection
+from gripvlm.pruners import Pruner, Selection, VisionRows, VisualTokens
+from gripvlm.pruners.apportion import nearest
+from gripvlm.pruners.ptp import PTP
+from gripvlm.pruners.ptp_vision import region_budgets
 from tiny_families import TINY, build, make
 
 
@@ -58,3 +64,38 @@ def test_a_wrong_allotment_is_refused(llava, wrong):
     with pytest.raises(PrunerError, match=r"allots .* of sample"):
         counts(Uneven(wrong), llava)
     assert counts(Uneven(), llava)[0] == [5]  # the model is as it was
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_nearest_counts(data):
+    """No other counts with the same sum, one moved, are nearer to what is wished."""
+    size = data.draw(st.integers(1, 5))
+    least = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
+    most = [low + data.draw(st.integers(0, 6)) for low in least]
+    wished = data.draw(st.lists(st.floats(0, 12), min_size=size, max_size=size))
+    total = data.draw(st.integers(sum(least), sum(most)))
+    counts = nearest(total, wished, least, most)
+    assert sum(counts) == total
+    assert all(low <= count <= high for low, count, high in zip(least, counts, most, strict=True))
+    for up, down in permutations(range(size), 2):
+        if counts[up] < most[up] and counts[down] > least[down]:
+            gain = abs(wished[up] - counts[up]) - abs(wished[up] - counts[up] - 1)
+            assert gain <= abs(wished[down] - counts[down] + 1) - abs(wished[down] - counts[down]) + 1e-6
+
+
+@pytest.mark.parametrize("keep", [37, 40, 64, 200])
+def test_regions_share_what_goes_on_after_the_cut(keep):
+    """576 tokens an image, 2 of 32 layers see them all: 37 is the least of each, whatever it matters."""
+    noise = torch.Generator().manual_seed(0)
+    rows = [torch.rand(1, 576, generator=noise) ** power for power in (8, 1, 1)]
+    images = [
+        VisualTokens(torch.randn(576, 4, generator=noise), keep, vision={-2: VisionRows(received)}) for received in rows
+    ]
+    counts = PTP().allot_over(images, 32)
+    assert sum(counts) == 3 * keep
+    after = [PTP().schedule(576, count, 32)[2] for count in counts]
+    asked = PTP().schedule(576, keep, 32)[2]
+    shares = region_budgets([replace(tokens, keep=asked) for tokens in images], "mean_saliency", -1)
+    assert all(abs(one - other) <= 1 for one, other in zip(after, shares, strict=True))
+    assert counts[0] < counts[1] or keep == 37

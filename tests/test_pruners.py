@@ -40,6 +40,7 @@ NOT_ALONE = {
     "grip",
     "ensemble",
     "mmr",
+    "relaxed",
     "split",
     "spread",
 }  # need scores, all rows, a pruner

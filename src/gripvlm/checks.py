@@ -12,13 +12,17 @@ from torch import Tensor
 from gripvlm.budget import Budget, Keep
 from gripvlm.errors import BudgetError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import seam
+from gripvlm.models.attention import blocks_of
 from gripvlm.models.encoded import Encoded, Span
-from gripvlm.models.families import FAMILIES, Family
+from gripvlm.models.families import FAMILIES, Family, family_of
+from gripvlm.models.grids import unknown
+from gripvlm.models.layers import checked_layers
 from gripvlm.models.text import placeholder
 from gripvlm.models.vision import Asked
 from gripvlm.pruners import LayerPruner, Pruner, Selection, VisualTokens, get_pruner
 from gripvlm.pruners.base import NEEDS
 from gripvlm.pruners.layered import LAYER_NEEDS, average
+from gripvlm.pruners.options import options_of
 
 __all__ = [
     "PIXELS",
@@ -65,16 +69,36 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
         raise PrunerError(f"pruner {name!r} needs {unknown} of the layers, but known are {sorted(LAYER_NEEDS)}")
     if "vision_attention" in chooser.needs and not getattr(chooser, "vision_layers", ()):
         raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
-    if model is not None and hasattr(chooser, "check"):  # an object of the caller's own may do without
-        chooser.check(model)
+    if model is not None:
+        _checked_pair(chooser, model)
     return chooser
+
+
+def _checked_pair(pruner: Pruner, model: Any) -> None:
+    """Refuses, before any picture is encoded, a pruner that this model cannot serve."""
+    asked = checked_needs(family_of(model), [pruner])
+    if asked.layers:
+        tower = model.get_encoder("image")
+        blocks = len(blocks_of(tower))
+        if wrong := [layer for layer in asked.layers if not -blocks <= layer < blocks]:
+            options = ", ".join(str(option) for option in options_of(type(pruner)))
+            raise InputError(
+                f"pruner {pruner.name!r} reads a block of the vision tower by its number, but there is no layer "
+                f"{wrong[0]} in this {type(tower).__name__}: it has {blocks}, from 0 to {blocks - 1}; the pruner's "
+                f"options are {options or 'none'}"
+            )
+    if isinstance(pruner, LayerPruner):
+        checked_layers(model)
+    if hasattr(pruner, "check"):  # an object of the caller's own may do without
+        pruner.check(model)
 
 
 def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
     """What these pruners together want of the vision tower.
 
     Raises:
-        UnsupportedModelError: the family's rows cannot be traced to its tower's patches.
+        UnsupportedModelError: the family cannot supply what one of them needs: its rows cannot be traced to
+            its tower's patches, never are a plain raster, or its layers cannot drop.
     """
     layers: dict[int, None] = {}
     patches = False
@@ -85,6 +109,19 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
             raise UnsupportedModelError(
                 f"pruner {pruner.name!r} needs {' and '.join(wanted)} of the vision tower, which gripvlm cannot yet "
                 f"bring back to {family.model_type}'s rows; it can for {having}: use another pruner or model"
+            )
+        if "grid" in pruner.needs and family.grid is unknown:
+            having = ", ".join(sorted(name for name, row in FAMILIES.items() if row.grid is not unknown))
+            raise UnsupportedModelError(
+                f"pruner {pruner.name!r} needs a grid, rows in a plain raster, but {family.model_type} joins tiles and "
+                f"breaks them into lines; rasters have {having}: use another pruner or model"
+            )
+        if getattr(pruner, "stage", "input") == "llm" and not family.layers:
+            having = ", ".join(sorted(name for name, row in FAMILIES.items() if row.layers))
+            raise UnsupportedModelError(
+                f"pruner {pruner.name!r} drops inside the language model's layers, but {family.model_type}'s share or "
+                f"carry state that still holds the dropped tokens; they can be dropped there in {having}: use another "
+                "model, or drop at the input with a pruner such as divprune"
             )
         if "vision_attention" in wanted:
             layers.update(dict.fromkeys(pruner.vision_layers))

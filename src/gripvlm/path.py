@@ -20,7 +20,6 @@ from gripvlm.layered import LayerRun
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import Family
-from gripvlm.models.layers import checked_layers
 from gripvlm.models.text import Question, questions
 from gripvlm.pruners import LayerPruner, Pruner, Selection, VisionRows, VisualTokens
 
@@ -82,7 +81,6 @@ def pruned(
     schedules: list[list[dict[int, int]]] = []
     at_input = batch
     if isinstance(pruner, LayerPruner):
-        checked_layers(model)
         layers = len(model.get_decoder().layers)
         schedules = [[checked_schedule(pruner, tokens, layers) for tokens in sample] for sample in batch]
         at_input = [
@@ -161,14 +159,17 @@ def gather(
             batch[sample].append(
                 VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states)
             )
-    return spans, [_allotted(pruner, mine) for mine in batch]
+    return spans, [_allotted(model, pruner, mine) for mine in batch]
 
 
-def _allotted(pruner: Pruner, images: list[VisualTokens]) -> list[VisualTokens]:
+def _allotted(model: Any, pruner: Pruner, images: list[VisualTokens]) -> list[VisualTokens]:
     """A sample's images with the budgets that the pruner moves between them; their sum is what was asked."""
     if not images or not hasattr(pruner, "allot"):  # an object of the caller's own may do without
         return images
-    counts = list(pruner.allot(images))
+    if isinstance(pruner, LayerPruner):
+        counts = list(pruner.allot_over(images, len(model.get_decoder().layers)))
+    else:
+        counts = list(pruner.allot(images))
     asked = [tokens.keep for tokens in images]
     fits = len(counts) == len(images) and all(1 <= k <= tokens.n for k, tokens in zip(counts, images, strict=True))
     if not fits or sum(counts) != sum(asked):

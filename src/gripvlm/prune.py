@@ -24,7 +24,6 @@ from gripvlm.errors import GripError, PrunerError
 from gripvlm.models import decoding, seam
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.families import family_of
-from gripvlm.models.layers import checked_layers
 from gripvlm.models.text import Question
 from gripvlm.path import Record, gather, pruned
 from gripvlm.pruners import LayerPruner, Pruner, VisualTokens
@@ -208,9 +207,6 @@ def prune(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     checked_positions(positions)
-    checked_needs(family, [chooser])
-    if isinstance(chooser, LayerPruner):
-        checked_layers(model)
     if not isinstance(keep, (list, tuple)):
         one_budget(chooser, keep)
     before = vars(model).get("generate")

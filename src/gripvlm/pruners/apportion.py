@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["apportion"]
+__all__ = ["apportion", "nearest"]
 
 
 def apportion(total: int, weights: Sequence[float], caps: Sequence[int], least: int = 1) -> list[int]:
@@ -30,4 +30,18 @@ def apportion(total: int, weights: Sequence[float], caps: Sequence[int], least: 
             counts[i] += more
     while sum(counts) > total:
         counts[max(range(len(caps)), key=lambda i: counts[i])] -= 1
+    return counts
+
+
+def nearest(total: int, wished: Sequence[float], least: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Counts with sum `total` and least_i <= count_i <= most_i, each as near to what is wished as that allows.
+
+    Wishes are rounded, halves up; then single ones go to (come from) where most (least) is lacking, ties to the
+    lower index. Needs sum of least <= total <= sum of most.
+    """
+    counts = [min(high, max(low, int(w + 0.5))) for w, low, high in zip(wished, least, most, strict=True)]
+    while over := sum(counts) - total:
+        step = -1 if over > 0 else 1
+        room = [i for i, count in enumerate(counts) if least[i] <= count + step <= most[i]]
+        counts[max(room, key=lambda i: step * (wished[i] - counts[i]))] += step
     return counts

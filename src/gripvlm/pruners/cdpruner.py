@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from torch.nn.functional import normalize
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner, Selection, VisualTokens
+from gripvlm.pruners.together import batches, cosines, padded
 
 __all__ = ["CDPruner"]
 
@@ -68,21 +70,31 @@ class CDPruner(Pruner):
         return quality if self.theta is None else (quality * (self.theta / (2 - 2 * self.theta))).exp()
 
     def select(self, tokens: VisualTokens) -> Selection:
-        rows = normalize(tokens.features.float(), dim=-1)
-        quality = self.quality(rows, tokens.question)
-        cosine = rows @ rows.T  # [n, n]
-        cosine = torch.maximum(cosine, cosine.T)  # symmetric to the bit, so that ties are ties
-        left = cosine.diagonal().clone()  # [n], d_i^2
-        factor = rows.new_zeros(tokens.keep, tokens.n)
-        chosen = torch.empty(tokens.keep, dtype=torch.long, device=rows.device)
-        taken = torch.zeros(tokens.n, dtype=torch.bool, device=rows.device)
-        for step in range(tokens.keep):
-            gain = torch.where(left > SPENT, quality.square() * left, quality - quality.max() - 1)
-            pick = gain.masked_fill(taken, -torch.inf).argmax().reshape(1)
-            chosen[step], taken[pick] = pick[0], True
-            known = factor[:step].index_select(1, pick)  # [step, 1]
-            row = cosine.index_select(0, pick)[0] - (known * factor[:step]).sum(dim=0)
-            scale = left[pick].clamp(min=SPENT).rsqrt()
-            factor[step] = torch.where(left[pick] > SPENT, row * scale, 0.0)
-            left = left - factor[step].square()
-        return Selection(chosen.sort().values, tokens.n)
+        return self.select_batch([tokens])[0]
+
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        return [selection for some in batches(images) for selection in self._select(some)]
+
+    def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        cosine = cosines(images)  # [B, n, n]
+        qualities = [self.quality(normalize(one.features.float(), dim=-1), one.question) for one in images]
+        quality = padded(qualities, 0.0)
+        worst = quality - torch.stack([one.amax() for one in qualities])[:, None] - 1  # below every gain
+        taken = padded([torch.zeros_like(one, dtype=torch.bool) for one in qualities], True)
+        left = cosine.diagonal(dim1=1, dim2=2).clone()  # [B, n], d_i^2
+        most, row = max(tokens.keep for tokens in images), torch.arange(len(images), device=cosine.device)
+        factor = cosine.new_zeros(len(images), most, cosine.shape[1])
+        chosen = torch.empty(len(images), most, dtype=torch.long, device=cosine.device)
+        for step in range(most):
+            gain = torch.where(left > SPENT, quality.square() * left, worst)
+            pick = gain.masked_fill_(taken, -torch.inf).argmax(dim=1)
+            chosen[:, step], taken[row, pick] = pick, True
+            known = factor[row, :step, pick]  # [B, step]
+            part = cosine[row, pick] - (known[..., None] * factor[:, :step]).sum(dim=1)
+            own = left[row, pick][:, None]
+            factor[:, step] = torch.where(own > SPENT, part * own.clamp(min=SPENT).rsqrt(), 0.0)
+            left = left - factor[:, step].square()
+        return [
+            Selection(picks[: tokens.keep].sort().values, tokens.n)
+            for picks, tokens in zip(chosen, images, strict=True)
+        ]

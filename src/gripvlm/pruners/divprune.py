@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import normalize
 
 from gripvlm.pruners.base import Pruner, Selection, VisualTokens
+from gripvlm.pruners.together import batches, cosines, padded
 
 __all__ = ["DivPrune"]
 
@@ -33,16 +34,27 @@ class DivPrune(Pruner):
     source: ClassVar[str] = "DivPrune, arXiv 2503.02175 (CVPR 2025)"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        rows = normalize(tokens.features.float(), dim=-1)
-        cosine = rows @ rows.T  # [n, n]
-        distance = 1 - torch.maximum(cosine, cosine.T)  # symmetric to the bit, so that ties are ties
-        distance.fill_diagonal_(torch.inf)
-        chosen = torch.empty(tokens.keep, dtype=torch.long, device=rows.device)
-        chosen[0] = distance.amin(dim=1).argmax()
-        nearest = torch.full_like(distance[0], torch.inf)  # [n], distance to the chosen set
-        for step in range(1, tokens.keep):
-            last = chosen[step - 1 : step]
-            nearest = torch.minimum(nearest, distance.index_select(0, last)[0])
-            nearest[last] = -torch.inf  # never chosen twice; stays the minimum from here on
-            chosen[step] = nearest.argmax()
-        return Selection(chosen.sort().values, tokens.n)
+        return self.select_batch([tokens])[0]
+
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        return [selection for some in batches(images) for selection in self._select(some)]
+
+    def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        distance = 1 - cosines(images)  # [B, n, n]
+        empty = padded([torch.zeros_like(tokens.features[:, 0], dtype=torch.bool) for tokens in images], True)
+        distance.masked_fill_(empty[:, None], torch.inf)
+        distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        row = torch.arange(len(images), device=distance.device)
+        most = max(tokens.keep for tokens in images)
+        chosen = torch.empty(len(images), most, dtype=torch.long, device=distance.device)
+        chosen[:, 0] = distance.amin(dim=2).masked_fill(empty, -torch.inf).argmax(dim=1)
+        nearest = torch.full_like(distance[:, 0], torch.inf).masked_fill(empty, -torch.inf)  # [B, n], to the chosen
+        for step in range(1, most):
+            last = chosen[:, step - 1]
+            nearest = torch.minimum(nearest, distance[row, last])
+            nearest[row, last] = -torch.inf  # never chosen twice; stays the minimum from here on
+            chosen[:, step] = nearest.argmax(dim=1)
+        return [
+            Selection(picks[: tokens.keep].sort().values, tokens.n)
+            for picks, tokens in zip(chosen, images, strict=True)
+        ]

@@ -14,7 +14,7 @@ from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import ScorePruner, Selection, VisualTokens, top_k
 from gripvlm.scorer import Scorer, coordinates
 
-__all__ = ["SHIPPED", "Grip", "ScorerInputs"]
+__all__ = ["SHIPPED", "Grip", "Learned", "ScorerInputs"]
 
 SHIPPED = Path(__file__).parents[1] / "lab" / "data" / "grip"
 """Scorers for the lab VLM that come with the package, one folder each: `question` and `blind`."""
@@ -75,26 +75,17 @@ class ScorerInputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Grip(ScorePruner):
-    """score = scorer(features, place, question, k / n): Huang et al., "GRIP-VLM", arXiv 2605.13375.
-
-        grip = gripvlm.Grip.from_pretrained("folder-or-hub-id")
-        with gripvlm.prune(model, grip, keep=0.1): ...
-
-    Inference takes the mode of the policy that was trained, the k highest logits. The paper publishes an abstract
-    only; scorer and training are ours (`gripvlm.scorer`, `gripvlm.train`).
+class Learned(ScorePruner):
+    """score = scorer(features, place, question, k / n): a trained scorer, however it was trained.
 
     Attributes:
-        scorer: a name for `Scorer.from_pretrained`, or `lab` and `lab-blind`, the two that come with the package
-            for its lab VLM (with the question and without).
+        scorer: a name for `Scorer.from_pretrained`.
         weights: a short hash of the scorer's weights, for results files.
     """
 
-    name: ClassVar[str] = "grip"
-    source: ClassVar[str] = "Huang et al. 2026, arXiv 2605.13375"
     trained: ClassVar[bool] = True
 
-    scorer: str = "lab"
+    scorer: str
     module: Scorer | None = field(default=None, repr=False)
     weights: str = field(default="", init=False)
 
@@ -102,11 +93,6 @@ class Grip(ScorePruner):
         if self.module is None:
             object.__setattr__(self, "module", Scorer.from_pretrained(_place(self.scorer)))
         object.__setattr__(self, "weights", self._scorer.digest())
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **hub: Any) -> Grip:
-        """A trained scorer: `lab`, `lab-blind`, a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
-        return cls(str(name), Scorer.from_pretrained(_place(str(name)), **hub))
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -120,7 +106,7 @@ class Grip(ScorePruner):
     def check(self, model: Any) -> None:
         """Refuses a model that the scorer was not trained for, and moves the scorer to the model's device."""
         if self._scorer.base is None:
-            raise PrunerError("this Grip's scorer was never trained: train one with `gripvlm train`")
+            raise PrunerError(f"this {self.name} scorer was never trained: train one with `gripvlm train`")
         self._scorer.base.check(model)
         self._scorer.to(model.device)
 
@@ -141,3 +127,30 @@ class Grip(ScorePruner):
         seen = ScorerInputs.of(images, self._scorer.config.question)
         kept = torch.tensor([tokens.keep for tokens in images], device=seen.sizes.device)
         return [row[: tokens.n] for row, tokens in zip(seen.score(self._scorer, kept), images, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Grip(Learned):
+    """score = scorer(features, place, question, k / n): Huang et al., "GRIP-VLM", arXiv 2605.13375.
+
+        grip = gripvlm.Grip.from_pretrained("folder-or-hub-id")
+        with gripvlm.prune(model, grip, keep=0.1): ...
+
+    Inference takes the mode of the policy that was trained, the k highest logits. The paper publishes an abstract
+    only; scorer and training are ours (`gripvlm.scorer`, `gripvlm.train`).
+
+    Attributes:
+        scorer: a name for `Scorer.from_pretrained`, or `lab` and `lab-blind`, the two that come with the package
+            for its lab VLM (with the question and without).
+        weights: a short hash of the scorer's weights, for results files.
+    """
+
+    name: ClassVar[str] = "grip"
+    source: ClassVar[str] = "Huang et al. 2026, arXiv 2605.13375"
+
+    scorer: str = "lab"
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **hub: Any) -> Grip:
+        """A trained scorer: `lab`, `lab-blind`, a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
+        return cls(str(name), Scorer.from_pretrained(_place(str(name)), **hub))

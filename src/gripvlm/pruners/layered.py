@@ -5,6 +5,7 @@ Tensors only, as everywhere in this folder.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ from torch import Tensor
 from gripvlm.errors import BudgetError
 from gripvlm.pruners.base import Merge, Pruner, Selection, VisualTokens
 
-__all__ = ["LAYER_NEEDS", "LayerPruner", "LayerTokens", "Schedule", "average", "geometric_cuts", "one_cut"]
+__all__ = [
+    "LAYER_NEEDS",
+    "LayerPruner",
+    "LayerTokens",
+    "Schedule",
+    "average",
+    "geometric_cuts",
+    "least_of_one_cut",
+    "one_cut",
+]
 
 LAYER_NEEDS = frozenset({"hidden", "last", "question", "keys"})
 """Everything a pruner may name in `layer_needs`; what it does not name is None."""
@@ -110,6 +120,10 @@ class LayerPruner(Pruner):
         the schedule at which the image loses rows. The caller checks the result, for all pruners.
         """
 
+    def allot_over(self, sample: Sequence[VisualTokens], layers: int) -> Sequence[int]:
+        """`allot` where the language model has so many layers, which says what `schedule` can reach."""
+        return self.allot(sample)
+
     def select(self, tokens: VisualTokens) -> Selection:
         """All rows; override it where the schedule drops some at the input (layer 0)."""
         return Selection(torch.arange(tokens.n, device=tokens.features.device), tokens.n)
@@ -133,8 +147,13 @@ def one_cut(name: str, n: int, keep: int, layers: int, cut: int) -> dict[int, in
     _checked_cuts(name, [cut], layers)
     count = (2 * (layers * keep - cut * n) + (layers - cut)) // (2 * (layers - cut))
     if count < 1:
-        raise _too_few(name, n, keep, layers, {cut: 1})
+        raise _too_few(name, n, keep, layers, cut, least_of_one_cut(n, layers, cut))
     return {cut: count}
+
+
+def least_of_one_cut(n: int, layers: int, cut: int) -> int:
+    """The smallest `keep` that `one_cut` takes: one row is left after the cut."""
+    return -(-(2 * cut * n + layers - cut) // (2 * layers))
 
 
 def geometric_cuts(name: str, n: int, keep: int, layers: int, cuts: Sequence[int]) -> dict[int, int]:
@@ -163,7 +182,8 @@ def geometric_cuts(name: str, n: int, keep: int, layers: int, cuts: Sequence[int
         least, most = found[cuts[i + 1]] if i + 1 < len(cuts) else 1, found[cuts[i - 1]] if i else n
         found[cuts[i]] = min(most, max(least, found[cuts[i]] - over))
     if average(n, found, layers) - keep > 0.5:
-        raise _too_few(name, n, keep, layers, dict.fromkeys(cuts, 1))
+        least = math.ceil(average(n, dict.fromkeys(cuts, 1), layers) - 0.5)
+        raise _too_few(name, n, keep, layers, cuts[0], least)
     return found
 
 
@@ -175,9 +195,7 @@ def _checked_cuts(name: str, cuts: Sequence[int], layers: int) -> None:
         )
 
 
-def _too_few(name: str, n: int, keep: int, layers: int, least: Schedule) -> BudgetError:
-    first = min(least)
-    floor = -int(-average(n, least, layers) // 1)
+def _too_few(name: str, n: int, keep: int, layers: int, first: int, floor: int) -> BudgetError:
     return BudgetError(
         f"keep={keep} of {n} on average over {layers} layers is less than pruner {name!r} can reach: all {n} go "
         f"through the first {first}; type keep={floor} or more, or drop before an earlier layer"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import normalize
+from torch import Tensor
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Selection, VisualTokens
+from gripvlm.pruners.together import batches, cosines, padded
 from gripvlm.pruners.wrapper import Wrapper, scores_of
 
 __all__ = ["MMR"]
@@ -43,20 +45,32 @@ class MMR(Wrapper):
             raise PrunerError(f"mmr: balance={self.balance} must be in [0, 1]: type mmr(norm):balance=0.5")
 
     def select(self, tokens: VisualTokens) -> Selection:
+        return self.select_batch([tokens])[0]
+
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        return [selection for some in batches(images) for selection in self._select(some)]
+
+    def _scaled(self, tokens: VisualTokens) -> Tensor:
+        """[n] s."""
         scores = scores_of(self, self.inner, tokens)
         finite = scores[scores.isfinite()]
         low, high = finite.aminmax() if finite.numel() else (scores.new_zeros(()), scores.new_zeros(()))
-        scaled = (scores.clamp(low, high) - low) / (high - low) if high > low else torch.ones_like(scores)
-        rows = normalize(tokens.features.float(), dim=-1)
-        cosine = rows @ rows.T
-        cosine = torch.maximum(cosine, cosine.T)  # symmetric to the bit, so that ties are ties
+        return (scores.clamp(low, high) - low) / (high - low) if high > low else torch.ones_like(scores)
+
+    def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        each = [self._scaled(tokens) for tokens in images]
+        scaled, cosine = padded(each, 0.0), cosines(images)  # [B, n], [B, n, n]
+        taken = padded([torch.zeros_like(one, dtype=torch.bool) for one in each], True)
         value = scaled
-        closest = torch.full_like(scaled, -torch.inf)  # [n], cosine to the nearest chosen token
-        chosen = torch.empty(tokens.keep, dtype=torch.long, device=rows.device)
-        taken = torch.zeros_like(scaled, dtype=torch.bool)
-        for step in range(tokens.keep):
-            pick = value.masked_fill(taken, -torch.inf).argmax().reshape(1)
-            chosen[step], taken[pick] = pick[0], True
-            closest = torch.maximum(closest, cosine.index_select(0, pick)[0])
+        closest = torch.full_like(scaled, -torch.inf)  # [B, n], cosine to the nearest chosen token
+        most, row = max(tokens.keep for tokens in images), torch.arange(len(images), device=cosine.device)
+        chosen = torch.empty(len(images), most, dtype=torch.long, device=cosine.device)
+        for step in range(most):
+            pick = value.masked_fill(taken, -torch.inf).argmax(dim=1)
+            chosen[:, step], taken[row, pick] = pick, True
+            closest = torch.maximum(closest, cosine[row, pick])
             value = self.balance * scaled - (1 - self.balance) * closest
-        return Selection(chosen.sort().values, tokens.n)
+        return [
+            Selection(picks[: tokens.keep].sort().values, tokens.n)
+            for picks, tokens in zip(chosen, images, strict=True)
+        ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from gripvlm.errors import PrunerError
+from gripvlm.pruners.apportion import nearest
 from gripvlm.pruners.base import Selection, VisualTokens
-from gripvlm.pruners.layered import LayerPruner, LayerTokens, Schedule, one_cut
+from gripvlm.pruners.layered import LayerPruner, LayerTokens, Schedule, least_of_one_cut, one_cut
 from gripvlm.pruners.ptp_vision import best_of_regions, checked, region_budgets, saliency
 from gripvlm.pruners.saliency import min_max
 
@@ -25,7 +26,8 @@ class PTP(LayerPruner):
     before `layer`, scaled to [0, 1] over the tile. Kept are the tokens with the largest
     f = (1 - alpha) b + alpha c, each region as many as its saliency b earns.
 
-    1. `keep` is the average over layers: what goes on after the cut is solved from it.
+    1. `keep` is the average over layers: what goes on after the cut is solved from it, and that is what the
+       regions share; each pays for all its rows before.
     2. b and c are both scaled; unscaled, c is about 1e-3 and alpha hardly matters.
     3. Departures 1 to 3 of `ptp_vision`.
 
@@ -55,8 +57,14 @@ class PTP(LayerPruner):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"features", "vision_attention"} | ({"grid"} if self.windows > 1 else set()))
 
-    def allot(self, sample: Sequence[VisualTokens]) -> list[int]:
-        return region_budgets(sample, self.region_rule, self.thumbnail)
+    def allot_over(self, sample: Sequence[VisualTokens], layers: int) -> list[int]:
+        after = [self.schedule(tokens.n, tokens.keep, layers)[self.layer] for tokens in sample]
+        asked = [replace(tokens, keep=count) for tokens, count in zip(sample, after, strict=True)]
+        counts = region_budgets(asked, self.region_rule, self.thumbnail)
+        sizes = [tokens.n for tokens in sample]
+        paid = [(self.layer * n + (layers - self.layer) * k) / layers for n, k in zip(sizes, counts, strict=True)]
+        least = [least_of_one_cut(n, layers, self.layer) for n in sizes]
+        return nearest(sum(tokens.keep for tokens in sample), paid, least, sizes)
 
     def schedule(self, n: int, keep: int, layers: int) -> Schedule:
         return one_cut(self.name, n, keep, layers, self.layer)

@@ -44,6 +44,7 @@ _BUILT_IN: dict[str, str] = {
     "pumer": "gripvlm.pruners.pumer:PuMer",
     "pyramiddrop": "gripvlm.pruners.pyramiddrop:PyramidDrop",
     "random": "gripvlm.pruners.random:Random",
+    "relaxed": "gripvlm.pruners.relaxed:Relaxed",
     "sparsevlm": "gripvlm.pruners.sparsevlm:SparseVLM",
     "split": "gripvlm.pruners.split:Split",
     "spread": "gripvlm.pruners.spread:Spread",
@@ -156,12 +157,14 @@ def _sources() -> dict[str, Any]:
 
 
 def _load(name: str) -> Any:
-    sources = _sources()
-    if name not in sources:
-        near = difflib.get_close_matches(name, sources, n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise PrunerError(f"unknown pruner {name!r}: {hint}known are {', '.join(sorted(sources))}")
-    source = sources[name]
+    source: Any = _BUILT_IN.get(name) or _registered.get(name)
+    if source is None:  # looking through all that is installed takes milliseconds
+        sources = _sources()
+        if name not in sources:
+            near = difflib.get_close_matches(name, sources, n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise PrunerError(f"unknown pruner {name!r}: {hint}known are {', '.join(sorted(sources))}")
+        source = sources[name]
     if not isinstance(source, str):
         return source
     module, _, attribute = source.partition(":")

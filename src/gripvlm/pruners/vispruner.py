@@ -52,12 +52,15 @@ class VisPruner(Pruner):
         first = int(self.important * tokens.keep + 1e-9)
         diverse = tokens.keep - first
         rest = order[first:] if diverse else order[:0]
-        rows = normalize(tokens.patches.float(), dim=-1)
-        while (over := rest.numel() - diverse) > 0:
-            even, odd = rest[::2], rest[1::2]
-            alike = (rows[even] @ rows[odd].T).amax(dim=1)
+        left = torch.arange(rest.numel(), device=rest.device)
+        if left.numel() > diverse:
+            rows = normalize(tokens.patches.float(), dim=-1)[rest]
+            cosine = rows @ rows.T  # once: every round needs another part of it
+        while (over := left.numel() - diverse) > 0:
+            even, odd = left[::2], left[1::2]
+            alike = cosine[even[:, None], odd].amax(dim=1)
             drop = torch.sort(alike, descending=True, stable=True).indices[: min(self.step, over)]
-            left = torch.ones_like(rest, dtype=torch.bool)
-            left[2 * drop] = False
-            rest = rest[left]
-        return Selection(torch.cat((order[:first], rest)).sort().values, tokens.n, scores)
+            stays = torch.ones_like(left, dtype=torch.bool)
+            stays[2 * drop] = False
+            left = left[stays]
+        return Selection(torch.cat((order[:first], rest[left])).sort().values, tokens.n, scores)

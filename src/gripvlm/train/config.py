@@ -92,10 +92,13 @@ class TrainConfig:
     baseline: str = _f("mean", "what rewards are compared with", "mean", "self_critical")
     credit: str = _f("group", "group: one advantage a subset; value: a learnt value of each token", "group", "value")
     # relaxed baselines
-    relaxation: str = _f("soft_topk", "gradient baseline", "soft_topk", "straight_through", "perturbed")
+    relaxation: str = _f(
+        "soft_topk", "gradient baseline", "soft_topk", "straight_through", "perturbed", "dynamicvit", "diffprune"
+    )
     tau_start: float = _f(1.0, "temperature of the relaxation at the first step")
     tau_end: float = _f(0.02, "temperature of the relaxation at the last step")
     samples: int = _f(4, "noise samples of the perturbed relaxation")
+    ratio_weight: float = _f(2.0, "weight of dynamicvit's loss on the share that it keeps")
     # running
     save_minutes: float = _f(5.0, "minutes between checkpoints; Ctrl-C writes one as well")
     val_every: int = _f(100, "steps between validations")
@@ -148,6 +151,7 @@ class TrainConfig:
             "epsilon",
             "epsilon_high",
             "entropy_coef",
+            "ratio_weight",
             "seed",
         ):
             if not 0 <= getattr(self, name) < 2**63:

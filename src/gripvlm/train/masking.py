@@ -8,6 +8,7 @@ and unlike scaling the feature it cannot be undone by a normalisation layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from gripvlm.errors import UnsupportedModelError
 from gripvlm.models.families import family_of
 from gripvlm.train.rollout import Batch, Engine
 
-__all__ = ["masked_forward"]
+__all__ = ["forced_log_probs", "masked_forward"]
 
 
 def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Tensor:
@@ -62,9 +63,14 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
     own = torch.eye(length, dtype=torch.bool, device=mask.device)
     full = torch.where(own, torch.zeros((), device=mask.device), full).to(model.dtype)
     arguments["attention_mask"] = full
+    return forced_log_probs(engine, batch, arguments)
+
+
+def forced_log_probs(engine: Engine, batch: Batch, arguments: dict[str, Any]) -> Tensor:
+    """[B, T] log-probabilities of the forced answers that end the prompts of `arguments`, 0 at padding."""
     width = batch.longest
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=engine.bf16):
-        logits = model(**arguments, use_cache=False).logits[:, -width - 1 : -1].float()
+    with torch.autocast(engine.model.device.type, torch.bfloat16, enabled=engine.bf16):
+        logits = engine.model(**arguments, use_cache=False).logits[:, -width - 1 : -1].float()
     targets = batch.inputs["labels"][:, -width:]
     log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
     return log_probs.masked_fill(targets < 0, 0.0)

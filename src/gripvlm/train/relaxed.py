@@ -1,12 +1,15 @@
 """Gradient baselines: the same scorer, trained through a continuous relaxation of "keep the top k".
 
-All of them run the frozen model on every token with a soft mask in (0, 1) on attention (`masking.py`) and follow
+Those here run the frozen model on every token with a soft mask in (0, 1) on attention (`masking.py`) and follow
 the gradient of the answer's log-probability; inference is the same hard top-k as Grip's. That mask is
 
 - soft_topk: sigmoid((s - nu) / tau), with nu solved so that the mask sums to k exactly; tau annealed from
   tau_start to tau_end (DiffPrune's budgeted map without its denoiser; see docs/grip.md);
 - straight_through: the hard top-k of s + Gumbel noise forward, the gradient of soft_topk backward;
 - perturbed: the mean hard top-k over Gaussian perturbations, with the Jacobian of Berthet et al. 2020.
+
+Two more are in files of their own: `dynamicvit.py`, a decision for each token, and `diffprune.py`, which adds noise
+instead of masking.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gripvlm.pruners.grip import ScorerInputs
 from gripvlm.scorer import Scorer
 from gripvlm.train.budgets import draw_keeps
 from gripvlm.train.config import TrainConfig
@@ -126,9 +130,12 @@ class Relaxed(Stage):
         else:
             normal = torch.randn(config.samples, *scores.shape, generator=random).to(scores)
             mask = perturbed_top_k(scores, kept, tau, normal)
-        bias = (mask * (1 - FLOOR) + FLOOR).log()
-        biases = [row[:n] for row, n in zip(bias, seen.sizes.tolist(), strict=True)]
-        log_probs = masked_forward(self.engine, batch, biases)
-        reward = log_probs.sum(-1) / batch.lengths
+        reward = self.masked_reward(batch, seen, mask)
         top = mask.detach().masked_fill(~seen.valid, 0.0).square().sum(-1) / kept
         yield -reward.mean(), {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}
+
+    def masked_reward(self, batch: Batch, seen: ScorerInputs, mask: Tensor) -> Tensor:
+        """[B] mean log-probability of each answer's tokens when attention on the images is scaled by mask [I, n]."""
+        bias = (mask * (1 - FLOOR) + FLOOR).log()
+        biases = [row[:n] for row, n in zip(bias, seen.sizes.tolist(), strict=True)]
+        return masked_forward(self.engine, batch, biases).sum(-1) / batch.lengths

@@ -17,6 +17,8 @@ from gripvlm.tasks import Task
 from gripvlm.train.config import TrainConfig, read_toml, shares, write_toml
 from gripvlm.train.curve import draw_curve
 from gripvlm.train.data import Questions, check_pictures, load_questions, split
+from gripvlm.train.diffprune import DiffPrune
+from gripvlm.train.dynamicvit import DynamicViT
 from gripvlm.train.grpo import Grpo
 from gripvlm.train.loop import Loop, Stage
 from gripvlm.train.processes import Processes
@@ -34,6 +36,8 @@ _SIZES = ("width", "blocks", "heads", "question", "budget")
 # What may differ between a run and its continuation.
 _FREE = {"out", "save_minutes", "val_every", "max_minutes", "log_with", "device", "rows", "patience", "on_bad"}
 _CONFIG = "config.toml"
+# Relaxations with a loss of their own.
+_RELAXED: dict[str, type[Relaxed]] = {"dynamicvit": DynamicViT, "diffprune": DiffPrune}
 
 
 def train(
@@ -131,7 +135,9 @@ def _stages(config: TrainConfig, done: str) -> list[str]:
 def _stage(name: str, config: TrainConfig, scorer: Scorer, engine: Engine) -> Stage:
     if name == "warmup":
         return WarmUp(config, scorer, engine)
-    return Grpo(config, scorer, engine) if name == "grpo" else Relaxed(config, scorer, engine)
+    if name == "grpo":
+        return Grpo(config, scorer, engine)
+    return _RELAXED.get(config.relaxation, Relaxed)(config, scorer, engine)
 
 
 def _start(config: TrainConfig, folder: Path, model: Any) -> tuple[Scorer, str]:
