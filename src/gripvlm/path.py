@@ -21,8 +21,10 @@ from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import Family
 from gripvlm.models.layers import checked_layers
+from gripvlm.models.sizes import checked_sizes
 from gripvlm.models.text import Question, questions
 from gripvlm.pruners import LayerPruner, Pruner, Selection, VisionRows, VisualTokens
+from gripvlm.sized import SizedRun
 
 __all__ = ["Record", "gather", "pruned"]
 
@@ -71,9 +73,12 @@ def pruned(
     question: Question,
     encoded: Encoded | None,
     spare_column: bool,
-) -> tuple[dict[str, Any], Record, LayerRun | None]:
-    """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to drop in the layers."""
+    size_attention: bool = False,
+) -> tuple[dict[str, Any], Record, LayerRun | SizedRun | None]:
+    """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to do in the layers."""
     checked_positions(positions)
+    if size_attention:
+        checked_sizes(model)
     asked = checked_needs(family, [pruner])
     started = device_time(model.device)
     done = encoded if encoded is not None else seam.encode(model, family, inputs, asked)
@@ -105,11 +110,15 @@ def pruned(
         "pruner": chosen - gathered,
         "surgery": gathered - seen + device_time(model.device) - chosen,
     }
-    run = None
+    kept, run = selections, None
     if isinstance(pruner, LayerPruner):
         run = LayerRun(model, pruner, arguments, batch, selections, schedules)
-        selections = run.selections()
-    return arguments, Record(selections, 1, seconds), run if run is not None and run.cuts else None
+        kept = run.selections()
+        run = run if run.cuts else None
+    record = Record(kept, 1, seconds)
+    if size_attention and (run is not None or any(s.merge is not None for mine in selections for s in mine)):
+        return arguments, record, SizedRun(model, arguments, selections, run)
+    return arguments, record, run
 
 
 def _checked(pruner: Pruner, selection: Any, tokens: VisualTokens) -> Selection:

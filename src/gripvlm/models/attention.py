@@ -16,14 +16,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 
-__all__ = ["blocks_of", "merged_rows", "watch_attention"]
+__all__ = ["Looker", "before_attention", "blocks_of", "merged_rows", "modules_of", "watch_attention"]
 
 Queries: TypeAlias = Sequence[int] | str | Callable[[int], Sequence[int] | str | None]
 _NAMED = ("received", "keys")
@@ -38,21 +38,28 @@ class _Watch:
     queries: Queries
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
+    def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Any:
         layer = self.modules.get(id(module))
         if layer is None:
-            return
+            return mask
         queries = self.queries(query.shape[2]) if callable(self.queries) else self.queries
         if queries is None:
-            return
+            return mask
         with torch.no_grad():
             if queries == "keys":
                 self.seen.setdefault(layer, []).append(key.float().mean(1))
             else:
                 self.seen.setdefault(layer, []).append(_weights(module, query, key, mask, options, queries))
+        return mask
 
 
-_open: list[_Watch] = []
+class Looker(Protocol):
+    """What stands before every attention call: it sees what goes in, and returns the mask to go on with."""
+
+    def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Any: ...
+
+
+_open: list[Looker] = []
 _lock = threading.Lock()
 _original: Callable[..., Any] | None = None
 
@@ -83,22 +90,29 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
         InputError: no such layer; or, when the model runs, an attention implementation whose mask
             does not say what each query sees.
     """
+    if isinstance(queries, str) and queries not in _NAMED:
+        raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or 'received', or 'keys'")
+    watch = _Watch(modules_of(root, layers), queries)
+    with before_attention(watch):
+        yield watch.seen
+
+
+@contextmanager
+def before_attention(looker: Looker, first: bool = False) -> Iterator[None]:
+    """Inside the block, `looker` stands before every attention call of transformers; `first` puts it before others."""
     from transformers.modeling_utils import AttentionInterface  # not with this file: the prune room loads without it
 
     global _original
-    if isinstance(queries, str) and queries not in _NAMED:
-        raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or 'received', or 'keys'")
-    watch = _Watch(_chosen(root, layers), queries)
     with _lock:
         if not _open:
             _original = AttentionInterface.get_interface
             AttentionInterface.get_interface = _watched(_original)
-        _open.append(watch)
+        _open.insert(0 if first else len(_open), looker)
     try:
-        yield watch.seen
+        yield
     finally:
         with _lock:
-            _open.remove(watch)
+            _open.remove(looker)
             if not _open:
                 AttentionInterface.get_interface = _original
 
@@ -154,7 +168,7 @@ def blocks_of(root: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _chosen(root: Any, layers: Sequence[int]) -> dict[int, int]:
+def modules_of(root: Any, layers: Sequence[int]) -> dict[int, int]:
     """id of a module -> its layer, for all modules inside the chosen layers."""
     blocks = blocks_of(root)
     count = len(blocks)
@@ -175,8 +189,8 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
         def look_and_attend(
             module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
-            for watch in tuple(_open):
-                watch.look(module, query, key, attention_mask, options)
+            for looker in tuple(_open):
+                attention_mask = looker.look(module, query, key, attention_mask, options)
             return attend(module, query, key, value, attention_mask, **options)
 
         return look_and_attend

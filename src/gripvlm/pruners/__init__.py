@@ -1,6 +1,6 @@
 """Pruning methods: one file a method, tensors only, found by name through the registry."""
 
-from gripvlm.pruners.base import Merge, Pruner, ScorePruner, Selection, VisionRows, VisualTokens, top_k
+from gripvlm.pruners.base import Merge, Pruner, ScorePruner, Selection, VisionRows, VisualTokens, sizes_after, top_k
 from gripvlm.pruners.layered import LayerPruner, LayerTokens
 from gripvlm.pruners.registry import get_pruner, list_pruners, pruner_names, register_pruner
 
@@ -17,5 +17,6 @@ __all__ = [
     "list_pruners",
     "pruner_names",
     "register_pruner",
+    "sizes_after",
     "top_k",
 ]

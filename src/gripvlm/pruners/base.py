@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gripvlm.errors import PrunerError
 
-__all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisionRows", "VisualTokens", "top_k"]
+__all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisionRows", "VisualTokens", "sizes_after", "top_k"]
 
 NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "patches"})
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
@@ -90,6 +90,31 @@ class Merge:
     source: Tensor
     destination: Tensor
     weight: Tensor
+
+
+def sizes_after(indices: Tensor, n: int, merge: Merge | None, before: Tensor | None = None) -> Tensor:
+    """[k] float32: how many tokens each kept row stands for.
+
+    A kept row's size is that of its sources together, whatever their weights; of a row that goes to several
+    slots each has an equal share, so that sizes add up to the rows that are in any. Rows dropped without a
+    merge are in none.
+
+    Args:
+        indices: [k] kept rows.
+        n: the rows there were.
+        merge: what the kept rows absorb; a slot that is no destination is its own row.
+        before: [n] sizes the rows had; 1 each if None.
+    """
+    before = torch.ones(n, device=indices.device) if before is None else before.to(indices.device)
+    if merge is None:
+        return before[indices]
+    source, slot = merge.source.to(indices.device), merge.destination.to(indices.device)
+    own = torch.ones_like(indices, dtype=torch.bool)
+    own[slot] = False
+    source = torch.cat((source, indices[own]))
+    slot = torch.cat((slot, own.nonzero().flatten()))
+    share = before[source] / torch.bincount(source, minlength=n)[source]
+    return torch.zeros(indices.numel(), device=indices.device).index_add(0, slot, share)
 
 
 @dataclass(frozen=True, eq=False)
