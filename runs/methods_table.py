@@ -14,7 +14,7 @@ from gripvlm.models.families import FAMILIES  # noqa: E402
 from gripvlm.pruners.registry import _BUILT_IN, _load, list_pruners  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
-PLACES = {"input": "input", "llm": "in the LLM"}
+PLACES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
 
 
 def idea(name: str, made_by: Any) -> str:
@@ -52,11 +52,13 @@ def page() -> str:
         cells = (f"`{row.name}`", idea(row.name, made_by), needs(row, made_by), PLACES[row.stage], trained, row.source)
         lines.append(f"| {' | '.join(cells)} |")
     sees = ", ".join(sorted(name for name, family in FAMILIES.items() if family.vision is not None))
+    shortens = ", ".join(sorted(name for name, family in FAMILIES.items() if family.merges))
     drops = ", ".join(sorted(name for name, family in FAMILIES.items() if family.layers))
     lines += [
         "",
         "- `features`, `question`, `key`: every family. `grid`: where an image's rows are a plain raster.",
         f"- `vision_attention`, `patches`: {sees}.",
+        f"- `groups`, merging in the vision tower: {shortens}, with a tower of CLIP's or SigLIP's blocks.",
         f"- In the LLM (needs in italics): {drops}. There `keep` is the average over the layers.",
         "- Towers without a CLS token (SigLIP, Qwen): where a method reads the CLS token's attention, it reads the",
         "  mean attention that each token receives.",

@@ -18,8 +18,9 @@ from gripvlm.pruners.dart import DART
 from gripvlm.pruners.depths import at_depths
 from gripvlm.pruners.fastv import FastV
 from gripvlm.pruners.layered import average
+from gripvlm.pruners.matching import soft_matching
 from gripvlm.pruners.ptp import PTP
-from gripvlm.pruners.pumer import PuMer, soft_matching
+from gripvlm.pruners.pumer import PuMer
 from gripvlm.pruners.pyramiddrop import PyramidDrop
 from gripvlm.pruners.sparsevlm import SparseVLM, raters
 from gripvlm.pruners.vscan import VScan

@@ -14,9 +14,10 @@ from gripvlm.errors import BudgetError, InputError, PrunerError, UnsupportedMode
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import FAMILIES, Family
+from gripvlm.models.merging import checked_tower
 from gripvlm.models.text import placeholder
-from gripvlm.models.vision import Asked
-from gripvlm.pruners import LayerPruner, Pruner, Selection, VisualTokens, get_pruner
+from gripvlm.models.vision import Asked, Merging
+from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisualTokens, get_pruner
 from gripvlm.pruners.base import NEEDS
 from gripvlm.pruners.layered import LAYER_NEEDS, average
 
@@ -26,6 +27,7 @@ __all__ = [
     "checked_budgets",
     "checked_imageless",
     "checked_inputs",
+    "checked_merging",
     "checked_needs",
     "checked_positions",
     "checked_pruner",
@@ -57,8 +59,14 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
     if unknown := sorted(chooser.needs - NEEDS):
         raise PrunerError(f"pruner {name!r} needs {unknown}, but known are {sorted(NEEDS)}")
     stage = getattr(chooser, "stage", "input")
-    if stage not in ("input", "llm"):
-        raise PrunerError(f"pruner {name!r} drops rows at stage {stage!r}: known are 'input' and 'llm'")
+    if stage not in ("input", "llm", "vision"):
+        raise PrunerError(f"pruner {name!r} drops rows at stage {stage!r}: known are 'input', 'llm' and 'vision'")
+    if stage == "vision" and not isinstance(chooser, TowerPruner):
+        raise PrunerError(f"pruner {name!r} merges at stage 'vision', so it must be a gripvlm.pruners.TowerPruner")
+    if stage != "vision" and "groups" in chooser.needs:
+        raise PrunerError(f"pruner {name!r} needs groups, which only a gripvlm.pruners.TowerPruner has")
+    if stage == "vision" and (wrong := sorted(chooser.needs & {"vision_attention", "patches"})):
+        raise PrunerError(f"pruner {name!r} merges inside the vision tower, which then has no {wrong[0]} for each row")
     if stage == "llm" and not isinstance(chooser, LayerPruner):
         raise PrunerError(f"pruner {name!r} drops rows at stage 'llm', so it must be a gripvlm.LayerPruner")
     if stage == "llm" and (unknown := sorted(chooser.layer_needs - LAYER_NEEDS)):  # type: ignore[attr-defined]
@@ -90,6 +98,23 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
             layers.update(dict.fromkeys(pruner.vision_layers))
         patches |= "patches" in wanted
     return Asked(tuple(layers), patches)
+
+
+def checked_merging(model: Any, family: Family, pruner: TowerPruner, keep: Keeps) -> Merging:
+    """How this pruner merges inside this model's vision tower, to the same count in all images.
+
+    Raises:
+        UnsupportedModelError: the tower's tokens cannot get fewer.
+        BudgetError: one budget for each sample or image.
+    """
+    checked_tower(model, family)
+    if isinstance(keep, (list, tuple)):
+        raise BudgetError(
+            f"pruner {pruner.name!r} merges all images of a batch together, so all have the same count: type one keep, "
+            f"such as keep=64, not {keep}"
+        )
+    budget = one_budget(pruner, keep)
+    return Merging(lambda n: budget.count(n, "each image"), pruner.plan, pruner.match, pruner.proportional)
 
 
 def checked_schedule(pruner: LayerPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:

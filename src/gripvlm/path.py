@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gripvlm.checks import (
+    PIXELS,
     Keeps,
     checked_budgets,
+    checked_merging,
     checked_needs,
     checked_positions,
     checked_schedule,
@@ -23,7 +25,7 @@ from gripvlm.models.families import Family
 from gripvlm.models.layers import checked_layers
 from gripvlm.models.sizes import checked_sizes
 from gripvlm.models.text import Question, questions
-from gripvlm.pruners import LayerPruner, Pruner, Selection, VisionRows, VisualTokens
+from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisionRows, VisualTokens
 from gripvlm.sized import SizedRun
 
 __all__ = ["Record", "gather", "pruned"]
@@ -80,6 +82,13 @@ def pruned(
     if size_attention:
         checked_sizes(model)
     asked = checked_needs(family, [pruner])
+    if isinstance(pruner, TowerPruner):
+        if not any(inputs.get(name) is not None for name in PIXELS):
+            raise InputError(
+                f"pruner {pruner.name!r} merges inside the vision tower, so an encoding of all rows does not serve it: "
+                "leave the pixels in the inputs"
+            )
+        encoded, asked = None, asked._replace(merging=checked_merging(model, family, pruner, keep))
     started = device_time(model.device)
     done = encoded if encoded is not None else seam.encode(model, family, inputs, asked)
     seen = device_time(model.device)
@@ -168,7 +177,9 @@ def gather(
                 )
             vision = {layer: VisionRows(*rows) for layer, rows in item.vision.items()}
             batch[sample].append(
-                VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states)
+                VisualTokens(
+                    item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states, item.groups
+                )
             )
     return spans, [_allotted(pruner, mine) for mine in batch]
 

@@ -14,6 +14,7 @@ from gripvlm.checks import (
     Keeps,
     checked_imageless,
     checked_inputs,
+    checked_merging,
     checked_needs,
     checked_positions,
     checked_pruner,
@@ -28,7 +29,7 @@ from gripvlm.models.layers import checked_layers
 from gripvlm.models.sizes import checked_sizes
 from gripvlm.models.text import Question
 from gripvlm.path import Record, gather, pruned
-from gripvlm.pruners import LayerPruner, Pruner, VisualTokens
+from gripvlm.pruners import LayerPruner, Pruner, TowerPruner, VisualTokens
 from gripvlm.pruners.keep_all import KeepAll
 
 __all__ = ["Record", "encode", "prune", "prune_inputs", "pruned_run", "visual_tokens"]
@@ -86,7 +87,8 @@ def prune_inputs(
             token ids [t], embeddings [t, d], or a list of B of either ([B, t] ids and [B, t, d]
             embeddings also do; negative ids are padding). By default all text tokens of the prompt
             that are not padding, begin, end or visual tokens, as far as the model's configs tell.
-        encoded: what `encode` returned, to skip the vision encoder; `inputs` then need no pixels.
+        encoded: what `encode` returned, to skip the vision encoder; `inputs` then need no pixels. A pruner that
+            merges inside the vision tower runs it all the same, and needs them.
         return_record: also return the `Record`.
 
     Returns:
@@ -223,6 +225,8 @@ def prune(
     checked_needs(family, [chooser])
     if isinstance(chooser, LayerPruner):
         checked_layers(model)
+    if isinstance(chooser, TowerPruner):
+        checked_merging(model, family, chooser, keep)
     if size_attention:
         checked_sizes(model)
     if not isinstance(keep, (list, tuple)):

@@ -22,6 +22,7 @@ from gripvlm.models.attention import blocks_of, merged_rows, watch_attention
 __all__ = [
     "NOTHING",
     "Asked",
+    "Merging",
     "TowerRows",
     "VisionRule",
     "by_grid",
@@ -36,11 +37,31 @@ VisionRule: TypeAlias = Callable[[Any, Mapping[str, Any], str, list[int], list[T
 """(model, inputs, modality, rows of each item, maps [b, c, L] of each call) -> maps [c, n] of each item."""
 
 
+class Merging(NamedTuple):
+    """How tokens are to be merged between the blocks of the tower (see `models/merging.py`).
+
+    Attributes:
+        count: rows there are -> rows to leave.
+        plan: (tokens, tokens to leave, blocks, special tokens ahead) -> how many each block merges away.
+        match: (keys [b, t, d_h], merges, special tokens ahead) -> (source, destination), both [b, merges].
+        proportional: whether merged tokens are attended to by their size.
+    """
+
+    count: Callable[[int], int]
+    plan: Callable[[int, int, int, int], list[int]]
+    match: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+    proportional: bool
+
+
 class Asked(NamedTuple):
-    """What is wanted of the tower: attention and keys in these blocks (negative ones from the last), patch states."""
+    """What is wanted of the tower: attention and keys in these blocks (negative ones from the last), patch states.
+
+    And, with `merging`, that it merges tokens.
+    """
 
     layers: tuple[int, ...] = ()
     patches: bool = False
+    merging: Merging | None = None
 
 
 NOTHING = Asked()

@@ -17,7 +17,7 @@ from gripvlm.errors import PrunerError
 
 __all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisionRows", "VisualTokens", "sizes_after", "top_k"]
 
-NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "patches"})
+NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "patches", "groups"})
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
 
 
@@ -58,6 +58,8 @@ class VisualTokens:
             it stands there; empty unless "vision_attention" is in `needs`.
         patches: [n, d_v] what the vision tower made of each row before the projector; a row of several
             patches has their mean. None unless in `needs`.
+        groups: [n] LongTensor, for each row the one it was merged into inside the vision tower, itself if it
+            stands for its group; features are then the group's. None but for a `TowerPruner`.
     """
 
     features: Tensor
@@ -69,6 +71,7 @@ class VisualTokens:
     key: int = 0
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
+    groups: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -175,7 +178,7 @@ class Pruner(ABC):
     vision_layers: blocks of the vision tower whose attention they read (with "vision_attention" in
         `needs`); negative numbers count from the last. LLaVA's features come out of -2.
     stage: where rows are dropped; "input" means before the language model's first layer, "llm" inside
-        it (see `LayerPruner`).
+        it (see `LayerPruner`), "vision" inside the vision tower (see `TowerPruner`).
     source: the paper, in one line.
     trained: whether it has weights that were trained for pruning.
     default_keep: the budget when `keep` is left away; None means that `keep` must be given.

@@ -48,6 +48,7 @@ _BUILT_IN: dict[str, str] = {
     "split": "gripvlm.pruners.split:Split",
     "spread": "gripvlm.pruners.spread:Spread",
     "svd_prune": "gripvlm.pruners.svd_prune:SVDPrune",
+    "tome": "gripvlm.pruners.tome:ToMe",
     "visionzip": "gripvlm.pruners.visionzip:VisionZip",
     "vispruner": "gripvlm.pruners.vispruner:VisPruner",
     "vscan": "gripvlm.pruners.vscan:VScan",
