@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gripvlm.errors import InputError, UnsupportedModelError
 from gripvlm.models.attention import before_attention, blocks_of, modules_of
@@ -42,9 +42,9 @@ def checked_tower(model: Any, family: Family) -> None:
     if not family.merges:
         having = ", ".join(sorted(name for name, row in FAMILIES.items() if row.merges))
         raise UnsupportedModelError(
-            f"merging inside {family.model_type}'s vision tower is not supported: it needs a plain ViT of single images "
-            "and a projector that works token by token, but here rows are made of blocks of patches, windows, tiles or "
-            f"learned queries; it is for {having}"
+            f"merging inside {family.model_type}'s vision tower is not supported: it needs a plain ViT of single "
+            "images and a projector that works token by token, but here rows are made of blocks of patches, windows, "
+            f"tiles or learned queries; it is for {having}"
         )
     layer = getattr(model.config, "vision_feature_layer", -1)
     if not isinstance(layer, int):
@@ -56,8 +56,8 @@ def checked_tower(model: Any, family: Family) -> None:
         if missing := [name for name in HALVES if not hasattr(block, name)]:
             raise UnsupportedModelError(
                 f"merging inside the vision tower splits its blocks between attention and MLP, and a "
-                f"{type(block).__name__} has no {', '.join(missing)}, which CLIP's and SigLIP's have: use a pruner that "
-                "drops at the input"
+                f"{type(block).__name__} has no {', '.join(missing)}, which CLIP's and SigLIP's have: use a pruner "
+                "that drops at the input"
             )
         if "forward" in vars(block):
             raise UnsupportedModelError(
@@ -100,7 +100,7 @@ class _Tower:
             return mask
         return with_sizes(module, query, key, mask, options, self.sizes)
 
-    def halves(self, index: int, block: nn.Module) -> Callable[..., Tensor]:
+    def halves(self, index: int, block: Any) -> Callable[..., Tensor]:
         """The forward of block `index`, with the merge between attention and MLP."""
 
         def forward(hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Tensor:

@@ -31,7 +31,7 @@ class ToMe(TowerPruner):
        ones behind the even ones that are left. A merged token stands where its odd one stood.
     4. Only blocks whose output the projector reads count; a block merges at most half of its tokens.
     5. The CLS token, where there is one, is never merged, and neither is the patch that stands in its place where a
-       model drops the first row of a tower without one. As a destination the CLS token, at place 0, is none.
+       model drops the first row of a tower without one.
     6. Projected is each merged token once; what the projector makes of it is the kept row.
 
     Attributes:
@@ -59,8 +59,8 @@ class ToMe(TowerPruner):
                 return merges
         least = tokens - sum(self._merges(tokens, tokens, 1, blocks, fixed)) - fixed
         raise BudgetError(
-            f"keep={left - fixed} of {tokens - fixed} is less than pruner 'tome' can reach: each of the tower's {blocks} "
-            f"blocks that count can merge half of its tokens at most; type keep={least} or more"
+            f"keep={left - fixed} of {tokens - fixed} is less than pruner 'tome' can reach: each of the tower's "
+            f"{blocks} blocks that count can merge half of its tokens at most; type keep={least} or more"
         )
 
     def _merges(self, r: int, tokens: int, left: int, blocks: int, fixed: int) -> list[int]:
