@@ -57,7 +57,7 @@ def page() -> str:
     lines += [
         "",
         "- `features`, `question`, `key`: every family. `grid`: where an image's rows are a plain raster.",
-        f"- `vision_attention`, `patches`: {sees}.",
+        f"- `vision_attention`, `vision_given`, `patches`: {sees}.",
         f"- `groups`, merging in the vision tower: {shortens}, with a tower of CLIP's or SigLIP's blocks.",
         f"- In the LLM (needs in italics): {drops}. There `keep` is the average over the layers.",
         "- Towers without a CLS token (SigLIP, Qwen): where a method reads the CLS token's attention, it reads the",
@@ -66,6 +66,12 @@ def page() -> str:
         "  CLIP's 24; a tower with fewer blocks needs another: `hiprune:middle=1`, `vscan:shallow=0`.",
         "- Cuts in the LLM are those published for 32 layers (`pumer`: 12), at the same relative depth; `fastv`,",
         "  `dart` and `ptp` cut at the layer that `layer` says.",
+        "- `cdpruner` reads CLIP's own text tower where it is given one, from Python: `CDPruner(clip=ClipText(clip_model,",
+        "  tokenizer, questions))` with `gripvlm.models.clip.ClipText`.",
+        '- Methods that merge rows can be attended to by size: `gripvlm.prune(model, "visionzip", keep=64,',
+        "  size_attention=True)` adds the logarithm of how many rows each stands for to the language model's scores for",
+        "  it (ToMe's proportional attention). Off by default; sdpa and eager attention, families without linear",
+        "  attention or convolutions.",
         "- Wrappers are typed around others: `mmr(norm)`, `spread(visionzip):floor=0.5`, `ensemble(norm,divprune)`.",
         "",
     ]

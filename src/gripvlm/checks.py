@@ -85,7 +85,7 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
         UnsupportedModelError: the family's rows cannot be traced to its tower's patches.
     """
     layers: dict[int, None] = {}
-    patches = False
+    patches = given = False
     for pruner in pruners:
         wanted = sorted(pruner.needs & {"vision_attention", "patches"})
         if wanted and family.vision is None:
@@ -96,8 +96,9 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
             )
         if "vision_attention" in wanted:
             layers.update(dict.fromkeys(pruner.vision_layers))
+            given |= "vision_given" in pruner.needs
         patches |= "patches" in wanted
-    return Asked(tuple(layers), patches)
+    return Asked(tuple(layers), patches, given)
 
 
 def checked_merging(model: Any, family: Family, pruner: TowerPruner, keep: Keeps) -> Merging:

@@ -148,7 +148,8 @@ def gather(
     if encoded.model_type != family.model_type:
         raise InputError(f"encoded by a {encoded.model_type} model, but this one is {family.model_type}")
     wanted = checked_needs(family, [pruner])
-    if {*wanted.layers} - {*encoded.asked.layers} or (wanted.patches and not encoded.asked.patches):
+    have = encoded.asked
+    if {*wanted.layers} - {*have.layers} or wanted.patches > have.patches or wanted.given > have.given:
         raise InputError(
             f"images were encoded without what pruner {pruner.name!r} reads of the vision tower: type "
             f"gripvlm.encode(model, inputs, pruners=[{pruner.name!r}])"

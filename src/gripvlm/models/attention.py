@@ -26,7 +26,7 @@ from gripvlm.errors import InputError
 __all__ = ["Looker", "before_attention", "blocks_of", "merged_rows", "modules_of", "watch_attention"]
 
 Queries: TypeAlias = Sequence[int] | str | Callable[[int], Sequence[int] | str | None]
-_NAMED = ("received", "keys")
+_NAMED = ("received", "to_first", "keys")
 _CHUNK = 256  # queries at a time for "received"
 
 
@@ -74,11 +74,12 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
         layers: numbers of its layers; negative ones count from the last.
         queries: positions of query tokens (negative ones from the end); a function that returns them
             for a call over so many queries, None for a call to leave out; "received" for the mean over
-            all queries that are no padding; or "keys" for the keys instead.
+            all queries that are no padding; "to_first" for the weight of every query on the first key; or
+            "keys" for the keys instead.
 
     Yields:
         A dict, filled while the model runs: layer -> list (calls of its attention, in order) of
-        float32 tensors [B, heads, len(queries), L], or [B, heads, L] for "received", or [B, L, d_h], the
+        float32 tensors [B, heads, len(queries), L], or [B, heads, L] for "received" and "to_first", or [B, L, d_h], the
         mean over heads after rotary positions, for "keys". Towers that
         attend by window or by image make one call for each, in their own order: see `merged_rows`.
 
@@ -91,7 +92,9 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
             does not say what each query sees.
     """
     if isinstance(queries, str) and queries not in _NAMED:
-        raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or 'received', or 'keys'")
+        raise InputError(
+            f"queries={queries!r}: give positions, such as [0] or [-1], or 'received', 'to_first' or 'keys'"
+        )
     watch = _Watch(modules_of(root, layers), queries)
     with before_attention(watch):
         yield watch.seen
@@ -201,7 +204,7 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
 def _weights(
     module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], queries: Sequence[int] | str
 ) -> Tensor:
-    """[B, H, r, L] weights of the asked queries, or [B, H, L] received by each key on average."""
+    """[B, H, r, L] weights of the asked queries; [B, H, L] received by each key on average, or given to the first."""
     unclear = mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4)
     if unclear or options.get("cu_seq_lens_q") is not None:
         raise InputError(
@@ -234,6 +237,8 @@ def _weights(
         return scores.softmax(-1).nan_to_num(0.0)  # NaN: a query that sees nothing
 
     everyone = torch.arange(length, device=query.device)
+    if queries == "to_first":
+        return torch.cat([rows(part)[..., 0] for part in everyone.split(_CHUNK)], dim=-1)
     if isinstance(queries, str):
         real = _real(mask, query, total)  # [B or 1, length]
         received = sum((rows(part) * real[:, None, part, None]).sum(2) for part in everyone.split(_CHUNK))

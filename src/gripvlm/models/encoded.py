@@ -94,6 +94,7 @@ class Encoded:
         common = Asked(
             tuple(layer for layer in parts[0].asked.layers if all(layer in part.asked.layers for part in parts)),
             all(part.asked.patches for part in parts),
+            all(part.asked.given for part in parts),
         )
         return cls(parts[0].model_type, samples, outputs, sum(part.seconds for part in parts), common)
 

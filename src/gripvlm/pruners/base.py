@@ -17,7 +17,7 @@ from gripvlm.errors import PrunerError
 
 __all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisionRows", "VisualTokens", "sizes_after", "top_k"]
 
-NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "patches", "groups"})
+NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "vision_given", "patches", "groups"})
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
 
 
@@ -33,11 +33,17 @@ class VisionRows:
             see it (its image, tile or window), CLS included where there is one.
         cls: [H, n] attention of the CLS query; None where the tower has no CLS token.
         keys: [n, d_h] keys, the mean over heads, as attention takes them (after rotary positions).
+        patch_received: [H, n] attention received from patches alone, the mean over them: without the CLS query.
+            None where the tower has no CLS token (`received` is that), or without "vision_given" in `needs`.
+        given: [H, n] attention given to patches, the mean over them: all but what goes to the CLS token. None
+            likewise: where there is none, every row gives 1 / n.
     """
 
     received: Tensor
     cls: Tensor | None = None
     keys: Tensor | None = None
+    patch_received: Tensor | None = None
+    given: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +61,8 @@ class VisualTokens:
         key: a number that depends on the image's pixels alone, so that it is the same in any batch
             and on any device (0 where a family gives none).
         vision: layer -> `VisionRows`, one for each of the pruner's `vision_layers`, under the number as
-            it stands there; empty unless "vision_attention" is in `needs`.
+            it stands there; empty unless "vision_attention" is in `needs`. What patches give to one another is
+            in it with "vision_given".
         patches: [n, d_v] what the vision tower made of each row before the projector; a row of several
             patches has their mean. None unless in `needs`.
         groups: [n] LongTensor, for each row the one it was merged into inside the vision tower, itself if it
