@@ -35,6 +35,7 @@ _BUILT_IN: dict[str, str] = {
     "keep_all": "gripvlm.pruners.keep_all:KeepAll",
     "mmr": "gripvlm.pruners.mmr:MMR",
     "mustdrop": "gripvlm.pruners.mustdrop:MustDrop",
+    "mustdrop_llm": "gripvlm.pruners.mustdrop_llm:MustDropLLM",
     "norm": "gripvlm.pruners.norm:Norm",
     "pool": "gripvlm.pruners.pool:Pool",
     "prumerge": "gripvlm.pruners.prumerge:PruMerge",
