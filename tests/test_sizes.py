@@ -252,6 +252,20 @@ def test_a_prompt_in_chunks_carries_its_sizes(model, inputs):
         torch.testing.assert_close(a, b, atol=3e-5, rtol=3e-5)
 
 
+def test_a_cache_that_keeps_the_last_of_a_window_keeps_their_sizes():
+    """Sliding layers of six tokens: with the cache and without, the same logits; without sizes, others."""
+    model, inputs = build("gemma3", sliding_window=6), make(TINY["gemma3"], [1, 1], [3, 4]).inputs
+    encoded, arguments, _ = alike(model, inputs)
+    way = (model, arguments, Joins(), counts(encoded))
+    found = []
+    for sized, cached in ((True, True), (True, False), (False, True)):
+        with gripvlm.pruned_run(*way, encoded=encoded, size_attention=sized) as (short, _):
+            assert short["input_ids"].shape[1] > 6
+            found.append(torch.stack(model.generate(**short, **GREEDY | {"use_cache": cached}).logits))
+    torch.testing.assert_close(found[0], found[1], atol=TINY["gemma3"].tolerance, rtol=TINY["gemma3"].tolerance)
+    assert float((found[0][1] - found[2][1]).abs().max()) > 0.01
+
+
 @pytest.mark.parametrize("pruner", ["pool", "visionzip", "prumerge", "random"])
 def test_the_block_of_any_pruner(model, inputs, pruner):
     """`gripvlm.prune` carries sizes through; without merges, or keeping everything, nothing changes at all."""
