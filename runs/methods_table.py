@@ -17,8 +17,8 @@ from gripvlm.models.grids import unknown  # noqa: E402
 from gripvlm.pruners.registry import _BUILT_IN, _load, list_pruners  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
-PLACES = {"input": "input", "llm": "in the LLM"}
-KEPT = {"input": 0.1, "llm": 0.5}
+PLACES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
+KEPT = {"input": 0.1, "llm": 0.5, "vision": 0.1}
 SCORE = (("score", 1), ("ci_low", 0), ("ci_high", 0))
 
 
@@ -51,7 +51,7 @@ def head(spec: str) -> str:
 
 def score(name: str, stage: str) -> str:
     """The lab's mean with its confidence interval, and as what it was measured where that is not the bare name."""
-    found, keep = result("zoo" if stage == "input" else "zoo-llm"), KEPT[stage]
+    found, keep = result("zoo-llm" if stage == "llm" else "zoo"), KEPT[stage]
     means = [row for row in (found or {"means": []})["means"] if head(row["pruner"]) == name]
     rows = [row for row in means if row["keep"] == (1.0 if name == "full" else keep)]
     rows.sort(key=lambda row: row["pruner"] != name)  # the bare name first
@@ -139,13 +139,15 @@ def page() -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     sees = ", ".join(sorted(name for name, family in FAMILIES.items() if family.vision is not None))
+    shortens = ", ".join(sorted(name for name, family in FAMILIES.items() if family.merges))
     drops = ", ".join(sorted(name for name, family in FAMILIES.items() if family.layers))
     flat = ", ".join(sorted(name for name, family in FAMILIES.items() if family.grid is unknown))
     lines += [
         "",
         "- `features`, `question`, `key`: every family.",
         f"- `grid`, rows in a plain raster: all but {flat}.",
-        f"- `vision_attention`, `patches`: {sees}.",
+        f"- `vision_attention`, `vision_given`, `patches`: {sees}.",
+        f"- `groups`, merging in the vision tower: {shortens}, with a tower of CLIP's or SigLIP's blocks.",
         f"- In the LLM (needs in italics): {drops}. There `keep` is the average over the layers.",
         "- Towers without a CLS token (SigLIP, Qwen): where a method reads the CLS token's attention, it reads the",
         "  mean attention that each token receives.",
@@ -153,6 +155,12 @@ def page() -> str:
         "  CLIP's 24; a tower with fewer blocks needs another: `hiprune:middle=1`, `vscan:shallow=0`.",
         "- Cuts in the LLM are those published for 32 layers (`pumer`: 12), at the same relative depth; `fastv`,",
         "  `dart` and `ptp` cut at the layer that `layer` says.",
+        "- `cdpruner` reads CLIP's own text tower where it is given one, from Python:",
+        "  `CDPruner(clip=ClipText(clip_model, tokenizer, questions))` with `gripvlm.models.clip.ClipText`.",
+        "- Methods that merge rows can be attended to by size: `gripvlm.prune(model, 'visionzip', keep=64,",
+        "  size_attention=True)` adds the logarithm of how many rows a token stands for to the language model's",
+        "  scores for it (ToMe's proportional attention). Off by default; for sdpa and eager attention, and families",
+        "  without linear attention or convolutions.",
         "- Wrappers are typed around others: `mmr(norm)`, `spread(visionzip):floor=0.5`, `ensemble(norm,divprune)`.",
         "",
     ]

@@ -150,7 +150,7 @@ REFUSED: list[tuple[type[GripError], str, Callable]] = [
     ),
     (PrunerError, "'misfit' states no needs", lambda i: {"pruner": Misfit(needs="features")}),
     (PrunerError, "has no name", lambda i: {"pruner": Misfit(name=None)}),
-    (PrunerError, "stage 'layer': known are 'input' and 'llm'", lambda i: {"pruner": Misfit(stage="layer")}),
+    (PrunerError, "stage 'layer': known are 'input', 'llm' and 'vision'", lambda i: {"pruner": Misfit(stage="layer")}),
     (UnsupportedModelError, "got a Linear: pass a transformers model", lambda i: {"model": torch.nn.Linear(2, 2)}),
 ]
 

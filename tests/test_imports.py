@@ -20,7 +20,7 @@ LAYERS = [
     {"scorer"},
     {"pruners"},
     {"models"},
-    {"checks", "layered", "path", "prune"},
+    {"checks", "layered", "path", "prune", "sized"},
     {"tasks"},
     {"evaluate"},
     {"train"},

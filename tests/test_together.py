@@ -40,7 +40,7 @@ def divprune(pruner, tokens: VisualTokens) -> list[int]:
 
 def cdpruner(pruner, tokens: VisualTokens) -> list[int]:
     rows = normalize(tokens.features.float(), dim=-1)
-    quality, cosine = pruner.quality(rows, tokens.question), rows @ rows.T
+    quality, cosine = pruner.quality(rows, tokens), rows @ rows.T
     cosine = torch.maximum(cosine, cosine.T)
     left, chosen = cosine.diagonal().clone(), []
     factor = rows.new_zeros(tokens.keep, tokens.n)

@@ -137,6 +137,40 @@ def test_rows_are_means_of_the_weights_that_eager_attention_makes(name):
     torch.testing.assert_close(rows.received.double(), expected, atol=1e-6, rtol=1e-4)
 
 
+@dataclass(frozen=True)
+class Weighs(Looks):
+    """Reads what patches give to one another too."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"vision_attention", "vision_given"})
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl", "llava_next", "gemma3"])
+def test_attention_among_patches_leaves_the_cls_token_out(name):
+    """Against the inner part of eager weights, row sums and column sums, in float64."""
+    model, batch = build(name), make(TINY[name], [1, 2], [7, 9])
+    plain = gripvlm.encode(model, batch.inputs, [Looks()])
+    assert plain.samples[0][0].vision[-1].given is None
+    encoded = gripvlm.encode(model, batch.inputs, [Weighs()])
+    rows = encoded.samples[0][0].vision[-1]
+    if name == "gemma3":
+        assert rows.given is rows.patch_received is None
+        return
+    pixels = batch.inputs["pixel_values"][:1] if name != "llava_next" else batch.inputs["pixel_values"][0]
+    with torch.no_grad():
+        weights = build(name, "eager").get_encoder("image")(pixels, output_attentions=True).attentions[-1].double()
+    inner = weights[0, :, 1:, 1:]
+    took, gave = inner.mean(1), inner.mean(2)
+    if name == "internvl":
+        took, gave = (one.reshape(2, 4, 2, 4, 2).mean((2, 4)).flatten(1) for one in (took, gave))
+    n = took.shape[1]
+    torch.testing.assert_close(rows.patch_received[:, :n].double(), took, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(rows.given[:, :n].double(), gave, atol=1e-6, rtol=1e-4)
+    assert name != "llava_next" or float(rows.given[:, -1].abs().max()) == 0  # a newline row
+    with pytest.raises(InputError, match=r"pruners=\['fopru'\]"):
+        gripvlm.prune_inputs(model, batch.inputs, "fopru", 4, encoded=plain)
+    assert gripvlm.Encoded.cat([plain, encoded]).asked.given is False
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_images_and_videos_of_one_prompt_keep_their_own(name):
     model = build(name)

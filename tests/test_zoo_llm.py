@@ -18,8 +18,11 @@ from gripvlm.pruners.dart import DART
 from gripvlm.pruners.depths import at_depths
 from gripvlm.pruners.fastv import FastV
 from gripvlm.pruners.layered import average
+from gripvlm.pruners.matching import soft_matching
+from gripvlm.pruners.mustdrop import MustDrop
+from gripvlm.pruners.mustdrop_llm import MustDropLLM
 from gripvlm.pruners.ptp import PTP
-from gripvlm.pruners.pumer import PuMer, soft_matching
+from gripvlm.pruners.pumer import PuMer
 from gripvlm.pruners.pyramiddrop import PyramidDrop
 from gripvlm.pruners.sparsevlm import SparseVLM, raters
 from gripvlm.pruners.vscan import VScan
@@ -268,6 +271,37 @@ def test_pumer_follows_the_rule(grid, seed, order, prune, data):
     agrees(tokens, PuMer(prune=prune, order=order).select_at(2, tokens), groups)
 
 
+@settings(max_examples=30, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.5, 1.1, 8.0]), st.sampled_from([0.0, 0.08, 0.5]), st.data())
+def test_mustdrop_filters_by_both_thresholds(grid, seed, ratio, keys, data):
+    """i falls through every value at which a token passes, g = ratio x i, until k are left."""
+    tokens = drawn(data, grid, seed)
+    n, k = tokens.n, tokens.keep
+    assert tokens.question is not None
+    a = tokens.question.double().mean(0).tolist()
+    total = [sum(row[v] for row in a) / sum(map(sum, a)) for v in range(n)]
+    peak = [max(row[v] for row in a) for v in range(n)]
+    fixed = set(falling(cls(tokens.input, -1))[: math.ceil(keys * grid[0] * grid[1])])
+    always = {v for v in range(n) if int(tokens.rows[v]) in fixed}
+    kept: set[int] = set()
+    for i in sorted({*peak, *(one / ratio for one in total)}, reverse=True):
+        passes = {v for v in range(n) if total[v] >= ratio * i * (1 - 1e-12) or peak[v] >= i}
+        kept = always & passes if len(always) >= k else always | passes
+        if len(kept) >= k:
+            break
+    pruner = MustDropLLM(ratio=ratio, keys=keys)
+    agrees(tokens, pruner.select_at(2, tokens), {v: [v] for v in kept})
+    assert len(kept) == k
+
+
+def test_mustdrop_begins_in_the_vision_stage():
+    known = made(6, 6, 12)
+    ours, theirs = MustDropLLM().select(known), MustDrop().select(known)
+    assert torch.equal(ours.indices, theirs.indices)
+    assert MustDropLLM().schedule(576, 64, 32)[0] == 96
+    assert list(MustDropLLM().schedule(576, 64, 32)) == [0, 2, 6, 15]
+
+
 @settings(max_examples=20, deadline=None)
 @given(GRIDS, st.integers(0, 99), st.data())
 def test_dart_reads_keys_and_states(grid, seed, data):
@@ -300,6 +334,7 @@ def test_ptp_weighs_saliency_and_instruction(grid, seed, alpha, data):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
+        ("mustdrop_llm:ratio=0", "ratio=1.1"),
         ("sparsevlm:recycle=2", "recycle=0.3"),
         ("pumer:order=rank", "order=score"),
         ("pumer:prune=0,merge=0", "not both 0"),

@@ -90,7 +90,7 @@ def drawn(data, grid: tuple[int, int], seed: int) -> VisualTokens:
     return made(*grid, data.draw(st.integers(1, grid[0] * grid[1])), seed)
 
 
-# --- FasterVLM, FoPru ---------------------------------------------------------------------------
+# --- FasterVLM ----------------------------------------------------------------------------------
 
 
 def test_fastervlm_ranks_by_cls_attention():
@@ -100,29 +100,6 @@ def test_fastervlm_ranks_by_cls_attention():
     assert FasterVLM().select(ties).indices.tolist() == [1, 2]
     no_cls = VisualTokens(torch.zeros(3, 2), 1, vision={-2: VisionRows(torch.tensor([[0.1, 0.2, 0.7]]))})
     assert FasterVLM().select(no_cls).indices.tolist() == [2]
-
-
-def test_fopru_keeps_tokens_or_whole_rows():
-    values = [0.9, 0, 0, 0.3, 0.4, 0.35, 0.5, 0.3, 0.3]  # rows of 3: 0.9, 1.05, 1.1
-    tokens = VisualTokens(torch.zeros(9, 2), 3, (3, 3), vision=attention(values))
-    assert FoPru().select(tokens).indices.tolist() == [0, 4, 6]
-    assert FoPru("row").select(tokens).indices.tolist() == [6, 7, 8]
-    five = VisualTokens(torch.zeros(9, 2), 5, (3, 3), vision=attention(values))
-    assert FoPru("row").select(five).indices.tolist() == [4, 5, 6, 7, 8]  # the next row's two best
-
-
-@settings(max_examples=20, deadline=None)
-@given(GRIDS, st.integers(0, 99), st.data())
-def test_fopru_rows_follow_the_rule(grid, seed, data):
-    tokens = drawn(data, grid, seed)
-    g, (h, w) = received(tokens, -2), grid
-    sums = [sum(g[y * w : y * w + w]) for y in range(h)]
-    chosen: list[int] = []
-    for y in falling(sums):
-        row = range(y * w, y * w + w)
-        chosen += falling(g, row)[: tokens.keep - len(chosen)]
-    assert FoPru("row").select(tokens).indices.tolist() == sorted(chosen)
-    assert get_pruner("fopru:strategy=row").needs == {"vision_attention", "grid"}
 
 
 # --- VisionZip, VisPruner, PruMerge -------------------------------------------------------------

@@ -17,9 +17,10 @@ from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import FAMILIES, Family, family_of
 from gripvlm.models.grids import unknown
 from gripvlm.models.layers import checked_layers
+from gripvlm.models.merging import checked_tower
 from gripvlm.models.text import placeholder
-from gripvlm.models.vision import Asked
-from gripvlm.pruners import LayerPruner, Pruner, Selection, VisualTokens, get_pruner
+from gripvlm.models.vision import Asked, Merging
+from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisualTokens, get_pruner
 from gripvlm.pruners.base import NEEDS
 from gripvlm.pruners.layered import LAYER_NEEDS, average
 from gripvlm.pruners.options import options_of
@@ -30,6 +31,7 @@ __all__ = [
     "checked_budgets",
     "checked_imageless",
     "checked_inputs",
+    "checked_merging",
     "checked_needs",
     "checked_positions",
     "checked_pruner",
@@ -61,8 +63,14 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
     if unknown := sorted(chooser.needs - NEEDS):
         raise PrunerError(f"pruner {name!r} needs {unknown}, but known are {sorted(NEEDS)}")
     stage = getattr(chooser, "stage", "input")
-    if stage not in ("input", "llm"):
-        raise PrunerError(f"pruner {name!r} drops rows at stage {stage!r}: known are 'input' and 'llm'")
+    if stage not in ("input", "llm", "vision"):
+        raise PrunerError(f"pruner {name!r} drops rows at stage {stage!r}: known are 'input', 'llm' and 'vision'")
+    if stage == "vision" and not isinstance(chooser, TowerPruner):
+        raise PrunerError(f"pruner {name!r} merges at stage 'vision', so it must be a gripvlm.pruners.TowerPruner")
+    if stage != "vision" and "groups" in chooser.needs:
+        raise PrunerError(f"pruner {name!r} needs groups, which only a gripvlm.pruners.TowerPruner has")
+    if stage == "vision" and (wrong := sorted(chooser.needs & {"vision_attention", "patches"})):
+        raise PrunerError(f"pruner {name!r} merges inside the vision tower, which then has no {wrong[0]} for each row")
     if stage == "llm" and not isinstance(chooser, LayerPruner):
         raise PrunerError(f"pruner {name!r} drops rows at stage 'llm', so it must be a gripvlm.LayerPruner")
     if stage == "llm" and (unknown := sorted(chooser.layer_needs - LAYER_NEEDS)):  # type: ignore[attr-defined]
@@ -101,7 +109,7 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
             its tower's patches, never are a plain raster, or its layers cannot drop.
     """
     layers: dict[int, None] = {}
-    patches = False
+    patches = given = False
     for pruner in pruners:
         wanted = sorted(pruner.needs & {"vision_attention", "patches"})
         if wanted and family.vision is None:
@@ -125,8 +133,26 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
             )
         if "vision_attention" in wanted:
             layers.update(dict.fromkeys(pruner.vision_layers))
+            given |= "vision_given" in pruner.needs
         patches |= "patches" in wanted
-    return Asked(tuple(layers), patches)
+    return Asked(tuple(layers), patches, given)
+
+
+def checked_merging(model: Any, family: Family, pruner: TowerPruner, keep: Keeps) -> Merging:
+    """How this pruner merges inside this model's vision tower, to the same count in all images.
+
+    Raises:
+        UnsupportedModelError: the tower's tokens cannot get fewer.
+        BudgetError: one budget for each sample or image.
+    """
+    checked_tower(model, family)
+    if isinstance(keep, (list, tuple)):
+        raise BudgetError(
+            f"pruner {pruner.name!r} merges all images of a batch together, so all have the same count: type one keep, "
+            f"such as keep=64, not {keep}"
+        )
+    budget = one_budget(pruner, keep)
+    return Merging(lambda n: budget.count(n, "each image"), pruner.plan, pruner.match, pruner.proportional)
 
 
 def checked_schedule(pruner: LayerPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:

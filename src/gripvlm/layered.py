@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,9 +17,10 @@ from gripvlm.models.layers import Dropped, drop_in_layers
 from gripvlm.models.text import words
 from gripvlm.pruners import LayerPruner, LayerTokens, Merge, Selection, VisualTokens
 
-__all__ = ["LayerRun"]
+__all__ = ["LayerRun", "Merged"]
 
 Place = tuple[int, int, int]  # layer, row of the batch, image
+Merged = tuple[int, Tensor, Selection]  # row of the batch, places of an image's tokens, what is kept of them
 
 
 class LayerRun:
@@ -35,6 +36,9 @@ class LayerRun:
         batch: what was known of each prompt's images before, `keep` being the budget.
         first: what each image keeps at the input.
         schedules: layer -> count, one for each image.
+
+    Attributes:
+        merged: told at each cut, in every prefill, what each row merges; places are those in the prompt.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class LayerRun:
         self.seconds = 0.0
         self.dropped = Dropped()
         self.seen: dict[str, dict[int, list[Tensor]]] = {}
+        self.merged: Callable[[int, int, list[Merged]], None] | None = None
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -136,7 +141,7 @@ class LayerRun:
             keep, repeat = visual.clone(), hidden.shape[0] // len(self.batch)
             noted = {name: found.pop(cut - 1)[-1] for name, found in self.seen.items() if found.get(cut - 1)}
             text = self._text(*hidden.shape[:2]) if "question" in self.needs and not self.done else None
-            merges: list[tuple[int, Tensor, Selection]] = []
+            merges: list[Merged] = []
             for row in range(hidden.shape[0]):
                 places, start = visual[row].nonzero().flatten(), 0
                 for image, known in enumerate(self.batch[row // repeat]):
@@ -158,6 +163,10 @@ class LayerRun:
                     self.history.setdefault((row, image), {})[cut] = self.left[row, image]
                     if pick.merge is not None:
                         merges.append((row, mine, pick))
+            if self.merged is not None:
+                order = self._order(*hidden.shape[:2])
+                moved = [(row, order[row, mine.to(order.device)], pick) for row, mine, pick in merges]
+                self.merged(cut, hidden.shape[0], moved)
             hidden = _merged(hidden, merges)
             self.done = self.done or cut == self.cuts[-1]
             self.seconds += time.perf_counter() - began
@@ -211,7 +220,7 @@ def _losing(plan: Mapping[int, int], left: int) -> Iterator[int]:
             yield cut
 
 
-def _merged(hidden: Tensor, merges: Sequence[tuple[int, Tensor, Selection]]) -> Tensor:
+def _merged(hidden: Tensor, merges: Sequence[Merged]) -> Tensor:
     """Hidden states [B, L, d] in which kept tokens absorb others, as their selections say."""
     if not merges:
         return hidden

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gripvlm.checks import (
+    PIXELS,
     Keeps,
     checked_budgets,
+    checked_merging,
     checked_needs,
     checked_positions,
     checked_schedule,
@@ -20,8 +22,10 @@ from gripvlm.layered import LayerRun
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import Family
+from gripvlm.models.sizes import checked_sizes
 from gripvlm.models.text import Question, questions
-from gripvlm.pruners import LayerPruner, Pruner, Selection, VisionRows, VisualTokens
+from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisionRows, VisualTokens
+from gripvlm.sized import SizedRun
 
 __all__ = ["Record", "gather", "pruned"]
 
@@ -70,10 +74,20 @@ def pruned(
     question: Question,
     encoded: Encoded | None,
     spare_column: bool,
-) -> tuple[dict[str, Any], Record, LayerRun | None]:
-    """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to drop in the layers."""
+    size_attention: bool = False,
+) -> tuple[dict[str, Any], Record, LayerRun | SizedRun | None]:
+    """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to do in the layers."""
     checked_positions(positions)
+    if size_attention:
+        checked_sizes(model)
     asked = checked_needs(family, [pruner])
+    if isinstance(pruner, TowerPruner):
+        if not any(inputs.get(name) is not None for name in PIXELS):
+            raise InputError(
+                f"pruner {pruner.name!r} merges inside the vision tower, so an encoding of all rows does not serve it: "
+                "leave the pixels in the inputs"
+            )
+        encoded, asked = None, asked._replace(merging=checked_merging(model, family, pruner, keep))
     started = device_time(model.device)
     done = encoded if encoded is not None else seam.encode(model, family, inputs, asked)
     seen = device_time(model.device)
@@ -103,11 +117,15 @@ def pruned(
         "pruner": chosen - gathered,
         "surgery": gathered - seen + device_time(model.device) - chosen,
     }
-    run = None
+    kept, run = selections, None
     if isinstance(pruner, LayerPruner):
         run = LayerRun(model, pruner, arguments, batch, selections, schedules)
-        selections = run.selections()
-    return arguments, Record(selections, 1, seconds), run if run is not None and run.cuts else None
+        kept = run.selections()
+        run = run if run.cuts else None
+    record = Record(kept, 1, seconds)
+    if size_attention and (run is not None or any(s.merge is not None for mine in selections for s in mine)):
+        return arguments, record, SizedRun(model, arguments, selections, run)
+    return arguments, record, run
 
 
 def _checked(pruner: Pruner, selection: Any, tokens: VisualTokens) -> Selection:
@@ -128,7 +146,8 @@ def gather(
     if encoded.model_type != family.model_type:
         raise InputError(f"encoded by a {encoded.model_type} model, but this one is {family.model_type}")
     wanted = checked_needs(family, [pruner])
-    if {*wanted.layers} - {*encoded.asked.layers} or (wanted.patches and not encoded.asked.patches):
+    have = encoded.asked
+    if {*wanted.layers} - {*have.layers} or wanted.patches > have.patches or wanted.given > have.given:
         raise InputError(
             f"images were encoded without what pruner {pruner.name!r} reads of the vision tower: type "
             f"gripvlm.encode(model, inputs, pruners=[{pruner.name!r}])"
@@ -157,7 +176,9 @@ def gather(
                 )
             vision = {layer: VisionRows(*rows) for layer, rows in item.vision.items()}
             batch[sample].append(
-                VisualTokens(item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states)
+                VisualTokens(
+                    item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states, item.groups
+                )
             )
     return spans, [_allotted(model, pruner, mine) for mine in batch]
 

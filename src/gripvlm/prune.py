@@ -14,6 +14,7 @@ from gripvlm.checks import (
     Keeps,
     checked_imageless,
     checked_inputs,
+    checked_merging,
     checked_needs,
     checked_positions,
     checked_pruner,
@@ -24,9 +25,10 @@ from gripvlm.errors import GripError, PrunerError
 from gripvlm.models import decoding, seam
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.families import family_of
+from gripvlm.models.sizes import checked_sizes
 from gripvlm.models.text import Question
 from gripvlm.path import Record, gather, pruned
-from gripvlm.pruners import LayerPruner, Pruner, VisualTokens
+from gripvlm.pruners import LayerPruner, Pruner, TowerPruner, VisualTokens
 from gripvlm.pruners.keep_all import KeepAll
 
 __all__ = ["Record", "encode", "prune", "prune_inputs", "pruned_run", "visual_tokens"]
@@ -84,7 +86,8 @@ def prune_inputs(
             token ids [t], embeddings [t, d], or a list of B of either ([B, t] ids and [B, t, d]
             embeddings also do; negative ids are padding). By default all text tokens of the prompt
             that are not padding, begin, end or visual tokens, as far as the model's configs tell.
-        encoded: what `encode` returned, to skip the vision encoder; `inputs` then need no pixels.
+        encoded: what `encode` returned, to skip the vision encoder; `inputs` then need no pixels. A pruner that
+            merges inside the vision tower runs it all the same, and needs them.
         return_record: also return the `Record`.
 
     Returns:
@@ -128,13 +131,14 @@ def pruned_run(
     positions: str = "original",
     question: Question = None,
     encoded: Encoded | None = None,
+    size_attention: bool = False,
 ) -> Iterator[tuple[dict[str, Any], Record]]:
     """`prune_inputs` for every pruner, those that drop inside the language model too: run the model in the block.
 
         with gripvlm.pruned_run(model, inputs, "fastv", keep=192) as (arguments, record):
             logits = model(**arguments).logits          # or model.generate(**arguments)
 
-    Args, Raises: as for `prune_inputs`.
+    Args, Raises: as for `prune_inputs`, and `size_attention` as for `prune`.
 
     Yields:
         The arguments, and the `Record`, whose selections are complete once the prompt has run. One prompt
@@ -144,7 +148,9 @@ def pruned_run(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
-    arguments, record, run = pruned(model, family, inputs, chooser, keep, positions, question, encoded, False)
+    arguments, record, run = pruned(
+        model, family, inputs, chooser, keep, positions, question, encoded, False, size_attention
+    )
     if run is None:
         yield arguments, record
         return
@@ -185,13 +191,19 @@ def prune(
     *,
     positions: str = "original",
     question: Question = None,
+    size_attention: bool = False,
 ) -> Iterator[Record]:
     """Inside the block, `model.generate` prunes; the code that calls it stays as it is.
 
         with gripvlm.prune(model, "divprune", keep=64) as record:
             ids = model.generate(**inputs, max_new_tokens=32)
 
-    Args: as for `prune_inputs`.
+    Args: as for `prune_inputs`, and
+        size_attention: every query of the language model attends to a token that a merge made of m tokens
+            as if m were there, log m added to its scores (ToMe, arXiv 2210.09461, eq. 1), in the prompt and
+            in decoding. m is how many tokens it absorbed (`gripvlm.pruners.sizes_after`), whatever their
+            weights. Exact where the m tokens are equal and see one another; where images are causal, they
+            would not, and it is as if they did. Without merges nothing changes.
 
     Yields:
         A `Record` of the latest `generate` call.
@@ -202,11 +214,17 @@ def prune(
     through untouched, with empty selections. Streamers are shown the shortened prompt.
 
     Raises:
-        GripError: a block for this model is already open, or what `prune_inputs` raises.
+        GripError: a block for this model is already open, or what `prune_inputs` raises; with
+            `size_attention`, an `UnsupportedModelError` where a bias for each key cannot be carried, and an
+            `InputError` for a static cache.
     """
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     checked_positions(positions)
+    if isinstance(chooser, TowerPruner):
+        checked_merging(model, family, chooser, keep)
+    if size_attention:
+        checked_sizes(model)
     if not isinstance(keep, (list, tuple)):
         one_budget(chooser, keep)
     before = vars(model).get("generate")
@@ -232,7 +250,7 @@ def prune(
         given = checked_inputs(model, family, kwargs, None)
         with torch.no_grad():
             arguments, now, run = pruned(
-                model, family, given, chooser, keep, positions, question, None, options.uncached
+                model, family, given, chooser, keep, positions, question, None, options.uncached, size_attention
             )
         options.check_beams(family, arguments, now.selections)
         record.selections, record.seconds = now.selections, now.seconds

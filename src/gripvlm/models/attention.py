@@ -16,17 +16,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 
-__all__ = ["blocks_of", "merged_rows", "watch_attention"]
+__all__ = ["Looker", "before_attention", "blocks_of", "merged_rows", "modules_of", "watch_attention"]
 
 Queries: TypeAlias = Sequence[int] | str | Callable[[int], Sequence[int] | str | None]
-_NAMED = ("received", "keys")
+_NAMED = ("received", "to_first", "keys")
 _CHUNK = 256  # queries at a time for "received"
 
 
@@ -38,21 +38,28 @@ class _Watch:
     queries: Queries
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
+    def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Any:
         layer = self.modules.get(id(module))
         if layer is None:
-            return
+            return mask
         queries = self.queries(query.shape[2]) if callable(self.queries) else self.queries
         if queries is None:
-            return
+            return mask
         with torch.no_grad():
             if queries == "keys":
                 self.seen.setdefault(layer, []).append(key.float().mean(1))
             else:
                 self.seen.setdefault(layer, []).append(_weights(module, query, key, mask, options, queries))
+        return mask
 
 
-_open: list[_Watch] = []
+class Looker(Protocol):
+    """What stands before every attention call: it sees what goes in, and returns the mask to go on with."""
+
+    def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Any: ...
+
+
+_open: list[Looker] = []
 _lock = threading.Lock()
 _original: Callable[..., Any] | None = None
 
@@ -67,11 +74,12 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
         layers: numbers of its layers; negative ones count from the last.
         queries: positions of query tokens (negative ones from the end); a function that returns them
             for a call over so many queries, None for a call to leave out; "received" for the mean over
-            all queries that are no padding; or "keys" for the keys instead.
+            all queries that are no padding; "to_first" for the weight of every query on the first key; or
+            "keys" for the keys instead.
 
     Yields:
         A dict, filled while the model runs: layer -> list (calls of its attention, in order) of
-        float32 tensors [B, heads, len(queries), L], or [B, heads, L] for "received", or [B, L, d_h], the
+        float32 tensors [B, heads, len(queries), L], or [B, heads, L] for "received" and "to_first", or [B, L, d_h], the
         mean over heads after rotary positions, for "keys". Towers that
         attend by window or by image make one call for each, in their own order: see `merged_rows`.
 
@@ -83,22 +91,31 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
         InputError: no such layer; or, when the model runs, an attention implementation whose mask
             does not say what each query sees.
     """
+    if isinstance(queries, str) and queries not in _NAMED:
+        raise InputError(
+            f"queries={queries!r}: give positions, such as [0] or [-1], or 'received', 'to_first' or 'keys'"
+        )
+    watch = _Watch(modules_of(root, layers), queries)
+    with before_attention(watch):
+        yield watch.seen
+
+
+@contextmanager
+def before_attention(looker: Looker, first: bool = False) -> Iterator[None]:
+    """Inside the block, `looker` stands before every attention call of transformers; `first` puts it before others."""
     from transformers.modeling_utils import AttentionInterface  # not with this file: the prune room loads without it
 
     global _original
-    if isinstance(queries, str) and queries not in _NAMED:
-        raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or 'received', or 'keys'")
-    watch = _Watch(_chosen(root, layers), queries)
     with _lock:
         if not _open:
             _original = AttentionInterface.get_interface
             AttentionInterface.get_interface = _watched(_original)
-        _open.append(watch)
+        _open.insert(0 if first else len(_open), looker)
     try:
-        yield watch.seen
+        yield
     finally:
         with _lock:
-            _open.remove(watch)
+            _open.remove(looker)
             if not _open:
                 AttentionInterface.get_interface = _original
 
@@ -154,7 +171,7 @@ def blocks_of(root: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _chosen(root: Any, layers: Sequence[int]) -> dict[int, int]:
+def modules_of(root: Any, layers: Sequence[int]) -> dict[int, int]:
     """id of a module -> its layer, for all modules inside the chosen layers."""
     blocks = blocks_of(root)
     count = len(blocks)
@@ -175,8 +192,8 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
         def look_and_attend(
             module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
-            for watch in tuple(_open):
-                watch.look(module, query, key, attention_mask, options)
+            for looker in tuple(_open):
+                attention_mask = looker.look(module, query, key, attention_mask, options)
             return attend(module, query, key, value, attention_mask, **options)
 
         return look_and_attend
@@ -187,7 +204,7 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
 def _weights(
     module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], queries: Sequence[int] | str
 ) -> Tensor:
-    """[B, H, r, L] weights of the asked queries, or [B, H, L] received by each key on average."""
+    """[B, H, r, L] weights of the asked queries; [B, H, L] received by each key on average, or given to the first."""
     unclear = mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4)
     if unclear or options.get("cu_seq_lens_q") is not None:
         raise InputError(
@@ -220,6 +237,8 @@ def _weights(
         return scores.softmax(-1).nan_to_num(0.0)  # NaN: a query that sees nothing
 
     everyone = torch.arange(length, device=query.device)
+    if queries == "to_first":
+        return torch.cat([rows(part)[..., 0] for part in everyone.split(_CHUNK)], dim=-1)
     if isinstance(queries, str):
         real = _real(mask, query, total)  # [B or 1, length]
         received = sum((rows(part) * real[:, None, part, None]).sum(2) for part in everyone.split(_CHUNK))

@@ -28,6 +28,7 @@ class Item:
         patches: (t, h, w) before merging, for families whose positions are made from it, else None.
         vision: layer as asked -> what that block of the vision tower says about each row; mostly empty.
         states: [n, d_v] what the tower made of each row before the projector, where asked for.
+        groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
     """
 
     modality: str
@@ -38,6 +39,7 @@ class Item:
     patches: tuple[int, int, int] | None = None
     vision: Mapping[int, TowerRows] = field(default_factory=dict)
     states: Tensor | None = None
+    groups: Tensor | None = None
 
 
 class Output(NamedTuple):
@@ -92,6 +94,7 @@ class Encoded:
         common = Asked(
             tuple(layer for layer in parts[0].asked.layers if all(layer in part.asked.layers for part in parts)),
             all(part.asked.patches for part in parts),
+            all(part.asked.given for part in parts),
         )
         return cls(parts[0].model_type, samples, outputs, sum(part.seconds for part in parts), common)
 

@@ -66,6 +66,8 @@ class Family:
             that other layers go on to use still hold the dropped tokens.
         vision: the rule for which patches of the vision tower become which row, None where that is not
             known; attention of the tower and patch states need it.
+        merges: whether the tower's tokens may get fewer between its blocks: a plain ViT that sees images one by
+            one, and a projector that works token by token.
         since: the first transformers in which it works.
         note: what a user should know, one line.
     """
@@ -81,6 +83,7 @@ class Family:
     chunks: bool | Callable[[Any], bool] = True
     layers: bool = True
     vision: VisionRule | None = None
+    merges: bool = False
     since: tuple[int, int] = (5, 19)
     note: str = ""
 
@@ -113,7 +116,7 @@ _ROWS = (
         layers=False,
         note="convolutions: masking is not deletion",
     ),
-    Family("llava", from_pixels, vision=by_tile, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
+    Family("llava", from_pixels, vision=by_tile, merges=True, note="LLaVA-1.5, BakLLaVA, and gripvlm's own lab model"),
     Family("llava_next", unknown, vision=packed, note="tiles joined, with newline rows that count as visual tokens"),
     Family("llava_onevision", unknown, vision=packed, note="images only; newline rows count as visual tokens"),
     Family("mistral3", from_pixels, vision=in_one_row, note="row breaks are text and stay"),
@@ -125,7 +128,14 @@ _ROWS = (
         vision=by_tile,
         note="a budget counts per tile",
     ),
-    Family("paligemma", square, chunks=False, vision=by_tile, note="the whole prompt attends in both directions"),
+    Family(
+        "paligemma",
+        square,
+        chunks=False,
+        vision=by_tile,
+        merges=True,
+        note="the whole prompt attends in both directions",
+    ),
     Family("qwen2_5_vl", from_patches, modalities=_BOTH, vision=by_grid, note="M-RoPE"),
     Family("qwen2_vl", from_patches, modalities=_BOTH, vision=by_grid, note="M-RoPE"),
     Family(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gripvlm.errors import GripError, InputError, UnsupportedModelError
 from gripvlm.models.families import family_of
-from gripvlm.models.text import full_mask, placeholder
+from gripvlm.models.text import full_mask, visual_places
 
-__all__ = ["Dropped", "checked_layers", "drop_in_layers"]
+__all__ = ["Dropped", "checked_dynamic", "checked_layers", "drop_in_layers"]
 
 Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 """(hidden [B, L, d], visual [B, L] bool) -> [B, L] bool, the visual tokens that go on; text always does.
@@ -152,8 +152,7 @@ class _Dropper:
                 "several tokens on top of a cache (prefill_chunk_size, speculative decoding, a further turn) "
                 "cannot be told from a prompt: run the whole prompt at once"
             )
-        if cache is not None and any("Static" in type(layer).__name__ for layer in cache.layers):
-            raise InputError("a static cache has one length for all layers: use the default dynamic cache")
+        checked_dynamic(cache)
         kinds = getattr(self.decoder.config, "layer_types", None) or []
         window = getattr(self.decoder.config, "sliding_window", None) if "sliding_attention" in kinds else None
         if window is not None and self.total > window:
@@ -166,9 +165,7 @@ class _Dropper:
         self.mask = full_mask(self.model, kwargs).bool()
         if not bool(self.mask[:, -1].all()):
             raise InputError("dropping inside layers needs padding on the left: set tokenizer.padding_side='left'")
-        names = [n for n in ("image", "video") if getattr(self.model.config, f"{n}_token_id", None) is not None]
-        places = torch.tensor([placeholder(self.model, name) for name in names], device=ids.device)
-        self.visual = torch.isin(ids, places)
+        self.visual = visual_places(self.model, ids)
         self.stages, self.dropped.stages = {}, {}
         self.dropped.order = self.dropped.real = None
 
@@ -251,6 +248,12 @@ class _Dropper:
             return original(hidden, left, plane[row.gather(-1, self.now.order)[left]])
 
         return process
+
+
+def checked_dynamic(cache: Any) -> None:
+    """Raises an InputError for a cache whose layers all have one length from the start."""
+    if cache is not None and any("Static" in type(layer).__name__ for layer in cache.layers):
+        raise InputError("a static cache has one length for all layers: use the default dynamic cache")
 
 
 def _additive(sees: Tensor, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from gripvlm.errors import InputError
 from gripvlm.models.contents import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
+from gripvlm.models.merging import Merged, merge_in_tower
 from gripvlm.models.text import full_mask, padding_token, placeholder
 from gripvlm.models.vision import NOTHING, Asked, share_out, watch_tower
 
@@ -57,18 +59,22 @@ class Chosen(Protocol):
 
 def encode(model: Any, family: Family, inputs: Mapping[str, Any], asked: Asked = NOTHING) -> Encoded:
     """Runs the vision encoder and projector once over all of `inputs`' pixels, noting what is `asked` of the tower."""
-    if not (asked.layers or asked.patches):
+    with ExitStack() as stack:
+        merged = None if asked.merging is None else stack.enter_context(merge_in_tower(model, asked.merging))
+        notes = stack.enter_context(watch_tower(model, asked)) if asked.layers or asked.patches else None
         filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
-    else:
-        with watch_tower(model, asked) as notes:
-            filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
+    groups = None if merged is None else _spread(filled["mm_encoder_outputs"], merged())
     items: dict[str, list[Item]] = {}
     kinds: dict[str, Output] = {}
     for modality, output in filled["mm_encoder_outputs"].items():
         items[modality] = _items(model, family, inputs, modality, output)
         extras = {name: getattr(output, name) for name in family.extras}
         kinds[modality] = Output(type(output), isinstance(output.pooler_output, Tensor), extras)
-    if asked.layers or asked.patches:
+    if groups is not None:
+        items = {
+            name: [replace(one, groups=g) for one, g in zip(made, groups, strict=True)] for name, made in items.items()
+        }
+    if notes is not None:
         sizes = {name: [item.features.shape[0] for item in made] for name, made in items.items()}
         for name, rows in share_out(model, family.vision, inputs, sizes, asked, notes).items():
             pairs = zip(items[name], rows, strict=True)
@@ -79,6 +85,18 @@ def encode(model: Any, family: Family, inputs: Mapping[str, Any], asked: Asked =
     encoded = Encoded(family.model_type, tuple(samples), kinds, asked=asked)
     in_order = [tuple(span.item for span in spans) for spans in locate(model, ids, encoded)]
     return replace(encoded, samples=tuple(in_order))
+
+
+def _spread(outputs: Mapping[str, Any], merged: Merged) -> Tensor:
+    """Gives every row what the tower made of its group, so that a merged image has as many rows as any other.
+
+    Returns:
+        [b, n] the row that each stands in for its group.
+    """
+    (output,) = outputs.values()
+    rows = [one[rank.to(one.device)] for one, rank in zip(output.pooler_output, merged.rank, strict=True)]
+    output.pooler_output = torch.stack(rows) if isinstance(output.pooler_output, Tensor) else rows
+    return merged.groups
 
 
 def _items(model: Any, family: Family, inputs: Mapping[str, Any], modality: str, output: Any) -> list[Item]:

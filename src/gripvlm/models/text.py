@@ -11,7 +11,7 @@ from torch import Tensor
 from gripvlm.errors import InputError
 from gripvlm.models.families import Family
 
-__all__ = ["Question", "full_mask", "padding_token", "placeholder", "questions", "words"]
+__all__ = ["Question", "full_mask", "padding_token", "placeholder", "questions", "visual_places", "words"]
 
 Question: TypeAlias = Tensor | Sequence[Any] | None
 """Token ids [t], embeddings [t, d], or a batch of either; None for the prompt's own text."""
@@ -26,6 +26,12 @@ _SPECIAL = (
 def placeholder(model: Any, modality: str) -> int:
     """The token id that stands for one visual token in the prompt."""
     return int(getattr(model.config, f"{modality}_token_id"))
+
+
+def visual_places(model: Any, ids: Tensor) -> Tensor:
+    """[B, L] bool: the placeholders of images and videos among token ids."""
+    names = [n for n in ("image", "video") if getattr(model.config, f"{n}_token_id", None) is not None]
+    return torch.isin(ids, torch.tensor([placeholder(model, name) for name in names], device=ids.device))
 
 
 def _token_ids(model: Any, name: str) -> list[int]:

@@ -22,6 +22,7 @@ from gripvlm.models.attention import blocks_of, merged_rows, watch_attention
 __all__ = [
     "NOTHING",
     "Asked",
+    "Merging",
     "TowerRows",
     "VisionRule",
     "by_grid",
@@ -36,22 +37,48 @@ VisionRule: TypeAlias = Callable[[Any, Mapping[str, Any], str, list[int], list[T
 """(model, inputs, modality, rows of each item, maps [b, c, L] of each call) -> maps [c, n] of each item."""
 
 
+class Merging(NamedTuple):
+    """How tokens are to be merged between the blocks of the tower (see `models/merging.py`).
+
+    Attributes:
+        count: rows there are -> rows to leave.
+        plan: (tokens, tokens to leave, blocks, special tokens ahead) -> how many each block merges away.
+        match: (keys [b, t, d_h], merges, special tokens ahead) -> (source, destination), both [b, merges].
+        proportional: whether merged tokens are attended to by their size.
+    """
+
+    count: Callable[[int], int]
+    plan: Callable[[int, int, int, int], list[int]]
+    match: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+    proportional: bool
+
+
 class Asked(NamedTuple):
-    """What is wanted of the tower: attention and keys in these blocks (negative ones from the last), patch states."""
+    """What is wanted of the tower: attention and keys in these blocks (negative ones from the last), patch states.
+
+    And, with `given`, what patches give to one another; with `merging`, that it merges tokens.
+    """
 
     layers: tuple[int, ...] = ()
     patches: bool = False
+    given: bool = False
+    merging: Merging | None = None
 
 
 NOTHING = Asked()
 
 
 class TowerRows(NamedTuple):
-    """One item in one block: received [H, n], cls [H, n] or None, keys [n, d_h]; all float32."""
+    """One item in one block: received [H, n], cls [H, n] or None, keys [n, d_h]; all float32.
+
+    Among patches alone, where there is a CLS token and it was asked for: received and given, both [H, n].
+    """
 
     received: Tensor
     cls: Tensor | None
     keys: Tensor
+    patch_received: Tensor | None = None
+    given: Tensor | None = None
 
 
 class _Notes(NamedTuple):
@@ -62,6 +89,7 @@ class _Notes(NamedTuple):
     keys: dict[int, list[Tensor]]
     states: list[Tensor]
     blocks: int
+    given: dict[int, list[Tensor]]
 
 
 # --- rules: patches of a tower -> rows of items -----------------------------------------------------
@@ -167,11 +195,12 @@ def watch_tower(model: Any, asked: Asked) -> Iterator[_Notes]:
         asked: which blocks, and whether patch states: the output of the block that features are made from.
     """
     tower = model.get_encoder("image")
-    notes = _Notes({}, {}, {}, [], len(blocks_of(tower)))
+    notes = _Notes({}, {}, {}, [], len(blocks_of(tower)), {})
     with ExitStack() as stack:
         seen: dict[str, dict[int, list[Tensor]]] = {}
         if asked.layers:
-            for kind, queries in (("received", "received"), ("cls", [0]), ("keys", "keys")):
+            kinds: dict[str, Any] = {"received": "received", "cls": [0], "keys": "keys"}
+            for kind, queries in (kinds | ({"to_first": "to_first"} if asked.given else {})).items():
                 seen[kind] = stack.enter_context(watch_attention(tower, asked.layers, queries))
         if asked.patches:
             number = getattr(model.config, "vision_feature_layer", None)
@@ -184,6 +213,8 @@ def watch_tower(model: Any, asked: Asked) -> Iterator[_Notes]:
         notes.received[layer] = pieces
         notes.cls[layer] = [piece[:, :, 0] for piece in seen["cls"][layer]]
         notes.keys[layer] = [piece.transpose(1, 2) for piece in seen["keys"][layer]]
+        if asked.given:
+            notes.given[layer] = [(1 - piece) / (piece.shape[-1] - 1) for piece in seen["to_first"][layer]]
 
 
 def _state(output: Any) -> Tensor:
@@ -230,6 +261,9 @@ def share_out(
                 if _starts_with_cls(model, rule, notes.received[at][0].shape[-1], counts):
                     cls = maps(notes.cls[at], modality)
                 blocks[at] = [TowerRows(*rows) for rows in zip(received, cls, (one.T for one in keys), strict=True)]
+                if asked.given and cls[0] is not None:
+                    given, length = maps(notes.given[at], modality), notes.received[at][0].shape[-1]
+                    blocks[at] = [_among(*pair, length) for pair in zip(blocks[at], given, strict=True)]
             for mine, rows in zip(layers, blocks[at], strict=True):
                 mine[layer] = rows
         states: Sequence[Tensor | None] = [None] * len(counts)
@@ -237,6 +271,12 @@ def share_out(
             states = [one.T for one in maps(notes.states, modality)]
         found[modality] = list(zip(layers, states, strict=True))
     return found
+
+
+def _among(rows: TowerRows, given: Tensor, length: int) -> TowerRows:
+    """With attention among the length - 1 patches alone: received is the mean over all queries less the CLS token's."""
+    assert rows.cls is not None
+    return rows._replace(patch_received=(length * rows.received - rows.cls) / (length - 1), given=given)
 
 
 def _own(pieces: list[Tensor], grids: Tensor | None) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """Pruning methods: one file a method, tensors only, found by name through the registry."""
 
-from gripvlm.pruners.base import Merge, Pruner, ScorePruner, Selection, VisionRows, VisualTokens, top_k
+from gripvlm.pruners.base import Merge, Pruner, ScorePruner, Selection, VisionRows, VisualTokens, sizes_after, top_k
 from gripvlm.pruners.layered import LayerPruner, LayerTokens
 from gripvlm.pruners.registry import get_pruner, list_pruners, pruner_names, register_pruner
+from gripvlm.pruners.tower import TowerPruner
 
 __all__ = [
     "LayerPruner",
@@ -11,11 +12,13 @@ __all__ = [
     "Pruner",
     "ScorePruner",
     "Selection",
+    "TowerPruner",
     "VisionRows",
     "VisualTokens",
     "get_pruner",
     "list_pruners",
     "pruner_names",
     "register_pruner",
+    "sizes_after",
     "top_k",
 ]

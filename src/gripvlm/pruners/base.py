@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gripvlm.errors import PrunerError
 
-__all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisionRows", "VisualTokens", "top_k"]
+__all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisionRows", "VisualTokens", "sizes_after", "top_k"]
 
-NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "patches"})
+NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "vision_given", "patches", "groups"})
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
 
 
@@ -33,11 +33,17 @@ class VisionRows:
             see it (its image, tile or window), CLS included where there is one.
         cls: [H, n] attention of the CLS query; None where the tower has no CLS token.
         keys: [n, d_h] keys, the mean over heads, as attention takes them (after rotary positions).
+        patch_received: [H, n] attention received from patches alone, the mean over them: without the CLS query.
+            None where the tower has no CLS token (`received` is that), or without "vision_given" in `needs`.
+        given: [H, n] attention given to patches, the mean over them: all but what goes to the CLS token. None
+            likewise: where there is none, every row gives 1 / n.
     """
 
     received: Tensor
     cls: Tensor | None = None
     keys: Tensor | None = None
+    patch_received: Tensor | None = None
+    given: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +61,12 @@ class VisualTokens:
         key: a number that depends on the image's pixels alone, so that it is the same in any batch
             and on any device (0 where a family gives none).
         vision: layer -> `VisionRows`, one for each of the pruner's `vision_layers`, under the number as
-            it stands there; empty unless "vision_attention" is in `needs`.
+            it stands there; empty unless "vision_attention" is in `needs`. What patches give to one another is
+            in it with "vision_given".
         patches: [n, d_v] what the vision tower made of each row before the projector; a row of several
             patches has their mean. None unless in `needs`.
+        groups: [n] LongTensor, for each row the one it was merged into inside the vision tower, itself if it
+            stands for its group; features are then the group's. None but for a `TowerPruner`.
     """
 
     features: Tensor
@@ -69,6 +78,7 @@ class VisualTokens:
     key: int = 0
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
+    groups: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -90,6 +100,31 @@ class Merge:
     source: Tensor
     destination: Tensor
     weight: Tensor
+
+
+def sizes_after(indices: Tensor, n: int, merge: Merge | None, before: Tensor | None = None) -> Tensor:
+    """[k] float32: how many tokens each kept row stands for.
+
+    A kept row's size is that of its sources together, whatever their weights; of a row that goes to several
+    slots each has an equal share, so that sizes add up to the rows that are in any. Rows dropped without a
+    merge are in none.
+
+    Args:
+        indices: [k] kept rows.
+        n: the rows there were.
+        merge: what the kept rows absorb; a slot that is no destination is its own row.
+        before: [n] sizes the rows had; 1 each if None.
+    """
+    before = torch.ones(n, device=indices.device) if before is None else before.to(indices.device)
+    if merge is None:
+        return before[indices]
+    source, slot = merge.source.to(indices.device), merge.destination.to(indices.device)
+    own = torch.ones_like(indices, dtype=torch.bool)
+    own[slot] = False
+    source = torch.cat((source, indices[own]))
+    slot = torch.cat((slot, own.nonzero().flatten()))
+    share = before[source] / torch.bincount(source, minlength=n)[source]
+    return torch.zeros(indices.numel(), device=indices.device).index_add(0, slot, share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +185,7 @@ class Pruner(ABC):
     vision_layers: blocks of the vision tower whose attention they read (with "vision_attention" in
         `needs`); negative numbers count from the last. LLaVA's features come out of -2.
     stage: where rows are dropped; "input" means before the language model's first layer, "llm" inside
-        it (see `LayerPruner`).
+        it (see `LayerPruner`), "vision" inside the vision tower (see `TowerPruner`).
     source: the paper, in one line.
     trained: whether it has weights that were trained for pruning.
     default_keep: the budget when `keep` is left away; None means that `keep` must be given.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,20 @@ from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner, Selection, VisualTokens
 from gripvlm.pruners.together import batches, cosines, padded
 
-__all__ = ["CDPruner"]
+__all__ = ["CDPruner", "TextTower"]
 
-RELEVANCE = ("positive", "negative", "none")
+RELEVANCE = ("default", "positive", "negative", "none")
 SPENT = 1e-5  # of a unit variance: less than this is rounding
+
+
+class TextTower(Protocol):
+    """CLIP's text tower and visual projection, with the questions of a batch: see `gripvlm.models.clip`."""
+
+    def check(self, model: Any) -> None:
+        """Raises a `GripError` where its vision tower is not the model's."""
+
+    def cosine(self, patches: Tensor, sample: int) -> Tensor:
+        """[n] cosine of [n, d_v] patch states with the question of this prompt."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +39,10 @@ class CDPruner(Pruner):
     r_i^2 times the part of C_ii that S does not explain: d_i^2, kept up to date by one row of a
     Cholesky factor a step. O(n^2 d + k^2 n), one pass of vector work a step.
 
-    1. The paper's c_i is minus the mean cosine between CLIP's projected patch and CLIP's text
-       embedding. Without a text tower we use the mean cosine between x_i and the question's token
-       embeddings, with the sign that `relevance` says. A substitute: the two live in one space, the
-       language model's, but are not trained to match.
+    1. The paper's c_i is minus the mean cosine between CLIP's projected patch and CLIP's embeddings of the
+       question, cut into pieces that fit its text tower: `clip` does that, with a `gripvlm.models.clip.ClipText`.
+       Models carry no such tower; without one we use the mean cosine between x_i and the question's token
+       embeddings. A substitute: the two live in one space, the language model's, but are not trained to match.
     2. Factorised is C, not L: the same choice, without L's small numbers.
     3. Once C is explained to 1e-5 (k above its rank, or duplicates), the rest is filled by relevance.
     4. min and max are over the image alone, not over the batch. An empty question, or one equally
@@ -40,31 +50,49 @@ class CDPruner(Pruner):
     5. Float32 whatever the dtype; ties go to the lower index; raster order is restored.
 
     Attributes:
-        relevance: "positive" (near the question is relevant), "negative" (far is), or "none" (r = 1,
-            a plain DPP).
+        relevance: "positive" (near the question is relevant), "negative" (far is), "none" (r = 1, a plain
+            DPP), or "default": negative with `clip`, as in the paper, else positive.
         theta: None for r as above; else r_i becomes exp(a r_i), a = theta / (2 (1 - theta)), theta in
             [0, 1): 0 is diversity alone.
+        clip: CLIP's text tower with the questions of the batch; from Python only.
     """
 
     name: ClassVar[str] = "cdpruner"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "question"})
-    source: ClassVar[str] = "CDPruner, arXiv 2506.10967 (NeurIPS 2025); question embeddings stand in for CLIP text"
+    source: ClassVar[str] = "CDPruner, arXiv 2506.10967 (NeurIPS 2025); without `clip`, question embeddings stand in"
 
-    relevance: str = "positive"
+    relevance: str = "default"
     theta: float | None = None
+    clip: TextTower | None = None
 
     def __post_init__(self) -> None:
         if self.relevance not in RELEVANCE or (self.theta is not None and not 0 <= self.theta < 1):
             raise PrunerError(f"cdpruner: type relevance={'|'.join(RELEVANCE)} and theta=0.5, in [0, 1); got {self}")
 
-    def quality(self, rows: Tensor, question: Tensor | None) -> Tensor:
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"features", "question" if self.clip is None else "patches"})
+
+    def check(self, model: Any) -> None:
+        if self.clip is not None:
+            self.clip.check(model)
+
+    def cosine(self, rows: Tensor, tokens: VisualTokens) -> Tensor | None:
+        """[n] mean cosine of [n, d] unit rows, or of their patches, with the question; None without one."""
+        if self.clip is not None:
+            assert tokens.patches is not None  # promised by `needs`
+            return self.clip.cosine(tokens.patches, tokens.sample).to(rows)
+        if tokens.question is None or not tokens.question.shape[0]:
+            return None
+        return (rows @ normalize(tokens.question.to(rows), dim=-1).T).mean(dim=1)
+
+    def quality(self, rows: Tensor, tokens: VisualTokens) -> Tensor:
         """[n] r_i of [n, d] unit rows."""
-        if self.relevance == "none" or question is None or not question.shape[0]:
+        cosine = None if self.relevance == "none" else self.cosine(rows, tokens)
+        if cosine is None:
             quality = torch.ones_like(rows[:, 0])
         else:
-            text = normalize(question.to(rows), dim=-1)
-            cosine = (rows @ text.T).mean(dim=1)
-            cosine = -cosine if self.relevance == "negative" else cosine
+            far = self.relevance == "negative" or (self.relevance == "default" and self.clip is not None)
+            cosine = -cosine if far else cosine
             low, high = cosine.aminmax()
             quality = (cosine - low) / (high - low) + 1e-6 if high > low else torch.ones_like(cosine)
         return quality if self.theta is None else (quality * (self.theta / (2 - 2 * self.theta))).exp()
@@ -77,7 +105,7 @@ class CDPruner(Pruner):
 
     def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
         cosine = cosines(images)  # [B, n, n]
-        qualities = [self.quality(normalize(one.features.float(), dim=-1), one.question) for one in images]
+        qualities = [self.quality(normalize(one.features.float(), dim=-1), one) for one in images]
         quality = padded(qualities, 0.0)
         worst = quality - torch.stack([one.amax() for one in qualities])[:, None] - 1  # below every gain
         taken = padded([torch.zeros_like(one, dtype=torch.bool) for one in qualities], True)

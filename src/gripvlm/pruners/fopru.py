@@ -14,23 +14,26 @@ from gripvlm.pruners.saliency import received
 
 __all__ = ["FoPru"]
 
+SIGNIFICANCE = ("variance", "received", "given")
+
 
 @dataclass(frozen=True)
 class FoPru(ScorePruner):
-    """Focal pruning (arXiv 2411.14164): significance g_j = mean over heads and patches i of A_ij.
+    """Focal pruning (arXiv 2411.14164): keep the tokens of largest significance g.
 
-    A is the attention of the block before the last. Rank: the k tokens with the largest g. Row: whole
-    rows of the raster with the largest sums of g, as many as fit in k.
+    A is the attention among patches in the block before the last, the mean over heads, without the CLS token's
+    row and column. u_j = mean_i A_ij is what patch j receives, v_i = mean_j A_ij what patch i gives; g is u
+    where Var(u) > Var(v) over the tokens, else v. Rank: the k tokens with the largest g. Row: whole rows of the
+    raster with the largest sums of g, as many as fit in k.
 
-    1. The paper takes the mean attention received (columns of A) or given (rows), whichever varies more
-       over the tokens. Rows of A sum to 1 up to the CLS column, so what is given hardly varies, and in
-       towers without a CLS token not at all: here g is always what is received.
-    2. The mean includes the CLS query, where there is one: one query of n + 1.
-    3. k is exact: what whole rows leave over is filled with the best tokens of the next row.
-    4. The paper's row strategy wants a square; any raster does. Ties go to the lower index.
+    1. A row made of several patches has their means of u and v. In towers without a CLS token v is 1 / n for all,
+       so g is u.
+    2. k is exact: what whole rows leave over is filled with the best tokens of the next row.
+    3. The paper's row strategy wants a square; any raster does. Ties go to the lower index.
 
     Attributes:
         strategy: "rank" or "row".
+        significance: "variance" for the rule above, "received" for u and "given" for v.
     """
 
     name: ClassVar[str] = "fopru"
@@ -38,17 +41,30 @@ class FoPru(ScorePruner):
     source: ClassVar[str] = "FoPru, arXiv 2411.14164"
 
     strategy: str = "rank"
+    significance: str = "variance"
 
     def __post_init__(self) -> None:
+        if self.significance not in SIGNIFICANCE:
+            raise PrunerError(
+                f"fopru: significance={self.significance!r} is unknown: type significance={'|'.join(SIGNIFICANCE)}"
+            )
         if self.strategy not in ("rank", "row"):
             raise PrunerError(f"fopru: strategy={self.strategy!r} is unknown: type strategy=rank or strategy=row")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"vision_attention"} | ({"grid"} if self.strategy == "row" else set()))
+        return frozenset({"vision_attention", "vision_given"} | ({"grid"} if self.strategy == "row" else set()))
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return received(tokens, -2)
+        rows = tokens.vision[-2]
+        if rows.given is None or rows.patch_received is None:
+            took = received(tokens, -2)
+            gave = torch.full_like(took, 1 / tokens.n)
+        else:
+            took, gave = rows.patch_received.float().mean(dim=0), rows.given.float().mean(dim=0)
+        if self.significance == "variance":
+            return took if took.var(correction=0) > gave.var(correction=0) else gave
+        return took if self.significance == "received" else gave
 
     def select(self, tokens: VisualTokens) -> Selection:
         if self.strategy == "rank":

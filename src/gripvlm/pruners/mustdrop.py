@@ -31,7 +31,7 @@ class MustDrop(Pruner):
        strongest k are kept.
     3. Merging is by the projected rows, once; the paper does it after the tower's first block.
     4. The merged token stands at the window's centre. Only whole windows merge, from the top left.
-    5. The stages in the language model are not part of it. Towers without a CLS token: the mean
+    5. The prefill stage is `mustdrop_llm`'s. Towers without a CLS token: the mean
        attention received.
 
     Attributes:

@@ -6,27 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Selection
 from gripvlm.pruners.depths import at_depths
 from gripvlm.pruners.layered import LayerPruner, LayerTokens, Schedule, geometric_cuts
+from gripvlm.pruners.matching import soft_matching
 from gripvlm.pruners.saliency import mean_into
 
-__all__ = ["PuMer", "soft_matching"]
-
-
-def soft_matching(keys: Tensor, merges: int) -> tuple[Tensor, Tensor]:
-    """(source, destination), both [merges], of [m, d] keys in an order: places at even places go to odd ones.
-
-    Each even place has one edge, to the odd place with the largest cosine; the `merges` strongest are taken.
-    """
-    rows = normalize(keys.float(), dim=-1)
-    best = (rows[::2] @ rows[1::2].T).max(dim=1)
-    even = torch.sort(best.values, descending=True, stable=True).indices[:merges]
-    return 2 * even, 2 * best.indices[even] + 1
+__all__ = ["PuMer"]
 
 
 @dataclass(frozen=True)

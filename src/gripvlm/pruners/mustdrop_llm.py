@@ -1,0 +1,83 @@
+"""MustDrop, vision part and language model: merge and cut before it, then drop what no text token looks at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from gripvlm.errors import PrunerError
+from gripvlm.pruners.base import Selection, VisualTokens, top_k
+from gripvlm.pruners.depths import at_depths
+from gripvlm.pruners.layered import LayerPruner, LayerTokens, Schedule, geometric_cuts
+from gripvlm.pruners.mustdrop import MustDrop
+from gripvlm.pruners.saliency import looked_at
+
+__all__ = ["MustDropLLM"]
+
+
+@dataclass(frozen=True)
+class MustDropLLM(LayerPruner):
+    """Multi-stage dropping (arXiv 2411.10803), vision and prefill stages; see `mustdrop` for the first.
+
+    Prefill: before each of the layers `cuts`, with a_tv the attention of text token t on visual token v, the mean
+    over heads, v goes where sum_t a_tv < g sum_tv a_tv and max_t a_tv < i, both. The tokens that the vision stage
+    always keeps stay.
+
+    1. k is exact: g and i are scaled by one factor, at each cut the one that leaves k tokens. So tokens rank by
+       max(share_v / ratio, max_t a_tv), ratio = g / i. Published pairs have ratios 1, 1.2 and 1.1.
+    2. `keep` is the average over layers: `first` x keep rows enter, and the same share goes on at each cut. For
+       large budgets all rows enter, for small ones fewer than `first` x keep, so that one is left.
+    3. If more tokens are always kept than k, the best ranked of these stay.
+    4. Attention is that of the layer before the cut. Without text, the last token's.
+    5. What was dropped is gone from the cache of all later layers. The decode stage, which shortens the cache
+       further while the answer is written, is not part of it: it has no count to hold to.
+
+    Attributes:
+        ratio: g / i.
+        first: rows that enter, as a multiple of keep, at least 1; the paper's depends on the image.
+        cuts: layers of a model of 32, SparseVLM's, which its code starts from; other depths cut at the same
+            relative ones.
+        tau, keys: see `mustdrop`.
+    """
+
+    name: ClassVar[str] = "mustdrop_llm"
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "grid", "vision_attention"})
+    vision_layers: ClassVar[tuple[int, ...]] = (-1,)
+    layer_needs: ClassVar[frozenset[str]] = frozenset({"question", "last"})
+    source: ClassVar[str] = "MustDrop (vision and prefill stages), arXiv 2411.10803"
+
+    ratio: float = 1.1
+    first: float = 1.5
+    cuts: tuple[int, ...] = (2, 6, 15)
+    tau: float = 0.8
+    keys: float = 0.08
+
+    def __post_init__(self) -> None:
+        if self.ratio <= 0 or self.first < 1 or not 0 <= self.keys <= 1:
+            raise PrunerError(
+                f"mustdrop_llm: type ratio=1.1, above 0, first=1.5, at least 1, and keys=0.08, in [0, 1]; got {self}"
+            )
+
+    def schedule(self, n: int, keep: int, layers: int) -> Schedule:
+        cuts = at_depths(self.cuts, 32, layers)
+        most = (layers * keep - (layers - cuts[0])) // cuts[0]  # leaves one row after the first cut
+        enter = max(keep, min(n, int(self.first * keep + 0.5), most))
+        return {0: enter, **geometric_cuts(self.name, enter, keep, layers, cuts)}
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return MustDrop(self.tau, self.keys).select(tokens)
+
+    def select_at(self, layer: int, tokens: LayerTokens) -> Selection:
+        assert tokens.question is not None  # promised by `layer_needs`
+        assert tokens.last is not None
+        seen = tokens.question if tokens.question.shape[1] else tokens.last[:, None]
+        seen = seen.float().mean(dim=0)  # [t, n]
+        share = seen.sum(dim=0) / seen.sum().clamp(min=torch.finfo(seen.dtype).tiny)
+        scores = torch.maximum(share / self.ratio, seen.amax(dim=0))
+        looked = looked_at(tokens.input, -1)
+        always = top_k(looked, math.ceil(self.keys * looked.numel() - 1e-9)).to(tokens.rows.device)
+        value = scores + torch.isin(tokens.rows, always).to(scores) * (1 + scores.max() - scores.min())
+        return Selection(top_k(value, tokens.keep), tokens.n, scores)
