@@ -54,7 +54,7 @@ def main() -> None:
                     scored[key][record["id"]] = (record["score"], record["image_id"])
     arms = list(dict.fromkeys(pruner for _, pruner, _ in scored))
     keeps = list(dict.fromkeys(keep for _, pruner, keep in scored if pruner == "grip"))
-    others = [name for name in arms if name != "grip"]
+    others = [name for name in arms if name not in ("grip", "blind")]
     lines = [line(["Grip minus", *(f"{100 * float(keep):g} %" for keep in keeps)])]
     lines.append(line(["---", *["---:"] * len(keeps)]))
     lines += [line([f"`{name}`", *(paired(scored, "grip", name, keep) for keep in keeps)]) for name in others]
