@@ -90,12 +90,12 @@ def _named(name: str) -> list[Task]:
         repo, options = _read_options(kind, rest)
         return [HubTask(name, repo, options)]
     if kind == "benchmarks":
-        _, options = _read_options(kind, f",{rest}" if rest else "")
+        _, options = _read_options(kind, rest)
         return [_from_folder(one, options) for one in BENCHMARKS]
     if kind.partition("/")[0] in BENCHMARKS:
         if colon and not rest:
             raise TaskError(f"{name!r} ends too early: type {kind}:path=FOLDER, or {kind} alone for the hub's")
-        return [benchmark(kind, _read_options(kind.partition("/")[0], f",{rest}" if rest else "")[1])]
+        return [benchmark(kind, _read_options(kind.partition("/")[0], rest)[1])]
     if name in task_names():
         return [LabTask(name.partition("/")[2])]
     if name.endswith((".jsonl", ".json")):
@@ -112,8 +112,12 @@ def _from_folder(name: str, options: Mapping[str, str]) -> Task:
 
 
 def _read_options(kind: str, text: str) -> tuple[str, dict[str, str]]:
-    """("my.jsonl", {"metric": "vqa"}) from "my.jsonl,metric=vqa"; a comma elsewhere belongs to the value before it."""
-    head, *pieces = re.split(r",(?=\s*\w+=)", text)
+    """("my.jsonl", {"metric": "vqa"}) from "my.jsonl,metric=vqa"; a comma elsewhere belongs to the value before it.
+
+    The six have options only, the others a path or a name before them.
+    """
+    pieces = re.split(r",(?=\s*\w+=)", text) if text else []
+    head = pieces.pop(0) if kind in ("jsonl", "custom", "hf") else ""
     options: dict[str, str] = {}
     for piece in pieces:
         key, _, value = (part.strip() for part in piece.partition("="))
@@ -122,6 +126,4 @@ def _read_options(kind: str, text: str) -> tuple[str, dict[str, str]]:
         if key in options:
             raise TaskError(f"{kind} is given {key}= twice: type it once")
         options[key] = value
-    if kind not in ("jsonl", "custom", "hf") and head:
-        raise TaskError(f"{kind} cannot read {head!r}: type name=value with {', '.join(_OPTIONS[kind])}")
     return head, options

@@ -54,8 +54,11 @@ class Rows:
         from datasets import Image as ImageFeature
 
         self.image, self.source = image, source
-        if image in table.column_names and isinstance(table.features[image], ImageFeature):
+        feature = table.features.get(image)
+        if isinstance(feature, ImageFeature):
             table = table.cast_column(image, ImageFeature(decode=False))
+        elif isinstance(getattr(feature, "feature", None), ImageFeature):  # lists of pictures
+            table = table.cast_column(image, type(feature)(ImageFeature(decode=False)))
         self.table = table
         self.folder = source.path.parent if source.path and source.path.is_file() else source.path or Path()
 

@@ -28,6 +28,11 @@ def lettered(options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     return "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)), letters
 
 
+def _shown(value: Any) -> str:
+    """A value as a message has it: short texts as they are, of other things the kind."""
+    return repr(value[:60]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
 class TableTask(Task):
     """Rows of a data set, one question each.
 
@@ -105,12 +110,16 @@ class HubTask(TableTask):
             return None
         question, given = row[self.question], row[self.answer]
         if not isinstance(question, str) or not question.strip():
-            raise self.refused(index, f"has {question!r} as its {self.question!r}: name a column of texts, question=")
+            raise self.refused(
+                index, f"has {_shown(question)} as its {self.question!r}: name a column of texts, question="
+            )
         answers, letters = self._answers(index, given), tuple[str, ...]()
         if self.choices:
             options = row[self.choices]
             if not isinstance(options, list) or not options:
-                raise self.refused(index, f"has {options!r} as its {self.choices!r}: name a column of lists, choices=")
+                raise self.refused(
+                    index, f"has {_shown(options)} as its {self.choices!r}: name a column of lists, choices="
+                )
             listed, letters = lettered([str(option) for option in options])
             question, answers = f"{question}\n{listed}", [self._letter(index, given, options, letters)]
         return Sample(
@@ -126,7 +135,7 @@ class HubTask(TableTask):
     def _answers(self, index: int, given: Any) -> list[str]:
         answers = [str(one) for one in (given if isinstance(given, list) else [given]) if one is not None]
         if not any(answer.strip() for answer in answers):
-            raise self.refused(index, f"has {given!r} as its {self.answer!r}: name a column of texts, answer=")
+            raise self.refused(index, f"has {_shown(given)} as its {self.answer!r}: name a column of texts, answer=")
         return answers
 
     def _letter(self, index: int, given: Any, options: Sequence[Any], letters: tuple[str, ...]) -> str:
