@@ -167,7 +167,7 @@ def test_textvqa_asks_ten_people(six):
 def test_questions_without_answers_are_refused(tmp_path):
     rows_ = [{**TEXTVQA_ROWS[0], "answers": []}, TEXTVQA_ROWS[0]]
     file = write(rows_, tmp_path / "test.parquet")
-    with pytest.raises(TaskError, match="row 0 of .* has no answers: the test split keeps them back"):
+    with pytest.raises(TaskError, match=r"row 0 of .* has no answers: the test split keeps them back"):
         _ = task(f"textvqa:path={file}").samples
 
 
@@ -226,7 +226,7 @@ def test_what_save_to_disk_wrote(tmp_path):
 def test_a_saved_split_that_is_another_one_is_refused(tmp_path):
     file = write(AI2D_ROWS, tmp_path / "train.parquet")
     datasets.load_dataset("parquet", data_files=str(file), split="train").save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(TaskError, match="scored on the split 'test', but .* is a saved 'train': type split=train"):
+    with pytest.raises(TaskError, match=r"scored on the split 'test', but .* is a saved 'train': type split=train"):
         _ = task(f"ai2d:path={tmp_path / 'saved'}").samples
     assert len(task(f"ai2d:path={tmp_path / 'saved'},split=train").samples) == 2
 
@@ -257,7 +257,7 @@ def test_rows_that_are_not_popes_are_named(tmp_path, change, complaint):
 
 
 def test_a_wrong_place_says_what_to_type(tmp_path, six):
-    with pytest.raises(TaskError, match="mme: .* has no column 'question_id', 'category', only"):
+    with pytest.raises(TaskError, match=r"mme: .* has no column 'question_id', 'category', only"):
         _ = task(f"mme:path={six / 'ai2d'}").samples
     with pytest.raises(TaskError, match="no folder or file"):
         _ = task(f"mme:path={tmp_path / 'nowhere'}").samples
@@ -265,7 +265,7 @@ def test_a_wrong_place_says_what_to_type(tmp_path, six):
     with pytest.raises(TaskError, match=r"is no \.parquet, \.jsonl, \.json, \.arrow file"):
         _ = task(f"mme:path={tmp_path / 'a.csv'}").samples
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TaskError, match="cannot be loaded: .*check the path"):
+    with pytest.raises(TaskError, match=r"cannot be loaded: .*check the path"):
         _ = task(f"mme:path={tmp_path / 'empty'}").samples
     with pytest.raises(TaskError, match="two data sets for the one task 'pope'"):
         get_tasks([f"pope:path={tmp_path}", "pope"])
@@ -276,7 +276,7 @@ def test_no_network_says_how_to_do_without(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", away)
-    with pytest.raises(TaskError, match="POPE cannot be loaded: Couldn't reach .*type pope:path=FOLDER"):
+    with pytest.raises(TaskError, match=r"POPE cannot be loaded: Couldn't reach .*type pope:path=FOLDER"):
         _ = task("pope").samples
 
 
@@ -324,9 +324,11 @@ def test_any_data_set(tmp_path):
     with pytest.raises(TaskError, match="has no column 'question', 'answer', 'image', only img, q, a"):
         _ = task(f"hf:{file}").samples
     with pytest.raises(TaskError, match="no image the picture of row 0"):
-        _ = task(f"hf:{file},image=q,question=q,answer=a").samples[0].image
+        _ = task(f"hf:{file},image=a,question=q,answer=q").samples[0].image
+    with pytest.raises(TaskError, match="cannot be the picture and a text"):
+        task(f"hf:{file},image=q,question=q")
     with pytest.raises(TaskError, match="has a dict as its 'img': name a column of texts, question="):
-        _ = task(f"hf:{file},image=q,question=img,answer=a").samples
+        _ = task(f"hf:{file},image=a,question=img,answer=q").samples
 
 
 @pytest.mark.parametrize(
@@ -354,7 +356,7 @@ def test_several_answers_and_several_pictures(tmp_path):
     assert mine.samples[0].image.size == (16, 12)
     assert mine.score("dog", mine.samples[0]) == pytest.approx((2 * 1 / 3 + 2 / 3) / 3)
     both = [{"image": [picture(1), picture(2)], "question": "Which?", "answer": "cat"}]
-    with pytest.raises(TaskError, match="row 0 of .* has 2 pictures"):
+    with pytest.raises(TaskError, match=r"row 0 of .* has 2 pictures"):
         _ = task(f"hf:{write(both, tmp_path / 'both.parquet')}").samples
 
 

@@ -99,6 +99,8 @@ class HubTask(TableTask):
         self.image, self.question, self.answer = (options.get(key, key) for key in ("image", "question", "answer"))
         self.choices = options.get("choices")
         self.columns = (self.question, self.answer, *([self.choices] if self.choices else []))
+        if self.image in self.columns:
+            raise TaskError(f"{spec}: the column {self.image!r} cannot be the picture and a text: name another, image=")
         self.metric = get_metric(options.get("metric", "letter" if self.choices else "choice"))
         self.suffix = BY_LETTER if self.choices else ""
 
@@ -110,16 +112,14 @@ class HubTask(TableTask):
             return None
         question, given = row[self.question], row[self.answer]
         if not isinstance(question, str) or not question.strip():
-            raise self.refused(
-                index, f"has {_shown(question)} as its {self.question!r}: name a column of texts, question="
-            )
+            what = f"{_shown(question)} as its {self.question!r}"
+            raise self.refused(index, f"has {what}: name a column of texts, question=")
         answers, letters = self._answers(index, given), tuple[str, ...]()
         if self.choices:
             options = row[self.choices]
             if not isinstance(options, list) or not options:
-                raise self.refused(
-                    index, f"has {_shown(options)} as its {self.choices!r}: name a column of lists, choices="
-                )
+                what = f"{_shown(options)} as its {self.choices!r}"
+                raise self.refused(index, f"has {what}: name a column of lists, choices=")
             listed, letters = lettered([str(option) for option in options])
             question, answers = f"{question}\n{listed}", [self._letter(index, given, options, letters)]
         return Sample(
