@@ -373,3 +373,16 @@ def test_training_takes_data_sets_but_not_what_is_scored(tmp_path, six):
     (tmp_path / "pope.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     with pytest.raises(TrainError, match="scores are published"):
         load_questions(f"pope:path={tmp_path / 'pope.jsonl'}")
+
+
+def test_the_six_through_the_runner(six):
+    from gripvlm.evaluate import evaluate
+    from tiny_lab import tiny_lab
+
+    result = evaluate(*tiny_lab(), f"benchmarks:path={six}", ["grid"], [16], limit=4, blind=False)
+    extras = {row["task"]: row["extras"] for row in result["rows"] if row["pruner"] == "grid"}
+    assert list(extras) == list(BENCHMARKS)
+    assert {"accuracy", "f1", "precision", "recall", "yes_share"} <= set(extras["pope"])
+    assert "accuracy_plus" in extras["mme"]
+    assert "final_score" in extras["ocrbench"]
+    assert all(row["tokens"] == 16 for row in result["rows"] if row["pruner"] == "grid")
