@@ -88,7 +88,7 @@ def lmms_eval(task: Path, out: Path, model_args: str) -> tuple[dict, list[str], 
     (results,) = out.rglob("*_results.json")
     (samples,) = out.rglob("*_samples_*.jsonl")
     records = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda record: record["doc_id"])
-    return json.loads(results.read_text()), [record["filtered_resps"][0] for record in records], printed
+    return json.loads(results.read_text()), [record["filtered_resps"] for record in records], printed
 
 
 @pytest.mark.slow
