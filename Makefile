@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: run test lint clean test-transformers
+.PHONY: run test lint clean test-transformers test-lmms
 
 run: .venv/.ok
 	$(BIN)/gripvlm quickstart
@@ -19,6 +19,15 @@ test-transformers: .venv/.ok
 	PYTHONPATH=.venv/transformers-$(VERSION) $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_families.py \
 		tests/test_video.py tests/test_decoding.py tests/test_windows.py tests/test_any_prompt.py \
 		tests/test_attention.py tests/test_vision.py tests/test_layers.py tests/test_layered.py tests/test_seam.py
+
+# gripvlm as a model of lmms-eval, in an environment of its own, as lmms-eval brings some fifty packages. A torchvision
+# that was built for another torch cannot be loaded, and nothing here needs it.
+LMMS ?= lmms-eval==0.7.3
+test-lmms:
+	test -x .venv/lmms/bin/python || $(PYTHON) -m venv .venv/lmms
+	.venv/lmms/bin/python -m pip install --quiet "$(TORCH)" "$(LMMS)" -e . pytest hypothesis
+	.venv/lmms/bin/python -c "import torchvision" 2>/dev/null || .venv/lmms/bin/python -m pip uninstall --quiet --yes torchvision
+	.venv/lmms/bin/python -m pytest -q tests/test_lmms.py
 
 lint: .venv/.ok
 	$(BIN)/ruff check .

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from gripvlm.cli.loading import load_model, quiet
 from gripvlm.evaluate import answer, make_inputs, question_ids
+from gripvlm.loading import load_model, quiet
 from gripvlm.prune import encode
 from gripvlm.report import geometry, overlay
 from gripvlm.tasks import get_tasks

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from gripvlm import lab
-from gripvlm.cli.loading import quiet
 from gripvlm.evaluate import evaluate
 from gripvlm.evaluate.environment import command_line
+from gripvlm.loading import quiet
 from gripvlm.pruners import register_pruner
 from gripvlm.pruners.grip import Grip
 

@@ -23,6 +23,7 @@ LAYERS = [
     {"checks", "layered", "path", "prune", "sized"},
     {"tasks"},
     {"evaluate"},
+    {"loading"},
     {"train"},
     {"report"},
     {"integrations"},

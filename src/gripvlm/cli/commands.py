@@ -58,8 +58,8 @@ def quickstart(
 
     checked_folder(out, "--out")
 
-    from gripvlm.cli.loading import quiet
     from gripvlm.cli.quickstart import run
+    from gripvlm.loading import quiet
 
     quiet()
     run(console(), limit, out)
@@ -82,8 +82,8 @@ def ask(
     device: Device = None,
 ) -> None:
     """Ask one question about one picture with fewer visual tokens."""
-    from gripvlm.cli.loading import load_model, quiet
     from gripvlm.cli.outputs import checked_picture
+    from gripvlm.loading import load_model, quiet
     from gripvlm.pruners import get_pruner
     from gripvlm.pruners.keep_all import KeepAll
     from gripvlm.tasks import open_image
@@ -145,7 +145,8 @@ def ask(
 @app.command(name="eval")
 def evaluate_command(
     tasks: Annotated[
-        str, typer.Option("--tasks", "-t", help="lab, lab/FAMILY or jsonl:PATH, separated by commas.")
+        str,
+        typer.Option("--tasks", "-t", help="From `gripvlm list`, hf:REPO or jsonl:PATH, separated by commas."),
     ] = "lab",
     pruners: Annotated[
         str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, separated by commas.")
@@ -163,10 +164,10 @@ def evaluate_command(
     device: Device = None,
 ) -> None:
     """Score pruners at several budgets; Ctrl-C keeps what is done and the same command goes on."""
-    from gripvlm.cli.loading import load_model, quiet
     from gripvlm.cli.outputs import checked_json
     from gripvlm.evaluate import Interrupted, evaluate
     from gripvlm.evaluate.arms import make_arms
+    from gripvlm.loading import load_model, quiet
     from gripvlm.tasks import get_tasks
 
     names = split_pruners(pruners)
@@ -226,7 +227,7 @@ def list_command() -> None:
     screen.print(rows)
     screen.print("options are typed as name:option=value, such as random:seed=3")
     screen.print("in `eval` also: oracle (each lab question's own evidence); full and no image are always there")
-    screen.print(f"tasks: {', '.join(task_names())}, jsonl:PATH")
+    screen.print(f"tasks: {', '.join(task_names())}, hf:REPO, jsonl:PATH")
 
 
 @app.command()

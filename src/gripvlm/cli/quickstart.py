@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import gripvlm
-from gripvlm.cli.loading import load_model
 from gripvlm.evaluate import Outcome, answer, evaluate, make_inputs, oracle, question_ids
+from gripvlm.loading import load_model
 from gripvlm.models.encoded import Encoded
 from gripvlm.prune import encode
 from gripvlm.report import geometry, overlay, table

@@ -25,7 +25,7 @@ def train_command(**given: Any) -> None:
     Ctrl-C keeps a checkpoint and the same command goes on. Several processes: accelerate launch -m gripvlm train ...
     """
     from gripvlm.cli.commands import console
-    from gripvlm.cli.loading import load_model, quiet
+    from gripvlm.loading import load_model, quiet
     from gripvlm.train import Interrupted, TrainConfig, read_toml, train
     from gripvlm.train.processes import launched_device
     from gripvlm.train.run import check_settings

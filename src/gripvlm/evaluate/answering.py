@@ -53,24 +53,27 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-def prompt_text(processor: Any, question: str, image: bool = True) -> str:
-    """The full prompt of one question: the processor's chat template where it has one."""
+def prompt_text(processor: Any, question: str, image: int = 1) -> str:
+    """The full prompt of a question about so many images: the processor's chat template where it has one."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * image + [{"type": "text", "text": question}]
         return processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-    return f"{getattr(processor, 'image_token', '<image>')}\n{question}" if image else question
+    return f"{getattr(processor, 'image_token', '<image>')}\n" * image + question
 
 
 def make_inputs(
-    model: Any, processor: Any, questions: Sequence[str], images: Sequence[Image.Image] | None
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Image.Image | Sequence[Image.Image]] | None,
 ) -> dict[str, Any]:
     """Model inputs of a batch, left-padded, on the model's device and in its dtype.
 
     Args:
         questions: [B] texts of the user's turn.
-        images: [B], one for each question; None for prompts without images.
+        images: [B], one for each question or a list of at least one; None for prompts without images.
 
     Raises:
         InputError: a question holds the model's own placeholder of a picture.
@@ -82,7 +85,8 @@ def make_inputs(
                 f"the question {question!r} holds {mark}, the model's own placeholder of a picture: leave it out, "
                 "the picture is put in front of the question without it"
             )
-    texts = [prompt_text(processor, question, images is not None) for question in questions]
+    each = [[one] if isinstance(one, Image.Image) else list(one) for one in images or [()] * len(questions)]
+    texts = [prompt_text(processor, text, len(mine)) for text, mine in zip(questions, each, strict=True)]
     tokenizer = getattr(processor, "tokenizer", processor)
     start = getattr(tokenizer, "bos_token", None)
     options = {
@@ -94,7 +98,7 @@ def make_inputs(
     if images is None:
         inputs = tokenizer(texts, return_token_type_ids=False, **options)
     else:
-        inputs = processor(text=texts, images=[[image] for image in images], **options)
+        inputs = processor(text=texts, images=each, **options)
     return dict(inputs.to(model.device, dtype=model.dtype) if images is not None else inputs.to(model.device))
 
 

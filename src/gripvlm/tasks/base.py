@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gripvlm.errors import GripError
 
-__all__ = ["Sample", "Task", "TaskError", "named_choice", "normalise", "open_image"]
+__all__ = ["Sample", "Task", "TaskError", "default_score", "named_choice", "normalise", "open_image"]
 
 _NOTHING = re.compile(r"(?<=\d),(?=\d)|['\u2019]")  # 1,000 is 1000; don't is dont
 _SPACE = re.compile(r"(?<!\d)[^\w\s-]|[^\w\s-](?!\d)|(?<=\w)-|-(?!\d)|_")  # 3.5, 12:30 and -4 stay whole
@@ -48,21 +49,26 @@ def named_choice(prediction: str, choices: Sequence[str]) -> str | None:
     return wanted[longest[0]] if len(longest) == 1 else None
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path | bytes, name: str | None = None) -> Image.Image:
     """The picture as RGB, turned upright as its EXIF says.
+
+    Args:
+        path: its file, or what such a file holds.
+        name: what messages call it; by default the path.
 
     Raises:
         TaskError: no such file, or not a picture.
     """
+    name = name or ("a picture" if isinstance(path, bytes) else repr(str(path)))
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(path) if isinstance(path, bytes) else path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise TaskError(f"no image {str(path)!r}: check the path") from None
+        raise TaskError(f"no image {name}: check the path") from None
     except IsADirectoryError:
-        raise TaskError(f"{str(path)!r} is a folder: type the path of one picture in it") from None
+        raise TaskError(f"{name} is a folder: type the path of one picture in it") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise TaskError(f"{str(path)!r} is not a picture that Pillow can read: {error}") from None
+        raise TaskError(f"{name} is not a picture that Pillow can read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Sample:
         id: unique in its task.
         picture: the image's file, or a function that makes it; read when `image` is first asked for.
         question, answer: as text.
+        answers: all that are accepted, or that people gave, where there are several; else ().
         choices: the answers to choose from, () where the answer is free.
         family: the kind of question, for the report's columns.
         pair: the two questions of a yes/no pair share it; None elsewhere.
@@ -89,11 +96,31 @@ class Sample:
     pair: str | None = None
     evidence: tuple[int, ...] = ()
     image_id: str = ""
+    answers: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """`answers`, or the one `answer` where there are no others."""
+        return self.answers or (self.answer,)
 
     @property
     def image(self) -> Image.Image:
         """The picture, RGB. Read anew at each call, so that a long run holds none of them."""
         return open_image(self.picture) if isinstance(self.picture, Path) else self.picture().convert("RGB")
+
+
+def default_score(prediction: str, sample: Sample) -> float:
+    """1.0 for a right answer, else 0.0.
+
+    Choices and yes/no questions are judged by the choice that is named, everything else by equality with one of the
+    accepted answers; both after `normalise`.
+    """
+    right = normalise(sample.answer)
+    choices = sample.choices or (("yes", "no") if right in ("yes", "no") else ())
+    if choices:
+        named = named_choice(prediction, choices)
+        return float(named is not None and normalise(named) == right)
+    return float(normalise(prediction) in {normalise(answer) for answer in sample.accepted})
 
 
 class Task:
@@ -105,10 +132,12 @@ class Task:
         name: as typed in `--tasks`.
         max_new_tokens: how long an answer may get.
         evidence_grid: (h, w) of the raster that `Sample.evidence` counts in; None without evidence.
+        held_out: its samples are those that scores are published on; training takes them only by their split's name.
     """
 
     name: str = ""
     max_new_tokens: int = 16
+    held_out: bool = False
     evidence_grid: tuple[int, int] | None = None
 
     @cached_property
@@ -121,20 +150,14 @@ class Task:
         return sample.question
 
     def score(self, prediction: str, sample: Sample) -> float:
-        """1.0 for a right answer, else 0.0.
-
-        Choices and yes/no questions are judged by the choice that is named, everything else by
-        equality; both after `normalise`.
-        """
-        right = normalise(sample.answer)
-        choices = sample.choices or (("yes", "no") if right in ("yes", "no") else ())
-        if choices:
-            named = named_choice(prediction, choices)
-            return float(named is not None and normalise(named) == right)
-        return float(normalise(prediction) == right)
+        """Between 0.0 and 1.0, 1.0 for a right answer; here `default_score`."""
+        return default_score(prediction, sample)
 
     def summary(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Further numbers of this family from its records (`id`, `prediction`, `score`); {} for none."""
+        """Further numbers of this task from its records (`id`, `prediction`, `score`); {} for none.
+
+        The place for what is no mean over samples (F1, pair scores), under the names the field uses.
+        """
         return {}
 
     def take(self, limit: int | None, seed: int) -> list[Sample]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gripvlm.tasks.base import Sample, Task, TaskError
+from gripvlm.tasks.metrics import get_metric
 
 __all__ = ["JsonlTask", "read_samples"]
 
@@ -18,7 +20,8 @@ def read_samples(file: Path, images: Path, answers: bool = True) -> list[Sample]
     """One sample a line; blank lines are skipped. Without `answers` a line may leave its answer out.
 
     A line is an object with `image` (a path, relative to `images`), `question` and `answer`, and if
-    wanted `choices` (list of strings), `id`, `family`, `pair`, `evidence` (list of patch indices).
+    wanted `choices` (list of strings), `id`, `family`, `pair`, `evidence` (list of patch indices), `answers` (list of
+    strings: all that are accepted, or that people gave; the commonest is the `answer` where none is written).
 
     Raises:
         TaskError: with the line's number, where a line is none of that or an id comes twice.
@@ -49,6 +52,11 @@ def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> 
         raise TaskError(f"{where} is not JSON ({error}): write one object a line, such as {_EXAMPLE}") from None
     if not isinstance(row, dict):
         raise TaskError(f"{where} is a {type(row).__name__}: write one object a line, such as {_EXAMPLE}")
+    several = row.get("answers") or []
+    if not isinstance(several, list) or not all(isinstance(one, str) and one.strip() for one in several):
+        raise TaskError(f"{where}: answers must be a list of texts, got {several!r}")
+    if several and row.get("answer") is None:
+        row["answer"] = Counter(several).most_common(1)[0][0]
     if not answers and row.get("answer") is None:
         row["answer"] = ""
     for key in ("image", "question", "answer"):
@@ -75,11 +83,14 @@ def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> 
         pair=None if pair is None else str(pair),
         evidence=tuple(evidence),
         image_id=row["image"],
+        answers=tuple(several),
     )
 
 
 class JsonlTask(Task):
-    """A user's own questions, `jsonl:PATH`; images are looked up beside the file.
+    """A user's own questions, `jsonl:PATH` or `custom:PATH`; images are looked up beside the file.
+
+    They are scored by one of `METRICS`, `jsonl:PATH,metric=vqa`; by default "choice".
 
     Where a line has choices that its question does not name, the prompt lists them. Without `answers`
     lines may leave theirs out: enough to train on, but not to be scored. `evidence` counts in the raster that the
@@ -88,9 +99,10 @@ class JsonlTask(Task):
 
     max_new_tokens = 32
 
-    def __init__(self, path: str | Path, answers: bool = True) -> None:
+    def __init__(self, path: str | Path, answers: bool = True, metric: str = "choice", name: str | None = None) -> None:
         self.path, self.answers = Path(path).expanduser(), answers
-        self.name = f"jsonl:{path}"
+        self.metric = get_metric(metric)
+        self.name = name or f"jsonl:{path}"
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
@@ -126,6 +138,9 @@ class JsonlTask(Task):
         if not (isinstance(grid, list) and len(grid) == 2 and all(type(side) is int and side > 0 for side in grid)):
             raise TaskError(f"{self.path}:1: evidence_grid must be [rows, columns], got {grid!r}")
         return grid[0], grid[1]
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        return self.metric(prediction, sample)
 
     def prompt(self, sample: Sample) -> str:
         if all(choice in sample.question for choice in sample.choices):

@@ -9,6 +9,7 @@ from typing import Any
 
 from gripvlm.tasks.base import Sample, Task, TaskError, named_choice
 from gripvlm.tasks.jsonl import read_samples
+from gripvlm.tasks.metrics import yes_no_summary
 
 __all__ = ["FAMILIES", "SAMPLE", "LabTask"]
 
@@ -47,22 +48,11 @@ class LabTask(Task):
         by_id = {sample.id: sample for sample in self.samples}
         pairs = [(record, by_id[record["id"]]) for record in records]
         if self.family == "existence":
-            return _yes_no(pairs)
+            said = [named_choice(record["prediction"], ("yes", "no")) == "yes" for record, _ in pairs]
+            return yes_no_summary(said, [sample.answer == "yes" for _, sample in pairs])
         if self.family == "perception":
             return _both_of_a_pair(pairs)
         return {}
-
-
-def _yes_no(pairs: list[tuple[Mapping[str, Any], Sample]]) -> dict[str, float]:
-    """Precision, recall and F1 of "yes", and the share of questions answered with it."""
-    said = [named_choice(record["prediction"], ("yes", "no")) == "yes" for record, _ in pairs]
-    true = [sample.answer == "yes" for _, sample in pairs]
-    hits = sum(a and b for a, b in zip(said, true, strict=True))
-    precision = hits / sum(said) if any(said) else 0.0
-    recall = hits / sum(true) if any(true) else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    share = sum(said) / len(said) if said else 0.0
-    return {"f1": f1, "precision": precision, "recall": recall, "yes_share": share}
 
 
 def _both_of_a_pair(pairs: list[tuple[Mapping[str, Any], Sample]]) -> dict[str, float]:

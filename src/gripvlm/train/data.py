@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +25,17 @@ def generator(seed: int, *names: object) -> torch.Generator:
 
 
 def load_questions(data: str | Task | Sequence[Task]) -> list[tuple[Task, Sample]]:
-    """All questions of a task's name, of `PATH.jsonl` (answers may be left out there), or of `Task` objects."""
+    """All questions of a task's name, of `PATH.jsonl` (answers may be left out there), or of `Task` objects.
+
+    Raises:
+        TrainError: nothing is named, or questions that scores are published on: the lab's, or a benchmark's unless its
+            split is typed.
+    """
     if isinstance(data, str):
         if not data.strip():
             raise TrainError("no training data: type --data questions.jsonl, or the name of a task")
         path = data.removeprefix("jsonl:")
-        if path.endswith((".jsonl", ".json")):
+        if path.endswith((".jsonl", ".json")) and not re.search(r"[:,]\w+=", path):  # else it is a task with options
             tasks: Iterable[Task] = [JsonlTask(Path(path), answers=False)]
         else:
             tasks = get_tasks([part.strip() for part in data.split(",")])
@@ -39,6 +45,12 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[tuple[Task, Sample
         raise TrainError(
             "the lab tasks are the test split, and training on it would make every later score worthless: make "
             "training questions with `python -m gripvlm.lab.dataset FOLDER` and type --data FOLDER/questions.jsonl"
+        )
+    if held := [task.name for task in tasks if task.held_out]:
+        raise TrainError(
+            f"scores are published on the questions of {held[0]}, and training on them would make every later score "
+            f"worthless: name another split, {held[0]}:split=train, where it has one; to train on them all the same, "
+            "type their split"
         )
     questions = [(task, sample) for task in tasks for sample in task.samples]
     if not questions:

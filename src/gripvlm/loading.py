@@ -10,8 +10,9 @@ from typing import Any
 
 from gripvlm.errors import GripError, UnsupportedModelError
 
-__all__ = ["ModelError", "load_model", "quiet"]
+__all__ = ["DTYPES", "ModelError", "load_model", "quiet"]
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -30,27 +31,34 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="transformers")
 
 
-def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str, device: str | None = None, dtype: str | None = None, attention: str | None = None
+) -> tuple[Any, Any]:
     """(model, processor), in eval mode.
 
     Args:
         name: `lab`, a folder, or a hub id.
         device: as PyTorch names it; by default the first accelerator there is.
-
-    On a CPU weights are float32, elsewhere as they were saved.
+        dtype: of the weights, one of `DTYPES`; by default float32 on a CPU, elsewhere as they were saved.
+        attention: as transformers' `attn_implementation`, such as sdpa; by default its own choice.
 
     Raises:
-        ModelError: no such folder or hub id, no network, files that are no VLM, no such device.
+        ModelError: no such folder or hub id, no network, files that are no VLM, no such device or dtype.
         UnsupportedModelError: a family that gripvlm doesn't prune; said before weights are loaded.
     """
     import torch
 
     place = _device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}: type one of {', '.join(DTYPES)}")
     if name == "lab":
         from gripvlm import lab
 
         model, processor = lab.load()
-        return model.to(place).eval(), processor
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        kind = None if dtype in (None, "auto") else getattr(torch, dtype)
+        return model.to(place, kind).eval(), processor
 
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -68,8 +76,8 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(where)
         if not hasattr(processor, "image_processor"):
             raise ModelError(_advice(name, where, ValueError("its processor has no image processor.")))
-        dtype = torch.float32 if place.type == "cpu" else "auto"
-        model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)
+        kind = dtype or ("float32" if place.type == "cpu" else "auto")
+        model = AutoModelForImageTextToText.from_pretrained(where, dtype=kind, attn_implementation=attention)
     except GripError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:

@@ -1,0 +1,167 @@
+"""Scores of one answer by the rules that benchmarks publish; each takes what was said and what is accepted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from gripvlm.tasks.base import Sample, TaskError, default_score, named_choice, normalise
+from gripvlm.tasks.vqa_answer import vqa_accuracy
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "anls",
+    "contains",
+    "contains_verbatim",
+    "exact",
+    "get_metric",
+    "mme_says",
+    "option_letter",
+    "pope_says",
+    "yes_no_summary",
+]
+
+Metric: TypeAlias = Callable[[str, Sample], float]
+
+_LETTER = re.compile(r"\(?\s*([A-Za-z])\s*[).:,]*")
+_LEADING = re.compile(r"\(?([A-Z])(?:[.:]|\))")
+_SAID = re.compile(r"[Tt]he answer is:? \(?([A-Z])\b")
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+
+
+def pope_says(prediction: str) -> str:
+    """ "no" where the first sentence has the word No, no or not, else "yes": any other answer counts as yes.
+
+    Source: evaluate.py of RUCAIBox/POPE (arXiv 2305.10355), also LLaVA's eval_pope.py: the text up to the first
+    period, without commas, cut at spaces. Departures: (1) cut at any white space.
+    """
+    words = prediction.partition(".")[0].replace(",", "").split()
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def mme_says(prediction: str) -> str | None:
+    """ "yes" or "no" as MME's calculation.py reads them (arXiv 2306.13394), None for anything else.
+
+    The whole answer without periods is yes, no, y or n, or one of the two words lies in its first four letters.
+    """
+    said = prediction.lower().strip().replace(".", "")
+    if len(said) == 1:
+        return {"y": "yes", "n": "no"}.get(said)
+    return next((word for word in ("yes", "no") if word in said[:4]), None)
+
+
+def option_letter(prediction: str, count: int) -> str | None:
+    """The letter of the option that is named, "A" for the first of `count`; None where none is.
+
+    Read in this order: nothing but a letter, in any case, with or without brackets or a mark; a capital with a period,
+    colon or bracket at the start ("B. cat"); "The answer is B".
+
+    Source: LLaVA's eval_science_qa.py and lmms-eval's scienceqa and ai2d. Departures: (1) one rule for both; (2) "(B)"
+    and "B:" are read like "B."; (3) a letter beyond the options is no answer.
+    """
+    said = prediction.strip()
+    found = _LETTER.fullmatch(said) or _LEADING.match(said) or _SAID.search(said)
+    letter = found.group(1).upper() if found else ""
+    return letter if letter and ord(letter) - ord("A") < count else None
+
+
+def exact(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 where the prediction equals one of the answers, both after `normalise`."""
+    return float(normalise(prediction) in {normalise(answer) for answer in answers})
+
+
+def contains(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 where one of the answers occurs anywhere in the prediction, without regard to case.
+
+    Line breaks are spaces, full-width letters count as their ASCII ones.
+
+    Source: OCRBench (arXiv 2305.07895, example.py); full-width letters as in lmms-eval since 0.7.
+    """
+
+    def plain(text: str) -> str:
+        return text.translate(_FULL_WIDTH).lower().strip().replace("\n", " ")
+
+    return float(any(plain(answer) in plain(prediction) for answer in answers))
+
+
+def contains_verbatim(prediction: str, answers: Sequence[str]) -> float:
+    """As `contains`, but case counts and spaces don't: OCRBench's rule for the formulas of HME100k."""
+
+    def packed(text: str) -> str:
+        return text.strip().replace("\n", " ").replace(" ", "")
+
+    return float(any(packed(answer) in packed(prediction) for answer in answers))
+
+
+def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
+    """The best of 1 - NL over the answers; 0 where NL, the normalised edit distance, is `threshold` or more.
+
+    NL is the Levenshtein distance over the longer length, both texts lower-case and stripped.
+
+    Source: average normalised Levenshtein similarity (arXiv 1905.13648, equation 1), as DocVQA uses it.
+    """
+
+    def distance(answer: str) -> float:
+        a, b = (" ".join(text.lower().split()) for text in (answer, prediction))
+        return _levenshtein(a, b) / max(len(a), len(b), 1)
+
+    best = min(map(distance, answers))
+    return 1 - best if best < threshold else 0.0
+
+
+def _levenshtein(a: str, b: str) -> int:
+    """Insertions, deletions and substitutions that turn `a` into `b`."""
+    before = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+        before = row
+    return before[-1]
+
+
+def _letter(prediction: str, sample: Sample) -> float:
+    said = option_letter(prediction, len(sample.choices) or 26)
+    return float(said is not None and said == sample.answer.strip().upper())
+
+
+def _yes_no(prediction: str, sample: Sample) -> float:
+    return float(named_choice(prediction, ("yes", "no")) == normalise(sample.answer))
+
+
+METRICS: Mapping[str, Metric] = {
+    "choice": default_score,
+    "exact": lambda said, sample: exact(said, sample.accepted),
+    "vqa": lambda said, sample: vqa_accuracy(said, sample.accepted),
+    "anls": lambda said, sample: anls(said, sample.accepted),
+    "contains": lambda said, sample: contains(said, sample.accepted),
+    "letter": _letter,
+    "yes_no": _yes_no,
+}
+"""What `metric=` may name for questions of one's own."""
+
+
+def get_metric(name: str) -> Metric:
+    """A metric by name.
+
+    Raises:
+        TaskError: there is none of that name.
+    """
+    if name not in METRICS:
+        raise TaskError(f"unknown metric {name!r}: type metric= with one of {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def yes_no_summary(said_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict[str, float]:
+    """f1, precision and recall of "yes", and yes_share: of how many questions it is the answer given.
+
+    A quotient with nothing below is 0.
+    """
+    hits = sum(a and b for a, b in zip(said_yes, is_yes, strict=True))
+    precision = hits / sum(said_yes) if any(said_yes) else 0.0
+    recall = hits / sum(is_yes) if any(is_yes) else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    share = sum(said_yes) / len(said_yes) if said_yes else 0.0
+    return {"f1": f1, "precision": precision, "recall": recall, "yes_share": share}

@@ -1,0 +1,195 @@
+"""Rows of a data set: from the Hugging Face hub, or from a folder or file, all through the `datasets` library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from gripvlm.tasks.base import TaskError, open_image
+
+__all__ = ["Rows", "Source", "load_rows"]
+
+_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        task: the task's name, for messages.
+        repo: a hub id; not read where there is a path.
+        config, split: as the hub names them; None for the only one.
+        path: a folder or a file instead of the hub. A folder is what `hf download --repo-type dataset` or
+            `save_to_disk` wrote, or one with Parquet, JSON Lines or Arrow files; a file is one of those.
+        chosen: which of config and split were typed, and are not the task's own.
+    """
+
+    task: str
+    repo: str
+    config: str | None = None
+    split: str | None = None
+    path: Path | None = None
+    chosen: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path else self.repo
+
+
+class Rows:
+    """The rows of one split. Pictures stay encoded until they are asked for.
+
+    Args:
+        table: a `datasets.Dataset`.
+        image: the column with the pictures.
+        source: where it came from.
+    """
+
+    def __init__(self, table: Any, image: str, source: Source) -> None:
+        from datasets import Image as ImageFeature
+
+        self.image, self.source = image, source
+        feature = table.features.get(image)
+        if isinstance(feature, ImageFeature):
+            table = table.cast_column(image, ImageFeature(decode=False))
+        elif isinstance(getattr(feature, "feature", None), ImageFeature):  # lists of pictures
+            table = table.cast_column(image, type(feature)(ImageFeature(decode=False)))
+        self.table = table
+        self.folder = source.path.parent if source.path and source.path.is_file() else source.path or Path()
+
+    def texts(self) -> list[dict[str, Any]]:
+        """All columns but the pictures, row by row."""
+        return self.table.remove_columns([self.image]).to_list()
+
+    def has(self, *columns: str) -> None:
+        """Passes where all these columns are there.
+
+        Raises:
+            TaskError: one is not.
+        """
+        if lacking := [name for name in (*columns, self.image) if name not in self.table.column_names]:
+            raise TaskError(
+                f"{self.source.task}: {self.source} has no column {', '.join(map(repr, lacking))}, only "
+                f"{', '.join(self.table.column_names)}: is this the right data set?"
+            )
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture of a row, RGB and upright."""
+        place = f"the picture of row {index} in {self.source}"
+        value = self._encoded(index)
+        if value is None:
+            raise TaskError(f"{place} is empty: leave that row out")
+        return open_image(value if isinstance(value, bytes) else self.folder / value, place)
+
+    def fingerprints(self) -> list[str]:
+        """For each row a short hash of its encoded picture, "" for none: equal ones are the same picture."""
+        keys = []
+        for index in range(len(self.table)):
+            value = self._encoded(index)
+            held = value if isinstance(value, bytes) else (value or "").encode()
+            keys.append(hashlib.blake2b(held, digest_size=8).hexdigest() if held else "")
+        return keys
+
+    def _encoded(self, index: int) -> bytes | str | None:
+        """What the row holds of its picture: the bytes of a file, its path, or nothing."""
+        value = self.table[index][self.image]
+        if isinstance(value, list):
+            if len(value) > 1:
+                raise TaskError(
+                    f"row {index} of {self.source} has {len(value)} pictures in {self.image!r}; tasks ask about one: "
+                    "name a column with image=, or leave such rows out"
+                )
+            value = value[0] if value else None
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if value is None or isinstance(value, (bytes, str)):
+            return value or None
+        raise TaskError(
+            f"{self.source}: column {self.image!r} holds a {type(value).__name__} in row {index}, no picture: name "
+            "the column with image="
+        )
+
+
+def load_rows(source: Source, image: str = "image") -> Rows:
+    """The rows that `source` names.
+
+    Raises:
+        TaskError: `datasets` is not installed, or there are no such data; with what can be typed instead.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise TaskError(
+            f"{source.task} reads its questions with the library `datasets`, which is not installed: type "
+            "pip install 'gripvlm[bench]'"
+        ) from None
+    try:
+        table = _local(datasets, source) if source.path else _hub(datasets, source)
+    except TaskError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        advice = (
+            "check the path, and name what it has with config= and split="
+            if source.path
+            else f"on a machine without network copy the data set here and type {source.task}:path=FOLDER, "
+            "elsewhere check the spelling (a gated data set needs `hf auth login`)"
+        )
+        raise TaskError(f"{source.task}: {source} cannot be loaded: {first} ({advice})") from error
+    return Rows(table, image, source)
+
+
+def _hub(datasets: Any, source: Source) -> Any:
+    split = source.split or _only("split", source, datasets.get_dataset_split_names(source.repo, source.config))
+    return datasets.load_dataset(source.repo, source.config, split=split)
+
+
+def _local(datasets: Any, source: Source) -> Any:
+    path = source.path
+    assert path is not None
+    if path.is_file():
+        if path.suffix not in _FORMATS:
+            raise TaskError(f"{source.task}: {path} is no {', '.join(_FORMATS)} file: type the path of one")
+        if source.chosen:
+            raise TaskError(
+                f"{source.task}: {path} is one file, which has no config and no split: leave out "
+                f"{' and '.join(sorted(source.chosen))}"
+            )
+        return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    if not path.is_dir():
+        raise TaskError(f"{source.task}: no folder or file {str(path)!r}: check the path")
+    if (path / "state.json").exists():
+        return _saved(datasets.load_from_disk(str(path)), source)
+    if (saved := path / "dataset_dict.json").exists():
+        split = source.split or _only("split", source, json.loads(saved.read_text(encoding="utf-8"))["splits"])
+        if not (path / split).is_dir():
+            raise TaskError(f"{source.task}: {path} has no split {split!r}: type split= with one of its folders")
+        return datasets.load_from_disk(str(path / split))
+    config = source.config
+    if "config" not in source.chosen:  # a copy without its card has one nameless configuration
+        there = datasets.get_dataset_config_names(str(path))
+        config = config if config in there else _only("config", source, there)
+    split = source.split or _only("split", source, datasets.get_dataset_split_names(str(path), config))
+    return datasets.load_dataset(str(path), config, split=split)
+
+
+def _saved(table: Any, source: Source) -> Any:
+    """A single saved split, if it is not another one than the task's."""
+    if table.split is not None and source.split and str(table.split) != source.split:
+        raise TaskError(
+            f"{source.task} is scored on the split {source.split!r}, but {source.path} is a saved "
+            f"{str(table.split)!r}: type split={table.split} if you mean it"
+        )
+    return table
+
+
+def _only(what: str, source: Source, there: list[str]) -> str:
+    """The only one, or what stands for it by convention: "default"."""
+    if len(there) == 1 or (what == "config" and "default" in there):
+        return there[0] if len(there) == 1 else "default"
+    raise TaskError(f"{source.task}: {source} has several: type {what}= with one of {', '.join(there)}")
