@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from gripvlm import lab
-from gripvlm.cli.loading import quiet
 from gripvlm.evaluate import environment
 from gripvlm.evaluate.environment import command_line
+from gripvlm.loading import quiet
 from gripvlm.scorer import Scorer
 from gripvlm.train.data import load_questions
 from gripvlm.train.masking import masked_forward
