@@ -81,14 +81,13 @@ def _seeded(pruner: str | Pruner, seeds: Sequence[int]) -> list[str | Pruner]:
     """The pruner once for each seed, or as it is where it has none or its own was typed."""
     if not seeds or (isinstance(pruner, str) and pruner.strip() in (FULL, ORACLE, BLIND)):
         return [pruner]
-    chooser = checked_pruner(pruner)
+    chooser: Any = checked_pruner(pruner)
     fields = dataclasses.fields(chooser) if dataclasses.is_dataclass(chooser) else ()
-    field = next((field for field in fields if field.name == "seed" and field.init), None)
-    if field is None:
+    default = [field.default for field in fields if field.name == "seed" and field.init]
+    if not default:
         return [pruner]
     if not isinstance(pruner, str):
-        free = getattr(chooser, "seed") == field.default  # noqa: B009  not every pruner has it
-        return [dataclasses.replace(chooser, seed=seed) for seed in seeds] if free else [pruner]  # type: ignore[type-var]
+        return [dataclasses.replace(chooser, seed=seed) for seed in seeds] if chooser.seed == default[0] else [pruner]
     head, *options = outside(pruner.strip(), ":")
     if any(option.partition("=")[0].strip() == "seed" for option in ":".join(options).split(",")):
         return [pruner]
