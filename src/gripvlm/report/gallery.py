@@ -70,7 +70,7 @@ def gallery(comparison: Comparison, anchor: str) -> list[Block]:
     text = (
         f"{names} at {keep_text(shown[0].keep)}: bright patches were kept. First {lost} questions that the full model "
         f"gets right and `{shown[0].method}` wrong, tasks in turn; then {len(chosen) - lost} that it gets right and "
-        f"`{shown[-1].method}` wrong. Chosen by this rule in the order of the samples, not by eye. A blue bar is a right "
+        f"`{shown[-1].method}` wrong. Chosen by this rule, not by eye. A blue bar is a right "
         "answer, an orange one a wrong answer."
     )
     return [title, Text(text), *questions]
