@@ -67,7 +67,7 @@ def test_a_merged_file_is_gone_on_from_as_a_finished_run(parts, tmp_path, monkey
 
 def edited(path, folder, change):
     """A copy of a shard with another configuration."""
-    new = folder / f"x-{path.name}"
+    new = folder / f"{len(list(folder.iterdir()))}-{path.name}"
     result, lines = json.loads(path.read_text()), samples_path(path).read_text().splitlines()
     head = json.loads(lines[0])
     for one in (result["header"], head["config"]):
@@ -117,9 +117,7 @@ def test_a_shard_without_work_is_said(tmp_path):
 
 
 def test_seeds_are_given_to_pruners_that_have_one_and_none_typed():
-    arms = make_arms(
-        ["random", "random:seed=7", "grid", "oracle", get_pruner("random")], [8], blind=False, seeds=[3, 4]
-    )
+    arms = make_arms(["random", "random:seed=7", "grid", "oracle"], [8], blind=False, seeds=[3, 4])
     assert [(arm.label, arm.config.get("seed")) for arm in arms] == [
         ("full", None),
         ("random:seed=3", 3),
@@ -128,6 +126,11 @@ def test_seeds_are_given_to_pruners_that_have_one_and_none_typed():
         ("grid", None),
         ("oracle", None),
     ]
+
+
+def test_an_object_gets_seeds_too():
+    arms = make_arms([get_pruner("random"), get_pruner("random", seed=7)], [8], blind=False, seeds=[3, 4])
+    assert [arm.config.get("seed") for arm in arms] == [None, 3, 4, 7]
 
 
 def test_seeds_in_wrappers_are_their_own():
