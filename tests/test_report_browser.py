@@ -55,6 +55,7 @@ def test_nothing_but_tables_is_wider_than_the_screen(page, shots, name, width):
         "onload = () => { const d = document.getElementById('f').contentDocument, e = d.documentElement;"
         "const out = [...d.querySelectorAll('main *')].filter(x => !x.closest('.sheet') && !x.closest('svg')"
         f" && x.getBoundingClientRect().right > {width} + 1).map(x => x.tagName + '.' + x.className);"
+        "out.push(...[...d.querySelectorAll('th')].filter(x => x.offsetHeight > 90).map(x => 'tall ' + x.innerText));"
         "document.title = 'WIDE ' + e.scrollWidth + ' ' + out.slice(0, 5).join(',') + ' END'; }</script></body>"
     )
     dom = chromium("--allow-file-access-from-files", "--virtual-time-budget=4000", "--dump-dom", probe.as_uri())
