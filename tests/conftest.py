@@ -9,6 +9,16 @@ import pytest
 from tiny_models import llava_inputs, tiny_llava
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long tests, and those in a browser, run only where -m asks for them."""
+    if config.option.markexpr:
+        return
+    for item in items:
+        for name in ("slow", "browser"):
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"pytest -m {name} runs it"))
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     """One tiny LLaVA a file."""

@@ -1,4 +1,4 @@
-"""The command line: `gripvlm quickstart | ask | train | eval | list | env`, thin over the Python of the same names."""
+"""The command line: `gripvlm quickstart | ask | train | eval | ...`, thin over the Python of the same names."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from collections.abc import Sequence
 import typer
 
 from gripvlm.cli.commands import app
+from gripvlm.cli.results import compare_command, merge_command, report_command
 from gripvlm.cli.training import train_command
 from gripvlm.errors import GripError
 
 __all__ = ["app", "main"]
 
 app.command(name="train")(train_command)
+app.command(name="report")(report_command)
+app.command(name="compare")(compare_command)
+app.command(name="merge")(merge_command)
 
 # typer brings its own copy of click or uses the installed one; this is the right class in both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

@@ -161,19 +161,32 @@ def evaluate_command(
     ] = None,
     positions: Positions = "original",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where results exist.")] = False,
+    seeds: Annotated[
+        str | None, typer.Option(help="Such as 0,1,2: each pruner that has a seed, and none typed, with each of them.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Such as 2/3: the second third of the work, for `gripvlm merge`.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Score pruners at several budgets; Ctrl-C keeps what is done and the same command goes on."""
     from gripvlm.cli.outputs import checked_json
     from gripvlm.evaluate import Interrupted, evaluate
     from gripvlm.evaluate.arms import make_arms
+    from gripvlm.evaluate.chunks import Shard
     from gripvlm.loading import load_model, quiet
     from gripvlm.tasks import get_tasks
 
     names = split_pruners(pruners)
     budgets = [Budget.parse(text) for text in _split(keep)]
     chosen = get_tasks(_split(tasks))
-    make_arms(names, budgets)
+    numbers = _seeds(seeds)
+    make_arms(names, budgets, seeds=numbers)
+    part = None if shard is None else Shard.parse(shard)
+    if part is not None and out is None:
+        raise GripError(
+            f"--shard {shard} without --out leaves nothing to merge: type --out results/part-{part.number}.json"
+        )
     for task in chosen:
         task.take(limit, seed)
     _checked_positions(positions)
@@ -199,6 +212,8 @@ def evaluate_command(
             overwrite=overwrite,
             model_name=model,
             progress=True,
+            seeds=numbers,
+            shard=part,
         )
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -273,6 +288,16 @@ def _split(text: str) -> list[str]:
     if not parts:
         raise GripError(f"{text!r} names nothing: type one or more names, separated by commas")
     return parts
+
+
+def _seeds(text: str | None) -> list[int]:
+    """`0,1,2`; None for none."""
+    if text is None:
+        return []
+    parts = _split(text)
+    if not all(part.removeprefix("-").isdecimal() for part in parts):
+        raise GripError(f"--seeds {text}: type whole numbers separated by commas, such as 0,1,2")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def _checked_positions(positions: str) -> None:

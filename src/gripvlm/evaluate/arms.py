@@ -14,6 +14,7 @@ from gripvlm.budget import Budget, Keep
 from gripvlm.checks import checked_pruner
 from gripvlm.errors import GripError
 from gripvlm.pruners import Pruner, get_pruner
+from gripvlm.pruners.options import outside
 from gripvlm.tasks.base import Sample
 
 __all__ = ["BLIND", "FULL", "ORACLE", "Arm", "digest", "fingerprint", "make_arms"]
@@ -30,12 +31,14 @@ class Arm:
         keep: the budget as asked, None for `blind`.
         pruner: None for `oracle`, which is made anew for each batch, and for `blind`.
         config: the pruner's name and every one of its fields.
+        trained: whether it, or a pruner inside it, has weights that were trained for pruning.
     """
 
     label: str
     keep: int | float | None
     pruner: Pruner | None
     config: dict[str, Any]
+    trained: bool = False
 
     @property
     def keep_text(self) -> str:
@@ -43,8 +46,12 @@ class Arm:
         return "" if self.keep is None else str(self.keep)
 
 
-def make_arms(pruners: Sequence[str | Pruner], keeps: Sequence[Keep], blind: bool = True) -> list[Arm]:
+def make_arms(
+    pruners: Sequence[str | Pruner], keeps: Sequence[Keep], blind: bool = True, seeds: Sequence[int] = ()
+) -> list[Arm]:
     """`full`, every pruner at every budget, and `blind`.
+
+    With `seeds`, a pruner that has a `seed` and was named without one stands for one of each.
 
     Raises:
         GripError: an unknown pruner, no budget for one that needs it, or two pruners that would
@@ -55,7 +62,7 @@ def make_arms(pruners: Sequence[str | Pruner], keeps: Sequence[Keep], blind: boo
     full = get_pruner("keep_all")
     arms = [Arm(FULL, 1.0, full, _config(full))]
     seen: set[str] = set()
-    for pruner in pruners:
+    for pruner in [one for named in pruners for one in _seeded(named, seeds)]:
         label, chooser, config = _resolve(pruner)
         if label in (FULL, "keep_all"):
             continue
@@ -66,8 +73,32 @@ def make_arms(pruners: Sequence[str | Pruner], keeps: Sequence[Keep], blind: boo
         seen.add(label)
         if not budgets:
             raise GripError(f"pruner {label!r} needs a budget: type --keep 64,10% (or keeps=[64, 0.1])")
-        arms += [Arm(label, budget, chooser, config) for budget in budgets]
+        arms += [Arm(label, budget, chooser, config, _trained(chooser)) for budget in budgets]
     return [*arms, Arm(BLIND, None, None, {"name": BLIND})] if blind else arms
+
+
+def _seeded(pruner: str | Pruner, seeds: Sequence[int]) -> list[str | Pruner]:
+    """The pruner once for each seed, or as it is where it has none or its own was typed."""
+    if not seeds or (isinstance(pruner, str) and pruner.strip() in (FULL, ORACLE, BLIND)):
+        return [pruner]
+    chooser: Any = checked_pruner(pruner)
+    fields = dataclasses.fields(chooser) if dataclasses.is_dataclass(chooser) else ()
+    default = [field.default for field in fields if field.name == "seed" and field.init]
+    if not default:
+        return [pruner]
+    if not isinstance(pruner, str):
+        return [dataclasses.replace(chooser, seed=seed) for seed in seeds] if chooser.seed == default[0] else [pruner]
+    head, *options = outside(pruner.strip(), ":")
+    if any(option.partition("=")[0].strip() == "seed" for option in ":".join(options).split(",")):
+        return [pruner]
+    return [f"{head}:{','.join([*options, f'seed={seed}'])}" for seed in seeds]
+
+
+def _trained(pruner: Pruner | None) -> bool:
+    inner = getattr(pruner, "inner", ())
+    return bool(getattr(pruner, "trained", False)) or any(
+        _trained(one) for one in (inner if isinstance(inner, (tuple, list)) else (inner,)) if one is not None
+    )
 
 
 def _resolve(pruner: str | Pruner) -> tuple[str, Pruner | None, dict[str, Any]]:

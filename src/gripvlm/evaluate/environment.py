@@ -66,7 +66,10 @@ def git_state() -> dict[str, Any] | None:
 def command_line() -> str:
     """This process's command, as one would type it."""
     program, *arguments = sys.argv or ["python"]
-    return shlex.join([Path(program).name or "python", *arguments])
+    path = Path(program)
+    if path.name == "__main__.py":  # python -m package
+        return shlex.join(["python", "-m", path.parent.name, *arguments])
+    return shlex.join([path.name or "python", *arguments])
 
 
 def environment() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from gripvlm.errors import GripError
 
-__all__ = ["Journal", "ResumeError", "samples_path", "write_atomically"]
+__all__ = ["Journal", "Key", "ResumeError", "differences", "samples_path", "write_atomically"]
 
 Key = tuple[str, str, str, str]
 _KEY = ("task", "pruner", "keep", "id")
@@ -83,7 +83,7 @@ class Journal:
             return
         if theirs != self.config:
             raise ResumeError(
-                f"{self.path} holds {len(self.records)} answers of another run ({_differences(theirs, self.config)}): "
+                f"{self.path} holds {len(self.records)} answers of another run ({differences(theirs, self.config)}): "
                 "choose another --out, type the same options again to go on with it, or type --overwrite to start anew"
             )
 
@@ -130,7 +130,7 @@ class Journal:
         self.close()
 
 
-def _differences(then: Any, now: Any) -> str:
+def differences(then: Any, now: Any) -> str:
     """The options that differ, as `limit: 20 then, 40 now`."""
     if not isinstance(then, dict):
         return "unknown options"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +15,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gripvlm.budget import Keep
 from gripvlm.errors import GripError
-from gripvlm.evaluate.answering import Outcome, answer, make_inputs, question_ids
+from gripvlm.evaluate.answering import answer, make_inputs, question_ids
 from gripvlm.evaluate.arms import BLIND, ORACLE, Arm, digest, fingerprint, make_arms
+from gripvlm.evaluate.assemble import assembled, sample_records, utc, write_result
+from gripvlm.evaluate.chunks import Chunk, Shard, asked_by, make_chunks
 from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
-from gripvlm.evaluate.journal import Journal, ResumeError, samples_path, write_atomically
+from gripvlm.evaluate.journal import Journal, ResumeError, samples_path
 from gripvlm.evaluate.oracle import oracle
-from gripvlm.evaluate.statistics import Scored, majority, mean_rows, row
+from gripvlm.evaluate.schema import SCHEMA
 from gripvlm.models.encoded import Encoded
 from gripvlm.prune import encode, pruned_run
 from gripvlm.pruners import Pruner
-from gripvlm.tasks import Sample, Task, get_tasks
+from gripvlm.tasks import Task, get_tasks
 
-__all__ = ["SCHEMA", "Interrupted", "evaluate"]
-
-SCHEMA = "gripvlm.evaluate/1"
+__all__ = ["Interrupted", "evaluate"]
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in `evaluate`; its text says what is kept and how to go on."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """One batch of one task."""
-
-    task: Task
-    samples: list[Sample]
-
-    @property
-    def ids(self) -> list[str]:
-        return [sample.id for sample in self.samples]
 
 
 def evaluate(
@@ -66,6 +52,8 @@ def evaluate(
     model_name: str | None = None,
     command: str | None = None,
     progress: bool = False,
+    seeds: Sequence[int] = (),
+    shard: str | Shard | None = None,
 ) -> dict[str, Any]:
     """Scores every pruner at every budget on every task.
 
@@ -85,6 +73,8 @@ def evaluate(
         blind: also ask every question without the image.
         model_name, command: as the results should say; by default the model's own and `sys.argv`.
         progress: show a bar with the time left, on standard error.
+        seeds: a pruner that has a `seed`, and is named without one, is measured with each of these.
+        shard: `"2/3"` asks only the second third of the batches, for `merge`.
 
     Returns:
         {"schema", "header", "rows", "means", "samples"}: what is written to `out`. A row has model,
@@ -100,13 +90,11 @@ def evaluate(
     if batch_size < 1:
         raise GripError(f"batch_size={batch_size}: type 1 or more")
     chosen = get_tasks(tasks)
-    arms = make_arms(pruners, keeps, blind)
+    arms = make_arms(pruners, keeps, blind, seeds)
     drawn = {task.name: task.take(limit, seed) for task in chosen}
-    chunks = [
-        _Chunk(task, drawn[task.name][start : start + batch_size])
-        for task in chosen
-        for start in range(0, len(drawn[task.name]), batch_size)
-    ]
+    part = None if shard is None else Shard.parse(shard)
+    chunks = make_chunks(chosen, drawn, batch_size, part)
+    asked = asked_by(chunks)
     name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
     device = hardware(model.device)["device"]
     config = {
@@ -121,21 +109,24 @@ def evaluate(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device,
         "versions": {key: value for key, value in versions().items() if key in ("torch", "transformers", "gripvlm")},
+        **({"shard": str(part)} if part is not None else {}),
     }
     target = Path(out) if out is not None else None
     if target is not None and target.exists() and not samples_path(target).exists() and not overwrite:
         raise ResumeError(
             f"{target} exists, but its {samples_path(target).name} does not: type --overwrite, or another --out"
         )
-    session = {"started": _utc(), "command": command or command_line(), "git": git_state()}
+    session = {"started": utc(), "command": command or command_line(), "git": git_state()}
     journal = Journal(samples_path(target) if target else None, config, session, overwrite)
-    total, had = len(arms) * sum(map(len, drawn.values())), len(journal.records)
+    total, had = len(arms) * sum(map(len, asked.values())), len(journal.records)
     if progress and had:
         print(_reused(journal, had, total), file=sys.stderr)
     if had == total and target is not None and (old := _finished(target)) is not None:
-        result = old | _result(name, config, arms, chosen, drawn, journal, seed) | {"header": old["header"]}
+        result = (
+            old | assembled(name, config, arms, chosen, drawn, asked, journal.records, seed) | {"header": old["header"]}
+        )
         if json.loads(json.dumps(result)) != old:  # the statistics have changed since
-            _write(target, result)
+            write_result(target, result)
         return result
     runner = _Runner(model, processor, arms, positions)
     runner.rehearse(chunks[0], {chunk.task.name: chunk.task for chunk in chunks}.values())
@@ -145,20 +136,20 @@ def evaluate(
             runner.run(chunks, journal, progress)
         except KeyboardInterrupt:
             raise Interrupted(_how_to_go_on(journal, total)) from None
-        result = _result(name, config, arms, chosen, drawn, journal, seed)
+        result = assembled(name, config, arms, chosen, drawn, asked, journal.records, seed)
     result["header"] |= {
         "command": session["command"],
         "git": session["git"],
         "versions": versions(),
         "hardware": hardware(model.device),
         "attention": getattr(model.config, "_attn_implementation", None),
-        "finished": _utc(),
+        "finished": utc(),
         "seconds": round(time.monotonic() - began, 3),
         "sessions": journal.sessions,
     }
     if target is not None:
         result["samples"] = samples_path(target).name
-        _write(target, result)
+        write_result(target, result)
     return result
 
 
@@ -168,7 +159,7 @@ class _Runner:
     def __init__(self, model: Any, processor: Any, arms: Sequence[Arm], positions: str) -> None:
         self.model, self.processor, self.arms, self.positions = model, processor, arms, positions
 
-    def rehearse(self, chunk: _Chunk, tasks: Any) -> None:
+    def rehearse(self, chunk: Chunk, tasks: Any) -> None:
         """Every arm once on one batch, before anything is written: mistakes show now, and caches are warm."""
         if any(arm.label == ORACLE for arm in self.arms):
             for task in tasks:
@@ -184,7 +175,7 @@ class _Runner:
                         self.model.generate(**arguments, max_new_tokens=1, do_sample=False)
         answer(self.model, self.processor, inputs, "keep_all", max_new_tokens=2, encoded=encoded)
 
-    def run(self, chunks: Sequence[_Chunk], journal: Journal, progress: bool) -> None:
+    def run(self, chunks: Sequence[Chunk], journal: Journal, progress: bool) -> None:
         """All that the journal has not yet."""
         total = len(self.arms) * sum(len(chunk.samples) for chunk in chunks)
         bar = _bar(progress)
@@ -198,7 +189,7 @@ class _Runner:
                     journal.add(records)
                     bar.advance(shown, len(chunk.samples))
 
-    def _chunk(self, chunk: _Chunk, arms: Sequence[Arm]) -> Iterator[list[dict[str, Any]]]:
+    def _chunk(self, chunk: Chunk, arms: Sequence[Arm]) -> Iterator[list[dict[str, Any]]]:
         """The records of one batch, arm by arm; the image goes through the vision encoder once."""
         if not arms:
             return
@@ -220,87 +211,19 @@ class _Runner:
                     question=question,
                     encoded=encoded,
                 )
-            yield _records(chunk, arm, outcome)
+            yield sample_records(chunk, arm, outcome, encoded)
 
     @torch.no_grad()
-    def _encoded(self, chunk: _Chunk) -> tuple[dict[str, Any], list[list[int]], Encoded]:
+    def _encoded(self, chunk: Chunk) -> tuple[dict[str, Any], list[list[int]], Encoded]:
         texts = [chunk.task.prompt(sample) for sample in chunk.samples]
         inputs = make_inputs(self.model, self.processor, texts, [sample.image for sample in chunk.samples])
         question = question_ids(self.processor, [sample.question for sample in chunk.samples])
         return inputs, question, encode(self.model, inputs, [arm.pruner for arm in self.arms if arm.pruner is not None])
 
-    def _pruner(self, arm: Arm, chunk: _Chunk, encoded: Encoded) -> Pruner:
+    def _pruner(self, arm: Arm, chunk: Chunk, encoded: Encoded) -> Pruner:
         if arm.pruner is not None:
             return arm.pruner
         return oracle(chunk.samples, encoded, chunk.task.evidence_grid)
-
-
-def _whole(number: float) -> int | float:
-    """An int where it is one, so that counts look like counts."""
-    return int(number) if number == int(number) else round(number, 4)
-
-
-def _records(chunk: _Chunk, arm: Arm, outcome: Outcome) -> list[dict[str, Any]]:
-    """One record a sample; the batch's seconds are shared out evenly."""
-    share = {name: seconds / len(chunk.samples) for name, seconds in outcome.seconds.items()}
-    return [
-        {
-            "task": chunk.task.name,
-            "pruner": arm.label,
-            "keep": arm.keep_text,
-            "id": sample.id,
-            "image_id": sample.image_id,
-            "answer": sample.answer,
-            "prediction": prediction,
-            "score": chunk.task.score(prediction, sample),
-            "k": _whole(sum(selection.paid for selection in selections)),
-            "n": sum(selection.n for selection in selections),
-            "seconds": share,
-            "peak_memory": outcome.peak_memory,
-            **({"layers": [s.counts for s in selections]} if any(s.layers for s in selections) else {}),
-        }
-        for sample, prediction, selections in zip(chunk.samples, outcome.predictions, outcome.selections, strict=True)
-    ]
-
-
-def _result(
-    name: str,
-    config: Mapping[str, Any],
-    arms: Sequence[Arm],
-    tasks: Sequence[Task],
-    drawn: Mapping[str, list[Sample]],
-    journal: Journal,
-    seed: int,
-) -> dict[str, Any]:
-    """Header, rows and means from a complete journal."""
-    rows: list[dict[str, Any]] = []
-    scored: dict[tuple[str, str, str], Scored] = {}
-    for task in tasks:
-        mine = drawn[task.name]
-        common, common_score = majority(task, mine)
-
-        def of(arm: Arm, task: Task = task, mine: list[Sample] = mine) -> list[dict[str, Any]]:
-            return [journal.records[task.name, arm.label, arm.keep_text, sample.id] for sample in mine]
-
-        blind = next((sum(r["score"] for r in of(arm)) / len(mine) for arm in arms if arm.label == BLIND), None)
-        for arm in arms:
-            if arm.label == BLIND:
-                continue
-            records = of(arm)
-            head = {
-                "model": name,
-                "task": task.name,
-                "pruner": arm.label,
-                "pruner_config": arm.config,
-                "keep": arm.keep,
-            }
-            extras = {"majority_answer": common, **task.summary(records)}
-            rows.append(row(head, records, blind, common_score, seed) | {"extras": extras})
-            scored[task.name, arm.label, arm.keep_text] = (
-                [record["score"] for record in records],
-                [record["image_id"] for record in records],
-            )
-    return {"schema": SCHEMA, "header": dict(config), "rows": rows, "means": mean_rows(rows, scored, seed)}
 
 
 def _finished(target: Path) -> dict[str, Any] | None:
@@ -311,10 +234,6 @@ def _finished(target: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(old, dict) and old.get("schema") == SCHEMA and isinstance(old.get("header"), dict)
     return old if whole else None
-
-
-def _write(target: Path, result: Mapping[str, Any]) -> None:
-    write_atomically(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def _reused(journal: Journal, had: int, total: int) -> str:
@@ -344,7 +263,3 @@ def _bar(show: bool) -> Progress:
         transient=True,
         disable=not show,
     )
-
-
-def _utc() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,126 @@
+"""From answers to a results file: one record a sample, rows and means of complete records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from gripvlm.evaluate.answering import Outcome
+from gripvlm.evaluate.arms import BLIND, Arm
+from gripvlm.evaluate.chunks import Chunk
+from gripvlm.evaluate.journal import Key, write_atomically
+from gripvlm.evaluate.kept import packed
+from gripvlm.evaluate.schema import SCHEMA, checked_result
+from gripvlm.evaluate.statistics import Scored, majority, mean_rows, row
+from gripvlm.models.encoded import Encoded, Item
+from gripvlm.pruners import Selection
+from gripvlm.tasks import Sample, Task
+
+__all__ = ["assembled", "sample_records", "utc", "write_result"]
+
+
+def _whole(number: float) -> int | float:
+    """An int where it is one, so that counts look like counts."""
+    return int(number) if number == int(number) else round(number, 4)
+
+
+def sample_records(chunk: Chunk, arm: Arm, outcome: Outcome, encoded: Encoded) -> list[dict[str, Any]]:
+    """One record a sample; the batch's seconds are shared out evenly. `kept` has one entry a visual item (see `packed`)
+    where rows are dropped before the language model."""
+    share = {name: seconds / len(chunk.samples) for name, seconds in outcome.seconds.items()}
+    return [
+        {
+            "task": chunk.task.name,
+            "pruner": arm.label,
+            "keep": arm.keep_text,
+            "id": sample.id,
+            "image_id": sample.image_id,
+            "answer": sample.answer,
+            "prediction": prediction,
+            "score": chunk.task.score(prediction, sample),
+            "k": _whole(sum(selection.paid for selection in selections)),
+            "n": sum(selection.n for selection in selections),
+            "seconds": share,
+            "peak_memory": outcome.peak_memory,
+            **_what_was_kept(selections, items),
+        }
+        for sample, prediction, selections, items in zip(
+            chunk.samples, outcome.predictions, outcome.selections, encoded.samples, strict=True
+        )
+    ]
+
+
+def _what_was_kept(selections: Sequence[Selection], items: Sequence[Item]) -> dict[str, Any]:
+    if any(selection.layers for selection in selections):
+        return {"layers": [selection.counts for selection in selections]}
+    if not selections:
+        return {}
+    return {"kept": [packed(selection, item) for selection, item in zip(selections, items, strict=True)]}
+
+
+def assembled(
+    name: str,
+    config: Mapping[str, Any],
+    arms: Sequence[Arm],
+    tasks: Sequence[Task],
+    drawn: Mapping[str, list[Sample]],
+    asked: Mapping[str, list[Sample]],
+    kept: Mapping[Key, dict[str, Any]],
+    seed: int,
+) -> dict[str, Any]:
+    """Header, rows and means from complete records.
+
+    Args:
+        drawn: all samples of each task, whose commonest answer counts.
+        asked: those of them that have records; fewer in a shard.
+        kept: every record by its key.
+    """
+    rows: list[dict[str, Any]] = []
+    scored: dict[tuple[str, str, str], Scored] = {}
+    for task in tasks:
+        if task.name not in asked:  # a shard without any of its batches
+            continue
+        mine = asked[task.name]
+        common, common_score = majority(task, drawn[task.name])
+
+        def of(arm: Arm, task: Task = task, mine: list[Sample] = mine) -> list[dict[str, Any]]:
+            return [kept[task.name, arm.label, arm.keep_text, sample.id] for sample in mine]
+
+        blind = next((sum(r["score"] for r in of(arm)) / len(mine) for arm in arms if arm.label == BLIND), None)
+        for arm in arms:
+            if arm.label == BLIND:
+                continue
+            records = of(arm)
+            head = {
+                "model": name,
+                "task": task.name,
+                "pruner": arm.label,
+                "pruner_config": arm.config,
+                "keep": arm.keep,
+                "trained": arm.trained,
+            }
+            extras = {"majority_answer": common, **task.summary(records)}
+            rows.append(row(head, records, blind, common_score, seed) | {"extras": extras})
+            scored[task.name, arm.label, arm.keep_text] = (
+                [record["score"] for record in records],
+                [record["image_id"] for record in records],
+            )
+    return {"schema": SCHEMA, "header": dict(config), "rows": rows, "means": mean_rows(rows, scored, seed)}
+
+
+def write_result(target: Path, result: Mapping[str, Any]) -> None:
+    """Checked against the published schema, then written; never half of it.
+
+    Raises:
+        ResultsError: a task's own numbers are none that the schema allows.
+    """
+    checked_result(json.loads(json.dumps(result)), str(target))
+    write_atomically(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def utc() -> str:
+    """Now, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

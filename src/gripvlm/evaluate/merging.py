@@ -1,0 +1,160 @@
+"""Shards of one grid put together: the file that one machine would have written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gripvlm.evaluate.arms import Arm, digest
+from gripvlm.evaluate.assemble import assembled, utc, write_result
+from gripvlm.evaluate.chunks import Shard
+from gripvlm.evaluate.environment import command_line, git_state
+from gripvlm.evaluate.journal import Key, differences, samples_path, write_atomically
+from gripvlm.evaluate.results import Results, read_results
+from gripvlm.evaluate.schema import ResultsError
+from gripvlm.tasks import Sample, Task, get_tasks
+
+__all__ = ["merge"]
+
+_COPIED = ("versions", "hardware", "attention")
+
+
+def merge(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tasks: Sequence[Task] | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """All shards of one grid as one result, with its samples file, as an unsharded run writes them.
+
+    Rows, intervals and means are counted anew from the answers. Times are means over the shards'
+    machines, which should be of one kind.
+
+    Args:
+        paths: the results of `evaluate(..., shard="1/n")` to `"n/n"`, in any order, each with its
+            samples file beside it.
+        out: where the JSON goes.
+        tasks: the tasks that were asked; by default those of the names in the files.
+        overwrite: replace `out` where it exists.
+
+    Returns:
+        The result; its header's `shards` has the headers of the parts.
+
+    Raises:
+        ResultsError: a file is no shard, a shard is missing or there twice, they are of different
+            runs (the difference is named), an answer is in two of them, or `out` exists.
+        TaskError: a task cannot be loaded here.
+    """
+    target = Path(out)
+    answers = samples_path(target)
+    for path in (target, answers):
+        if path.exists() and not overwrite:
+            raise ResultsError(f"{path} exists: type another --out, or --overwrite")
+    if len(paths) < 2:
+        raise ResultsError(f"got {len(paths)} file: type two or more shards of one run")
+    parts = _in_order([read_results(path) for path in paths])
+    config = {name: value for name, value in parts[0].config.items() if name != "shard"}
+    chosen = list(tasks) if tasks is not None else get_tasks([text.rpartition(" (")[0] for text in config["tasks"]])
+    chosen = [next(task for task in chosen if f"{task.name} (" in text) for text in config["tasks"]]
+    drawn = {task.name: task.take(config["limit"], config["seed"]) for task in chosen}
+    for task, text in zip(chosen, config["tasks"], strict=True):
+        if text != f"{task.name} ({len(drawn[task.name])}, {digest(drawn[task.name])})":
+            raise ResultsError(
+                f"task {task.name} has other questions here than in {parts[0].path}: merge where the same data is"
+            )
+    records = _together(parts)
+    arms = [_arm(text, parts[0]) for text in config["arms"]]
+    _complete(arms, drawn, records)
+    result = assembled(config["model"], config, arms, chosen, drawn, drawn, records, config["seed"])
+    sessions = [session for part in parts for session in part.header["sessions"]]
+    heads = [{name: value for name, value in part.header.items() if name != "arms"} for part in parts]
+    result["header"] |= {
+        "command": command or command_line(),
+        "git": git_state(),
+        **{name: parts[0].header.get(name) for name in _COPIED},
+        "finished": utc(),
+        "seconds": round(sum(part.header["seconds"] for part in parts), 3),
+        "sessions": sessions,
+        "shards": heads,
+    }
+    result["samples"] = answers.name
+    lines: list[dict[str, Any]] = [{"config": config}, *({"session": session} for session in sessions)]
+    lines += [records[key] for key in _order(arms, drawn, config["batch_size"])]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_result(target, result)
+    return result
+
+
+def _in_order(parts: list[Results]) -> list[Results]:
+    """Shards 1 to n, of one run."""
+    found: dict[int, Results] = {}
+    first = parts[0]
+    for part in parts:
+        if part.records is None:
+            raise ResultsError(f"the answers of {part.path} are not there ({part.missing}): copy them beside it")
+        if "shard" not in part.config:
+            raise ResultsError(
+                f"{part.path} is no shard but a run of its own: merge takes what `gripvlm eval --shard i/n` wrote, one "
+                "file a shard (`gripvlm report` shows several runs together)"
+            )
+        shard, whole = Shard.parse(part.config["shard"]), Shard.parse(first.config["shard"])
+        mine, theirs = ({k: v for k, v in one.config.items() if k != "shard"} for one in (part, first))
+        if mine != theirs or shard.of != whole.of:
+            what = differences(theirs, mine).replace(" then", " there").replace(" now", " here")
+            what = what or f"shard: of {whole.of} there, of {shard.of} here"
+            raise ResultsError(f"{part.path} and {first.path} are of different runs ({what}): nothing was written")
+        if shard.number in found:
+            raise ResultsError(
+                f"shard {shard} is there twice, in {found[shard.number].path} and {part.path}: leave one of them out"
+            )
+        found[shard.number] = part
+    total = Shard.parse(first.config["shard"]).of
+    lacking = [f"{number}/{total}" for number in range(1, total + 1) if number not in found]
+    if lacking:
+        raise ResultsError(f"shard {', '.join(lacking)} is missing: nothing was written")
+    return [found[number] for number in sorted(found)]
+
+
+def _together(parts: Sequence[Results]) -> dict[Key, dict[str, Any]]:
+    records: dict[Key, dict[str, Any]] = {}
+    for part in parts:
+        for key, record in (part.records or {}).items():
+            if key in records:
+                raise ResultsError(
+                    f"{part.path} holds an answer that another shard has too (task {key[0]}, pruner {key[1]}, keep "
+                    f"{key[2]}, id {key[3]}): nothing was written"
+                )
+            records[key] = record
+    return records
+
+
+def _arm(text: str, part: Results) -> Arm:
+    """The arm from a config's `label keep {...}`; nothing is loaded, since nothing is measured."""
+    head, _, options = text.partition(" {")
+    label, _, keep = head.rpartition(" ")
+    row = next((row for row in part.rows if row["pruner"] == label and str(row["keep"]) == keep), None)
+    return Arm(
+        label, None if row is None else row["keep"], None, json.loads("{" + options), bool((row or {}).get("trained"))
+    )
+
+
+def _order(arms: Sequence[Arm], drawn: dict[str, list[Sample]], batch: int) -> list[Key]:
+    """The keys as one run writes them: batch by batch, arm by arm."""
+    return [
+        (task, arm.label, arm.keep_text, sample.id)
+        for task, samples in drawn.items()
+        for start in range(0, len(samples), batch)
+        for arm in arms
+        for sample in samples[start : start + batch]
+    ]
+
+
+def _complete(arms: Sequence[Arm], drawn: dict[str, list[Sample]], records: dict[Key, dict[str, Any]]) -> None:
+    lacking = [key for key in _order(arms, drawn, 1) if key not in records]
+    if lacking:
+        raise ResultsError(f"{len(lacking)} answers are in no shard, such as {lacking[0]}: run that shard again")

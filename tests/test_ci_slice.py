@@ -1,0 +1,29 @@
+"""A small slice of the lab, measured anew and compared with what is committed.
+
+If a change of answers is meant, run `bash runs/ci_slice.sh`, commit its files, and say why.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gripvlm import lab
+from gripvlm.evaluate import compare, evaluate, read_results
+
+SLICE = Path(__file__).parents[1] / "results" / "ci-slice.json"
+ONE_ANSWER = 1 / 180 + 1e-9  # other processors round differently, which may turn one answer of 180 that is a near tie
+SLOWER = 3.0  # machines that are busy by turns
+
+
+def test_no_answer_is_lost_and_nothing_got_slower(tmp_path):
+    old = read_results(SLICE)
+    arms = list(dict.fromkeys(row["pruner"] for row in old.rows))
+    keeps = sorted({row["keep"] for row in old.rows if row["pruner"] != "full"})
+    model, processor = lab.load()
+    head = old.header
+    settings = {"limit": head["limit"], "seed": head["seed"], "batch_size": head["batch_size"], "blind": False}
+    new = tmp_path / "new.json"
+    evaluate(model, processor, "lab", arms, keeps, **settings, out=new, model_name="lab")
+    verdict = compare(old, read_results(new), ONE_ANSWER, SLOWER)
+    assert not verdict.regressions, "\n" + "\n".join(verdict.lines)
+    assert len(old.records) == 180 * (len(arms) + 1)

@@ -1,0 +1,72 @@
+"""The runner killed outright, ten times, at random moments: the same final JSON as an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gripvlm.evaluate import read_results, samples_path
+from killable import TASKS, evaluation
+
+KILLS = 10
+
+
+def start(out):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+    process = context.Process(target=evaluation, args=(str(out),))
+    process.start()
+    return process
+
+
+def finished(out):
+    process = start(out)
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def untimed(path):
+    """The JSON without times, dates and the sessions, which say that it was interrupted."""
+    result = json.loads(path.read_text())
+    for row in [*result["rows"], *result["means"]]:
+        for name in [name for name in row if name.startswith("seconds")]:
+            del row[name]
+    for name in ("seconds", "finished", "sessions", "git"):  # somebody may commit while the test runs
+        del result["header"][name]
+    return result
+
+
+@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="kills processes as Unix does")
+def test_killed_at_ten_random_moments_the_run_ends_in_the_same_json(tmp_path, monkeypatch):
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent / "src")]))  # for the fork server
+    whole, out = tmp_path / "whole" / "r.json", tmp_path / "killed" / "r.json"
+    finished(whole)
+    size, chance = samples_path(whole).stat().st_size, random.Random(0)
+    killed, grown = 0, []
+    for moment in sorted(chance.uniform(0.02, 0.95) for _ in range(KILLS)):
+        process, began = start(out), time.monotonic()
+        while process.is_alive() and time.monotonic() - began < 120:
+            if samples_path(out).exists() and samples_path(out).stat().st_size >= moment * size:
+                time.sleep(chance.uniform(0, 0.02))
+                break
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        grown.append(samples_path(out).stat().st_size)
+        assert not out.exists() or process.exitcode == 0
+    assert killed >= KILLS - 1, "the runs ended before they could be killed"
+    assert grown[0] < grown[-1], "nothing of a killed run was gone on from"
+    finished(out)
+    assert untimed(out) == untimed(whole)
+    records = read_results(out).records
+    assert len(records) == sum(count for _, count in TASKS) * 4
+    assert len(json.loads(out.read_text())["header"]["sessions"]) > 3
