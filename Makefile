@@ -27,7 +27,7 @@ test-lmms:
 	test -x .venv/lmms/bin/python || $(PYTHON) -m venv .venv/lmms
 	.venv/lmms/bin/python -m pip install --quiet "$(TORCH)" "$(LMMS)" -e . pytest hypothesis
 	.venv/lmms/bin/python -c "import torchvision" 2>/dev/null || .venv/lmms/bin/python -m pip uninstall --quiet --yes torchvision
-	.venv/lmms/bin/python -m pytest -q tests/test_lmms.py
+	.venv/lmms/bin/python -m pytest -q -m "slow or not slow" tests/test_lmms.py
 
 lint: .venv/.ok
 	$(BIN)/ruff check .
