@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The whole lab grid: every pruner at six budgets, three seeds of those that have one, on the lab's whole test sample;
-# results/lab-grid.json and results/lab-grid-llm.json, their answers, and their report in docs/lab-grid/.
+# The whole lab grid: every pruner at six budgets, three seeds of those that have one, on the lab's test sample;
+# results/lab-grid.json and results/lab-grid-llm.json, their answers, docs/zoo.md and their report in docs/lab-grid/.
 #
 #   bash runs/lab_grid.sh                    all of it; Ctrl-C and repeat: it goes on
 #   SHARD=1/2 bash runs/lab_grid.sh          one machine's half (the other: 2/2); bring the files together in results/
 #   MERGE=2 bash runs/lab_grid.sh            merge two shards and write the report
+#   LIMIT=100 bash runs/lab_grid.sh          100 questions a family; what is committed was made so
 #   LIMIT=2 OUT=/tmp/grid bash runs/lab_grid.sh     a try
 #
 # The lab's model has 3 vision blocks and 5 language layers, so methods that name a block of CLIP's 24 or a layer of 32
@@ -18,7 +19,7 @@ PAGE=${PAGE:-docs/lab-grid}
 export OMP_WAIT_POLICY=PASSIVE # spinning OpenMP threads cost more than they give on a busy machine
 
 INPUT="full,oracle,random,grid,norm,pool,divprune,svd_prune,cdpruner,dart_input,fastervlm,fopru,visionzip,vispruner,prumerge,prumerge_plus,hired,hiprune:middle=1,mustdrop,vscan_vision:shallow=0,ptp_vision,mmr(norm),spread(norm),ensemble(norm,divprune),grip,grip:scorer=lab-blind"
-INSIDE="full,random,grid,grip,fastv:layer=1,dart:layer=1,sparsevlm,pyramiddrop,pumer,ptp:layer=1"
+INSIDE="full,random,grid,grip,fastv:layer=1,dart:layer=1,sparsevlm,pyramiddrop,pumer,ptp:layer=1,mustdrop_llm,vscan:shallow=0,tome"
 COMMON=(--model lab --tasks lab --seeds 0,1,2 --batch 16 ${LIMIT:+--limit "$LIMIT"} ${OVERWRITE:+--overwrite})
 
 grid() { # NAME KEEPS PRUNERS
@@ -38,3 +39,4 @@ grid lab-grid-llm 0.5,0.3 "$INSIDE"
 [ -z "${SHARD:-}" ] || exit 0
 "$PYTHON" -m gripvlm report "$OUT/lab-grid.json" "$OUT/lab-grid-llm.json" --out "$PAGE" --title "Every pruner on the lab"
 gzip -nkf9 "$OUT/lab-grid.samples.jsonl" "$OUT/lab-grid-llm.samples.jsonl"
+[ "$OUT" != results ] || { "$PYTHON" runs/write_zoo.py && "$PYTHON" runs/methods_table.py; }

@@ -18,7 +18,7 @@ from gripvlm.pruners.registry import _BUILT_IN, _load, list_pruners  # noqa: E40
 
 PAGE = ROOT / "docs" / "methods.md"
 PLACES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
-KEPT = {"input": 0.1, "llm": 0.5, "vision": 0.1}
+KEPT = {"input": 0.125, "llm": 0.5, "vision": 0.5}
 SCORE = (("score", 1), ("ci_low", 0), ("ci_high", 0))
 
 
@@ -51,7 +51,7 @@ def head(spec: str) -> str:
 
 def score(name: str, stage: str) -> str:
     """The lab's mean with its confidence interval, and as what it was measured where that is not the bare name."""
-    found, keep = result("zoo-llm" if stage == "llm" else "zoo"), KEPT[stage]
+    found, keep = result("lab-grid" if stage == "input" else "lab-grid-llm"), KEPT[stage]
     means = [row for row in (found or {"means": []})["means"] if head(row["pruner"]) == name]
     rows = [row for row in means if row["keep"] == (1.0 if name == "full" else keep)]
     rows.sort(key=lambda row: row["pruner"] != name)  # the bare name first
@@ -114,8 +114,9 @@ def page() -> str:
         "Written by `python runs/methods_table.py` from the registry and `results/`. Each file in",
         "`src/gripvlm/pruners/` has its paper's equation, its options, and every departure from the paper, numbered.",
         "",
-        "Lab score: the mean over the lab's tasks ([zoo.md](zoo.md)), with its 95 % interval, at a tenth of the",
-        "tokens; in the LLM at half of them; `full` at all. Time: percent of a prefill, n = 576, one image.",
+        "Lab score: the mean over the lab's tasks ([zoo.md](zoo.md)), with its 95 % interval, at 12.5 % of the",
+        "tokens; in the LLM and in the tower at half of them; `full` at all. Time: percent of a prefill, n = 576, one",
+        "image.",
         "",
         "| name | what it does | needs | drops rows | trained | lab score | time | source |",
         "|---|---|---|---|---|---:|---:|---|",

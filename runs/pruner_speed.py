@@ -39,7 +39,12 @@ from gripvlm.scorer import Scorer, ScorerConfig  # noqa: E402
 TEXT = 32
 TOWER = {"heads": 16, "head_dim": 64, "width": 1024}  # CLIP-L
 AROUND = {"ensemble": "ensemble(norm,divprune)", "mmr": "mmr(norm)", "split": "split(norm)", "spread": "spread(norm)"}
-LEFT_OUT = {"full": "keeps all", "keep_all": "keeps all", "relaxed": "the same network as grip"}
+LEFT_OUT = {
+    "full": "keeps all",
+    "keep_all": "keeps all",
+    "relaxed": "the same network as grip",
+    "tome": "merges inside the vision tower, which it makes faster",
+}
 SHARES = {"input": 1 / 9, "llm": 1 / 3}  # 64 of 576; inside the language model an average that every schedule reaches
 
 

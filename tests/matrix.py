@@ -45,7 +45,10 @@ MORE = (
 )
 """Wrappers around a pruner, and options that change what is needed or shared out."""
 EVERYTHING = ("full", "keep_all")
-SPECS = sorted([SHALLOW.get(name, name) for name in _BUILT_IN if name not in (*WRAPPERS, *EVERYTHING)] + [*MORE])
+TOWER = ("tome",)  # works inside the vision tower, before there is anything to choose from: tests/test_tome.py
+SPECS = sorted(
+    [SHALLOW.get(name, name) for name in _BUILT_IN if name not in (*WRAPPERS, *EVERYTHING, *TOWER)] + [*MORE]
+)
 
 
 @cache

@@ -24,6 +24,7 @@ from matrix import (
     IMAGES,
     NAMES,
     SPECS,
+    TOWER,
     Case,
     Spy,
     budgets,
@@ -62,7 +63,7 @@ def rows(selections: list[list[Selection]]) -> list[list[list[int]]]:
 
 def test_the_matrix_has_every_pruner_and_every_family():
     tried = {name.strip() for spec in SPECS for name in [spec.partition(":")[0].partition("(")[0]]}
-    assert tried | {*EVERYTHING} == {*_BUILT_IN}
+    assert tried | {*EVERYTHING, *TOWER} == {*_BUILT_IN}
     covered = {name for stage in ("input", "llm") for _, name in pairs(stage)}
     assert covered == set(NAMES) <= set(FAMILIES)
     assert len(pairs("input")) + len(pairs("llm")) + len(refused_pairs()) == len(SPECS) * len(NAMES)

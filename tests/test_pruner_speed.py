@@ -81,7 +81,7 @@ def test_the_tables_show_what_was_measured(measured, monkeypatch):
 
 def test_scores_are_the_means_of_the_results(monkeypatch):
     table = script("methods_table")
-    row = {"keep": 0.1, "score": 0.4833, "ci_low": 0.44, "ci_high": 0.53}
+    row = {"keep": 0.125, "score": 0.4833, "ci_low": 0.44, "ci_high": 0.53}
     means = [row | {"pruner": "norm:x=1"}, row | {"pruner": "norm", "score": 0.5}, row | {"pruner": "mmr(norm)"}]
     means += [row | {"pruner": "norm", "keep": 0.25, "score": 0.9}]
     monkeypatch.setattr(table, "result", lambda name: {"means": means})

@@ -51,6 +51,6 @@ def cosines(images: Sequence[VisualTokens]) -> Tensor:
         return found[0][None]
     most = max(tokens.n for tokens in images)
     whole = found[0].new_zeros(len(found), most, most)
-    for place, cosine in zip(whole, found, strict=True):
-        place[: len(cosine), : len(cosine)] = cosine
+    for i, cosine in enumerate(found):
+        whole[i, : len(cosine), : len(cosine)] = cosine
     return whole
