@@ -30,9 +30,10 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     conditional) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli" ;;
     no_warmup) echo "grpo $RUN --steps $((5 * STEPS / 2))" ;;
     label_free) echo "grpo $RUN $start --steps $STEPS --reward agreement --own-answers" ;;
-    soft) echo "relaxed $RUN $start --steps $STEPS --relaxation soft_topk" ;;
-    straight) echo "relaxed $RUN $start --steps $STEPS --relaxation straight_through" ;;
-    perturbed) echo "relaxed $RUN $start --steps $STEPS --relaxation perturbed" ;;
+    soft) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation soft_topk" ;;
+    soft_probability) echo "relaxed $RUN $start --steps $STEPS --relaxation soft_topk" ;;
+    straight) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation straight_through" ;;
+    perturbed) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation perturbed" ;;
     three_budgets) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.25,0.06,0.015" ;;
     only_12) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.125" ;;
     only_3) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.03" ;;
@@ -47,7 +48,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
 }
 
 FIRST="warmup"
-THEN="grpo soft conditional label_free straight no_warmup perturbed warmup_longer three_budgets only_3 only_12
+THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed warmup_longer three_budgets only_3 only_12
   averaged antithetic value band warmup_no_budget no_budget self_critical"
 
 one() { # NAME-SEED

@@ -167,6 +167,8 @@ class TrainConfig:
             raise TrainError(f"val_share = {self.val_share}: type a share between 0 and 1")
         if self.relaxation == "perturbed" and self.samples < 2:
             raise TrainError(f"samples = {self.samples}: the gradient of 'perturbed' compares 2 samples or more")
+        if self.stage == "relaxed" and self.reward not in ("probability", "log_prob"):
+            raise TrainError(f"reward = {self.reward!r} has no gradient: type --reward probability, or log_prob")
         if self.policy != "plackett_luce" and self.importance_sampling_level == "token":
             raise TrainError(f"{self.policy} has no steps: type --importance-sampling-level sequence")
         if self.policy != "conditional_bernoulli" and self.credit == "value":

@@ -103,6 +103,6 @@ class DiffPrune(Relaxed):
             noise = torch.randn(n, seen.features.shape[-1], generator=random).to(seen.features)
             rows.append(self.denoiser(noised(seen.features[image, :n], share[image, :n], noise), share[image, :n]))
         noisy = with_features(batch, rows)
-        reward = forced_log_probs(self.engine, noisy, self.engine.whole(noisy)).sum(-1) / batch.lengths
+        reward = self.reward_of(forced_log_probs(self.engine, noisy, self.engine.whole(noisy)), batch)
         top = mask.detach().square().sum(-1) / kept
         yield -reward.mean(), {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}

@@ -109,7 +109,7 @@ def _hard(scores: Tensor, k: Tensor) -> Tensor:
 
 
 class Relaxed(Stage):
-    """Loss: minus the mean log-probability of the answer under the soft mask."""
+    """Loss: minus the reward under the soft mask, of which there are two with a gradient: `probability`, `log_prob`."""
 
     name = "relaxed"
 
@@ -135,7 +135,12 @@ class Relaxed(Stage):
         yield -reward.mean(), {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}
 
     def masked_reward(self, batch: Batch, seen: ScorerInputs, mask: Tensor) -> Tensor:
-        """[B] mean log-probability of each answer's tokens when attention on the images is scaled by mask [I, n]."""
+        """[B] reward of each answer when attention on the images is scaled by mask [I, n]."""
         bias = (mask * (1 - FLOOR) + FLOOR).log()
         biases = [row[:n] for row, n in zip(bias, seen.sizes.tolist(), strict=True)]
-        return masked_forward(self.engine, batch, biases).sum(-1) / batch.lengths
+        return self.reward_of(masked_forward(self.engine, batch, biases), batch)
+
+    def reward_of(self, log_probs: Tensor, batch: Batch) -> Tensor:
+        """[B] as `rewards.probability` or `rewards.log_prob` say, from log-probabilities [B, T], with a gradient."""
+        mean = log_probs.sum(-1) / batch.lengths
+        return mean.exp() if self.config.reward == "probability" else mean

@@ -92,7 +92,7 @@ def train(
         stage = _stage(name, config, scorer, engine)
         if processes.rank == 0:
             _claim(config, folder)
-        judge = reward if name == "grpo" else log_prob
+        judge = log_prob if name == "warmup" else reward
         validator = Validator(engine, held, keeps, judge, config.own_answers, config.on_bad == "skip")
         stream = Questions(questions, config.images, config.questions, config.seed)
         scorer = Loop(stage, stream, validator, folder, processes, quiet).run()
