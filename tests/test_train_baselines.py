@@ -53,7 +53,8 @@ def test_the_dynamicvit_loss_is_the_answers_and_the_ratios(engine, batch):
     scorer = tiny_scorer(engine.model)
     with torch.no_grad():
         scorer.score.bias.fill_(60.0)
-    config = tiny_config(relaxation="dynamicvit", budgets="fixed", keep_low=0.25, ratio_weight=3.0)
+    settings = {"budgets": "fixed", "keep_low": 0.25, "ratio_weight": 3.0, "reward": "log_prob"}
+    config = tiny_config(relaxation="dynamicvit", **settings)
     ((loss, stats),) = DynamicViT(config, scorer, engine).losses(batch, 0.0, drawn())
     full = engine.run(batch, range(4), EVERYTHING)
     reward = float((full.log_probs.sum(-1) / full.mask.sum(-1)).mean())

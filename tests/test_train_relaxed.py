@@ -178,17 +178,23 @@ def test_each_relaxation_gives_the_scorer_a_gradient(engine, batch, relaxation):
     assert cold.isfinite()
 
 
-def test_a_hard_straight_through_mask_is_worth_what_dropping_is(engine, batch):
+@pytest.mark.parametrize("reward", ["log_prob", "probability"])
+def test_a_hard_straight_through_mask_is_worth_what_dropping_is(engine, batch, reward):
     """The loss at the floor's small leak equals the reward of the subsets that the mask keeps."""
-    seen = []
     scorer = tiny_scorer(engine.model)
-    config = tiny_config(relaxation="straight_through", budgets="fixed", keep_low=0.25, tau_start=1e-4, tau_end=1e-4)
+    cold = {"tau_start": 1e-4, "tau_end": 1e-4, "reward": reward}
+    config = tiny_config(relaxation="straight_through", budgets="fixed", keep_low=0.25, **cold)
     ((loss, _),) = Relaxed(config, scorer, engine).losses(batch, 0.0, drawn())
     inputs = batch.for_scorer(True)
     top = inputs.score(scorer, torch.tensor([4] * 4)).topk(4).indices.sort().values
     seen = engine.run(batch, range(4), [[row] for row in top])
-    reward = (seen.log_probs.sum(-1) / seen.mask.sum(-1)).mean()
-    assert float(loss.detach()) == pytest.approx(-float(reward), abs=0.05)
+    worth = float(get_reward(reward)(seen).mean())
+    assert float(loss.detach()) == pytest.approx(-worth, rel=5e-3)
+
+
+def test_a_reward_without_a_gradient_is_refused():
+    with pytest.raises(TrainError, match="'agreement' has no gradient: type --reward probability"):
+        tiny_config(stage="relaxed", reward="agreement")
 
 
 # --- rewards ------------------------------------------------------------------------------------------------------
