@@ -336,7 +336,7 @@ def test_grpo_learns_what_is_rewarded(engine, batch, monkeypatch, changes):
 
 
 def test_the_relaxed_baseline_and_the_warm_up_lower_their_losses(engine, batch):
-    config = tiny_config(budgets="fixed", keep_low=0.25, tau_start=0.5, tau_end=0.5)
+    config = tiny_config(budgets="fixed", keep_low=0.25, tau_start=0.5, tau_end=0.5, reward="log_prob")
     seen = trained(Relaxed(config, tiny_scorer(engine.model), engine), batch, 25)
     assert seen[-1]["loss"] < seen[0]["loss"] - 0.1
     for teacher in ("attention", "pruner:norm"):
