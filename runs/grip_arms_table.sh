@@ -3,14 +3,15 @@
 #
 #   bash runs/grip_arms_table.sh
 #
-# Ctrl-C and repeat: it goes on. Two seeds at a time, one thread each.
+# Ctrl-C and repeat: it goes on. Two seeds at a time, one thread each. LIMIT: questions a family. A file
+# results/grip-arms-SEED-more.json with further arms of that seed is read as well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}
 PYTHON=${PYTHON:-.venv/bin/python}
 JOBS=${JOBS:-2}
 SEEDS=${SEEDS:-0 1 2}
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE LIMIT=${LIMIT:-240} OTHERS=
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE LIMIT=${LIMIT:-120} OTHERS=
 
 one() { # SEED
   local arms=()
