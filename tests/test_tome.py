@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -311,3 +311,16 @@ def test_what_a_tower_pruner_must_be():
         with pytest.raises(PrunerError, match=says):
             gripvlm.prune_inputs(model, inputs, pruner, 4)
     assert issubclass(ToMe, TowerPruner)
+
+
+def test_its_time_in_the_tower_is_its_own():
+    """Images that were encoded for other pruners do not lend it their time."""
+    from gripvlm.evaluate import answer, make_inputs
+    from tiny_train import picture, tiny_vlm
+
+    vlm, processor = tiny_vlm()
+    inputs = make_inputs(vlm, processor, ["is there a cat?"], [picture(0)])
+    encoded = replace(gripvlm.encode(vlm, inputs), seconds=123.0)
+    told = {"max_new_tokens": 1, "encoded": encoded}
+    assert answer(vlm, processor, inputs, "norm", 8, **told).seconds["vision"] == 123.0
+    assert 0 < answer(vlm, processor, inputs, "tome", 8, **told).seconds["vision"] < 100

@@ -52,7 +52,7 @@ def train_command(**given: Any) -> None:
     data = config.val_data or "held-out questions"
     screen.print(
         f"try it:  gripvlm eval --model {config.model} --tasks jsonl:{data.removeprefix('jsonl:')} "
-        f"--pruners grip:scorer={grip.scorer},random --keep 10%"
+        f"--pruners {'relaxed' if config.stage == 'relaxed' else 'grip'}:scorer={grip.scorer},random --keep 10%"
     )
 
 

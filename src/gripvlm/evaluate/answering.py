@@ -123,7 +123,7 @@ def answer(
 ) -> Outcome:
     """Greedy answers with the visual tokens that `pruner` keeps; None for prompts without images.
 
-    With `encoded` the vision encoder's time is the one measured when it ran.
+    With `encoded` the vision encoder's time is the one measured when it ran, unless the pruner ran it anew.
 
     Raises:
         GripError: as `gripvlm.prune_inputs`.
@@ -147,7 +147,7 @@ def answer(
             logits_processor=LogitsProcessorList([clock]),
         )
     seconds = dict.fromkeys(("vision", "pruner", "surgery"), 0.0) | record.seconds
-    if encoded is not None:
+    if encoded is not None and not seconds["vision"]:  # a pruner that merges in the tower runs it itself
         seconds["vision"] = encoded.seconds
     ended = device_time(device)
     first = ended if clock.first is None else clock.first

@@ -1,6 +1,6 @@
 """The model `gripvlm` of lmms-eval: any supported vision-language model, answering with pruned visual tokens.
 
-    lmms-eval --model gripvlm --model_args pretrained=llava-hf/llava-1.5-7b-hf,pruner=grip,keep=64 --tasks pope
+    lmms-eval --model gripvlm --model_args pretrained=llava-hf/llava-1.5-7b-hf,pruner=divprune,keep=64 --tasks pope
 
 lmms-eval finds it by the entry point in pyproject.toml; written against and tested with lmms-eval 0.7.3.
 """

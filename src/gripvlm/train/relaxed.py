@@ -4,7 +4,7 @@ Those here run the frozen model on every token with a soft mask in (0, 1) on att
 the gradient of the answer's log-probability; inference is the same hard top-k as Grip's. That mask is
 
 - soft_topk: sigmoid((s - nu) / tau), with nu solved so that the mask sums to k exactly; tau annealed from
-  tau_start to tau_end (DiffPrune's budgeted map without its denoiser; see docs/grip.md);
+  tau_start to tau_end (DiffPrune's budgeted map without its denoiser);
 - straight_through: the hard top-k of s + Gumbel noise forward, the gradient of soft_topk backward;
 - perturbed: the mean hard top-k over Gaussian perturbations, with the Jacobian of Berthet et al. 2020.
 

@@ -141,7 +141,7 @@ class Engine:
         rows: subsets in one forward.
         answer_tokens: the longest answer of the model's own.
         bf16: run rollouts under bfloat16 autocast. On the lab this adds a noise of 0.006 to a mean log-probability
-            whose spread within a group is 0.2 to 0.4, and halves the time on CPUs that have it.
+            whose spread within a group is 0.2 to 0.4.
     """
 
     def __init__(
