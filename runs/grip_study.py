@@ -2,7 +2,8 @@
 
     python runs/grip_study.py [ARM=FOLDER ...]
 
-An arm is a scorer's folder with a name for the table, such as warmup=.lab/grip/warmup. The environment may change
+An arm is a scorer's folder with a name for the table, such as warmup=.lab/grip/warmup; FOLDER@0.06 tells the scorer
+that 6 % of the tokens will be kept, however many are. The environment may change
 OUT (grip.json), OTHERS (pruners by name) and LIMIT (questions a family).
 """
 
@@ -10,18 +11,38 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from gripvlm import lab
 from gripvlm.evaluate import evaluate
 from gripvlm.evaluate.environment import command_line
 from gripvlm.loading import quiet
-from gripvlm.pruners import register_pruner
+from gripvlm.pruners import Selection, VisualTokens, register_pruner
+from gripvlm.pruners.base import top_k
 from gripvlm.pruners.grip import Grip
 
 KEEPS = (0.5, 0.25, 0.125, 0.06, 0.03, 0.015)
 OTHERS = "oracle,random,grid,norm,divprune,grip,grip:scorer=lab-blind"
+
+
+@dataclass(frozen=True, eq=False)
+class Told(Grip):
+    """Grip whose scorer is told the same budget whatever it is: what is lost shows what the budget is good for."""
+
+    name: ClassVar[str] = "told"
+
+    share: float = 0.06
+
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        said = [replace(tokens, keep=max(1, round(self.share * tokens.n))) for tokens in images]
+        return [
+            Selection(top_k(scores, tokens.keep), tokens.n, scores)
+            for scores, tokens in zip(self._scores(said), images, strict=True)
+        ]
 
 
 def main() -> None:
@@ -30,7 +51,8 @@ def main() -> None:
     arms = []
     for text in sys.argv[1:]:
         name, _, folder = text.partition("=")
-        register_pruner(name, partial(Grip, folder))
+        folder, _, told = folder.partition("@")
+        register_pruner(name, partial(Told, folder, share=float(told)) if told else partial(Grip, folder))
         arms.append(name)
     others = [name for name in os.environ.get("OTHERS", OTHERS).split(",") if name]
     evaluate(
