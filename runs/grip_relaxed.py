@@ -37,9 +37,9 @@ from gripvlm.train.validation import greedy_subsets
 
 ROOT = Path(__file__).parent.parent
 KEEPS = (0.25, 0.125, 0.06, 0.03, 0.015)
-ARMS = ("warmup", "soft", "straight", "perturbed", "grpo")
+ARMS = ("warmup", "soft", "soft_probability", "straight", "perturbed", "grpo")
 TAU_FIRST, TAU_LAST = 1.0, 0.02
-QUESTIONS, SWAPS, LEAST = 128, 8, 0.02
+QUESTIONS, SWAPS, LEAST = 64, 8, 0.02
 
 
 def log_probs(engine: Engine, batch: Batch, masks: Tensor) -> Tensor:
