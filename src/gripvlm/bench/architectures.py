@@ -103,6 +103,9 @@ _TINY_TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 99,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 
 ARCHITECTURES: dict[str, Architecture] = {

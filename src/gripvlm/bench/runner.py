@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gripvlm.bench.measure import FULL, Cell, Runs, Setting
 from gripvlm.bench.rows import row
 from gripvlm.bench.words import sentences
 from gripvlm.budget import Budget
+from gripvlm.checks import checked_pruner
 from gripvlm.errors import GripError
 from gripvlm.evaluate.assemble import utc
 from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
@@ -95,6 +97,8 @@ def bench(
         raise GripError(f"--out {out} exists: type --overwrite to replace it, or another --out")
     if min([*batches, *lengths, repeats]) < 1 or new < 2:
         raise GripError("batch, prompt and repeats are 1 or more, and new is 2 or more, so that there is decoding")
+    for _, pruner in pruners:
+        checked_pruner(pruner, model)
     started, settings = utc(), settings_of(pruners, keeps)
     machine, weights = measured(model.device, model.dtype), Weights.of(model)
     cells: list[dict[str, Any]] = []
@@ -136,9 +140,7 @@ def bench(
             bar.update(task, description=f"batch {batch}, prompt {length}")
             runs: dict[Setting, Runs] = {setting: Runs() for setting in settings}
             try:
-                why = _measured(
-                    model, prompts, (batch, length), new, repeats, runs, lambda b=batch: bar.advance(task, b)
-                )
+                why = _measured(model, prompts, (batch, length), new, repeats, runs, partial(bar.advance, task, batch))
             except KeyboardInterrupt:
                 rows += _rows(runs, batch, length, new, machine, weights)
                 cells.append(_cell(batch, length, runs, repeats, ""))
@@ -167,18 +169,21 @@ def _measured(
         _free(model)
         return f"out of memory before any setting ran: {_first_line(error)}"
     for setting, found in runs.items():
-        _attempt(model, found, lambda s=setting, f=found: setattr(f, "counts", cell.counted(s)))  # type: ignore[misc]
+        _attempt(model, found, partial(_count, found, cell, setting))
         step()
     for turn, setting in turns(list(runs), repeats):
         if not runs[setting].failed:
-            _attempt(model, runs[setting], lambda s=setting, t=turn: _noted(runs[s], t, cell.timed(s)))  # type: ignore[misc]
+            _attempt(model, runs[setting], partial(_time, runs[setting], cell, setting, turn))
         step()
     return ""
 
 
-def _noted(found: Runs, turn: int, measured: tuple[dict[str, float], int | None]) -> None:
-    seconds, peak = measured
-    found.turns[turn] = seconds
+def _count(found: Runs, cell: Cell, setting: Setting) -> None:
+    found.counts = cell.counted(setting)
+
+
+def _time(found: Runs, cell: Cell, setting: Setting, turn: int) -> None:
+    found.turns[turn], peak = cell.timed(setting)
     found.peak = peak if found.peak is None or peak is None else max(found.peak, peak)
 
 

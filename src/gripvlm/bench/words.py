@@ -48,8 +48,8 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if not pruned:
             found.append(f"{where}: no pruned run was measured.")
             continue
-        fewest = min(row["kept"] for row in pruned)
-        best = min((row for row in pruned if row["kept"] == fewest), key=lambda row: row["seconds"]["whole"]["median"])
+        fewest = min(pruned, key=lambda row: row["kept"])["keep"]  # averages over layers are met to half a token
+        best = min((row for row in pruned if row["keep"] == fewest), key=lambda row: row["seconds"]["whole"]["median"])
         found.append(f"{where}: {_gain(best)}{_limit(best)} {_bound(best)}")
     return found
 
@@ -70,7 +70,7 @@ def _gain(row: Mapping[str, Any]) -> str:
     text = text if text.startswith("and ") else f"and {text}"
     first, added = ratios["first_token"]["median"], ratios["added"]["median"]
     return (
-        f"{what} {text}; the first token takes {first:.2f} of it, the prefill alone "
+        f"{what} {text}; the first token comes after {first:.2f} of its unpruned time, the prefill alone takes "
         f"{ratios['prefill']['median']:.2f}, and the cache holds {ratios['kv_bytes']:.2f} of the bytes. Pruning itself "
         f"costs {100 * added:.1f} % of the unpruned prefill."
     )
@@ -97,8 +97,9 @@ def _bound(row: Mapping[str, Any]) -> str:
     text = f"What bounds you now is {name} ({shares}). {advice}"
     reached = row["roofline"].get(longest)
     if reached is not None and reached < FAR:
+        share = f"{100 * reached:.0f} %" if reached >= 0.01 else "less than 1 %"
         text += (
-            f" It runs at {100 * reached:.0f} % of what this machine's matrix rate and bandwidth allow: starting many "
-            "small kernels takes the time, not arithmetic."
+            f" It runs at {share} of what this machine's matrix rate and bandwidth allow; so far below, it is mostly "
+            "the starting of many small kernels that takes the time, not arithmetic."
         )
     return text

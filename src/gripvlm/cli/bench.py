@@ -120,7 +120,8 @@ def _loaded(model: str, picture: int, device: str | None, dtype: str | None, att
         return vlm, lambda batch, length: real_prompts(vlm, processor, batch, length, picture), False
 
     shape = architectures.architecture(model)
-    vlm = architectures.random_model(model, *_place(device, dtype), attention)
+    place, kind = _place(device, dtype)
+    vlm = architectures.random_model(model, place, kind, attention)
     return vlm, lambda batch, length: random_prompts(vlm, shape, batch, length, picture), True
 
 
@@ -138,30 +139,31 @@ def _place(device: str | None, dtype: str | None) -> Any:
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """The table, and the sentences below it."""
-    rows = Table(box=box.SIMPLE_HEAD)
-    columns = ("batch", "prompt", "setting", "kept", "vision", "pruner", "surgery", "other", "prefill", "a token")
-    compared = ("whole", "/ full", "quartiles", "/ limit", "KV MB", "peak GB")
-    for name in (*columns, *compared):
-        rows.add_column(name, justify="left" if name == "setting" else "right")
-    for row in result["rows"]:
-        rows.add_row(*_line(row))
+    """A table for each batch size and prompt length, and the sentences below."""
     screen = console()
-    screen.print(rows)
+    memory = any(row.get("peak_memory") for row in result["rows"])
+    columns = ("setting", "kept", "vision", "pruner", "surgery", "other", "prefill", "a token", "whole")
+    for cell in dict.fromkeys((row["batch"], row["prompt"]) for row in result["rows"]):
+        rows = Table(box=box.SIMPLE_HEAD, title=f"batch {cell[0]}, {cell[1]} text tokens", padding=(0, 1, 0, 0))
+        for name in (*columns, "/ full", "quartiles", "/ limit", "KV MB", *(["peak GB"] if memory else [])):
+            rows.add_column(name, justify="left" if name == "setting" else "right", no_wrap=True)
+        for row in result["rows"]:
+            if (row["batch"], row["prompt"]) == cell:
+                rows.add_row(*_line(row)[: len(rows.columns)])
+        screen.print(rows)
     screen.print("milliseconds a batch, medians; / full and / limit are ratios end to end, turn by turn", style="dim")
     for sentence in result["sentences"]:
         screen.print(sentence, markup=False)
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
-    start = [str(row["batch"]), str(row["prompt"]), escape(row["setting"])]
     if row["failed"]:
-        return [*start, "out of memory"]
+        return [escape(row["setting"]), "-", "no memory"]
     phases = ("vision", "pruner", "surgery", "other", "prefill", "decode_token", "whole")
     full, limit = row["to_full"]["whole"], (row["to_limit"] or {}).get("whole")
     peak = row["peak_memory"]
     return [
-        *start,
+        escape(row["setting"]),
         f"{row['kept']:g}",
         *[f"{1000 * row['seconds'][phase]['median']:.3g}" for phase in phases],
         f"{full['median']:.3f}" if full else "-",
