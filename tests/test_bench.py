@@ -385,6 +385,12 @@ def test_far_below_the_roofline_is_said(reached, said):
     assert (said in text) if said else ("It runs at" not in text)
 
 
+def test_fewer_tokens_are_advised_only_where_they_help():
+    slow = {"seconds": {"prefill": 9.0}}
+    assert "Keeping fewer visual tokens" in sentences([made(**slow)])[0]
+    assert "Keeping fewer visual tokens" not in sentences([made(**slow, roofline={"prefill": 0.01})])[0]
+
+
 def test_the_sentence_speaks_of_the_smallest_budget_and_its_fastest_pruner():
     slow, quick = made("slow", 7.75), made("quick", seconds={"decode": 3.0})
     more = made("more", 12.0, seconds={"decode": 1.0}, keep=0.75)

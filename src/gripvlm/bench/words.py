@@ -94,9 +94,12 @@ def _bound(row: Mapping[str, Any]) -> str:
         f"{_BOUNDS[part][0]} {100 * parts[part] / sum(parts.values()):.0f} %"
         for part in sorted(parts, key=lambda part: -parts[part])
     )
-    text = f"What bounds you now is {name} ({shares}). {advice}"
     reached = row["roofline"].get(longest)
-    if reached is not None and reached < FAR:
+    far = reached is not None and reached < FAR
+    text = f"What bounds you now is {name} ({shares})."
+    if not (far and longest == "prefill"):  # fewer tokens would not help there
+        text += f" {advice}"
+    if far:
         share = f"{100 * reached:.0f} %" if reached >= 0.01 else "less than 1 %"
         text += (
             f" It runs at {share} of what this machine's matrix rate and bandwidth allow; so far below, it is mostly "
