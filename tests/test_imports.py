@@ -24,6 +24,7 @@ LAYERS = [
     {"tasks"},
     {"evaluate"},
     {"loading"},
+    {"bench"},
     {"train"},
     {"report"},
     {"integrations"},

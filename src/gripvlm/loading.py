@@ -10,7 +10,7 @@ from typing import Any
 
 from gripvlm.errors import GripError, UnsupportedModelError
 
-__all__ = ["DTYPES", "ModelError", "load_model", "quiet"]
+__all__ = ["DTYPES", "ModelError", "chosen_device", "load_model", "quiet"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -48,7 +48,7 @@ def load_model(
     """
     import torch
 
-    place = _device(device)
+    place = chosen_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: type one of {', '.join(DTYPES)}")
     if name == "lab":
@@ -85,7 +85,12 @@ def load_model(
     return model.to(place).eval(), processor
 
 
-def _device(name: str | None) -> Any:
+def chosen_device(name: str | None) -> Any:
+    """The device of that name, or the first accelerator there is, or the CPU.
+
+    Raises:
+        ModelError: none that PyTorch knows, or one that cannot be used.
+    """
     import torch
 
     if name is None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
+from gripvlm.cli.bench import bench_command
 from gripvlm.cli.commands import app
 from gripvlm.cli.results import compare_command, merge_command, report_command
 from gripvlm.cli.training import train_command
@@ -16,6 +17,7 @@ from gripvlm.errors import GripError
 
 __all__ = ["app", "main"]
 
+app.command(name="bench")(bench_command)
 app.command(name="train")(train_command)
 app.command(name="report")(report_command)
 app.command(name="compare")(compare_command)

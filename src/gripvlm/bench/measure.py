@@ -1,0 +1,226 @@
+"""One batch of prompts under one setting: a run, timed or counted."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from gripvlm.bench.machine import flop_counter
+from gripvlm.budget import Budget
+from gripvlm.clock import device_time
+from gripvlm.models.encoded import Encoded
+from gripvlm.models.seam import encoder_arguments
+from gripvlm.prune import encode, prune_inputs, pruned_run
+from gripvlm.pruners import Pruner
+from gripvlm.pruners.given import Given
+
+__all__ = ["FULL", "PHASES", "Cell", "Counts", "Runs", "Setting"]
+
+PHASES = ("vision", "pruner", "surgery", "other", "prefill", "first_token", "decode", "whole")
+"""Of a run: the first five and decode add up to whole; first_token is whole without decode."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run does with the visual tokens.
+
+    Attributes:
+        kind: "full", all of them; "limit", a prompt that had so few from the start; "pruned".
+        keep: the budget; None for full.
+        pruner, spec: of "pruned", and how it was typed.
+    """
+
+    kind: str
+    keep: Budget | None = None
+    pruner: Pruner | None = None
+    spec: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.keep is None else f"{self.spec or self.kind} {self.keep}"
+
+
+FULL = Setting("full")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is counted, not timed, of a setting's run of B samples.
+
+    Attributes:
+        flops: of vision (the encoder and projector alone), pruning (all that is added before the prompt runs; below
+            zero where merging inside the tower saves more), prefill, decode, whole.
+        kv_bytes: of the cache when the last token is decoded, all samples together.
+        kept, total: visual tokens of all samples, averaged over the layers.
+    """
+
+    flops: dict[str, int]
+    kv_bytes: int
+    kept: float
+    total: int
+
+
+@dataclass
+class Runs:
+    """What one setting gave in one cell: turn -> seconds by phase, peaks of memory, counts, why it failed."""
+
+    turns: dict[int, dict[str, float]] = field(default_factory=dict)
+    peak: int | None = None
+    counts: Counts | None = None
+    failed: str = ""
+
+
+class _First(LogitsProcessor):
+    """Reads a meter when the first new token's logits are there; forbids tokens that end or that stand for images."""
+
+    def __init__(self, read: Callable[[], float], forbidden: Tensor) -> None:
+        self.read, self.forbidden = read, forbidden
+        self.first: float | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.first is None:
+            self.first = self.read()
+        return scores.index_fill(-1, self.forbidden, -torch.inf)  # type: ignore[return-value]
+
+
+class Cell:
+    """B prompts of one length, ready to be run under any setting.
+
+    Args:
+        model: a supported transformers model.
+        inputs: of the B prompts, one image a prompt or more.
+        keeps: budgets that limits are wanted for.
+        new: tokens to generate, at least 2.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, inputs: Mapping[str, Any], keeps: Sequence[Budget], new: int) -> None:
+        self.model, self.inputs, self.new = model, dict(inputs), new
+        self.forbidden = _forbidden(model)
+        encoded = encode(model, inputs)
+        self.sizes = [item.features.shape[0] for sample in encoded.samples for item in sample]
+        self.received: dict[Budget | None, dict[str, Any]] = {
+            None: prune_inputs(model, inputs, "keep_all", encoded=encoded)
+        }
+        for keep in keeps:
+            self.received[keep] = _received(model, inputs, encoded, keep, self.received[None])
+
+    @torch.no_grad()
+    def timed(self, setting: Setting) -> tuple[dict[str, float], int | None]:
+        """Seconds of each of `PHASES`, and bytes of accelerator memory at most (None where the device can't say)."""
+        device = self.model.device
+        memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
+        if hasattr(memory, "reset_peak_memory_stats"):
+            memory.reset_peak_memory_stats(device)
+        seconds = dict.fromkeys(("vision", "pruner", "surgery"), 0.0)
+
+        def read() -> float:
+            return device_time(device)
+
+        with ExitStack() as stack:
+            began = read()
+            if setting.pruner is None:
+                self._encoder()
+                seconds["vision"] = read() - began
+                arguments = dict(self.received[setting.keep])
+            else:
+                run = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
+                arguments, record = stack.enter_context(run)
+                seconds |= record.seconds
+            ready = read()
+            first, _ = self._generated(arguments, read)
+            ended = read()
+        whole = ended - began
+        seconds |= {"other": ready - began - sum(seconds.values()), "prefill": first - ready}
+        seconds |= {"first_token": first - began, "decode": ended - first, "whole": whole}
+        peak = memory.max_memory_allocated(device) if hasattr(memory, "max_memory_allocated") else None
+        return seconds, peak
+
+    @torch.no_grad()
+    def counted(self, setting: Setting) -> Counts:
+        """FLOPs, cache and tokens of one run, which also warms the setting up."""
+        with flop_counter() as meter:
+            self._encoder()
+            vision = meter.get_total_flops()
+        total = sum(self.sizes)
+        with flop_counter() as meter, ExitStack() as stack:
+            if setting.pruner is None:
+                arguments, record = dict(self.received[setting.keep]), None
+                self._encoder()
+            else:
+                run = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
+                arguments, record = stack.enter_context(run)
+            before = meter.get_total_flops()
+            first, output = self._generated(arguments, meter.get_total_flops)
+            whole = meter.get_total_flops()
+        if record is not None:  # complete when the block has ended
+            kept = record.paid
+        else:
+            kept = float(total if setting.keep is None else sum(setting.keep.count(n) for n in self.sizes))
+        flops = {
+            "vision": vision,
+            "pruning": before - vision,
+            "prefill": int(first) - before,
+            "decode": whole - int(first),
+            "whole": whole,
+        }
+        return Counts(flops, _cache_bytes(output.past_key_values), kept, total)
+
+    def _encoder(self) -> None:
+        """The vision encoder and projector as the model itself runs them."""
+        function = self.model.base_model.get_image_features
+        takes = inspect.signature(function).parameters
+        function(**{n: self.inputs[n] for n in encoder_arguments(self.model, self.inputs) if n in takes})
+
+    def _generated(self, arguments: Mapping[str, Any], read: Callable[[], float]) -> tuple[float, Any]:
+        """`read()` when the first token's logits were there, and what `generate` returned."""
+        clock = _First(read, self.forbidden)
+        output = self.model.generate(
+            **arguments,
+            max_new_tokens=self.new,
+            do_sample=False,
+            num_beams=1,
+            logits_processor=LogitsProcessorList([clock]),
+            return_dict_in_generate=True,
+        )
+        assert clock.first is not None
+        return clock.first, output
+
+
+def _received(
+    model: Any, inputs: Mapping[str, Any], encoded: Encoded, keep: Budget, full: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of prompts that have only so many visual tokens, the first of each image, and no gaps in positions.
+
+    M-RoPE positions are coordinates in the image and stay (they cost the same).
+    """
+    scores = [[-torch.arange(float(item.features.shape[0])) for item in sample] for sample in encoded.samples]
+    positions = "renumbered" if full["position_ids"].ndim == 2 else "original"
+    arguments: dict[str, Any] = prune_inputs(model, inputs, Given(scores), keep, positions=positions, encoded=encoded)
+    return arguments
+
+
+def _forbidden(model: Any) -> Tensor:
+    """Token ids that would end an answer or stand for an image."""
+    ends = model.generation_config.eos_token_id
+    found = {*(ends if isinstance(ends, list) else [ends])}
+    found |= {getattr(model.config, f"{name}_token_id", None) for name in ("image", "video")}
+    return torch.tensor(sorted(i for i in found if i is not None), dtype=torch.long, device=model.device)
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Bytes of all keys, values and other states that a cache holds."""
+    held = {
+        (value.data_ptr(), value.nbytes)
+        for layer in cache.layers
+        for value in vars(layer).values()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    return sum(size for _, size in held)

@@ -1,0 +1,255 @@
+"""The whole benchmark: every setting at every batch size and prompt length, in alternating order, into one JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gripvlm.bench.machine import Machine, Weights, measured
+from gripvlm.bench.measure import FULL, Cell, Runs, Setting
+from gripvlm.bench.rows import row
+from gripvlm.bench.words import sentences
+from gripvlm.budget import Budget
+from gripvlm.checks import checked_pruner
+from gripvlm.errors import GripError
+from gripvlm.evaluate.assemble import utc
+from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
+from gripvlm.evaluate.journal import write_atomically
+from gripvlm.pruners import Pruner
+
+__all__ = ["SCHEMA", "Interrupted", "bench", "settings_of", "turns"]
+
+SCHEMA = "gripvlm.bench/1"
+"""The number grows when an older reader would misread a file."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in `bench`; its text says what is kept, `result` is what was measured."""
+
+    def __init__(self, text: str, result: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.result = result
+
+
+def settings_of(pruners: Sequence[tuple[str, Pruner]], keeps: Sequence[Budget]) -> list[Setting]:
+    """The unpruned model, the limit at each budget, and every pruner at each."""
+    limits = [Setting("limit", keep) for keep in keeps]
+    return [FULL, *limits, *[Setting("pruned", keep, pruner, spec) for keep in keeps for spec, pruner in pruners]]
+
+
+def turns(settings: Sequence[Setting], repeats: int) -> Iterable[tuple[int, Setting]]:
+    """(turn, setting): forwards and backwards in turn, so that a drift of the machine's speed cancels."""
+    for turn in range(repeats):
+        for setting in reversed(settings) if turn % 2 else settings:
+            yield turn, setting
+
+
+def bench(
+    model: Any,
+    prompts: Callable[[int, int], Mapping[str, Any]],
+    pruners: Sequence[tuple[str, Pruner]],
+    keeps: Sequence[Budget],
+    *,
+    batches: Sequence[int] = (1,),
+    lengths: Sequence[int] = (64,),
+    new: int = 16,
+    repeats: int = 7,
+    out: Path | None = None,
+    overwrite: bool = False,
+    about: Mapping[str, Any] | None = None,
+    command: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measures a model with all visual tokens, with fewer from the start, and with each pruner.
+
+    Args:
+        model: a supported transformers model.
+        prompts: (batch, text tokens) -> inputs, all prompts of a batch alike in length.
+        pruners: (as typed, object).
+        keeps: budgets.
+        batches, lengths: B and text tokens; every pair is a cell.
+        new: tokens to generate, at least 2.
+        repeats: turns that count; one more, which also counts FLOPs, warms up.
+        out: where the JSON goes, after each cell and at the end.
+        overwrite: replace it where it exists.
+        about: what the result should say of the model besides its type, dtype, device and size.
+        command: by default `sys.argv`.
+        progress: show a bar with the time left, on standard error.
+
+    Returns:
+        {"schema", "command", "started", "environment", "model", "protocol", "machine", "finished", "cells", "rows",
+        "sentences"}; docs/bench.md says what each means.
+
+    Raises:
+        GripError: `out` exists; a pruner that does not serve this model; a count above an image's tokens.
+        Interrupted: Ctrl-C; what is done is in `out`.
+    """
+    if out is not None and out.exists() and not overwrite:
+        raise GripError(f"--out {out} exists: type --overwrite to replace it, or another --out")
+    if min([*batches, *lengths, repeats]) < 1 or new < 2:
+        raise GripError("batch, prompt and repeats are 1 or more, and new is 2 or more, so that there is decoding")
+    for _, pruner in pruners:
+        checked_pruner(pruner, model)
+    started, settings = utc(), settings_of(pruners, keeps)
+    machine, weights = measured(model.device, model.dtype), Weights.of(model)
+    cells: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+
+    def result(finished: bool) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "command": command or command_line(),
+            "started": started,
+            "environment": {"versions": versions(), "hardware": hardware(model.device), "git": git_state()},
+            "model": {**_model(model), **(about or {})},
+            "protocol": {
+                "new": new,
+                "repeats": repeats,
+                "warm_up": 1,
+                "order": "settings forwards in even turns, backwards in odd ones",
+                "spread": "lower and upper quartile",
+                "flops": "torch FlopCounterMode: matrix products, convolutions, attention (whole squares)",
+            },
+            "machine": asdict(machine) | {"weights": asdict(weights)},
+            "finished": finished,
+            "cells": cells,
+            "rows": rows,
+            "sentences": sentences(rows),
+        }
+
+    def write(finished: bool) -> dict[str, Any]:
+        found = result(finished)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        return found
+
+    pairs = [(batch, length) for batch in batches for length in lengths]
+    with _bar(progress) as bar:
+        task = bar.add_task("", total=sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1))
+        for batch, length in pairs:
+            bar.update(task, description=f"batch {batch}, prompt {length}")
+            runs: dict[Setting, Runs] = {setting: Runs() for setting in settings}
+            try:
+                why = _measured(model, prompts, (batch, length), new, repeats, runs, partial(bar.advance, task, batch))
+            except KeyboardInterrupt:
+                rows += _rows(runs, batch, length, new, machine, weights)
+                cells.append(_cell(batch, length, runs, repeats, ""))
+                raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
+            rows += _rows(runs, batch, length, new, machine, weights)
+            cells.append(_cell(batch, length, runs, repeats, why))
+            if (batch, length) != pairs[-1]:
+                write(False)
+    return write(True)
+
+
+def _measured(
+    model: Any,
+    prompts: Callable[[int, int], Mapping[str, Any]],
+    shape: tuple[int, int],
+    new: int,
+    repeats: int,
+    runs: dict[Setting, Runs],
+    step: Callable[[], None],
+) -> str:
+    """Fills `runs`; why nothing could be measured, or empty."""
+    keeps = [setting.keep for setting in runs if setting.kind == "limit" and setting.keep is not None]
+    try:
+        cell = Cell(model, prompts(*shape), keeps, new)
+    except torch.OutOfMemoryError as error:
+        _free(model)
+        return f"out of memory before any setting ran: {_first_line(error)}"
+    for setting, found in runs.items():
+        _attempt(model, found, partial(_count, found, cell, setting))
+        step()
+    for turn, setting in turns(list(runs), repeats):
+        if not runs[setting].failed:
+            _attempt(model, runs[setting], partial(_time, runs[setting], cell, setting, turn))
+        step()
+    return ""
+
+
+def _count(found: Runs, cell: Cell, setting: Setting) -> None:
+    found.counts = cell.counted(setting)
+
+
+def _time(found: Runs, cell: Cell, setting: Setting, turn: int) -> None:
+    found.turns[turn], peak = cell.timed(setting)
+    found.peak = peak if found.peak is None or peak is None else max(found.peak, peak)
+
+
+def _attempt(model: Any, found: Runs, work: Callable[[], Any]) -> None:
+    """Does it, or notes that the device's memory does not hold it."""
+    try:
+        work()
+    except torch.OutOfMemoryError as error:
+        found.failed, found.turns = f"out of memory: {_first_line(error)}", {}
+        _free(model)
+
+
+def _free(model: Any) -> None:
+    memory: Any = getattr(torch, model.device.type, None)
+    if hasattr(memory, "empty_cache"):
+        memory.empty_cache()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _rows(
+    runs: Mapping[Setting, Runs], batch: int, length: int, new: int, machine: Machine, weights: Weights
+) -> list[dict[str, Any]]:
+    """One row a setting that was measured, or that failed."""
+    full, limits = runs[FULL], {setting.keep: found for setting, found in runs.items() if setting.kind == "limit"}
+    return [
+        {"batch": batch, "prompt": length, "kind": setting.kind, "setting": setting.name}
+        | {"pruner": setting.spec or None, "keep": None if setting.keep is None else setting.keep.value}
+        | row(found, full, limits.get(setting.keep), new, batch, machine, weights)
+        for setting, found in runs.items()
+        if found.turns or found.failed
+    ]
+
+
+def _cell(batch: int, length: int, runs: Mapping[Setting, Runs], repeats: int, why: str) -> dict[str, Any]:
+    asked = len(runs) * repeats
+    done = sum(len(found.turns) for found in runs.values())
+    return {"batch": batch, "prompt": length, "runs_asked": asked, "runs_done": done, "failed": why or None}
+
+
+def _kept(out: Path | None, rows: Sequence[Mapping[str, Any]], planned: int) -> str:
+    if out is None:
+        return "Stopped; nothing is kept, because no --out was given."
+    return f"Stopped. {len(rows)} of {planned} rows are in {out}, some perhaps with fewer repeats than asked for."
+
+
+def _model(model: Any) -> dict[str, Any]:
+    return {
+        "type": model.config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attention": model.config.get_text_config()._attn_implementation,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def _bar(show: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("prompts, time left"),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=not show,
+    )

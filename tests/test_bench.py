@@ -1,0 +1,518 @@
+"""`gripvlm bench`: numbers that fit one another, an order that cancels drift, sentences that follow from numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+
+import pytest
+import torch
+
+from gripvlm.bench import ARCHITECTURES, Interrupted, architectures, bench, random_prompts, real_prompts, sentences
+from gripvlm.bench import runner as bench_runner
+from gripvlm.bench.machine import Machine, Weights, measured
+from gripvlm.bench.measure import FULL, Cell
+from gripvlm.bench.rows import spread
+from gripvlm.bench.runner import settings_of, turns
+from gripvlm.budget import Budget
+from gripvlm.cli import main
+from gripvlm.errors import BudgetError, GripError
+from gripvlm.models.text import visual_places
+from gripvlm.pruners import get_pruner
+from tiny_lab import tiny_lab
+
+CPU = torch.device("cpu")
+PROMPT, NEW, N = 12, 3, 16
+LAYERS, WIDTH, HEADS, KV, HEAD, MLP, VOCABULARY = 4, 48, 4, 2, 12, 96, 99
+HALF = Budget(0.5)
+MACHINE = Machine(1e10, 1e10, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return architectures.random_model("random:tiny", CPU, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(bench_runner, "measured", lambda device, dtype: MACHINE)
+
+
+def prompts(model, name="tiny"):
+    return lambda batch, length: random_prompts(model, ARCHITECTURES[name], batch, length, 112)
+
+
+def chosen(model, *specs):
+    return [(spec, architectures.random_pruner(spec, model)) for spec in specs]
+
+
+def small(model, **options):
+    given = {"batches": [1], "lengths": [PROMPT], "new": NEW, "repeats": 2} | options
+    return bench(model, prompts(model), chosen(model, "norm"), [HALF], **given)
+
+
+@pytest.fixture(scope="module")
+def result(tiny, tmp_path_factory):
+    """Two batch sizes, three pruners, and the file that was written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_runner, "measured", lambda device, dtype: MACHINE)
+        out = tmp_path_factory.mktemp("bench") / "new" / "bench.json"
+        made = bench(
+            tiny,
+            prompts(tiny),
+            chosen(tiny, "norm", "grip", "fastv:layer=1"),
+            [HALF],
+            batches=[1, 2],
+            lengths=[PROMPT],
+            new=NEW,
+            repeats=3,
+            out=out,
+            about={"name": "random:tiny"},
+        )
+    assert json.loads(out.read_text()) == json.loads(json.dumps(made))
+    return made
+
+
+def of(result, setting, batch=1):
+    (found,) = [row for row in result["rows"] if row["setting"] == setting and row["batch"] == batch]
+    return found
+
+
+def test_every_setting_is_measured_at_every_batch_size(result):
+    names = ["full", "limit 0.5", "norm 0.5", "grip 0.5", "fastv:layer=1 0.5"]
+    assert [(row["batch"], row["setting"]) for row in result["rows"]] == [(b, name) for b in (1, 2) for name in names]
+    assert result["schema"] == "gripvlm.bench/1"
+    assert result["finished"] is True
+    assert result["model"]["name"] == "random:tiny"
+    assert result["model"]["dtype"] == "float32"
+    assert {"versions", "hardware", "git"} == result["environment"].keys()
+    assert result["command"]
+    assert len(result["sentences"]) == 2
+    for row in result["rows"]:
+        assert row["visual_tokens"] == N
+        assert row["kept"] == pytest.approx(N if row["kind"] == "full" else N / 2, abs=0.5)  # fastv: to half a token
+        assert row["turns"] == 3
+
+
+def test_parts_add_up_to_the_whole(result):
+    for row in result["rows"]:
+        for run in row["runs"]:
+            before = run["vision"] + run["pruner"] + run["surgery"] + run["other"]
+            assert before + run["prefill"] == pytest.approx(run["first_token"])
+            assert run["first_token"] + run["decode"] == pytest.approx(run["whole"])
+            assert min(run[phase] for phase in ("vision", "prefill", "decode", "whole")) > 0
+            assert run["other"] > -1e-6
+            assert (run["pruner"] + run["surgery"] > 0) == (row["kind"] == "pruned")
+        for phase, value in row["seconds"].items():
+            assert value["low"] <= value["median"] <= value["high"], phase
+        assert row["seconds"]["decode_token"]["median"] == pytest.approx(row["seconds"]["decode"]["median"] / (NEW - 1))
+
+
+def test_the_whole_is_what_a_clock_outside_sees(tiny):
+    cell = Cell(tiny, prompts(tiny)(1, PROMPT), [HALF], NEW)
+    for setting in settings_of(chosen(tiny, "norm"), [HALF]):
+        began = time.perf_counter()
+        seconds, peak = cell.timed(setting)
+        outside = time.perf_counter() - began
+        assert 0 < seconds["whole"] <= outside
+        assert peak is None  # a CPU does not say
+
+
+def test_kv_bytes_are_those_of_the_formula(result):
+    for row in result["rows"]:
+        if row["pruner"] != "fastv:layer=1":
+            tokens = row["batch"] * (PROMPT + row["kept"] + NEW - 1)
+            assert row["kv_bytes"] == 2 * LAYERS * KV * HEAD * 4 * tokens
+            assert row["to_full"]["kv_bytes"] == (PROMPT + row["kept"] + NEW - 1) / (PROMPT + N + NEW - 1)
+    inside = of(result, "fastv:layer=1 0.5")["kv_bytes"]  # dropped tokens stay in the first layers
+    assert inside < of(result, "full")["kv_bytes"]
+
+
+def formula(tokens, queries=None):
+    """FLOPs of a forward of the tiny Llama over `queries` of `tokens`, one sample, logits of the last."""
+    queries = tokens if queries is None else queries
+    linear = 2 * WIDTH * (2 * WIDTH + 2 * KV * HEAD + 3 * MLP)
+    attention = 4 * queries * tokens * HEADS * HEAD
+    return LAYERS * (queries * linear + attention) + 2 * WIDTH * VOCABULARY
+
+
+def test_flops_are_those_of_the_formula(result):
+    for row in result["rows"]:
+        if row["pruner"] == "fastv:layer=1":
+            continue
+        length = PROMPT + int(row["kept"])
+        assert row["flops"]["prefill"] == row["batch"] * formula(length)
+        assert row["flops"]["decode"] == row["batch"] * sum(formula(length + i, 1) for i in range(1, NEW))
+        assert row["to_full"]["flops_prefill"] == formula(length) / formula(PROMPT + N)
+        parts = ("vision", "pruning", "prefill", "decode")
+        assert row["flops"]["whole"] == sum(row["flops"][part] for part in parts)
+    assert of(result, "norm 0.5")["flops"]["pruning"] == of(result, "full")["flops"]["pruning"] == 0
+    assert of(result, "grip 0.5")["flops"]["pruning"] > 0
+    assert of(result, "full", 2)["flops"]["vision"] == 2 * of(result, "full")["flops"]["vision"] > 0
+
+
+def test_the_scorers_flops_are_those_it_states(result, tiny):
+    stated = architectures.random_pruner("grip", tiny).module.flops(N, PROMPT - 1)  # the begin token is no word
+    assert of(result, "grip 0.5")["flops"]["pruning"] == pytest.approx(stated, rel=0.02)
+
+
+def test_ratios_are_taken_turn_by_turn(result):
+    full, limit, row = (of(result, name) for name in ("full", "limit 0.5", "grip 0.5"))
+    for phase in ("vision", "prefill", "first_token", "decode", "whole"):
+        for other, ratios in ((full, row["to_full"]), (limit, row["to_limit"])):
+            pairs = zip(row["runs"], sorted(other["runs"], key=lambda run: run["turn"]), strict=True)
+            assert ratios[phase] == spread([a[phase] / b[phase] for a, b in pairs])
+    added = [
+        (a["pruner"] + a["surgery"] + a["other"]) / b["prefill"] for a, b in zip(row["runs"], full["runs"], strict=True)
+    ]
+    assert row["to_full"]["added"] == spread(added)
+    assert full["to_full"]["whole"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert full["to_limit"] is None
+
+
+def test_the_roofline_is_arithmetic_or_bytes_whichever_takes_longer(result, tiny):
+    row, weights = of(result, "full", 2), Weights.of(tiny)
+    table = VOCABULARY * WIDTH * 4
+    assert weights.language + weights.vision + table == sum(p.nbytes for p in tiny.parameters())
+    assert weights.vision == sum(
+        p.nbytes for part in (tiny.model.vision_tower, tiny.model.multi_modal_projector) for p in part.parameters()
+    )
+    least = max(row["flops"]["prefill"] / 1e10, weights.language / 1e10)
+    assert row["roofline"]["prefill"] == pytest.approx(least / row["seconds"]["prefill"]["median"])
+    a_token = max(row["flops"]["decode"] / (NEW - 1) / 1e10, (weights.language + row["kv_bytes"]) / 1e10)
+    assert row["roofline"]["decode"] == pytest.approx(a_token / row["seconds"]["decode_token"]["median"])
+
+
+def test_tied_embeddings_are_read_as_the_output_head():
+    shape = ARCHITECTURES["tiny"]
+    config = copy.deepcopy(shape.config) | {"tie_word_embeddings": True}
+    config["text_config"] = config["text_config"] | {"tie_word_embeddings": True}
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava", **config))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    weights = Weights.of(model)
+    assert weights.language + weights.vision == sum(p.nbytes for p in model.parameters())
+
+
+def test_the_machine_is_measured():
+    found = measured(CPU, torch.float32, seconds=0.01)
+    assert found.flops > 1e7
+    assert found.bandwidth > 1e7
+    assert Machine(10.0, 5.0, 1, 1).seconds(100, 5) == 10
+    assert Machine(10.0, 5.0, 1, 1).seconds(10, 50) == 10
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen"])
+def test_the_limit_is_a_prompt_that_had_so_few_tokens(name):
+    model = architectures.random_model(name, CPU, torch.float32)
+    inputs = prompts(model, name)(2, PROMPT)
+    cell = Cell(model, inputs, [HALF], NEW)
+    n = cell.sizes[0]
+    assert int(visual_places(model, inputs["input_ids"][:1]).sum()) == n
+    assert inputs["input_ids"].shape == (2, PROMPT + n)
+    for keep, k in ((None, n), (HALF, n // 2)):
+        arguments = cell.received[keep]
+        assert arguments["input_ids"].shape == (2, PROMPT + k)
+        assert bool(arguments["attention_mask"].all())
+        assert sum(len(rows) for rows in arguments["mm_encoder_outputs"]["image"].pooler_output) == 2 * k
+        assert "pixel_values" not in arguments
+    if name == "tiny":
+        assert cell.received[HALF]["position_ids"].tolist() == [list(range(PROMPT + n // 2))] * 2
+    seconds, _ = cell.timed(settings_of([], [HALF])[1])
+    assert seconds["pruner"] == seconds["surgery"] == 0
+    assert cell.counted(FULL).kept == 2 * n
+
+
+def test_all_tokens_asked_for_are_generated(tiny):
+    """Random weights may choose the end or an image token: neither is allowed."""
+    cell = Cell(tiny, prompts(tiny)(2, PROMPT), [], 40)
+    _, output = cell._generated(dict(cell.received[None]), time.perf_counter)
+    new = output.sequences[:, PROMPT + N :]
+    assert new.shape == (2, 40)
+    assert not torch.isin(new, torch.tensor([2, 98])).any()
+
+
+def test_the_order_alternates():
+    settings = settings_of([("norm", get_pruner("norm"))], [HALF])
+    order = list(turns(settings, 4))
+    assert [turn for turn, _ in order] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert [one for _, one in order] == [*settings, *settings[::-1]] * 2
+    places = {one.name: [i for i, (_, other) in enumerate(order) if other is one] for one in settings}
+    assert len({sum(places) for places in places.values()}) == 1  # on average all run at the same moment
+
+
+def test_bench_runs_in_that_order_after_one_warm_up_each(tiny, monkeypatch):
+    seen = []
+    counted, timed = Cell.counted, Cell.timed
+    monkeypatch.setattr(Cell, "counted", lambda self, s: seen.append(("warm", s.name)) or counted(self, s))
+    monkeypatch.setattr(Cell, "timed", lambda self, s: seen.append(("timed", s.name)) or timed(self, s))
+    small(tiny)
+    names = ["full", "limit 0.5", "norm 0.5"]
+    assert seen == [("warm", name) for name in names] + [("timed", name) for name in [*names, *names[::-1]]]
+
+
+def test_ctrl_c_keeps_what_is_done(tiny, monkeypatch, tmp_path):
+    timed, calls = Cell.timed, []
+
+    def stopped(self, setting):
+        calls.append(setting)
+        if len(calls) == 6 + 4 + 1:  # the first cell, then one turn of 3 and the backward turn's first
+            raise KeyboardInterrupt
+        return timed(self, setting)
+
+    monkeypatch.setattr(Cell, "timed", stopped)
+    out = tmp_path / "bench.json"
+    with pytest.raises(Interrupted, match=r"Stopped. 6 of 9 rows are in .*bench.json") as stop:
+        small(tiny, batches=[1, 2, 3], out=out)
+    kept = json.loads(out.read_text())
+    assert kept == json.loads(json.dumps(stop.value.result))
+    assert kept["finished"] is False
+    assert [(cell["batch"], cell["runs_done"], cell["runs_asked"]) for cell in kept["cells"]] == [(1, 6, 6), (2, 4, 6)]
+    assert [row["turns"] for row in kept["rows"]] == [2, 2, 2, 1, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_ctrl_c_before_anything_is_measured_leaves_a_valid_file(tiny, monkeypatch, tmp_path):
+    def stopped(self, setting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cell, "counted", stopped)
+    with pytest.raises(Interrupted, match="0 of 3 rows"):
+        small(tiny, out=tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text())["rows"] == []
+    with pytest.raises(Interrupted, match="nothing is kept, because no --out"):
+        small(tiny)
+
+
+def test_a_setting_that_does_not_fit_is_said_and_the_rest_goes_on(tiny, monkeypatch):
+    timed = Cell.timed
+
+    def full_is_too_large(self, setting):
+        if setting is FULL and len(self.sizes) == 2:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB\nmore")
+        return timed(self, setting)
+
+    monkeypatch.setattr(Cell, "timed", full_is_too_large)
+    result = small(tiny, batches=[1, 2])
+    row = of(result, "full", 2)
+    assert row["failed"] == "out of memory: tried to allocate 9 GiB"
+    assert "seconds" not in row
+    assert of(result, "norm 0.5", 2)["to_full"]["whole"] is None
+    assert of(result, "norm 0.5", 2)["to_limit"]["whole"]["median"] > 0
+    assert result["sentences"][1] == "Batch 2, 12 text tokens: the device's memory does not hold full."
+    assert "the unpruned model was not measured, so there is no ratio" in result["sentences"][2]
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+def made(pruner="norm", kept=8.0, whole=(0.5, 0.45, 0.55), seconds=None, roofline=None, **more):
+    """A row with round numbers."""
+    parts = {"vision": 1.0, "pruner": 0.1, "surgery": 0.1, "other": 0.1, "prefill": 2.0, "decode": 4.0} | (
+        seconds or {}
+    )
+    times = parts | {"whole": sum(parts.values())}
+    same = dict(zip(("median", "low", "high"), whole, strict=True))
+    return {
+        "batch": 1,
+        "prompt": 64,
+        "kind": "pruned",
+        "keep": 0.5,
+        "setting": f"{pruner} 0.5",
+        "pruner": pruner,
+        "kept": kept,
+        "visual_tokens": 16.0,
+        "failed": None,
+        "seconds": {name: {"median": value} for name, value in times.items()},
+        "roofline": {"vision": 0.5, "prefill": 0.5, "decode": 0.5} | (roofline or {}),
+        "to_full": {
+            "whole": same,
+            "first_token": {"median": 0.4},
+            "prefill": {"median": 0.3},
+            "added": {"median": 0.05},
+            "kv_bytes": 0.25,
+        },
+        "to_limit": {"whole": {"median": 1.25}},
+    } | more
+
+
+def test_the_sentence_says_what_is_gained():
+    (text,) = sentences([made()])
+    assert text.startswith("Batch 1, 64 text tokens: norm keeps 8 of 16 visual tokens a prompt and takes 0.50 of the")
+    assert "(quartiles 0.45 to 0.55): 2.00x as fast" in text
+    assert "the first token comes after 0.40 of its unpruned time, the prefill alone takes 0.30" in text
+    assert "0.25 of the bytes" in text
+    assert "costs 5.0 % of the unpruned prefill" in text
+    assert "takes 0.80 of that time" in text
+
+
+@pytest.mark.parametrize(
+    ("whole", "said"),
+    [
+        ((0.9, 0.8, 0.999), "1.11x as fast"),
+        ((0.9, 0.8, 1.0), "no difference these turns show"),
+        ((1.1, 0.99, 1.2), "no difference these turns show"),
+        ((1.2, 1.1, 1.3), "pruning makes it slower"),
+    ],
+)
+def test_a_gain_is_said_only_where_the_quartiles_agree(whole, said):
+    (text,) = sentences([made(whole=whole)])
+    verdicts = ("x as fast", "no difference these turns show", "pruning makes it slower")
+    assert said in text
+    assert sum(verdict in text for verdict in verdicts) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bound", "advice"),
+    [
+        ({"vision": 9.0}, "the vision encoder", "use smaller pictures"),
+        ({"decode": 9.0}, "decoding", "larger batches or shorter answers"),
+        ({"prefill": 9.0}, "the language model's prefill", "fewer visual tokens"),
+        ({"pruner": 3.0, "surgery": 3.0, "other": 3.0}, "the overhead of pruning itself", "cheaper pruner"),
+    ],
+)
+def test_the_sentence_names_the_longest_part(seconds, bound, advice):
+    (text,) = sentences([made(seconds=seconds)])
+    assert f"What bounds you now is {bound} ({bound} " in text
+    assert advice in text
+
+
+@pytest.mark.parametrize(("reached", "said"), [(0.19, "runs at 19 % of"), (0.001, "less than 1 % of"), (0.2, None)])
+def test_far_below_the_roofline_is_said(reached, said):
+    (text,) = sentences([made(roofline={"decode": reached})])
+    assert (said in text) if said else ("It runs at" not in text)
+
+
+def test_fewer_tokens_are_advised_only_where_they_help():
+    slow = {"seconds": {"prefill": 9.0}}
+    assert "Keeping fewer visual tokens" in sentences([made(**slow)])[0]
+    assert "Keeping fewer visual tokens" not in sentences([made(**slow, roofline={"prefill": 0.01})])[0]
+
+
+def test_the_sentence_speaks_of_the_smallest_budget_and_its_fastest_pruner():
+    slow, quick = made("slow", 7.75), made("quick", seconds={"decode": 3.0})
+    more = made("more", 12.0, seconds={"decode": 1.0}, keep=0.75)
+    other = made("elsewhere", batch=8)
+    one, two = sentences([slow, quick, more, other])
+    assert one.startswith("Batch 1, 64 text tokens: quick keeps 8")
+    assert two.startswith("Batch 8, 64 text tokens: elsewhere")
+    (nothing,) = sentences([made(kind="full")])
+    assert nothing == "Batch 1, 64 text tokens: no pruned run was measured."
+
+
+# --- models and prompts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llava-1.5-7b", 7_063_427_072), ("qwen2.5-vl-7b", 8_292_166_656), ("llava-0.5b", None)],
+)
+def test_shapes_are_those_of_the_published_models(name, parameters):
+    model = architectures.random_model(name, torch.device("meta"), torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    count = sum(p.numel() for p in model.parameters())
+    if parameters is None:  # Qwen2-0.5B as published, and LLaVA's tower
+        text = sum(p.numel() for p in model.get_decoder().parameters())
+        assert text == 494_032_768
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    else:
+        assert count == parameters
+
+
+def test_an_untrained_scorer_serves_its_random_model_only(tiny):
+    grip = architectures.random_pruner("grip", tiny)
+    grip.check(tiny)
+    with pytest.raises(GripError, match="this scorer was trained for random weights"):
+        grip.check(architectures.random_model("tiny-qwen", CPU, torch.float32))
+    assert architectures.random_pruner("norm", tiny).name == "norm"
+    lab = [("grip:scorer=lab", architectures.random_pruner("grip:scorer=lab", tiny))]
+    with pytest.raises(GripError, match="but the model is"):
+        bench(tiny, prompts(tiny), lab, [HALF])
+
+
+def test_a_real_prompt_has_exactly_so_many_text_tokens():
+    model, processor = tiny_lab()
+    for prompt in (32, 57):
+        inputs = real_prompts(model, processor, 2, prompt, 64)
+        assert (~visual_places(model, inputs["input_ids"])).sum(-1).tolist() == [prompt, prompt]
+        assert bool(inputs["attention_mask"].all())
+    Cell(model, inputs, [HALF], 2).timed(FULL)
+    with pytest.raises(GripError, match=r"--prompt 2: .* have \d+ text tokens already: type --prompt \d+ or more"):
+        real_prompts(model, processor, 1, 2, 64)
+
+
+def test_prompts_that_cannot_be_are_refused(tiny):
+    with pytest.raises(GripError, match="--prompt 3: a prompt has 4 text tokens at least"):
+        prompts(tiny)(1, 3)
+    qwen = architectures.random_model("tiny-qwen", CPU, torch.float32)
+    with pytest.raises(GripError, match="--picture 10: type 28 or more pixels"):
+        random_prompts(qwen, ARCHITECTURES["tiny-qwen"], 1, 8, 10)
+    with pytest.raises(BudgetError, match="has only 16 visual tokens"):
+        Cell(tiny, prompts(tiny)(1, 8), [Budget(17)], 2)
+
+
+def test_numbers_below_one_are_refused(tiny):
+    for wrong in ({"batches": [0]}, {"repeats": 0}, {"new": 1}):
+        with pytest.raises(GripError, match="1 or more"):
+            small(tiny, **wrong)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+COMMAND = ["bench", "--model", "random:tiny", "--device", "cpu"]
+
+
+def test_the_command_writes_and_does_not_overwrite(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    options = ["--prompt", "8", "--new", "2", "--repeats", "1", "--pruners", "norm,grip", "--keep", "4,10%"]
+    assert main([*COMMAND, *options, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "batch 1, 8 text tokens" in text
+    assert "What bounds you now is" in text
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["kept"] for row in rows] == [16, 4, 2, 4, 4, 2, 2]
+    before = out.read_text()
+    assert main([*COMMAND, *options, "--out", str(out)]) == 2
+    assert "exists: type --overwrite" in " ".join(capsys.readouterr().err.split())
+    assert out.read_text() == before
+    assert main([*COMMAND, *options[:-2], "--keep", "4", "--out", str(out), "--overwrite"]) == 0
+    assert len(json.loads(out.read_text())["rows"]) == 4
+
+
+def test_ctrl_c_in_the_command_is_no_error_text(tmp_path, capsys, monkeypatch):
+    def stopped(self, setting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cell, "timed", stopped)
+    assert main([*COMMAND, "--pruners", "norm", "--keep", "4", "--new", "2", "--out", str(tmp_path / "b.json")]) == 130
+    assert "Stopped. 0 of 3 rows are in" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "random:llava-7b"], "unknown architecture 'random:llava-7b': did you mean random:llava-1.5-7b?"),
+        (["--model", "random:zzz"], "known are random:llava-0.5b (CLIP-L/14-336 and Qwen2-0.5B, 576 visual tokens); "),
+        (["--model", "nowhere"], "no model 'nowhere'"),
+        (["--batch", "0"], "--batch 0: type whole numbers of 1 or more, separated by commas, such as 1,8"),
+        (["--batch", "1,x"], "--batch 1,x: type whole numbers"),
+        (["--prompt", ""], "--prompt : type whole numbers"),
+        (["--keep", ","], "--keep ',' names nothing"),
+        (["--keep", "1.5"], "is no budget"),
+        (["--keep", "17"], "has only 16 visual tokens"),
+        (["--pruners", "nrm"], "unknown pruner 'nrm': did you mean 'norm'"),
+        (["--pruners", "oracle"], "it belongs to `gripvlm eval`"),
+        (["--pruners", "grip:scorer=lab"], "this scorer was trained for"),
+        (["--dtype", "int8"], "a random model takes float32, bfloat16 or float16"),
+        (["--device", "nonsense"], "none that PyTorch knows"),
+        (["--out", "bench.txt"], "type a name that ends in .json"),
+        (["--new", "1"], "--new"),
+    ],
+)
+def test_mistakes_are_one_paragraph_that_says_what_to_type(capsys, options, said):
+    assert main([*COMMAND, *options]) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert said in text
+    assert "Traceback" not in text
