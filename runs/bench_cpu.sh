@@ -6,7 +6,7 @@
 #   BATCH=1,16 bash runs/bench_cpu.sh        some two hours (both are estimates from FLOPs)
 #   MODELS=random:tiny BATCH=1,2 OUT=/tmp/bench bash runs/bench_cpu.sh     a try
 #
-# Ctrl-C keeps what is done. Hardware and times are in the files. Tried on random:tiny only.
+# Not run as it stands: the duration is an estimate from FLOPs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
