@@ -343,3 +343,19 @@ def test_grip_refuses_another_model_before_anything_runs(model):
         gripvlm.prune_inputs(model, llava_inputs([1], [5]), grip, 4)
     with pytest.raises(ScorerError, match="type a folder that exists"):
         gripvlm.get_pruner("grip:scorer=/nowhere/x")
+
+
+def test_a_model_is_compared_once_and_again_when_it_was_written_to(monkeypatch):
+    """The comparison reads dozens of weights, which every call would pay."""
+    vlm, asked, before = tiny_llava(seed=3), [], BaseModel.check
+    monkeypatch.setattr(BaseModel, "check", lambda self, model: asked.append(model) or before(self, model))
+    grip = Grip(module=scorer_of(vlm))
+    for _ in range(3):
+        gripvlm.prune_inputs(vlm, llava_inputs([1], [5]), grip, 4)
+    assert len(asked) == 1
+    with torch.no_grad():
+        vlm.get_input_embeddings().weight.mul_(3.0)
+    with pytest.raises(ScorerError, match="other weights"):
+        gripvlm.prune_inputs(vlm, llava_inputs([1], [5]), grip, 4)
+    with pytest.raises(ScorerError, match="other weights"):
+        gripvlm.prune_inputs(tiny_llava(seed=1), llava_inputs([1], [5]), grip, 4)

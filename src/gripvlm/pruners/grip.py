@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ __all__ = ["SHIPPED", "Grip", "Learned", "ScorerInputs"]
 
 SHIPPED = Path(__file__).parents[1] / "lab" / "data" / "grip"
 """Scorers for the lab VLM that come with the package, one folder each: `question` and `blind`."""
+
+_passed: WeakKeyDictionary[Any, tuple[Any, ...]] = (
+    WeakKeyDictionary()
+)  # model -> what it was last found to be right for
 
 TOGETHER = 32
 """Images in one run of the scorer."""
@@ -107,7 +112,11 @@ class Learned(ScorePruner):
         """Refuses a model that the scorer was not trained for, and moves the scorer to the model's device."""
         if self._scorer.base is None:
             raise PrunerError(f"this {self.name} scorer was never trained: train one with `gripvlm train`")
-        self._scorer.base.check(model)
+        base, table = self._scorer.base, model.get_input_embeddings().weight
+        state = (base.model_type, base.sketch, tuple(base.weights.items()), table.data_ptr(), table._version)
+        if _passed.get(model) != state:  # comparing weights takes milliseconds: once, and when the model was written to
+            base.check(model)
+            _passed[model] = state
         self._scorer.to(model.device)
 
     def score(self, tokens: VisualTokens) -> Tensor:
