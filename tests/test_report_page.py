@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -162,13 +163,27 @@ def test_times_are_ratios_to_the_full_model_of_their_own_file(made):
     assert next(p.ratio for p in one.points if p.full) == pytest.approx(1)
 
 
-def test_baselines_are_never_left_out(tmp_path):
-    path = made_up(tmp_path / "r.json", arms=(("mine", 0.7), ("grid", 0.6)))
-    with pytest.raises(GripError, match="r has no random: measure them too"):
-        report([path], tmp_path / "page")
-    assert not (tmp_path / "page").exists()
-    with pytest.raises(GripError, match="no method 'odd'"):
-        report([made_up(tmp_path / "s.json")], tmp_path / "page", baseline="odd")
+def test_a_baseline_that_was_not_measured_is_said_and_the_rest_is_shown(made, tmp_path):
+    path = made_up(tmp_path / "r.json", arms=(("mine", 0.7), ("grid", 0.6)), model="another")
+    bare = made_up(tmp_path / "bare.json", arms=(), model="a third")
+    report([path, made, bare], tmp_path / "page")
+    words = (tmp_path / "page" / "report.md").read_text()
+    assert words.count("Baseline missing") == 2
+    assert "Baseline missing: `random` was not measured here" in words
+    assert "Baseline missing: `random` and `grid` were not measured here" in words
+    assert "No method was measured beside the full model." in words
+    assert "Left out: `random` was not measured here." in words
+    assert "### Differences from random: run" in words
+    assert (tmp_path / "page" / "figures" / "r-mean.svg").read_text().count("<title>mine at ") == len(KEEPS)
+    with pytest.raises(GripError, match="no method 'odd' to compare with: type one of full, grid, mine, random"):
+        report([made], tmp_path / "none", baseline="odd")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_committed_results_without_grid_can_be_reported(tmp_path):
+    files = [str(Path(__file__).parents[1] / "results" / f"{name}.json") for name in ("lab-drop", "lab-nodrop")]
+    assert main(["report", *files, "--out", str(tmp_path / "page"), "--no-pictures"]) == 0
+    assert "Baseline missing: `grid` was not measured here" in (tmp_path / "page" / "report.md").read_text()
 
 
 def test_the_best_methods_are_coloured_and_the_others_are_a_crowd(tmp_path):

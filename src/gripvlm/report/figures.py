@@ -14,7 +14,7 @@ from gripvlm.report.tables import short
 __all__ = ["ALWAYS", "highlighted", "plots", "score_text"]
 
 ALWAYS = ("random", "grid")
-"""With the full model on every plot, whatever else is."""
+"""With the full model on every plot where they were measured; the page says where they were not."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
