@@ -200,6 +200,22 @@ def test_the_best_methods_are_coloured_and_the_others_are_a_crowd(tmp_path):
     assert "<title>m0 at " in html
 
 
+def test_budgets_that_one_method_alone_has_colour_nobody(tmp_path):
+    """`many` is the worst at the common budgets, and has more of them than all others."""
+    arms = (*((f"m{i}", 0.7 + 0.02 * i) for i in range(6)), ("random", 0.5), ("grid", 0.5))
+    common = made_up(tmp_path / "r.json", arms=arms, keeps=(0.5, 0.1), pictures=20)
+    more = made_up(tmp_path / "s.json", arms=(("many", 0.4),), keeps=(0.5, 0.4, 0.3, 0.2, 0.1), pictures=20)
+    (one,) = comparisons([read_results(common), read_results(more)])
+    assert "many" not in highlighted(one)
+
+
+def test_few_pictures_give_a_page_without_intervals(tmp_path):
+    report([made_up(tmp_path / "r.json", pictures=1)], tmp_path / "page")
+    words = (tmp_path / "page" / "report.md").read_text()
+    assert "Left out: there are too few pictures for an interval." in words
+    assert "nan" not in words
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.9), (0.71, 0.74), (0.0, 1.0), (0.5, 0.5), (-1, 3)])
 def test_ticks_are_round_and_hold_the_range(low, high):
     ticks = nice(low, high)

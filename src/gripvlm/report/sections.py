@@ -185,7 +185,7 @@ def _differences(comparison: Comparison, scores: Scores, baseline: str) -> list[
     for one in found:
         setting = scores.settings[one.setting]
         star = "*" if one.p_holm < 0.05 else ""
-        values[setting.method, setting.keep] = f"{100 * one.mean.value:+.1f}{star} [{_ends(one.mean, '+.1f')}]"
+        values[setting.method, setting.keep] = f"{100 * one.mean.value:+.1f}{star}{_ends(one.mean)}"
     text = (
         f"Mean score minus that of `{baseline}` at the same budget, in points, question by question on the same "
         "pictures, with uncorrected 95 % intervals. A star: different from 0 at the 5 % level after Holm's correction "
@@ -217,6 +217,8 @@ def _equal_time(comparison: Comparison, scores: Scores, within: float) -> list[B
     title = Heading(f"Time to equal accuracy: {comparison.name}", 3)
     if len(comparison.results) > 1:
         return [title, Text("Left out: these settings were measured in several runs, whose times do not compare.")]
+    if not len(scores.drawn):
+        return [title, Text("Left out: there are too few pictures for an interval.")]
     blocks: list[Block] = [title]
     less = f" less {100 * within:g} points" if within else ""
     heuristics = [keep for keep in scores.keeps if any(one.heuristic and one.keep == keep for one in scores.settings)]
@@ -257,5 +259,6 @@ def _percent(one: Estimate | None) -> str:
     return "-" if one is None else score_text(Cell(one.value, one.low, one.high))
 
 
-def _ends(one: Estimate, form: str) -> str:
-    return f"{100 * one.low:{form}}, {100 * one.high:{form}}"
+def _ends(one: Estimate) -> str:
+    """` [-1.0, +2.0]`, in points; nothing where there is no interval."""
+    return "" if one.low is None or one.high is None else f" [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
