@@ -15,7 +15,7 @@ from gripvlm.errors import GripError
 from gripvlm.evaluate import read_results, samples_path
 from gripvlm.report import report
 from gripvlm.report.figures import highlighted
-from gripvlm.report.gallery import choose
+from gripvlm.report.gallery import _judged, _methods, choose
 from gripvlm.report.points import command_of, comparisons
 from gripvlm.report.svg import nice
 from gripvlm.tasks import lab_tasks
@@ -266,6 +266,24 @@ def test_pictures_show_failures_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab_tasks, "SAMPLE", tmp_path / "gone")
     assert main(["report", str(out), "--out", str(tmp_path / "without")]) == 0
     assert "Pictures are left out: " in (tmp_path / "without" / "index.html").read_text()
+
+
+def test_the_best_method_that_has_masks_is_drawn(tmp_path):
+    """`mine` is the best and drops inside the language model."""
+    out = made_up(
+        tmp_path / "r.json", arms=(("random", 0.5), ("grid", 0.5), ("other", 0.6), ("mine", 0.75)), pictures=20
+    )
+    lines = [json.loads(line) for line in samples_path(out).read_text().splitlines()]
+    for record in lines[1:]:
+        record |= {"layers": [[256, 8]]} if record["pruner"] == "mine" else {"kept": []}
+    samples_path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (one,) = comparisons([read_results(out)])
+    assert max((p for p in one.points if p.keep == 0.1), key=lambda p: p.mean.value).method == "mine"
+    assert [p.method for p in _methods(one, 0.1)] == ["other", "random", "grid"]
+
+
+def test_a_score_between_is_partly_right():
+    assert [_judged(score) for score in (1.0, 0.6, 0.0)] == ["right", "partly right, 0.6", "wrong"]
 
 
 def test_other_json_files_are_left_out_and_said(made, tmp_path, capsys):

@@ -72,9 +72,9 @@ def relative(scores: Scores) -> list[Estimate | None]:
     if full is None or not scores.means[full].all():
         return [None] * len(scores.settings)
     drawn = scores.drawn
-    usable = drawn[:, full].all(axis=-1)
-    if usable.sum() <= len(drawn) / 2:
-        usable[:] = False
+    usable = np.flatnonzero(drawn[:, full].all(axis=-1))
+    if len(usable) <= len(drawn) / 2:
+        usable = usable[:0]
     ratios = (drawn[usable] / drawn[usable][:, full, None]).mean(-1)
     exact = (scores.means / scores.means[full]).mean(-1)
     return [estimate(exact[s], ratios[:, s]) for s in range(len(scores.settings))]

@@ -95,7 +95,11 @@ def compare(old: Results, new: Results, tolerance: float = 0.0, slower: float = 
     ending = f"{len(found)} regressions" if len(found) != 1 else "1 regression"
     if timing:
         notes.append(f"WARNING: speed is not judged, since times of other settings do not compare ({timing})")
-    lines += [*notes, *found, (ending if found else "no regression") + (" in scores; speed not judged" if timing else "")]
+    lines += [
+        *notes,
+        *found,
+        (ending if found else "no regression") + (" in scores; speed not judged" if timing else ""),
+    ]
     return Verdict(tuple(lines), tuple(found))
 
 
