@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -270,3 +272,14 @@ def test_a_file_that_is_cut_short_is_one_paragraph(capsys, name, said):
 
 def test_commas_inside_a_spec_separate_nothing():
     assert split_pruners("grid, random:seed=3,x=1 ,norm") == ["grid", "random:seed=3,x=1", "norm"]
+
+
+def test_one_file_is_no_merge_and_is_refused_before_torch_is_loaded(tmp_path):
+    code = (
+        "import sys; from gripvlm.cli import main; "
+        f"print(main(['merge', 'a.json', '--out', {str(tmp_path / 'c.json')!r}]), 'torch' in sys.modules)"
+    )
+    root = Path(__file__).parents[1]  # where a relative PYTHONPATH counts from
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.split() == ["2", "False"]
+    assert "got 1 file: type two or more shards of one run" in " ".join(done.stderr.split())

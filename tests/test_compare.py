@@ -101,6 +101,14 @@ def test_what_does_not_compare_is_an_error_not_a_pass(old, tmp_path, capsys):
     other = made_up(tmp_path / "other.json", pictures=20, keeps=(0.1,), tasks=["lab/reading (7, 1)"])
     assert main(["compare", str(old), str(other)]) == 2
     assert "asked different questions (tasks:" in " ".join(capsys.readouterr().err.split())
+    for change, says in (
+        ({"shard": "1/2"}, "asked different questions (shard: none then, 1/2 now)"),
+        ({"model": "n"}, "are of different models (model: m then, n now)"),
+        ({"weights": "other"}, "(weights: abc then, other now)"),
+    ):
+        other = made_up(tmp_path / "other.json", pictures=20, keeps=(0.1,), **change)
+        assert main(["compare", str(old), str(other)]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
     fewer = made_up(tmp_path / "fewer.json", arms=(("grid", 0.6),), pictures=20, keeps=(0.1,))
     with pytest.raises(ResultsError, match=r"has no random:seed=0 at 0.1, .*, mine at 0.1, which"):
         compare(read_results(old), read_results(fewer))
@@ -108,3 +116,49 @@ def test_what_does_not_compare_is_an_error_not_a_pass(old, tmp_path, capsys):
     bare = made_up(tmp_path / "bare.json", answers=False)
     with pytest.raises(ResultsError, match=r"the answers of .* are not there"):
         compare(read_results(old), read_results(bare))
+
+
+def test_a_whole_run_and_its_shard_do_not_compare(tmp_path, capsys):
+    """Their headers name the same questions, but the shard has answers to some of them only."""
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    made_up(whole, pictures=20, keeps=(0.1,))
+    made_up(part, pictures=10, keeps=(0.1,), shard="1/2")
+    for files in ((whole, part), (part, whole)):
+        assert main(["compare", *map(str, files)]) == 2
+        assert "asked different questions (shard: " in " ".join(capsys.readouterr().err.split())
+    assert main(["compare", str(part), str(part)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"batch_size": 9}, "batch_size: 4 then, 9 now"),
+        ({"dtype": "bfloat16", "weights": "rounded"}, "dtype: float32 then, bfloat16 now"),
+    ],
+)
+def test_times_of_another_batch_or_dtype_are_not_judged(old, tmp_path, change, says, capsys):
+    new = made_up(tmp_path / "new.json", pictures=20, keeps=(0.1,), **change)
+
+    def slow(record):
+        if record["pruner"] == "mine":
+            record["seconds"] = {name: 9 * value for name, value in record["seconds"].items()}
+
+    new = changed(new, tmp_path, slow)
+    assert main(["compare", str(old), str(new)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"WARNING: speed is not judged, since times of other settings do not compare ({says})" in text
+    assert "no regression in scores; speed not judged" in text
+    assert main(["compare", str(old), str(changed(new, tmp_path, lose(1)))]) == 1
+
+
+def test_a_pruner_with_other_options_is_said(old, tmp_path, capsys):
+    new = changed(old, tmp_path, lambda record: None)
+    content = json.loads(new.read_text())
+    for row in content["rows"]:
+        if row["pruner"] == "mine":
+            row["pruner_config"]["sharpness"] = 2
+    new.write_text(json.dumps(content))
+    assert main(["compare", str(old), str(new)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "WARNING: mine is configured otherwise (sharpness: " in text
+    assert text.count("WARNING") == 1

@@ -10,7 +10,7 @@ import pytest
 
 from gripvlm.evaluate import ResultsError, interval, read_results
 from gripvlm.evaluate.comparing import absolute, differences_from, holm, relative, sign_flip
-from gripvlm.evaluate.frontier import hypervolumes, pareto, time_to_accuracy
+from gripvlm.evaluate.frontier import hypervolumes, pareto, time_to_accuracy, usual_budgets
 from gripvlm.evaluate.scores import Scores, Setting, method_of, scores_of
 from tiny_results import KEEPS, made_up
 
@@ -118,6 +118,38 @@ def test_relative_accuracy_is_the_mean_of_ratios_not_the_ratio_of_means():
     assert found[1].value == pytest.approx((0.5 + 1.0) / 2)
     assert found[0].value == found[0].low == found[0].high == 1
     assert relative(by_hand({("full", 1.0): [ones * 0], ("a", 0.1): [ones]})) == [None, None]
+
+
+def test_too_few_pictures_give_numbers_without_intervals():
+    """Two tasks with a picture each of their own."""
+    counts = np.eye(2)
+    values = {("full", 1.0): np.eye(2), ("a", 0.1): np.eye(2) / 2, ("b", 0.1): np.eye(2) / 4}
+    made = by_hand(values, counts=counts)
+    assert [(cell.value, cell.low, cell.high) for cell in absolute(made)[1]] == [(0.5, None, None)] * 3
+    assert (relative(made)[1].value, relative(made)[1].low) == (0.5, None)
+    assert [(d.mean.value, d.mean.low) for d in differences_from(made, "b")] == [(0.25, None)]
+    assert (hypervolumes(made)["a"].value, hypervolumes(made)["a"].low) == (pytest.approx(0.5), None)
+    with pytest.raises(ResultsError, match="too few pictures"):
+        time_to_accuracy(made, 0.1)
+
+
+def test_a_full_model_that_mostly_scores_nothing_gives_no_interval():
+    """It gets another one of 8 pictures right in each of 8 tasks: few draws have a score in all of them."""
+    full = np.eye(8)
+    found = relative(by_hand({("full", 1.0): full, ("a", 0.1): full / 2}))
+    assert (found[1].value, found[1].low, found[1].high) == (0.5, None, None)
+
+
+def test_the_usual_budgets_are_the_commonest_then_the_largest():
+    ones = np.ones(8)
+    few, more = frozenset({0.5, 0.25}), frozenset({0.5, 0.25, 0.1})
+    assert usual_budgets([few, more, few]) == few
+    assert usual_budgets([few, more]) == more
+    values = {("full", 1.0): [ones]} | {(m, keep): [ones / 2] for m in "ab" for keep in few}
+    values |= {("odd", keep): [ones / 2] for keep in more}
+    found = hypervolumes(by_hand(values))
+    assert found["odd"] is None
+    assert found["a"].value == found["b"].value == pytest.approx(0.5)
 
 
 def test_a_point_on_the_frontier_is_beaten_by_none():

@@ -32,6 +32,13 @@ def finished(out):
     assert process.exitcode == 0
 
 
+def held(out):
+    """The whole lines of the samples file that are answers, as they are written."""
+    file = samples_path(out)
+    content = file.read_bytes() if file.exists() else b""
+    return [line for line in content[: content.rfind(b"\n") + 1].splitlines() if b'"prediction"' in line]
+
+
 def untimed(path):
     """The JSON without times, dates and the sessions, which say that it was interrupted."""
     result = json.loads(path.read_text())
@@ -50,7 +57,7 @@ def test_killed_at_ten_random_moments_the_run_ends_in_the_same_json(tmp_path, mo
     whole, out = tmp_path / "whole" / "r.json", tmp_path / "killed" / "r.json"
     finished(whole)
     size, chance = samples_path(whole).stat().st_size, random.Random(0)
-    killed, grown = 0, []
+    killed, before, counts = 0, [], []
     for moment in sorted(chance.uniform(0.02, 0.95) for _ in range(KILLS)):
         process, began = start(out), time.monotonic()
         while process.is_alive() and time.monotonic() - began < 120:
@@ -61,11 +68,15 @@ def test_killed_at_ten_random_moments_the_run_ends_in_the_same_json(tmp_path, mo
         process.kill()
         process.join()
         killed += process.exitcode == -9
-        grown.append(samples_path(out).stat().st_size)
-        assert not out.exists() or process.exitcode == 0
-    assert killed >= KILLS - 1, "the runs ended before they could be killed"
-    assert grown[0] < grown[-1], "nothing of a killed run was gone on from"
+        after = held(out)
+        assert after[: len(before)] == before, "answers of a killed run were lost or measured again"
+        before = after
+        counts.append(len(after))
+        assert not out.exists()
+    assert killed == KILLS, "a run ended before it could be killed"
+    assert 0 < counts[0] < counts[-1], "nothing of a killed run was gone on from"
     finished(out)
+    assert held(out)[: len(before)] == before
     assert untimed(out) == untimed(whole)
     records = read_results(out).records
     assert len(records) == sum(count for _, count in TASKS) * 4

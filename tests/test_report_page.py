@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from gripvlm.errors import GripError
 from gripvlm.evaluate import read_results, samples_path
 from gripvlm.report import report
 from gripvlm.report.figures import highlighted
-from gripvlm.report.gallery import choose
+from gripvlm.report.gallery import _judged, _methods, choose
 from gripvlm.report.points import command_of, comparisons
 from gripvlm.report.svg import nice
 from gripvlm.tasks import lab_tasks
@@ -162,13 +163,27 @@ def test_times_are_ratios_to_the_full_model_of_their_own_file(made):
     assert next(p.ratio for p in one.points if p.full) == pytest.approx(1)
 
 
-def test_baselines_are_never_left_out(tmp_path):
-    path = made_up(tmp_path / "r.json", arms=(("mine", 0.7), ("grid", 0.6)))
-    with pytest.raises(GripError, match="r has no random: measure them too"):
-        report([path], tmp_path / "page")
-    assert not (tmp_path / "page").exists()
-    with pytest.raises(GripError, match="no method 'odd'"):
-        report([made_up(tmp_path / "s.json")], tmp_path / "page", baseline="odd")
+def test_a_baseline_that_was_not_measured_is_said_and_the_rest_is_shown(made, tmp_path):
+    path = made_up(tmp_path / "r.json", arms=(("mine", 0.7), ("grid", 0.6)), model="another")
+    bare = made_up(tmp_path / "bare.json", arms=(), model="a third")
+    report([path, made, bare], tmp_path / "page")
+    words = (tmp_path / "page" / "report.md").read_text()
+    assert words.count("Baseline missing") == 2
+    assert "Baseline missing: `random` was not measured here" in words
+    assert "Baseline missing: `random` and `grid` were not measured here" in words
+    assert "No method was measured beside the full model." in words
+    assert "Left out: `random` was not measured here." in words
+    assert "### Differences from random: run" in words
+    assert (tmp_path / "page" / "figures" / "r-mean.svg").read_text().count("<title>mine at ") == len(KEEPS)
+    with pytest.raises(GripError, match="no method 'odd' to compare with: type one of full, grid, mine, random"):
+        report([made], tmp_path / "none", baseline="odd")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_committed_results_without_grid_can_be_reported(tmp_path):
+    files = [str(Path(__file__).parents[1] / "results" / f"{name}.json") for name in ("lab-drop", "lab-nodrop")]
+    assert main(["report", *files, "--out", str(tmp_path / "page"), "--no-pictures"]) == 0
+    assert "Baseline missing: `grid` was not measured here" in (tmp_path / "page" / "report.md").read_text()
 
 
 def test_the_best_methods_are_coloured_and_the_others_are_a_crowd(tmp_path):
@@ -183,6 +198,22 @@ def test_the_best_methods_are_coloured_and_the_others_are_a_crowd(tmp_path):
     html = (tmp_path / "page" / "index.html").read_text()
     assert "<span>other methods</span>" in html
     assert "<title>m0 at " in html
+
+
+def test_budgets_that_one_method_alone_has_colour_nobody(tmp_path):
+    """`many` is the worst at the common budgets, and has more of them than all others."""
+    arms = (*((f"m{i}", 0.7 + 0.02 * i) for i in range(6)), ("random", 0.5), ("grid", 0.5))
+    common = made_up(tmp_path / "r.json", arms=arms, keeps=(0.5, 0.1), pictures=20)
+    more = made_up(tmp_path / "s.json", arms=(("many", 0.4),), keeps=(0.5, 0.4, 0.3, 0.2, 0.1), pictures=20)
+    (one,) = comparisons([read_results(common), read_results(more)])
+    assert "many" not in highlighted(one)
+
+
+def test_few_pictures_give_a_page_without_intervals(tmp_path):
+    report([made_up(tmp_path / "r.json", pictures=1)], tmp_path / "page")
+    words = (tmp_path / "page" / "report.md").read_text()
+    assert "Left out: there are too few pictures for an interval." in words
+    assert "nan" not in words
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.9), (0.71, 0.74), (0.0, 1.0), (0.5, 0.5), (-1, 3)])
@@ -235,6 +266,24 @@ def test_pictures_show_failures_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab_tasks, "SAMPLE", tmp_path / "gone")
     assert main(["report", str(out), "--out", str(tmp_path / "without")]) == 0
     assert "Pictures are left out: " in (tmp_path / "without" / "index.html").read_text()
+
+
+def test_the_best_method_that_has_masks_is_drawn(tmp_path):
+    """`mine` is the best and drops inside the language model."""
+    out = made_up(
+        tmp_path / "r.json", arms=(("random", 0.5), ("grid", 0.5), ("other", 0.6), ("mine", 0.75)), pictures=20
+    )
+    lines = [json.loads(line) for line in samples_path(out).read_text().splitlines()]
+    for record in lines[1:]:
+        record |= {"layers": [[256, 8]]} if record["pruner"] == "mine" else {"kept": []}
+    samples_path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (one,) = comparisons([read_results(out)])
+    assert max((p for p in one.points if p.keep == 0.1), key=lambda p: p.mean.value).method == "mine"
+    assert [p.method for p in _methods(one, 0.1)] == ["other", "random", "grid"]
+
+
+def test_a_score_between_is_partly_right():
+    assert [_judged(score) for score in (1.0, 0.6, 0.0)] == ["right", "partly right, 0.6", "wrong"]
 
 
 def test_other_json_files_are_left_out_and_said(made, tmp_path, capsys):

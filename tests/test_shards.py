@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from gripvlm.cli import main
 from gripvlm.errors import GripError
 from gripvlm.evaluate import ResultsError, make_inputs, merge, question_ids, read_results, samples_path
-from gripvlm.evaluate.arms import make_arms
+from gripvlm.evaluate.arms import digest, make_arms
 from gripvlm.evaluate.chunks import Shard
 from gripvlm.evaluate.kept import unpacked
 from gripvlm.prune import encode
 from gripvlm.pruners import get_pruner
+from gripvlm.report.points import command_of
 from test_evaluate import Letters, run, untimed
 from tiny_lab import tiny_lab
 
@@ -100,8 +102,48 @@ def test_what_cannot_be_merged_is_said_and_nothing_is_written(parts, tmp_path):
         merge([a, b], out, tasks=TASKS)
     assert out.read_text() == "mine"
     merge([a, b], out, tasks=TASKS, overwrite=True)
+    with pytest.raises(ResultsError, match=r"asked others, but the tasks given are letters, my others: pass those"):
+        merge([a, b], tmp_path / "d.json", tasks=[TASKS[0], Letters("my others", 6)])
     with pytest.raises(ResultsError, match="other questions here"):
         merge([a, b], tmp_path / "d.json", tasks=[Letters(count=9), TASKS[1]])
+
+
+def test_tasks_whose_names_end_alike_are_told_apart(tmp_path):
+    tasks = [Letters("my letters", 6), Letters("letters", 8)]
+    plan = {"tasks": tasks, "pruners": ["grid"], "keeps": [0.1]}
+    parts = [tmp_path / f"{i}.json" for i in (1, 2)]
+    for i, part in enumerate(parts, 1):
+        run(part, **plan, shard=f"{i}/2")
+    result = merge(parts, tmp_path / "c.json", tasks=tasks[::-1])
+    assert {row["task"]: row["n"] for row in result["rows"]} == {"my letters": 6, "letters": 8}
+
+
+def test_shards_of_a_benchmark_in_a_folder_are_merged_from_that_folder(tmp_path):
+    pytest.importorskip("datasets", reason="pip install 'gripvlm[tasks]'")
+    from tiny_benchmarks import pope_rows, write
+
+    spec = f"pope/random:path={write(pope_rows(), tmp_path / 'data' / 'pope.parquet')}"
+    parts = [tmp_path / f"{i}.json" for i in (1, 2)]
+    for i, part in enumerate(parts, 1):
+        run(part, tasks=spec, pruners=["grid"], keeps=[0.1], shard=f"{i}/2")
+    result = merge(parts, tmp_path / "c.json")
+    assert result["header"]["task_specs"] == [spec]
+    assert {(row["task"], row["n"]) for row in result["rows"]} == {("pope/random", 10)}
+    whole = read_results(tmp_path / "c.json")
+    assert f"--tasks {spec}" in command_of(
+        dataclasses.replace(whole, content=whole.content | {"header": whole.header | {"command": "gripvlm eval"}}),
+        ("grid",),
+        0.1,
+    )
+
+
+def test_other_accepted_answers_are_other_questions():
+    plain = Letters(count=2).samples
+    assert digest(plain) == "4ff23bb34f23f27a"
+    first, second = (
+        [dataclasses.replace(sample, answers=answers) for sample in plain] for answers in (("a", "b"), ("a", "c"))
+    )
+    assert len({digest(plain), digest(first), digest(second)}) == 3
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])
@@ -111,8 +153,10 @@ def test_a_shard_is_i_of_n(text):
 
 
 def test_a_shard_without_work_is_said(tmp_path):
-    with pytest.raises(GripError, match=r"only 5 batches of 4. Type at most 5 shards"):
+    with pytest.raises(GripError, match=r"are only 5 batches of 4. Type at most 5 shards, or type a sm"):
         run(tmp_path / "r.json", shard="6/6")
+    with pytest.raises(GripError, match=r"is only 1 batch of 8. Leave --shard out, or type a smaller --batch"):
+        run(tmp_path / "r.json", tasks=[Letters(count=3)], batch_size=8, shard="2/2")
     assert list(tmp_path.iterdir()) == []
 
 

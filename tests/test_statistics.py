@@ -30,6 +30,22 @@ def test_one_picture_gives_no_interval():
     assert interval([([1.0, 0.0], ["a", "a"])], 0) == (None, None)
 
 
+def test_tasks_with_one_picture_each_give_no_interval():
+    """Draws that hit both would always score the same: a point, as if it were certain."""
+    assert interval([([1.0, 0.0], ["a", "a"]), ([1.0], ["b"])], 0) == (None, None)
+    many = [([1.0], [str(i)]) for i in range(14)]  # almost no draw hits all of them
+    assert interval(many, 0) == (None, None)
+
+
+def test_where_most_draws_miss_a_task_there_is_no_interval():
+    def tasks(count):
+        return [([0.0, 1.0], [f"{i}a", f"{i}b"]) for i in range(count)]
+
+    assert interval(tasks(14), 0) == (None, None)
+    low, high = interval(tasks(2), 0)
+    assert low < 0.5 < high
+
+
 def test_intervals_cover_about_as_often_as_they_say():
     rng, inside = np.random.default_rng(0), 0
     for seed in range(200):

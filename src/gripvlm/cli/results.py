@@ -28,8 +28,6 @@ def report_command(
     from gripvlm.evaluate.results import evaluation_files
 
     checked_folder(out, "--out")
-    if out.is_file():
-        raise GripError(f"--out {out} is a file: type a folder")
     mine, others = evaluation_files(results)
     for path in others:
         print(f"{path} is no result of `gripvlm eval`: left out.", file=sys.stderr)
@@ -76,10 +74,14 @@ def merge_command(
     """Put the shards of one grid together, as if one machine had run it."""
     from gripvlm.cli.commands import console
     from gripvlm.cli.outputs import checked_json
+
+    if len(shards) < 2:
+        raise GripError(f"got {len(shards)} file: type two or more shards of one run")
+    checked_json(out)
+
     from gripvlm.evaluate import merge
     from gripvlm.report import table
 
-    checked_json(out)
     result = merge(shards, out, overwrite=overwrite)
     screen = console()
     screen.print(table([*result["rows"], *result["means"]]))

@@ -140,7 +140,11 @@ def _fields(pruner: Pruner, changed: bool = False) -> dict[str, Any]:
 
 def digest(samples: Sequence[Sample]) -> str:
     """A short hash of which questions are asked and what counts as right."""
-    text = "\n".join(f"{s.id}\t{s.image_id}\t{s.question}\t{s.answer}\t{s.choices}\t{s.evidence}" for s in samples)
+    text = "\n".join(
+        f"{s.id}\t{s.image_id}\t{s.question}\t{s.answer}\t{s.choices}\t{s.evidence}"
+        + (f"\t{s.answers}" if s.answers else "")  # so that hashes without any stay what they were
+        for s in samples
+    )
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -69,9 +69,11 @@ def make_chunks(
         return chunks
     mine = chunks[shard.number - 1 :: shard.of]
     if not mine:
+        there, advice = f"are only {len(chunks)} batches", f"Type at most {len(chunks)} shards"
+        if len(chunks) == 1:
+            there, advice = "is only 1 batch", "Leave --shard out"
         raise GripError(
-            f"shard {shard} has nothing to do: there are only {len(chunks)} batches of {batch_size}. Type at most "
-            f"{len(chunks)} shards, or a smaller batch"
+            f"shard {shard} has nothing to do: there {there} of {batch_size}. {advice}, or type a smaller --batch"
         )
     return mine
 

@@ -10,6 +10,7 @@ import numpy as np
 from gripvlm.evaluate.arms import FULL
 from gripvlm.evaluate.schema import ResultsError
 from gripvlm.evaluate.scores import Scores
+from gripvlm.evaluate.statistics import ends
 
 __all__ = ["Difference", "Estimate", "absolute", "differences_from", "estimate", "holm", "relative", "sign_flip"]
 
@@ -18,11 +19,11 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and the ends of its 95 % interval."""
+    """A number and the ends of its 95 % interval, None where there are too few pictures for one."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ class Difference:
 
 def estimate(value: float, drawn: np.ndarray) -> Estimate:
     """The value with the percentiles of its bootstrap draws [draws]."""
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(drawn, [tail, 100 - tail])
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(float(value), *ends(drawn, LEVEL))
 
 
 def absolute(scores: Scores) -> list[tuple[Estimate, ...]]:
@@ -67,13 +66,15 @@ def relative(scores: Scores) -> list[Estimate | None]:
     """[S] settings: the mean over tasks of score / the full model's score; None where a full score is 0.
 
     Both are drawn on the same pictures, so the interval is of the ratio. Draws in which the full
-    model scores nothing are left out.
+    model scores nothing in a task are left out; where those are half or more there is no interval.
     """
     full = scores.index(FULL)
     if full is None or not scores.means[full].all():
         return [None] * len(scores.settings)
     drawn = scores.drawn
-    usable = drawn[:, full].all(axis=-1)
+    usable = np.flatnonzero(drawn[:, full].all(axis=-1))
+    if len(usable) <= len(drawn) / 2:
+        usable = usable[:0]
     ratios = (drawn[usable] / drawn[usable][:, full, None]).mean(-1)
     exact = (scores.means / scores.means[full]).mean(-1)
     return [estimate(exact[s], ratios[:, s]) for s in range(len(scores.settings))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from gripvlm.evaluate.comparing import LEVEL, Estimate, estimate
 from gripvlm.evaluate.schema import ResultsError
 from gripvlm.evaluate.scores import Scores
 
-__all__ = ["EqualTime", "hypervolumes", "pareto", "time_to_accuracy"]
+__all__ = ["EqualTime", "hypervolumes", "pareto", "time_to_accuracy", "usual_budgets"]
 
 _SAME = 1e-12
 
@@ -47,6 +47,11 @@ def pareto(cost: Sequence[float], score: Sequence[float]) -> list[int]:
     return found
 
 
+def usual_budgets(budgets: Collection[frozenset[int | float]]) -> frozenset[int | float]:
+    """Of the methods' sets of budgets the commonest one; of several as common the largest."""
+    return max(budgets, key=lambda keeps: (sum(keeps == one for one in budgets), len(keeps)))
+
+
 def hypervolumes(scores: Scores, floor: float = 0.0, axis: str = "log") -> dict[str, Estimate | None]:
     """Method -> the area below its frontier of mean score over the share of tokens kept.
 
@@ -57,16 +62,17 @@ def hypervolumes(scores: Scores, floor: float = 0.0, axis: str = "log") -> dict[
     So 1 is the full model's accuracy at the smallest budget, 0 is `floor` everywhere. Shares are as
     achieved.
 
-    None where a method was not measured at every budget that most were, which would not compare.
+    None where a method was not measured at the budgets that most were (`usual_budgets`), which would
+    not compare.
     """
     if axis not in ("log", "linear"):
         raise ResultsError(f"axis {axis!r}: type log or linear")
     full = scores.index(FULL)
     methods = dict.fromkeys(one.method for one in scores.settings if not one.full)
-    if full is None:
+    if full is None or not methods:
         return dict.fromkeys(methods)
     budgets = {m: frozenset(one.keep for one in scores.settings if one.method == m) for m in methods}
-    usual = max(budgets.values(), key=lambda keeps: (len(keeps), sum(keeps == one for one in budgets.values())))
+    usual = usual_budgets(budgets.values())
     smallest = min(one.kept for one in scores.settings if budgets.get(one.method) == usual)
     if smallest >= 1:
         return dict.fromkeys(methods)
@@ -108,11 +114,13 @@ def time_to_accuracy(
         The reference setting's number, and one `EqualTime` a method; `oracle` is left out.
 
     Raises:
-        ResultsError: no heuristic was measured at `keep`, no full model, or the settings were not
-            measured in one run, so that their times do not compare.
+        ResultsError: no heuristic was measured at `keep`, no full model, too few pictures for an
+            interval, or the settings were not measured in one run, so that their times do not compare.
     """
     if len({one.file for one in scores.settings}) > 1:
         raise ResultsError("times of several runs do not compare: pass the results of one run")
+    if not len(scores.drawn):
+        raise ResultsError("there are too few pictures for an interval: ask about more of them (a larger --limit)")
     full = scores.index(FULL)
     pool = [s for s, one in enumerate(scores.settings) if one.heuristic and one.keep == keep]
     pool = [full] if keep is None and full is not None else pool

@@ -38,7 +38,7 @@ def merge(
         paths: the results of `evaluate(..., shard="1/n")` to `"n/n"`, in any order, each with its
             samples file beside it.
         out: where the JSON goes.
-        tasks: the tasks that were asked; by default those of the names in the files.
+        tasks: the tasks that were asked; by default those that the files say were typed.
         overwrite: replace `out` where it exists.
 
     Returns:
@@ -46,7 +46,8 @@ def merge(
 
     Raises:
         ResultsError: a file is no shard, a shard is missing or there twice, they are of different
-            runs (the difference is named), an answer is in two of them, or `out` exists.
+            runs (the difference is named), an answer is in two of them, `tasks` lacks one of
+            theirs, or `out` exists.
         TaskError: a task cannot be loaded here.
     """
     target = Path(out)
@@ -58,8 +59,7 @@ def merge(
         raise ResultsError(f"got {len(paths)} file: type two or more shards of one run")
     parts = _in_order([read_results(path) for path in paths])
     config = {name: value for name, value in parts[0].config.items() if name != "shard"}
-    chosen = list(tasks) if tasks is not None else get_tasks([text.rpartition(" (")[0] for text in config["tasks"]])
-    chosen = [next(task for task in chosen if f"{task.name} (" in text) for text in config["tasks"]]
+    chosen = _tasks_of(parts[0], tasks)
     drawn = {task.name: task.take(config["limit"], config["seed"]) for task in chosen}
     for task, text in zip(chosen, config["tasks"], strict=True):
         if text != f"{task.name} ({len(drawn[task.name])}, {digest(drawn[task.name])})":
@@ -75,6 +75,7 @@ def merge(
     result["header"] |= {
         "command": command or command_line(),
         "git": git_state(),
+        "task_specs": [task.spec for task in chosen],
         **{name: parts[0].header.get(name) for name in _COPIED},
         "finished": utc(),
         "seconds": round(sum(part.header["seconds"] for part in parts), 3),
@@ -88,6 +89,18 @@ def merge(
     write_atomically(answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_result(target, result)
     return result
+
+
+def _tasks_of(part: Results, given: Sequence[Task] | None) -> list[Task]:
+    """The tasks of the shard's header, in its order."""
+    specs = part.task_specs
+    there = {task.name: task for task in (given if given is not None else get_tasks(list(specs.values())))}
+    if missing := [name for name in specs if name not in there]:
+        raise ResultsError(
+            f"{part.path} asked {', '.join(missing)}, but the tasks given are {', '.join(there)}: pass those that were "
+            "asked"
+        )
+    return [there[name] for name in specs]
 
 
 def _in_order(parts: list[Results]) -> list[Results]:

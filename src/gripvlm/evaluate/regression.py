@@ -37,21 +37,22 @@ def compare(old: Results, new: Results, tolerance: float = 0.0, slower: float = 
     A setting's mean score over tasks may fall by `tolerance`; the interval of the difference (95 %,
     clustered by picture) is printed but does not excuse: the same code on the same machine gives
     the same answers. Time is the median over questions, divided by the full model's median in the
-    same run, so that the machine's own speed cancels; it may be `slower` times what it was.
+    same run, so that the machine's own speed cancels; it may be `slower` times what it was. A run
+    with another batch size or dtype has other ratios, so its times are shown and not judged.
 
     Args:
         tolerance: of the mean score, 0.01 is one point.
         slower: 1.5 lets a ratio of 0.6 become 0.9.
 
     Raises:
-        ResultsError: other questions, or a setting of `old` that `new` has not; answers missing.
+        ResultsError: another model, other weights, questions, positions or another shard; a setting
+            of `old` that `new` has not; answers missing.
     """
     for one in (old, new):
         if one.records is None:
             raise ResultsError(f"the answers of {one.path} are not there ({one.missing}): copy them beside it")
-    then, now = ({"tasks": one.header["tasks"], "positions": one.header["positions"]} for one in (old, new))
-    if then != now:
-        raise ResultsError(f"{old.path} and {new.path} asked different questions ({differences(then, now)})")
+    _same_run(old, new)
+    timing, notes = _timing(old, new), _configured(old, new)
     tasks = list(dict.fromkeys(row["task"] for row in old.rows))
     settings = list(dict.fromkeys((row["pruner"], str(row["keep"])) for row in old.rows))
     there = {(row["pruner"], str(row["keep"])) for row in new.rows}
@@ -86,14 +87,47 @@ def compare(old: Results, new: Results, tolerance: float = 0.0, slower: float = 
             found.append(
                 f"REGRESSION: {label} lost {-100 * difference:.2f} points (tolerance {100 * tolerance:g}): {some}"
             )
-        if pruner != FULL and ratio > was * slower + _ROUNDING:
+        if pruner != FULL and not timing and ratio > was * slower + _ROUNDING:
             found.append(
                 f"REGRESSION: {label} takes {ratio:.2f} of the full model's time, was {was:.2f} (tolerance: "
                 f"{slower:g} times)"
             )
     ending = f"{len(found)} regressions" if len(found) != 1 else "1 regression"
-    lines += [*found, ending if found else "no regression"]
+    if timing:
+        notes.append(f"WARNING: speed is not judged, since times of other settings do not compare ({timing})")
+    lines += [
+        *notes,
+        *found,
+        (ending if found else "no regression") + (" in scores; speed not judged" if timing else ""),
+    ]
     return Verdict(tuple(lines), tuple(found))
+
+
+def _same_run(old: Results, new: Results) -> None:
+    """Refuses runs whose answers do not belong to the same questions to the same model."""
+    names = ["model", "tasks", "positions", "shard"]
+    if old.header["dtype"] == new.header["dtype"]:  # the hash is of the weights as they were loaded
+        names.insert(1, "weights")
+    then, now = ({name: one.header.get(name, "none") for name in names} for one in (old, new))
+    if then != now:
+        what = "asked different questions" if then["model"] == now["model"] else "are of different models"
+        raise ResultsError(f"{old.path} and {new.path} {what} ({differences(then, now)}): compare runs of one kind")
+
+
+def _timing(old: Results, new: Results) -> str:
+    """What differs of the settings that times depend on; "" where nothing does."""
+    then, now = ({name: one.header[name] for name in ("batch_size", "dtype")} for one in (old, new))
+    return differences(then, now)
+
+
+def _configured(old: Results, new: Results) -> list[str]:
+    """A line for each pruner that goes by the same name and has other options."""
+    then, now = ({row["pruner"]: row["pruner_config"] for row in one.rows} for one in (old, new))
+    return [
+        f"WARNING: {pruner} is configured otherwise ({differences(config, now[pruner])})"
+        for pruner, config in then.items()
+        if now.get(pruner, config) != config
+    ]
 
 
 def _ratio(one: Results, tasks: list[str], pruner: str, keep: str) -> float:

@@ -17,6 +17,8 @@ from gripvlm.evaluate.schema import ResultsError, checked_result, is_result
 
 __all__ = ["Results", "evaluation_files", "read_json", "read_results"]
 
+_LITERAL = 4  # what is left at most of a word such as `false` that is cut
+
 
 @dataclass(frozen=True, eq=False)
 class Results:
@@ -54,6 +56,12 @@ class Results:
         head = self.header
         return (head["model"], head["weights"], *head["tasks"], head["positions"], str(head.get("shard")))
 
+    @property
+    def task_specs(self) -> dict[str, str]:
+        """Task -> what to type for it; in files that do not say, its name."""
+        names = [text.rpartition(" (")[0] for text in self.header["tasks"]]
+        return dict(zip(names, self.header.get("task_specs", names), strict=True))
+
     def of(self, task: str, pruner: str, keep: str) -> dict[str, dict[str, Any]]:
         """id -> record of one row; {} without a samples file."""
         return self._by_row.get((task, pruner, keep), {})
@@ -81,7 +89,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        cut = not text.strip() or error.pos >= len(text.rstrip()) - 1
+        ends = error.pos >= len(text.rstrip()) - _LITERAL and not error.msg.startswith("Extra data")
+        cut = not text.strip() or ends or error.msg.startswith("Unterminated string")
         what = "is cut off" if cut else f"is no JSON at line {error.lineno} ({error.msg})"
         raise ResultsError(
             f"{path} {what}: run its evaluation again (with the samples file beside it nothing is measured twice), or "

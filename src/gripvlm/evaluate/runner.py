@@ -139,6 +139,7 @@ def evaluate(
         result = assembled(name, config, arms, chosen, drawn, asked, journal.records, seed)
     result["header"] |= {
         "command": session["command"],
+        "task_specs": [task.spec for task in chosen],
         "git": session["git"],
         "versions": versions(),
         "hardware": hardware(model.device),

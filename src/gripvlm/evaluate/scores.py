@@ -13,6 +13,7 @@ import numpy as np
 from gripvlm.evaluate.arms import BLIND, FULL, ORACLE
 from gripvlm.evaluate.results import Results
 from gripvlm.evaluate.schema import ResultsError
+from gripvlm.evaluate.statistics import bootstrap
 from gripvlm.pruners.registry import _load
 
 __all__ = ["Scores", "Setting", "method_of", "scores_of", "was_trained"]
@@ -90,32 +91,16 @@ class Scores:
 
     @cached_property
     def drawn(self) -> Array:
-        """[draws, S, G] scores under the bootstrap; the same pictures for every setting, so that they pair.
+        """[usable draws, S, G] scores under the bootstrap; the same pictures for every setting, so that they pair.
 
-        Whole pictures are drawn with replacement, with all of their questions in all tasks, by the
-        same numbers as in `interval`. A draw that misses a task is left out.
+        The draws of `bootstrap`, as for the rows' intervals; none where there are too few pictures.
         """
-        return self._bootstrap(self.sums)
+        return bootstrap(self.sums, self.counts, self.seed, self.draws)
 
     @cached_property
     def drawn_times(self) -> Array:
         """[draws, S] seconds a question under the same draws."""
-        return self._bootstrap(self.seconds).mean(-1)
-
-    def _bootstrap(self, values: Array) -> Array:
-        if len(self.images) < 2:
-            raise ResultsError("all questions are about one picture, so nothing can be said about another one")
-        rng, found = np.random.default_rng(self.seed), []
-        images = len(self.images)
-        flat = values.reshape(-1, images).T
-        for start in range(0, self.draws, 200):
-            size = min(200, self.draws - start)
-            times = rng.multinomial(images, np.full(images, 1 / images), size=size)
-            seen = times @ self.counts.T
-            whole = seen.all(axis=1)
-            drawn = (times[whole] @ flat).reshape(-1, *values.shape[:2])
-            found.append(drawn / seen[whole][:, None, :])
-        return np.concatenate(found)
+        return bootstrap(self.seconds, self.counts, self.seed, self.draws).mean(-1)
 
     def index(self, method: str, keep: Any = None) -> int | None:
         """The setting of this name and budget, None where there is none; any budget for `full`."""

@@ -10,46 +10,73 @@ import numpy as np
 
 from gripvlm.tasks.base import Sample, Task, normalise
 
-__all__ = ["SECONDS", "interval", "majority", "mean_rows", "row"]
+__all__ = ["SECONDS", "bootstrap", "ends", "interval", "majority", "mean_rows", "row"]
 
 SECONDS = ("vision", "pruner", "surgery", "prefill", "decode")
 Scored = tuple[Sequence[float], Sequence[str]]
 """Scores [n] and the image [n] each belongs to."""
+_PICTURES, _USABLE = 2, 0.5
+
+
+def bootstrap(values: np.ndarray, counts: np.ndarray, seed: int, draws: int = 2000) -> np.ndarray:
+    """[usable draws, S, G] means over questions, from drawing whole pictures with replacement.
+
+    Questions about one picture are not independent, so whole pictures are drawn, each with all its
+    questions in all groups. A draw that misses a group says nothing about the mean and is left out.
+    None is usable, so that there is no interval, where a group has fewer than two pictures (its
+    mean would never vary) or where half of the draws or more miss a group (those that are left
+    would be chosen by what they hit).
+
+    Args:
+        values: [S, G, I] sums of each picture's values in each group, of S settings.
+        counts: [G, I] its questions.
+        seed: the same seed and counts draw the same pictures.
+    """
+    images = counts.shape[1]
+    none = np.empty((0, *values.shape[:2]))
+    if (counts > 0).sum(axis=1).min() < _PICTURES:
+        return none
+    rng, found = np.random.default_rng(seed), []
+    flat = values.reshape(-1, images).T
+    for start in range(0, draws, 200):  # in slices, so that memory stays small
+        size = min(200, draws - start)
+        times = rng.multinomial(images, np.full(images, 1 / images), size=size)  # [size, I]
+        seen = times @ counts.T  # [size, G]
+        whole = seen.all(axis=1)
+        found.append((times[whole] @ flat).reshape(-1, *values.shape[:2]) / seen[whole][:, None, :])
+    usable = np.concatenate(found)
+    return usable if len(usable) > _USABLE * draws else none
+
+
+def ends(drawn: np.ndarray, level: float = 0.95) -> tuple[float, float] | tuple[None, None]:
+    """The percentiles of draws [draws] that hold `level` of them; None where there are no draws."""
+    if not len(drawn):
+        return None, None
+    tail = 50 * (1 - level)
+    low, high = np.percentile(drawn, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def interval(
     groups: Sequence[Scored], seed: int, draws: int = 2000, level: float = 0.95
 ) -> tuple[float, float] | tuple[None, None]:
-    """Percentile bootstrap of the mean over groups of each group's mean score, resampling images.
+    """Percentile interval of the mean over groups of each group's mean score (see `bootstrap`).
 
-    Questions about one picture are not independent, so whole pictures are drawn, with replacement,
-    each with all its questions in all groups. Where all scores are equal the interval is a point,
-    which understates what is unknown; with fewer than two pictures there is none.
+    Where all scores are equal the interval is a point, which understates what is unknown; with too
+    few pictures there is none.
 
     Args:
         groups: one (scores, images) for each task; one group for a single task.
         seed: the same seed and data give the same interval.
     """
     names = sorted({image for _, images in groups for image in images})
-    if len(names) < 2:
-        return None, None
     place = {name: i for i, name in enumerate(names)}
     sums, counts = np.zeros((2, len(groups), len(names)))
     for g, (scores, images) in enumerate(groups):
         where = [place[image] for image in images]
         np.add.at(sums[g], where, np.asarray(scores, dtype=float))
         np.add.at(counts[g], where, 1.0)
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, draws, 200):  # in slices, so that memory stays small
-        size = min(200, draws - start)
-        times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=size)  # [size, images]
-        seen = times @ counts.T  # [size, groups]
-        whole = seen.all(axis=1)  # a draw that misses a group says nothing about the mean
-        means.append(((times @ sums.T)[whole] / seen[whole]).mean(axis=1))
-    tail = 50 * (1 - level)
-    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
-    return float(low), float(high)
+    return ends(bootstrap(sums[None], counts, seed, draws).mean(-1)[:, 0], level)
 
 
 def majority(task: Task, samples: Sequence[Sample]) -> tuple[str, float]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from gripvlm.evaluate.arms import ORACLE
-from gripvlm.evaluate.frontier import pareto
+from gripvlm.evaluate.frontier import pareto, usual_budgets
 from gripvlm.report.blocks import Block, Figures, Text
 from gripvlm.report.points import Cell, Comparison, Point, keep_text
 from gripvlm.report.svg import Axis, Line, Mark, Style, key, nice, panel
@@ -14,7 +14,7 @@ from gripvlm.report.tables import short
 __all__ = ["ALWAYS", "highlighted", "plots", "score_text"]
 
 ALWAYS = ("random", "grid")
-"""With the full model on every plot, whatever else is."""
+"""With the full model on every plot where they were measured; the page says where they were not."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -29,18 +29,19 @@ _CROWD = "other methods"
 
 
 def highlighted(comparison: Comparison, count: int = len(_COLOURS)) -> dict[str, Style]:
-    """Method -> style: the best by mean score over all of its budgets, and those that are always there."""
+    """Method -> style: the best by mean score over the usual budgets, and those that are always there."""
     methods = list(dict.fromkeys(p.method for p in comparison.points if not p.full))
-    height = {m: _height(comparison, m) for m in methods}
+    usual = usual_budgets([frozenset(p.keep for p in comparison.points if p.method == m) for m in methods])
+    height = {m: _height(comparison, m, usual) for m in methods}
     free = sorted((m for m in methods if m not in _FIXED), key=lambda m: -height[m])[:count]
     styles = {m: Style(_COLOURS[i], _MARKERS[i]) for i, m in enumerate(free)}
     return styles | {m: style for m, style in _FIXED.items() if m in methods}
 
 
-def _height(comparison: Comparison, method: str) -> float:
-    """Its mean score, averaged over the budgets that most methods have; what it lacks counts as nothing."""
+def _height(comparison: Comparison, method: str, usual: Collection[int | float]) -> float:
+    """Its mean score, summed over the budgets that most methods have; what it lacks counts as nothing."""
     mine = {p.keep: p.mean.value for p in comparison.points if p.method == method}
-    return sum(mine.get(keep, 0.0) for keep in comparison.keeps)
+    return sum(mine.get(keep, 0.0) for keep in usual)
 
 
 def score_text(cell: Cell) -> str:

@@ -38,16 +38,18 @@ class Choice:
 def gallery(comparison: Comparison, anchor: str) -> list[Block]:
     """What the best method, random and grid kept, at the budget nearest to a tenth.
 
-    Questions that the full model gets right and the best method wrong come first, tasks in turn; then
+    Questions that the full model answers better than the best method come first, tasks in turn; then
     some that only the best gets right. The page says why where there are none.
     """
     title = Heading(f"What was kept: {comparison.name}", 3)
     keep = comparison.nearest()
     shown = _methods(comparison, keep)
-    if comparison.scores is None or not shown:
+    if comparison.scores is None:
         return [title, Text("Pictures are left out: there are no answers to choose from.")]
-    chosen = choose(comparison, shown, keep)
-    if not chosen or not all("kept" in _records(comparison, p, one.task)[one.id] for one in chosen for p in shown):
+    chosen = choose(comparison, shown, keep) if shown else []
+    if shown and not chosen:
+        return [title, Text("Pictures are left out: no question tells these methods from the full model.")]
+    if not shown:
         return [
             title,
             Text(
@@ -57,9 +59,10 @@ def gallery(comparison: Comparison, anchor: str) -> list[Block]:
         ]
     try:
         processor = _processor(comparison.results[0])
+        specs = comparison.results[0].task_specs
         samples = {
             (task.name, sample.id): sample
-            for task in get_tasks(list(dict.fromkeys(one.task for one in chosen)))
+            for task in get_tasks([specs[name] for name in dict.fromkeys(one.task for one in chosen)])
             for sample in task.samples
         }
         questions = [_question(comparison, one, samples[one.task, one.id], shown, processor, anchor) for one in chosen]
@@ -69,19 +72,28 @@ def gallery(comparison: Comparison, anchor: str) -> list[Block]:
     names = ", ".join(f"`{p.method}`" for p in shown)
     text = (
         f"{names} at {keep_text(shown[0].keep)}: bright patches were kept. First {lost} questions that the full model "
-        f"gets right and `{shown[0].method}` wrong, tasks in turn; then {len(chosen) - lost} that it gets right and "
-        f"`{shown[-1].method}` wrong. Chosen by this rule, not by eye. A blue bar is a right "
-        "answer, an orange one a wrong answer."
+        f"answers better than `{shown[0].method}`, tasks in turn; then {len(chosen) - lost} that it gets right and "
+        f"`{shown[-1].method}` not. Chosen by this rule, not by eye. A blue bar is a right "
+        "answer, an orange one a wrong or partly right answer."
     )
     return [title, Text(text), *questions]
 
 
 def _methods(comparison: Comparison, keep: Any) -> list[Point]:
-    """The most accurate at this budget, then random and grid where they were measured."""
-    there = {p.method: p for p in comparison.points if p.keep == keep and not p.full}
+    """The most accurate at this budget whose answers say what was kept, then random and grid where they were measured.
+
+    Methods that drop inside the language model keep other tokens at each layer, of which there is no one picture.
+    """
+    if comparison.scores is None:
+        return []
+    there = {p.method: p for p in comparison.points if p.keep == keep and not p.full and _has_masks(comparison, p)}
     able = [p for name, p in there.items() if name not in (ORACLE, "random", "grid")]
     best = sorted(able, key=lambda p: -p.mean.value)[:1]
     return [*best, *(there[name] for name in ("random", "grid") if name in there)]
+
+
+def _has_masks(comparison: Comparison, point: Point) -> bool:
+    return all("kept" in record for task in comparison.tasks for record in _records(comparison, point, task).values())
 
 
 def _records(comparison: Comparison, point: Point, task: str) -> dict[str, dict[str, Any]]:
@@ -140,11 +152,16 @@ def _question(
         for part in layout(processor, picture.size, [item.grid for item in items]):
             image = overlay(picture, part.of(items), part.geometry, caption="")
             right = record["score"] >= 1
-            said = f"{record['prediction'] or '(nothing)'} ({'right' if right else 'wrong'})"
+            said = f"{record['prediction'] or '(nothing)'} ({_judged(record['score'])})"
             caption = f"{point.method}, {record['k']} of {record['n']} tokens: {said}"
             name = "-".join(filter(None, [anchor, short(one.task), one.id, point.method, part.name]))
             drawn.append(Shown(_safe(name), _jpeg(image), f"{caption} {part.name}".strip(), right))
     return Pictures(f"{short(one.task)}: {sample.question} True answer: {sample.answer}. Full model: {whole}.", drawn)
+
+
+def _judged(score: float) -> str:
+    """In a word; VQA scores and the like are also between wrong and right."""
+    return "right" if score >= 1 else "wrong" if score <= 0 else f"partly right, {score:.2g}"
 
 
 def _safe(name: str) -> str:

@@ -184,7 +184,7 @@ def command_of(one: Results, arms: Sequence[str], keep: int | float) -> str:
     typed = "eval" in words[:4] and any(word in words[0] for word in ("gripvlm", "__main__", "python"))
     if not typed:
         return head["command"]
-    tasks = [text.rpartition(" (")[0] for text in head["tasks"]]
+    tasks = list(one.task_specs.values())
     if tasks == [f"lab/{family}" for family in FAMILIES]:
         tasks = ["lab"]
     line = ["gripvlm", "eval", "--model", head["model"], "--tasks", ",".join(tasks), "--pruners", ",".join(arms)]

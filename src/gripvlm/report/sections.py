@@ -12,7 +12,7 @@ from gripvlm.evaluate.frontier import hypervolumes, time_to_accuracy
 from gripvlm.evaluate.results import Results
 from gripvlm.evaluate.scores import Scores
 from gripvlm.report.blocks import Block, Commands, Facts, Heading, Sheet, Text
-from gripvlm.report.figures import plots, score_text
+from gripvlm.report.figures import ALWAYS, plots, score_text
 from gripvlm.report.points import Cell, Comparison, keep_text
 from gripvlm.report.tables import short
 
@@ -23,7 +23,10 @@ def sections(comparison: Comparison, baseline: str, anchor: str, within: float) 
     """How it was measured, plots, scores and what follows from them."""
     name = comparison.name
     missing = [str(one.missing) for one in comparison.results if one.missing is not None]
-    blocks: list[Block] = [Heading(name), *_runs(comparison), *plots(comparison, anchor), Text(_about_time(comparison))]
+    blocks: list[Block] = [Heading(name), *_runs(comparison), *_absent(comparison)]
+    if not comparison.keeps:
+        return [*blocks, Text("No method was measured beside the full model."), _scores(comparison)]
+    blocks += [*plots(comparison, anchor), Text(_about_time(comparison))]
     blocks += [Heading(f"Scores: {name}", 3), Text(_about_scores(comparison)), _scores(comparison)]
     if comparison.scores is None:
         blocks.append(
@@ -43,6 +46,21 @@ def commands(comparison: Comparison) -> list[Block]:
     """What makes each point."""
     typed = Commands([(f"{p.label}: {score_text(p.mean)}", p.command) for p in comparison.points])
     return [Heading(f"Commands: {comparison.name}", 3), Text("What to type for each point alone."), typed]
+
+
+def _absent(comparison: Comparison) -> list[Block]:
+    """What every plot should show and these results have not."""
+    there = {p.method.partition(":")[0] for p in comparison.points}
+    missing = [name for name in ALWAYS if name not in there]
+    if not missing:
+        return []
+    names = " and ".join(f"`{name}`" for name in missing)
+    return [
+        Text(
+            f"Baseline missing: {names} {'was' if len(missing) == 1 else 'were'} not measured here, so nothing below "
+            f"says whether a method is better. To measure: `gripvlm eval --pruners {','.join(missing)},...`."
+        )
+    ]
 
 
 def _runs(comparison: Comparison) -> list[Block]:
@@ -157,6 +175,9 @@ def _relative(comparison: Comparison, scores: Scores) -> list[Block]:
 
 
 def _differences(comparison: Comparison, scores: Scores, baseline: str) -> list[Block]:
+    heading = Heading(f"Differences from {baseline}: {comparison.name}", 3)
+    if baseline not in {one.method for one in scores.settings}:
+        return [heading, Text(f"Left out: `{baseline}` was not measured here.")]
     found = differences_from(scores, baseline)
     if not found:
         return []
@@ -164,14 +185,13 @@ def _differences(comparison: Comparison, scores: Scores, baseline: str) -> list[
     for one in found:
         setting = scores.settings[one.setting]
         star = "*" if one.p_holm < 0.05 else ""
-        values[setting.method, setting.keep] = f"{100 * one.mean.value:+.1f}{star} [{_ends(one.mean, '+.1f')}]"
+        values[setting.method, setting.keep] = f"{100 * one.mean.value:+.1f}{star}{_ends(one.mean)}"
     text = (
         f"Mean score minus that of `{baseline}` at the same budget, in points, question by question on the same "
         "pictures, with uncorrected 95 % intervals. A star: different from 0 at the 5 % level after Holm's correction "
         f"for all {len(found)} differences of this table (paired sign-flip test over {len(scores.images)} pictures, "
         "10,000 flips), so the chance that any star is wrong is at most 5 %."
     )
-    heading = Heading(f"Differences from {baseline}: {comparison.name}", 3)
     return [heading, Text(text), _by_budget(comparison, values)]
 
 
@@ -197,6 +217,8 @@ def _equal_time(comparison: Comparison, scores: Scores, within: float) -> list[B
     title = Heading(f"Time to equal accuracy: {comparison.name}", 3)
     if len(comparison.results) > 1:
         return [title, Text("Left out: these settings were measured in several runs, whose times do not compare.")]
+    if not len(scores.drawn):
+        return [title, Text("Left out: there are too few pictures for an interval.")]
     blocks: list[Block] = [title]
     less = f" less {100 * within:g} points" if within else ""
     heuristics = [keep for keep in scores.keeps if any(one.heuristic and one.keep == keep for one in scores.settings)]
@@ -237,5 +259,6 @@ def _percent(one: Estimate | None) -> str:
     return "-" if one is None else score_text(Cell(one.value, one.low, one.high))
 
 
-def _ends(one: Estimate, form: str) -> str:
-    return f"{100 * one.low:{form}}, {100 * one.high:{form}}"
+def _ends(one: Estimate) -> str:
+    """` [-1.0, +2.0]`, in points; nothing where there is no interval."""
+    return "" if one.low is None or one.high is None else f" [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"

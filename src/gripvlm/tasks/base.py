@@ -140,6 +140,11 @@ class Task:
     held_out: bool = False
     evidence_grid: tuple[int, int] | None = None
 
+    @property
+    def spec(self) -> str:
+        """What `get_tasks` makes this task of: its name, with the options that the name leaves out."""
+        return self.name
+
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
         """All samples, in a fixed order."""

@@ -56,9 +56,14 @@ class Benchmark(TableTask):
             )
         )
         self.part = name.partition("/")[2]
+        self._spec = f"{name}:{','.join(f'{key}={value}' for key, value in options.items())}" if options else name
         self.held_out = "split" not in options
         if options.get("split", self.split) != self.split:
             self.name = f"{name}:split={options['split']}"
+
+    @property
+    def spec(self) -> str:
+        return self._spec
 
 
 class POPE(Benchmark):
