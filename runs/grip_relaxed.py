@@ -12,6 +12,8 @@ For each arm, budget and validation question, the mean over questions and seeds 
   anew. How often does the gradient of the answer's log-probability with respect to the mask, at the soft mask of the
   first temperature and at the hard mask, tell the sign of what happens? Swaps that change the answer's
   log-probability by less than 0.02 say nothing and are left out; a coin would have 0.5.
+
+Writes after every arm, and leaves alone what is there: remove the file to begin anew.
 """
 
 from __future__ import annotations
@@ -111,8 +113,11 @@ def main() -> None:
     engine = Engine(model, processor)
     some = questions[:: len(questions) // QUESTIONS][:QUESTIONS]
     batches = [engine.prepare(some[start : start + 16]) for start in range(0, len(some), 16)]
-    arms: dict[str, dict] = {}
+    file = ROOT / "results" / "grip-relaxed.json"
+    arms: dict[str, dict] = json.loads(file.read_text())["arms"] if file.exists() else {}
     for arm in ARMS:
+        if arm in arms:
+            continue
         seeds = [
             look(engine, batches, Scorer.from_pretrained(path), torch.Generator().manual_seed(0))
             for path in sorted(folder.glob(f"{arm}-[0-9]"))
@@ -121,16 +126,16 @@ def main() -> None:
         if not seeds:
             continue
         arms[arm] = {keep: {name: [seed[keep][name] for seed in seeds] for name in seeds[0][keep]} for keep in seeds[0]}
-        print(arm, json.dumps(arms[arm]))
-    result = {
-        "command": command_line(),
-        **environment(),
-        "taus": [TAU_FIRST, TAU_LAST],
-        "questions": len(some),
-        "swaps_a_question": SWAPS,
-        "arms": arms,
-    }
-    (ROOT / "results" / "grip-relaxed.json").write_text(json.dumps(result, indent=1) + "\n")
+        result = {
+            "command": command_line(),
+            **environment(),
+            "taus": [TAU_FIRST, TAU_LAST],
+            "questions": len(some),
+            "swaps_a_question": SWAPS,
+            "arms": arms,
+        }
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        print(arm)
 
 
 if __name__ == "__main__":
