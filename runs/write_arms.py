@@ -265,9 +265,9 @@ def relaxed() -> list[str]:
 
 
 STUCK = [
-    "Read off: the gradient is no blind guide here; it tells most swaps right, if less so at the smallest budgets. What",
-    "a relaxation misjudges is how much a soft mask leaks: at 3 and 1.5 % the model answers visibly better under the",
-    "soft mask than with the k tokens that are kept in the end, at 12.5 % and above there is no such gap.",
+    "Read off: the gradient is no blind guide here; it tells most swaps right, if less so at the smallest budgets.",
+    "What a relaxation misjudges is how much a soft mask leaks: at 3 and 1.5 % the model answers visibly better under",
+    "the soft mask than with the k tokens that are kept in the end, at 12.5 % and above there is no such gap.",
 ]
 """What was read off that table, in words."""
 
