@@ -125,6 +125,13 @@ def test_list_and_env(capsys):
     assert all(word in text for word in ("torch", "transformers", "cores", "python"))
 
 
+def test_eval_of_all_says_what_it_leaves_out(capsys):
+    assert main(["eval", "--tasks", "lab/text", "--pruners", "oracle,all", "--keep", "50%", "--limit", "1"]) == 0
+    out, error = capsys.readouterr()
+    assert all(name in out for name in ("oracle", "divprune", "visionzip", "random"))
+    assert "not in all: given: needs scores of your own" in error
+
+
 def test_a_finished_eval_says_that_nothing_is_measured_again(capsys):
     arguments = ["eval", "--tasks", "lab/text", "--pruners", "grid", "--limit", "2", "--out", "r/f.json"]
     assert main(arguments) == 0

@@ -149,7 +149,7 @@ def evaluate_command(
         typer.Option("--tasks", "-t", help="From `gripvlm list`, hf:REPO or jsonl:PATH, separated by commas."),
     ] = "lab",
     pruners: Annotated[
-        str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, separated by commas.")
+        str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, separated by commas; or all.")
     ] = "random,grid,norm,pool,divprune",
     keep: Annotated[str, typer.Option("--keep", "-k", help="Budgets: 64, 0.1 or 10%, separated by commas.")] = "10%",
     model: Model = "lab",
@@ -181,7 +181,7 @@ def evaluate_command(
     budgets = [Budget.parse(text) for text in _split(keep)]
     chosen = get_tasks(_split(tasks))
     numbers = _seeds(seeds)
-    make_arms(names, budgets, seeds=numbers)
+    make_arms([name for name in names if name != "all"], budgets, seeds=numbers)
     part = None if shard is None else Shard.parse(shard)
     if part is not None and out is None:
         raise GripError(
@@ -197,6 +197,12 @@ def evaluate_command(
 
     quiet()
     vlm, processor = load_model(model, device)
+    if "all" in names:
+        from gripvlm.evaluate.everything import serving
+
+        every, left = serving(vlm, budgets)
+        names = list(dict.fromkeys([*(name for name in names if name != "all"), *every]))
+        print(*(f"not in all: {name}: {why}" for name, why in left.items()), sep="\n", file=sys.stderr)
     try:
         result = evaluate(
             vlm,

@@ -60,7 +60,7 @@ class MustDrop(Pruner):
         value[merged[:, 4]] = scores[merged].mean(dim=1)
         indices = top_k(value, tokens.keep)
         own = merged[torch.isin(merged[:, 4], indices)]
-        slot = torch.searchsorted(indices, own[:, 4:5]).expand(-1, 8)
+        slot = torch.searchsorted(indices, own[:, 4:5].contiguous()).expand(-1, 8)
         others = own[:, [0, 1, 2, 3, 5, 6, 7, 8]]
         merge = mean_into(tokens.keep, indices, others.flatten(), slot.flatten())
         return Selection(indices, tokens.n, scores, merge)
