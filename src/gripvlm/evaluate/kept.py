@@ -28,7 +28,7 @@ class Kept:
     """
 
     kept: Tensor
-    grid: tuple[int, int] | None
+    grid: tuple[int, int] | None = None
     merge: object = None
 
     @property

@@ -11,26 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from gripvlm.evaluate.kept import Kept
 from gripvlm.report.cells import Box, Geometry, GeometryError, geometry
 
 __all__ = ["Part", "layout"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    """The part of a selection that is drawn."""
-
-    kept: Tensor
-    merge: object = None
-
-    @property
-    def n(self) -> int:
-        return int(self.kept.numel())
-
-    def mask(self) -> Tensor:
-        return self.kept
 
 
 @dataclass(frozen=True)
@@ -47,11 +32,11 @@ class Part:
     geometry: Geometry
     start: int
 
-    def of(self, selections: Sequence[Any]) -> _Kept:
+    def of(self, selections: Sequence[Any]) -> Kept:
         """What of it was kept, from the image's selections (one an item, in order), to hand to `overlay`."""
         kept = torch.cat([selection.mask() for selection in selections])
         merge = next((selection.merge for selection in selections if selection.merge is not None), None)
-        return _Kept(kept[self.start : self.start + len(self.geometry.boxes)], merge)
+        return Kept(kept[self.start : self.start + len(self.geometry.boxes)], merge=merge)
 
 
 def layout(
