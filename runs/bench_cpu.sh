@@ -4,7 +4,7 @@
 #
 #   bash runs/bench_cpu.sh                   let nothing else run on the machine meanwhile; half an hour on two cores
 #   BATCH=1,16 bash runs/bench_cpu.sh        some two hours (both are estimates from FLOPs)
-#   MODELS=random:tiny BATCH=1,2 OUT=/tmp/bench bash runs/bench_cpu.sh     a try
+#   MODELS=random:tiny BATCH=1,2 OUT=.lab/try bash runs/bench_cpu.sh     a try
 #
 # Not run as it stands: the duration is an estimate from FLOPs.
 set -euo pipefail

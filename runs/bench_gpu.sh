@@ -3,7 +3,7 @@
 # keeping 50, 22, 11 and 5 % (100 % is the unpruned model, always measured); results/bench-gpu-*.json.
 #
 #   bash runs/bench_gpu.sh                                  one GPU of 80 GB; meant to take ten minutes at most
-#   MODELS="random:tiny random:tiny-qwen" DEVICE=cpu BATCH=1,2 OUT=/tmp/bench bash runs/bench_gpu.sh     a try
+#   MODELS="random:tiny random:tiny-qwen" DEVICE=cpu BATCH=1,2 OUT=.lab/try bash runs/bench_gpu.sh     a try
 #
 # Tested on the two tiny shapes on a CPU only: it has not run on a GPU, and the ten minutes are an estimate. Each model
 # is cut off after SECONDS_EACH; what was measured by then is in its file, which says "finished": false. A setting that

@@ -6,7 +6,7 @@
 #   SHARD=1/2 bash runs/lab_grid.sh          one machine's half (the other: 2/2); bring the files together in results/
 #   MERGE=2 bash runs/lab_grid.sh            merge two shards and write the report
 #   LIMIT=100 bash runs/lab_grid.sh          100 questions a family; what is committed was made so
-#   LIMIT=2 OUT=/tmp/grid bash runs/lab_grid.sh     a try
+#   LIMIT=2 OUT=.lab/try bash runs/lab_grid.sh     a try
 #
 # The lab's model has 3 vision blocks and 5 language layers, so methods that name a block of CLIP's 24 or a layer of 32
 # are told another one here; inside 5 layers no average far below 30 % can be met. Hardware and time are in the files.
