@@ -74,13 +74,21 @@ def test_the_gradient_teacher_points_at_what_the_answer_hangs_on(engine, batch):
 
 
 def test_models_whose_masks_are_not_plain_are_refused(engine, batch, monkeypatch):
-    monkeypatch.setattr(engine.model.get_decoder().config, "sliding_window", 4, raising=False)
-    with pytest.raises(UnsupportedModelError, match="load the model with attn_implementation='sdpa'"):
-        masked_forward(engine, batch, [torch.zeros(16)] * 4)
-    monkeypatch.undo()
+    def refused(said: str) -> None:
+        with pytest.raises(UnsupportedModelError, match=said):
+            masked_forward(engine, batch, [torch.zeros(16)] * 4)
+        monkeypatch.undo()
+
+    text = engine.model.get_decoder().config
+    monkeypatch.setattr(text, "_attn_implementation_internal", "flex_attention")
+    refused("flex_attention does not take: load the model with attn_implementation='sdpa'")
+    monkeypatch.setattr(text, "sliding_window", 4, raising=False)
+    refused("sliding windows, which llama has: train with stage grpo")
     monkeypatch.setattr(engine.model.config, "model_type", "paligemma")
-    with pytest.raises(UnsupportedModelError, match="attend in both directions"):
-        masked_forward(engine, batch, [torch.zeros(16)] * 4)
+    refused("paligemma images attend in both directions")
+    monkeypatch.setattr(engine.model.config, "model_type", "gemma4")  # some of its checkpoints do, some do not
+    monkeypatch.setattr(engine.model.config.get_text_config(), "use_bidirectional_attention", "vision", raising=False)
+    refused("gemma4 images attend in both directions")
 
 
 # --- relaxed top k ------------------------------------------------------------------------------------------------

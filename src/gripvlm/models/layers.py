@@ -19,7 +19,7 @@ from gripvlm.errors import GripError, InputError, UnsupportedModelError
 from gripvlm.models.families import family_of
 from gripvlm.models.text import full_mask, visual_places
 
-__all__ = ["Dropped", "checked_dynamic", "checked_layers", "drop_in_layers"]
+__all__ = ["Dropped", "checked_dynamic", "checked_keys", "checked_layers", "drop_in_layers"]
 
 Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 """(hidden [B, L, d], visual [B, L] bool) -> [B, L] bool, the visual tokens that go on; text always does.
@@ -107,6 +107,15 @@ def drop_in_layers(model: Any, choose: Mapping[int, Choose]) -> Iterator[Dropped
             del decoder._deepstack_process
 
 
+def checked_keys(model: Any, wants: str) -> None:
+    """Raises an UnsupportedModelError, beginning with `wants`, where attention takes no mask with a value a key."""
+    implementation = model.get_decoder().config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"{wants}, which {implementation} does not take: load the model with attn_implementation='sdpa'"
+        )
+
+
 def checked_layers(model: Any) -> None:
     """Raises an UnsupportedModelError where dropping inside the language model's layers is not right."""
     family = family_of(model)
@@ -115,12 +124,7 @@ def checked_layers(model: Any) -> None:
             f"dropping inside {family.model_type}'s layers is not supported: its layers share or carry "
             "state that still holds the dropped tokens; drop at the input with gripvlm.prune"
         )
-    implementation = model.get_decoder().config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        raise UnsupportedModelError(
-            f"dropping inside layers needs masks key by key, which {implementation} does not take: load the model "
-            "with attn_implementation='sdpa'"
-        )
+    checked_keys(model, "dropping inside layers needs masks key by key")
 
 
 class _Dropper:

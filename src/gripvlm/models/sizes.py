@@ -17,7 +17,7 @@ from torch import Tensor
 from gripvlm.errors import InputError, UnsupportedModelError
 from gripvlm.models.attention import before_attention, blocks_of, modules_of
 from gripvlm.models.families import family_of
-from gripvlm.models.layers import checked_dynamic
+from gripvlm.models.layers import checked_dynamic, checked_keys
 
 __all__ = ["LayerSizes", "Sized", "checked_sizes", "size_attention", "with_sizes"]
 
@@ -46,12 +46,7 @@ def checked_sizes(model: Any) -> None:
             f"size_attention adds a bias to the scores of each key, but some layers of {family.model_type} have no "
             "such scores (linear attention or convolutions): leave size_attention out"
         )
-    implementation = model.get_decoder().config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        raise UnsupportedModelError(
-            f"size_attention adds a bias to the scores of each key, which {implementation} does not take: load the "
-            "model with attn_implementation='sdpa'"
-        )
+    checked_keys(model, "size_attention adds a bias to the scores of each key")
 
 
 @contextmanager

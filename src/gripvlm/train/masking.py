@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import UnsupportedModelError
-from gripvlm.models.families import family_of
+from gripvlm.models.families import chunkable, family_of
+from gripvlm.models.layers import checked_keys
 from gripvlm.train.rollout import Batch, Engine
 
 __all__ = ["forced_log_probs", "masked_forward"]
@@ -30,17 +31,18 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
         [B, T], 0 at padding.
 
     Raises:
-        UnsupportedModelError: an attention implementation that takes no bias key by key, or a family whose
-            images attend in both directions.
+        UnsupportedModelError: an attention implementation that takes no bias key by key, sliding windows, or a
+            model whose images attend in both directions.
     """
     model = engine.model
     text = model.get_decoder().config
-    if text._attn_implementation not in ("sdpa", "eager") or getattr(text, "sliding_window", None):
+    checked_keys(model, "soft masks need attention with a bias on each key")
+    if getattr(text, "sliding_window", None):
         raise UnsupportedModelError(
-            f"soft masks need attention with a bias on each key, which {text.model_type} under "
-            f"{text._attn_implementation} does not take: load the model with attn_implementation='sdpa'"
+            f"soft masks do not know sliding windows, which {text.model_type} has: train with stage grpo, and with a "
+            "teacher other than gradient"
         )
-    if not family_of(model).chunks:
+    if not chunkable(family_of(model), model):
         raise UnsupportedModelError(
             f"soft masks are causal, and {model.config.model_type} images attend in both directions: train with "
             "stage grpo, and with a teacher other than gradient"
