@@ -1,15 +1,12 @@
-"""docs/grip-study.md and its two pictures from results/grip-arms-*.json: every number in them is generated."""
+"""docs/grip-study.md from results/grip-arms-*.json: every number in them is generated."""
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections import defaultdict
 from pathlib import Path
 
+from answers import Scored, difference, points, read
 from write_results import header, line, percent
-
-from gripvlm.evaluate.statistics import interval
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2)
@@ -38,19 +35,6 @@ TOLD = {
     "warmup_no_budget": "warm-up without the budget as input",
     "no_budget": "GRPO without the budget as input, from that",
 }
-Answers = dict[tuple[str, str, str], dict[str, tuple[float, str]]]
-"""(task, arm, keep) -> question -> (score, image)."""
-
-
-def read(name: str) -> Answers:
-    found: Answers = defaultdict(dict)
-    with gzip.open(ROOT / "results" / f"{name}.samples.jsonl.gz", "rt") as file:
-        for text in file:
-            record = json.loads(text)
-            if "score" in record:
-                key = record["task"], record["pruner"], str(record["keep"])
-                found[key][record["id"]] = record["score"], record["image_id"]
-    return found
 
 
 class Study:
@@ -70,7 +54,7 @@ class Study:
         }
         self.arms = [arm for arm, seeds in self.seeds.items() if seeds]
 
-    def of(self, arm: str, keep: str, task: str, seeds: list[int]) -> dict[str, tuple[float, str]]:
+    def of(self, arm: str, keep: str, task: str, seeds: list[int]) -> Scored:
         """Question -> (score, image): the mean over seeds for an arm, the one answer of another pruner."""
         if arm in self.arms:
             many = [self.answers[seed][task, arm, keep] for seed in seeds]
@@ -84,19 +68,11 @@ class Study:
     def minus(self, a: str, b: str | None, keep: str) -> tuple[float, float, float]:
         """Mean over families of a - b (of a alone without b) over the seeds of both, and its interval over pictures."""
         seeds = [seed for seed in self.seeds.get(a, SEEDS) if seed in self.seeds.get(b or a, SEEDS)]
-        groups = []
-        for task in self.tasks:
-            mine = self.of(a, keep, task, seeds)
-            theirs = self.of(b, keep, task, seeds) if b else dict.fromkeys(mine, (0.0, ""))
-            groups.append(([mine[i][0] - theirs[i][0] for i in mine], [mine[i][1] for i in mine]))
-        low, high = interval(groups, 0)
-        assert low is not None
-        assert high is not None
-        return sum(sum(s) / len(s) for s, _ in groups) / len(groups), low, high
+        others = (self.of(b, keep, task, seeds) if b else None for task in self.tasks)
+        return difference(list(zip((self.of(a, keep, task, seeds) for task in self.tasks), others, strict=True)))
 
     def cell(self, a: str, b: str, keep: str) -> str:
-        mean, low, high = (100 * value for value in self.minus(a, b, keep))
-        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+        return points(*self.minus(a, b, keep))
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:

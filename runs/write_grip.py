@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections import defaultdict
 from pathlib import Path
 
+from answers import Answers, difference, points, read
 from write_results import header, line, percent
 
 from gripvlm import get_pruner
-from gripvlm.evaluate.statistics import interval
 from gripvlm.report import markdown, plot
 
 ROOT = Path(__file__).parent.parent
@@ -19,16 +17,10 @@ EARLIER = "second_leg"
 BEGIN, END = "<!-- grip:begin -->", "<!-- grip:end -->"
 
 
-def paired(scored: dict, a: str, b: str, keep: str) -> str:
-    """Mean over families of a - b in points, with a 95 % interval from a bootstrap over pictures."""
-    groups = []
-    for task in dict.fromkeys(task for task, _, _ in scored):
-        mine, theirs = scored[task, a, keep], scored[task, b, "1.0" if b == "full" else keep]
-        ids = sorted(mine)
-        groups.append(([mine[i][0] - theirs[i][0] for i in ids], [mine[i][1] for i in ids]))
-    mean = sum(sum(scores) / len(scores) for scores, _ in groups) / len(groups)
-    low, high = interval(groups, 0)
-    return f"{100 * mean:+.1f} [{100 * (low or 0):+.1f}, {100 * (high or 0):+.1f}]"
+def paired(scored: Answers, a: str, b: str, keep: str) -> str:
+    """Mean over families of a - b in points."""
+    tasks = dict.fromkeys(task for task, _, _ in scored)
+    return points(*difference([(scored[t, a, keep], scored[t, b, "1.0" if b == "full" else keep]) for t in tasks]))
 
 
 def times(runs: list[dict], keeps: list[str]) -> list[str]:
@@ -57,15 +49,7 @@ def main() -> None:
                 named[name]["grip"] = row["pruner"] = EARLIER
     for part in ("rows", "means"):
         result[part] += [row for row in more[part] if row["pruner"] != "full"]
-    scored: dict = defaultdict(dict)
-    for name in ("grip", "grip-shipped"):
-        with gzip.open(ROOT / "results" / f"{name}.samples.jsonl.gz", "rt") as file:
-            for text in file:
-                record = json.loads(text)
-                if "score" in record:
-                    pruner = named[name].get(record["pruner"], record["pruner"])
-                    key = record["task"], pruner, str(record["keep"])
-                    scored[key][record["id"]] = (record["score"], record["image_id"])
+    scored = read("grip", named["grip"]) | read("grip-shipped", named["grip-shipped"])
     arms = list(dict.fromkeys(pruner for _, pruner, _ in scored))
     keeps = list(dict.fromkeys(keep for _, pruner, keep in scored if pruner == "grip"))
     others = [name for name in arms if name not in ("grip", "blind")]
