@@ -14,13 +14,13 @@ import gripvlm
 
 PACKAGE = Path(gripvlm.__file__).parent
 LAYERS = [
-    {"errors", "budget", "clock"},
+    {"errors", "budget", "clock", "ragged"},
     {"policy"},
     {"base_model"},
     {"scorer"},
     {"pruners"},
     {"models"},
-    {"checks", "layered", "path", "prune", "sized"},
+    {"checks", "layered", "path", "prune", "selections", "sized"},
     {"tasks"},
     {"evaluate"},
     {"loading"},

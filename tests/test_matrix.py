@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import gripvlm
-from gripvlm.checks import checked_selection
 from gripvlm.errors import BudgetError, InputError, UnsupportedModelError
 from gripvlm.models import FAMILIES
 from gripvlm.models.grids import unknown
 from gripvlm.pruners import LayerPruner, Merge, Selection, get_pruner
 from gripvlm.pruners.registry import _BUILT_IN
+from gripvlm.selections import checked_selection
 from matrix import (
     EVERYTHING,
     IMAGES,

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gripvlm
-from gripvlm.checks import checked_selection
 from gripvlm.errors import BudgetError, PrunerError
 from gripvlm.pruners import (
     ScorePruner,
@@ -32,6 +31,7 @@ from gripvlm.pruners.norm import Norm
 from gripvlm.pruners.pool import Pool
 from gripvlm.pruners.random import Random
 from gripvlm.pruners.registry import _sources
+from gripvlm.selections import checked_selection
 
 NOT_ALONE = {
     "given",

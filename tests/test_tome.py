@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gripvlm
-from gripvlm.checks import checked_selection
 from gripvlm.errors import BudgetError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import FAMILIES
 from gripvlm.pruners import Pruner, TowerPruner, VisualTokens, get_pruner, sizes_after
 from gripvlm.pruners.matching import soft_matching
 from gripvlm.pruners.tome import SCHEDULES, ToMe
+from gripvlm.selections import checked_selection
 from naive import cosine
 from tiny_families import TINY, build, make
 from tiny_models import tiny_llava_own_tower
@@ -320,7 +321,7 @@ def test_its_time_in_the_tower_is_its_own():
 
     vlm, processor = tiny_vlm()
     inputs = make_inputs(vlm, processor, ["is there a cat?"], [picture(0)])
-    encoded = replace(gripvlm.encode(vlm, inputs), seconds=123.0)
+    encoded = replace(gripvlm.encode(vlm, inputs), watches=(SimpleNamespace(seconds=lambda: {"vision": 123.0}),))
     told = {"max_new_tokens": 1, "encoded": encoded}
     assert answer(vlm, processor, inputs, "norm", 8, **told).seconds["vision"] == 123.0
     assert 0 < answer(vlm, processor, inputs, "tome", 8, **told).seconds["vision"] < 100

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gripvlm.checks import checked_schedule, checked_selection
+from gripvlm.checks import checked_schedule
 from gripvlm.errors import BudgetError, PrunerError
 from gripvlm.pruners import LayerPruner, LayerTokens, Selection, VisualTokens, get_pruner, list_pruners
 from gripvlm.pruners.clusters import density_peaks
@@ -26,6 +26,7 @@ from gripvlm.pruners.pumer import PuMer
 from gripvlm.pruners.pyramiddrop import PyramidDrop
 from gripvlm.pruners.sparsevlm import SparseVLM, raters
 from gripvlm.pruners.vscan import VScan
+from gripvlm.selections import checked_selection
 from test_zoo_vision import cls, cosine, falling, made, scaled
 
 IN_LAYERS = sorted(row.name for row in list_pruners() if row.stage == "llm")

@@ -1,12 +1,10 @@
-"""Every check of what a caller passes and a pruner returns. `prune.py` calls them, once each."""
+"""Every check of what a caller passes (what a pruner returns: `selections.py`). `prune.py` calls them, once each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from gripvlm.budget import Budget, Keep
@@ -20,7 +18,7 @@ from gripvlm.models.layers import checked_layers
 from gripvlm.models.merging import checked_tower
 from gripvlm.models.text import placeholder
 from gripvlm.models.vision import Asked, Merging
-from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisualTokens, get_pruner
+from gripvlm.pruners import LayerPruner, Pruner, TowerPruner, VisualTokens, get_pruner
 from gripvlm.pruners.base import NEEDS
 from gripvlm.pruners.layered import LAYER_NEEDS, average
 from gripvlm.pruners.options import options_of
@@ -32,11 +30,11 @@ __all__ = [
     "checked_imageless",
     "checked_inputs",
     "checked_merging",
+    "checked_multiple",
     "checked_needs",
     "checked_positions",
     "checked_pruner",
     "checked_schedule",
-    "checked_selection",
     "one_budget",
 ]
 
@@ -50,6 +48,14 @@ PIXELS = ("pixel_values", "pixel_values_videos")
 def checked_positions(positions: str) -> None:
     if positions not in ("original", "renumbered"):
         raise InputError(f"positions={positions!r}: type 'original' or 'renumbered'")
+
+
+def checked_multiple(pad_to_multiple_of: Any) -> int:
+    if pad_to_multiple_of is None:
+        return 1
+    if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+        raise InputError(f"pad_to_multiple_of={pad_to_multiple_of!r}: type an int of 1 or more, such as 64, or None")
+    return pad_to_multiple_of
 
 
 def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
@@ -109,7 +115,7 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
             its tower's patches, never are a plain raster, or its layers cannot drop.
     """
     layers: dict[int, None] = {}
-    patches = given = False
+    patches = given = keys = False
     for pruner in pruners:
         wanted = sorted(pruner.needs & {"vision_attention", "patches"})
         if wanted and family.vision is None:
@@ -135,7 +141,8 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
             layers.update(dict.fromkeys(pruner.vision_layers))
             given |= "vision_given" in pruner.needs
         patches |= "patches" in wanted
-    return Asked(tuple(layers), patches, given)
+        keys |= "key" in pruner.needs
+    return Asked(tuple(layers), patches, given, keys=keys)
 
 
 def checked_merging(model: Any, family: Family, pruner: TowerPruner, keep: Keeps) -> Merging:
@@ -236,54 +243,6 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
                 "leave it out, or pass it after prune_inputs"
             )
     return given
-
-
-def checked_selection(name: str, selection: Any, n: int, k: int, device: torch.device, where: str) -> Selection:
-    """The selection of k of n rows, on `device`, or a `PrunerError` that names the pruner and `where`."""
-
-    def wrong(what: str) -> PrunerError:
-        return PrunerError(f"pruner {name!r} on {where}: {what}")
-
-    if not isinstance(selection, Selection):
-        raise wrong(f"select() returned a {type(selection).__name__}, expected a Selection")
-    scores = selection.scores
-    if scores is not None:
-        if not isinstance(scores, Tensor) or scores.shape != (n,):
-            got: object = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise wrong(f"scores must be a tensor ({n},), got {got}")
-        if bool(scores.isnan().any()):
-            raise wrong(f"{int(scores.isnan().sum())} of {n} scores are NaN")
-        scores = scores.to(device)
-    indices = selection.indices
-    if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype != torch.long:
-        got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else indices
-        raise wrong(f"indices must be a LongTensor [k], got {got}")
-    if indices.device.type == "meta":
-        raise wrong(f"indices are on the meta device, which holds no data: make them on {device}")
-    if indices.numel() != k:
-        raise wrong(f"returned {indices.numel()} indices, but the budget is exactly {k} of {n}")
-    if selection.n != n:
-        raise wrong(f"says n={selection.n}, but there are {n} visual tokens")
-    indices = indices.to(device)
-    if int(indices.min()) < 0 or int(indices.max()) >= n:
-        raise wrong(f"indices reach {int(indices.min())}..{int(indices.max())}, allowed 0..{n - 1}")
-    if bool((indices.diff() <= 0).any()):
-        raise wrong("indices must be ascending, without duplicates: end with indices.sort().values")
-    merge = selection.merge
-    if merge is not None:
-        sums = torch.zeros(k, device=device)
-        lengths = {merge.source.numel(), merge.destination.numel(), merge.weight.numel()}
-        if len(lengths) != 1:
-            raise wrong("merge.source, merge.destination and merge.weight differ in length")
-        source, destination = merge.source.to(device), merge.destination.to(device)
-        if bool(((source < 0) | (source >= n)).any()):
-            raise wrong(f"merge.source leaves the rows 0..{n - 1}")
-        if bool(((destination < 0) | (destination >= k)).any()):
-            raise wrong(f"merge.destination leaves the kept slots 0..{k - 1}")
-        sums.index_add_(0, destination, merge.weight.to(device, torch.float32))
-        if not torch.allclose(sums[destination], torch.ones_like(sums[destination]), atol=1e-3):
-            raise wrong("merge.weight must sum to 1 over each destination")
-    return replace(selection, indices=indices, scores=scores)
 
 
 def one_budget(pruner: Pruner, keep: Any) -> Budget:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gripvlm.checks import checked_selection
 from gripvlm.models.attention import watch_attention
 from gripvlm.models.layers import Dropped, drop_in_layers
 from gripvlm.models.text import words
 from gripvlm.pruners import LayerPruner, LayerTokens, Merge, Selection, VisualTokens
+from gripvlm.selections import checked_selection
 
 __all__ = ["LayerRun", "Merged"]
 

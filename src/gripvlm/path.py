@@ -6,25 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from gripvlm.checks import (
     PIXELS,
     Keeps,
     checked_budgets,
     checked_merging,
+    checked_multiple,
     checked_needs,
     checked_positions,
     checked_schedule,
-    checked_selection,
 )
-from gripvlm.clock import device_time
+from gripvlm.clock import Stopwatch
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.layered import LayerRun
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import Family
+from gripvlm.models.layout import Layout
 from gripvlm.models.sizes import checked_sizes
 from gripvlm.models.text import Question, questions
 from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisionRows, VisualTokens
+from gripvlm.selections import Doubts, checked_features, checked_selections
 from gripvlm.sized import SizedRun
 
 __all__ = ["Record", "gather", "pruned"]
@@ -39,14 +43,22 @@ class Record:
             a prompt without images is empty. Where a pruner drops inside the language model,
             `selection.counts` says how many rows each layer saw.
         calls: how many calls were recorded so far.
-        seconds: {"vision", "pruner", "surgery"}: time in the vision encoder and projector, in the
-            pruner, and in finding and dropping rows and placeholders. Accelerators are synchronised
-            around each. Inside the language model the pruner's time is part of the prefill's.
+        watch, doubts: the clock that `seconds` are read from, and what is not checked yet.
     """
 
     selections: list[list[Selection]] = field(default_factory=list)
     calls: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    watch: Stopwatch | None = field(default=None, repr=False)
+    doubts: Doubts = field(default_factory=Doubts, repr=False)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """{"vision", "pruner", "surgery"}: time in the vision encoder and projector, in the pruner, and in all else
+        that pruning adds; empty before the first call. Inside the language model the pruner's time is part of the
+        prefill's. On an accelerator reading this waits until it is done.
+        """
+        none = {} if self.watch is None else dict.fromkeys(("vision", "pruner", "surgery"), 0.0)
+        return none | ({} if self.watch is None else self.watch.seconds())
 
     @property
     def kept(self) -> int:
@@ -75,9 +87,15 @@ def pruned(
     encoded: Encoded | None,
     spare_column: bool,
     size_attention: bool = False,
+    pad_to_multiple_of: int | None = None,
 ) -> tuple[dict[str, Any], Record, LayerRun | SizedRun | None]:
-    """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to do in the layers."""
+    """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to do in the layers.
+
+    All that must be read from an accelerator is read before the encoder starts. What is asked of it then is not
+    waited for: whether all values were right is in the record's `doubts`, to be settled when the model has run.
+    """
     checked_positions(positions)
+    multiple = checked_multiple(pad_to_multiple_of)
     if size_attention:
         checked_sizes(model)
     asked = checked_needs(family, [pruner])
@@ -88,10 +106,16 @@ def pruned(
                 "leave the pixels in the inputs"
             )
         encoded, asked = None, asked._replace(merging=checked_merging(model, family, pruner, keep))
-    started = device_time(model.device)
-    done = encoded if encoded is not None else seam.encode(model, family, inputs, asked)
-    seen = device_time(model.device)
-    spans, batch = gather(model, family, inputs, pruner, keep, question, done)
+    watch, doubts = Stopwatch(model.device), Doubts()
+    layout = Layout.of(model, inputs)
+    texts = questions(model, layout.inputs, question) if "question" in pruner.needs else None
+    watch.lap("surgery")
+    if encoded is None:
+        done = seam.encode(model, family, inputs, asked, layout)
+        watch.lap("vision")
+    else:
+        done = encoded
+    spans, batch = gather(model, family, layout, pruner, keep, texts, done, doubts)
     schedules: list[list[dict[int, int]]] = []
     at_input = batch
     if isinstance(pruner, LayerPruner):
@@ -101,65 +125,65 @@ def pruned(
             [replace(tokens, keep=plan.get(0, tokens.n)) for tokens, plan in zip(*pair, strict=True)]
             for pair in zip(batch, schedules, strict=True)
         ]
-    gathered = device_time(model.device)
     flat = [tokens for sample in at_input for tokens in sample]
-    together = getattr(pruner, "select_batch", None)  # an object of the caller's own may do without
-    found = iter(together(flat) if together is not None else [pruner.select(tokens) for tokens in flat])
-    raw = [[next(found) for _ in sample] for sample in at_input]
-    chosen = device_time(model.device)
-    selections = [
-        [_checked(pruner, *pair) for pair in zip(mine, sample, strict=True)]
-        for mine, sample in zip(raw, at_input, strict=True)
-    ]
-    arguments = seam.shorten(model, inputs, done, spans, selections, positions, spare_column)
-    seconds = {
-        "vision": seen - started if encoded is None else 0.0,
-        "pruner": chosen - gathered,
-        "surgery": gathered - seen + device_time(model.device) - chosen,
-    }
+    watch.lap("surgery")
+    raw = _chosen(pruner, flat, doubts)
+    watch.lap("pruner")
+    checked = iter(checked_selections(pruner, raw, flat, doubts))
+    selections = [[next(checked) for _ in sample] for sample in at_input]
+    arguments = seam.shorten(
+        model, inputs, done, layout, spans, selections, positions, spare_column, pad_to_multiple_of=multiple
+    )
+    watch.lap("surgery")
     kept, run = selections, None
     if isinstance(pruner, LayerPruner):
         run = LayerRun(model, pruner, arguments, batch, selections, schedules)
         kept = run.selections()
         run = run if run.cuts else None
-    record = Record(kept, 1, seconds)
+    record = Record(kept, 1, watch, doubts)
     if size_attention and (run is not None or any(s.merge is not None for mine in selections for s in mine)):
         return arguments, record, SizedRun(model, arguments, selections, run)
     return arguments, record, run
 
 
-def _checked(pruner: Pruner, selection: Any, tokens: VisualTokens) -> Selection:
-    where = f"image {tokens.image} of sample {tokens.sample}"
-    return checked_selection(pruner.name, selection, tokens.n, tokens.keep, tokens.features.device, where)
+def _chosen(pruner: Pruner, images: list[VisualTokens], doubts: Doubts) -> list[Any]:
+    """What the pruner makes of all images of a batch."""
+    together = getattr(pruner, "select_batch", None)  # an object of the caller's own may do without
+    try:
+        return list(together(images)) if together is not None else [pruner.select(tokens) for tokens in images]
+    except Exception:
+        doubts.settle()  # NaN from the encoder is the cause of what a pruner makes of it
+        raise
 
 
 def gather(
     model: Any,
     family: Family,
-    inputs: Mapping[str, Any],
+    layout: Layout,
     pruner: Pruner,
     keep: Keeps,
-    question: Question,
+    texts: list[Tensor] | None,
     encoded: Encoded,
+    doubts: Doubts,
 ) -> tuple[list[list[Span]], list[list[VisualTokens]]]:
-    """Where each image lies in its prompt, and what the pruner sees of it."""
+    """Where each image lies in its prompt, and what the pruner sees of it; `texts` are the prompts' questions."""
     if encoded.model_type != family.model_type:
         raise InputError(f"encoded by a {encoded.model_type} model, but this one is {family.model_type}")
     wanted = checked_needs(family, [pruner])
     have = encoded.asked
-    if {*wanted.layers} - {*have.layers} or wanted.patches > have.patches or wanted.given > have.given:
+    lacking = {*wanted.layers} - {*have.layers}
+    if lacking or wanted.patches > have.patches or wanted.given > have.given or wanted.keys > have.keys:
         raise InputError(
             f"images were encoded without what pruner {pruner.name!r} reads of the vision tower: type "
             f"gripvlm.encode(model, inputs, pruners=[{pruner.name!r}])"
         )
-    spans = seam.locate(model, inputs["input_ids"], encoded)
+    spans = layout.spans(encoded)
     if not any(spans):
         raise InputError("no prompt has an image: there is nothing to prune")
     budgets = checked_budgets(pruner, keep, spans)
-    asked = "question" in pruner.needs
-    texts = questions(model, family, inputs, question) if asked else [None] * len(spans)
     batch: list[list[VisualTokens]] = [[] for _ in spans]
-    for sample, (mine, text) in enumerate(zip(spans, texts, strict=True)):
+    for sample, mine in enumerate(spans):
+        text = None if texts is None else texts[sample]
         for image, (span, budget) in enumerate(zip(mine, budgets[sample], strict=True)):
             item = span.item
             where = f"{item.modality} {image} of sample {sample}"
@@ -169,17 +193,13 @@ def gather(
                     f"{item.features.shape[0]} rows of {where} are none: use a pruner without grid"
                 )
             keeps = budget.count(item.features.shape[0], where)
-            if bool(item.features.isnan().any()):
-                raise InputError(
-                    f"the vision encoder made NaN of {where}: look at its pixels (a corrupt image), or load the model "
-                    "in bfloat16 or float32, if float16 overflows"
-                )
             vision = {layer: VisionRows(*rows) for layer, rows in item.vision.items()}
             batch[sample].append(
                 VisualTokens(
                     item.features, keeps, item.grid, text, sample, image, item.key, vision, item.states, item.groups
                 )
             )
+    checked_features([tokens for sample in batch for tokens in sample], doubts)
     return spans, [_allotted(model, pruner, mine) for mine in batch]
 
 

@@ -15,21 +15,24 @@ from gripvlm.checks import (
     checked_imageless,
     checked_inputs,
     checked_merging,
+    checked_multiple,
     checked_needs,
     checked_positions,
     checked_pruner,
     one_budget,
 )
-from gripvlm.clock import device_time
+from gripvlm.clock import Stopwatch
 from gripvlm.errors import GripError, PrunerError
 from gripvlm.models import decoding, seam
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.families import family_of
+from gripvlm.models.layout import Layout
 from gripvlm.models.sizes import checked_sizes
-from gripvlm.models.text import Question
+from gripvlm.models.text import Question, questions
 from gripvlm.path import Record, gather, pruned
 from gripvlm.pruners import LayerPruner, Pruner, TowerPruner, VisualTokens
 from gripvlm.pruners.keep_all import KeepAll
+from gripvlm.selections import Doubts
 
 __all__ = ["Record", "encode", "prune", "prune_inputs", "pruned_run", "visual_tokens"]
 
@@ -54,9 +57,10 @@ def encode(model: Any, inputs: Mapping[str, Any], pruners: Sequence[str | Pruner
     family = family_of(model)
     inputs = checked_inputs(model, family, inputs, None)
     asked = checked_needs(family, [checked_pruner(pruner, model) for pruner in pruners])
-    started = device_time(model.device)
-    encoded = seam.encode(model, family, inputs, asked)
-    return replace(encoded, seconds=device_time(model.device) - started)
+    watch = Stopwatch(model.device)
+    encoded = seam.encode(model, family, inputs, asked._replace(keys=True))
+    watch.lap("vision")
+    return replace(encoded, watches=(watch,))
 
 
 def prune_inputs(
@@ -68,6 +72,7 @@ def prune_inputs(
     positions: str = "original",
     question: Question = None,
     encoded: Encoded | None = None,
+    pad_to_multiple_of: int | None = None,
     return_record: bool = False,
 ) -> Any:
     """Arguments for `model.generate` or `model(...)` in which only the kept visual tokens are left.
@@ -88,6 +93,8 @@ def prune_inputs(
             that are not padding, begin, end or visual tokens, as far as the model's configs tell.
         encoded: what `encode` returned, to skip the vision encoder; `inputs` then need no pixels. A pruner that
             merges inside the vision tower runs it all the same, and needs them.
+        pad_to_multiple_of: pad the shortened prompt to a length that is a multiple of this, so that few lengths
+            occur and a compiled model is used again.
         return_record: also return the `Record`.
 
     Returns:
@@ -111,7 +118,10 @@ def prune_inputs(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
-    arguments, record, run = pruned(model, family, inputs, chooser, keep, positions, question, encoded, False)
+    arguments, record, run = pruned(
+        model, family, inputs, chooser, keep, positions, question, encoded, False, False, pad_to_multiple_of
+    )
+    record.doubts.settle()
     if run is not None:
         raise PrunerError(
             f"pruner {chooser.name!r} drops inside the language model, which arguments alone cannot say: type "
@@ -132,6 +142,7 @@ def pruned_run(
     question: Question = None,
     encoded: Encoded | None = None,
     size_attention: bool = False,
+    pad_to_multiple_of: int | None = None,
 ) -> Iterator[tuple[dict[str, Any], Record]]:
     """`prune_inputs` for every pruner, those that drop inside the language model too: run the model in the block.
 
@@ -143,22 +154,25 @@ def pruned_run(
     Yields:
         The arguments, and the `Record`, whose selections are complete once the prompt has run. One prompt
         (batch) a block: choices of the first prefill stay. Logits of a direct `forward` are those of the
-        tokens left at the end.
+        tokens left at the end. On an accelerator nothing waits between the vision encoder and your call; NaN
+        from the encoder or in a pruner's scores is then found when the block ends.
     """
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
     arguments, record, run = pruned(
-        model, family, inputs, chooser, keep, positions, question, encoded, False, size_attention
+        model, family, inputs, chooser, keep, positions, question, encoded, False, size_attention, pad_to_multiple_of
     )
     if run is None:
         yield arguments, record
+        record.doubts.settle()
         return
     with run.block():
         try:
             yield arguments, record
         finally:
             record.selections = run.selections()
+    record.doubts.settle()
 
 
 def visual_tokens(
@@ -178,9 +192,13 @@ def visual_tokens(
     """
     family = family_of(model)
     inputs = checked_inputs(model, family, inputs, encoded)
+    layout, doubts, onlooker = Layout.of(model, inputs), Doubts(), _Onlooker()
     if encoded is None:
-        encoded = seam.encode(model, family, inputs)
-    return gather(model, family, inputs, _Onlooker(), keep, question, encoded)[1]
+        encoded = seam.encode(model, family, inputs, checked_needs(family, [onlooker]), layout)
+    texts = questions(model, layout.inputs, question)
+    _, batch = gather(model, family, layout, onlooker, keep, texts, encoded, doubts)
+    doubts.settle()
+    return batch
 
 
 @contextmanager
@@ -192,6 +210,7 @@ def prune(
     positions: str = "original",
     question: Question = None,
     size_attention: bool = False,
+    pad_to_multiple_of: int | None = None,
 ) -> Iterator[Record]:
     """Inside the block, `model.generate` prunes; the code that calls it stays as it is.
 
@@ -221,6 +240,7 @@ def prune(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     checked_positions(positions)
+    checked_multiple(pad_to_multiple_of)
     if isinstance(chooser, TowerPruner):
         checked_merging(model, family, chooser, keep)
     if size_attention:
@@ -242,7 +262,7 @@ def prune(
             checked_imageless(model, kwargs)
             rows = kwargs["input_ids"].shape[0] if "input_ids" in kwargs else 0
             record.selections = [[] for _ in range(rows)]
-            record.seconds = {"vision": 0.0, "pruner": 0.0, "surgery": 0.0}
+            record.watch = Stopwatch(model.device)
             record.calls += 1
             return original(None, *args, **kwargs)
         options = decoding.Options(model, args, kwargs)
@@ -250,10 +270,20 @@ def prune(
         given = checked_inputs(model, family, kwargs, None)
         with torch.no_grad():
             arguments, now, run = pruned(
-                model, family, given, chooser, keep, positions, question, None, options.uncached, size_attention
+                model,
+                family,
+                given,
+                chooser,
+                keep,
+                positions,
+                question,
+                None,
+                options.uncached,
+                size_attention,
+                pad_to_multiple_of,
             )
         options.check_beams(family, arguments, now.selections)
-        record.selections, record.seconds = now.selections, now.seconds
+        record.selections, record.watch, record.doubts = now.selections, now.watch, now.doubts
         record.calls += 1
         args, arguments = options.shifted(arguments, given["input_ids"].shape[1])
         if run is None:
@@ -262,6 +292,7 @@ def prune(
             with run.block():
                 output = original(None, *args, **arguments)
             record.selections = run.selections()
+        record.doubts.settle()
         return decoding.with_prompt(output, given["input_ids"], arguments["input_ids"].shape[1])
 
     generate._gripvlm = True  # type: ignore[attr-defined]

@@ -140,19 +140,22 @@ class Scorer(nn.Module):
         asked: Tensor | None = None,
     ) -> Tensor:
         """[B, n, width] what the logits are made of; arguments as for `forward`."""
-        x = self.enter(features) + self.place(_waves(places, _PLACES, math.pi / 2).flatten(-2)) + self.kind[0]
+        dtype = self.kind.dtype  # waves are made in float32: a bfloat16 scorer would not tell neighbours apart
+        seen, where = features.to(dtype), _waves(places, _PLACES, math.pi / 2).flatten(-2).to(dtype)
+        x = self.enter(seen) + self.place(where) + self.kind[0]
         q, q_mask = None, None
         if self.config.question:
             if question is None:
                 raise InputError("this scorer reads the question: pass question [B, t, d], or train one without")
-            steps = torch.arange(question.shape[1], device=question.device, dtype=features.dtype)
-            q = self.enter(question) + self.order(_waves(steps, _ORDERS, math.pi / 32)) + self.kind[1]
+            steps = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
+            order = self.order(_waves(steps, _ORDERS, math.pi / 32).to(dtype))
+            q = self.enter(question.to(dtype)) + order + self.kind[1]
             q = F.pad(q, (0, 0, 1, 0))  # a place to look at when nothing fits, and when nothing is asked
             q_mask = None if asked is None else F.pad(asked, (1, 0), value=True)[:, None, None]
             q = self.reader(q, q_mask)
         film = None
         if self.config.budget:
-            film = self.budget(_waves(fraction.to(x.dtype).log(), _BUDGETS, math.pi / 8))
+            film = self.budget(_waves(fraction.float().log(), _BUDGETS, math.pi / 8).to(dtype))
         x_mask = None if valid is None else valid[:, None, None]
         for block in self.blocks:
             x = block(x, x_mask, q, q_mask, film)

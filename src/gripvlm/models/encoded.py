@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gripvlm.clock import Stopwatch
 from gripvlm.errors import InputError
 from gripvlm.models.grids import Grid
 from gripvlm.models.vision import NOTHING, Asked, TowerRows
@@ -64,15 +65,20 @@ class Encoded:
         model_type: the family that made it.
         samples: a tuple (batch) of tuples of `Item`, in prompt order; () for a prompt without any.
         outputs: modality -> `Output`.
-        seconds: what encoding took.
+        watches: of the encodings it is made of.
         asked: what of the vision tower was noted on the way.
     """
 
     model_type: str
     samples: tuple[tuple[Item, ...], ...]
     outputs: Mapping[str, Output]
-    seconds: float = 0.0
+    watches: tuple[Stopwatch, ...] = ()
     asked: Asked = NOTHING
+
+    @property
+    def seconds(self) -> float:
+        """What encoding took; on an accelerator, this waits until it is done."""
+        return sum(watch.seconds()["vision"] for watch in self.watches)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -95,8 +101,10 @@ class Encoded:
             tuple(layer for layer in parts[0].asked.layers if all(layer in part.asked.layers for part in parts)),
             all(part.asked.patches for part in parts),
             all(part.asked.given for part in parts),
+            keys=all(part.asked.keys for part in parts),
         )
-        return cls(parts[0].model_type, samples, outputs, sum(part.seconds for part in parts), common)
+        watches = tuple(watch for part in parts for watch in part.watches)
+        return cls(parts[0].model_type, samples, outputs, watches, common)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ This is the only file that calls transformers' private helpers or applies a merg
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,14 +18,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gripvlm.errors import InputError
 from gripvlm.models.contents import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
+from gripvlm.models.layout import Layout
 from gripvlm.models.merging import Merged, merge_in_tower
-from gripvlm.models.text import full_mask, padding_token, placeholder
+from gripvlm.models.text import full_mask, padding_token
 from gripvlm.models.vision import NOTHING, Asked, share_out, watch_tower
+from gripvlm.ragged import onto, rows_of, shifted
 
 __all__ = ["PER_TOKEN", "encode", "encoder_arguments", "locate", "shorten"]
 
@@ -57,8 +61,14 @@ class Chosen(Protocol):
 # --- encode -----------------------------------------------------------------------------------
 
 
-def encode(model: Any, family: Family, inputs: Mapping[str, Any], asked: Asked = NOTHING) -> Encoded:
-    """Runs the vision encoder and projector once over all of `inputs`' pixels, noting what is `asked` of the tower."""
+def encode(
+    model: Any, family: Family, inputs: Mapping[str, Any], asked: Asked = NOTHING, layout: Layout | None = None
+) -> Encoded:
+    """Runs the vision encoder and projector once over all of `inputs`' pixels, noting what is `asked` of the tower.
+
+    `layout` is that of `inputs`, where it is known already.
+    """
+    layout = Layout.of(model, inputs) if layout is None else layout
     with ExitStack() as stack:
         merged = None if asked.merging is None else stack.enter_context(merge_in_tower(model, asked.merging))
         notes = stack.enter_context(watch_tower(model, asked)) if asked.layers or asked.patches else None
@@ -67,7 +77,7 @@ def encode(model: Any, family: Family, inputs: Mapping[str, Any], asked: Asked =
     items: dict[str, list[Item]] = {}
     kinds: dict[str, Output] = {}
     for modality, output in filled["mm_encoder_outputs"].items():
-        items[modality] = _items(model, family, inputs, modality, output)
+        items[modality] = _items(model, family, layout.inputs, modality, output, asked.keys)
         extras = {name: getattr(output, name) for name in family.extras}
         kinds[modality] = Output(type(output), isinstance(output.pooler_output, Tensor), extras)
     if groups is not None:
@@ -79,11 +89,10 @@ def encode(model: Any, family: Family, inputs: Mapping[str, Any], asked: Asked =
         for name, rows in share_out(model, family.vision, inputs, sizes, asked, notes).items():
             pairs = zip(items[name], rows, strict=True)
             items[name] = [replace(item, vision=vision, states=states) for item, (vision, states) in pairs]
-    ids = inputs["input_ids"]
-    shared = {name: _share_out(model, ids, name, made) for name, made in items.items()}
-    samples = [tuple(item for name in shared for item in shared[name][b]) for b in range(ids.shape[0])]
+    shared = {name: _share_out(layout, name, made) for name, made in items.items()}
+    samples = [tuple(item for name in shared for item in shared[name][b]) for b in range(len(layout.ids))]
     encoded = Encoded(family.model_type, tuple(samples), kinds, asked=asked)
-    in_order = [tuple(span.item for span in spans) for spans in locate(model, ids, encoded)]
+    in_order = [tuple(span.item for span in spans) for spans in layout.spans(encoded)]
     return replace(encoded, samples=tuple(in_order))
 
 
@@ -99,7 +108,9 @@ def _spread(outputs: Mapping[str, Any], merged: Merged) -> Tensor:
     return merged.groups
 
 
-def _items(model: Any, family: Family, inputs: Mapping[str, Any], modality: str, output: Any) -> list[Item]:
+def _items(
+    model: Any, family: Family, inputs: Mapping[str, Any], modality: str, output: Any, keyed: bool
+) -> list[Item]:
     """One `Item` for each entry of the encoder's output, or for each part of a joined one."""
     rows = list(output.pooler_output)
     if family.joined is not None:
@@ -108,7 +119,7 @@ def _items(model: Any, family: Family, inputs: Mapping[str, Any], modality: str,
     sizes = [row.shape[0] for row in rows]
     planes = getattr(output, "deepstack_features", None) or ()
     grids = family.grid(model, inputs, modality, sizes)
-    keys = content_keys(inputs, modality, len(rows))
+    keys = content_keys(inputs, modality, len(rows)) if keyed else [0] * len(rows)
     told = inputs.get(f"{modality}_grid_thw")
     patches = [None] * len(rows) if told is None else [(t, h, w) for t, h, w in told.tolist()]
     return [
@@ -117,9 +128,9 @@ def _items(model: Any, family: Family, inputs: Mapping[str, Any], modality: str,
     ]
 
 
-def _share_out(model: Any, ids: Tensor, modality: str, items: list[Item]) -> list[list[Item]]:
+def _share_out(layout: Layout, modality: str, items: list[Item]) -> list[list[Item]]:
     """The items of each prompt: they follow one another, as many as fill its placeholders."""
-    counts = (ids == placeholder(model, modality)).sum(-1).tolist()
+    counts = [len(columns) for columns in layout.places[modality]]
     samples: list[list[Item]] = []
     rest = list(items)
     for sample, wanted in enumerate(counts):
@@ -142,32 +153,9 @@ def _share_out(model: Any, ids: Tensor, modality: str, items: list[Item]) -> lis
     return samples
 
 
-# --- where things are in the prompt -------------------------------------------------------------
-
-
 def locate(model: Any, ids: Tensor, encoded: Encoded) -> list[list[Span]]:
-    """Where each item's placeholders are: a list (samples) of lists of `Span`, in prompt order.
-
-    Raises:
-        InputError: the prompts' placeholders and the encoded rows do not match in number.
-    """
-    if ids.shape[0] != len(encoded):
-        raise InputError(f"{ids.shape[0]} prompts, but images are encoded for {len(encoded)}")
-    samples = []
-    for sample, (row, items) in enumerate(zip(ids, encoded.samples, strict=True)):
-        spans = []
-        for modality in encoded.outputs:
-            mine = [item for item in items if item.modality == modality]
-            positions = (row == placeholder(model, modality)).nonzero().flatten()
-            sizes = [item.features.shape[0] for item in mine]
-            if positions.numel() != sum(sizes):
-                raise InputError(
-                    f"sample {sample} has {positions.numel()} {modality} placeholder tokens, but "
-                    f"{sum(sizes)} visual tokens are encoded for it"
-                )
-            spans += [Span(*pair) for pair in zip(mine, positions.split(sizes), strict=True)]
-        samples.append(sorted(spans, key=lambda span: int(span.positions[0])))
-    return samples
+    """Where each item's placeholders are in the prompts [B, L]: see `Layout.spans`."""
+    return Layout.of(model, {"input_ids": ids}).spans(encoded)
 
 
 # --- surgery ------------------------------------------------------------------------------------
@@ -177,33 +165,39 @@ def shorten(
     model: Any,
     inputs: Mapping[str, Any],
     encoded: Encoded,
+    layout: Layout,
     spans: Sequence[Sequence[Span]],
     chosen: Sequence[Sequence[Chosen]],
     positions: str,
     spare_column: bool = False,
+    pad_to_multiple_of: int = 1,
 ) -> dict[str, Any]:
     """Arguments for `generate` or `forward` in which only the chosen rows are left.
 
     Per-token inputs lose the placeholders of dropped rows and are padded again on the side they
-    were padded on. Where nothing is dropped they stay as they are, so that the run is the
-    unpruned one bit for bit. `attention_mask` (2D) and `position_ids` are always there.
+    were padded on, to a multiple of `pad_to_multiple_of`. Where nothing is dropped or padded they stay as
+    they are, so that the run is the unpruned one bit for bit. `attention_mask` (2D) and `position_ids` are
+    always there. Nothing here waits for an accelerator.
 
     `spare_column` leaves a column of padding after dropping. `generate` throws away a mask of ones,
     and without a cache transformers then takes gaps in the positions for packed sequences.
     """
     arguments = dict(inputs)
     arguments["attention_mask"] = mask = full_mask(model, inputs)
-    keep = mask.to(torch.bool, copy=True)
-    for row, mine, picks in zip(keep, spans, chosen, strict=True):
-        for span, pick in zip(mine, picks, strict=True):
-            row[span.positions] = False
-            row[span.positions[pick.indices.to(span.positions.device)]] = True
-    dropped = mask.bool().sum(-1) - keep.sum(-1)  # [B]
     if arguments.get("position_ids") is None:
-        arguments["position_ids"] = _full_positions(model, arguments, spans)
-    if bool(dropped.any()):
-        length = min(keep.shape[1], int(keep.sum(-1).max()) + spare_column)
-        _compact(model, arguments, keep, length, right=not bool(mask[:, -1].all()))
+        arguments["position_ids"] = _full_positions(model, layout, spans).to(mask.device)
+    picks = [pick.indices for mine in chosen for pick in mine]
+    fewer = [
+        sum(len(span.positions) - pick.indices.numel() for span, pick in zip(*pair, strict=True))
+        for pair in zip(spans, chosen, strict=True)
+    ]
+    length, width = mask.shape[1], mask.shape[1]
+    if any(fewer):
+        left = max(int(real) - gone for real, gone in zip(layout.mask.sum(-1), fewer, strict=True))
+        length = min(width, left + spare_column)
+    length += -length % pad_to_multiple_of
+    if any(fewer) or length != width:
+        _compact(model, arguments, _kept(mask, spans, picks), length, layout.right)
         _renumber(model, arguments, positions)
     for name in encoder_arguments(model, arguments):
         arguments.pop(name)
@@ -211,12 +205,27 @@ def shorten(
     return arguments
 
 
-def _full_positions(model: Any, inputs: Mapping[str, Any], spans: Sequence[Sequence[Span]]) -> Tensor:
-    """Position ids of the full prompt, as the model itself would make them.
+def _kept(mask: Tensor, spans: Sequence[Sequence[Span]], picks: Sequence[Tensor]) -> Tensor:
+    """[B, L] bool: the prompts' text, and the placeholders of the picked rows [k] of each image."""
+    keep = mask.to(torch.bool, memory_format=torch.contiguous_format, copy=True)
+    flat = [span.positions + row * keep.shape[1] for row, mine in enumerate(spans) for span in mine]
+    starts = [0, *itertools.accumulate(len(one) for one in flat)]
+    places = onto(torch.cat(flat), keep.device)
+    rows = shifted([pick.to(keep.device) for pick in picks], starts[:-1])
+    line = keep.view(-1)
+    line.index_fill_(0, places, False)
+    line.index_fill_(0, places.index_select(0, rows), True)
+    return keep
+
+
+def _full_positions(model: Any, layout: Layout, spans: Sequence[Sequence[Span]]) -> Tensor:
+    """Position ids of the full prompt, as the model itself would make them, on the host.
 
     [B, L], or [axes, B, L] for M-RoPE, which needs to know the items' patches; those are the
     encoded items' own, so that an encoding serves any prompts it fits.
     """
+    inputs = dict(layout.inputs)
+    inputs["attention_mask"] = full_mask(model, inputs)
     told: dict[str, list[tuple[int, int, int]]] = {}
     for mine in spans:
         for span in mine:
@@ -227,13 +236,21 @@ def _full_positions(model: Any, inputs: Mapping[str, Any], spans: Sequence[Seque
             "mm_token_type_ids are missing, without which this model's positions are wrong: pass "
             "everything the processor returns"
         )
-    ids = inputs["input_ids"]
-    grids = {name: torch.tensor(rows, device=ids.device) for name, rows in told.items()}
-    return model._prepare_position_ids_for_generation(ids, dict(inputs) | grids)
+    grids = {name: torch.tensor(rows) for name, rows in told.items()}
+    made: Tensor = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs | grids)
+    deltas = getattr(model.base_model, "rope_deltas", None)
+    if isinstance(deltas, Tensor):  # the model just noted them, on the host
+        model.base_model.rope_deltas = onto(deltas, model.device)
+    return made
 
 
 def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, right: bool) -> None:
     """Leaves the entries that `keep` [B, L] marks in every per-token input, padded to `length`."""
+    if (more := length - keep.shape[1]) > 0:
+        side = (0, more) if right else (more, 0)
+        keep = pad(keep, side, value=False)
+        for name in PER_TOKEN.keys() & {name for name, value in arguments.items() if value is not None}:
+            arguments[name] = pad(arguments[name], side)
     # A stable sort puts the kept ones side by side, in order, and the rest where padding belongs.
     order = torch.sort(keep.int(), dim=-1, descending=right, stable=True).indices
     order = order[:, :length] if right else order[:, -length:]
@@ -293,36 +310,38 @@ def _visual_outputs(
         ]
         if not pairs:
             continue
-        rows = [_rows(item.features, pick) for item, pick in pairs]
-        output = made.kind(pooler_output=_contain(rows, made.one_tensor), **made.extras)
+        picks = [pick for _, pick in pairs]
+        rows = _rows([item.features for item, _ in pairs], picks)
+        output = made.kind(pooler_output=_contain(rows, picks, made.one_tensor), **made.extras)
         depth = len(pairs[0][0].deepstack)
         if depth:
-            output.deepstack_features = [
-                [_rows(item.deepstack[layer], pick) for item, pick in pairs] for layer in range(depth)
-            ]
+            planes = [_rows([item.deepstack[layer] for item, _ in pairs], picks) for layer in range(depth)]
+            output.deepstack_features = [_contain(plane, picks, False) for plane in planes]
         outputs[modality] = output
     return outputs
 
 
-def _contain(rows: list[Tensor], as_tensor: bool) -> Any:
-    """Rows in the container the model's forward expects: a list, or one tensor."""
+def _contain(rows: Tensor, picks: Sequence[Chosen], as_tensor: bool) -> Any:
+    """Rows [K, d] in the container the model's forward expects: a list, or one tensor."""
+    counts = [pick.indices.numel() for pick in picks]
     if not as_tensor:
-        return rows
-    if len({row.shape[0] for row in rows}) == 1:
-        return torch.stack(rows)
-    return torch.cat(rows)[None]  # only the total number of rows is read
+        return list(rows.split(counts))
+    if len(set(counts)) == 1:
+        return rows.unflatten(0, (len(counts), counts[0]))
+    return rows[None]  # only the total number of rows is read
 
 
-def _rows(features: Tensor, pick: Chosen) -> Tensor:
-    """[k, d]: the chosen rows, merged where the selection says so."""
-    rows = features.index_select(0, pick.indices.to(features.device))
-    merge: _MergeLike | None = pick.merge
-    if merge is None:
+def _rows(features: Sequence[Tensor], picks: Sequence[Chosen]) -> Tensor:
+    """[K, d]: the chosen rows of all images, merged where a selection says so."""
+    rows = rows_of(features, [pick.indices for pick in picks])
+    if all(pick.merge is None for pick in picks):
         return rows
-    source, destination = merge.source.to(rows.device), merge.destination.to(rows.device)
-    weight = merge.weight.to(rows.device, torch.float32)[:, None]
-    sums = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-    sums.index_add_(0, destination, features.index_select(0, source).float() * weight)
-    merged = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
-    merged[destination] = True
+    starts = [0, *itertools.accumulate(pick.indices.numel() for pick in picks)]
+    some = [i for i, pick in enumerate(picks) if pick.merge is not None]
+    merges: list[_MergeLike] = [picks[i].merge for i in some]
+    source = rows_of([features[i] for i in some], [merge.source for merge in merges]).float()
+    destination = shifted([merge.destination.to(rows.device) for merge in merges], [starts[i] for i in some])
+    weight = torch.cat([merge.weight.to(rows.device, torch.float32) for merge in merges])[:, None]
+    sums = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device).index_add(0, destination, source * weight)
+    merged = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device).index_fill(0, destination, True)
     return torch.where(merged[:, None], sums.to(rows.dtype), rows)

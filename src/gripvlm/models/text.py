@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.families import Family
+from gripvlm.ragged import onto
 
 __all__ = ["Question", "full_mask", "padding_token", "placeholder", "questions", "visual_places", "words"]
 
@@ -69,8 +69,11 @@ def words(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return real & ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device))
 
 
-def questions(model: Any, family: Family, inputs: Mapping[str, Any], question: Question) -> list[Tensor]:
+def questions(model: Any, inputs: Mapping[str, Any], question: Question) -> list[Tensor]:
     """[t, d] embeddings of each prompt's question, on the embedding table's device.
+
+    Args:
+        inputs: the prompts, ids and mask on the host.
 
     Raises:
         InputError: text instead of ids, ids outside the vocabulary, a width or a number of
@@ -79,7 +82,8 @@ def questions(model: Any, family: Family, inputs: Mapping[str, Any], question: Q
     ids = inputs["input_ids"]
     table = model.get_input_embeddings()
     if question is None:
-        return [_embed(table, row[word]) for row, word in zip(ids, words(model, inputs), strict=True)]
+        mine = words(model, inputs)
+        return list(_embed(table, ids[mine]).split(mine.sum(-1).tolist()))
     each = _one_each(question)
     if len(each) != ids.shape[0]:
         raise InputError(f"{len(each)} questions for {ids.shape[0]} prompts: pass one for each")
@@ -114,7 +118,8 @@ def _question(table: Any, question: Any) -> Tensor:
         return question.to(table.weight)
     if question.ndim != 1:
         raise InputError(f"question ids have shape {tuple(question.shape)}, expected (t,)")
-    ids = question[question >= 0]
+    ids = question.cpu()
+    ids = ids[ids >= 0]
     if ids.numel() and int(ids.max()) >= vocabulary:
         raise InputError(
             f"question id {int(ids.max())} is outside the vocabulary of {vocabulary}: use the model's own tokenizer"
@@ -123,4 +128,4 @@ def _question(table: Any, question: Any) -> Tensor:
 
 
 def _embed(table: Any, ids: Tensor) -> Tensor:
-    return table(ids.to(table.weight.device))
+    return table(onto(ids, table.weight.device))

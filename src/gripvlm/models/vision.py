@@ -56,13 +56,15 @@ class Merging(NamedTuple):
 class Asked(NamedTuple):
     """What is wanted of the tower: attention and keys in these blocks (negative ones from the last), patch states.
 
-    And, with `given`, what patches give to one another; with `merging`, that it merges tokens.
+    And, with `given`, what patches give to one another; with `merging`, that it merges tokens; with `keys`, a
+    number from the pixels of each image.
     """
 
     layers: tuple[int, ...] = ()
     patches: bool = False
     given: bool = False
     merging: Merging | None = None
+    keys: bool = False
 
 
 NOTHING = Asked()

@@ -14,8 +14,20 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import PrunerError
+from gripvlm.ragged import onto
 
-__all__ = ["NEEDS", "Merge", "Pruner", "ScorePruner", "Selection", "VisionRows", "VisualTokens", "sizes_after", "top_k"]
+__all__ = [
+    "NEEDS",
+    "Merge",
+    "Pruner",
+    "ScorePruner",
+    "Selection",
+    "VisionRows",
+    "VisualTokens",
+    "sizes_after",
+    "top_k",
+    "top_k_of_each",
+]
 
 NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "vision_given", "patches", "groups"})
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
@@ -139,6 +151,8 @@ class Selection:
         merge: what the kept rows absorb, or None.
         layers: one LongTensor for each layer of the language model, the rows that it sees; empty where
             all rows are dropped before the first layer.
+        sound: whether indices are right by construction, as `top_k` makes them: an accelerator may then use
+            them before they are checked.
     """
 
     indices: Tensor
@@ -146,6 +160,7 @@ class Selection:
     scores: Tensor | None = None
     merge: Merge | None = None
     layers: tuple[Tensor, ...] = ()
+    sound: bool = field(default=False, repr=False)
 
     @property
     def k(self) -> int:
@@ -173,6 +188,15 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """[k] indices of the k largest of [n] scores, ascending; among equals the lower index wins."""
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:k].sort().values
+
+
+def top_k_of_each(scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """`top_k` of each row of [B, n] scores, with a count of its own, in two sorts for all rows."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    ranks = torch.arange(scores.shape[1], device=scores.device)
+    dropped = torch.ones_like(order).scatter_(-1, order, (ranks >= onto(list(counts), scores.device)[:, None]).long())
+    places = torch.sort(dropped, dim=-1, stable=True).indices
+    return [row[:count] for row, count in zip(places, counts, strict=True)]
 
 
 class Pruner(ABC):
@@ -230,4 +254,4 @@ class ScorePruner(Pruner):
         if not isinstance(scores, Tensor) or scores.shape != (tokens.n,):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise PrunerError(f"pruner {self.name!r}: score() must return a tensor ({tokens.n},), got {got}")
-        return Selection(top_k(scores, tokens.keep), tokens.n, scores)
+        return Selection(top_k(scores, tokens.keep), tokens.n, scores, sound=True)

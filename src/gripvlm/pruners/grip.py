@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import PrunerError
-from gripvlm.pruners.base import ScorePruner, Selection, VisualTokens, top_k
+from gripvlm.pruners.base import ScorePruner, Selection, VisualTokens, top_k_of_each
+from gripvlm.ragged import onto, padded
 from gripvlm.scorer import Scorer, coordinates
 
 __all__ = ["SHIPPED", "Grip", "Learned", "ScorerInputs"]
@@ -23,6 +26,8 @@ SHIPPED = Path(__file__).parents[1] / "lab" / "data" / "grip"
 _passed: WeakKeyDictionary[Any, tuple[Any, ...]] = (
     WeakKeyDictionary()
 )  # model -> what it was last found to be right for
+
+_copies: WeakKeyDictionary[Scorer, tuple[Any, Scorer]] = WeakKeyDictionary()  # scorer -> the latest other form of it
 
 TOGETHER = 32
 """Images in one run of the scorer."""
@@ -44,39 +49,55 @@ class ScorerInputs:
     asked: Tensor | None  # [I, t]
     owner: Tensor  # [I] the sample each image belongs to
     sizes: Tensor  # [I] tokens of each image
+    even: tuple[bool, bool]  # whether all images, and all questions, are of one length, so that masks say nothing
 
     def hidden(self, scorer: Scorer, kept: Tensor) -> Tensor:
         """[I, n, width] the scorer's hidden states when `kept` [I] tokens will be left."""
-        return scorer.hidden(self.features, self.places, kept / self.sizes, self.valid, self.question, self.asked)
+        return scorer.hidden(*self._read(kept))
 
     def score(self, scorer: Scorer, kept: Tensor) -> Tensor:
-        """[I, n] logits when `kept` [I] tokens will be left."""
-        logits: Tensor = scorer(self.features, self.places, kept / self.sizes, self.valid, self.question, self.asked)
-        return logits
+        """[I, n] logits when `kept` [I] tokens will be left, -inf at padding."""
+        logits: Tensor = scorer(*self._read(kept))
+        return logits.masked_fill(~self.valid, -torch.inf)
+
+    def _read(self, kept: Tensor) -> tuple[Any, ...]:
+        """What the scorer takes; masks only where they say something."""
+        valid, asked = (None if even else m for even, m in zip(self.even, (self.valid, self.asked), strict=True))
+        return self.features, self.places, kept / self.sizes, valid, self.question, asked
 
     @classmethod
     def of(cls, images: Sequence[VisualTokens], question: bool, owner: Sequence[int] | None = None) -> ScorerInputs:
         """Pads the images; `owner` says which sample each belongs to (by default its own)."""
         device = images[0].features.device
-        pad = torch.nn.utils.rnn.pad_sequence
-        features = pad([tokens.features.detach() for tokens in images], batch_first=True)
-        places = pad([coordinates(tokens.n, tokens.grid, device) for tokens in images], batch_first=True)
-        sizes = torch.tensor([tokens.n for tokens in images])
-        words, asked = None, None
+        features = padded([tokens.features.detach() for tokens in images])
+        kinds = {(tokens.n, tokens.grid): _coordinates(tokens.n, tokens.grid, device) for tokens in images}
+        one = next(iter(kinds.values()))
+        places = one.expand(len(images), -1, -1)
+        if len(kinds) > 1:
+            places = padded([kinds[tokens.n, tokens.grid] for tokens in images])
+        sizes = onto([tokens.n for tokens in images], device)
+        words, asked, lengths = None, None, {0}
         if question:
             texts = [features.new_zeros(0, features.shape[-1]) if t.question is None else t.question for t in images]
-            words = pad([text.detach() for text in texts], batch_first=True).float()
-            lengths = torch.tensor([len(text) for text in texts])
-            asked = (torch.arange(words.shape[1]) < lengths[:, None]).to(device)
+            lengths = {len(text) for text in texts}
+            words = padded([text.detach() for text in texts])
+            asked = torch.arange(words.shape[1], device=device) < onto([len(text) for text in texts], device)[:, None]
         return cls(
-            features.float(),
+            features,
             places,
-            (torch.arange(features.shape[1]) < sizes[:, None]).to(device),
+            torch.arange(features.shape[1], device=device) < sizes[:, None],
             words,
             asked,
-            torch.tensor(list(range(len(images)) if owner is None else owner), device=device),
-            sizes.to(device),
+            onto(list(range(len(images)) if owner is None else owner), device),
+            sizes,
+            (len({tokens.n for tokens in images}) == 1, len(lengths) == 1),
         )
+
+
+@lru_cache(maxsize=64)
+def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor:
+    """`coordinates`, kept: a model's images are of few sizes."""
+    return coordinates(n, grid, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,22 +141,35 @@ class Learned(ScorePruner):
         self._scorer.to(model.device)
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return self._scores([tokens])[0]
+        return self._scores([tokens])[0, : tokens.n]
 
     def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
         found = []
         for start in range(0, len(images), TOGETHER):
             part = images[start : start + TOGETHER]
-            for tokens, scores in zip(part, self._scores(part), strict=True):
-                found.append(Selection(top_k(scores, tokens.keep), tokens.n, scores))
+            scores = self._scores(part)
+            chosen = top_k_of_each(scores, [tokens.keep for tokens in part])
+            for tokens, row, indices in zip(part, scores, chosen, strict=True):
+                found.append(Selection(indices, tokens.n, row[: tokens.n], sound=True))
         return found
 
     @torch.no_grad()
-    def _scores(self, images: Sequence[VisualTokens]) -> list[Tensor]:
-        """A [n] of logits for each image, from one run of the scorer."""
+    def _scores(self, images: Sequence[VisualTokens]) -> Tensor:
+        """[I, n] logits of all images from one run of the scorer, -inf at padding."""
         seen = ScorerInputs.of(images, self._scorer.config.question)
-        kept = torch.tensor([tokens.keep for tokens in images], device=seen.sizes.device)
-        return [row[: tokens.n] for row, tokens in zip(seen.score(self._scorer, kept), images, strict=True)]
+        kept = onto([tokens.keep for tokens in images], seen.sizes.device)
+        return seen.score(self._serving(seen.features), kept)
+
+    def _serving(self, features: Tensor) -> Scorer:
+        """The scorer on the features' device; in bfloat16 where they are, else in float32."""
+        scorer, dtype = self._scorer, torch.bfloat16 if features.dtype == torch.bfloat16 else torch.float32
+        weight = scorer.score.weight
+        if (weight.device, weight.dtype) == (features.device, dtype):
+            return scorer
+        state = (features.device, dtype, sum(one._version for one in scorer.parameters()))
+        if (kept := _copies.get(scorer)) is None or kept[0] != state:
+            _copies[scorer] = kept = (state, copy.deepcopy(scorer).to(features.device, dtype))
+        return kept[1]
 
 
 @dataclass(frozen=True, eq=False)

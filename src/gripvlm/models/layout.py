@@ -1,0 +1,82 @@
+"""Where everything lies in a batch of prompts: read to the host once, before the vision encoder is started.
+
+What comes after the encoder can then be asked of an accelerator without waiting for what it was asked before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gripvlm.errors import InputError
+from gripvlm.models.encoded import Encoded, Span
+from gripvlm.models.text import full_mask, placeholder
+
+__all__ = ["Layout"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """B prompts of L columns.
+
+    Attributes:
+        inputs: what the layout is of, whole numbers on the host.
+        ids: [B, L] token ids.
+        mask: [B, L] bool, False at padding.
+        places: modality -> [B] columns of its placeholders, ascending.
+    """
+
+    inputs: Mapping[str, Any]
+    ids: Array
+    mask: Array
+    places: Mapping[str, Sequence[Array]]
+
+    @classmethod
+    def of(cls, model: Any, inputs: Mapping[str, Any]) -> Layout:
+        """Of checked inputs."""
+        told = {name: _hosted(value) for name, value in inputs.items()}
+        ids, mask = told["input_ids"].numpy(), full_mask(model, told).numpy().astype(bool)
+        names = [name for name in ("image", "video") if getattr(model.config, f"{name}_token_id", None) is not None]
+        marked = {name: ids == placeholder(model, name) for name in names}
+        return cls(told, ids, mask, {name: [row.nonzero()[0] for row in found] for name, found in marked.items()})
+
+    @property
+    def right(self) -> bool:
+        """Whether padding is on the right."""
+        return not bool(self.mask[:, -1].all())
+
+    def spans(self, encoded: Encoded) -> list[list[Span]]:
+        """Where each item's placeholders are: a list (samples) of lists of `Span`, in prompt order.
+
+        Raises:
+            InputError: the prompts' placeholders and the encoded rows do not match in number.
+        """
+        if len(self.ids) != len(encoded):
+            raise InputError(f"{len(self.ids)} prompts, but images are encoded for {len(encoded)}")
+        samples = []
+        for sample, items in enumerate(encoded.samples):
+            spans = []
+            for modality in encoded.outputs:
+                mine = [item for item in items if item.modality == modality]
+                positions = torch.from_numpy(self.places[modality][sample])
+                sizes = [item.features.shape[0] for item in mine]
+                if positions.numel() != sum(sizes):
+                    raise InputError(
+                        f"sample {sample} has {positions.numel()} {modality} placeholder tokens, but "
+                        f"{sum(sizes)} visual tokens are encoded for it"
+                    )
+                spans += [Span(*pair) for pair in zip(mine, positions.split(sizes), strict=True)]
+            samples.append(sorted(spans, key=lambda span: int(span.positions[0])))
+        return samples
+
+
+def _hosted(value: Any) -> Any:
+    """Ids, masks, grids, sizes and coordinates on the host; pixels where they are."""
+    return value.detach().cpu() if isinstance(value, Tensor) and not value.is_floating_point() else value
