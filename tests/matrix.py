@@ -15,11 +15,14 @@ from gripvlm.base_model import BaseModel
 from gripvlm.errors import BudgetError
 from gripvlm.models import FAMILIES
 from gripvlm.models.grids import unknown
+from gripvlm.models.layout import Layout
+from gripvlm.models.text import questions
 from gripvlm.path import gather
 from gripvlm.pruners import LayerPruner, LayerTokens, Pruner, Selection, VisualTokens, get_pruner
 from gripvlm.pruners.given import Given
 from gripvlm.pruners.registry import _BUILT_IN, _load
 from gripvlm.scorer import Scorer, ScorerConfig
+from gripvlm.selections import Doubts
 from tiny_families import TINY, build, make
 from tiny_families.reference import full_positions
 
@@ -141,7 +144,9 @@ def seen(here: Case, pruner: Pruner, encoded: Any = None) -> list[list[VisualTok
     """What the pruner sees of a batch, all rows in the budget."""
     with torch.no_grad():
         encoded = here.encoded if encoded is None else encoded
-        return gather(here.model, FAMILIES[here.name], here.inputs, pruner, 1.0, None, encoded)[1]
+        layout, family = Layout.of(here.model, here.inputs), FAMILIES[here.name]
+        texts = questions(here.model, layout.inputs, None) if "question" in pruner.needs else None
+        return gather(here.model, family, layout, pruner, 1.0, texts, encoded, Doubts())[1]
 
 
 def few(most: int) -> list[int]:

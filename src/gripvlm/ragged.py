@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,8 +60,7 @@ def shifted(indices: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
     """[K] all indices [k_i], each plus the start of its own."""
     if len(indices) == 1:
         return indices[0] + starts[0]
-    counts = torch.tensor([len(one) for one in indices])
-    steps = torch.tensor(starts).repeat_interleave(counts)
+    steps = np.repeat(np.asarray(starts, dtype=np.int64), [len(one) for one in indices])
     return torch.cat(list(indices)) + onto(steps, indices[0].device)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,10 +112,10 @@ def _odd(found: Sequence[Selection]) -> Tensor:
 
 def _along(parts: Sequence[Tensor], numbers: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """[M] all parts [m_i] in one line; [3, M] beside each entry its part's two numbers, and the first summed up."""
-    counts = torch.tensor([len(part) for part in parts])
     starts = itertools.accumulate((first for first, _ in numbers), initial=0)
-    told = torch.tensor([(*pair, start) for pair, start in zip(numbers, starts, strict=False)]).T
-    return torch.cat([part.to(device) for part in parts]), onto(told.repeat_interleave(counts, dim=1), device)
+    told = np.array([(*pair, start) for pair, start in zip(numbers, starts, strict=False)], dtype=np.int64).T
+    spread = np.repeat(told, [len(part) for part in parts], axis=1)
+    return torch.cat([part.to(device) for part in parts]), onto(spread, device)
 
 
 def checked_selection(name: str, selection: Any, n: int, k: int, device: torch.device, where: str) -> Selection:

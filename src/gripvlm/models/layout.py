@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.encoded import Encoded, Span
+from gripvlm.models.encoded import Encoded, Item, Span
 from gripvlm.models.text import full_mask, placeholder
 
 __all__ = ["Layout"]
@@ -62,18 +62,19 @@ class Layout:
             raise InputError(f"{len(self.ids)} prompts, but images are encoded for {len(encoded)}")
         samples = []
         for sample, items in enumerate(encoded.samples):
-            spans = []
+            spans: list[tuple[Item, Array]] = []
             for modality in encoded.outputs:
                 mine = [item for item in items if item.modality == modality]
-                positions = torch.from_numpy(self.places[modality][sample])
-                sizes = [item.features.shape[0] for item in mine]
-                if positions.numel() != sum(sizes):
+                columns = self.places[modality][sample]
+                ends = np.cumsum([item.features.shape[0] for item in mine], dtype=np.int64)
+                if len(columns) != sum(ends[-1:]):
                     raise InputError(
-                        f"sample {sample} has {positions.numel()} {modality} placeholder tokens, but "
-                        f"{sum(sizes)} visual tokens are encoded for it"
+                        f"sample {sample} has {len(columns)} {modality} placeholder tokens, but "
+                        f"{sum(ends[-1:])} visual tokens are encoded for it"
                     )
-                spans += [Span(*pair) for pair in zip(mine, positions.split(sizes), strict=True)]
-            samples.append(sorted(spans, key=lambda span: int(span.positions[0])))
+                spans += list(zip(mine, np.split(columns, ends[:-1]), strict=False))
+            spans.sort(key=lambda span: int(span[1][0]))
+            samples.append([Span(item, torch.from_numpy(columns)) for item, columns in spans])
         return samples
 
 

@@ -123,6 +123,6 @@ class CDPruner(Pruner):
             factor[:, step] = torch.where(own > SPENT, part * own.clamp(min=SPENT).rsqrt(), 0.0)
             left = left - factor[:, step].square()
         return [
-            Selection(picks[: tokens.keep].sort().values, tokens.n)
+            Selection(picks[: tokens.keep].sort().values, tokens.n, sound=True)
             for picks, tokens in zip(chosen, images, strict=True)
         ]

@@ -55,6 +55,6 @@ class DivPrune(Pruner):
             nearest[row, last] = -torch.inf  # never chosen twice; stays the minimum from here on
             chosen[:, step] = nearest.argmax(dim=1)
         return [
-            Selection(picks[: tokens.keep].sort().values, tokens.n)
+            Selection(picks[: tokens.keep].sort().values, tokens.n, sound=True)
             for picks, tokens in zip(chosen, images, strict=True)
         ]

@@ -53,4 +53,4 @@ class Grid(Pruner):
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.grid is not None  # promised by `needs`
         indices, _ = lattice(tokens.grid, tokens.keep)
-        return Selection(indices.to(tokens.features.device), tokens.n)
+        return Selection(indices.to(tokens.features.device), tokens.n, sound=True)

@@ -32,7 +32,7 @@ class KeepAll(Pruner):
     def select(self, tokens: VisualTokens) -> Selection:
         if tokens.keep < tokens.n:
             raise self.refused(f"{tokens.keep} (of {tokens.n})")
-        return Selection(torch.arange(tokens.n, device=tokens.features.device), tokens.n)
+        return Selection(torch.arange(tokens.n, device=tokens.features.device), tokens.n, sound=True)
 
     def refused(self, asked: str) -> BudgetError:
         """What is said to a budget that would drop tokens."""

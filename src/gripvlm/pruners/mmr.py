@@ -53,9 +53,10 @@ class MMR(Wrapper):
     def _scaled(self, tokens: VisualTokens) -> Tensor:
         """[n] s."""
         scores = scores_of(self, self.inner, tokens)
-        finite = scores[scores.isfinite()]
-        low, high = finite.aminmax() if finite.numel() else (scores.new_zeros(()), scores.new_zeros(()))
-        return (scores.clamp(low, high) - low) / (high - low) if high > low else torch.ones_like(scores)
+        finite = scores.isfinite()
+        low, high = scores.where(finite, torch.inf).amin(), scores.where(finite, -torch.inf).amax()
+        told = high > low
+        return torch.where(told, (scores.clamp(low, high) - low) / torch.where(told, high - low, 1), 1)
 
     def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
         each = [self._scaled(tokens) for tokens in images]
@@ -71,6 +72,6 @@ class MMR(Wrapper):
             closest = torch.maximum(closest, cosine[row, pick])
             value = self.balance * scaled - (1 - self.balance) * closest
         return [
-            Selection(picks[: tokens.keep].sort().values, tokens.n)
+            Selection(picks[: tokens.keep].sort().values, tokens.n, sound=True)
             for picks, tokens in zip(chosen, images, strict=True)
         ]

@@ -1,0 +1,213 @@
+"""Between the vision encoder and the prefill the host never waits for an accelerator.
+
+There is no accelerator here. torch's fake tensors claim to be on one (a device in name only), and refuse every
+operation whose result the host would have to wait for (`bool(t)`, `t.tolist()`, `t.nonzero()`, `t[mask]`); copies
+to the host are caught below.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import gripvlm
+from gripvlm import path
+from gripvlm.checks import checked_pruner
+from gripvlm.errors import InputError, PrunerError
+from gripvlm.models import seam
+from gripvlm.models.families import family_of
+from gripvlm.models.layout import Layout
+from gripvlm.pruners import Pruner, Selection, VisualTokens
+from gripvlm.pruners.grip import Grip
+from gripvlm.ragged import in_one_storage, padded
+from gripvlm.scorer import Scorer, ScorerConfig
+from gripvlm.selections import Doubts
+from tiny_models import IMAGE, build
+
+WAITS = "waits"
+_setup_privateuseone_for_python_backend(WAITS)
+IDS = torch.tensor([[0, 0, 1, *[IMAGE] * 16, 5, 6, 7], [1, *[IMAGE] * 16, 3, 4, 5, 6, 8]])
+TEXT = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
+PRUNERS = ("keep_all", "norm", "grid", "divprune", "mmr(norm)", "grip")
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses operations that bring something from the accelerator to the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inside = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        outside = {leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)}
+        assert not (WAITS in inside and "cpu" in outside), f"{func} copies to the host"
+        return out
+
+
+class Event:
+    def __init__(self, **options: Any) -> None:
+        assert options["enable_timing"]
+
+    def record(self) -> None: ...
+
+
+@pytest.fixture
+def accelerator(monkeypatch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A LLaVA that is on an accelerator, and inputs for it."""
+    real = copy.deepcopy(build("llava"))
+    layout = Layout.of(real, {**TEXT, "pixel_values": torch.empty(2, 3, 32, 32)})
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch, "Event", Event)
+    # Read before the encoder starts, when there is nothing to wait for:
+    monkeypatch.setattr(Layout, "of", classmethod(lambda cls, model, inputs: layout))
+    monkeypatch.setattr(path, "questions", lambda model, inputs, question: list(torch.empty(2, 3, 32, device=WAITS)))
+    with FakeTensorMode(allow_non_fake_inputs=True), NoCopies():
+        model = moved(real)
+        # What the encoder is asked is transformers' own; its answer is on the accelerator.
+        with torch.device(WAITS):
+            rows = BaseModelOutputWithPooling(pooler_output=list(torch.empty(32, 32).split(16)))
+            answer = {"mm_encoder_outputs": {"image": rows}}
+            monkeypatch.setattr(model, "_prepare_multimodal_encoder_kwargs_for_generation", lambda inputs: answer)
+            inputs = {
+                "input_ids": torch.empty(IDS.shape, dtype=torch.long),
+                "attention_mask": torch.empty(IDS.shape, dtype=torch.long),
+                "pixel_values": torch.empty(2, 3, 32, 32),
+            }
+        yield model, inputs
+
+
+def moved(module: torch.nn.Module) -> Any:
+    """The module with its weights and buffers on the accelerator."""
+    for part in module.modules():
+        for kind in (part._parameters, part._buffers):
+            for name, value in kind.items():
+                if value is not None:
+                    fake = torch.empty(value.shape, dtype=value.dtype, device=WAITS)
+                    kind[name] = torch.nn.Parameter(fake, False) if kind is part._parameters else fake
+    return module
+
+
+def run(model: Any, inputs: dict[str, Any], pruner: Pruner, keep: Any) -> tuple[dict[str, Any], Any]:
+    with torch.no_grad():
+        arguments, record, _ = path.pruned(
+            model, family_of(model), inputs, pruner, keep, "original", None, None, False, False, None
+        )
+    return arguments, record
+
+
+def grip() -> Grip:
+    return Grip("untrained", Scorer(ScorerConfig(32, width=16, heads=2)))
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("keep", [5, [3, 7]], ids=["even", "ragged"])
+def test_nothing_waits(name, keep, request):
+    pruner = grip() if name == "grip" else checked_pruner(name)
+    model, inputs = request.getfixturevalue("accelerator")
+    if name == "grip":
+        moved(pruner.module)
+    arguments, record = run(model, inputs, pruner, 1.0 if name == "keep_all" else keep)
+    assert arguments["input_ids"].device.type == arguments["position_ids"].device.type == WAITS
+    if name != "keep_all":
+        assert arguments["input_ids"].shape == (2, 11 if keep == 5 else 13)
+        assert record.kept == 10
+    rows = arguments["mm_encoder_outputs"]["image"].pooler_output
+    assert sum(len(one) for one in rows) == record.kept
+    with pytest.raises(DataDependentOutputException):
+        record.doubts.settle()  # here it waits: what was not checked above is checked now
+
+
+def test_the_fixture_would_notice(accelerator):
+    _, inputs = accelerator
+    for wait in (
+        lambda t: bool(t.any()),
+        lambda t: t.tolist(),
+        lambda t: t.cpu(),
+        lambda t: t.nonzero(),
+        lambda t: t[t > 0],
+    ):
+        with pytest.raises((DataDependentOutputException, RuntimeError, AssertionError)):
+            wait(inputs["input_ids"])
+
+
+def test_rows_that_nobody_vouches_for_are_checked_before_they_are_used(accelerator):
+    class Own(Pruner):
+        name = "own"
+        needs = frozenset({"features"})
+
+        def select(self, tokens: VisualTokens) -> Selection:
+            return Selection(torch.arange(tokens.keep, device=tokens.features.device), tokens.n)
+
+    with pytest.raises(DataDependentOutputException):
+        run(*accelerator, Own(), 5)
+
+
+def test_doubts_are_settled_in_order_and_once():
+    seen = []
+    doubts = Doubts()
+    meta = [torch.ones((), dtype=torch.bool, device="meta") for _ in range(2)]
+    for name, flag in zip("ab", meta, strict=True):
+        doubts.add(flag, lambda name=name: seen.append(name))
+    assert not seen  # not on a CPU: later
+    doubts._open = [(torch.tensor(name == "b"), look) for name, (_, look) in zip("ab", doubts._open, strict=True)]
+    doubts.settle()
+    doubts.settle()
+    assert seen == ["b"]
+
+
+def test_what_is_wrong_is_raised_when_the_block_ends(monkeypatch):
+    """As on an accelerator: nothing is read until the model has run."""
+    model = build("llava")
+    inputs = {**TEXT, "pixel_values": torch.randn(2, 3, 32, 32)}
+
+    def later(self: Doubts, wrong: torch.Tensor, look: Any) -> None:
+        self._open.append((wrong, look))
+
+    monkeypatch.setattr(Doubts, "add", later)
+    with torch.no_grad(), gripvlm.pruned_run(model, inputs, "norm", 4) as (arguments, _):
+        model(**arguments)
+    inputs["pixel_values"][1, 0, 0, 0] = torch.nan
+    ran = []
+    run = gripvlm.pruned_run(model, inputs, "norm", 4)
+    with pytest.raises(InputError, match="NaN of image 0 of sample 1"), torch.no_grad(), run as (arguments, _):
+        ran.append(model(**arguments))
+    assert ran
+    with pytest.raises(InputError, match="NaN of image 0 of sample 1"), gripvlm.prune(model, "norm", 4):
+        model.generate(**inputs, max_new_tokens=2)
+    with pytest.raises(InputError, match="NaN of image 0 of sample 1"):
+        gripvlm.prune_inputs(model, inputs, "norm", 4)
+
+
+def test_a_pruner_that_stumbles_over_nan_is_not_blamed():
+    class Stumbles(Pruner):
+        name = "stumbles"
+        needs = frozenset({"features"})
+
+        def select(self, tokens: VisualTokens) -> Selection:
+            raise PrunerError("NaN upsets me")
+
+    doubts = Doubts()
+    doubts._open = [(torch.tensor(True), lambda: (_ for _ in ()).throw(InputError("the encoder made NaN")))]
+    with pytest.raises(InputError, match="the encoder"):
+        path._chosen(Stumbles(), [VisualTokens(torch.zeros(4, 2), 2)], doubts)
+
+
+def test_the_seam_uses_views_of_what_was_encoded():
+    """No copy of unpruned rows: the encoder's rows are read in place."""
+    model = build("llava")
+    inputs = {**TEXT, "pixel_values": torch.randn(2, 3, 32, 32)}
+    with torch.no_grad():
+        encoded = gripvlm.encode(model, inputs)
+    features = [item.features for sample in encoded.samples for item in sample]
+    whole, starts = in_one_storage(features)
+    assert starts == [0, 16]
+    assert whole.data_ptr() == features[0].data_ptr()
+    assert padded(features).data_ptr() == features[0].data_ptr()
+    assert seam.locate(model, IDS, encoded)[0][0].positions.tolist() == list(range(3, 19))
