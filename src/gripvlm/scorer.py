@@ -34,7 +34,7 @@ from gripvlm.errors import InputError
 __all__ = ["BaseModel", "Scorer", "ScorerConfig", "ScorerError", "coordinates"]
 
 FORMAT = "gripvlm.scorer/1"
-_WEIGHTS, _CONFIG = "scorer.safetensors", "scorer.json"
+SCORER_FILES = _WEIGHTS, _CONFIG = "scorer.safetensors", "scorer.json"
 
 
 @dataclass(frozen=True)

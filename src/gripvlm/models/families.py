@@ -11,6 +11,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from gripvlm.errors import UnsupportedModelError
@@ -199,7 +200,7 @@ def family_of(model: Any) -> Family:
             f"{', '.join(sorted(FAMILIES))}{hint}. "
             f"Adding one is a row in gripvlm/models/families.py; {DOCS} says how"
         )
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if "mm_encoder_outputs" not in _takes(type(model).forward):
         raise UnsupportedModelError(
             f"this {type(model).__name__} takes no mm_encoder_outputs: gripvlm needs "
             "transformers>=5.19 (pip install -U transformers)"
@@ -211,6 +212,11 @@ def family_of(model: Any) -> Family:
             f"{name} needs transformers>={wanted}, installed is {have}: pip install -U transformers"
         )
     return family
+
+
+@cache
+def _takes(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def installed() -> tuple[int, int]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -288,12 +289,16 @@ def _renumber(model: Any, arguments: dict[str, Any], positions: str) -> None:
 
 def encoder_arguments(model: Any, given: Mapping[str, Any]) -> list[str]:
     """The inputs that only the vision encoder reads, found as transformers finds them."""
-    names: set[str] = set()
-    for modality in ("image", "video"):
-        function = getattr(model.base_model, f"get_{modality}_features", None)
-        if function is not None:
-            names.update(inspect.signature(function).parameters)
+    names = _encoder_parameters(type(model.base_model))  # type: ignore[arg-type]
     return [name for name in given if name in names and name not in PER_TOKEN]
+
+
+@cache
+def _encoder_parameters(kind: Hashable) -> frozenset[str]:
+    found = (getattr(kind, f"get_{modality}_features", None) for modality in ("image", "video"))
+    return frozenset(
+        name for function in found if function is not None for name in inspect.signature(function).parameters
+    )
 
 
 def _visual_outputs(

@@ -16,7 +16,7 @@ from torch import Tensor
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import ScorePruner, Selection, VisualTokens, top_k_of_each
 from gripvlm.ragged import onto, padded
-from gripvlm.scorer import Scorer, coordinates
+from gripvlm.scorer import SCORER_FILES, Scorer, coordinates
 
 __all__ = ["SHIPPED", "Grip", "Learned", "ScorerInputs"]
 
@@ -100,6 +100,22 @@ def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> 
     return coordinates(n, grid, device)
 
 
+def _loaded(name: str) -> tuple[Scorer, str]:
+    """A scorer and its digest; one of a folder is read anew only when its files were written to."""
+    place = _place(name)
+    files = [Path(place).expanduser() / file for file in SCORER_FILES]
+    if not all(file.is_file() for file in files):  # a hub id, or an error that says what is missing
+        scorer = Scorer.from_pretrained(place)
+        return scorer, scorer.digest()
+    return _read(str(place), tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@lru_cache(maxsize=8)
+def _read(place: str, written: tuple[tuple[int, int], ...]) -> tuple[Scorer, str]:
+    scorer = Scorer.from_pretrained(place)
+    return scorer, scorer.digest()
+
+
 @dataclass(frozen=True, eq=False)
 class Learned(ScorePruner):
     """score = scorer(features, place, question, k / n): a trained scorer, however it was trained.
@@ -117,8 +133,11 @@ class Learned(ScorePruner):
 
     def __post_init__(self) -> None:
         if self.module is None:
-            object.__setattr__(self, "module", Scorer.from_pretrained(_place(self.scorer)))
-        object.__setattr__(self, "weights", self._scorer.digest())
+            module, weights = _loaded(self.scorer)
+            object.__setattr__(self, "module", module)
+        else:
+            weights = self._scorer.digest()
+        object.__setattr__(self, "weights", weights)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

@@ -10,6 +10,7 @@ import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from gripvlm.errors import PrunerError
@@ -56,8 +57,9 @@ class Option(NamedTuple):
         return any(_fits(value, kind) for kind in _members(self.kind))
 
 
-def options_of(factory: Callable[..., Pruner]) -> list[Option]:
-    """The options that a pruner class or function takes; [] where Python cannot tell."""
+@cache
+def options_of(factory: Callable[..., Pruner]) -> tuple[Option, ...]:
+    """The options that a pruner class or function takes; () where Python cannot tell."""
     plain = isinstance(factory, type) and not is_dataclass(factory)
     makes = vars(factory).get("__init__", factory) if plain else factory
     try:
@@ -65,9 +67,9 @@ def options_of(factory: Callable[..., Pruner]) -> list[Option]:
     except (NameError, TypeError, AttributeError, SyntaxError):  # imported for type checkers only
         hints = {}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [
+    return tuple(
         Option(one.name, hints.get(one.name, Any), one.default) for one in _parameters(factory) if one.kind in named
-    ]
+    )
 
 
 def outside(text: str, mark: str) -> list[str]:
@@ -140,11 +142,12 @@ def _only_python(name: str, options: Sequence[Option]) -> PrunerError:
     )
 
 
-def _parameters(factory: Callable[..., Pruner]) -> list[inspect.Parameter]:
+@cache
+def _parameters(factory: Callable[..., Pruner]) -> tuple[inspect.Parameter, ...]:
     try:
-        return list(inspect.signature(factory).parameters.values())
+        return tuple(inspect.signature(factory).parameters.values())
     except (TypeError, ValueError):
-        return []
+        return ()
 
 
 def _members(kind: Any) -> tuple[Any, ...]:

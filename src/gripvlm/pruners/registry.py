@@ -111,7 +111,7 @@ def list_pruners() -> list[PrunerRow]:
             needs = _needs_by_default(made_by)
         needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
         stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
-        rows.append(PrunerRow(name, needs, stage, source, tuple(options_of(made_by))))
+        rows.append(PrunerRow(name, needs, stage, source, options_of(made_by)))
     return rows
 
 
