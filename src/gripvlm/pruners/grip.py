@@ -122,16 +122,21 @@ class Learned(ScorePruner):
 
     Attributes:
         scorer: a name for `Scorer.from_pretrained`.
+        dtype: what the scorer computes in: "float32", "bfloat16", or "auto", bfloat16 where the features are and
+            float32 elsewhere.
         weights: a short hash of the scorer's weights, for results files.
     """
 
     trained: ClassVar[bool] = True
 
     scorer: str
+    dtype: str = field(default="auto", kw_only=True)
     module: Scorer | None = field(default=None, repr=False)
     weights: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise PrunerError(f"{self.name}: dtype={self.dtype!r}: type dtype=float32, dtype=bfloat16 or dtype=auto")
         if self.module is None:
             module, weights = _loaded(self.scorer)
             object.__setattr__(self, "module", module)
@@ -180,8 +185,9 @@ class Learned(ScorePruner):
         return seen.score(self._serving(seen.features), kept)
 
     def _serving(self, features: Tensor) -> Scorer:
-        """The scorer on the features' device; in bfloat16 where they are, else in float32."""
-        scorer, dtype = self._scorer, torch.bfloat16 if features.dtype == torch.bfloat16 else torch.float32
+        """The scorer on the features' device, in the type it computes in."""
+        half = features.dtype == torch.bfloat16 if self.dtype == "auto" else self.dtype == "bfloat16"
+        scorer, dtype = self._scorer, torch.bfloat16 if half else torch.float32
         weight = scorer.score.weight
         if (weight.device, weight.dtype) == (features.device, dtype):
             return scorer
