@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-__all__ = ["Prefill", "cdpruner", "divprune", "fastv", "prefill", "recycled", "sparsevlm", "visionzip"]
+__all__ = ["Prefill", "cdpruner", "divprune", "fastv", "known", "prefill", "recycled", "sparsevlm", "visionzip"]
 
-Cut: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(attention [H, l, l] of the layer before, hidden [l, d], places [m] of visual tokens) -> kept [k] of the m, their
-states [k, d]."""
+Cut: TypeAlias = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(attention [H, l, l] of the layer before or, where that attends by sdpa, None; hidden [l, d]; places [m] of visual
+tokens) -> kept [k] of the m, their states [k, d]."""
 
 
 # --- pruners at the input ---------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def prefill(
     cache, left, noted = DynamicCache(config=decoder.config), [], {}
 
     def note(number: int) -> Callable[..., None]:
-        return lambda module, args, output: noted.update({number: output[1]})
+        return lambda module, args, output: noted.update({number: None if output[1] is None else output[1][0]})
 
     handles = [decoder.layers[cut - 1].self_attn.register_forward_hook(note(cut)) for cut in cuts]
     try:
@@ -179,7 +179,7 @@ def prefill(
         for number, layer in enumerate(decoder.layers):
             if number in cuts:
                 stop = start + rows.numel()
-                pick, states = cuts[number](noted.pop(number)[0], hidden[0], torch.arange(start, stop, device=ids.device))
+                pick, states = cuts[number](noted.pop(number), hidden[0], torch.arange(start, stop, device=ids.device))
                 hidden = torch.cat((hidden[:, :start], states[None], hidden[:, stop:]), dim=1)
                 places = torch.cat((places[:, :start], places[:, start + pick], places[:, stop:]), dim=1)
                 turned, mask = decoder.rotary_emb(hidden, places), _causal(hidden)
@@ -207,6 +207,11 @@ def _causal(hidden: Tensor) -> Tensor:
     """[1, 1, l, l]: 0 where a query sees a key, the smallest number elsewhere."""
     length = hidden.shape[1]
     return hidden.new_full((1, 1, length, length), torch.finfo(hidden.dtype).min).triu(1)
+
+
+def known(pick: Tensor) -> Cut:
+    """No method: the limit of what dropping can bring, where the choice was made beforehand."""
+    return lambda attention, hidden, places: (pick, hidden[places[pick]])
 
 
 def fastv(keep: int) -> Cut:

@@ -1,14 +1,17 @@
 """results/authors-way.json: our pruners against the same methods as their authors wrote them, same tensors, same run.
 
-    OMP_NUM_THREADS=2 python runs/authors_way.py --repeats 9     # 576 visual tokens, a 0.5B model; quarter of an hour
+    OMP_NUM_THREADS=2 python runs/authors_way.py --repeats 9     # 576 visual tokens, a 0.5B model; 10 minutes
     python runs/authors_way.py --tiny --out /tmp/tiny.json       # 16 tokens, seconds
 
 Ours is what gripvlm runs, with its checks; the authors' way is runs/authors_methods.py, written after the papers'
 descriptions. FastV and SparseVLM are timed from the picture's rows to the first token's logits, and to their last cut;
 VisionZip from pixels to the rows that the language model gets; DivPrune and CDPruner from rows to the choice. The same
-work without pruning, under sdpa, is timed beside the first three. Each turn runs every way once, in one order and then
-in the other; a ratio is ours to theirs within a turn, below 1 where ours takes less. Numbers are [median, lower
-quartile, upper quartile]. Both ways must keep the same tokens: fewer than 95 % in common is an error.
+work without pruning, under sdpa, is timed beside the first three, and for the first two the limit: the same rows
+dropped at the same layers with the choice made beforehand, so that what is above it is the pruner's own.
+
+Each turn runs every way once, in one order and then in the other, after a turn that warms up; a ratio is ours to theirs
+within a turn, below 1 where ours takes less; median, low and high are the median and the quartiles. Both ways must keep
+the same tokens: fewer than 95 % in common is an error.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from gripvlm.prune import encode, prune_inputs, pruned_run  # noqa: E402
 from gripvlm.pruners import LayerPruner, VisualTokens, get_pruner  # noqa: E402
 from gripvlm.pruners.visionzip import VisionZip  # noqa: E402
 
+METHODS = ("fastv", "sparsevlm", "sparsevlm-1.0", "visionzip", "divprune", "cdpruner")
 ALIKE = 0.95
 WHOLE, CUT = "whole", "to the last cut"
 Way: TypeAlias = Callable[[Callable[[str], None]], list[Tensor]]
@@ -70,7 +74,7 @@ class Case:
 
     Attributes:
         work: what is timed, in words.
-        ways: "ours", "authors" and, where there is such work, "unpruned".
+        ways: "ours", "authors" and, where there is such work, "unpruned" and "limit".
         parts: of which times are reported; `WHOLE` is all of it.
         turns: for one of `--repeats`; short work is repeated more often.
     """
@@ -135,7 +139,16 @@ class Inside:
             self.run(self.full, last, mark)
             return []
 
-        ways = {"ours": ours, "authors": theirs, "unpruned": unpruned}
+        kept = theirs(lambda part: None)
+        before = [torch.arange(len(self.features), device=self.features.device), *kept]
+        picks = [torch.isin(rows, left).nonzero().flatten() for rows, left in zip(before, kept, strict=False)]
+        fixed = {cut: authors.known(pick) for cut, pick in zip(plan, picks, strict=True)}
+
+        def limit(mark: Callable[[str], None]) -> list[Tensor]:
+            reached = lambda: mark(CUT)  # noqa: E731
+            return authors.prefill(self.model, self.inputs["input_ids"], self.features, fixed, (), reached).rows
+
+        ways = {"ours": ours, "authors": theirs, "unpruned": unpruned, "limit": limit}
         return Case(name, "prefill", 1, len(self.features), keep, ways, (CUT, WHOLE))
 
     def fastv(self, spec: str, keep: int) -> Case:
@@ -156,7 +169,7 @@ class Inside:
             }
             return made, {cut - 1 for cut in plan}
 
-        return self.case("sparsevlm, version 1.0's rank" if rank else "sparsevlm", "sparsevlm", keep, cuts)
+        return self.case("sparsevlm-1.0" if rank else "sparsevlm", "sparsevlm", keep, cuts)
 
 
 def visionzip(model: Any, inputs: Mapping[str, Any], keep: int) -> Case:
@@ -265,7 +278,8 @@ def measured(case: Case, repeats: int, device: torch.device) -> list[dict[str, A
         row = about | {"work": case.work if part == WHOLE else f"{case.work} {part}", "turns": len(of["ours"])}
         row |= {f"{name}_seconds": quartiles(seconds) for name, seconds in of.items()}
         row |= {"ratio": ratio("ours", "authors"), "same_tokens": same}
-        row |= {f"{name}_of_unpruned": ratio(name, "unpruned") for name in ("ours", "authors")}
+        for below in ("unpruned", "limit"):
+            row |= {f"{name}_of_{below}": ratio(name, below) for name in ("ours", "authors")}
         rows.append(row)
     return rows
 
@@ -278,7 +292,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = random_model(shape.name, torch.device(options.device), getattr(torch, options.dtype), "sdpa")
     rows = []
     with torch.no_grad():
-        todo = [case for case in cases(model, shape, options.batches) if case.method in options.methods or not options.methods]
+        todo = [case for case in cases(model, shape, options.batches) if case.method in options.methods]
     for case in todo:
         rows += measured(case, options.repeats, model.device)
         for row in rows[-len(case.parts) :]:
@@ -307,7 +321,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shape", choices=sorted(SHAPES), default="llava-0.5b")
     options.add_argument("--tiny", action="store_true", help="the same as --shape tiny")
-    options.add_argument("--methods", type=lambda text: text.split(","), default=[], help="by default all")
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     options.add_argument("--batches", type=numbers, default=[1, 8], help="images at a time, of divprune and cdpruner")
     options.add_argument("--repeats", type=int, default=7, help="turns that count, 2 or more")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
