@@ -105,9 +105,42 @@ def timing(speed: Mapping[str, Any]) -> list[str]:
     return [*lines, "", f"`results/pruner-speed.json`: `{speed['command']}` at {commit}.", ""]
 
 
+def times_of(ratio: Mapping[str, float] | None) -> str:
+    """A ratio of times: the median and, in brackets, the quartiles."""
+    return "-" if ratio is None else "{median:.2f} [{low:.2f}-{high:.2f}]".format(**ratio)
+
+
+def beside_authors(found: Mapping[str, Any]) -> list[str]:
+    """The section on the same methods as their authors wrote them."""
+    model, where = found["model"], found["environment"]
+    on, commit = where["hardware"], where["git"]["commit"][:12] if where["git"] else "no checkout"
+    lines = [
+        "## Beside the authors' way",
+        "",
+        "The same methods after their papers' descriptions, in the way that their authors' code is known to work: "
+        "whole attention matrices, eager layers, loops over tokens or images (`runs/authors_methods.py`). On the same "
+        f"tensors in the same run: {model['architecture']} ({model['note']}), {model['dtype']}, {on['processor']}, "
+        f"{on['threads']} threads, {on['device']}. Times of ours to theirs, below 1 where ours takes less: median and "
+        f"[quartiles] of {found['repeats']} turns or more. Beside that, both to the same work without pruning (sdpa), "
+        "and to its limit: the same rows dropped by a choice made beforehand. Prefills begin with the picture's rows. "
+        "Same rows: how many of those that ours keeps theirs keeps too, all images and cuts together. In "
+        "`sparsevlm-1.0` theirs also computes the rank that version 1.0 takes its counts from.",
+        "",
+        "| method | work | batch | ours to theirs | ours, theirs to unpruned | ours, theirs to the limit | same rows |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        of = [[times_of(row[f"{name}_of_{below}"]) for name in ("ours", "authors")] for below in ("unpruned", "limit")]
+        pairs = [", ".join(pair) if pair != ["-", "-"] else "-" for pair in of]
+        same = f"{row['same_tokens']['same']} of {row['same_tokens']['kept']}"
+        cells = (f"`{row['method']}`", row["work"], row["batch"], times_of(row["ratio"]), *pairs, same)
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return [*lines, "", f"`results/authors-way.json`: `{found['command']}` at {commit}.", ""]
+
+
 def page() -> str:
     """All of docs/methods.md."""
-    speed = result("pruner-speed")
+    speed, authors = result("pruner-speed"), result("authors-way")
     lines = [
         "# Methods",
         "",
@@ -165,7 +198,7 @@ def page() -> str:
         "- Wrappers are typed around others: `mmr(norm)`, `spread(visionzip):floor=0.5`, `ensemble(norm,divprune)`.",
         "",
     ]
-    return "\n".join([*lines, *(timing(speed) if speed else [])])
+    return "\n".join([*lines, *(timing(speed) if speed else []), *(beside_authors(authors) if authors else [])])
 
 
 if __name__ == "__main__":

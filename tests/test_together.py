@@ -124,6 +124,21 @@ def test_many_tokens_as_well(spec):
     assert found == [ONE_BY_ONE[pruner.name](pruner, tokens) for tokens in images]
 
 
+@pytest.mark.parametrize("side", [1, 3, 4, 9, 256])
+def test_products_are_symmetric_to_the_bit_whatever_the_strips(monkeypatch, side):
+    monkeypatch.setattr(together, "SIDE", side)
+    each = [torch.randn(n, 7, generator=torch.Generator().manual_seed(n)) for n in (9, 4, 8)]
+    whole = together.products(each)
+    assert whole.shape == (3, 9, 9)
+    assert torch.equal(whole, whole.mT)
+    for found, rows in zip(whole, each, strict=True):
+        n = len(rows)
+        torch.testing.assert_close(found[:n, :n], rows @ rows.T)
+        assert not found[n:].any()
+        assert not found[:, n:].any()
+    assert torch.equal(whole[1, :4, :4], together.products(each[1:2])[0])
+
+
 def test_batches_have_room(monkeypatch):
     images = [image(n, 1, 0, 0) for n in (4, 4, 10, 3, 3, 3)]
     monkeypatch.setattr(together, "MOST", 100)

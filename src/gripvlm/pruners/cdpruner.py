@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, threshold
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner, Selection, VisualTokens
-from gripvlm.pruners.together import batches, cosines, padded
+from gripvlm.pruners.together import batches, padded, products, unit_rows
 
 __all__ = ["CDPruner", "TextTower"]
 
@@ -104,24 +104,28 @@ class CDPruner(Pruner):
         return [selection for some in batches(images) for selection in self._select(some)]
 
     def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        cosine = cosines(images)  # [B, n, n]
-        qualities = [self.quality(normalize(one.features.float(), dim=-1), one) for one in images]
+        rows = unit_rows(images)
+        cosine = products(rows)  # [B, n, n]
+        qualities = [self.quality(*pair) for pair in zip(rows, images, strict=True)]
         quality = padded(qualities, 0.0)
+        square = quality.square()
         worst = quality - torch.stack([one.amax() for one in qualities])[:, None] - 1  # below every gain
-        taken = padded([torch.zeros_like(one, dtype=torch.bool) for one in qualities], True)
-        left = cosine.diagonal(dim1=1, dim2=2).clone()  # [B, n], d_i^2
+        worst = worst.masked_fill(
+            padded([torch.zeros_like(one, dtype=torch.bool) for one in qualities], True), -torch.inf
+        )
+        left = cosine.diagonal(dim1=1, dim2=2).clone()  # [B, n], d_i^2; 0 at padding and, to rounding, once taken
         most, row = max(tokens.keep for tokens in images), torch.arange(len(images), device=cosine.device)
         factor = cosine.new_zeros(len(images), most, cosine.shape[1])
         chosen = torch.empty(len(images), most, dtype=torch.long, device=cosine.device)
         for step in range(most):
-            gain = torch.where(left > SPENT, quality.square() * left, worst)
-            pick = gain.masked_fill_(taken, -torch.inf).argmax(dim=1)
-            chosen[:, step], taken[row, pick] = pick, True
+            pick = torch.where(left > SPENT, square * left, worst).argmax(dim=1)
+            chosen[:, step] = pick
+            worst.scatter_(1, pick[:, None], -torch.inf)
             known = factor[row, :step, pick]  # [B, step]
             part = cosine[row, pick] - (known[..., None] * factor[:, :step]).sum(dim=1)
-            own = left[row, pick][:, None]
-            factor[:, step] = torch.where(own > SPENT, part * own.clamp(min=SPENT).rsqrt(), 0.0)
-            left = left - factor[:, step].square()
+            own = threshold(left.gather(1, pick[:, None]), SPENT, torch.inf)
+            factor[:, step] = part * own.rsqrt()  # 0 where nothing was left
+            left -= factor[:, step].square()
         return [
             Selection(picks[: tokens.keep].sort().values, tokens.n, sound=True)
             for picks, tokens in zip(chosen, images, strict=True)

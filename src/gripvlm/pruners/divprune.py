@@ -40,9 +40,10 @@ class DivPrune(Pruner):
         return [selection for some in batches(images) for selection in self._select(some)]
 
     def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        distance = 1 - cosines(images)  # [B, n, n]
+        distance = cosines(images).neg_().add_(1)  # [B, n, n]
         empty = padded([torch.zeros_like(tokens.features[:, 0], dtype=torch.bool) for tokens in images], True)
-        distance.masked_fill_(empty[:, None], torch.inf)
+        if any(tokens.n < empty.shape[1] for tokens in images):
+            distance.masked_fill_(empty[:, None], torch.inf)
         distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         row = torch.arange(len(images), device=distance.device)
         most = max(tokens.keep for tokens in images)
@@ -52,7 +53,7 @@ class DivPrune(Pruner):
         for step in range(1, most):
             last = chosen[:, step - 1]
             nearest = torch.minimum(nearest, distance[row, last])
-            nearest[row, last] = -torch.inf  # never chosen twice; stays the minimum from here on
+            nearest.scatter_(1, last[:, None], -torch.inf)  # never chosen twice; stays the minimum from here on
             chosen[:, step] = nearest.argmax(dim=1)
         return [
             Selection(picks[: tokens.keep].sort().values, tokens.n, sound=True)

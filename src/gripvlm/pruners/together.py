@@ -10,10 +10,13 @@ from torch.nn.functional import normalize
 
 from gripvlm.pruners.base import VisualTokens
 
-__all__ = ["batches", "cosines", "padded"]
+__all__ = ["batches", "cosines", "padded", "products", "unit_rows"]
 
 MOST = 1 << 27
 """Numbers in the [B, n, n] matrix of one batch: half a gigabyte."""
+
+SIDE = 256
+"""Rows of a symmetric matrix that are multiplied at a time."""
 
 
 def batches(images: Sequence[VisualTokens]) -> Iterator[Sequence[VisualTokens]]:
@@ -40,17 +43,33 @@ def padded(rows: Sequence[Tensor], value: float | bool) -> Tensor:
 def cosines(images: Sequence[VisualTokens]) -> Tensor:
     """[B, n, n] cosines of each image's rows, float32, symmetric to the bit, so that ties are ties; 0 at padding.
 
-    Each image has a product of its own: what it comes to does not depend on its neighbours.
+    Each image has products of its own: what they come to does not depend on its neighbours. No gradients.
     """
-    found = []
-    for tokens in images:
-        rows = normalize(tokens.features.float(), dim=-1)
-        cosine = rows @ rows.T
-        found.append(torch.maximum(cosine, cosine.T))
-    if len(found) == 1:
-        return found[0][None]
-    most = max(tokens.n for tokens in images)
-    whole = found[0].new_zeros(len(found), most, most)
-    for i, cosine in enumerate(found):
-        whole[i, : len(cosine), : len(cosine)] = cosine
+    return products(unit_rows(images))
+
+
+def unit_rows(images: Sequence[VisualTokens]) -> list[Tensor]:
+    """[n_i, d] of each image, float32, of length 1."""
+    return [normalize(tokens.features.float(), dim=-1) for tokens in images]
+
+
+@torch.no_grad()
+def products(each: Sequence[Tensor]) -> Tensor:
+    """[B, n, n] of the rows [n_i, d] of B images, as `cosines` says."""
+    most = max(len(rows) for rows in each)
+    whole = each[0].new_zeros(len(each), most, most)
+    for i, rows in enumerate(each):
+        _squared(rows, whole[i, : len(rows), : len(rows)])
     return whole
+
+
+def _squared(rows: Tensor, out: Tensor) -> None:
+    """rows @ rows.T of [n, d] rows into [n, n]: the upper triangle by strips, and its mirror image."""
+    for start in range(0, len(rows), SIDE):
+        stop = min(start + SIDE, len(rows))
+        strip = rows[start:stop] @ rows[start:].T
+        own = strip[:, : stop - start]
+        out[start:stop, start:stop] = torch.maximum(own, own.T)
+        if stop < len(rows):
+            out[start:stop, stop:] = strip[:, stop - start :]
+            out[stop:, start:stop] = strip[:, stop - start :].T
