@@ -37,7 +37,7 @@ WAITS = "waits"
 _setup_privateuseone_for_python_backend(WAITS)
 IDS = torch.tensor([[0, 0, 1, *[IMAGE] * 16, 5, 6, 7], [1, *[IMAGE] * 16, 3, 4, 5, 6, 8]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
-PRUNERS = ("keep_all", "norm", "grid", "divprune", "mmr(norm)", "grip")
+PRUNERS = ("keep_all", "norm", "grid", "divprune", "mmr(norm)", "cdpruner", "grip")
 
 
 class NoCopies(TorchDispatchMode):

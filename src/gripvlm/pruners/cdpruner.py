@@ -12,7 +12,8 @@ from torch.nn.functional import normalize, threshold
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner, Selection, VisualTokens
-from gripvlm.pruners.together import batches, padded, products, unit_rows
+from gripvlm.pruners.together import batches, products, unit_rows
+from gripvlm.ragged import padded
 
 __all__ = ["CDPruner", "TextTower"]
 
@@ -94,7 +95,8 @@ class CDPruner(Pruner):
             far = self.relevance == "negative" or (self.relevance == "default" and self.clip is not None)
             cosine = -cosine if far else cosine
             low, high = cosine.aminmax()
-            quality = (cosine - low) / (high - low) + 1e-6 if high > low else torch.ones_like(cosine)
+            told = high > low
+            quality = torch.where(told, (cosine - low) / torch.where(told, high - low, 1) + 1e-6, 1)
         return quality if self.theta is None else (quality * (self.theta / (2 - 2 * self.theta))).exp()
 
     def select(self, tokens: VisualTokens) -> Selection:

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 
 from gripvlm.pruners.base import Pruner, Selection, VisualTokens
-from gripvlm.pruners.together import batches, cosines, padded
+from gripvlm.pruners.together import batches, cosines
+from gripvlm.ragged import padded
 
 __all__ = ["DivPrune"]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Selection, VisualTokens
-from gripvlm.pruners.together import batches, cosines, padded
+from gripvlm.pruners.together import batches, cosines
 from gripvlm.pruners.wrapper import Wrapper, scores_of
+from gripvlm.ragged import padded
 
 __all__ = ["MMR"]
 

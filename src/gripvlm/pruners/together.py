@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from gripvlm.pruners.base import VisualTokens
 
-__all__ = ["batches", "cosines", "padded", "products", "unit_rows"]
+__all__ = ["batches", "cosines", "products", "unit_rows"]
 
 MOST = 1 << 27
 """Numbers in the [B, n, n] matrix of one batch: half a gigabyte."""
@@ -31,13 +31,6 @@ def batches(images: Sequence[VisualTokens]) -> Iterator[Sequence[VisualTokens]]:
             stop += 1
         yield images[start:stop]
         start = stop
-
-
-def padded(rows: Sequence[Tensor], value: float | bool) -> Tensor:
-    """[B, n] of B tensors [n_i], filled up with `value`; the tensor itself where there is one."""
-    if len(rows) == 1:
-        return rows[0][None]
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
 def cosines(images: Sequence[VisualTokens]) -> Tensor:
