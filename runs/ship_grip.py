@@ -1,13 +1,15 @@
-"""Puts trained scorers for the lab VLM into the package, in half precision: question/ and blind/.
+"""Puts trained scorers for the lab VLM into the package, in half precision: question/, blind/ and small/.
 
     python runs/ship_grip.py WORK       such as .lab/grip
 
-`question` is the mean of the weights of both legs of GRPO, WORK/first and WORK/question: on the validation split it is
-better than either at every budget (docs/log.md).
+`question` and `small` are each the mean of the weights of both their legs of GRPO (WORK/first and WORK/question;
+WORK/small/first and WORK/small/question). results/grip-ship.json has what the validation questions of WORK/val say of
+legs and means: means over questions of the probability of the right answer, and of its being the model's first choice.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,18 @@ from pathlib import Path
 import torch
 
 from gripvlm import lab
+from gripvlm.evaluate import environment
+from gripvlm.evaluate.environment import command_line
 from gripvlm.pruners.grip import SHIPPED
 from gripvlm.scorer import BaseModel, Scorer
+from gripvlm.train.data import load_questions
+from gripvlm.train.rewards import probability
+from gripvlm.train.rollout import Engine
+from gripvlm.train.validation import Validator
 
-LEGS = {"question": ("first", "question"), "blind": ("blind",)}
+LEGS = {"question": ("first", "question"), "blind": ("blind",), "small": ("small/first", "small/question")}
+KEEPS = (0.25, 0.125, 0.06, 0.03, 0.015)
+RESULT = Path(__file__).parent.parent / "results" / "grip-ship.json"
 
 
 def mean(folders: list[Path]) -> Scorer:
@@ -30,9 +40,14 @@ def mean(folders: list[Path]) -> Scorer:
 
 
 def main() -> None:
-    work, (model, _) = Path(sys.argv[1]), lab.load()
+    work, (model, processor) = Path(sys.argv[1]), lab.load()
+    questions = load_questions(str(work / "val" / "questions.jsonl"))
+    validator = Validator(Engine(model, processor), questions, KEEPS, probability)
+    judged: dict[str, dict[str, dict[str, float]]] = {}
     for name, legs in LEGS.items():
         scorer = mean([work / leg for leg in legs])
+        candidates = {leg: Scorer.from_pretrained(work / leg) for leg in legs}
+        judged[name] = {leg: validator.judge(one) for leg, one in (candidates | {"shipped": scorer}).items()}
         drop = ("data", "val_data", "out", "start")
         scorer.notes["config"] = {k: v for k, v in scorer.notes["config"].items() if k not in drop}
         scorer.notes["recipe"] = (
@@ -43,7 +58,10 @@ def main() -> None:
             scorer.base.check(model)
         scorer.base = replace(BaseModel.of(model), name="gripvlm's lab model")
         scorer.save_pretrained(SHIPPED / name, dtype=torch.float16)
-        print(f"{SHIPPED / name}: {scorer.parameters_count / 1e6:.2f} M parameters, legs {', '.join(legs)}")
+        said = ", ".join(f"{leg} {found['objective']:.4f}" for leg, found in judged[name].items())
+        print(f"{SHIPPED / name}: {scorer.parameters_count / 1e6:.2f} M parameters; validation: {said}")
+    result = {"schema": "gripvlm.grip_ship/1", "command": command_line(), **environment(), "questions": len(questions)}
+    RESULT.write_text(json.dumps(result | {"keeps": KEEPS, "judged": judged}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

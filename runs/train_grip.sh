@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The two scorers that ship for the lab VLM, from nothing: questions, warm-up, GRPO, export. Interrupt it at any time;
+# The three scorers that ship for the lab VLM, from nothing: questions, warm-up, GRPO, export. Interrupt it at any time;
 # the same command goes on.
 #
 #   bash runs/train_grip.sh
 #
 # Needs `pip install -e .[lab,train]`. The shipped scorers, 2026-11-22, one thread each: questions 8 minutes, warm-up 10,
-# GRPO 12 and 12; without the question 11 and 11. Results: docs/grip-results.md. They were made by these commands one by
+# GRPO 12 and 12; without the question 11 and 11; the small one, on a busy machine, 15, 17 and 12. Results:
+# docs/grip-results.md. They were made by these commands one by
 # one; the script as a whole has not been run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,5 +32,13 @@ GRPO=(--reward probability --scale-rewards batch --keep-high 0.25 --val-question
   --out "$WORK/warmup-blind"
 "$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" --no-question --start "$WORK/warmup-blind" --steps 600 \
   --learning-rate 3e-4 --out "$WORK/blind"
+
+SMALL=(--width 64 --blocks 2)
+"$PYTHON" -m gripvlm train warmup "${DATA[@]}" "${SMALL[@]}" --teacher gradient --warmup-steps 800 --val-every 200 \
+  --out "$WORK/small/warmup"
+"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" "${SMALL[@]}" --start "$WORK/small/warmup" --steps 800 \
+  --learning-rate 3e-4 --out "$WORK/small/first"
+"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" "${SMALL[@]}" --start "$WORK/small/first" --steps 800 \
+  --learning-rate 4e-4 --seed 1 --out "$WORK/small/question"
 
 "$PYTHON" runs/ship_grip.py "$WORK"

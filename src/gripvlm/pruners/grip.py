@@ -21,7 +21,7 @@ from gripvlm.scorer import SCORER_FILES, Scorer, coordinates
 __all__ = ["SHIPPED", "Grip", "Learned", "ScorerInputs"]
 
 SHIPPED = Path(__file__).parents[1] / "lab" / "data" / "grip"
-"""Scorers for the lab VLM that come with the package, one folder each: `question` and `blind`."""
+"""Scorers for the lab VLM that come with the package, one folder each: `question`, `blind` and `small`."""
 
 _passed: WeakKeyDictionary[Any, tuple[Any, ...]] = (
     WeakKeyDictionary()
@@ -35,7 +35,7 @@ TOGETHER = 32
 
 def _place(name: str) -> str | Path:
     """The folder of a shipped scorer, or the name itself."""
-    return {"lab": SHIPPED / "question", "lab-blind": SHIPPED / "blind"}.get(name, name)
+    return {"lab": SHIPPED / "question", "lab-blind": SHIPPED / "blind", "lab-small": SHIPPED / "small"}.get(name, name)
 
 
 @dataclass(eq=False)
@@ -208,8 +208,8 @@ class Grip(Learned):
     only; scorer and training are ours (`gripvlm.scorer`, `gripvlm.train`).
 
     Attributes:
-        scorer: a name for `Scorer.from_pretrained`, or `lab` and `lab-blind`, the two that come with the package
-            for its lab VLM (with the question and without).
+        scorer: a name for `Scorer.from_pretrained`, or one that comes with the package for its lab VLM: `lab`,
+            `lab-blind` (without the question), `lab-small` (a fifth of the arithmetic).
         weights: a short hash of the scorer's weights, for results files.
     """
 
@@ -220,5 +220,5 @@ class Grip(Learned):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub: Any) -> Grip:
-        """A trained scorer: `lab`, `lab-blind`, a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
+        """A trained scorer: `lab`, `lab-blind`, `lab-small`, a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
         return cls(str(name), Scorer.from_pretrained(_place(str(name)), **hub))

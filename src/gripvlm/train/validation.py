@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gripvlm.budget import Budget
 from gripvlm.errors import TrainError
-from gripvlm.pruners.base import top_k
+from gripvlm.pruners.base import top_k_of_each
 from gripvlm.scorer import Scorer
 from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.train.rewards import Reward, checked, log_prob
@@ -20,7 +20,7 @@ __all__ = ["Validator", "greedy_subsets"]
 
 def greedy_subsets(logits: Tensor, kept: Tensor) -> list[Tensor]:
     """[I] ascending indices of each row's `kept` highest logits; ties go to the lower index."""
-    return [top_k(row, k) for row, k in zip(logits, kept.tolist(), strict=True)]
+    return top_k_of_each(logits, kept.tolist())
 
 
 class Validator:
