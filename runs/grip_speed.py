@@ -80,7 +80,7 @@ def measured(name: str, repeats: int | None) -> dict[str, Any]:
     found = {}
     for k in plan["keeps"]:
         group = Group(engine, scorer, questions, k, GROUP, plan["looped"])
-        a, b = group.rollouts()[: plan["looped"]], group.loop()
+        a, b = group.found[: plan["looped"]], group.loop()
         assert torch.allclose(a, b, atol=1e-3, rtol=1e-4), (a - b).abs().max()
         found[str(k)] = group.times(repeats or plan["repeats"])
         print(name, k, json.dumps(found[str(k)], indent=1))

@@ -32,6 +32,12 @@ class Group:
         k: tokens kept.
         group: G, at least 2.
         looped: subsets that the plain loop does, R at most; the first ones.
+
+    Attributes:
+        n: tokens of a picture.
+        rows, kept: [R] the question of each subset, and what it keeps.
+        found: [R] log-probabilities of the answers, by the engine.
+        calls: what the language model got for them.
     """
 
     def __init__(
@@ -45,7 +51,7 @@ class Group:
         self.kept = [[torch.randperm(self.n, generator=random)[:k].sort().values] for _ in self.rows]
         config = TrainConfig(budgets="fixed", keep_low=k / self.n, keep_high=1.0, num_generations=group)
         self.stage = Grpo(config, scorer, engine)
-        self.calls = self._calls()
+        self.calls, self.found = self._noted()
 
     def times(self, repeats: int) -> dict[str, Any]:
         """Subsets a second, and ratios turn by turn; the order of the four is reversed in every other turn."""
@@ -115,9 +121,8 @@ class Group:
             found.append(logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum())
         return torch.stack(found)
 
-    def _calls(self) -> list[dict[str, Any]]:
-        """What the engine's rollouts hand to the language model, one a micro-batch."""
-        self.rollouts()  # reads a shared prefix, which is no rollout
+    def _noted(self) -> tuple[list[dict[str, Any]], Tensor]:
+        """What the engine's rollouts hand to the language model, one a micro-batch, and what they find."""
         calls: list[dict[str, Any]] = []
 
         def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -125,10 +130,10 @@ class Group:
 
         hook = self.engine.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
         try:
-            self.rollouts()
+            found = self.rollouts()
         finally:
             hook.remove()
-        return calls
+        return calls[1:] if self.batch.shared else calls, found  # the first reads the shared prefix
 
     def _copied(self) -> list[dict[str, Any]]:
         """The calls, with caches of their own: a forward adds to them."""

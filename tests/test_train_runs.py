@@ -86,6 +86,13 @@ def test_a_run_leaves_everything_in_its_folder(whole):
     assert not same_weights(whole, whole / "warmup")
 
 
+def test_steps_with_rollouts_say_how_many_a_second(whole):
+    found = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in found if "loss" in line]
+    assert all(line["subsets_per_second"] > 0 for line in steps if line["stage"] == "grpo")
+    assert not any("subsets_per_second" in line for line in steps if line["stage"] == "warmup")  # it scores none
+
+
 @pytest.mark.parametrize(("stage", "at"), [("grpo", 3), ("warmup", 2)])
 def test_stopped_by_ctrl_c_and_resumed_it_is_the_same_run(vlm, whole, tmp_path, monkeypatch, stage, at):
     stopping(monkeypatch, at, stage=stage)
