@@ -10,7 +10,7 @@ and Qwen2-0.5B, whose prompts begin with a system prompt as long as LLaVA-1.5's.
 - limit: the frozen language model's forward alone on the same rows, lengths and micro-batches; embeddings (visual rows
   in place), masks, positions and a shared prefix's keys and values are made before the clock starts, and logits
   only of the forced answer.
-- step: a whole training step: the pictures are read and encoded, the scorer runs and draws, and the loss has a gradient.
+- step: a whole training step: the pictures are read and encoded, the scorer runs and draws, the loss has a gradient.
 - loop: one `prune_inputs` with its own encoding and one forward for each subset.
 
 Ratios are taken turn by turn; low and high are quartiles. FLOPs for the scorer's share of a 7B model's prefill are

@@ -44,7 +44,7 @@ def test_the_limit_gives_the_logits_of_the_engines_rollouts(group):
     apart = torch.cdist(mine, theirs)
     assert sorted(apart.argmin(-1).tolist()) == list(range(12))  # rows are in the order of the micro-batches
     assert float(apart.min(-1).values.max()) < 1e-3
-    assert torch.equal(torch.cat(group.limit(group._copied())), torch.cat(logits))  # a run leaves the calls as they were
+    assert torch.equal(torch.cat(group.limit(group._copied())), torch.cat(logits))
 
 
 def test_the_limit_runs_neither_tower_nor_pruning(group, monkeypatch):

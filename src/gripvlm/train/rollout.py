@@ -154,9 +154,7 @@ class Engine:
         subsets: rows that `run` has scored so far.
     """
 
-    def __init__(
-        self, model: Any, processor: Any, rows: int = 64, answer_tokens: int = 16, bf16: bool = False
-    ) -> None:
+    def __init__(self, model: Any, processor: Any, rows: int = 64, answer_tokens: int = 16, bf16: bool = False) -> None:
         self.model, self.processor, self.rows = model.eval().requires_grad_(False), processor, rows
         self.answer_tokens, self.bf16, self.subsets = answer_tokens, bf16, 0
         self.tokenizer = getattr(processor, "tokenizer", processor)
