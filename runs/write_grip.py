@@ -14,6 +14,7 @@ from gripvlm.report import markdown, plot
 ROOT = Path(__file__).parent.parent
 EARLIER = "second_leg"
 """What `grip` is called in results that were measured with the scorer that shipped before."""
+RANDOM = "random:llava-0.5b"
 BEGIN, END = "<!-- grip:begin -->", "<!-- grip:end -->"
 
 
@@ -33,6 +34,22 @@ def times(runs: list[dict], keeps: list[str]) -> list[str]:
             for row in (row for row in run["means"] if row["pruner"] == name):
                 cells.append(f"{100 * row['seconds_total'] / full:.0f} ({100 * row['seconds_pruner'] / full:.0f})")
             lines.append(line([f"`{name}`", *cells]))
+    return lines
+
+
+def speeds(speed: dict) -> list[str]:
+    """Each model's rollouts and steps a second, over the limit and over the loop."""
+
+    def said(ratio: dict[str, float], unit: float, digits: int, sign: str) -> str:
+        median, low, high = (f"{unit * ratio[name]:.{digits}f}" for name in ("median", "low", "high"))
+        return f"{median}{sign} ({low} to {high})"
+
+    lines = []
+    for name, model in speed["models"].items():
+        for kept, one in model["by_kept"].items():
+            shares = [said(one["share_of_limit"][what], 100, 0, " %") for what in ("rollouts", "step")]
+            ratios = [said(one["to_re_encoding"][what], 1, 1, "") for what in ("rollouts", "step")]
+            lines.append(line([f"`{name}`", f"{kept} of {model['visual_tokens']}", *shares, *ratios]))
     return lines
 
 
@@ -100,15 +117,16 @@ def main() -> None:
         "",
         "## Cost",
         "",
-        "Rollouts a second in training, against a loop that prunes and encodes anew for each; ratios of times taken in",
-        "turns in one run (`runs/grip_speed.py`, `results/grip-speed.json`), 16 subsets a question:",
+        "Rollouts in training (`runs/grip_speed.py`, `results/grip-speed.json`): times taken in turns in one run,",
+        f"{speed['group']} subsets a question; medians, with the quartiles of the turns. The limit is the frozen",
+        "language model's forward alone over the same rows and lengths, with everything it reads made beforehand; the",
+        "loop prunes and encodes anew for each subset. A step is all that training does: encoding, the scorer, the",
+        "draws, the rollouts, the loss and its gradient.",
+        f"`{RANDOM}` has random weights in the shape of CLIP-L/14-336 and Qwen2-0.5B.",
         "",
-        line(["tokens kept of 256", "engine / loop", "lowest to highest"]),
-        line(["---:", "---:", "---:"]),
-        *(
-            line([kept, f"{one['ratio']:.1f}", f"{one['ratio_range'][0]:.1f} to {one['ratio_range'][1]:.1f}"])
-            for kept, one in speed["by_kept"].items()
-        ),
+        line(["model", "tokens kept", "rollouts / limit", "step / limit", "rollouts / loop", "step / loop"]),
+        line(["---", *["---:"] * 5]),
+        *speeds(speed),
         "",
         f"By FLOPs, a scorer of {speed['scorer_parameters_at_4096'] / 1e6:.1f} M parameters for a model of width 4096",
         f"costs {100 * speed['scorer_share_of_7b_prefill_flops']:.2f} % of a 7B prefill (576 visual, 64 text tokens).",

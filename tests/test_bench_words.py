@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gripvlm.bench import sentences
+from gripvlm.bench.words import fit_sentences
 
 
 def made(pruner="norm", kept=8.0, whole=(0.5, 0.45, 0.55), seconds=None, roofline=None, **more):
@@ -99,3 +100,31 @@ def test_the_sentence_speaks_of_the_smallest_budget_and_its_fastest_pruner():
     assert two.startswith("Batch 8, 64 text tokens: elsewhere")
     (nothing,) = sentences([made(kind="full")])
     assert nothing == "Batch 1, 64 text tokens: no pruned run was measured."
+
+
+def fitted(fits, fails, to_full=None, setting="full", prompt=64):
+    kind = "full" if setting == "full" else "pruned"
+    return {"prompt": prompt, "kind": kind, "setting": setting, "most": 512, "fits": fits, "fails": fails} | {
+        "to_full": to_full
+    }
+
+
+def test_a_sentence_says_how_many_prompts_fit():
+    one, two = fit_sentences(
+        [
+            fitted(0, 1),
+            fitted(3, 4, setting="norm 0.1"),
+            fitted(100, 101, 1.0, prompt=8),
+            fitted(250, 256, 2.5, "norm 0.1", 8),
+            fitted(512, None, None, "norm 0.05", 8),
+        ]
+    )
+    assert one == (
+        "64 text tokens: the largest batch that the device's memory holds is none, not even 1, unpruned; 3 with "
+        "norm 0.1."
+    )
+    assert two == (
+        "8 text tokens: the largest batch that the device's memory holds is 100 unpruned; 250 with norm 0.1 (2.50 "
+        "times the unpruned one); at least 512 (--fit 512 looks no further) with norm 0.05."
+    )
+    assert fit_sentences([]) == []

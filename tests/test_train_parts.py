@@ -196,6 +196,24 @@ def test_rollouts_equal_single_forwards(engine, batch, rows, monkeypatch):
     assert rollout.mask.sum(-1).tolist() == [len(batch.answers[row]) for row in ROWS]
 
 
+def test_rows_of_like_length_run_together(engine, batch, monkeypatch):
+    """Length is what is kept and the text: the questions and answers here differ by some words."""
+    monkeypatch.setattr(engine, "rows", 2)
+    masks: list[torch.Tensor] = []
+    hook = engine.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    rows, kept = [0, 1, 2, 0, 1, 2], [[torch.arange(k)] for k in (5, 1, 1, 3, 7, 4)]
+    before = engine.subsets
+    engine.run(batch, rows, kept)
+    hook.remove()
+    lengths = torch.cat([mask.sum(-1) for mask in masks]).tolist()
+    words = [int(m.sum()) - 16 + len(a) for m, a in zip(batch.prompts["attention_mask"], batch.answers, strict=True)]
+    assert len(set(words[:3])) > 1
+    assert lengths == sorted(words[row] + len(k[0]) for row, k in zip(rows, kept, strict=True))
+    assert engine.subsets == before + 6
+
+
 def test_forced_answers_are_the_datas_and_end_as_the_model_ends(engine, batch):
     said = [engine.tokenizer.decode(row[:-1]) for row in batch.answers]
     assert said == [s.answer for s in batch.samples]

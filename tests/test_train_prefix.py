@@ -104,3 +104,18 @@ def test_rollouts_share_the_system_prompt_of_their_batch(monkeypatch):
     assert length >= 8
     assert short[0] == length  # read once
     assert short[1:] == [width - length for width in long]
+
+
+@torch.no_grad()
+def test_rows_share_the_prefixs_memory_and_leave_it_as_it_was():
+    model, inputs = build("llava"), prompts("llava")
+    arguments = prune_inputs(model, inputs, "norm", 3)
+    made = Prefix.of(model, arguments, 1 + len(SYSTEM))
+    before = [layer.keys.clone() for layer in made._cache.layers]
+    part = made.without(arguments)
+    for own, given in zip(made._cache.layers, part["past_key_values"].layers, strict=True):
+        assert given.keys.data_ptr() == own.keys.data_ptr()
+        assert len(given.keys) == len(given.values) == 2
+    first = model(**part).logits
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, made._cache.layers, strict=True))
+    assert torch.equal(model(**made.without(arguments)).logits, first)

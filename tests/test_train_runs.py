@@ -42,7 +42,8 @@ def whole(vlm, tmp_path_factory):
 def lines(folder: Path) -> list[dict]:
     """The metrics without clock times."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "minutes"} for line in found]
+    clocks = ("minutes", "subsets_per_second")
+    return [{key: value for key, value in line.items() if key not in clocks} for line in found]
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -83,6 +84,13 @@ def test_a_run_leaves_everything_in_its_folder(whole):
     assert set(grpo[0]) >= {"lr", "grad_norm", "reward", "reward_std", "exact", "evidence", "zero_std", "entropy"}
     assert TrainConfig(**read_toml(whole / "config.toml")) == tiny_config(out=str(whole))
     assert not same_weights(whole, whole / "warmup")
+
+
+def test_steps_with_rollouts_say_how_many_a_second(whole):
+    found = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in found if "loss" in line]
+    assert all(line["subsets_per_second"] > 0 for line in steps if line["stage"] == "grpo")
+    assert not any("subsets_per_second" in line for line in steps if line["stage"] == "warmup")  # it scores none
 
 
 @pytest.mark.parametrize(("stage", "at"), [("grpo", 3), ("warmup", 2)])

@@ -21,7 +21,7 @@ from gripvlm.prune import encode, prune_inputs, pruned_run
 from gripvlm.pruners import Pruner
 from gripvlm.pruners.given import Given
 
-__all__ = ["FULL", "PHASES", "Cell", "Counts", "Runs", "Setting"]
+__all__ = ["FULL", "PHASES", "Cell", "Counts", "Runs", "Setting", "forbidden", "generated"]
 
 PHASES = ("vision", "pruner", "surgery", "other", "prefill", "first_token", "decode", "whole")
 """Of a run: the first five and decode add up to whole; first_token is whole without decode."""
@@ -103,7 +103,7 @@ class Cell:
     @torch.no_grad()
     def __init__(self, model: Any, inputs: Mapping[str, Any], keeps: Sequence[Budget], new: int) -> None:
         self.model, self.inputs, self.new = model, dict(inputs), new
-        self.forbidden = _forbidden(model)
+        self.forbidden = forbidden(model)
         encoded = encode(model, inputs)
         self.sizes = [item.features.shape[0] for sample in encoded.samples for item in sample]
         self.received: dict[Budget | None, dict[str, Any]] = {
@@ -181,17 +181,24 @@ class Cell:
 
     def _generated(self, arguments: Mapping[str, Any], read: Callable[[], float]) -> tuple[float, Any]:
         """`read()` when the first token's logits were there, and what `generate` returned."""
-        clock = _First(read, self.forbidden)
-        output = self.model.generate(
-            **arguments,
-            max_new_tokens=self.new,
-            do_sample=False,
-            num_beams=1,
-            logits_processor=LogitsProcessorList([clock]),
-            return_dict_in_generate=True,
-        )
-        assert clock.first is not None
-        return clock.first, output
+        return generated(self.model, arguments, self.new, self.forbidden, read)
+
+
+def generated(
+    model: Any, arguments: Mapping[str, Any], new: int, forbidden: Tensor, read: Callable[[], float] = lambda: 0.0
+) -> tuple[float, Any]:
+    """Exactly `new` tokens: `read()` when the first one's logits were there, and what `generate` returned."""
+    clock = _First(read, forbidden)
+    output = model.generate(
+        **arguments,
+        max_new_tokens=new,
+        do_sample=False,
+        num_beams=1,
+        logits_processor=LogitsProcessorList([clock]),
+        return_dict_in_generate=True,
+    )
+    assert clock.first is not None
+    return clock.first, output
 
 
 def _received(
@@ -207,7 +214,7 @@ def _received(
     return arguments
 
 
-def _forbidden(model: Any) -> Tensor:
+def forbidden(model: Any) -> Tensor:
     """Token ids that would end an answer or stand for an image."""
     ends = model.generation_config.eos_token_id
     found = {*(ends if isinstance(ends, list) else [ends])}

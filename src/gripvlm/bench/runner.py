@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gripvlm.bench.fit import check_limit, fits, free
 from gripvlm.bench.machine import Machine, Weights, measured
 from gripvlm.bench.measure import FULL, Cell, Runs, Setting
 from gripvlm.bench.rows import row
-from gripvlm.bench.words import sentences
+from gripvlm.bench.words import fit_sentences, sentences
 from gripvlm.budget import Budget
 from gripvlm.checks import checked_pruner
 from gripvlm.errors import GripError
@@ -63,6 +64,7 @@ def bench(
     lengths: Sequence[int] = (64,),
     new: int = 16,
     repeats: int = 7,
+    fit: int = 0,
     out: Path | None = None,
     overwrite: bool = False,
     about: Mapping[str, Any] | None = None,
@@ -79,6 +81,7 @@ def bench(
         batches, lengths: B and text tokens; every pair is a cell.
         new: tokens to generate, at least 2.
         repeats: turns that count; one more, which also counts FLOPs, warms up.
+        fit: also look for the largest batch, up to this one, that the accelerator's memory holds; 0 does not.
         out: where the JSON goes, after each cell and at the end.
         overwrite: replace it where it exists.
         about: what the result should say of the model besides its type, dtype, device and size.
@@ -87,22 +90,26 @@ def bench(
 
     Returns:
         {"schema", "command", "started", "environment", "model", "protocol", "machine", "finished", "cells", "rows",
-        "sentences"}; docs/bench.md says what each means.
+        "fits", "sentences"}; docs/bench.md says what each means.
 
     Raises:
-        GripError: `out` exists; a pruner that does not serve this model; a count above an image's tokens.
+        GripError: `out` exists; a pruner that does not serve this model; a count above an image's tokens; `fit` on a
+            CPU.
         Interrupted: Ctrl-C; what is done is in `out`.
     """
     if out is not None and out.exists() and not overwrite:
         raise GripError(f"--out {out} exists: type --overwrite to replace it, or another --out")
     if min([*batches, *lengths, repeats]) < 1 or new < 2:
         raise GripError("batch, prompt and repeats are 1 or more, and new is 2 or more, so that there is decoding")
+    if fit:
+        check_limit(model.device)
     for _, pruner in pruners:
         checked_pruner(pruner, model)
     started, settings = utc(), settings_of(pruners, keeps)
     machine, weights = measured(model.device, model.dtype), Weights.of(model)
     cells: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
+    fitted: list[dict[str, Any]] = []
 
     def result(finished: bool) -> dict[str, Any]:
         return {
@@ -123,7 +130,8 @@ def bench(
             "finished": finished,
             "cells": cells,
             "rows": rows,
-            "sentences": sentences(rows),
+            "fits": fitted,
+            "sentences": [*sentences(rows), *fit_sentences(fitted)],
         }
 
     def write(finished: bool) -> dict[str, Any]:
@@ -147,8 +155,13 @@ def bench(
                 raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
             rows += _rows(runs, batch, length, new, machine, weights)
             cells.append(_cell(batch, length, runs, repeats, why))
-            if (batch, length) != pairs[-1]:
+            if fit or (batch, length) != pairs[-1]:
                 write(False)
+        try:
+            if fit:
+                fitted.extend(fits(model, prompts, settings, lengths, new, fit, partial(_told, bar, task)))
+        except KeyboardInterrupt:
+            raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
     return write(True)
 
 
@@ -166,7 +179,7 @@ def _measured(
     try:
         cell = Cell(model, prompts(*shape), keeps, new)
     except torch.OutOfMemoryError as error:
-        _free(model)
+        free(model)
         return f"out of memory before any setting ran: {_first_line(error)}"
     for setting, found in runs.items():
         _attempt(model, found, partial(_count, found, cell, setting))
@@ -193,13 +206,7 @@ def _attempt(model: Any, found: Runs, work: Callable[[], Any]) -> None:
         work()
     except torch.OutOfMemoryError as error:
         found.failed, found.turns = f"out of memory: {_first_line(error)}", {}
-        _free(model)
-
-
-def _free(model: Any) -> None:
-    memory: Any = getattr(torch, model.device.type, None)
-    if hasattr(memory, "empty_cache"):
-        memory.empty_cache()
+        free(model)
 
 
 def _first_line(error: BaseException) -> str:
@@ -240,6 +247,10 @@ def _model(model: Any) -> dict[str, Any]:
         "attention": model.config.get_text_config()._attn_implementation,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def _told(bar: Progress, task: Any, what: str) -> None:
+    bar.update(task, description=what)
 
 
 def _bar(show: bool) -> Progress:

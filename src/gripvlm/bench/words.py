@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["FAR", "sentences"]
+__all__ = ["FAR", "fit_sentences", "sentences"]
 
 FAR = 0.2
 """Below this share of the roofline a phase waits for something else than arithmetic or memory."""
@@ -52,6 +52,34 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         best = min((row for row in pruned if row["keep"] == fewest), key=lambda row: row["seconds"]["whole"]["median"])
         found.append(f"{where}: {_gain(best)}{_limit(best)} {_bound(best)}")
     return found
+
+
+def fit_sentences(fits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each prompt length, how many prompts the memory holds at once unpruned and with each pruner and budget.
+
+    Args:
+        fits: as `bench` returns them.
+    """
+    found = []
+    for length in dict.fromkeys(row["prompt"] for row in fits):
+        mine = [row for row in fits if row["prompt"] == length]
+        said = "; ".join(f"{_held(row)} {_times(row)}" for row in mine)
+        found.append(f"{length} text tokens: the largest batch that the device's memory holds is {said}.")
+    return found
+
+
+def _held(row: Mapping[str, Any]) -> str:
+    """`137`, or what is known where the search ended at its bound."""
+    if row["fails"] is None:
+        return f"at least {row['fits']} (--fit {row['most']} looks no further)"
+    return str(row["fits"]) if row["fits"] else "none, not even 1,"
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    if row["kind"] == "full":
+        return "unpruned"
+    more = "" if row["to_full"] is None else f" ({row['to_full']:.2f} times the unpruned one)"
+    return f"with {row['setting']}{more}"
 
 
 def _gain(row: Mapping[str, Any]) -> str:

@@ -33,6 +33,10 @@ def bench_command(
         str, typer.Option("--keep", "-k", help="Budgets: 64, 0.1 or 10%, separated by commas.")
     ] = "50%,10%",
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count; one more warms up.")] = 7,
+    fit: Annotated[
+        int,
+        typer.Option(min=0, help="Also find the largest batch, up to this one, that the accelerator's memory holds."),
+    ] = 0,
     picture: Annotated[int, typer.Option(min=1, help="Width and height of each picture in pixels.")] = 672,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the results.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace it where it exists.")] = False,
@@ -61,12 +65,15 @@ def bench_command(
 
     from gripvlm.bench import Interrupted, bench
     from gripvlm.bench.architectures import random_pruner
-    from gripvlm.loading import quiet
+    from gripvlm.bench.fit import check_limit
+    from gripvlm.loading import chosen_device, quiet
     from gripvlm.pruners import get_pruner
 
     quiet()
     for name in names:
         _known(name)
+    if fit:
+        check_limit(chosen_device(device))
     vlm, prompts, is_random = _loaded(model, picture, device, dtype, attention)
     chosen = [(name, random_pruner(name, vlm) if is_random else get_pruner(name)) for name in names]
     try:
@@ -79,6 +86,7 @@ def bench_command(
             lengths=lengths,
             new=new,
             repeats=repeats,
+            fit=fit,
             out=out,
             overwrite=overwrite,
             about={"name": model, "weights": "random" if is_random else "as loaded", "picture": picture},

@@ -50,7 +50,7 @@ class TrainConfig:
     images: int = _f(4, "pictures a micro-batch")
     questions: int = _f(4, "questions a picture at most")
     accumulate: int = _f(1, "micro-batches a step, over all processes")
-    rows: int = _f(128, "subsets in one forward of the model")
+    rows: int = _f(64, "subsets in one forward of the model")
     bf16: bool = _f(False, "the frozen model under bfloat16 autocast, for models that are loaded in float32")
     budgets: str = _f(
         "log_uniform", "how a group's budget is drawn", "log_uniform", "uniform", "annealed", "fixed", "choices"

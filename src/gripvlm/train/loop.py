@@ -112,9 +112,12 @@ class Loop:
             if self.step == 0 and self.stage.steps:
                 self._validate()
             while not self._over():
-                began = time.monotonic()
+                began, tried = time.monotonic(), self.stage.engine.subsets
                 stats = self._one_step()
-                self.spent += time.monotonic() - began  # validations and checkpoints are not counted
+                took = time.monotonic() - began  # validations and checkpoints are not counted
+                self.spent += took
+                if scored := self.stage.engine.subsets - tried:
+                    stats["subsets_per_second"] = scored / took
                 self._log({"step": self.step, **stats})
                 advance(stats)
                 if self.step % self.config.val_every == 0 or self.step == self.stage.steps:

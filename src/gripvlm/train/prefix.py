@@ -19,7 +19,7 @@ from gripvlm.models.families import chunkable, family_of
 __all__ = ["SHORTEST", "Prefix", "shared_length"]
 
 SHORTEST = 8
-"""Tokens from which sharing pays: every forward also has to repeat the prefix's keys and values, row by row."""
+"""Tokens from which sharing pays: every forward also has to copy the prefix's keys and values, row by row."""
 
 
 def shared_length(model: Any, ids: Tensor, mask: Tensor, spans: Sequence[Sequence[Span]]) -> int:
@@ -78,9 +78,15 @@ class Prefix:
         seen = (column >= padding).to(mask)
         rest["attention_mask"] = torch.cat((seen.new_ones(len(mask), self.length), seen), -1)
         rest["position_ids"] = rest["position_ids"].masked_fill(seen == 0, 0)
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(len(mask))
-        return {**rest, "past_key_values": cache, "use_cache": True}
+        return {**rest, "past_key_values": self._repeated(len(mask)), "use_cache": True}
+
+    def _repeated(self, rows: int) -> Any:
+        """The cache for so many rows: views of one row's keys and values, which going on copies anyway."""
+        cache = copy.copy(self._cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in cache.layers:
+            layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
+        return cache
 
 
 _PER_TOKEN = frozenset({"input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "token_type_ids"})

@@ -1,0 +1,136 @@
+"""The largest batch whose prompt and new tokens the accelerator's memory holds, with and without pruning."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gripvlm.bench.measure import FULL, Setting, forbidden, generated
+from gripvlm.errors import GripError
+from gripvlm.prune import pruned_run
+
+__all__ = ["FINE", "check_limit", "fits", "free", "largest", "tiled"]
+
+FINE = 32
+"""The largest batch is found exactly below twice this number, beyond to one part in so many."""
+
+
+def check_limit(device: torch.device) -> None:
+    """Raises GripError where no memory of the device's own would run out: on a CPU."""
+    if device.type in ("cpu", "meta"):
+        raise GripError(
+            f"--fit looks for the largest batch that an accelerator's memory holds, but the model is on the "
+            f"{device.type}, where there is no such limit to find: leave --fit out, or type --device cuda"
+        )
+
+
+def largest(holds: Callable[[int], bool], most: int, start: int = 1) -> tuple[int, int | None]:
+    """(the largest size from 1 to `most` that was seen to hold, the smallest seen not to), by doubling, then bisection.
+
+    0 where none does, None where `most` does. In the end the two differ by 1, or by at most one part in `FINE`.
+
+    Args:
+        holds: true of small sizes and false of large ones.
+        start: the first size tried.
+    """
+    good, bad, size = 0, None, min(start, most)
+    while bad is None and good < most:
+        if holds(size):
+            good, size = size, min(2 * size, most)
+        else:
+            bad = size
+    while bad is not None and bad - good > max(1, good // FINE):
+        middle = (good + bad) // 2
+        if holds(middle):
+            good = middle
+        else:
+            bad = middle
+    return good, bad
+
+
+def fits(
+    model: Any,
+    prompts: Callable[[int, int], Mapping[str, Any]],
+    settings: Sequence[Setting],
+    lengths: Iterable[int],
+    new: int,
+    most: int,
+    told: Callable[[str], None] = lambda what: None,
+) -> Iterator[dict[str, Any]]:
+    """A row for the unpruned model and each pruner and budget, one prompt length after the other.
+
+    Args:
+        model, prompts, lengths, new: as for `bench`; prompts of one sample are asked for and repeated.
+        settings: as in `bench`; limits are left out.
+        most: the largest batch tried.
+        told: hears what is tried.
+
+    Yields:
+        {"prompt", "kind", "setting", "pruner", "keep", "most", "fits", "fails", "to_full"}; docs/bench.md says what
+        each means.
+    """
+    for length in lengths:
+        one, full = prompts(1, length), 0
+        for setting in settings:
+            if setting.kind == "limit":
+                continue
+
+            def holds(batch: int, setting: Setting = setting, one: Mapping[str, Any] = one) -> bool:
+                told(f"fit {setting.name}: {batch}")
+                return _holds(model, one, batch, setting, new)
+
+            good, bad = largest(holds, most, max(1, full))  # pruned, as many fit as unpruned, or more
+            full = good if setting == FULL else full
+            yield {
+                "prompt": length,
+                "kind": setting.kind,
+                "setting": setting.name,
+                "pruner": setting.spec or None,
+                "keep": None if setting.keep is None else setting.keep.value,
+                "most": most,
+                "fits": good,
+                "fails": bad,
+                "to_full": good / full if full and bad is not None else None,
+            }
+
+
+def tiled(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """The inputs of one prompt, so many times: all that processors return of a batch is joined in the first axis."""
+    return {
+        name: value.repeat(batch, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def free(model: Any) -> None:
+    """Hands memory that no tensor holds back to the device."""
+    gc.collect()
+    memory: Any = getattr(torch, model.device.type, None)
+    if hasattr(memory, "empty_cache"):
+        memory.empty_cache()
+
+
+def _holds(model: Any, one: Mapping[str, Any], batch: int, setting: Setting, new: int) -> bool:
+    """Whether the memory holds a run of so many prompts."""
+    free(model)  # what the run before left in pieces
+    try:
+        _run(model, tiled(one, batch), setting, new)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def _run(model: Any, inputs: Mapping[str, Any], setting: Setting, new: int) -> None:
+    """All that a user's call would do: encoding, pruning, the prompt, `new` tokens."""
+    with ExitStack() as stack:
+        arguments = dict(inputs)
+        if setting.pruner is not None:
+            run = pruned_run(model, inputs, setting.pruner, setting.keep)
+            arguments, _ = stack.enter_context(run)
+        generated(model, arguments, new, forbidden(model))
