@@ -220,5 +220,5 @@ class Grip(Learned):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub: Any) -> Grip:
-        """A trained scorer: `lab`, `lab-blind`, `lab-small`, a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
+        """A trained scorer: one that comes with the package (see above), a folder or a hub id; `hub` as for `Scorer`."""
         return cls(str(name), Scorer.from_pretrained(_place(str(name)), **hub))
