@@ -74,10 +74,10 @@ def overhead() -> list[str]:
     return [
         "## What a call adds, before and after",
         "",
-        f"Milliseconds a sample on the lab's model at 12.5 % of the tokens, median of {turns} turns [least, most]. `rest` "
-        "is everything but vision encoder, pruner and prefill: checks, the layout of the prompt, dropping. Ratios are "
-        "of turns that followed each other. What was changed, with a prediction for each step: [log.md](log.md), "
-        "`What a call adds`.",
+        f"Milliseconds a sample on the lab's model at 12.5 % of the tokens, median of {turns} turns [least, most]. "
+        "`rest` is everything but vision encoder, pruner and prefill: checks, the layout of the prompt, dropping. "
+        "Ratios are of turns that followed each other. What was changed, with a prediction for each step: "
+        "[log.md](log.md), `What a call adds`.",
         "",
         "![Milliseconds of each phase before and after](overhead.png)",
         "",
@@ -164,8 +164,8 @@ def end_to_end() -> list[str]:
     return [
         "## End to end on this CPU",
         "",
-        "Times as a share of the unpruned model's in the same turn, median [quartiles]; `limit` is a model that received "
-        "so few visual tokens for nothing. `added`: pruner, dropping and checks, in percent of the unpruned prefill. "
+        "Times as a share of the unpruned model's in the same turn, median [quartiles]; `limit` is a model that "
+        "received so few visual tokens for nothing. `added`: pruner, dropping and checks, in percent of the unpruned prefill. "
         "[bench.md](bench.md) defines the phases.",
         "",
         *lines,
@@ -221,8 +221,8 @@ def equal_time() -> list[str]:
     return [
         "## Time to equal accuracy on the lab",
         "",
-        f"Seconds a question, everything included, of each method's fastest setting that is within {100 * WITHIN:g} point "
-        "of the reference, divided by the reference's: below 1 is faster. 95 % interval from a bootstrap over pictures "
+        f"Seconds a question, everything included, of each method's fastest setting that is within {100 * WITHIN:g} "
+        "point of the reference, divided by the reference's: below 1 is faster. 95 % interval from a bootstrap over pictures "
         "in which reference and settings are chosen anew.",
         "",
         *lines,
@@ -231,17 +231,10 @@ def equal_time() -> list[str]:
     ]
 
 
-def rollouts() -> list[str]:
-    result = loaded("grip-speed.json")
-    if result is None or "models" not in result:
-        return []
-    return []
-
-
 def main() -> None:
     text = DOC.read_text()
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    block = "\n".join([*overhead(), *end_to_end(), *equal_time(), *rollouts()])
+    block = "\n".join([*overhead(), *end_to_end(), *equal_time()])
     DOC.write_text(f"{text[:begin]}\n\n{block.strip()}\n\n{text[end:]}")
 
 
