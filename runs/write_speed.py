@@ -165,8 +165,8 @@ def end_to_end() -> list[str]:
         "## End to end on this CPU",
         "",
         "Times as a share of the unpruned model's in the same turn, median [quartiles]; `limit` is a model that "
-        "received so few visual tokens for nothing. `added`: pruner, dropping and checks, in percent of the unpruned prefill. "
-        "[bench.md](bench.md) defines the phases.",
+        "received so few visual tokens for nothing. `added`: pruner, dropping and checks, in percent of the "
+        "unpruned prefill. [bench.md](bench.md) defines the phases.",
         "",
         *lines,
     ]
@@ -222,8 +222,8 @@ def equal_time() -> list[str]:
         "## Time to equal accuracy on the lab",
         "",
         f"Seconds a question, everything included, of each method's fastest setting that is within {100 * WITHIN:g} "
-        "point of the reference, divided by the reference's: below 1 is faster. 95 % interval from a bootstrap over pictures "
-        "in which reference and settings are chosen anew.",
+        "point of the reference, divided by the reference's: below 1 is faster. 95 % interval from a bootstrap over "
+        "pictures in which reference and settings are chosen anew.",
         "",
         *lines,
         made_by(found.header),
