@@ -21,7 +21,11 @@ RESULTS, DOC = ROOT / "results", ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 PHASES = ("vision", "pruner", "surgery", "other", "prefill")
 WITHIN = 0.01
-SHAPES = {"lab": "The lab's model", "llava-0.5b": "CLIP-L/14-336 and Qwen2-0.5B, random weights"}
+SHAPES = {
+    "lab": "The lab's model",
+    "llava-0.5b": "CLIP-L/14-336 and Qwen2-0.5B, random weights",
+    "llava-0.5b-batch": "The same, batches of 1 and 4",
+}
 
 
 def loaded(name: str) -> Any:

@@ -220,5 +220,5 @@ class Grip(Learned):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub: Any) -> Grip:
-        """A trained scorer: one of the package (see above), a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
+        """A trained scorer: one of the package (above), a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
         return cls(str(name), Scorer.from_pretrained(_place(str(name)), **hub))
