@@ -27,7 +27,7 @@ from gripvlm.models.grids import (
 )
 from gripvlm.models.vision import VisionRule, by_grid, by_tile, in_one_row, packed
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "chunkable", "family_of", "installed"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "chunkable", "family_of", "installed", "takes"]
 
 DOCS = "docs/families.md"
 
@@ -200,7 +200,7 @@ def family_of(model: Any) -> Family:
             f"{', '.join(sorted(FAMILIES))}{hint}. "
             f"Adding one is a row in gripvlm/models/families.py; {DOCS} says how"
         )
-    if "mm_encoder_outputs" not in _takes(type(model).forward):
+    if "mm_encoder_outputs" not in takes(model.forward):
         raise UnsupportedModelError(
             f"this {type(model).__name__} takes no mm_encoder_outputs: gripvlm needs "
             "transformers>=5.19 (pip install -U transformers)"
@@ -214,9 +214,15 @@ def family_of(model: Any) -> Family:
     return family
 
 
+def takes(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of a function's parameters; those of a class's method are read once."""
+    plain = getattr(function, "__func__", None)
+    return frozenset(inspect.signature(function).parameters) if plain is None else _parameters(plain)
+
+
 @cache
-def _takes(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters) - {"self"}
 
 
 def installed() -> tuple[int, int]:

@@ -9,12 +9,10 @@ This is the only file that calls transformers' private helpers or applies a merg
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +22,7 @@ from torch.nn.functional import pad
 from gripvlm.errors import InputError
 from gripvlm.models.contents import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
-from gripvlm.models.families import Family
+from gripvlm.models.families import Family, takes
 from gripvlm.models.layout import Layout
 from gripvlm.models.merging import Merged, merge_in_tower
 from gripvlm.models.text import full_mask, padding_token
@@ -289,16 +287,9 @@ def _renumber(model: Any, arguments: dict[str, Any], positions: str) -> None:
 
 def encoder_arguments(model: Any, given: Mapping[str, Any]) -> list[str]:
     """The inputs that only the vision encoder reads, found as transformers finds them."""
-    names = _encoder_parameters(type(model.base_model))  # type: ignore[arg-type]
+    functions = [getattr(model.base_model, f"get_{modality}_features", None) for modality in ("image", "video")]
+    names = {name for function in functions if function is not None for name in takes(function)}
     return [name for name in given if name in names and name not in PER_TOKEN]
-
-
-@cache
-def _encoder_parameters(kind: Hashable) -> frozenset[str]:
-    found = (getattr(kind, f"get_{modality}_features", None) for modality in ("image", "video"))
-    return frozenset(
-        name for function in found if function is not None for name in inspect.signature(function).parameters
-    )
 
 
 def _visual_outputs(
