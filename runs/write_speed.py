@@ -247,8 +247,8 @@ def compiled() -> list[str]:
         "## A compiled prefill, used again",
         "",
         f"The lab's model, {result['batch']} prompts, {result['keep']} visual tokens each; requests of three text "
-        f"lengths, one after the other. Padded: to a multiple of {result['multiple']}. First request of a length in seconds, "
-        "compiling included; later ones in milliseconds, median [quartiles].",
+        f"lengths, one after the other. Padded: to a multiple of {result['multiple']}. First request of a length in "
+        "seconds, compiling included; later ones in milliseconds, median [quartiles].",
         "",
         *table(["", "first, s", "later, ms"], rows),
         made_by(result),
