@@ -55,9 +55,7 @@ def masking(model, stages: dict[int, torch.Tensor], forget: int | None = None):
 
     layers = model.get_decoder().layers
     handles = [
-        layer.register_forward_pre_hook(before(i), with_kwargs=True)
-        for i, layer in enumerate(layers)
-        if i >= first
+        layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(layers) if i >= first
     ]
     try:
         yield
@@ -113,7 +111,8 @@ def test_forgetting_after_the_prompt_equals_masking_what_decoded_tokens_see(name
 
 def test_what_forgetting_needs():
     model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
-    with pytest.raises(InputError, match="no layer 0 to drop before: type 1 to 3"), drop_in_layers(model, {2: thin(2)}, 0):
+    said = "no layer 0 to drop before: type 1 to 3"
+    with pytest.raises(InputError, match=said), drop_in_layers(model, {2: thin(2)}, 0):
         pytest.fail("the block opened")
     with drop_in_layers(model, {2: thin(2)}, 1), pytest.raises(InputError, match="leave use_cache=False out"):
         model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=False)
