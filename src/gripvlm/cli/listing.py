@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from gripvlm.cli.commands import console
-from gripvlm.pruners.options import Option
-from gripvlm.pruners.registry import PrunerRow
+
+if TYPE_CHECKING:
+    from gripvlm.pruners.options import Option
+    from gripvlm.pruners.registry import PrunerRow
 
 __all__ = ["list_command"]
 
