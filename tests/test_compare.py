@@ -134,10 +134,20 @@ def test_a_whole_run_and_its_shard_do_not_compare(tmp_path, capsys):
     [
         ({"batch_size": 9}, "batch_size: 4 then, 9 now"),
         ({"dtype": "bfloat16", "weights": "rounded"}, "dtype: float32 then, bfloat16 now"),
-        ({"device": "NVIDIA H100"}, "device: cpu then, NVIDIA H100 now"),
         ({"attention": "eager"}, "attention: sdpa then, eager now"),
-        ({"hardware": {"processor": "a slide rule"}}, "processor: an abacus then, a slide rule now"),
-        ({"hardware": {"processor": "an abacus", "threads": 7}}, "threads: None then, 7 now"),
+        (
+            {"device": "NVIDIA H100"},
+            "machine: cpu (an abacus, None threads) then, NVIDIA H100 (an abacus, None threads) now",
+        ),
+        (
+            {"hardware": {"processor": "a slide rule", "threads": 7}},
+            "machine: cpu (an abacus, None threads) then, cpu (a slide rule, 7 threads) now",
+        ),
+        (
+            {"shards": [{"device": name, "hardware": {"processor": "an abacus"}} for name in ("cpu", "mps")]},
+            "machine: cpu (an abacus, None threads) then, cpu (an abacus, None threads) and mps (an abacus, None "
+            "threads) now",
+        ),
     ],
 )
 def test_times_of_other_settings_or_machines_are_not_judged(old, tmp_path, change, says, capsys):

@@ -14,8 +14,7 @@ from gripvlm.evaluate.statistics import interval
 
 __all__ = ["Verdict", "compare"]
 
-_TIMED = ("batch_size", "dtype", "device", "attention")
-_MACHINE = ("processor", "threads")
+_TIMED = ("batch_size", "dtype", "attention")
 _ROUNDING = 1e-9
 _SHOWN = 5
 
@@ -122,10 +121,19 @@ def _same_run(old: Results, new: Results) -> None:
 def _timing(old: Results, new: Results) -> str:
     """What differs of the settings and the machine that times depend on; "" where nothing does."""
     then, now = (
-        {name: one.header.get(name) for name in _TIMED} | {name: one.header["hardware"].get(name) for name in _MACHINE}
+        {name: one.header.get(name) for name in _TIMED} | {"machine": " and ".join(sorted(_machines(one)))}
         for one in (old, new)
     )
     return differences(then, now)
+
+
+def _machines(one: Results) -> set[str]:
+    """Device, processor and threads; of a merged file, those of its parts."""
+    heads = one.header.get("shards", [one.header])
+    return {
+        f"{head['device']} ({head['hardware'].get('processor')}, {head['hardware'].get('threads')} threads)"
+        for head in heads
+    }
 
 
 def _configured(old: Results, new: Results) -> list[str]:
