@@ -84,6 +84,33 @@ def times(name: str, speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [row for cell in cells for spec, row in cell["pruners"].items() if head(spec) == name]
 
 
+def measured() -> dict[str, Any]:
+    """What `gripvlm list` shows: of each pruner its score, at what share of the tokens, and its share of a prefill."""
+    speed = result("pruner-speed")
+    assert speed is not None, "no results/pruner-speed.json: python runs/pruner_speed.py writes it"
+    rows = {}
+    for row in list_pruners():
+        if row.name not in _BUILT_IN:
+            continue
+        shown: dict[str, Any] = {}
+        if (found := scored(row.name, row.stage)) is not None:
+            shown = {key: round(found[key], 4) for key, _ in SCORE} | {"keep": found["keep"]}
+            shown["measured_as"] = found["pruner"]
+        if (cells := times(row.name, speed)) and cells[0]["ratio"]:
+            shown["prefill_share"] = cells[0]["ratio"][0]
+        rows[row.name] = shown
+    return {
+        "written_by": "python runs/methods_table.py",
+        "files": sorted({*GRIDS.values(), "pruner-speed"}),
+        "prefill": {
+            "tokens": speed["cells"][0]["n"],
+            "parameters": speed["model"]["parameters"],
+            "device": speed["environment"]["hardware"]["device"],
+        },
+        "pruners": rows,
+    }
+
+
 def timing(speed: Mapping[str, Any]) -> list[str]:
     """The section on time."""
     cells, model, where = speed["cells"], speed["model"], speed["environment"]
@@ -111,33 +138,6 @@ def timing(speed: Mapping[str, Any]) -> list[str]:
             lines += ["", f"The prefill at {named} was not measured: {cell['prefill']['why']}."]
     commit = where["git"]["commit"][:12] if where["git"] else "no checkout"
     return [*lines, "", f"`results/pruner-speed.json`: `{speed['command']}` at {commit}.", ""]
-
-
-def measured() -> dict[str, Any]:
-    """What `gripvlm list` shows: of each pruner its score, at what share of the tokens, and its share of a prefill."""
-    speed = result("pruner-speed")
-    assert speed is not None, "no results/pruner-speed.json: python runs/pruner_speed.py writes it"
-    rows = {}
-    for row in list_pruners():
-        if row.name not in _BUILT_IN:
-            continue
-        shown: dict[str, Any] = {}
-        if (found := scored(row.name, row.stage)) is not None:
-            shown = {key: round(found[key], 4) for key, _ in SCORE} | {"keep": found["keep"]}
-            shown["measured_as"] = found["pruner"]
-        if (cells := times(row.name, speed)) and cells[0]["ratio"]:
-            shown["prefill_share"] = cells[0]["ratio"][0]
-        rows[row.name] = shown
-    return {
-        "written_by": "python runs/methods_table.py",
-        "files": sorted({*GRIDS.values(), "pruner-speed"}),
-        "prefill": {
-            "tokens": speed["cells"][0]["n"],
-            "parameters": speed["model"]["parameters"],
-            "device": speed["environment"]["hardware"]["device"],
-        },
-        "pruners": rows,
-    }
 
 
 def page() -> str:
