@@ -34,6 +34,8 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     soft_probability) echo "relaxed $RUN $start --steps $STEPS --relaxation soft_topk" ;;
     straight) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation straight_through" ;;
     perturbed) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation perturbed" ;;
+    dynamicvit) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation dynamicvit" ;;
+    diffprune) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation diffprune" ;;
     three_budgets) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.25,0.06,0.015" ;;
     only_12) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.125" ;;
     only_3) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.03" ;;
@@ -48,8 +50,8 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
 }
 
 FIRST="warmup"
-THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed warmup_longer three_budgets only_3 only_12
-  averaged antithetic value band warmup_no_budget no_budget self_critical"
+THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed dynamicvit diffprune
+  warmup_longer three_budgets only_3 only_12 averaged antithetic value band warmup_no_budget no_budget self_critical"
 
 one() { # NAME-SEED
   local name=${1%-*} seed=${1##*-}

@@ -1,4 +1,7 @@
-"""Writes docs/methods.md from the registry and results/: `python runs/methods_table.py`; a test keeps it true."""
+"""Writes docs/methods.md and what `gripvlm list` shows of results/; a test keeps both true.
+
+python runs/methods_table.py
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ from gripvlm.models.grids import unknown  # noqa: E402
 from gripvlm.pruners.registry import _BUILT_IN, _load, list_pruners  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
+MEASURED = ROOT / "src" / "gripvlm" / "cli" / "measured.json"
 PLACES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
-KEPT = {"input": 0.125, "llm": 0.5, "vision": 0.5}
+KEPT = {"input": 0.125, "llm": 0.3, "vision": 0.3}  # of those measured, where most methods' intervals lie apart
+GRIDS = {"input": "lab-grid", "llm": "lab-grid-llm", "vision": "lab-grid-llm"}
 SCORE = (("score", 1), ("ci_low", 0), ("ci_high", 0))
 
 
@@ -32,10 +37,9 @@ def idea(name: str, made_by: Any) -> str:
 
 def needs(row: Any, made_by: Any) -> str:
     """Fields of `VisualTokens`, and of `LayerTokens` in italics."""
-    inside = sorted(getattr(made_by, "layer_needs", ()))
     held = "what it wraps" if "wrapper" in row.source else "what its weights need"
     other = held if isinstance(getattr(made_by, "needs", None), property) else "-"
-    return ", ".join([*row.needs, *(f"*{name}*" for name in inside)]) or other
+    return ", ".join([*row.needs, *(f"*{name}*" for name in row.layer_needs)]) or other
 
 
 def result(name: str) -> dict[str, Any] | None:
@@ -49,16 +53,20 @@ def head(spec: str) -> str:
     return spec.partition(":")[0].partition("(")[0]
 
 
+def scored(name: str, stage: str) -> dict[str, Any] | None:
+    """The lab's mean of a pruner, as results/ have it; None where it was not measured."""
+    found, keep = result(GRIDS[stage]), 1.0 if name == "full" else KEPT[stage]
+    rows = [row for row in (found or {"means": []})["means"] if head(row["pruner"]) == name and row["keep"] == keep]
+    return min(rows, key=lambda row: row["pruner"] != name, default=None)  # the bare name first
+
+
 def score(name: str, stage: str) -> str:
     """The lab's mean with its confidence interval, and as what it was measured where that is not the bare name."""
-    found, keep = result("lab-grid" if stage == "input" else "lab-grid-llm"), KEPT[stage]
-    means = [row for row in (found or {"means": []})["means"] if head(row["pruner"]) == name]
-    rows = [row for row in means if row["keep"] == (1.0 if name == "full" else keep)]
-    rows.sort(key=lambda row: row["pruner"] != name)  # the bare name first
-    if not rows:
+    row = scored(name, stage)
+    if row is None:
         return "-"
-    value, low, high = (f"{100 * rows[0][key]:.{digits}f}" for key, digits in SCORE)
-    typed = rows[0]["pruner"].removeprefix(name).lstrip(":")
+    value, low, high = (f"{100 * row[key]:.{digits}f}" for key, digits in SCORE)
+    typed = row["pruner"].removeprefix(name).lstrip(":")
     return f"{value} [{low}-{high}]" + (f" `{typed}`" if typed else "")
 
 
@@ -74,6 +82,33 @@ def times(name: str, speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What was measured of a pruner, one entry for each number of tokens and batch."""
     cells = speed["cells"] if speed else []
     return [row for cell in cells for spec, row in cell["pruners"].items() if head(spec) == name]
+
+
+def measured() -> dict[str, Any]:
+    """What `gripvlm list` shows: of each pruner its score, at what share of the tokens, and its share of a prefill."""
+    speed = result("pruner-speed")
+    assert speed is not None, "no results/pruner-speed.json: python runs/pruner_speed.py writes it"
+    rows = {}
+    for row in list_pruners():
+        if row.name not in _BUILT_IN:
+            continue
+        shown: dict[str, Any] = {}
+        if (found := scored(row.name, row.stage)) is not None:
+            shown = {key: round(found[key], 4) for key, _ in SCORE} | {"keep": found["keep"]}
+            shown["measured_as"] = found["pruner"]
+        if (cells := times(row.name, speed)) and cells[0]["ratio"]:
+            shown["prefill_share"] = cells[0]["ratio"][0]
+        rows[row.name] = shown
+    return {
+        "written_by": "python runs/methods_table.py",
+        "files": sorted({*GRIDS.values(), "pruner-speed"}),
+        "prefill": {
+            "tokens": speed["cells"][0]["n"],
+            "parameters": speed["model"]["parameters"],
+            "device": speed["environment"]["hardware"]["device"],
+        },
+        "pruners": rows,
+    }
 
 
 def timing(speed: Mapping[str, Any]) -> list[str]:
@@ -148,8 +183,8 @@ def page() -> str:
         "`src/gripvlm/pruners/` has its paper's equation, its options, and every departure from the paper, numbered.",
         "",
         "Lab score: the mean over the lab's tasks ([zoo.md](zoo.md)), with its 95 % interval, at 12.5 % of the",
-        "tokens; in the LLM and in the tower at half of them; `full` at all. Time: percent of a prefill, n = 576, one",
-        "image.",
+        "tokens; in the LLM and in the tower at 30 % of them; `full` at all. Time: percent of a prefill, n = 576, one",
+        "image. `gripvlm list` shows both.",
         "",
         "| name | what it does | needs | drops rows | trained | lab score | time | source |",
         "|---|---|---|---|---|---:|---:|---|",
@@ -158,15 +193,14 @@ def page() -> str:
         if row.name not in _BUILT_IN:  # other packages' are theirs to describe
             continue
         made_by = _load(row.name)
-        trained = "yes" if getattr(made_by, "trained", False) else "no"
-        measured = times(row.name, speed)
-        time = f"{share(measured[0]['ratio'])} %" if measured and measured[0]["ratio"] else "-"
+        timed = times(row.name, speed)
+        time = f"{share(timed[0]['ratio'])} %" if timed and timed[0]["ratio"] else "-"
         cells = (
             f"`{row.name}`",
             idea(row.name, made_by),
             needs(row, made_by),
             PLACES[row.stage],
-            trained,
+            "yes" if row.trained else "no",
             score(row.name, row.stage),
             time,
             row.source,
@@ -203,4 +237,5 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    MEASURED.write_text(json.dumps(measured(), indent=1) + "\n", encoding="utf-8")
+    print(PAGE, MEASURED, sep="\n")

@@ -125,6 +125,34 @@ def test_list_and_env(capsys):
     assert all(word in text for word in ("torch", "transformers", "cores", "python"))
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_list_shows_what_was_measured_and_where_it_comes_from(capsys, monkeypatch, width):
+    from rich.console import Console
+
+    from gripvlm.cli import listing
+
+    monkeypatch.setattr(listing, "console", lambda: Console(width=width, highlight=False))
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    rows = {line.split()[0]: line for line in lines if line[:1].isalpha()}
+    results = Path(__file__).parents[1] / "results"
+    means = {
+        (row["pruner"], row["keep"]): row["score"]
+        for name in ("lab-grid", "lab-grid-llm")
+        for row in json.loads((results / f"{name}.json").read_text())["means"]
+    }
+    assert f" {100 * means['divprune', 0.125]:.1f} (12.5%) " in rows["divprune"]
+    assert f" {100 * means['fastv:layer=1', 0.3]:.1f} (30%) " in rows["fastv"]
+    ratio = json.loads((results / "pruner-speed.json").read_text())["cells"][0]["pruners"]["divprune"]["ratio"][0]
+    assert f" {100 * ratio:.2g}% " in rows["divprune"]
+    assert rows["keep_all"].split()[1:4] == ["input", "-", "-"]
+    said = " ".join(" ".join(lines).split())
+    assert "needs last; options layer=2; score of fastv:layer=1" in said
+    assert "trained; options scorer=lab" in said
+    assert "results/lab-grid.json, results/lab-grid-llm.json, results/pruner-speed.json" in said
+
+
 def test_eval_of_all_says_what_it_leaves_out(capsys):
     assert main(["eval", "--tasks", "lab/text", "--pruners", "oracle,all", "--keep", "50%", "--limit", "1"]) == 0
     out, error = capsys.readouterr()

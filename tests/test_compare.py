@@ -134,9 +134,23 @@ def test_a_whole_run_and_its_shard_do_not_compare(tmp_path, capsys):
     [
         ({"batch_size": 9}, "batch_size: 4 then, 9 now"),
         ({"dtype": "bfloat16", "weights": "rounded"}, "dtype: float32 then, bfloat16 now"),
+        ({"attention": "eager"}, "attention: sdpa then, eager now"),
+        (
+            {"device": "NVIDIA H100"},
+            "machine: cpu (an abacus, None threads) then, NVIDIA H100 (an abacus, None threads) now",
+        ),
+        (
+            {"hardware": {"processor": "a slide rule", "threads": 7}},
+            "machine: cpu (an abacus, None threads) then, cpu (a slide rule, 7 threads) now",
+        ),
+        (
+            {"shards": [{"device": name, "hardware": {"processor": "an abacus"}} for name in ("cpu", "mps")]},
+            "machine: cpu (an abacus, None threads) then, cpu (an abacus, None threads) and mps (an abacus, None "
+            "threads) now",
+        ),
     ],
 )
-def test_times_of_another_batch_or_dtype_are_not_judged(old, tmp_path, change, says, capsys):
+def test_times_of_other_settings_or_machines_are_not_judged(old, tmp_path, change, says, capsys):
     new = made_up(tmp_path / "new.json", pictures=20, keeps=(0.1,), **change)
 
     def slow(record):
@@ -146,7 +160,7 @@ def test_times_of_another_batch_or_dtype_are_not_judged(old, tmp_path, change, s
     new = changed(new, tmp_path, slow)
     assert main(["compare", str(old), str(new)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"WARNING: speed is not judged, since times of other settings do not compare ({says})" in text
+    assert f"WARNING: speed is not judged, since times of other settings or machines do not compare ({says})" in text
     assert "no regression in scores; speed not judged" in text
     assert main(["compare", str(old), str(changed(new, tmp_path, lose(1)))]) == 1
 

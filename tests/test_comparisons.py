@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gripvlm.evaluate import ResultsError, interval, read_results
-from gripvlm.evaluate.comparing import absolute, differences_from, holm, relative, sign_flip
+from gripvlm.evaluate.estimates import absolute, differences_from, holm, relative, sign_flip
 from gripvlm.evaluate.frontier import hypervolumes, pareto, time_to_accuracy, usual_budgets
 from gripvlm.evaluate.scores import Scores, Setting, method_of, scores_of
 from tiny_results import KEEPS, made_up

@@ -27,13 +27,22 @@ def everything(hidden, visual):
 
 
 @contextmanager
-def masking(model, stages: dict[int, torch.Tensor]):
-    """The full model under eager attention, with each later layer's mask hiding what was dropped before it."""
+def masking(model, stages: dict[int, torch.Tensor], forget: int | None = None):
+    """The full model under eager attention, with each later layer's mask hiding what was dropped before it.
+
+    Layers from `forget` on hide from decoded tokens all that was dropped at the end.
+    """
+    first = min(stages) if forget is None else min(forget, *stages)
 
     def before(index: int):
         def hook(layer, args, kwargs):
-            (keep,) = [stages[max(k for k in stages if k <= index)]]
             mask = kwargs["attention_mask"]
+            if forget is not None and index >= forget and mask.shape[-2] == 1:
+                keep = stages[max(stages)]
+            elif index < min(stages):
+                return args, kwargs
+            else:
+                keep = stages[max(k for k in stages if k <= index)]
             blank = torch.ones(keep.shape[0], mask.shape[-1], dtype=torch.bool)
             blank[:, : keep.shape[1]] = keep
             own = torch.zeros(mask.shape[-2:], dtype=torch.bool)
@@ -46,9 +55,7 @@ def masking(model, stages: dict[int, torch.Tensor]):
 
     layers = model.get_decoder().layers
     handles = [
-        layer.register_forward_pre_hook(before(i), with_kwargs=True)
-        for i, layer in enumerate(layers)
-        if i >= min(stages)
+        layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(layers) if i >= first
     ]
     try:
         yield
@@ -77,6 +84,38 @@ def test_dropping_twice_equals_masking_layer_by_layer(name, attention):
     left = {k: int(stage.sum(-1).max()) + 3 for k, stage in stages.items()}
     assert lengths == [full, left[1], left[1], left[3]]
     assert left[3] < left[1] < full
+
+
+@pytest.mark.parametrize("forget", [1, 2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_forgetting_after_the_prompt_equals_masking_what_decoded_tokens_see(name, attention, forget):
+    """Caches of layers before the cut, between cuts and after them; ragged, with a prompt without images."""
+    model, inputs = build(name, attention), make(TINY[name], [1, 2, 0], [7, 9, 5]).inputs
+    choose = {2: thin(2), 3: thin(3)}
+    with drop_in_layers(model, choose):
+        kept = model.generate(**inputs, **GREEDY)
+    with drop_in_layers(model, choose, forget=forget) as dropped:
+        ours = model.generate(**inputs, **GREEDY)
+    stages = dict(dropped.stages)
+    with masking(build(name, "eager"), stages, forget):
+        theirs = build(name, "eager").generate(**inputs, **GREEDY)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for a, b in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=3e-5, rtol=3e-5)
+    assert torch.equal(ours.logits[0], kept.logits[0])  # the prompt ran as without
+    assert (ours.logits[1][:2] - kept.logits[1][:2]).abs().max() > 1e-3
+    full, left = inputs["input_ids"].shape[1] + 3, int(stages[3].sum(-1).max()) + 3
+    assert [layer.keys.shape[-2] for layer in ours.past_key_values.layers] == [full] * forget + [left] * (4 - forget)
+
+
+def test_what_forgetting_needs():
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    said = "no layer 0 to drop before: type 1 to 3"
+    with pytest.raises(InputError, match=said), drop_in_layers(model, {2: thin(2)}, 0):
+        pytest.fail("the block opened")
+    with drop_in_layers(model, {2: thin(2)}, 1), pytest.raises(InputError, match="leave use_cache=False out"):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=False)
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen3_vl"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,5 @@ def test_the_methods_table_is_up_to_date():
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
     assert table.PAGE.read_text(encoding="utf-8") == table.page(), "run python runs/methods_table.py"
+    shown = json.loads(table.MEASURED.read_text(encoding="utf-8"))
+    assert shown == table.measured(), "run python runs/methods_table.py"

@@ -84,7 +84,8 @@ class LayerRun:
             "keys": lambda length: None if self.done else "keys",
         }
         with ExitStack() as stack:
-            self.dropped = stack.enter_context(drop_in_layers(self.model, {cut: self._at(cut) for cut in self.cuts}))
+            choose, forget = {cut: self._at(cut) for cut in self.cuts}, self.pruner.forgets(self.layers)
+            self.dropped = stack.enter_context(drop_in_layers(self.model, choose, forget))
             for name in sorted(self.needs & queries.keys()):
                 self.seen[name] = stack.enter_context(watch_attention(decoder, before, queries[name]))
             yield

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gripvlm.errors import InputError
 from gripvlm.layered import LayerRun, Merged
 from gripvlm.models.sizes import LayerSizes, size_attention
 from gripvlm.models.text import visual_places
@@ -34,6 +35,11 @@ class SizedRun:
         selections: list[list[Selection]],
         run: LayerRun | None,
     ) -> None:
+        if run is not None and run.pruner.forgets(run.layers) is not None:
+            raise InputError(
+                f"size_attention knows the sizes of what each layer saw, but {run.pruner.name!r} drops from the cache "
+                "after that: leave size_attention out"
+            )
         self.model, self.first, self.run = model, selections, run
         places = visual_places(model, arguments["input_ids"])
         base = torch.ones(places.shape, device=places.device)

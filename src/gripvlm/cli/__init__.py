@@ -11,12 +11,14 @@ import typer
 
 from gripvlm.cli.bench import bench_command
 from gripvlm.cli.commands import app
+from gripvlm.cli.listing import list_command
 from gripvlm.cli.results import compare_command, merge_command, report_command
 from gripvlm.cli.training import train_command
 from gripvlm.errors import GripError
 
 __all__ = ["app", "main"]
 
+app.command(name="list")(list_command)
 app.command(name="bench")(bench_command)
 app.command(name="train")(train_command)
 app.command(name="report")(report_command)

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import gripvlm
 from gripvlm.budget import Budget
@@ -228,27 +226,6 @@ def evaluate_command(
     screen.print(table([*result["rows"], *result["means"]]))
     if out is not None:
         screen.print(f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it")
-
-
-@app.command(name="list")
-def list_command() -> None:
-    """Pruners, what each needs and where it comes from; and the tasks."""
-    from gripvlm.pruners import list_pruners
-    from gripvlm.tasks import task_names
-
-    rows = Table(box=box.SIMPLE_HEAD)
-    for name in ("pruner", "options", "needs", "drops at", "source"):
-        rows.add_column(name)
-    for one in list_pruners():
-        options = ", ".join(str(o) if o.typeable else f"{o.name}: from Python" for o in one.options)
-        rows.add_row(
-            escape(one.name), escape(options) or "-", ", ".join(one.needs) or "-", one.stage, escape(one.source)
-        )
-    screen = console()
-    screen.print(rows)
-    screen.print("options are typed as name:option=value, such as random:seed=3")
-    screen.print("in `eval` also: oracle (each lab question's own evidence); full and no image are always there")
-    screen.print(f"tasks: {', '.join(task_names())}, hf:REPO, jsonl:PATH")
 
 
 @app.command()

@@ -43,16 +43,16 @@ def train_command(**given: Any) -> None:
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)
     try:
-        grip = train(config, model, processor, quiet=False)
+        pruner = train(config, model, processor, quiet=False)
     except Interrupted as stop:
         print(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
         raise typer.Exit(130) from None
     screen = console()
-    screen.print(f"trained: {grip.scorer}")
+    screen.print(f"trained: {pruner.scorer}")
     data = config.val_data or "held-out questions"
     screen.print(
         f"try it:  gripvlm eval --model {config.model} --tasks jsonl:{data.removeprefix('jsonl:')} "
-        f"--pruners {'relaxed' if config.stage == 'relaxed' else 'grip'}:scorer={grip.scorer},random --keep 10%"
+        f"--pruners {pruner.name}:scorer={pruner.scorer},random --keep 10%"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gripvlm.evaluate.arms import FULL, ORACLE
-from gripvlm.evaluate.comparing import LEVEL, Estimate, estimate
+from gripvlm.evaluate.estimates import LEVEL, Estimate, estimate
 from gripvlm.evaluate.schema import ResultsError
 from gripvlm.evaluate.scores import Scores
 

@@ -14,6 +14,7 @@ from gripvlm.evaluate.statistics import interval
 
 __all__ = ["Verdict", "compare"]
 
+_TIMED = ("batch_size", "dtype", "attention")
 _ROUNDING = 1e-9
 _SHOWN = 5
 
@@ -37,8 +38,9 @@ def compare(old: Results, new: Results, tolerance: float = 0.0, slower: float = 
     A setting's mean score over tasks may fall by `tolerance`; the interval of the difference (95 %,
     clustered by picture) is printed but does not excuse: the same code on the same machine gives
     the same answers. Time is the median over questions, divided by the full model's median in the
-    same run, so that the machine's own speed cancels; it may be `slower` times what it was. A run
-    with another batch size or dtype has other ratios, so its times are shown and not judged.
+    same run, so that a machine that is busy or throttled cancels; it may be `slower` times what it was.
+    A run on another device, processor or number of threads, or with another batch size, dtype or
+    attention implementation has other ratios, so its times are shown and not judged.
 
     Args:
         tolerance: of the mean score, 0.01 is one point.
@@ -94,7 +96,9 @@ def compare(old: Results, new: Results, tolerance: float = 0.0, slower: float = 
             )
     ending = f"{len(found)} regressions" if len(found) != 1 else "1 regression"
     if timing:
-        notes.append(f"WARNING: speed is not judged, since times of other settings do not compare ({timing})")
+        notes.append(
+            f"WARNING: speed is not judged, since times of other settings or machines do not compare ({timing})"
+        )
     lines += [
         *notes,
         *found,
@@ -115,9 +119,21 @@ def _same_run(old: Results, new: Results) -> None:
 
 
 def _timing(old: Results, new: Results) -> str:
-    """What differs of the settings that times depend on; "" where nothing does."""
-    then, now = ({name: one.header[name] for name in ("batch_size", "dtype")} for one in (old, new))
+    """What differs of the settings and the machine that times depend on; "" where nothing does."""
+    then, now = (
+        {name: one.header.get(name) for name in _TIMED} | {"machine": " and ".join(sorted(_machines(one)))}
+        for one in (old, new)
+    )
     return differences(then, now)
+
+
+def _machines(one: Results) -> set[str]:
+    """Device, processor and threads; of a merged file, those of its parts."""
+    heads = one.header.get("shards", [one.header])
+    return {
+        f"{head['device']} ({head['hardware'].get('processor')}, {head['hardware'].get('threads')} threads)"
+        for head in heads
+    }
 
 
 def _configured(old: Results, new: Results) -> list[str]:

@@ -57,7 +57,7 @@ class Dropped:
 
 
 @contextmanager
-def drop_in_layers(model: Any, choose: Mapping[int, Choose]) -> Iterator[Dropped]:
+def drop_in_layers(model: Any, choose: Mapping[int, Choose], forget: int | None = None) -> Iterator[Dropped]:
     """Inside the block, this model's language model drops visual tokens before some of its layers.
 
         with drop_in_layers(model, {2: lambda hidden, visual: visual & mine}) as dropped:
@@ -67,6 +67,9 @@ def drop_in_layers(model: Any, choose: Mapping[int, Choose]) -> Iterator[Dropped
         model: a supported model, under sdpa or eager attention, whose layers all see the whole prompt.
         choose: layer k >= 1 -> a function of what enters that layer. Counts may differ by sample;
             shorter samples are padded on the left and the padding is masked.
+        forget: a layer >= 1. Before the first decoded token, the caches of this layer and those after it lose what
+            the last layer has not kept, so that decoded tokens see no more of the prompt there. None: each layer's
+            cache keeps what the layer saw.
 
     Yields:
         A `Dropped`, filled at each prefill.
@@ -76,22 +79,24 @@ def drop_in_layers(model: Any, choose: Mapping[int, Choose]) -> Iterator[Dropped
     Raises:
         UnsupportedModelError: a family or an attention implementation for which this is not right.
         InputError: when the model runs: a prompt in chunks or speculative tokens, right padding,
-            labels, a cache that is not dynamic, a prompt beyond a sliding window, or a choice of the wrong shape.
+            labels, a cache that is not dynamic, a prompt beyond a sliding window, a choice of the wrong shape, or
+            `forget` without a cache.
         GripError: a block for this model is already open.
     """
     checked_layers(model)
     decoder = model.get_decoder()
     layers = decoder.layers
-    if wrong := [k for k in choose if not 1 <= k < len(layers)]:
+    places = [*choose, *([] if forget is None else [forget])]
+    if wrong := [k for k in places if not 1 <= k < len(layers)]:
         raise InputError(f"no layer {wrong[0]} to drop before: type 1 to {len(layers) - 1}")
     if getattr(layers[0], "_gripvlm_drops", False):
         raise GripError("this model already drops inside its layers: leave that block first")
-    dropper = _Dropper(model, decoder, dict(choose))
+    dropper = _Dropper(model, decoder, dict(choose), forget)
     handles = [model.register_forward_pre_hook(dropper.begin, with_kwargs=True)]
     handles += [
         layer.register_forward_pre_hook(dropper.before(index), with_kwargs=True)
         for index, layer in enumerate(layers)
-        if index >= min(choose, default=len(layers))
+        if choose and index >= min(places)
     ]
     deepstack = getattr(decoder, "_deepstack_process", None)
     layers[0]._gripvlm_drops = True
@@ -130,8 +135,8 @@ def checked_layers(model: Any) -> None:
 class _Dropper:
     """The hooks of one block and what they must remember between them."""
 
-    def __init__(self, model: Any, decoder: Any, choose: dict[int, Choose]) -> None:
-        self.model, self.decoder, self.choose = model, decoder, choose
+    def __init__(self, model: Any, decoder: Any, choose: dict[int, Choose], forget: int | None) -> None:
+        self.model, self.decoder, self.choose, self.forget = model, decoder, choose, forget
         self.dropped = Dropped()
         self.stages: dict[int, _Stage] = {}
         self.now: _Stage | None = None
@@ -157,6 +162,8 @@ class _Dropper:
                 "cannot be told from a prompt: run the whole prompt at once"
             )
         checked_dynamic(cache)
+        if self.forget is not None and kwargs.get("use_cache") is False:
+            raise InputError("dropping from the cache needs one: leave use_cache=False out")
         kinds = getattr(self.decoder.config, "layer_types", None) or []
         window = getattr(self.decoder.config, "sliding_window", None) if "sliding_attention" in kinds else None
         if window is not None and self.total > window:
@@ -165,6 +172,8 @@ class _Dropper:
                 "drop at the input with gripvlm.prune"
             )
         if not self.prefill:
+            if past == self.mask.shape[1]:  # nothing was decoded on this cache
+                self._shorten(cache)
             return
         self.mask = full_mask(self.model, kwargs).bool()
         if not bool(self.mask[:, -1].all()):
@@ -180,7 +189,9 @@ class _Dropper:
             hidden = args[0]
             if self.prefill and index in self.choose:
                 hidden = self._drop(index, hidden)
-            stage = self.stages[max(k for k in self.stages if k <= index)]
+            stage = self._seen(index)
+            if stage is None:
+                return args, kwargs
             self.now = stage
             kwargs = dict(kwargs)
             kwargs["attention_mask"] = self._narrow(kwargs.get("attention_mask"), stage, hidden)
@@ -193,6 +204,34 @@ class _Dropper:
             return (hidden, *args[1:]), kwargs
 
         return hook
+
+    def _seen(self, index: int) -> _Stage | None:
+        """What layer `index` sees of the prompt at present; None for all of it."""
+        if not self.prefill and self.forget is not None and index >= self.forget:
+            return self.stages[max(self.stages)]
+        return self.stages.get(max((k for k in self.stages if k <= index), default=-1))
+
+    def _shorten(self, cache: Any) -> None:
+        """Takes what the last layer has not kept from the caches that are to forget it."""
+        if self.forget is None or not self.stages:
+            return
+        batch, full = self.mask.shape
+        last = self.stages[max(self.stages)]
+        for index in range(self.forget, max(self.stages)):
+            stage = self.stages.get(max((k for k in self.stages if k <= index), default=-1))
+            before = torch.arange(full, device=last.order.device).expand(batch, -1) if stage is None else stage.order
+            held, layer = before.shape[1], cache.layers[index]
+            if not isinstance(layer.keys, Tensor) or layer.keys.shape[-2] != held:
+                raise InputError(
+                    f"a {type(layer).__name__} cannot be shortened after the prompt: use the default dynamic cache"
+                )
+            slot = torch.zeros(batch, full, dtype=torch.long, device=before.device)
+            slot.scatter_(1, before, torch.arange(held, device=before.device).expand(batch, -1))
+            left = slot.gather(1, last.order)  # padding is one of the dropped, which this layer still had
+            layer.keys, layer.values = (
+                states.gather(2, left[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+                for states in (layer.keys, layer.values)
+            )
 
     def _drop(self, index: int, hidden: Tensor) -> Tensor:
         """[B, l, d]: what is left of the hidden states, after asking; notes the stage."""

@@ -120,6 +120,12 @@ class LayerPruner(Pruner):
         the schedule at which the image loses rows. The caller checks the result, for all pruners.
         """
 
+    def forgets(self, layers: int) -> int | None:
+        """Once the prompt has run, tokens that did not reach the last layer go from the caches of this layer, 1 or
+        more, and those after it; None: each layer's cache keeps what the layer saw.
+        """
+        return None
+
     def allot_over(self, sample: Sequence[VisualTokens], layers: int) -> Sequence[int]:
         """`allot` where the language model has so many layers, which says what `schedule` can reach."""
         return self.allot(sample)

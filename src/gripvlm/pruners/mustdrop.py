@@ -31,8 +31,8 @@ class MustDrop(Pruner):
        strongest k are kept.
     3. Merging is by the projected rows, once; the paper does it after the tower's first block.
     4. The merged token stands at the window's centre. Only whole windows merge, from the top left.
-    5. The prefill stage is `mustdrop_llm`'s. Towers without a CLS token: the mean
-       attention received.
+    5. The prefill and decoding stages are `mustdrop_llm`'s. Towers without a CLS
+       token: the mean attention received.
 
     Attributes:
         tau: 0.8 as in the authors' code.

@@ -1,4 +1,4 @@
-"""MustDrop, vision part and language model: merge and cut before it, then drop what no text token looks at."""
+"""MustDrop, all of it: merge and cut before the language model, then drop what no text token looks at."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ __all__ = ["MustDropLLM"]
 
 @dataclass(frozen=True)
 class MustDropLLM(LayerPruner):
-    """Multi-stage dropping (arXiv 2411.10803), vision and prefill stages; see `mustdrop` for the first.
+    """Multi-stage dropping (arXiv 2411.10803): vision, prefill and, with `decode`, decoding; see `mustdrop`.
 
     Prefill: before each of the layers `cuts`, with a_tv the attention of text token t on visual token v, the mean
     over heads, v goes where sum_t a_tv < g sum_tv a_tv and max_t a_tv < i, both. The tokens that the vision stage
     always keeps stay.
+
+    Decoding, the output-aware cache policy: once the prompt has run, what the last cut has not kept goes from the
+    caches of the layer before the first cut and those after it, so that the answer is written from the same
+    tokens in all of these layers. Layers before that keep theirs.
 
     1. k is exact: g and i are scaled by one factor, at each cut the one that leaves k tokens. So tokens rank by
        max(share_v / ratio, max_t a_tv), ratio = g / i. Published pairs have ratios 1, 1.2 and 1.1.
@@ -32,8 +36,10 @@ class MustDropLLM(LayerPruner):
        large budgets all rows enter, for small ones fewer than `first` x keep, so that one is left.
     3. If more tokens are always kept than k, the best ranked of these stay.
     4. Attention is that of the layer before the cut. Without text, the last token's.
-    5. What was dropped is gone from the cache of all later layers. The decode stage, which shortens the cache
-       further while the answer is written, is not part of it: it has no count to hold to.
+    5. The decoding stage is off by default: `keep` is what the prompt's layers see, and it comes on top. The first
+       layer's cache is never shortened, since positions are counted by it. Stage and layers are those of the
+       authors' code (liuting20/MustDrop at 909afa5, whose cuts are after layers 2, 6, 10 and 14 of 32: here
+       cuts=(3, 7, 11, 15)).
 
     Attributes:
         ratio: g / i.
@@ -41,19 +47,21 @@ class MustDropLLM(LayerPruner):
         cuts: layers of a model of 32, SparseVLM's, which its code starts from; other depths cut at the same
             relative ones.
         tau, keys: see `mustdrop`.
+        decode: also the decoding stage.
     """
 
     name: ClassVar[str] = "mustdrop_llm"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "grid", "vision_attention"})
     vision_layers: ClassVar[tuple[int, ...]] = (-1,)
     layer_needs: ClassVar[frozenset[str]] = frozenset({"question", "last"})
-    source: ClassVar[str] = "MustDrop (vision and prefill stages), arXiv 2411.10803"
+    source: ClassVar[str] = "MustDrop (decode=True: all stages), arXiv 2411.10803"
 
     ratio: float = 1.1
     first: float = 1.5
     cuts: tuple[int, ...] = (2, 6, 15)
     tau: float = 0.8
     keys: float = 0.08
+    decode: bool = False
 
     def __post_init__(self) -> None:
         if self.ratio <= 0 or self.first < 1 or not 0 <= self.keys <= 1:
@@ -66,6 +74,9 @@ class MustDropLLM(LayerPruner):
         most = (layers * keep - (layers - cuts[0])) // cuts[0]  # leaves one row after the first cut
         enter = max(keep, min(n, int(self.first * keep + 0.5), most))
         return {0: enter, **geometric_cuts(self.name, enter, keep, layers, cuts)}
+
+    def forgets(self, layers: int) -> int | None:
+        return max(1, at_depths(self.cuts, 32, layers)[0] - 1) if self.decode else None
 
     def select(self, tokens: VisualTokens) -> Selection:
         return MustDrop(self.tau, self.keys).select(tokens)

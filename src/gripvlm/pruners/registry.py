@@ -60,13 +60,22 @@ _registered: dict[str, str | Callable[..., Pruner]] = {}
 
 
 class PrunerRow(NamedTuple):
-    """One line of `list_pruners`."""
+    """One line of `list_pruners`.
+
+    Attributes:
+        needs: fields of `VisualTokens`, without options.
+        layer_needs: fields of `LayerTokens`, for pruners inside the language model.
+        stage: where rows are dropped: "input", "llm" or "vision".
+        trained: whether it has weights that were trained for pruning.
+    """
 
     name: str
     needs: tuple[str, ...]
     stage: str
     source: str
     options: tuple[Option, ...] = ()
+    layer_needs: tuple[str, ...] = ()
+    trained: bool = False
 
 
 def _same(old: object, new: object) -> bool:
@@ -102,7 +111,7 @@ def pruner_names() -> list[str]:
 
 
 def list_pruners() -> list[PrunerRow]:
-    """One row a pruner: name, what it needs, where it drops rows, its source, its options. Imports them all."""
+    """One row a pruner, by name. Imports them all."""
     rows = []
     for name in pruner_names():
         made_by = _load(name)
@@ -111,7 +120,9 @@ def list_pruners() -> list[PrunerRow]:
             needs = _needs_by_default(made_by)
         needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
         stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
-        rows.append(PrunerRow(name, needs, stage, source, options_of(made_by)))
+        inside = tuple(sorted(getattr(made_by, "layer_needs", ())))
+        trained = bool(getattr(made_by, "trained", False))
+        rows.append(PrunerRow(name, needs, stage, source, options_of(made_by), inside, trained))
     return rows
 
 

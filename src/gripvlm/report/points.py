@@ -11,7 +11,7 @@ import numpy as np
 
 from gripvlm.errors import GripError
 from gripvlm.evaluate.arms import FULL
-from gripvlm.evaluate.comparing import absolute
+from gripvlm.evaluate.estimates import absolute
 from gripvlm.evaluate.results import Results
 from gripvlm.evaluate.scores import Scores, scores_of, was_trained
 from gripvlm.report.tables import with_means

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gripvlm.evaluate.arms import FULL
-from gripvlm.evaluate.comparing import Estimate, differences_from, relative
+from gripvlm.evaluate.estimates import Estimate, differences_from, relative
 from gripvlm.evaluate.frontier import hypervolumes, time_to_accuracy
 from gripvlm.evaluate.results import Results
 from gripvlm.evaluate.scores import Scores

@@ -11,7 +11,8 @@ import torch
 
 from gripvlm.errors import TrainError
 from gripvlm.evaluate import environment
-from gripvlm.pruners.grip import Grip
+from gripvlm.pruners import relaxed
+from gripvlm.pruners.grip import Grip, Learned
 from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
 from gripvlm.tasks import Task
 from gripvlm.train.config import TrainConfig, read_toml, shares, write_toml
@@ -48,7 +49,7 @@ def train(
     validation: Task | Sequence[Task] | None = None,
     *,
     quiet: bool = True,
-) -> Grip:
+) -> Learned:
     """Trains a scorer for a frozen model.
 
         grip = train(TrainConfig(data="my/questions.jsonl", out="grip"), model, processor)
@@ -60,7 +61,8 @@ def train(
         quiet: no progress bar.
 
     Returns:
-        The trained pruner, which is also saved in `config.out`.
+        The trained pruner, a `Grip`, or, of the stage "relaxed", a `gripvlm.pruners.relaxed.Relaxed`. Its scorer is
+        saved in `config.out`.
 
     Raises:
         TrainError: bad settings, data or rewards, with what to change.
@@ -104,7 +106,7 @@ def train(
         draw_curve(folder / "metrics.jsonl", folder / "curve.png")
     processes.wait()
     processes.end()
-    return Grip(str(folder), scorer.eval())
+    return (relaxed.Relaxed if config.stage == "relaxed" else Grip)(str(folder), scorer.eval())
 
 
 def check_settings(config: TrainConfig, given: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison says: intervals, paired differences with Holm's correction, relative accuracy."""
+"""What scores say: intervals, paired differences with Holm's correction, relative accuracy."""
 
 from __future__ import annotations
 
