@@ -49,9 +49,9 @@ def test_the_shipped_scorers_are_the_lab_models():
 
 
 def test_the_shipped_scorers_have_names():
-    by_name = {gripvlm.Grip.from_pretrained(name).weights for name in ("lab", "lab-blind")}
-    assert by_name == {gripvlm.get_pruner("grip").weights, gripvlm.get_pruner("grip:scorer=lab-blind").weights}
-    assert len(by_name) == 2
+    by_name = {gripvlm.Grip.from_pretrained(name).weights for name in ("lab", "lab-blind", "lab-small")}
+    assert by_name == {gripvlm.get_pruner(f"grip{of}").weights for of in ("", ":scorer=lab-blind", ":scorer=lab-small")}
+    assert len(by_name) == 3
 
 
 def test_the_test_split_is_no_training_data():
