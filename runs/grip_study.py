@@ -39,10 +39,8 @@ class Told(Grip):
 
     def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
         said = [replace(tokens, keep=max(1, round(self.share * tokens.n))) for tokens in images]
-        return [
-            Selection(top_k(scores, tokens.keep), tokens.n, scores)
-            for scores, tokens in zip(self._scores(said), images, strict=True)
-        ]
+        rows = [scores[: tokens.n] for scores, tokens in zip(self._scores(said), images, strict=True)]
+        return [Selection(top_k(row, one.keep), one.n, row) for row, one in zip(rows, images, strict=True)]
 
 
 def main() -> None:
