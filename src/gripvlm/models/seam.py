@@ -184,7 +184,7 @@ def shorten(
     arguments = dict(inputs)
     arguments["attention_mask"] = mask = full_mask(model, inputs)
     if arguments.get("position_ids") is None:
-        arguments["position_ids"] = _full_positions(model, layout, spans).to(mask.device)
+        arguments["position_ids"] = onto(_full_positions(model, layout, spans), mask.device)
     picks = [pick.indices for mine in chosen for pick in mine]
     fewer = [
         sum(len(span.positions) - pick.indices.numel() for span, pick in zip(*pair, strict=True))
