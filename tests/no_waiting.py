@@ -183,6 +183,14 @@ def test_what_is_wrong_is_raised_when_the_block_ends(monkeypatch):
         model.generate(**inputs, max_new_tokens=2)
     with pytest.raises(InputError, match="NaN of image 0 of sample 1"):
         gripvlm.prune_inputs(model, inputs, "norm", 4)
+    run = gripvlm.pruned_run(model, inputs, "norm", 4)
+    with pytest.raises(InputError, match="NaN of image 0 of sample 1") as caught, run:
+        raise ValueError("sampling: probabilities are NaN")
+    assert isinstance(caught.value.__context__, ValueError)
+    inputs["pixel_values"][1, 0, 0, 0] = 0.0
+    run = gripvlm.pruned_run(model, inputs, "norm", 4)
+    with pytest.raises(ValueError, match="my own"), run:
+        raise ValueError("my own")
 
 
 def test_a_pruner_that_stumbles_over_nan_is_not_blamed():

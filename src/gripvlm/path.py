@@ -152,7 +152,7 @@ def _chosen(pruner: Pruner, images: list[VisualTokens], doubts: Doubts) -> list[
     try:
         return list(together(images)) if together is not None else [pruner.select(tokens) for tokens in images]
     except Exception:
-        doubts.settle()  # NaN from the encoder is the cause of what a pruner makes of it
+        doubts.settle()  # NaN from the encoder is the cause; where there is none, the pruner's own error
         raise
 
 

@@ -163,16 +163,15 @@ def pruned_run(
     arguments, record, run = pruned(
         model, family, inputs, chooser, keep, positions, question, encoded, False, size_attention, pad_to_multiple_of
     )
-    if run is None:
-        yield arguments, record
-        record.doubts.settle()
-        return
-    with run.block():
-        try:
+    with record.doubts.at_the_end():
+        if run is None:
             yield arguments, record
-        finally:
-            record.selections = run.selections()
-    record.doubts.settle()
+            return
+        with run.block():
+            try:
+                yield arguments, record
+            finally:
+                record.selections = run.selections()
 
 
 def visual_tokens(
@@ -286,13 +285,13 @@ def prune(
         record.selections, record.watch, record.doubts = now.selections, now.watch, now.doubts
         record.calls += 1
         args, arguments = options.shifted(arguments, given["input_ids"].shape[1])
-        if run is None:
-            output = original(None, *args, **arguments)
-        else:
-            with run.block():
+        with record.doubts.at_the_end():
+            if run is None:
                 output = original(None, *args, **arguments)
-            record.selections = run.selections()
-        record.doubts.settle()
+            else:
+                with run.block():
+                    output = original(None, *args, **arguments)
+                record.selections = run.selections()
         return decoding.with_prompt(output, given["input_ids"], arguments["input_ids"].shape[1])
 
     generate._gripvlm = True  # type: ignore[attr-defined]

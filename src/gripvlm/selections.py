@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,6 +44,16 @@ class Doubts:
         for wrong, (_, look) in zip(torch.stack([flag.to(device) for flag, _ in now]).tolist(), now, strict=True):
             if wrong:
                 look()
+
+    @contextmanager
+    def at_the_end(self) -> Iterator[None]:
+        """Settles when the block ends; where the block fails, what is wrong here is the cause and is raised instead."""
+        try:
+            yield
+        except Exception:
+            self.settle()
+            raise
+        self.settle()
 
 
 def checked_features(images: Sequence[VisualTokens], doubts: Doubts) -> None:
