@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from gripvlm.base_model import ScorerError
 from gripvlm.errors import PrunerError
 from gripvlm.pruners import VisualTokens, get_pruner
 from gripvlm.pruners.grip import Grip
@@ -85,3 +88,57 @@ def test_images_of_one_size_are_scored_as_they_are_alone():
         for one, tokens in zip(together, part, strict=True):
             torch.testing.assert_close(one.scores, pruner.score(tokens), atol=1e-5, rtol=1e-4)
             assert one.sound
+
+
+def test_a_scorer_by_name_is_the_callers_own():
+    first = get_pruner("grip:scorer=lab-small")
+    with torch.no_grad():
+        first.module.score.weight.mul_(-1)
+    second = get_pruner("grip:scorer=lab-small")
+    assert second.weights == second.module.digest()
+    assert second.weights != first.module.digest()
+
+
+def test_inference_mode_leaves_nothing_behind():
+    with torch.inference_mode():
+        pruner = get_pruner("grip:scorer=lab-blind,dtype=bfloat16")
+        some = [VisualTokens(torch.randn(16, 160), 5, (4, 4))]
+        pruner.select_batch(some)
+    with torch.no_grad():
+        pruner.module.score.bias += 1
+        some = [VisualTokens(torch.randn(16, 160), 5, (4, 4))]
+        assert pruner.select_batch(some)[0].k == 5
+    made_inside = untrained()
+    with torch.inference_mode():
+        made_inside = Grip("untrained", Scorer(made_inside.module.config), dtype="bfloat16")
+    assert made_inside.select_batch(images())[0].k == 5
+
+
+def test_two_forms_are_kept_side_by_side():
+    pruner = untrained()
+    half, plain = (pruner._serving(torch.zeros(1, dtype=t)) for t in (torch.bfloat16, torch.float32))
+    assert pruner._serving(torch.zeros(1, dtype=torch.bfloat16)) is half
+    assert pruner._serving(torch.zeros(1)) is plain is pruner.module
+
+
+def test_a_model_that_was_written_to_is_compared_again():
+    from gripvlm import lab
+
+    model, _ = lab.load()
+    model = copy.deepcopy(model)
+    pruner = get_pruner("grip")
+    pruner.check(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "vision_tower" in name or "projector" in name:
+                weight.mul_(3)
+    with pytest.raises(ScorerError, match="with other weights"):
+        pruner.check(model)
+
+
+def test_wrong_names_and_types_say_what_there_is():
+    with pytest.raises(
+        ScorerError, match=r"no scorer 'lab-smal': did you mean 'lab-small'\? type one of lab, lab-blind"
+    ):
+        get_pruner("grip:scorer=lab-smal")
+    assert Grip.from_pretrained("lab", dtype="bfloat16").dtype == "bfloat16"

@@ -10,7 +10,7 @@ import torch
 
 from gripvlm.errors import GripError
 
-__all__ = ["BaseModel", "ScorerError"]
+__all__ = ["BaseModel", "ScorerError", "compared"]
 
 _SKETCH = 32  # embedding rows and weights that tell one base model from another
 
@@ -77,8 +77,13 @@ class BaseModel:
             )
 
 
-def _visual(model: Any) -> dict[str, tuple[float, float]]:
-    """What `BaseModel.weights` compares: matrices outside the language model, evenly spaced by name."""
+def compared(model: Any) -> list[torch.Tensor]:
+    """The weights that `BaseModel.check` looks at."""
+    return [model.get_input_embeddings().weight, *_some(model).values()]
+
+
+def _some(model: Any) -> dict[str, torch.Tensor]:
+    """Matrices outside the language model, evenly spaced by name."""
     text = {
         id(weight)
         for part in (model.get_decoder(), model.get_output_embeddings())
@@ -92,7 +97,12 @@ def _visual(model: Any) -> dict[str, tuple[float, float]]:
         if weight.ndim > 1 and weight.is_floating_point() and id(weight) not in text
     )
     chosen = {i * (len(mine) - 1) // (_SKETCH - 1) for i in range(_SKETCH)} if mine else set()
+    return {mine[i][0]: mine[i][1] for i in sorted(chosen)}
+
+
+def _visual(model: Any) -> dict[str, tuple[float, float]]:
+    """What `BaseModel.weights` compares."""
     return {
-        mine[i][0]: (round(float(mine[i][1].float().norm()), 4), round(float(mine[i][1].flatten()[0]), 6))
-        for i in sorted(chosen)
+        name: (round(float(weight.float().norm()), 4), round(float(weight.flatten()[0]), 6))
+        for name, weight in _some(model).items()
     }

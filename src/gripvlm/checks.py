@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -53,9 +54,13 @@ def checked_positions(positions: str) -> None:
 def checked_multiple(pad_to_multiple_of: Any) -> int:
     if pad_to_multiple_of is None:
         return 1
-    if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+    try:
+        multiple = 0 if isinstance(pad_to_multiple_of, bool) else operator.index(pad_to_multiple_of)
+    except TypeError:
+        multiple = 0
+    if multiple < 1:
         raise InputError(f"pad_to_multiple_of={pad_to_multiple_of!r}: type an int of 1 or more, such as 64, or None")
-    return pad_to_multiple_of
+    return multiple
 
 
 def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:

@@ -175,7 +175,7 @@ def gather(
     if lacking or wanted.patches > have.patches or wanted.given > have.given or wanted.keys > have.keys:
         raise InputError(
             f"images were encoded without what pruner {pruner.name!r} reads of the vision tower: type "
-            f"gripvlm.encode(model, inputs, pruners=[{pruner.name!r}])"
+            "gripvlm.encode(model, inputs, pruners=[...]) with that pruner as you type it here"
         )
     spans = layout.spans(encoded)
     if not any(spans):

@@ -31,7 +31,9 @@ def in_one_storage(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
     for one in rows:
         if one.requires_grad and torch.is_grad_enabled():
             return None
-        if one.shape[1:] != (width,) or one.dtype != first.dtype or (one.stride() != (width, 1) and len(one) > 1):
+        if one.shape[1:] != (width,) or one.dtype != first.dtype:
+            return None
+        if one.stride(1) != 1 or (len(one) > 1 and one.stride(0) != width):
             return None
         if one.untyped_storage()._cdata != storage._cdata:
             return None

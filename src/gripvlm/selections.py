@@ -158,8 +158,14 @@ def _shaped(name: str, selection: Any, n: int, k: int, device: torch.device, whe
     if selection.n != n:
         raise wrong(f"says n={selection.n}, but there are {n} visual tokens")
     merge = selection.merge
-    if merge is not None and len({merge.source.numel(), merge.destination.numel(), merge.weight.numel()}) != 1:
-        raise wrong("merge.source, merge.destination and merge.weight differ in length")
+    if merge is not None:
+        for part, whole in (("source", True), ("destination", True), ("weight", False)):
+            one = getattr(merge, part)
+            if not isinstance(one, Tensor) or one.ndim != 1 or (whole and one.dtype != torch.long):
+                got = f"{one.dtype} {tuple(one.shape)}" if isinstance(one, Tensor) else type(one).__name__
+                raise wrong(f"merge.{part} must be a {'LongTensor' if whole else 'tensor of floats'} [m], got {got}")
+        if len({merge.source.numel(), merge.destination.numel(), merge.weight.numel()}) != 1:
+            raise wrong("merge.source, merge.destination and merge.weight differ in length")
     return replace(selection, indices=indices.to(device), scores=scores)
 
 

@@ -75,7 +75,7 @@ def fits(
         each means.
     """
     for length in lengths:
-        one, full = prompts(1, length), 0
+        one, full, known = prompts(1, length), 0, False
         for setting in settings:
             if setting.kind == "limit":
                 continue
@@ -85,7 +85,8 @@ def fits(
                 return _holds(model, one, batch, setting, new)
 
             good, bad = largest(holds, most, max(1, full))  # pruned, as many fit as unpruned, or more
-            full = good if setting == FULL else full
+            if setting == FULL:
+                full, known = good, bad is not None
             yield {
                 "prompt": length,
                 "kind": setting.kind,
@@ -95,7 +96,7 @@ def fits(
                 "most": most,
                 "fits": good,
                 "fails": bad,
-                "to_full": good / full if full and bad is not None else None,
+                "to_full": good / full if full and known and bad is not None else None,
             }
 
 

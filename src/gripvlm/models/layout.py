@@ -27,7 +27,7 @@ class Layout:
     """B prompts of L columns.
 
     Attributes:
-        inputs: what the layout is of, whole numbers on the host.
+        inputs: what the layout is of; whole numbers that are no pixels on the host.
         ids: [B, L] token ids.
         mask: [B, L] bool, False at padding.
         places: modality -> [B] columns of its placeholders, ascending.
@@ -41,8 +41,8 @@ class Layout:
     @classmethod
     def of(cls, model: Any, inputs: Mapping[str, Any]) -> Layout:
         """Of checked inputs."""
-        told = {name: _hosted(value) for name, value in inputs.items()}
-        ids, mask = told["input_ids"].numpy(), full_mask(model, told).numpy().astype(bool)
+        told = {name: value if name.startswith("pixel") else _hosted(value) for name, value in inputs.items()}
+        ids, mask = told["input_ids"].numpy(), (full_mask(model, told) != 0).cpu().numpy()
         names = [name for name in ("image", "video") if getattr(model.config, f"{name}_token_id", None) is not None]
         marked = {name: ids == placeholder(model, name) for name in names}
         return cls(told, ids, mask, {name: [row.nonzero()[0] for row in found] for name, found in marked.items()})
@@ -79,5 +79,5 @@ class Layout:
 
 
 def _hosted(value: Any) -> Any:
-    """Ids, masks, grids, sizes and coordinates on the host; pixels where they are."""
+    """Whole numbers on the host: ids, masks, grids, sizes, coordinates."""
     return value.detach().cpu() if isinstance(value, Tensor) and not value.is_floating_point() else value

@@ -184,18 +184,21 @@ def shorten(
     arguments = dict(inputs)
     arguments["attention_mask"] = mask = full_mask(model, inputs)
     if arguments.get("position_ids") is None:
-        arguments["position_ids"] = onto(_full_positions(model, layout, spans), mask.device)
+        arguments["position_ids"] = _full_positions(model, layout, spans, mask.device)
     picks = [pick.indices for mine in chosen for pick in mine]
-    fewer = [
-        sum(len(span.positions) - pick.indices.numel() for span, pick in zip(*pair, strict=True))
-        for pair in zip(spans, chosen, strict=True)
+    real = layout.mask.sum(-1)
+    left = [
+        int(count)
+        - sum(int(row[span.positions.numpy()].sum()) for span in mine)
+        + sum(pick.indices.numel() for pick in sample)
+        for count, row, mine, sample in zip(real, layout.mask, spans, chosen, strict=True)
     ]
     length, width = mask.shape[1], mask.shape[1]
-    if any(fewer):
-        left = max(int(real) - gone for real, gone in zip(layout.mask.sum(-1), fewer, strict=True))
-        length = min(width, left + spare_column)
+    fewer = left != real.tolist()
+    if fewer:
+        length = min(width, max(left) + spare_column)
     length += -length % pad_to_multiple_of
-    if any(fewer) or length != width:
+    if fewer or length != width:
         _compact(model, arguments, _kept(mask, spans, picks), length, layout.right)
         _renumber(model, arguments, positions)
     for name in encoder_arguments(model, arguments):
@@ -217,8 +220,8 @@ def _kept(mask: Tensor, spans: Sequence[Sequence[Span]], picks: Sequence[Tensor]
     return keep
 
 
-def _full_positions(model: Any, layout: Layout, spans: Sequence[Sequence[Span]]) -> Tensor:
-    """Position ids of the full prompt, as the model itself would make them, on the host.
+def _full_positions(model: Any, layout: Layout, spans: Sequence[Sequence[Span]], device: torch.device) -> Tensor:
+    """Position ids of the full prompt, as the model itself would make them; made on the host.
 
     [B, L], or [axes, B, L] for M-RoPE, which needs to know the items' patches; those are the
     encoded items' own, so that an encoding serves any prompts it fits.
@@ -239,8 +242,8 @@ def _full_positions(model: Any, layout: Layout, spans: Sequence[Sequence[Span]])
     made: Tensor = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs | grids)
     deltas = getattr(model.base_model, "rope_deltas", None)
     if isinstance(deltas, Tensor):  # the model just noted them, on the host
-        model.base_model.rope_deltas = onto(deltas, model.device)
-    return made
+        model.base_model.rope_deltas = onto(deltas, device)
+    return onto(made, device)
 
 
 def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, right: bool) -> None:

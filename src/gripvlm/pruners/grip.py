@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from gripvlm.base_model import ScorerError, compared
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import ScorePruner, Selection, VisualTokens, top_k_of_each
 from gripvlm.ragged import onto, padded
@@ -27,15 +29,19 @@ _passed: WeakKeyDictionary[Any, tuple[Any, ...]] = (
     WeakKeyDictionary()
 )  # model -> what it was last found to be right for
 
-_copies: WeakKeyDictionary[Scorer, tuple[Any, Scorer]] = WeakKeyDictionary()  # scorer -> the latest other form of it
+_copies: WeakKeyDictionary[Scorer, dict[Any, tuple[Any, Scorer]]] = WeakKeyDictionary()
+"""Scorer -> (device, type) -> what its weights were, and the scorer in that form."""
 
 TOGETHER = 32
 """Images in one run of the scorer."""
 
 
+SHIPPED_NAMES = {"lab": "question", "lab-blind": "blind", "lab-small": "small"}
+
+
 def _place(name: str) -> str | Path:
     """The folder of a shipped scorer, or the name itself."""
-    return {"lab": SHIPPED / "question", "lab-blind": SHIPPED / "blind", "lab-small": SHIPPED / "small"}.get(name, name)
+    return SHIPPED / SHIPPED_NAMES[name] if name in SHIPPED_NAMES else name
 
 
 @dataclass(eq=False)
@@ -97,23 +103,39 @@ class ScorerInputs:
 @lru_cache(maxsize=64)
 def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor:
     """`coordinates`, kept: a model's images are of few sizes."""
-    return coordinates(n, grid, device)
+    with torch.inference_mode(False):
+        return coordinates(n, grid, device)
 
 
 def _loaded(name: str) -> tuple[Scorer, str]:
-    """A scorer and its digest; one of a folder is read anew only when its files were written to."""
+    """A scorer of the caller's own, and its digest; a folder is read anew only when its files were written to."""
     place = _place(name)
+    if place == name and "/" not in name and not Path(name).expanduser().is_dir():
+        near = difflib.get_close_matches(name, SHIPPED_NAMES, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ScorerError(
+            f"no scorer {name!r}: {hint}type one of {', '.join(SHIPPED_NAMES)} (for the lab's model), a folder that "
+            "exists, or a hub id such as user/grip-llava"
+        )
     files = [Path(place).expanduser() / file for file in SCORER_FILES]
     if not all(file.is_file() for file in files):  # a hub id, or an error that says what is missing
         scorer = Scorer.from_pretrained(place)
         return scorer, scorer.digest()
-    return _read(str(place), tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    scorer, digest = _read(str(place), tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    with torch.inference_mode(False):
+        return copy.deepcopy(scorer), digest
 
 
 @lru_cache(maxsize=8)
 def _read(place: str, written: tuple[tuple[int, int], ...]) -> tuple[Scorer, str]:
-    scorer = Scorer.from_pretrained(place)
+    with torch.inference_mode(False):
+        scorer = Scorer.from_pretrained(place)
     return scorer, scorer.digest()
+
+
+def _stamp(weight: Tensor) -> tuple[int, int]:
+    """Changes when the weight is written to or replaced; what was made in inference mode keeps no count of writes."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +180,12 @@ class Learned(ScorePruner):
         if self._scorer.base is None:
             raise PrunerError(f"this {self.name} scorer was never trained: train one with `gripvlm train`")
         base, table = self._scorer.base, model.get_input_embeddings().weight
-        state = (base.model_type, base.sketch, tuple(base.weights.items()), table.data_ptr(), table._version)
-        if _passed.get(model) != state:  # comparing weights takes milliseconds: once, and when the model was written to
-            base.check(model)
-            _passed[model] = state
-        self._scorer.to(model.device)
+        mine = (base.model_type, base.sketch, tuple(base.weights.items()))
+        known = _passed.get(model)
+        if known is None or known[:2] != (mine, id(table)) or known[3] != [_stamp(weight) for weight in known[2]]:
+            base.check(model)  # milliseconds: once, and when weights that it compares were written to
+            weights = compared(model)
+            _passed[model] = (mine, id(table), weights, [_stamp(weight) for weight in weights])
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return self._scores([tokens])[0, : tokens.n]
@@ -191,9 +214,11 @@ class Learned(ScorePruner):
         weight = scorer.score.weight
         if (weight.device, weight.dtype) == (features.device, dtype):
             return scorer
-        state = (features.device, dtype, sum(one._version for one in scorer.parameters()))
-        if (kept := _copies.get(scorer)) is None or kept[0] != state:
-            _copies[scorer] = kept = (state, copy.deepcopy(scorer).to(features.device, dtype))
+        forms, state = _copies.setdefault(scorer, {}), [_stamp(one) for one in scorer.parameters()]
+        kept = forms.get((features.device, dtype))
+        if kept is None or kept[0] != state:
+            with torch.inference_mode(False):
+                kept = forms[features.device, dtype] = (state, copy.deepcopy(scorer).to(features.device, dtype))
         return kept[1]
 
 
@@ -219,6 +244,6 @@ class Grip(Learned):
     scorer: str = "lab"
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **hub: Any) -> Grip:
+    def from_pretrained(cls, name: str | Path, *, dtype: str = "auto", **hub: Any) -> Grip:
         """A trained scorer: one of the package (above), a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
-        return cls(str(name), Scorer.from_pretrained(_place(str(name)), **hub))
+        return cls(str(name), Scorer.from_pretrained(_place(str(name)), **hub), dtype=dtype)

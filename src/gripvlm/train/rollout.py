@@ -137,7 +137,7 @@ class _Chosen(Pruner):
         self.kept = kept
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return Selection(self.kept[tokens.sample][tokens.image], tokens.n)
+        return Selection(self.kept[tokens.sample][tokens.image], tokens.n, sound=True)
 
 
 class Engine:
