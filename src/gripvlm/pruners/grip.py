@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +31,9 @@ _passed: WeakKeyDictionary[Any, tuple[Any, ...]] = (
 
 _copies: WeakKeyDictionary[Scorer, dict[Any, tuple[Any, Scorer]]] = WeakKeyDictionary()
 """Scorer -> (device, type) -> what its weights were, and the scorer in that form."""
+
+KEPT = 8
+"""Scorers of folders that stay in memory."""
 
 TOGETHER = 32
 """Images in one run of the scorer."""
@@ -108,7 +111,7 @@ def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> 
 
 
 def _loaded(name: str) -> tuple[Scorer, str]:
-    """A scorer of the caller's own, and its digest; a folder is read anew only when its files were written to."""
+    """A scorer and its digest; that of a folder is read anew when its files were written to, or its weights."""
     place = _place(name)
     if place == name and "/" not in name and not Path(name).expanduser().is_dir():
         near = difflib.get_close_matches(name, SHIPPED_NAMES, n=1, cutoff=0.6)
@@ -121,16 +124,32 @@ def _loaded(name: str) -> tuple[Scorer, str]:
     if not all(file.is_file() for file in files):  # a hub id, or an error that says what is missing
         scorer = Scorer.from_pretrained(place)
         return scorer, scorer.digest()
-    scorer, digest = _read(str(place), tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
-    with torch.inference_mode(False):
-        return copy.deepcopy(scorer), digest
+    written = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    known = _scorers.pop(str(place), None)
+    if known is None or known.written != written or known.stamps != _stamps(known.scorer):
+        with torch.inference_mode(False):
+            scorer = Scorer.from_pretrained(place)
+        known = _Known(scorer, scorer.digest(), written, _stamps(scorer))
+    _scorers[str(place)] = known  # the latest is the last
+    while len(_scorers) > KEPT:
+        del _scorers[next(iter(_scorers))]
+    return known.scorer, known.digest
 
 
-@lru_cache(maxsize=8)
-def _read(place: str, written: tuple[tuple[int, int], ...]) -> tuple[Scorer, str]:
-    with torch.inference_mode(False):
-        scorer = Scorer.from_pretrained(place)
-    return scorer, scorer.digest()
+class _Known(NamedTuple):
+    """A scorer of a folder, when its files were written, and its weights as they were read."""
+
+    scorer: Scorer
+    digest: str
+    written: list[tuple[int, int]]
+    stamps: list[tuple[int, int]]
+
+
+_scorers: dict[str, _Known] = {}  # folder -> what was read of it
+
+
+def _stamps(scorer: Scorer) -> list[tuple[int, int]]:
+    return [_stamp(weight) for weight in scorer.parameters()]
 
 
 def _stamp(weight: Tensor) -> tuple[int, int]:
@@ -214,7 +233,7 @@ class Learned(ScorePruner):
         weight = scorer.score.weight
         if (weight.device, weight.dtype) == (features.device, dtype):
             return scorer
-        forms, state = _copies.setdefault(scorer, {}), [_stamp(one) for one in scorer.parameters()]
+        forms, state = _copies.setdefault(scorer, {}), _stamps(scorer)
         kept = forms.get((features.device, dtype))
         if kept is None or kept[0] != state:
             with torch.inference_mode(False):
