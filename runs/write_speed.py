@@ -80,13 +80,14 @@ def overhead() -> list[str]:
         "",
         f"Milliseconds a sample on the lab's model at 12.5 % of the tokens, median of {turns} turns [least, most]. "
         "`rest` is everything but vision encoder, pruner and prefill: checks, the layout of the prompt, dropping. "
-        "Ratios are of turns that followed each other. What was changed, with a prediction for each step: "
-        "[log.md](log.md), `What a call adds`.",
+        "Ratios are of turns that followed each other; where the most is above 1, a turn was slower than before. What "
+        "was changed, with a prediction for each step: [log.md](log.md), `What a call adds`.",
         "",
         "![Milliseconds of each phase before and after](overhead.png)",
         "",
         *table(head, rows),
-        f"Before: commit `{found['before']['git']['commit'][:10]}`. After: {made_by(found['after'])}",
+        f"Made by `runs/overhead.sh`. Before: commit `{found['before']['git']['commit'][:10]}`. After: "
+        f"{made_by(found['after']).split('. ', 1)[1]}",
         "",
     ]
 
@@ -245,9 +246,8 @@ def bounds(means: list[dict[str, Any]]) -> list[str]:
     full = 1000 * next(row["seconds_total"] for row in means if row["pruner"] == "full")
     return [
         f"The vision encoder takes {vision:.1f} of the {whole:.1f} ms a question of the fastest setting and of the "
-        f"unpruned model's {full:.1f}: on a model this small no choice of tokens can be much faster than another that "
-        "keeps a few more, and a scorer that is a third of the language model costs what it saves. Among pruners the "
-        "lab can tell accuracy apart, not time; for times of a model of usual size see above.",
+        f"unpruned model's {full:.1f}: no choice of tokens can be faster than {vision / full:.2f} of the unpruned "
+        "model here. For a model of usual size, whose language model is large beside its scorer, see above.",
         "",
     ]
 

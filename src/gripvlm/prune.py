@@ -125,7 +125,7 @@ def prune_inputs(
     if run is not None:
         raise PrunerError(
             f"pruner {chooser.name!r} drops inside the language model, which arguments alone cannot say: type "
-            f"`with gripvlm.pruned_run(model, inputs, {chooser.name!r}, keep) as (arguments, record):` and run the "
+            "`with gripvlm.pruned_run(model, inputs, pruner, keep) as (arguments, record):` and run the "
             "model inside, or use gripvlm.prune"
         )
     return (arguments, record) if return_record else arguments
