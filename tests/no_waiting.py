@@ -181,6 +181,10 @@ def test_what_is_wrong_is_raised_when_the_block_ends(monkeypatch):
     assert ran
     with pytest.raises(InputError, match="NaN of image 0 of sample 1"), gripvlm.prune(model, "norm", 4):
         model.generate(**inputs, max_new_tokens=2)
+    for pruner in ("norm", "divprune", "cdpruner", "mmr(norm)", "grid"):
+        for sampling in (False, True):
+            with pytest.raises(InputError, match="NaN of image 0 of sample 1"), gripvlm.prune(model, pruner, 4):
+                model.generate(**inputs, max_new_tokens=2, do_sample=sampling)
     with pytest.raises(InputError, match="NaN of image 0 of sample 1"):
         gripvlm.prune_inputs(model, inputs, "norm", 4)
     run = gripvlm.pruned_run(model, inputs, "norm", 4)

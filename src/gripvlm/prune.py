@@ -285,6 +285,8 @@ def prune(
         record.selections, record.watch, record.doubts = now.selections, now.watch, now.doubts
         record.calls += 1
         args, arguments = options.shifted(arguments, given["input_ids"].shape[1])
+        if options.get("do_sample"):  # sampling from NaN takes an accelerator down before anyone can say why
+            record.doubts.settle()
         with record.doubts.at_the_end():
             if run is None:
                 output = original(None, *args, **arguments)
