@@ -109,7 +109,8 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """An item and where its n placeholders lie in its prompt: positions [n], ascending."""
+    """An item and where its n placeholders lie in its prompt: positions [n], ascending; how many are not masked."""
 
     item: Item
     positions: Tensor
+    real: int

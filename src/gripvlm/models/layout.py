@@ -74,7 +74,8 @@ class Layout:
                     )
                 spans += list(zip(mine, np.split(columns, ends[:-1]), strict=False))
             spans.sort(key=lambda span: int(span[1][0]))
-            samples.append([Span(item, torch.from_numpy(columns)) for item, columns in spans])
+            mask = self.mask[sample]
+            samples.append([Span(item, torch.from_numpy(at), int(mask[at].sum())) for item, at in spans])
         return samples
 
 

@@ -188,10 +188,8 @@ def shorten(
     picks = [pick.indices for mine in chosen for pick in mine]
     real = layout.mask.sum(-1)
     left = [
-        int(count)
-        - sum(int(row[span.positions.numpy()].sum()) for span in mine)
-        + sum(pick.indices.numel() for pick in sample)
-        for count, row, mine, sample in zip(real, layout.mask, spans, chosen, strict=True)
+        int(count) + sum(pick.indices.numel() - span.real for span, pick in zip(mine, sample, strict=True))
+        for count, mine, sample in zip(real, spans, chosen, strict=True)
     ]
     length, width = mask.shape[1], mask.shape[1]
     fewer = left != real.tolist()
