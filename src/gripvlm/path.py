@@ -19,7 +19,7 @@ from gripvlm.checks import (
     checked_schedule,
 )
 from gripvlm.clock import Stopwatch
-from gripvlm.errors import InputError, PrunerError
+from gripvlm.errors import GripError, InputError, PrunerError
 from gripvlm.layered import LayerRun
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded, Span
@@ -27,7 +27,7 @@ from gripvlm.models.families import Family
 from gripvlm.models.layout import Layout
 from gripvlm.models.sizes import checked_sizes
 from gripvlm.models.text import Question, questions
-from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisionRows, VisualTokens
+from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisionRows, VisualTokens, get_pruner
 from gripvlm.selections import Doubts, checked_features, checked_selections
 from gripvlm.sized import SizedRun
 
@@ -175,7 +175,7 @@ def gather(
     if lacking or wanted.patches > have.patches or wanted.given > have.given or wanted.keys > have.keys:
         raise InputError(
             f"images were encoded without what pruner {pruner.name!r} reads of the vision tower: type "
-            "gripvlm.encode(model, inputs, pruners=[...]) with that pruner as you type it here"
+            f"gripvlm.encode(model, inputs, pruners=[{_as_typed(pruner)}])"
         )
     spans = layout.spans(encoded)
     if not any(spans):
@@ -201,6 +201,15 @@ def gather(
             )
     checked_features([tokens for sample in batch for tokens in sample], doubts)
     return spans, [_allotted(model, pruner, mine) for mine in batch]
+
+
+def _as_typed(pruner: Pruner) -> str:
+    """How to name it in a call: by its name where that makes it, else as the object at hand."""
+    try:
+        get_pruner(pruner.name)
+    except GripError:
+        return "pruner"
+    return repr(pruner.name)
 
 
 def _allotted(model: Any, pruner: Pruner, images: list[VisualTokens]) -> list[VisualTokens]:
