@@ -84,9 +84,24 @@ def times(name: str, speed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [row for cell in cells for spec, row in cell["pruners"].items() if head(spec) == name]
 
 
+def speeds() -> dict[str, Any] | None:
+    """results/pruner-speed.json, with the cells that pruner-speed-16.json measured in another run."""
+    files = {name: found for name in ("pruner-speed", "pruner-speed-16") if (found := result(name)) is not None}
+    if "pruner-speed" not in files:
+        return None
+    whole, *others = files.values()
+    later = {(cell["n"], cell["batch"]): cell for other in others for cell in other["cells"]}
+    cells = [later.get((cell["n"], cell["batch"]), cell) for cell in whole["cells"]]
+    made_by = []
+    for name, one in files.items():
+        git = one["environment"]["git"]
+        made_by.append((name, one["command"], git["commit"][:12] if git else "no checkout"))
+    return {**whole, "cells": cells, "made_by": made_by}
+
+
 def measured() -> dict[str, Any]:
     """What `gripvlm list` shows: of each pruner its score, at what share of the tokens, and its share of a prefill."""
-    speed = result("pruner-speed")
+    speed = speeds()
     assert speed is not None, "no results/pruner-speed.json: python runs/pruner_speed.py writes it"
     rows = {}
     for row in list_pruners():
@@ -136,8 +151,12 @@ def timing(speed: Mapping[str, Any]) -> list[str]:
     for cell, named in zip(cells, names, strict=True):
         if "why" in cell["prefill"]:
             lines += ["", f"The prefill at {named} was not measured: {cell['prefill']['why']}."]
-    commit = where["git"]["commit"][:12] if where["git"] else "no checkout"
-    return [*lines, "", f"`results/pruner-speed.json`: `{speed['command']}` at {commit}.", ""]
+    lines += [
+        "",
+        *(f"`results/{name}.json`: `{command}` at {commit}." for name, command, commit in speed["made_by"]),
+        "",
+    ]
+    return lines
 
 
 def times_of(ratio: Mapping[str, float] | None) -> str:
@@ -175,7 +194,7 @@ def beside_authors(found: Mapping[str, Any]) -> list[str]:
 
 def page() -> str:
     """All of docs/methods.md."""
-    speed, authors = result("pruner-speed"), result("authors-way")
+    speed, authors = speeds(), result("authors-way")
     lines = [
         "# Methods",
         "",
