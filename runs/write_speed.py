@@ -174,8 +174,18 @@ def end_to_end() -> list[str]:
         "received so few visual tokens for nothing. `added`: pruner, dropping and checks, in percent of the "
         "unpruned prefill. [bench.md](bench.md) defines the phases.",
         "",
+        *large(),
         *lines,
     ]
+
+
+def large() -> list[str]:
+    """The scorer's share of a model too large to be timed here."""
+    if (result := loaded("grip-speed.json")) is None:
+        return []
+    share = 100 * result["scorer_share_of_7b_prefill_flops"]
+    text = f"By FLOPs, Grip's scorer takes {share:.2f} % of the prefill of a 7B model (576 visual and 64 text tokens; "
+    return [text + "`results/grip-speed.json`).", ""]
 
 
 def per_sample(result: dict[str, Any]) -> list[str]:
