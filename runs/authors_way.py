@@ -1,7 +1,7 @@
 """results/authors-way.json: our pruners against the same methods as their authors wrote them, same tensors, same run.
 
     OMP_NUM_THREADS=2 python runs/authors_way.py --repeats 9     # 576 visual tokens, a 0.5B model; 10 minutes
-    python runs/authors_way.py --tiny --out /tmp/tiny.json       # 16 tokens, seconds
+    python runs/authors_way.py --tiny --out .lab/try/tiny.json   # 16 tokens, seconds
 
 Ours is what gripvlm runs, with its checks; the authors' way is runs/authors_methods.py, written after the papers'
 descriptions. FastV and SparseVLM are timed from the picture's rows to the first token's logits, and to their last cut;

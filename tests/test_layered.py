@@ -15,7 +15,6 @@ from gripvlm.models.layers import drop_in_layers
 from gripvlm.pruners import LayerPruner, LayerTokens, Merge, Selection, top_k
 from gripvlm.pruners.fastv import FastV
 from gripvlm.pruners.layered import average, geometric_cuts, one_cut
-from gripvlm.pruners.mustdrop_llm import MustDropLLM
 from test_layers import masking
 from tiny_families import TINY, build, make
 from tiny_families.base import IMAGE, VIDEO
@@ -188,62 +187,6 @@ def test_every_way_to_decode_equals_masking(name, options):
     with masking(reference, {k: stage.repeat_interleave(repeat, 0) for k, stage in stages.items()}):
         theirs = reference.generate(**inputs, **cached)
     assert torch.equal(ours, theirs)
-
-
-@dataclass(frozen=True)
-class Forgetful(Steps):
-    """Its last two layers write the answer from what the last one kept."""
-
-    def forgets(self, layers: int) -> int:
-        return layers - 2
-
-
-@pytest.mark.parametrize("options", WAYS[1:], ids=str)
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_forgetting_equals_masking_what_decoded_tokens_see(name, options):
-    model, inputs = build(name), make(TINY[name], [1, 2], [7, 9]).inputs
-    options = {"max_new_tokens": 4, "do_sample": False} | options
-    torch.manual_seed(5)
-    with gripvlm.prune(model, Forgetful(), keep=KEEP) as record:
-        ours = model.generate(**inputs, **options)
-    stages = stages_of(inputs["input_ids"], inputs["attention_mask"], record.selections)
-    repeat = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
-    reference = build(name, "eager")
-    torch.manual_seed(5)
-    with masking(reference, {k: stage.repeat_interleave(repeat, 0) for k, stage in stages.items()}, forget=2):
-        theirs = reference.generate(**inputs, **options)
-    assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_mustdrops_decoding_stage_shortens_the_cache(name):
-    """Of 4 layers, all but the first: they write the answer from what the last cut kept."""
-    assert MustDropLLM(decode=True).forgets(32) == 1
-    assert MustDropLLM(cuts=(3, 7, 11, 15), decode=True).forgets(32) == 2
-    assert MustDropLLM().forgets(32) is None
-    model, inputs = build(name), make(TINY[name], IMAGES, WORDS).inputs
-    lengths, logits, kept = [], [], []
-    for decode in (False, True):
-        with gripvlm.prune(model, f"mustdrop_llm:decode={decode}", keep=8) as record:
-            out = model.generate(**inputs, **GREEDY)
-        lengths.append([layer.keys.shape[-2] for layer in out.past_key_values.layers])
-        logits.append(out.logits)
-        kept.append([[s.counts for s in mine] for mine in record.selections])
-    assert kept[0] == kept[1]
-    assert lengths[0] == sorted(lengths[0], reverse=True)
-    assert lengths[0][1] > lengths[0][3]
-    assert lengths[1] == [lengths[0][0], *[lengths[0][3]] * 3]
-    assert torch.equal(logits[0][0], logits[1][0])
-    assert not torch.equal(logits[0][1], logits[1][1])
-
-
-def test_forgetting_and_size_aware_attention_exclude_each_other():
-    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
-    with (
-        gripvlm.prune(model, "mustdrop_llm:decode=True", keep=8, size_attention=True),
-        pytest.raises(InputError, match="'mustdrop_llm' drops from the cache after that: leave size_attention out"),
-    ):
-        model.generate(**inputs, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -149,11 +149,8 @@ def pruned(
 def _chosen(pruner: Pruner, images: list[VisualTokens], doubts: Doubts) -> list[Any]:
     """What the pruner makes of all images of a batch."""
     together = getattr(pruner, "select_batch", None)  # an object of the caller's own may do without
-    try:
+    with doubts.as_cause():
         return list(together(images)) if together is not None else [pruner.select(tokens) for tokens in images]
-    except Exception:
-        doubts.settle()  # NaN from the encoder is the cause; where there is none, the pruner's own error
-        raise
 
 
 def gather(

@@ -47,13 +47,19 @@ class Doubts:
 
     @contextmanager
     def at_the_end(self) -> Iterator[None]:
-        """Settles when the block ends; where the block fails, what is wrong here is the cause and is raised instead."""
+        """Settles when the block ends, or fails."""
+        with self.as_cause():
+            yield
+        self.settle()
+
+    @contextmanager
+    def as_cause(self) -> Iterator[None]:
+        """Where the block fails: what is wrong here is the cause and is raised instead; else the block's own error."""
         try:
             yield
         except Exception:
             self.settle()
             raise
-        self.settle()
 
 
 def checked_features(images: Sequence[VisualTokens], doubts: Doubts) -> None:
