@@ -43,6 +43,11 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     averaged) echo "grpo $RUN $start --steps $STEPS --ema-decay 0.98" ;;
     band) echo "grpo $RUN $start --steps $STEPS --band 8" ;;
     self_critical) echo "grpo $RUN $start --steps $STEPS --baseline self_critical --num-generations 15" ;;
+    by_budget) echo "grpo $RUN $start --steps $STEPS --scale-rewards budget" ;;
+    sums) echo "grpo $RUN $start --steps $STEPS --loss-type dr_grpo" ;;
+    sums_by_budget) echo "grpo $RUN $start --steps $STEPS --loss-type dr_grpo --scale-rewards budget" ;;
+    twice) echo "grpo $RUN $start --steps $STEPS --num-iterations 2" ;;
+    fours) echo "grpo $RUN $start --steps $STEPS --num-generations 4 --images 16" ;;
     value) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
     no_budget) echo "grpo $RUN --start $WORK/arms/warmup_no_budget-$2 --steps $STEPS --no-budget" ;;
     *) echo "unknown arm $1" >&2; return 1 ;;

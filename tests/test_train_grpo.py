@@ -42,6 +42,24 @@ def test_advantages_by_hand():
     assert seen.tolist() == useful  # no standard deviation to divide by
 
 
+def test_advantages_by_budget_have_a_scale_for_each_budget():
+    rewards = torch.tensor([[0.0, 8.0], [0.0, 0.4], [0.0, 0.2], [5.0, 5.0]])
+    share = torch.tensor([0.015, 0.25, 0.25, 0.25])
+    found, seen = advantages(rewards, "budget", share=share)
+    assert seen.tolist() == [True, True, True, False]
+    assert torch.allclose(found[0], torch.tensor([-1.0, 1.0]), atol=1e-3)  # alone four octaves away
+    of_three = ((0.04 + 0.01 + 0.0) / 3) ** 0.5
+    assert torch.allclose(found[1:3, 1], torch.tensor([0.2, 0.1]) / of_three, rtol=2e-3)
+    assert not found[3].any()
+    assert torch.allclose(found, advantages(100 * rewards, "budget", share=share)[0], rtol=2e-3)
+    near = advantages(rewards[:2], "budget", share=torch.tensor([0.125, 0.25]))[0][:, 1]
+    w = torch.tensor(-2.0).exp()  # an octave apart
+    mean_squares = torch.tensor([16 + 0.04 * w, 0.04 + 16 * w]) / (1 + w)
+    assert torch.allclose(near, torch.tensor([4.0, 0.2]) / mean_squares.sqrt(), rtol=2e-3)
+    with pytest.raises(ValueError, match="needs share"):
+        advantages(rewards, "budget")
+
+
 # --- the gradient, by enumeration of n = 5, k = 2 -----------------------------------------------------------------
 
 N, K = 5, 2

@@ -80,7 +80,9 @@ class TrainConfig:
     epsilon: float = _f(0.2, "clipping of the ratio, per token of the subset")
     epsilon_high: float = _f(0.0, "upper clipping; 0 means epsilon")
     num_iterations: int = _f(1, "optimiser steps a group of rollouts; 1 is strictly on-policy")
-    scale_rewards: str = _f("batch", "advantages are divided by this standard deviation", "group", "batch", "none")
+    scale_rewards: str = _f(
+        "batch", "advantages are divided by this standard deviation", "group", "batch", "budget", "none"
+    )
     loss_type: str = _f(
         "grpo", "grpo: mean over a subset's tokens; dr_grpo: their sum over the image's", "grpo", "dr_grpo"
     )

@@ -32,13 +32,22 @@ __all__ = ["Grpo", "advantages"]
 Law: TypeAlias = PlackettLuce | ConditionalBernoulli
 
 
-def advantages(rewards: Tensor, scale: str, baseline: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def advantages(
+    rewards: Tensor, scale: str, baseline: Tensor | None = None, share: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Advantages [B, G] of rewards [B, G], and which groups [B] have any variance.
 
     Args:
         scale: `group` divides by each group's standard deviation, `batch` by that of all rewards after the
-            baseline, `none` not at all (Dr. GRPO, arXiv 2503.20783).
+            baseline, `budget` by that of the groups with about the same budget, `none` not at all (Dr. GRPO,
+            arXiv 2503.20783).
         baseline: [B] what rewards are compared with; by default the group's mean.
+        share: [B] of the tokens that are kept; `budget` needs it.
+
+    Rewards differ far less between subsets where many tokens are kept, so with one scale for all budgets the small
+    ones have nearly all of the gradient; with a scale of its own, a group that hardly differs is noise made loud.
+    `budget`, ours, is between them: mean squares of all groups, weighted by a Gaussian in the logarithm of the share
+    with a standard deviation of half an octave.
     """
     centred = rewards - (rewards.mean(-1) if baseline is None else baseline)[:, None]
     useful = centred.abs().amax(-1) > 1e-6
@@ -47,6 +56,12 @@ def advantages(rewards: Tensor, scale: str, baseline: Tensor | None = None) -> t
         centred = centred / (rewards.std(-1, keepdim=True) + 1e-4)
     elif scale == "batch":
         centred = centred / (centred.std() + 1e-4)
+    elif scale == "budget":
+        if share is None:
+            raise ValueError("advantages(..., scale='budget') needs share, the tokens kept over the image's, [B]")
+        octaves = share.log2()
+        near = (-2 * (octaves[:, None] - octaves).square()).exp()  # [B, B]
+        centred = centred / (((near @ centred.square().mean(-1)) / near.sum(-1)).sqrt()[:, None] + 1e-4)
     return centred * useful[:, None], useful
 
 
@@ -89,7 +104,8 @@ class Grpo(Stage):
             old = law.log_prob(picks)
             old_steps = law.step_log_probs(picks) if isinstance(law, PlackettLuce) else None
             rewards, stats, baseline = self._rewards(batch, picks, law, forced, seen.owner)
-        advantage, useful = advantages(rewards, config.scale_rewards, baseline)
+        share = _sum_by(kept, seen.owner, len(batch)) / _sum_by(seen.sizes, seen.owner, len(batch))
+        advantage, useful = advantages(rewards, config.scale_rewards, baseline, share)
         stats["zero_std"] = float((~useful).float().mean())
         weight = useful.float() / useful.float().sum().clamp(min=1)  # [B]
         a, w = advantage[seen.owner], weight[seen.owner]  # [I, G], [I]
@@ -224,6 +240,11 @@ class Grpo(Stage):
         if isinstance(law, ConditionalBernoulli):
             return law.entropy() / law.k
         return law.step_entropy(picks).sum(-1).mean(-1) / law.k
+
+
+def _sum_by(values: Tensor, owner: Tensor, groups: int) -> Tensor:
+    """[groups] sums of values [I] by owner [I]."""
+    return values.new_zeros(groups, dtype=torch.float32).index_add(0, owner, values.float())
 
 
 def evidence_share(batch: Batch, member: Tensor, owner: Tensor) -> float | None:
