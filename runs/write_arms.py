@@ -1,4 +1,4 @@
-"""docs/grip-study.md from results/grip-arms-*.json: every number in them is generated."""
+"""docs/grip-study.md, its plot and docs/grip-families.md from results/grip-arms-*.json: every number is generated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from answers import Scored, difference, points, read
 from write_results import header, line, percent
+
+from gripvlm.report import plot
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2)
@@ -29,12 +31,34 @@ TOLD = {
     "averaged": "GRPO, with a running average of the weights (decay 0.98)",
     "antithetic": "GRPO, subsets in antithetic pairs",
     "band": "GRPO, exploring only 8 ranks on either side of k",
+    "by_budget": "GRPO, advantages scaled by the spread at about the same budget",
+    "sums": "GRPO, gradients summed over a subset's tokens (`dr_grpo`), not averaged",
+    "sums_by_budget": "GRPO, both of these",
+    "twice": "GRPO, two optimiser steps a batch of rollouts",
+    "fours": "GRPO, four times as many questions with 4 subsets each",
     "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
     "self_critical": "GRPO, compared with the greedy subset (15 subsets and that one)",
     "told_6": "`grpo`, its scorer always told 6 %",
     "warmup_no_budget": "warm-up without the budget as input",
     "no_budget": "GRPO without the budget as input, from that",
 }
+
+MAIN = (
+    "warmup",
+    "grpo",
+    "conditional",
+    "no_warmup",
+    "label_free",
+    "soft",
+    "soft_probability",
+    "straight",
+    "perturbed",
+    "diffprune",
+)
+"""Arms that are shown family by family."""
+OTHERS = ("mmr(norm)", "cdpruner", "divprune", "norm", "grid", "random")
+"""Pruners that are not ours."""
+PLOTTED = ("full", "oracle", "warmup", "grpo", "diffprune", "mmr(norm)", "cdpruner", "grid", "random")
 
 
 class Study:
@@ -71,6 +95,10 @@ class Study:
         others = (self.of(b, keep, task, seeds) if b else None for task in self.tasks)
         return difference(list(zip((self.of(a, keep, task, seeds) for task in self.tasks), others, strict=True)))
 
+    def family(self, name: str, keep: str, task: str) -> tuple[float, float, float]:
+        """Mean of one family and of the arm's seeds, and its interval over pictures."""
+        return difference([(self.of(name, keep, task, self.seeds.get(name, [])), None)])
+
     def cell(self, a: str, b: str, keep: str) -> str:
         return points(*self.minus(a, b, keep))
 
@@ -85,7 +113,7 @@ def shares(keeps: list[str]) -> list[str]:
 
 def scores(study: Study) -> list[str]:
     rows = []
-    for name in ("full", "oracle", *study.arms, "mmr(norm)", "cdpruner", "divprune", "norm", "grid", "random"):
+    for name in ("full", "oracle", *study.arms, *OTHERS):
         cells = []
         for keep in study.keeps:
             mean, low, high = study.minus(name, None, keep)
@@ -95,6 +123,26 @@ def scores(study: Study) -> list[str]:
             cells.append(cell)
         rows.append([f"`{name}`", *cells])
     return table(["arm", *shares(study.keeps)], rows)
+
+
+def families(study: Study) -> list[str]:
+    """docs/grip-families.md's tables, and the plot beside the study."""
+    names = [name for name in ("full", "oracle", *MAIN, *OTHERS) if name not in TOLD or name in study.arms]
+    page, rows = [], []
+    for task in (*study.tasks, "mean"):
+        cells = []
+        for name in names:
+            found = []
+            for keep in study.keeps:
+                mean, low, high = study.minus(name, None, keep) if task == "mean" else study.family(name, keep, task)
+                found.append(f"{percent(mean)} [{100 * low:.0f}-{100 * high:.0f}]")
+                row = {"task": task, "pruner": name, "score": mean, "ci_low": low, "ci_high": high}
+                if name in PLOTTED and (name != "full" or keep == study.keeps[0]):
+                    rows.append(row | {"keep_fraction": 1.0 if name == "full" else float(keep)})
+            cells.append([f"`{name}`", *found])
+        page += [f"## {task}", "", *table(["arm", *shares(study.keeps)], cells)]
+    plot(rows, ROOT / "docs" / "grip-study.png")
+    return page
 
 
 def minutes(train: dict) -> list[str]:
@@ -123,9 +171,7 @@ def main() -> None:
     train = json.loads((ROOT / "results" / "grip-arms-train.json").read_text())
     keeps, arms = study.keeps, study.arms
     n = sum(map(len, study.asked.values()))
-    against = [
-        name for name in (*arms, "mmr(norm)", "cdpruner", "divprune", "norm", "grid", "random") if name != "grpo"
-    ]
+    against = [name for name in (*arms, *OTHERS) if name != "grpo"]
     page = [
         "# How to train a scorer: the study",
         "",
@@ -146,6 +192,10 @@ def main() -> None:
         "Mean of six families, % right; [95 % interval over pictures of the mean of the seeds]; (each seed).",
         "",
         *scores(study),
+        "By family, with intervals: [grip-families.md](grip-families.md).",
+        "",
+        "![Score against share of tokens kept, by family](grip-study.png)",
+        "",
         "## Differences",
         "",
         "`grpo` minus each, in points, question by question, mean of the seeds that both have, 95 % interval over",
@@ -192,10 +242,23 @@ def main() -> None:
     page += relaxed()
     page += [header(next(iter(study.results.values())))]
     (ROOT / "docs" / "grip-study.md").write_text("\n".join(page).rstrip() + "\n")
+    page = [
+        "# How to train a scorer: by family",
+        "",
+        "Generated by `runs/write_arms.py`; what the arms are and how they were made: [grip-study.md](grip-study.md).",
+        f"{n} questions, % right; mean of the arm's training seeds, [95 % interval over pictures].",
+        "",
+        *families(study),
+    ]
+    (ROOT / "docs" / "grip-families.md").write_text("\n".join(page).rstrip() + "\n")
 
 
 BUDGET = (("grpo", "told_6"), ("grpo", "no_budget"), ("warmup", "warmup_no_budget"))
-CALMER = {"averaged": "grpo", "antithetic": "grpo", "band": "grpo", "self_critical": "grpo", "value": "conditional"}
+CALMER = {
+    **dict.fromkeys(("averaged", "antithetic", "band", "self_critical", "twice", "fours"), "grpo"),
+    **dict.fromkeys(("by_budget", "sums", "sums_by_budget"), "grpo"),
+    "value": "conditional",
+}
 """Idea -> the plain arm it is compared with."""
 
 
