@@ -47,6 +47,8 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     sums) echo "grpo $RUN $start --steps $STEPS --loss-type dr_grpo" ;;
     sums_by_budget) echo "grpo $RUN $start --steps $STEPS --loss-type dr_grpo --scale-rewards budget" ;;
     twice) echo "grpo $RUN $start --steps $STEPS --num-iterations 2" ;;
+    four_times) echo "grpo $RUN $start --steps $STEPS --num-iterations 4" ;;
+    faster) echo "grpo $RUN $start --steps $STEPS --learning-rate 6e-4" ;;
     fours) echo "grpo $RUN $start --steps $STEPS --num-generations 4 --images 16" ;;
     value) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
     no_budget) echo "grpo $RUN --start $WORK/arms/warmup_no_budget-$2 --steps $STEPS --no-budget" ;;
