@@ -4,41 +4,57 @@
 #
 #   bash runs/train_grip.sh
 #
-# Needs `pip install -e .[lab,train]`. The shipped scorers, 2026-11-22, one thread each: questions 8 minutes, warm-up 10,
-# GRPO 12 and 12; without the question 11 and 11; the small one, on a busy machine, 15, 17 and 12. Results:
-# docs/grip-results.md. They were made by these commands one by
-# one; the script as a whole has not been run.
+# Needs `pip install -e .[lab,train]`. Two chains at a time (JOBS=2), one thread each: the scorer that reads the question,
+# and the other two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}
 PYTHON=${PYTHON:-.venv/bin/python}
-export OMP_WAIT_POLICY=PASSIVE # spinning OpenMP threads cost more than they give on a busy machine
+JOBS=${JOBS:-2}
+export WORK PYTHON
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # spinning OpenMP threads cost more than they give on a busy machine
+
+DATA="--data $WORK/train/questions.jsonl --val-data $WORK/val/questions.jsonl --bf16"
+GRPO="--scale-rewards budget --num-iterations 2 --keep-high 0.25"
+GRPO="$GRPO --val-every 200 --val-questions 512 --val-keeps 0.125,0.06,0.03,0.015"
+export DATA GRPO
+
+train() { # STAGE FOLDER ARGUMENTS...
+  local stage=$1 folder=$2
+  shift 2
+  mkdir -p "$WORK/$folder"
+  echo "$(date +%T) $folder"
+  # shellcheck disable=SC2086
+  "$PYTHON" -m gripvlm train "$stage" $DATA --out "$WORK/$folder" "$@" >>"$WORK/$folder/log" 2>&1 ||
+    { echo "$folder failed: $WORK/$folder/log" >&2; return 255; }
+}
+
+legs() { # FOLDER ARGUMENTS...: two runs of GRPO in a row
+  local folder=$1
+  shift
+  # shellcheck disable=SC2086
+  train grpo "${folder}first" $GRPO --start "$WORK/${folder}warmup" --steps 800 --learning-rate 3e-4 "$@"
+  # shellcheck disable=SC2086
+  train grpo "${folder}question" $GRPO --start "$WORK/${folder}first" --steps 800 --learning-rate 4e-4 --seed 1 "$@"
+}
+
+question() {
+  train warmup warmup --warmup-steps 500 --val-every 125
+  legs ""
+}
+
+others() {
+  train warmup warmup-blind --no-question --warmup-steps 400
+  # shellcheck disable=SC2086
+  train grpo blind $GRPO --no-question --start "$WORK/warmup-blind" --steps 600
+  local size=(--width 64 --blocks 2)
+  train warmup small/warmup "${size[@]}" --warmup-steps 800 --val-every 200
+  legs small/ "${size[@]}"
+}
+export -f train legs question others
 
 mkdir -p "$WORK"
 [ -d "$WORK/train" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/train" --split train --pictures 4000
 [ -d "$WORK/val" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/val" --split val --pictures 150
-DATA=(--data "$WORK/train/questions.jsonl" --val-data "$WORK/val/questions.jsonl" --bf16)
-
-GRPO=(--reward probability --scale-rewards batch --keep-high 0.25 --val-questions 512 --val-keeps 0.125,0.06,0.03,0.015)
-
-"$PYTHON" -m gripvlm train warmup "${DATA[@]}" --teacher gradient --warmup-steps 500 --val-every 125 \
-  --out "$WORK/warmup"
-"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" --start "$WORK/warmup" --steps 800 --learning-rate 3e-4 \
-  --out "$WORK/first"
-"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" --start "$WORK/first" --steps 800 --learning-rate 4e-4 \
-  --seed 1 --out "$WORK/question"
-
-"$PYTHON" -m gripvlm train warmup "${DATA[@]}" --no-question --teacher gradient --warmup-steps 400 \
-  --out "$WORK/warmup-blind"
-"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" --no-question --start "$WORK/warmup-blind" --steps 600 \
-  --learning-rate 3e-4 --out "$WORK/blind"
-
-SMALL=(--width 64 --blocks 2)
-"$PYTHON" -m gripvlm train warmup "${DATA[@]}" "${SMALL[@]}" --teacher gradient --warmup-steps 800 --val-every 200 \
-  --out "$WORK/small/warmup"
-"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" "${SMALL[@]}" --start "$WORK/small/warmup" --steps 800 \
-  --learning-rate 3e-4 --out "$WORK/small/first"
-"$PYTHON" -m gripvlm train grpo "${DATA[@]}" "${GRPO[@]}" "${SMALL[@]}" --start "$WORK/small/first" --steps 800 \
-  --learning-rate 4e-4 --seed 1 --out "$WORK/small/question"
-
+printf '%s\n' question others | xargs -P "$JOBS" -I{} bash -euo pipefail -c '{}'
 "$PYTHON" runs/ship_grip.py "$WORK"
