@@ -30,12 +30,12 @@ from gripvlm import lab
 from gripvlm.evaluate import environment
 from gripvlm.evaluate.environment import command_line
 from gripvlm.loading import quiet
+from gripvlm.pruners.base import top_k_of_each
 from gripvlm.scorer import Scorer
 from gripvlm.train.data import load_questions
 from gripvlm.train.masking import masked_forward
 from gripvlm.train.relaxed import FLOOR, soft_top_k
 from gripvlm.train.rollout import Batch, Engine
-from gripvlm.train.validation import greedy_subsets
 
 ROOT = Path(__file__).parent.parent
 KEEPS = (0.25, 0.125, 0.06, 0.03, 0.015)
@@ -86,7 +86,7 @@ def look(engine: Engine, batches: list[Batch], scorer: Scorer, random: torch.Gen
             with torch.no_grad():
                 scores = seen.score(scorer, kept)
                 first, last = (soft_top_k(scores, kept, tau) for tau in (TAU_FIRST, TAU_LAST))
-            subsets = greedy_subsets(scores, kept)
+            subsets = top_k_of_each(scores, kept.tolist())
             hard = torch.stack([torch.zeros(scores.shape[1]).index_fill(0, subset, 1.0) for subset in subsets])
             for name, mask in (("first", first), ("last", last)):
                 with torch.no_grad():

@@ -9,10 +9,10 @@ import torch
 
 from gripvlm.models.encoded import Encoded
 from gripvlm.policy import ConditionalBernoulli, PlackettLuce, picks_to_mask
+from gripvlm.pruners.base import top_k_of_each
 from gripvlm.train import Batch
 from gripvlm.train.grpo import Grpo, advantages, evidence_share
 from gripvlm.train.relaxed import Relaxed
-from gripvlm.train.validation import greedy_subsets
 from gripvlm.train.warmup import WarmUp
 from tiny_train import drawn, tiny_config, tiny_scorer
 
@@ -197,7 +197,7 @@ def test_self_critical_compares_with_the_greedy_subset(engine, batch, monkeypatc
     rollouts = spied(stage, monkeypatch)
     losses(stage, batch)
     assert len(rollouts[0].kept) == 4 * 5
-    top = greedy_subsets(batch.for_scorer(True).score(stage.scorer, torch.tensor([4] * 4)), torch.tensor([4] * 4))
+    top = top_k_of_each(batch.for_scorer(True).score(stage.scorer, torch.tensor([4] * 4)), [4] * 4)
     assert [kept[0].tolist() for kept in rollouts[0].kept[4::5]] == [row.tolist() for row in top]
 
 
@@ -329,7 +329,7 @@ def trained(stage, batch, steps: int, rate: float = 3e-3) -> list[dict]:
 @torch.no_grad()
 def greedy(stage, batch) -> float:
     k = torch.tensor([4] * len(batch))
-    kept = greedy_subsets(batch.for_scorer(True).score(stage.scorer, k), k)
+    kept = top_k_of_each(batch.for_scorer(True).score(stage.scorer, k), k.tolist())
     return float(torch.stack([(rows % 4 < 2).float().mean() for rows in kept]).mean())
 
 

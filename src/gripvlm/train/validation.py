@@ -15,12 +15,7 @@ from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.train.rewards import Reward, checked, log_prob
 from gripvlm.train.rollout import Batch, Engine
 
-__all__ = ["Validator", "greedy_subsets"]
-
-
-def greedy_subsets(logits: Tensor, kept: Tensor) -> list[Tensor]:
-    """[I] ascending indices of each row's `kept` highest logits; ties go to the lower index."""
-    return top_k_of_each(logits, kept.tolist())
+__all__ = ["Validator"]
 
 
 class Validator:
@@ -59,7 +54,7 @@ class Validator:
             seen = batch.for_scorer(scorer.config.question)
             for keep in self.keeps:
                 kept = torch.tensor([Budget(keep).count(n) for n in seen.sizes.tolist()], device=seen.sizes.device)
-                subsets = greedy_subsets(seen.score(scorer, kept), kept)
+                subsets = top_k_of_each(seen.score(scorer, kept), kept.tolist())
                 rows: list[list[Tensor]] = [[] for _ in range(len(batch))]
                 for sample, subset in zip(seen.owner.tolist(), subsets, strict=True):
                     rows[sample].append(subset)
