@@ -47,6 +47,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     sums) echo "grpo $RUN $start --steps $STEPS --loss-type dr_grpo" ;;
     sums_by_budget) echo "grpo $RUN $start --steps $STEPS --loss-type dr_grpo --scale-rewards budget" ;;
     twice) echo "grpo $RUN $start --steps $STEPS --num-iterations 2" ;;
+    twice_by_budget) echo "grpo $RUN $start --steps $STEPS --num-iterations 2 --scale-rewards budget" ;;
     four_times) echo "grpo $RUN $start --steps $STEPS --num-iterations 4" ;;
     faster) echo "grpo $RUN $start --steps $STEPS --learning-rate 6e-4" ;;
     fours) echo "grpo $RUN $start --steps $STEPS --num-generations 4 --images 16" ;;
@@ -58,7 +59,8 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
 
 FIRST="warmup"
 THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed dynamicvit diffprune
-  warmup_longer three_budgets only_3 only_12 averaged antithetic value band warmup_no_budget no_budget self_critical"
+  warmup_longer three_budgets only_3 only_12 averaged antithetic value band warmup_no_budget no_budget self_critical
+  twice by_budget twice_by_budget faster four_times fours sums sums_by_budget"
 
 one() { # NAME-SEED
   local name=${1%-*} seed=${1##*-}

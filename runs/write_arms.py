@@ -34,6 +34,9 @@ TOLD = {
     "by_budget": "GRPO, advantages scaled by the spread at about the same budget",
     "sums": "GRPO, gradients summed over a subset's tokens (`dr_grpo`), not averaged",
     "sums_by_budget": "GRPO, both of these",
+    "twice_by_budget": "GRPO, two optimiser steps a batch and advantages scaled by budget: what ships now",
+    "four_times": "GRPO, four optimiser steps a batch of rollouts",
+    "faster": "GRPO, twice the learning rate",
     "twice": "GRPO, two optimiser steps a batch of rollouts",
     "fours": "GRPO, four times as many questions with 4 subsets each",
     "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
@@ -255,8 +258,9 @@ def main() -> None:
 
 BUDGET = (("grpo", "told_6"), ("grpo", "no_budget"), ("warmup", "warmup_no_budget"))
 CALMER = {
-    **dict.fromkeys(("averaged", "antithetic", "band", "self_critical", "twice", "fours"), "grpo"),
-    **dict.fromkeys(("by_budget", "sums", "sums_by_budget"), "grpo"),
+    **dict.fromkeys(("averaged", "antithetic", "band", "self_critical"), "grpo"),
+    **dict.fromkeys(("twice", "four_times", "faster", "fours"), "grpo"),
+    **dict.fromkeys(("by_budget", "sums", "sums_by_budget", "twice_by_budget"), "grpo"),
     "value": "conditional",
 }
 """Idea -> the plain arm it is compared with."""
