@@ -5,9 +5,9 @@
 #   bash runs/grip_arms.sh grpo soft     some arms only
 #   LIST=1 bash runs/grip_arms.sh        what would run, and how
 #
-# Needs `pip install -e .[lab,train]` and about 4 minutes of one core an arm and seed. Interrupt it at any time; the
-# same command goes on. Every arm starts from its seed's warm-up and takes as many steps of about the same time; GRPO
-# without warm-up takes as long as both together.
+# Needs `pip install -e .[lab,train]` and about 4 minutes of one core an arm and seed (docs/grip-study.md has them all).
+# Interrupt it at any time; the same command goes on. Every arm starts from its seed's warm-up and takes as many steps;
+# GRPO without warm-up takes as many as both together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}
@@ -53,36 +53,40 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     fours) echo "grpo $RUN $start --steps $STEPS --num-generations 4 --images 16" ;;
     value) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
     no_budget) echo "grpo $RUN --start $WORK/arms/warmup_no_budget-$2 --steps $STEPS --no-budget" ;;
-    *) echo "unknown arm $1" >&2; return 1 ;;
+    *) echo "unknown arm $1: type one of $FIRST $THEN" >&2; return 1 ;;
   esac
 }
 
-FIRST="warmup"
+FIRST="warmup warmup_no_budget" # others start from them
 THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed dynamicvit diffprune
-  warmup_longer three_budgets only_3 only_12 averaged antithetic value band warmup_no_budget no_budget self_critical
+  warmup_longer three_budgets only_3 only_12 averaged antithetic value band no_budget self_critical
   twice by_budget twice_by_budget faster four_times fours sums sums_by_budget"
 
 one() { # NAME-SEED
-  local name=${1%-*} seed=${1##*-}
+  local name=${1%-*} seed=${1##*-} settings
   [ -f "$WORK/arms/$1/scorer.json" ] && return 0
+  settings=$(arm "$name" "$seed")
   mkdir -p "$WORK/arms"
   echo "$(date +%T) $1"
-  # shellcheck disable=SC2046
-  "$PYTHON" -m gripvlm train $(arm "$name" "$seed") --seed "$seed" --out "$WORK/arms/$1" >>"$WORK/arms/$1.log" 2>&1 ||
-    { echo "$1 failed: $WORK/arms/$1.log" >&2; return 255; }
+  # shellcheck disable=SC2086
+  "$PYTHON" -m gripvlm train $settings --seed "$seed" --out "$WORK/arms/$1" >>"$WORK/arms/$1.log" 2>&1 ||
+    { echo "$1 ended before its time: $WORK/arms/$1.log" >&2; return 1; }
 }
-export -f arm one
-export WORK PYTHON STEPS RUN
 
 pairs() { for name in "$@"; do for seed in $SEEDS; do echo "$name-$seed"; done; done; }
+asked=${*:-$FIRST $THEN}
+for name in $asked; do arm "$name" 0 >/dev/null; done
 if [ -n "${LIST:-}" ]; then
   # shellcheck disable=SC2086
-  for pair in $(pairs ${*:-$FIRST $THEN}); do echo "$pair: gripvlm train $(arm "${pair%-*}" "${pair##*-}") --seed ${pair##*-}"; done
+  for pair in $(pairs $asked); do echo "$pair: gripvlm train $(arm "${pair%-*}" "${pair##*-}") --seed ${pair##*-}"; done
   exit
 fi
+# shellcheck source=runs/jobs.sh
+. runs/jobs.sh
+case " $asked " in *" warmup_no_budget "* | *" no_budget "*) ;; *) FIRST=warmup ;; esac
 [ -d "$WORK/train" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/train" --split train --pictures 4000
 [ -d "$WORK/val" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/val" --split val --pictures 150
-# shellcheck disable=SC2086
-pairs $FIRST | xargs -P "$JOBS" -I{} bash -c 'one {}'
-# shellcheck disable=SC2086
-pairs ${*:-$THEN} | xargs -P "$JOBS" -I{} bash -c 'one {}'
+# shellcheck disable=SC2046,SC2086
+each $(pairs $FIRST)
+# shellcheck disable=SC2046,SC2086
+each $(pairs $asked)

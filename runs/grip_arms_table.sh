@@ -3,8 +3,8 @@
 #
 #   bash runs/grip_arms_table.sh
 #
-# Ctrl-C and repeat: it goes on. Two seeds at a time, one thread each. LIMIT: questions a family. A file
-# results/grip-arms-SEED-more.json with further arms of that seed is read as well.
+# Ctrl-C and repeat: it goes on. Two seeds at a time, one thread each. LIMIT: questions a family. Files
+# results/grip-arms-SEED-*.json with further arms of that seed are read as well; no arm may be in two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}
@@ -18,12 +18,13 @@ one() { # SEED
   for folder in "$WORK"/arms/*-"$1"; do
     [ -f "$folder/scorer.json" ] && name=$(basename "$folder") && arms+=("${name%-*}=$folder")
   done
+  arms+=("told_6=$WORK/arms/grpo-$1@0.06")
   OUT=grip-arms-$1.json "$PYTHON" runs/grip_study.py "${arms[@]}"
   gzip -kf9 "results/grip-arms-$1.samples.jsonl"
 }
-export -f one
-export WORK PYTHON
+# shellcheck source=runs/jobs.sh
+. runs/jobs.sh
 # shellcheck disable=SC2086
-printf '%s\n' $SEEDS | xargs -P "$JOBS" -I{} bash -c 'one {}'
+each $SEEDS
 "$PYTHON" runs/grip_arms_train.py "$WORK/arms"
 "$PYTHON" runs/write_arms.py

@@ -11,13 +11,13 @@ cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}
 PYTHON=${PYTHON:-.venv/bin/python}
 JOBS=${JOBS:-2}
-export WORK PYTHON
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # spinning OpenMP threads cost more than they give on a busy machine
 
 DATA="--data $WORK/train/questions.jsonl --val-data $WORK/val/questions.jsonl --bf16"
 GRPO="--scale-rewards budget --num-iterations 2 --keep-high 0.25"
 GRPO="$GRPO --val-every 200 --val-questions 512 --val-keeps 0.125,0.06,0.03,0.015"
-export DATA GRPO
+# shellcheck source=runs/jobs.sh
+. runs/jobs.sh
 
 train() { # STAGE FOLDER ARGUMENTS...
   local stage=$1 folder=$2
@@ -26,7 +26,7 @@ train() { # STAGE FOLDER ARGUMENTS...
   echo "$(date +%T) $folder"
   # shellcheck disable=SC2086
   "$PYTHON" -m gripvlm train "$stage" $DATA --out "$WORK/$folder" "$@" >>"$WORK/$folder/log" 2>&1 ||
-    { echo "$folder failed: $WORK/$folder/log" >&2; return 255; }
+    { echo "$folder ended before its time: $WORK/$folder/log" >&2; exit 1; }
 }
 
 legs() { # FOLDER ARGUMENTS...: two runs of GRPO in a row
@@ -51,10 +51,10 @@ others() {
   train warmup small/warmup "${size[@]}" --warmup-steps 800 --val-every 200
   legs small/ "${size[@]}"
 }
-export -f train legs question others
+one() { "$1"; }
 
 mkdir -p "$WORK"
 [ -d "$WORK/train" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/train" --split train --pictures 4000
 [ -d "$WORK/val" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/val" --split val --pictures 150
-printf '%s\n' question others | xargs -P "$JOBS" -I{} bash -euo pipefail -c '{}'
+each question others
 "$PYTHON" runs/ship_grip.py "$WORK"

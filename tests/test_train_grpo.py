@@ -163,6 +163,34 @@ def test_the_critic_changes_no_expected_gradient_and_calms_it_when_right(engine,
     assert calm < 1e-3 * noise
 
 
+def test_the_critics_regression_does_not_reach_the_scorer(engine):
+    """Its targets are no reward: only the value's own weights may follow them."""
+    stage = grpo(engine, policy="conditional_bernoulli", credit="value", num_generations=2)
+    hidden = torch.randn(1, N, 16, generator=drawn(2)).requires_grad_()
+    picks, valid = torch.tensor([[[0, 1], [2, 3]]]), torch.ones(1, N, dtype=torch.bool)
+    law = ConditionalBernoulli(torch.randn(1, N, generator=drawn(3)).requires_grad_(), K)
+    stage._critic(law, hidden, picks, torch.tensor([[1.0, -1.0]]), torch.ones(1), valid).backward()
+    assert hidden.grad is None
+    assert stage.value.weight.grad.abs().max() > 0
+
+
+def test_each_group_is_scaled_with_its_own_budget(engine, batch, monkeypatch):
+    asked = {}
+
+    def spy(rewards, scale, baseline=None, share=None):
+        asked.update(scale=scale, share=share)
+        return advantages(rewards, scale, baseline, share)
+
+    monkeypatch.setattr("gripvlm.train.grpo.advantages", spy)
+    stage = grpo(engine, scale_rewards="budget", budgets="choices", keep_choices="0.125,0.5")
+    rollouts = spied(stage, monkeypatch)
+    losses(stage, batch)
+    kept = [len(rollouts[0].kept[row][0]) / 16 for row in range(0, 16, 4)]
+    assert asked["scale"] == "budget"
+    assert {*kept} == {0.125, 0.5}
+    assert asked["share"].tolist() == kept
+
+
 def losses(stage: Grpo, batch, seed: int = 0):
     return list(stage.losses(batch, 0.0, drawn(seed)))
 
@@ -225,7 +253,8 @@ def test_several_iterations_reuse_the_rollouts_and_are_clipped(engine, batch, mo
     _, second = next(steps)
     assert next(steps, None) is None
     assert len(rollouts) == 1
-    assert (first["clipped"], first["reward"]) == (0, second["reward"])
+    assert first["reward"] == second["reward"]
+    assert "clipped" not in first  # nothing has moved yet
     assert second["clipped"] > 0.5
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import gripvlm
-from gripvlm import lab
-from gripvlm.cli import main
 from gripvlm.errors import TrainError
 from gripvlm.scorer import Scorer
 from gripvlm.tasks import Sample, TaskError
 from gripvlm.train import Interrupted, TrainConfig, read_toml, train, write_toml
 from gripvlm.train.loop import Loop
 from gripvlm.train.validation import Validator
-from tiny_train import Asked, asked, tiny_config, tiny_vlm, write_jsonl
+from tiny_train import Asked, asked, stopping, tiny_config, tiny_vlm
 
 HERE = Path(__file__).parent
 
@@ -49,18 +47,6 @@ def lines(folder: Path) -> list[dict]:
 def same_weights(one: Path, other: Path) -> bool:
     a, b = (Scorer.from_pretrained(folder).state_dict() for folder in (one, other))
     return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def stopping(monkeypatch, at: int, how=lambda: os.kill(os.getpid(), signal.SIGINT), stage: str = "grpo") -> None:
-    """Calls `how` in the middle of step `at` of a stage."""
-    before = Loop._one_step
-
-    def step(self):
-        if self.stage.name == stage and self.step == at - 1:
-            how()
-        return before(self)
-
-    monkeypatch.setattr(Loop, "_one_step", step)
 
 
 def test_a_run_leaves_everything_in_its_folder(whole):
@@ -141,6 +127,21 @@ def test_a_second_stage_follows_in_the_folder_of_the_first(vlm, whole, tmp_path)
     assert same_weights(tmp_path, whole)
 
 
+def test_a_warm_up_is_gone_on_with_as_it_was_begun(vlm, whole, tmp_path, monkeypatch):
+    out = str(tmp_path)
+    with monkeypatch.context() as patch:
+        stopping(patch, 2, stage="warmup")
+        with pytest.raises(Interrupted):
+            train(tiny_config(out=out, stage="warmup"), *vlm, asked(8))
+    for changed in ({"teacher": "attention"}, {"ema_decay": 0.9}, {"seed": 7}):
+        with pytest.raises(TrainError, match=f"holds another run .{next(iter(changed))} was"):
+            train(tiny_config(out=out, **changed), *vlm, asked(8))
+    assert read_toml(tmp_path / "config.toml")["stage"] == "warmup"
+    train(tiny_config(out=out), *vlm, asked(8))  # both stages: the rest of this one, and the next
+    assert lines(tmp_path) == lines(whole)
+    assert same_weights(tmp_path, whole)
+
+
 def test_another_run_is_kept_out_of_the_folder(vlm, whole, tmp_path):
     with pytest.raises(TrainError, match=r"holds another run \(seed was 0, now 1\): type another --out"):
         train(tiny_config(out=str(whole), seed=1), *vlm, asked(8))
@@ -212,6 +213,39 @@ def test_out_of_time_the_last_step_is_judged(vlm, tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path) if "val" in line] == [0, 3]
     rates = [line["lr"] for line in lines(tmp_path) if "lr" in line]
     assert len(rates) == 3
+    assert rates[2] < 0.5 * rates[1]  # the clock is at five sixths; by steps alone it would still be rising
+
+
+def test_more_time_goes_on_where_time_ran_out(vlm, tmp_path, monkeypatch):
+    before = Loop._one_step
+
+    def slow(self):
+        stats = before(self)
+        self.spent += 25.0 * (self.stage.name == "grpo")
+        return stats
+
+    monkeypatch.setattr(Loop, "_one_step", slow)
+    for minutes, last in ((1.0, 3), (1.0, 3), (2.0, 5)):
+        train(tiny_config(out=str(tmp_path), max_minutes=minutes), *vlm, asked(8))
+        assert max(line["step"] for line in lines(tmp_path) if line["stage"] == "grpo") == last
+
+
+def test_several_steps_a_batch_of_rollouts_are_resumed(vlm, tmp_path, monkeypatch):
+    several = {"stage": "grpo", "num_iterations": 3, "scale_rewards": "budget", "beta": 0.1}
+    train(tiny_config(out=str(tmp_path / "a"), **several), *vlm, asked(8))
+    with monkeypatch.context() as patch:
+        stopping(patch, 3)
+        with pytest.raises(Interrupted):
+            train(tiny_config(out=str(tmp_path / "b"), **several), *vlm, asked(8))
+    train(tiny_config(out=str(tmp_path / "b"), **several), *vlm, asked(8))
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    optimiser = torch.load(tmp_path / "a" / "grpo.ckpt", weights_only=True)["optimiser"]
+    assert {int(state["step"]) for state in optimiser["state"].values()} == {18}  # 6 batches
+    train(tiny_config(out=str(tmp_path / "c"), **several | {"num_iterations": 1}), *vlm, asked(8))
+    assert not same_weights(tmp_path / "a", tmp_path / "c")
+    once, often = (next(line for line in lines(tmp_path / run) if "reward" in line) for run in "ca")
+    assert once["reward"] == often["reward"]  # the same subsets, drawn once
 
 
 def nan_at_the_third(rollout):
@@ -235,7 +269,8 @@ def with_bad_ones(folder: Path) -> tuple[Asked, Asked]:
     good = asked(5)
     bad = [Sample("corrupt", folder / "bad.png", "is there a cat?", "yes")]
     bad.append(Sample("empty", good.samples[0].picture, "is there a cat?", " ", image_id="0.png"))
-    return Asked([*good.samples, *bad], "train"), Asked([bad[0], *asked(7).samples[-4:], bad[1]], "held")
+    again = replace(bad[0], question="is the dog red?")
+    return Asked([*good.samples, *bad], "train"), Asked([again, *asked(7).samples[-4:], bad[1]], "held")
 
 
 def test_bad_questions_stop_or_are_left_out(vlm, tmp_path):
@@ -327,62 +362,3 @@ def test_settings_survive_their_file(tmp_path):
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(TrainError, match=next(iter(wrong)).split("_")[0]):
         tiny_config(**wrong)
-
-
-@pytest.fixture
-def tiny_lab_here(tmp_path, monkeypatch, vlm):
-    """`lab` is the tiny model; questions.jsonl is here."""
-    monkeypatch.setattr(lab, "load", lambda: vlm)
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path, 8)
-    return ["train", "--device", "cpu", "--data", "q.jsonl", "--width", "16", "--blocks", "1", "--val-share", "0.3"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--stepz", "3"], "No such option"),
-        (["--steps", "many"], "Invalid value for '--steps'"),
-        (["sideways"], "type one of 'all', 'warmup', 'grpo', 'relaxed'"),
-        (["--data", ""], "no training data: type --data"),
-        (["--data", "nothing.jsonl"], "no file 'nothing.jsonl'"),
-        (["--reward", "nonsense"], "unknown reward 'nonsense'"),
-        (["--teacher", "nobody"], "unknown teacher 'nobody'"),
-        (["--teacher-layers", "9"], "teacher_layers = '9': type numbers from 0 to 1"),
-        (["--config", "nothing.toml"], "no config file 'nothing.toml'"),
-        (["--val-keeps", "50%"], "val_keeps = '50%'"),
-    ],
-)
-def test_mistakes_are_one_paragraph(tiny_lab_here, capsys, flags, said):
-    assert main([*tiny_lab_here, *flags]) == 2
-    told = capsys.readouterr().err.strip()
-    assert said in " ".join(told.split())
-    assert told.startswith("Error: ")
-    assert "\n\n" not in told
-    assert not Path("grip/config.toml").exists()
-
-
-def test_flags_win_over_the_file_and_ctrl_c_says_what_is_kept(tiny_lab_here, capsys, monkeypatch):
-    Path("c.toml").write_text('steps = 3\nwarmup_steps = 2\nout = "elsewhere"\nimages = 2\nnum_generations = 4\n')
-    flags = [*tiny_lab_here, "--config", "c.toml", "--steps", "2", "--val-keeps", "0.5", "--no-question"]
-    with monkeypatch.context() as patch:
-        stopping(patch, 1)
-        assert main(flags) == 130
-    assert "Stopped at step 1 of 2 (grpo). The same command goes on from" in " ".join(capsys.readouterr().err.split())
-    assert main(flags) == 0
-    assert "grip:scorer=elsewhere" in "".join(capsys.readouterr().out.split("\n"))
-    written = read_toml("elsewhere/config.toml")
-    assert (written["steps"], written["warmup_steps"], written["question"]) == (2, 2, False)
-    assert not Scorer.from_pretrained("elsewhere").config.question
-
-
-def test_help_lists_every_setting_without_loading_torch():
-    code = (
-        "import sys; from gripvlm.cli import main; main(['train', '--help']);"
-        "print('LOADED', [m for m in ('torch', 'transformers') if m in sys.modules])"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(gripvlm.__file__).parents[1]), "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert "LOADED []" in done.stdout
-    for name in TrainConfig.__dataclass_fields__:
-        assert name == "stage" or f"--{name.replace('_', '-')}" in done.stdout, name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from gripvlm.lab.vlm import CHAT_TEMPLATE, build_tokenizer
 from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
 from gripvlm.tasks import Sample, Task
 from gripvlm.train import Engine, TrainConfig
+from gripvlm.train.loop import Loop
 from tiny_models import TOWER
 
 
@@ -170,3 +173,15 @@ def engine_of(model: Any, processor: Any, **options: Any) -> Engine:
 def drawn(seed: int = 0) -> torch.Generator:
     """Random numbers."""
     return torch.Generator().manual_seed(seed)
+
+
+def stopping(monkeypatch, at: int, how=lambda: os.kill(os.getpid(), signal.SIGINT), stage: str = "grpo") -> None:
+    """Calls `how` in the middle of step `at` of a stage."""
+    before = Loop._one_step
+
+    def step(self):
+        if self.stage.name == stage and self.step == at - 1:
+            how()
+        return before(self)
+
+    monkeypatch.setattr(Loop, "_one_step", step)

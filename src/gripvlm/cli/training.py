@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -37,8 +38,11 @@ def train_command(**given: Any) -> None:
     if stage is not None:
         settings["stage"] = stage
     config = TrainConfig(**settings)
-    if not config.data:
-        raise GripError("no training data: type --data questions.jsonl (or a task's name)")
+    for name, stages in config.without_effect(name for name, value in given.items() if value is not None).items():
+        raise GripError(
+            f"{_flag(name)} has no effect in {'warm-up and GRPO' if config.stage == 'all' else config.stage}: leave it "
+            f"out (only {' and '.join(stages)} would read it)"
+        )
     check_settings(config)
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)
@@ -49,11 +53,16 @@ def train_command(**given: Any) -> None:
         raise typer.Exit(130) from None
     screen = console()
     screen.print(f"trained: {pruner.scorer}")
-    data = config.val_data or "held-out questions"
-    screen.print(
-        f"try it:  gripvlm eval --model {config.model} --tasks jsonl:{data.removeprefix('jsonl:')} "
-        f"--pruners {pruner.name}:scorer={pruner.scorer},random --keep 10%"
-    )
+    tasks = config.val_data or config.data
+    tasks = f"jsonl:{tasks}" if tasks.endswith(".jsonl") and not tasks.startswith("jsonl:") else tasks
+    words = ["--model", config.model, "--tasks", tasks, "--pruners", f"{pruner.name}:scorer={pruner.scorer},random"]
+    screen.print("try it:  gripvlm eval " + shlex.join([*words, "--keep", "10%"]), soft_wrap=True)
+    if not config.val_data:
+        screen.print("         (questions that it has learnt from; name others that are like them)")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _signature() -> inspect.Signature:
@@ -71,7 +80,7 @@ def _signature() -> inspect.Signature:
     for field in dataclasses.fields(TrainConfig):
         if field.name == "stage":
             continue
-        flag = "--" + field.name.replace("_", "-")
+        flag = _flag(field.name)
         names = (f"{flag}/--no-{flag[2:]}",) if hints[field.name] is bool else (flag,)
         told = f"{help_of(field.name)} [default: {field.default if field.default != '' else 'none'}]"
         option = typer.Option(*names, help=told, show_default=False)

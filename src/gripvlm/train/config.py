@@ -6,19 +6,24 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from gripvlm.errors import TrainError
 
-__all__ = ["STAGES", "TrainConfig", "help_of", "read_toml", "shares", "write_toml"]
+__all__ = ["STAGES", "TrainConfig", "help_of", "read_toml", "reads", "shares", "write_toml"]
 
 STAGES = ("all", "warmup", "grpo", "relaxed")
 
 
-def _f(default: Any, help: str, *choices: str) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _f(default: Any, help: str, *choices: str, of: tuple[str, ...] = ("warmup", "grpo", "relaxed")) -> Any:
+    """A setting; `of`: the stages that read it."""
+    return field(default=default, metadata={"help": help, "choices": choices, "stages": of})
+
+
+_AFTER, _WARMUP, _GRPO, _RELAXED = ("grpo", "relaxed"), ("warmup",), ("grpo",), ("relaxed",)
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -59,48 +64,61 @@ class TrainConfig:
     keep_low: float = _f(0.015, "smallest share of tokens drawn (the only one for fixed)")
     keep_high: float = _f(0.5, "largest share of tokens drawn")
     # optimiser
-    steps: int = _f(1000, "of GRPO or the relaxed baseline")
-    learning_rate: float = _f(3e-4, "of GRPO or the relaxed baseline; 3 % linear warm-up, then a cosine to a tenth")
+    steps: int = _f(1000, "of GRPO or the relaxed baseline", of=_AFTER)
+    learning_rate: float = _f(
+        3e-4, "of GRPO or the relaxed baseline; 3 % linear warm-up, then a cosine to a tenth", of=_AFTER
+    )
     max_grad_norm: float = _f(1.0, "gradients are clipped to this norm")
     weight_decay: float = _f(0.0, "of AdamW")
     ema_decay: float = _f(0.0, "keep a running average of the weights with this decay, such as 0.98; 0 keeps the last")
     # warm-up
-    warmup_steps: int = _f(400, "of the supervised warm-up; 0 leaves it out")
-    warmup_learning_rate: float = _f(1e-3, "of the supervised warm-up")
-    teacher: str = _f("gradient", "attention, gradient, best_of_n or pruner:NAME")
-    teacher_layers: str = _f("", "layers of the attention teacher, such as 2,3; by default the second half")
+    warmup_steps: int = _f(400, "of the supervised warm-up; 0 leaves it out", of=_WARMUP)
+    warmup_learning_rate: float = _f(1e-3, "of the supervised warm-up", of=_WARMUP)
+    teacher: str = _f("gradient", "attention, gradient, best_of_n or pruner:NAME", of=_WARMUP)
+    teacher_layers: str = _f("", "layers of the attention teacher, such as 2,3; by default the second half", of=_WARMUP)
     # GRPO
-    policy: str = _f("plackett_luce", "distribution over subsets", "plackett_luce", "conditional_bernoulli")
-    num_generations: int = _f(16, "G, subsets a question")
+    policy: str = _f("plackett_luce", "distribution over subsets", "plackett_luce", "conditional_bernoulli", of=_GRPO)
+    num_generations: int = _f(16, "G, subsets a question (of the teacher best_of_n too)", of=("warmup", "grpo"))
     reward: str = _f(
-        "probability", "log_prob, probability, agreement (no labels), exact_match, task_score or module:function"
+        "probability",
+        "log_prob, probability, agreement (no labels), exact_match, task_score or module:function",
+        of=_AFTER,
     )
     own_answers: bool = _f(False, "force the unpruned model's own answers and not the data's")
-    beta: float = _f(0.0, "weight of the KL divergence to the scorer that GRPO started from")
-    epsilon: float = _f(0.2, "clipping of the ratio, per token of the subset")
-    epsilon_high: float = _f(0.0, "upper clipping; 0 means epsilon")
-    num_iterations: int = _f(1, "optimiser steps a group of rollouts; 1 is strictly on-policy")
+    beta: float = _f(0.0, "weight of the KL divergence to the scorer that GRPO started from", of=_GRPO)
+    epsilon: float = _f(0.2, "clipping of the ratio, per token of the subset", of=_GRPO)
+    epsilon_high: float = _f(0.0, "upper clipping; 0 means epsilon", of=_GRPO)
+    num_iterations: int = _f(1, "optimiser steps a group of rollouts; 1 is strictly on-policy", of=_GRPO)
     scale_rewards: str = _f(
-        "batch", "advantages are divided by this standard deviation", "group", "batch", "budget", "none"
+        "batch", "advantages are divided by this standard deviation", "group", "batch", "budget", "none", of=_GRPO
     )
     loss_type: str = _f(
-        "grpo", "grpo: mean over a subset's tokens; dr_grpo: their sum over the image's", "grpo", "dr_grpo"
+        "grpo", "grpo: mean over a subset's tokens; dr_grpo: their sum over the image's", "grpo", "dr_grpo", of=_GRPO
     )
-    importance_sampling_level: str = _f("sequence", "of the ratio", "sequence", "token")
-    entropy_coef: float = _f(0.0, "weight of the policy's entropy per token")
-    temperature: float = _f(1.0, "divides the logits when subsets are drawn")
-    antithetic: bool = _f(False, "subsets of a group come in antithetic pairs")
-    band: int = _f(0, "explore only ranks within this distance of k; 0 explores all")
-    baseline: str = _f("mean", "what rewards are compared with", "mean", "self_critical")
-    credit: str = _f("group", "group: one advantage a subset; value: a learnt value of each token", "group", "value")
+    importance_sampling_level: str = _f("sequence", "of the ratio", "sequence", "token", of=_GRPO)
+    entropy_coef: float = _f(0.0, "weight of the policy's entropy per token", of=_GRPO)
+    temperature: float = _f(1.0, "divides the logits when subsets are drawn", of=_GRPO)
+    antithetic: bool = _f(False, "subsets of a group come in antithetic pairs", of=_GRPO)
+    band: int = _f(0, "explore only ranks within this distance of k; 0 explores all", of=_GRPO)
+    baseline: str = _f("mean", "what rewards are compared with", "mean", "self_critical", of=_GRPO)
+    credit: str = _f(
+        "group", "group: one advantage a subset; value: a learnt value of each token", "group", "value", of=_GRPO
+    )
     # relaxed baselines
     relaxation: str = _f(
-        "soft_topk", "gradient baseline", "soft_topk", "straight_through", "perturbed", "dynamicvit", "diffprune"
+        "soft_topk",
+        "gradient baseline",
+        "soft_topk",
+        "straight_through",
+        "perturbed",
+        "dynamicvit",
+        "diffprune",
+        of=_RELAXED,
     )
-    tau_start: float = _f(1.0, "temperature of the relaxation at the first step")
-    tau_end: float = _f(0.02, "temperature of the relaxation at the last step")
-    samples: int = _f(4, "noise samples of the perturbed relaxation")
-    ratio_weight: float = _f(2.0, "weight of dynamicvit's loss on the share that it keeps")
+    tau_start: float = _f(1.0, "temperature of the relaxation at the first step", of=_RELAXED)
+    tau_end: float = _f(0.02, "temperature of the relaxation at the last step", of=_RELAXED)
+    samples: int = _f(4, "noise samples of the perturbed relaxation", of=_RELAXED)
+    ratio_weight: float = _f(2.0, "weight of dynamicvit's loss on the share that it keeps", of=_RELAXED)
     # running
     save_minutes: float = _f(5.0, "minutes between checkpoints; Ctrl-C writes one as well")
     val_every: int = _f(100, "steps between validations")
@@ -134,10 +152,18 @@ class TrainConfig:
                 raise TrainError(f"{name} = {getattr(self, name)}: type 1 or more")
         if self.num_generations < 2:
             raise TrainError(f"num_generations = {self.num_generations}: a group needs 2 or more to compare")
+        if self.width < 1 or self.heads < 1 or self.width % self.heads or self.blocks < 1:
+            raise TrainError(
+                f"width = {self.width}, heads = {self.heads}, blocks = {self.blocks}: type a width that is a multiple "
+                "of the heads, and one block or more"
+            )
         if self.antithetic and self.num_generations % 2:
             raise TrainError(f"num_generations = {self.num_generations} cannot be paired: type an even number")
         if not 0 < self.keep_low <= self.keep_high <= 1:
-            raise TrainError(f"keep_low = {self.keep_low}, keep_high = {self.keep_high}: type shares in (0, 1]")
+            raise TrainError(
+                f"keep_low = {self.keep_low}, keep_high = {self.keep_high}: type shares in (0, 1], the low one at most "
+                "the high one"
+            )
         for name in ("tau_start", "tau_end", "temperature", "learning_rate", "warmup_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TrainError(f"{name} = {getattr(self, name)}: type a number above 0")
@@ -159,7 +185,11 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 2**63:
                 raise TrainError(f"{name} = {getattr(self, name)}: type 0 or more")
         shares(self.val_keeps, "val_keeps")
-        if self.budgets == "choices" or self.keep_choices:
+        if self.budgets == "choices" and not self.keep_choices:
+            raise TrainError(
+                "budgets = 'choices' has nothing to choose from: type --keep-choices 0.25,0.06, for instance"
+            )
+        if self.keep_choices:
             shares(self.keep_choices, "keep_choices")
         if self.keep_choices and self.budgets != "choices":
             raise TrainError(f"keep_choices are drawn by budgets = 'choices' only, not {self.budgets!r}")
@@ -178,6 +208,11 @@ class TrainConfig:
         if self.policy != "plackett_luce" and (self.band or self.antithetic):
             raise TrainError("band and antithetic draws need Gumbel noise: type --policy plackett_luce")
 
+    def without_effect(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Those of the settings that no stage of this run reads, with the stages that do."""
+        mine = {"warmup", "grpo"} if self.stage == "all" else {self.stage}
+        return {name: reads(name) for name in names if not mine & {*reads(name)}}
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -195,6 +230,12 @@ def shares(text: str, name: str) -> list[float]:
     if not found or not all(0 < share <= 1 for share in found):
         raise TrainError(f"{name} = {text!r}: type fractions in (0, 1], such as 0.25,0.1")
     return list(dict.fromkeys(found))
+
+
+def reads(name: str) -> tuple[str, ...]:
+    """The stages that a setting has an effect in."""
+    stages: tuple[str, ...] = TrainConfig.__dataclass_fields__[name].metadata["stages"]
+    return stages
 
 
 def help_of(name: str) -> str:

@@ -124,6 +124,8 @@ class Grpo(Stage):
                 loss = loss - config.entropy_coef * self._entropy(law, picks).mean()
             if self.value is not None:
                 loss = loss + self._critic(law, hidden, picks, a, w, seen.valid)
+            if config.num_iterations > 1 and iteration == 0:
+                del more["clipped"]  # nothing can be: the policy has not moved yet
             with torch.no_grad():
                 more["entropy"] = float(self._entropy(law, picks).mean())
             yield loss, {**stats, **more}
@@ -219,7 +221,7 @@ class Grpo(Stage):
         E[V] = sum_i pi_i v_i is differentiated exactly through the inclusion probabilities pi. Unbiased for any v:
         centring V over the group takes 1 / G of its expected gradient away, so that much is not given back either.
         """
-        values = self._values(hidden, valid)
+        values = self._values(hidden.detach(), valid)  # what the scorer learns comes from the rewards alone
         error = (a - self._gain(values, picks)).square().mean(-1)
         assert isinstance(law, ConditionalBernoulli)
         expected = (law.inclusion() * values.detach()).sum(-1) / law.k * (1 - 1 / picks.shape[1])

@@ -183,7 +183,8 @@ class Loop:
             self.optimiser.step()
             self._average()
         self.step += 1
-        means = {key: _mean([s[key] for s in collected if key in s]) for s0 in collected[:1] for key in s0}
+        keys = dict.fromkeys(key for stats in collected for key in stats)
+        means = {key: _mean([stats[key] for stats in collected if key in stats]) for key in keys}
         means = self.processes.average(means)
         return {"lr": self.optimiser.param_groups[0]["lr"], "grad_norm": norm, **means}
 

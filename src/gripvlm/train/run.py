@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,8 +14,8 @@ from gripvlm.evaluate import environment
 from gripvlm.pruners import relaxed
 from gripvlm.pruners.grip import Grip, Learned
 from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
-from gripvlm.tasks import Task
-from gripvlm.train.config import TrainConfig, read_toml, shares, write_toml
+from gripvlm.tasks import Sample, Task
+from gripvlm.train.config import TrainConfig, read_toml, reads, shares, write_toml
 from gripvlm.train.curve import draw_curve
 from gripvlm.train.data import Questions, check_pictures, load_questions, split
 from gripvlm.train.diffprune import DiffPrune
@@ -31,6 +31,8 @@ from gripvlm.train.validation import Validator
 from gripvlm.train.warmup import WarmUp
 
 __all__ = ["check_settings", "train"]
+
+Asked: TypeAlias = Sequence[tuple[Task, Sample]]
 
 # Settings that the scorer itself has.
 _SIZES = ("width", "blocks", "heads", "question", "budget")
@@ -76,6 +78,7 @@ def train(
         held = load_questions(validation if validation is not None else config.val_data)
     else:
         questions, held = split(questions, config.val_share)
+    _check_apart(questions, held)
     if config.on_bad == "stop":
         check_pictures([*questions, *held])
     processes = Processes(config.log_with, folder, cpu=model.device.type == "cpu")
@@ -98,7 +101,8 @@ def train(
         validator = Validator(engine, held, keeps, judge, config.own_answers, config.on_bad == "skip")
         stream = Questions(questions, config.images, config.questions, config.seed)
         scorer = Loop(stage, stream, validator, folder, processes, quiet).run()
-        scorer.notes = {"stage": name, "steps": stage.steps, "config": config.to_dict()}
+        sizes = {field: getattr(scorer.config, field) for field in _SIZES}  # as they are, not as they were asked for
+        scorer.notes = {"stage": name, "steps": stage.steps, "config": config.to_dict() | sizes}
         if processes.rank == 0:
             scorer.save_pretrained(folder / name)
     if processes.rank == 0:
@@ -121,9 +125,21 @@ def check_settings(config: TrainConfig, given: bool = False) -> None:
     if not given:
         questions = load_questions(config.data)
         if config.val_data:
-            questions = questions + load_questions(config.val_data)
+            held = load_questions(config.val_data)
+            _check_apart(questions, held)
+            questions = questions + held
         if config.on_bad == "stop":
             check_pictures(questions)
+
+
+def _check_apart(questions: Asked, held: Asked) -> None:
+    """Refuses validation questions that are training questions: the same words about the same file."""
+    known = {(sample.picture, sample.question) for _, sample in questions if isinstance(sample.picture, Path)}
+    if same := [sample.id for _, sample in held if (sample.picture, sample.question) in known]:
+        raise TrainError(
+            f"{len(same)} of {len(held)} validation questions are training questions too, such as {same[0]!r}: name "
+            "others with --val-data, or leave it out, and --val-share of the pictures is held out"
+        )
 
 
 def _stages(config: TrainConfig, done: str) -> list[str]:
@@ -131,6 +147,8 @@ def _stages(config: TrainConfig, done: str) -> list[str]:
     if config.stage != "all":
         return [config.stage]
     wanted = ["warmup", "grpo"] if config.warmup_steps else ["grpo"]
+    if done == "grpo":  # it may have run out of time or patience, and there may be more now
+        return ["grpo"] if (Path(config.out).expanduser() / "grpo.ckpt").exists() else []
     return wanted[wanted.index(done) + 1 :] if done in wanted else wanted
 
 
@@ -187,8 +205,9 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
         return
     before, now = TrainConfig(**read_toml(file)).to_dict(), config.to_dict()
     free = _FREE
-    if config.stage != before["stage"] and before["stage"] == "warmup":  # the next stage of the same folder
-        free = set(now) - {"model", *_SIZES}
+    if config.stage != before["stage"] == "warmup":  # the next stage of the same folder
+        later = {name for name in now if "warmup" not in reads(name)}
+        free = _FREE | {"stage"} | later if config.stage == "all" else set(now) - {"model", *_SIZES}
     if unlike := [name for name in now if name not in free and before[name] != now[name]]:
         told = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in unlike[:4])
         raise TrainError(f"{folder} holds another run ({told}): type another --out, or those settings")
