@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from answers import Scored, difference, points, read
+from answers import Answers, Scored, difference, points, read
 from write_results import header, line, percent
 
 from gripvlm.report import plot
@@ -69,8 +69,12 @@ class Study:
 
     def __init__(self) -> None:
         names = {s: sorted(f.stem for f in (ROOT / "results").glob(f"grip-arms-{s}*.json")) for s in SEEDS}
-        self.results = {s: json.loads((ROOT / "results" / f"{mine[0]}.json").read_text()) for s, mine in names.items()}
-        self.answers = {s: {key: one for name in mine for key, one in read(name).items()} for s, mine in names.items()}
+        self.results = {
+            name: json.loads((ROOT / "results" / f"{name}.json").read_text())
+            for mine in names.values()
+            for name in mine
+        }
+        self.answers = {seed: together(mine) for seed, mine in names.items()}
         self.others = read("grip") | read("grip-shipped")
         first = next(iter(self.answers.values()))
         self.tasks = list(dict.fromkeys(task for task, _, _ in first))
@@ -103,7 +107,24 @@ class Study:
         return difference([(self.of(name, keep, task, self.seeds.get(name, [])), None)])
 
     def cell(self, a: str, b: str, keep: str) -> str:
-        return points(*self.minus(a, b, keep))
+        """The difference, its interval, and, in brackets, that of each training seed."""
+        said = points(*self.minus(a, b, keep))
+        seeds = [seed for seed in self.seeds.get(a, SEEDS) if seed in self.seeds.get(b, SEEDS)]
+        if len(seeds) < 2:
+            return said
+        each = (100 * (self.mean(a, keep, seed) - self.mean(b, keep, seed)) for seed in seeds)
+        return f"{said} ({' '.join(f'{value:+.1f}' for value in each)})"
+
+
+def together(names: list[str]) -> Answers:
+    """The answers of several files about one seed."""
+    found: Answers = {}
+    for name in names:
+        more = read(name)
+        if twice := {arm for _, arm, _ in found.keys() & more.keys()} - {"full", "blind"}:
+            raise SystemExit(f"{name} has arms that another file of its seed has too: {', '.join(sorted(twice))}")
+        found |= more
+    return found
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -192,7 +213,8 @@ def main() -> None:
         "",
         "## Scores",
         "",
-        "Mean of six families, % right; [95 % interval over pictures of the mean of the seeds]; (each seed).",
+        "Mean of six families, % right; [95 % interval over pictures of the mean of the seeds]; (each seed). `full`:",
+        "all tokens; `oracle`: each question's own evidence, which no pruner could know; `told_6`: see below.",
         "",
         *scores(study),
         "By family, with intervals: [grip-families.md](grip-families.md).",
@@ -201,8 +223,9 @@ def main() -> None:
         "",
         "## Differences",
         "",
-        "`grpo` minus each, in points, question by question, mean of the seeds that both have, 95 % interval over",
-        "pictures.",
+        "`grpo` minus each, in points, question by question, mean of the seeds that both have, [95 % interval over",
+        "pictures], (each seed). The interval is of these training runs: what another seed would give is not in it;",
+        "the brackets tell. Rely on what has one sign in all of three seeds; on one seed rely for nothing.",
         "",
         *table(["", *shares(keeps)], [[f"`{b}`", *(study.cell("grpo", b, keep) for keep in keeps)] for b in against]),
     ]
@@ -219,9 +242,10 @@ def main() -> None:
     rows = [[f"`{b}`", *(study.cell(b, "grpo", keep) for keep in keeps)] for b in CALMER if b in arms]
     if rows:
         page += [
-            "## Fewer rollouts",
+            "## What a rollout is worth",
             "",
-            "Each idea minus plain GRPO of the same policy at the same number of rollouts and steps.",
+            "Each idea minus plain GRPO of the same policy at the same number of rollouts. `twice` and `four_times` take",
+            "more optimiser steps, `faster` is their control; `fours` encodes more pictures.",
             "",
             *table(
                 ["", *shares(keeps)],
@@ -243,7 +267,8 @@ def main() -> None:
             *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
         ]
     page += relaxed()
-    page += [header(next(iter(study.results.values())))]
+    page += ["## Files", "", header(next(iter(study.results.values()))), "", "All, the first among them:", ""]
+    page += [f"- `results/{name}.json`: {short(result)}" for name, result in study.results.items()]
     (ROOT / "docs" / "grip-study.md").write_text("\n".join(page).rstrip() + "\n")
     page = [
         "# How to train a scorer: by family",
@@ -254,6 +279,14 @@ def main() -> None:
         *families(study),
     ]
     (ROOT / "docs" / "grip-families.md").write_text("\n".join(page).rstrip() + "\n")
+
+
+def short(result: dict) -> str:
+    """Arms and commit of a run."""
+    arms = ", ".join(dict.fromkeys(row["pruner"] for row in result["means"] if row["pruner"] != "full"))
+    git = result["header"]["git"]
+    dirty = ", with changes that were not committed" if git["dirty"] else ""
+    return f"{arms}; commit `{git['commit'][:10]}`{dirty}."
 
 
 BUDGET = (("grpo", "told_6"), ("grpo", "no_budget"), ("warmup", "warmup_no_budget"))
