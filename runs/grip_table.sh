@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Grip against everything else on the lab's test sample: results/grip.json and docs/grip.md's table.
+# Grip against everything else on the lab's test sample: results/grip.json and docs/grip-results.md.
 #
 #   bash runs/grip_table.sh [ARM=FOLDER ...]      further scorers, such as warmup=.lab/grip/warmup
 #

@@ -244,8 +244,8 @@ def main() -> None:
         page += [
             "## What a rollout is worth",
             "",
-            "Each idea minus plain GRPO of the same policy at the same number of rollouts. `twice` and `four_times` take",
-            "more optimiser steps, `faster` is their control; `fours` encodes more pictures.",
+            "Each idea minus plain GRPO of the same policy at the same number of rollouts. `twice` and `four_times`",
+            "take more optimiser steps, `faster` is their control; `fours` encodes more pictures.",
             "",
             *table(
                 ["", *shares(keeps)],

@@ -195,7 +195,7 @@ class Learned(ScorePruner):
         return self.module
 
     def check(self, model: Any) -> None:
-        """Refuses a model that the scorer was not trained for, and moves the scorer to the model's device."""
+        """Refuses a model that the scorer was not trained for."""
         if self._scorer.base is None:
             raise PrunerError(f"this {self.name} scorer was never trained: train one with `gripvlm train`")
         base, table = self._scorer.base, model.get_input_embeddings().weight

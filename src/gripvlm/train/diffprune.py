@@ -69,7 +69,7 @@ def with_features(batch: Batch, features: Sequence[Tensor]) -> Batch:
 
 
 class DiffPrune(Relaxed):
-    """Loss: minus the mean log-probability of the answer that the frozen model gives to denoised rows.
+    """Loss: minus the reward (`probability` or `log_prob`) of the answer that the frozen model gives to denoised rows.
 
     a = soft top-k of the scores (it sums to k), x~ = sqrt(a) x + sqrt(1 - a) e, and the model sees denoiser(x~, a)
     in place of x, every token at its place. The temperature falls from tau_start to tau_end as a cosine.

@@ -36,7 +36,7 @@ def ratio_loss(mask: Tensor, kept: Tensor, sizes: Tensor) -> Tensor:
 
 
 class DynamicViT(Relaxed):
-    """Loss: minus the mean log-probability of the answer under hard per-token masks, + ratio_weight x `ratio_loss`.
+    """Loss: minus the reward (`probability` or `log_prob`) under hard per-token masks, + ratio_weight x `ratio_loss`.
 
     Rao et al. 2021, arXiv 2106.02034. A dropped token's attention weight is 0 in every row but its own (eq. 11).
 

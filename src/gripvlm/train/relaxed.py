@@ -1,7 +1,7 @@
 """Gradient baselines: the same scorer, trained through a continuous relaxation of "keep the top k".
 
 Those here run the frozen model on every token with a soft mask in (0, 1) on attention (`masking.py`) and follow
-the gradient of the answer's log-probability; inference is the same hard top-k as Grip's. That mask is
+the gradient of the reward, `probability` or `log_prob`; inference is the same hard top-k as Grip's. That mask is
 
 - soft_topk: sigmoid((s - nu) / tau), with nu solved so that the mask sums to k exactly; tau annealed from
   tau_start to tau_end (DiffPrune's budgeted map without its denoiser);
