@@ -303,7 +303,9 @@ def main() -> None:
         got = outcome(case)
         if not re.search(case.says, got, re.S):
             raise SystemExit(f"{case.wrong}: expected {case.says!r}, got {got!r}")
-        got = re.sub(r"(known are|supported are) \w+(, (?!or )\w+)*", r"\1 ...", " ".join(got.split())).replace("|", "\\|")
+        got = re.sub(r"(known are|supported are) \w+(, (?!or )\w+)*", r"\1 ...", " ".join(got.split())).replace(
+            "|", "\\|"
+        )
         rows.append(f"| {case.wrong} | `{case.typed}` | {got} |")
     PAGE.write_text(
         "# Bad input, and what comes back\n\n"
