@@ -1,6 +1,6 @@
 """results/grip-arms-train.json: how the arms of runs/grip_arms.sh trained, from their folders.
 
-python runs/grip_arms_train.py FOLDER     with the arms in it, such as .lab/grip/arms
+python runs/grip_arms_train.py FOLDER [NAME]     with runs named ARM-SEED in it, such as .lab/grip/arms; for results/NAME
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def main() -> None:
             name, _, seed = folder.name.rpartition("-")
             arms[name][seed] = run(folder)
     result = {"command": command_line(), **environment(), "arms": arms}
-    (ROOT / "results" / "grip-arms-train.json").write_text(json.dumps(result, indent=1) + "\n")
+    name = sys.argv[2] if len(sys.argv) > 2 else "grip-arms-train.json"
+    (ROOT / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

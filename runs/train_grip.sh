@@ -5,7 +5,9 @@
 #   bash runs/train_grip.sh
 #
 # Needs `pip install -e .[lab,train]`. Two chains at a time (JOBS=2), one thread each: the scorer that reads the question,
-# and the other two.
+# and the other two. Run in one pass on 2026-11-23, two cores that did other work besides: questions 1.5 minutes, both
+# chains 56, export and validation 20 or so. In that pass all three had BUDGETS below; of its scorers only the blind one
+# ships, the others were no better than those of 2026-11-22, made by these commands one by one (docs/log.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}
@@ -14,8 +16,8 @@ JOBS=${JOBS:-2}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # spinning OpenMP threads cost more than they give on a busy machine
 
 DATA="--data $WORK/train/questions.jsonl --val-data $WORK/val/questions.jsonl --bf16"
-GRPO="--scale-rewards budget --num-iterations 2 --keep-high 0.25"
-GRPO="$GRPO --val-every 200 --val-questions 512 --val-keeps 0.125,0.06,0.03,0.015"
+GRPO="--keep-high 0.25 --val-every 200 --val-questions 512 --val-keeps 0.125,0.06,0.03,0.015"
+BUDGETS="--scale-rewards budget --num-iterations 2"
 # shellcheck source=runs/jobs.sh
 . runs/jobs.sh
 
@@ -46,7 +48,7 @@ question() {
 others() {
   train warmup warmup-blind --no-question --warmup-steps 400
   # shellcheck disable=SC2086
-  train grpo blind $GRPO --no-question --start "$WORK/warmup-blind" --steps 600
+  train grpo blind $GRPO $BUDGETS --no-question --start "$WORK/warmup-blind" --steps 600
   local size=(--width 64 --blocks 2)
   train warmup small/warmup "${size[@]}" --warmup-steps 800 --val-every 200
   legs small/ "${size[@]}"

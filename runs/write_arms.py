@@ -34,7 +34,7 @@ TOLD = {
     "by_budget": "GRPO, advantages scaled by the spread at about the same budget",
     "sums": "GRPO, gradients summed over a subset's tokens (`dr_grpo`), not averaged",
     "sums_by_budget": "GRPO, both of these",
-    "twice_by_budget": "GRPO, two optimiser steps a batch and advantages scaled by budget: what ships now",
+    "twice_by_budget": "GRPO, two optimiser steps a batch and advantages scaled by budget",
     "four_times": "GRPO, four optimiser steps a batch of rollouts",
     "faster": "GRPO, twice the learning rate",
     "twice": "GRPO, two optimiser steps a batch of rollouts",

@@ -9,6 +9,7 @@ from typing import Any
 
 from write_results import header
 
+from gripvlm import get_pruner
 from gripvlm.report import markdown, plot
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,16 @@ def sentence(name: str, scores: Cells) -> str:
     return f"- `{name}`: {said}."
 
 
+def earlier(results: list[dict[str, Any]]) -> list[str]:
+    """Which scorers ship with other weights than those that were measured here."""
+    of = {row["pruner"]: row["pruner_config"].get("weights") for one in results for row in one["means"]}
+    old = [name for name, weights in of.items() if name.startswith("grip") and weights != get_pruner(name).weights]
+    if not old:
+        return []
+    names = ", ".join(f"`{name}`" for name in old)
+    return [f"Another scorer ships since as {names}: [grip-results.md](grip-results.md).", ""]
+
+
 def main() -> None:
     results = [json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("lab-grid", "lab-grid-llm")]
     tables = [[*result["rows"], *result["means"]] for result in results]
@@ -80,6 +91,7 @@ def main() -> None:
         "was trained for this model, the others were not trained at all. Paired differences, times and pictures:",
         "[lab-grid/report.md](lab-grid/report.md).",
         "",
+        *earlier(results),
         "## Where each wins and where it fails",
         "",
         "Written from the tables below, none by hand; a difference of a few points is within the intervals.",

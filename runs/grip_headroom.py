@@ -1,0 +1,73 @@
+"""results/grip-headroom.json: what is there to win at each budget, on validation questions of the lab.
+
+    python runs/grip_headroom.py VAL.jsonl [SCORER ...]
+
+The mean probability of the right answer (and the share of questions where it is the model's first choice) with all
+tokens, with each scorer's choice, and under the oracle: the question's own evidence first, then tokens at random.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gripvlm import lab
+from gripvlm.budget import Budget
+from gripvlm.evaluate import environment
+from gripvlm.evaluate.environment import command_line
+from gripvlm.loading import quiet
+from gripvlm.pruners.base import top_k
+from gripvlm.pruners.grip import SHIPPED
+from gripvlm.scorer import Scorer
+from gripvlm.train.data import load_questions
+from gripvlm.train.rewards import probability
+from gripvlm.train.rollout import Batch, Engine
+from gripvlm.train.validation import Validator
+
+ROOT = Path(__file__).parent.parent
+KEEPS, QUESTIONS = (0.5, 0.25, 0.125, 0.06, 0.03, 0.015), 640
+
+
+def evidence(batch: Batch, keep: float) -> list[list[Tensor]]:
+    """[B][1] the oracle's choice."""
+    found = []
+    for sample, (tokens,) in zip(batch.samples, batch.tokens, strict=True):
+        worth = torch.rand(tokens.n) / 2
+        worth[list(sample.evidence)] += 1
+        found.append([top_k(worth, Budget(keep).count(tokens.n))])
+    return found
+
+
+def main() -> None:
+    quiet()
+    torch.manual_seed(0)
+    engine = Engine(*lab.load())
+    questions = load_questions(sys.argv[1])[:QUESTIONS]
+    validator = Validator(engine, questions, KEEPS, probability)
+    scorers = {"shipped": SHIPPED / "question"} | {Path(name).name: Path(name) for name in sys.argv[2:]}
+    found: dict[str, Any] = {name: validator.judge(Scorer.from_pretrained(path)) for name, path in scorers.items()}
+    sums: dict[str, Tensor] = {}
+    for batch in validator.batches or []:
+        choices = {"full": batch.everything} | {f"{keep:g}": evidence(batch, keep) for keep in KEEPS}
+        for name, kept in choices.items():
+            rollout = engine.run(batch, range(len(batch)), kept)
+            both = torch.stack((probability(rollout).sum(), rollout.exact.sum()))
+            sums[name] = sums.get(name, 0.0) + both / len(questions)
+    reward, exact = sums.pop("full").tolist()
+    found["full"] = {"reward": reward, "exact": exact}
+    found["oracle"] = {
+        f"{what}@{keep}": value
+        for keep, both in sums.items()
+        for what, value in zip(("reward", "exact"), both.tolist(), strict=True)
+    }
+    result = {"command": command_line(), **environment(), "questions": len(questions), "keeps": KEEPS, "judged": found}
+    (ROOT / "results" / "grip-headroom.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
