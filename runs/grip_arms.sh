@@ -53,14 +53,20 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     fours) echo "grpo $RUN $start --steps $STEPS --num-generations 4 --images 16" ;;
     value) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
     no_budget) echo "grpo $RUN --start $WORK/arms/warmup_no_budget-$2 --steps $STEPS --no-budget" ;;
+    warmup_blind) echo "warmup $RUN --no-question --warmup-steps 400" ;;
+    blind) echo "grpo $RUN --no-question --start $WORK/arms/warmup_blind-$2 --steps 600" ;;
+    blind_by_budget)
+      echo "grpo $RUN --no-question --start $WORK/arms/warmup_blind-$2 --steps 600 --num-iterations 2 --scale-rewards budget"
+      ;;
     *) echo "unknown arm $1: type one of $FIRST $THEN" >&2; return 1 ;;
   esac
 }
 
-FIRST="warmup warmup_no_budget" # others start from them
+FIRST="warmup warmup_no_budget warmup_blind" # others start from them
 THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed dynamicvit diffprune
   warmup_longer three_budgets only_3 only_12 averaged antithetic value band no_budget self_critical
-  twice by_budget twice_by_budget faster four_times fours sums sums_by_budget"
+  twice by_budget twice_by_budget faster four_times fours sums sums_by_budget blind
+  blind_by_budget"
 
 one() { # NAME-SEED
   local name=${1%-*} seed=${1##*-} settings
@@ -83,7 +89,11 @@ if [ -n "${LIST:-}" ]; then
 fi
 # shellcheck source=runs/jobs.sh
 . runs/jobs.sh
-case " $asked " in *" warmup_no_budget "* | *" no_budget "*) ;; *) FIRST=warmup ;; esac
+FIRST=$(for name in $FIRST; do # those that are asked for, or that one that is asked for starts from
+  for other in $asked; do
+    case "$(arm "$other" 0) $other" in *"/$name-0 "* | *" $name") echo "$name" && break ;; esac
+  done
+done)
 [ -d "$WORK/train" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/train" --split train --pictures 4000
 [ -d "$WORK/val" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/val" --split val --pictures 150
 # shellcheck disable=SC2046,SC2086

@@ -5,8 +5,8 @@
 #   bash runs/train_grip.sh
 #
 # Needs `pip install -e .[lab,train]`. Two chains at a time (JOBS=2), one thread each: the scorer that reads the question,
-# and the other two. Run in one pass on 2026-11-23, two cores that did other work besides: questions 1.5 minutes, both
-# chains 56, export and validation 20 or so. In that pass all three had BUDGETS below; of its scorers only the blind one
+# and the other two. Run in one pass on 2026-11-23, 83 minutes on two cores that did other work besides: questions 1.5,
+# both chains 56, validation and export 26. In that pass all three had BUDGETS below; of its scorers only the blind one
 # ships, the others were no better than those of 2026-11-22, made by these commands one by one (docs/log.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."

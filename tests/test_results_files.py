@@ -15,7 +15,7 @@ from gripvlm.evaluate.schema import checked_result, published, violations
 from tiny_results import made_up
 
 RESULTS = Path(__file__).parents[1] / "results"
-COMMITTED = ["grip", "grip-shipped", "lab-grid", "lab-grid-llm", "lab", "ci-slice"]
+COMMITTED = ["grip", "grip-shipped", "grip-blind", "lab-grid", "lab-grid-llm", "lab", "ci-slice"]
 
 
 @pytest.fixture(scope="module")
