@@ -1,6 +1,8 @@
 """results/grip-arms-train.json: how the arms of runs/grip_arms.sh trained, from their folders.
 
-python runs/grip_arms_train.py FOLDER [NAME]     with runs named ARM-SEED in it, such as .lab/grip/arms; for results/NAME
+python runs/grip_arms_train.py FOLDER [NAME]     with runs named ARM-SEED in it, such as .lab/grip/arms
+
+NAME is another file's in results/.
 """
 
 from __future__ import annotations

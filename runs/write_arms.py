@@ -39,6 +39,9 @@ TOLD = {
     "faster": "GRPO, twice the learning rate",
     "twice": "GRPO, two optimiser steps a batch of rollouts",
     "fours": "GRPO, four times as many questions with 4 subsets each",
+    "warmup_blind": "supervised warm-up of a scorer that does not read the question",
+    "blind": "GRPO from there, not reading the question either, 600 steps",
+    "blind_by_budget": "the same with two optimiser steps a batch and advantages scaled by budget",
     "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
     "self_critical": "GRPO, compared with the greedy subset (15 subsets and that one)",
     "told_6": "`grpo`, its scorer always told 6 %",
@@ -195,7 +198,7 @@ def main() -> None:
     train = json.loads((ROOT / "results" / "grip-arms-train.json").read_text())
     keeps, arms = study.keeps, study.arms
     n = sum(map(len, study.asked.values()))
-    against = [name for name in (*arms, *OTHERS) if name != "grpo"]
+    against = [name for name in (*arms, *OTHERS) if name != "grpo" and "blind" not in name]
     page = [
         "# How to train a scorer: the study",
         "",
@@ -256,6 +259,16 @@ def main() -> None:
                 ],
             ),
         ]
+    pairs = [pair for pair in UNASKED if {*pair} <= {*arms, *OTHERS, "full"}]
+    if pairs:
+        page += [
+            "## Without the question",
+            "",
+            "A scorer that does not read the question chooses once an image, and the choice can be kept. Its warm-up",
+            "is far from the full model where tokens are few, so there is more for GRPO to win.",
+            "",
+            *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
+        ]
     pairs = [pair for pair in BUDGET if {*pair} <= {*arms}]
     if pairs:
         page += [
@@ -289,6 +302,10 @@ def short(result: dict) -> str:
     return f"{arms}; commit `{git['commit'][:10]}`{dirty}."
 
 
+UNASKED = (
+    *(("blind_by_budget", other) for other in ("warmup_blind", "blind", "full", "mmr(norm)", "cdpruner", "divprune")),
+    ("blind", "warmup_blind"),
+)
 BUDGET = (("grpo", "told_6"), ("grpo", "no_budget"), ("warmup", "warmup_no_budget"))
 CALMER = {
     **dict.fromkeys(("averaged", "antithetic", "band", "self_critical"), "grpo"),

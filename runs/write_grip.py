@@ -12,7 +12,7 @@ from gripvlm import get_pruner
 from gripvlm.report import markdown, plot
 
 ROOT = Path(__file__).parent.parent
-BLIND = "grip:scorer=lab-blind"
+BLIND, BLIND_BEFORE = "grip:scorer=lab-blind", "blind, before"
 EARLIER = "second_leg"
 """What `grip` is called in results that were measured with the scorer that shipped before."""
 RANDOM = "random:llava-0.5b"
@@ -82,6 +82,12 @@ def main() -> None:
     lines = [line(["Grip minus", *(f"{100 * float(keep):g} %" for keep in keeps)])]
     lines.append(line(["---", *["---:"] * len(keeps)]))
     lines += [line([f"`{name}`", *(paired(scored, "grip", name, keep) for keep in keeps)]) for name in others]
+    earlier = {(task, BLIND_BEFORE, keep): one for (task, name, keep), one in read("grip").items() if name == BLIND}
+    free = scored | earlier
+    without = [line([f"`{BLIND}` minus", *(f"{100 * float(keep):g} %" for keep in keeps)])]
+    without.append(line(["---", *["---:"] * len(keeps)]))
+    for name in ("full", "warmup_blind", BLIND_BEFORE, "mmr(norm)", "cdpruner", "divprune", "norm", "grid", "random"):
+        without.append(line([f"`{name}`", *(paired(free, BLIND, name, keep) for keep in keeps)]))
     rows = [*result["rows"], *result["means"]]
     plot(rows, ROOT / "docs" / "grip.png")
     full = next(row for row in result["means"] if row["pruner"] == "full")
@@ -101,6 +107,11 @@ def main() -> None:
         "its whole image at every budget; `oracle` keeps each question's own evidence, which no pruner could know.",
         "",
         *lines,
+        "",
+        "Without the question (one choice serves all questions about an image), and so like most heuristics;",
+        f"`{BLIND_BEFORE}` is the scorer that shipped before, from the same warm-up by plain GRPO:",
+        "",
+        *without,
         "",
         "## Scores",
         "",
