@@ -41,7 +41,8 @@ TOLD = {
     "fours": "GRPO, four times as many questions with 4 subsets each",
     "warmup_blind": "supervised warm-up of a scorer that does not read the question",
     "blind": "GRPO from there, not reading the question either, 600 steps",
-    "blind_by_budget": "the same with two optimiser steps a batch and advantages scaled by budget",
+    "blind_budget": "the same with advantages scaled by budget",
+    "blind_by_budget": "the same with advantages scaled by budget and two optimiser steps a batch",
     "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
     "self_critical": "GRPO, compared with the greedy subset (15 subsets and that one)",
     "told_6": "`grpo`, its scorer always told 6 %",
@@ -305,6 +306,8 @@ def short(result: dict) -> str:
 UNASKED = (
     *(("blind_by_budget", other) for other in ("warmup_blind", "blind", "full", "mmr(norm)", "cdpruner", "divprune")),
     ("blind", "warmup_blind"),
+    ("blind_budget", "blind"),
+    ("blind_by_budget", "blind_budget"),
 )
 BUDGET = (("grpo", "told_6"), ("grpo", "no_budget"), ("warmup", "warmup_no_budget"))
 CALMER = {
