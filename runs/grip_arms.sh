@@ -54,7 +54,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     value) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
     no_budget) echo "grpo $RUN --start $WORK/arms/warmup_no_budget-$2 --steps $STEPS --no-budget" ;;
     warmup_blind) echo "warmup $RUN --no-question --warmup-steps 400" ;;
-    blind) echo "grpo $RUN --no-question --start $WORK/arms/warmup_blind-$2 --steps 600" ;;
+    blind_plain) echo "grpo $RUN --no-question --start $WORK/arms/warmup_blind-$2 --steps 600" ;;
     blind_budget) echo "grpo $RUN --no-question --start $WORK/arms/warmup_blind-$2 --steps 600 --scale-rewards budget" ;;
     blind_by_budget)
       echo "grpo $RUN --no-question --start $WORK/arms/warmup_blind-$2 --steps 600 --num-iterations 2 --scale-rewards budget"
@@ -66,7 +66,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
 FIRST="warmup warmup_no_budget warmup_blind" # others start from them
 THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed dynamicvit diffprune
   warmup_longer three_budgets only_3 only_12 averaged antithetic value band no_budget self_critical
-  twice by_budget twice_by_budget faster four_times fours sums sums_by_budget blind
+  twice by_budget twice_by_budget faster four_times fours sums sums_by_budget blind_plain
   blind_budget blind_by_budget"
 
 one() { # NAME-SEED

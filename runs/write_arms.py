@@ -40,7 +40,7 @@ TOLD = {
     "twice": "GRPO, two optimiser steps a batch of rollouts",
     "fours": "GRPO, four times as many questions with 4 subsets each",
     "warmup_blind": "supervised warm-up of a scorer that does not read the question",
-    "blind": "GRPO from there, not reading the question either, 600 steps",
+    "blind_plain": "GRPO from there, not reading the question either, 600 steps",
     "blind_budget": "the same with advantages scaled by budget",
     "blind_by_budget": "the same with advantages scaled by budget and two optimiser steps a batch",
     "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
@@ -304,9 +304,9 @@ def short(result: dict) -> str:
 
 
 UNASKED = (
-    *(("blind_by_budget", other) for other in ("warmup_blind", "blind", "full", "mmr(norm)", "cdpruner", "divprune")),
-    ("blind", "warmup_blind"),
-    ("blind_budget", "blind"),
+    *(("blind_by_budget", other) for other in ("warmup_blind", "blind_plain", "full", "mmr(norm)", "cdpruner", "divprune")),
+    ("blind_plain", "warmup_blind"),
+    ("blind_budget", "blind_plain"),
     ("blind_by_budget", "blind_budget"),
 )
 BUDGET = (("grpo", "told_6"), ("grpo", "no_budget"), ("warmup", "warmup_no_budget"))
