@@ -304,7 +304,7 @@ def short(result: dict) -> str:
 
 
 UNASKED = (
-    *(("blind_by_budget", other) for other in ("warmup_blind", "blind_plain", "full", "mmr(norm)", "cdpruner", "divprune")),
+    *(("blind_by_budget", other) for other in ("warmup_blind", "blind_plain", "full", *OTHERS[:3])),
     ("blind_plain", "warmup_blind"),
     ("blind_budget", "blind_plain"),
     ("blind_by_budget", "blind_budget"),
