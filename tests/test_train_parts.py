@@ -54,7 +54,7 @@ def test_budgets_that_are_listed_are_drawn_alike_and_no_others():
     found, counts = keeps("choices", choices="0.5,0.03,0.5,1").unique(return_counts=True)
     assert found.tolist() == [30, 500, 1000]
     assert (counts / (4000 / 3) - 1).abs().max() < 0.1
-    for budgets, choices, told in (("choices", "", "keep_choices = ''"), ("fixed", "0.5", "by budgets = 'choices'")):
+    for budgets, choices, told in (("choices", "", "type --keep-choices"), ("fixed", "0.5", "by budgets = 'choices'")):
         with pytest.raises(TrainError, match=told):
             tiny_config(budgets=budgets, keep_choices=choices)
 
