@@ -47,7 +47,10 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
         (["--keep-low", "0.6"], "type shares in (0, 1], the low one at most the high one"),
         (["--width", "18"], "width = 18, heads = 4, blocks = 1: type a width that is a multiple of the heads"),
         (["--budgets", "choices"], "type --keep-choices 0.25"),
-        (["warmup", "--num-iterations", "2"], "--num-iterations has no effect in warmup: leave it out (only grpo would read it"),
+        (
+            ["warmup", "--num-iterations", "2"],
+            "--num-iterations has no effect in warmup: leave it out (only grpo would",
+        ),
         (["grpo", "--tau-end", "0.1"], "--tau-end has no effect in grpo"),
         (["relaxed", "--band", "3"], "--band has no effect in relaxed"),
         (["--samples", "3"], "--samples has no effect in warm-up and GRPO: leave it out (only relaxed would read it"),

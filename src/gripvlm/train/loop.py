@@ -1,8 +1,8 @@
 """The loop that every stage shares: steps, validation, checkpoints, Ctrl-C, several processes.
 
-All random numbers come from (seed, stage, step, micro-batch), those that choose data from (seed, micro-batch), so a run
-that was killed and goes on is the same run bit for bit (but for `max_minutes`: then the rate follows the clock), and two
-processes with one micro-batch each are one process with two.
+All random numbers come from (seed, stage, step, micro-batch), those that choose data from (seed, micro-batch), so a
+run that was killed and goes on is the same run bit for bit (but for `max_minutes`: then the rate follows the clock),
+and two processes with one micro-batch each are one process with two.
 """
 
 from __future__ import annotations
