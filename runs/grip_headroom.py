@@ -3,7 +3,9 @@
     python runs/grip_headroom.py VAL.jsonl [SCORER ...]
 
 The mean probability of the right answer (and the share of questions where it is the model's first choice) with all
-tokens, with each scorer's choice, and under the oracle: the question's own evidence first, then tokens at random.
+tokens, with each scorer's choice, and under the oracle: the question's own evidence first, then tokens at random. And,
+on the first questions, `spread`: how much that probability differs (standard deviation) between the subsets that a
+scorer's Plackett-Luce law draws for one question, which is what GRPO learns from.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from gripvlm.budget import Budget
 from gripvlm.evaluate import environment
 from gripvlm.evaluate.environment import command_line
 from gripvlm.loading import quiet
+from gripvlm.policy import PlackettLuce
 from gripvlm.pruners.base import top_k
 from gripvlm.pruners.grip import SHIPPED
 from gripvlm.scorer import Scorer
@@ -31,6 +34,7 @@ from gripvlm.train.validation import Validator
 
 ROOT = Path(__file__).parent.parent
 KEEPS, QUESTIONS = (0.5, 0.25, 0.125, 0.06, 0.03, 0.015), 640
+BATCHES, DRAWS = 3, 16  # of 32 questions, and subsets a question, for the spread
 
 
 def evidence(batch: Batch, keep: float) -> list[list[Tensor]]:
@@ -43,6 +47,20 @@ def evidence(batch: Batch, keep: float) -> list[list[Tensor]]:
     return found
 
 
+def spread(engine: Engine, batches: list[Batch], scorer: Scorer, keep: float) -> float:
+    """Mean over questions of the reward's standard deviation between drawn subsets."""
+    found = []
+    for batch in batches:
+        seen = batch.for_scorer(scorer.config.question)
+        kept = torch.tensor([Budget(keep).count(n) for n in seen.sizes.tolist()])
+        with torch.no_grad():
+            picks = PlackettLuce(seen.score(scorer, kept), kept, seen.valid).sample(DRAWS)
+        rows = [sample for sample in range(len(batch)) for _ in range(DRAWS)]
+        subsets = [[one[one >= 0].sort().values] for mine in picks for one in mine]
+        found.append(probability(engine.run(batch, rows, subsets)).view(-1, DRAWS).std(-1))
+    return float(torch.cat(found).mean())
+
+
 def main() -> None:
     quiet()
     torch.manual_seed(0)
@@ -51,6 +69,10 @@ def main() -> None:
     validator = Validator(engine, questions, KEEPS, probability)
     scorers = {"shipped": SHIPPED / "question"} | {Path(name).name: Path(name) for name in sys.argv[2:]}
     found: dict[str, Any] = {name: validator.judge(Scorer.from_pretrained(path)) for name, path in scorers.items()}
+    some = (validator.batches or [])[:BATCHES]
+    for name, path in scorers.items():
+        scorer = Scorer.from_pretrained(path)
+        found[name] |= {f"spread@{keep:g}": spread(engine, some, scorer, keep) for keep in KEEPS}
     sums: dict[str, Tensor] = {}
     for batch in validator.batches or []:
         choices = {"full": batch.everything} | {f"{keep:g}": evidence(batch, keep) for keep in KEEPS}

@@ -6,8 +6,8 @@
 #
 # Needs `pip install -e .[lab,train]`. Two chains at a time (JOBS=2), one thread each: the scorer that reads the question,
 # and the other two. Run in one pass on 2026-11-23, 83 minutes on two cores that did other work besides: questions 1.5,
-# both chains 56, validation and export 26. In that pass all three had BUDGETS below; of its scorers only the blind one
-# ships, the others were no better than those of 2026-11-22, made by these commands one by one (docs/log.md).
+# both chains 56, validation and export 26. In that pass all three had BUDGETS below; only its blind scorer ships. The other
+# two are of 2026-11-22 and -23, made by these commands one by one (docs/log.md says how they compare).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}
@@ -15,9 +15,9 @@ PYTHON=${PYTHON:-.venv/bin/python}
 JOBS=${JOBS:-2}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # spinning OpenMP threads cost more than they give on a busy machine
 
-DATA="--data $WORK/train/questions.jsonl --val-data $WORK/val/questions.jsonl --bf16"
-GRPO="--keep-high 0.25 --val-every 200 --val-questions 512 --val-keeps 0.125,0.06,0.03,0.015"
-BUDGETS="--scale-rewards budget --num-iterations 2"
+DATA=(--data "$WORK/train/questions.jsonl" --val-data "$WORK/val/questions.jsonl" --bf16)
+GRPO=(--keep-high 0.25 --val-every 200 --val-questions 512 --val-keeps 0.125,0.06,0.03,0.015)
+BUDGETS=(--scale-rewards budget --num-iterations 2)
 # shellcheck source=runs/jobs.sh
 . runs/jobs.sh
 
@@ -26,18 +26,15 @@ train() { # STAGE FOLDER ARGUMENTS...
   shift 2
   mkdir -p "$WORK/$folder"
   echo "$(date +%T) $folder"
-  # shellcheck disable=SC2086
-  "$PYTHON" -m gripvlm train "$stage" $DATA --out "$WORK/$folder" "$@" >>"$WORK/$folder/log" 2>&1 ||
+  "$PYTHON" -m gripvlm train "$stage" "${DATA[@]}" --out "$WORK/$folder" "$@" >>"$WORK/$folder/log" 2>&1 ||
     { echo "$folder ended before its time: $WORK/$folder/log" >&2; exit 1; }
 }
 
 legs() { # FOLDER ARGUMENTS...: two runs of GRPO in a row
   local folder=$1
   shift
-  # shellcheck disable=SC2086
-  train grpo "${folder}first" $GRPO --start "$WORK/${folder}warmup" --steps 800 --learning-rate 3e-4 "$@"
-  # shellcheck disable=SC2086
-  train grpo "${folder}question" $GRPO --start "$WORK/${folder}first" --steps 800 --learning-rate 4e-4 --seed 1 "$@"
+  train grpo "${folder}first" "${GRPO[@]}" --start "$WORK/${folder}warmup" --steps 800 --learning-rate 3e-4 "$@"
+  train grpo "${folder}question" "${GRPO[@]}" --start "$WORK/${folder}first" --steps 800 --learning-rate 4e-4 --seed 1 "$@"
 }
 
 question() {
@@ -47,8 +44,7 @@ question() {
 
 others() {
   train warmup warmup-blind --no-question --warmup-steps 400
-  # shellcheck disable=SC2086
-  train grpo blind $GRPO $BUDGETS --no-question --start "$WORK/warmup-blind" --steps 600
+  train grpo blind "${GRPO[@]}" "${BUDGETS[@]}" --no-question --start "$WORK/warmup-blind" --steps 600
   local size=(--width 64 --blocks 2)
   train warmup small/warmup "${size[@]}" --warmup-steps 800 --val-every 200
   legs small/ "${size[@]}"

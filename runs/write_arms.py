@@ -266,7 +266,8 @@ def main() -> None:
             "## Without the question",
             "",
             "A scorer that does not read the question chooses once an image, and the choice can be kept. Its warm-up",
-            "is far from the full model where tokens are few, so there is more for GRPO to win.",
+            "is far from the full model where tokens are few, so there is more for GRPO to win. Seed 0 has the scorers",
+            "of `runs/train_grip.sh` (and the one that shipped before), the same but for how often they were validated.",
             "",
             *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
         ]
