@@ -267,7 +267,7 @@ def main() -> None:
             "",
             "A scorer that does not read the question chooses once an image, and the choice can be kept. Its warm-up",
             "is far from the full model where tokens are few, so there is more for GRPO to win. Seed 0 has the scorers",
-            "of `runs/train_grip.sh` (and the one that shipped before), the same but for how often they were validated.",
+            "of `runs/train_grip.sh` and the one that shipped before, alike but for how often they were judged.",
             "",
             *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
         ]
