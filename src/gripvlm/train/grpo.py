@@ -44,8 +44,8 @@ def advantages(
         baseline: [B] what rewards are compared with; by default the group's mean.
         share: [B] of the tokens that are kept; `budget` needs it.
 
-    Rewards differ far less between subsets where many tokens are kept, so with one scale for all budgets the small
-    ones have nearly all of the gradient; with a scale of its own, a group that hardly differs is noise made loud.
+    Rewards differ less between subsets where many tokens are kept, so with one scale for all budgets the small
+    ones have most of the gradient; with a scale of its own, a group that hardly differs is noise made loud.
     `budget`, ours, is between them: mean squares of all groups, weighted by a Gaussian in the logarithm of the share
     with a standard deviation of half an octave.
     """
