@@ -44,10 +44,9 @@ def advantages(
         baseline: [B] what rewards are compared with; by default the group's mean.
         share: [B] of the tokens that are kept; `budget` needs it.
 
-    Rewards differ less between subsets where many tokens are kept, so with one scale for all budgets the small
-    ones have most of the gradient; with a scale of its own, a group that hardly differs is noise made loud.
-    `budget`, ours, is between them: mean squares of all groups, weighted by a Gaussian in the logarithm of the share
-    with a standard deviation of half an octave.
+    With one scale for all, the budgets at which rewards differ most have most of the gradient; with a scale of its
+    own, a group that hardly differs is noise made loud. `budget`, ours, is between them: mean squares of all groups,
+    weighted by a Gaussian in the logarithm of the share with a standard deviation of half an octave.
     """
     centred = rewards - (rewards.mean(-1) if baseline is None else baseline)[:, None]
     useful = centred.abs().amax(-1) > 1e-6
