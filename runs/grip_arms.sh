@@ -19,6 +19,7 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 DATA="--data $WORK/train/questions.jsonl --val-data $WORK/val/questions.jsonl --bf16"
 VAL="--val-every 150 --val-questions 256 --val-keeps 0.125,0.06,0.03,0.015"
 RUN="$DATA $VAL --keep-high 0.25"
+CHOICES="$DATA $VAL --budgets choices --keep-choices"
 
 arm() { # NAME SEED: the arguments of `gripvlm train`
   local start="--start $WORK/arms/warmup-$2"
@@ -36,9 +37,9 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     perturbed) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation perturbed" ;;
     dynamicvit) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation dynamicvit" ;;
     diffprune) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation diffprune" ;;
-    three_budgets) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.25,0.06,0.015" ;;
-    only_12) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.125" ;;
-    only_3) echo "grpo $RUN $start --steps $STEPS --budgets choices --keep-choices 0.03" ;;
+    three_budgets) echo "grpo $CHOICES 0.25,0.06,0.015 $start --steps $STEPS" ;;
+    only_12) echo "grpo $CHOICES 0.125 $start --steps $STEPS" ;;
+    only_3) echo "grpo $CHOICES 0.03 $start --steps $STEPS" ;;
     antithetic) echo "grpo $RUN $start --steps $STEPS --antithetic" ;;
     averaged) echo "grpo $RUN $start --steps $STEPS --ema-decay 0.98" ;;
     band) echo "grpo $RUN $start --steps $STEPS --band 8" ;;

@@ -14,7 +14,7 @@ from gripvlm import lab
 from gripvlm.cli import main
 from gripvlm.scorer import Scorer
 from gripvlm.train import TrainConfig, read_toml
-from tiny_train import stopping, tiny_vlm, write_jsonl
+from tiny_train import stopping, tiny_scorer, tiny_vlm, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
         (["--data", "nothing.jsonl"], "no file 'nothing.jsonl'"),
         (["--reward", "nonsense"], "unknown reward 'nonsense'"),
         (["--teacher", "nobody"], "unknown teacher 'nobody'"),
-        (["--teacher-layers", "9"], "teacher_layers = '9': type numbers from 0 to 1"),
+        (["--teacher", "attention", "--teacher-layers", "9"], "teacher_layers = '9': type numbers from 0 to 1"),
         (["--config", "nothing.toml"], "no config file 'nothing.toml'"),
         (["--val-keeps", "50%"], "val_keeps = '50%'"),
         (["--keep-low", "0.6"], "type shares in (0, 1], the low one at most the high one"),
@@ -49,12 +49,20 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
         (["--budgets", "choices"], "type --keep-choices 0.25"),
         (
             ["warmup", "--num-iterations", "2"],
-            "--num-iterations has no effect in warmup: leave it out (only grpo would",
+            "--num-iterations has no effect in warmup (only grpo would read it): leave it out",
         ),
         (["grpo", "--tau-end", "0.1"], "--tau-end has no effect in grpo"),
         (["relaxed", "--band", "3"], "--band has no effect in relaxed"),
-        (["--samples", "3"], "--samples has no effect in warm-up and GRPO: leave it out (only relaxed would read it"),
-        (["--val-data", "q.jsonl"], "16 of 16 validation questions are training questions too"),
+        (["--teacher-layers", "1"], "--teacher-layers has no effect with teacher gradient (it would with attention)"),
+        (["--epsilon", "0.1"], "--epsilon has no effect with num_iterations 1 (it would with 2 or more): leave it out"),
+        (["--budgets", "fixed", "--keep-high", "0.2"], "--keep-high has no effect with budgets fixed"),
+        (["--budgets", "choices", "--keep-choices", "0.1", "--keep-low", "0.2"], "--keep-low has no effect with"),
+        (["relaxed", "--samples", "3"], "--samples has no effect with relaxation soft_topk (it would with perturbed)"),
+        (["relaxed", "--relaxation", "dynamicvit", "--tau-end", "1"], "--tau-end has no effect with"),
+        (["warmup", "--num-generations", "8"], "--num-generations has no effect in warmup with teacher gradient"),
+        (["grpo", "--start", "nowhere"], "nowhere"),
+        (["--samples", "3"], "--samples has no effect in warm-up and GRPO (only relaxed would read it): leave it"),
+        (["--val-data", "q.jsonl"], "--val-share has no effect with val_data q.jsonl (it would with none)"),
     ],
 )
 def test_mistakes_are_one_paragraph(tiny_lab_here, capsys, flags, said):
@@ -64,6 +72,30 @@ def test_mistakes_are_one_paragraph(tiny_lab_here, capsys, flags, said):
     assert told.startswith("Error: ")
     assert "\n\n" not in told
     assert not Path("grip/config.toml").exists()
+
+
+def test_validation_questions_are_not_training_questions(tiny_lab_here, capsys):
+    assert main([*tiny_lab_here[:-2], "--val-data", "q.jsonl"]) == 2
+    assert "16 of 16 validation questions are training questions too" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_size_that_is_typed_is_asked_for_even_if_it_is_the_default(tiny_lab_here, capsys, vlm):
+    tiny_scorer(vlm[0]).save_pretrained("before")
+    given = [
+        *tiny_lab_here[:5],
+        "--val-share",
+        "0.3",
+        "grpo",
+        "--start",
+        "before",
+        "--steps",
+        "0",
+        "--val-keeps",
+        "0.5",
+    ]
+    assert main([*given, "--width", "128"]) == 2
+    assert "width = 128, but the scorer in before has 16" in " ".join(capsys.readouterr().err.split())
+    assert main(given) == 0
 
 
 def test_flags_win_over_the_file_and_ctrl_c_says_what_is_kept(tiny_lab_here, capsys, monkeypatch):

@@ -87,7 +87,7 @@ def test_sizes_of_another_scorer_are_refused(vlm, tmp_path):
 def test_a_folder_without_its_settings_is_refused(tmp_path):
     (tmp_path / "scorer.json").touch()
     with pytest.raises(TrainError, match=r"holds scorer\.json but no config\.toml"):
-        check_settings(tiny_config(out=str(tmp_path)), given=True)
+        check_settings(tiny_config(out=str(tmp_path)))
 
 
 def test_task_score_needs_answers(vlm, tmp_path):

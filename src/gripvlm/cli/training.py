@@ -27,9 +27,9 @@ def train_command(**given: Any) -> None:
     """
     from gripvlm.cli.commands import console
     from gripvlm.loading import load_model, quiet
-    from gripvlm.train import Interrupted, TrainConfig, read_toml, train
+    from gripvlm.train import Interrupted, TrainConfig, read_toml
     from gripvlm.train.processes import launched_device
-    from gripvlm.train.run import check_settings
+    from gripvlm.train.run import check_settings, train_on
 
     file: Path | None = given.pop("config")
     stage: str | None = given.pop("stage")
@@ -38,16 +38,14 @@ def train_command(**given: Any) -> None:
     if stage is not None:
         settings["stage"] = stage
     config = TrainConfig(**settings)
-    for name, stages in config.without_effect(name for name, value in given.items() if value is not None).items():
-        raise GripError(
-            f"{_flag(name)} has no effect in {'warm-up and GRPO' if config.stage == 'all' else config.stage}: leave it "
-            f"out (only {' and '.join(stages)} would read it)"
-        )
-    check_settings(config)
+    typed = [name for name, value in given.items() if value is not None]
+    for name, why in config.without_effect(typed).items():
+        raise GripError(f"{_flag(name)} has no effect {why}: leave it out")
+    questions, held = check_settings(config, typed=typed)
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)
     try:
-        pruner = train(config, model, processor, quiet=False)
+        pruner = train_on(questions, held, config, model, processor, quiet=False)
     except Interrupted as stop:
         print(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
         raise typer.Exit(130) from None

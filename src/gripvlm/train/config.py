@@ -18,12 +18,22 @@ __all__ = ["STAGES", "TrainConfig", "help_of", "read_toml", "reads", "shares", "
 STAGES = ("all", "warmup", "grpo", "relaxed")
 
 
-def _f(default: Any, help: str, *choices: str, of: tuple[str, ...] = ("warmup", "grpo", "relaxed")) -> Any:
-    """A setting; `of`: the stages that read it."""
-    return field(default=default, metadata={"help": help, "choices": choices, "stages": of})
+def _f(
+    default: Any,
+    help: str,
+    *choices: str,
+    of: tuple[str, ...] = ("warmup", "grpo", "relaxed"),
+    only: tuple[str, tuple[str, ...] | range] | None = None,
+) -> Any:
+    """A setting; `of`: the stages that read it; `only`: they do so where another setting has one of these values."""
+    return field(default=default, metadata={"help": help, "choices": choices, "stages": of, "only": only})
 
 
 _AFTER, _WARMUP, _GRPO, _RELAXED = ("grpo", "relaxed"), ("warmup",), ("grpo",), ("relaxed",)
+_RANGES = ("log_uniform", "uniform", "annealed")
+_LOW, _HIGH = ("budgets", (*_RANGES, "fixed")), ("budgets", _RANGES)
+_OFF_POLICY = ("num_iterations", range(2, 2**63))
+_ANNEALED = ("relaxation", ("soft_topk", "straight_through", "perturbed", "diffprune"))
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -40,7 +50,9 @@ class TrainConfig:
     stage: str = _f("all", "all (warm-up, then GRPO), warmup, grpo or relaxed", *STAGES)
     start: str = _f("", "a scorer to start from; by default a new one, or what the stage before left in --out")
     val_data: str = _f("", "validation questions; by default --val-share of --data's images")
-    val_share: float = _f(0.05, "share of images held out for validation where --val-data is not given")
+    val_share: float = _f(
+        0.05, "share of images held out for validation where --val-data is not given", only=("val_data", ("",))
+    )
     val_questions: int = _f(256, "validation questions at most")
     seed: int = _f(0, "of everything random")
     device: str = _f("", "such as cpu or cuda:0; by default an accelerator if there is one")
@@ -61,8 +73,10 @@ class TrainConfig:
         "log_uniform", "how a group's budget is drawn", "log_uniform", "uniform", "annealed", "fixed", "choices"
     )
     keep_choices: str = _f("", "the shares of tokens that budgets = choices draws from, such as 0.25,0.06,0.015")
-    keep_low: float = _f(0.015, "smallest share of tokens drawn (the only one for fixed)")
-    keep_high: float = _f(0.5, "largest share of tokens drawn")
+    keep_low: float = _f(
+        0.015, "smallest share of tokens drawn (the only one for fixed)", only=("budgets", (*_RANGES, "fixed"))
+    )
+    keep_high: float = _f(0.5, "largest share of tokens drawn", only=_HIGH)
     # optimiser
     steps: int = _f(1000, "of GRPO or the relaxed baseline", of=_AFTER)
     learning_rate: float = _f(
@@ -75,7 +89,12 @@ class TrainConfig:
     warmup_steps: int = _f(400, "of the supervised warm-up; 0 leaves it out", of=_WARMUP)
     warmup_learning_rate: float = _f(1e-3, "of the supervised warm-up", of=_WARMUP)
     teacher: str = _f("gradient", "attention, gradient, best_of_n or pruner:NAME", of=_WARMUP)
-    teacher_layers: str = _f("", "layers of the attention teacher, such as 2,3; by default the second half", of=_WARMUP)
+    teacher_layers: str = _f(
+        "",
+        "layers of the attention teacher, such as 2,3; by default the second half",
+        of=_WARMUP,
+        only=("teacher", ("attention",)),
+    )
     # GRPO
     policy: str = _f("plackett_luce", "distribution over subsets", "plackett_luce", "conditional_bernoulli", of=_GRPO)
     num_generations: int = _f(16, "G, subsets a question (of the teacher best_of_n too)", of=("warmup", "grpo"))
@@ -86,8 +105,8 @@ class TrainConfig:
     )
     own_answers: bool = _f(False, "force the unpruned model's own answers and not the data's")
     beta: float = _f(0.0, "weight of the KL divergence to the scorer that GRPO started from", of=_GRPO)
-    epsilon: float = _f(0.2, "clipping of the ratio, per token of the subset", of=_GRPO)
-    epsilon_high: float = _f(0.0, "upper clipping; 0 means epsilon", of=_GRPO)
+    epsilon: float = _f(0.2, "clipping of the ratio, per token of the subset", of=_GRPO, only=_OFF_POLICY)
+    epsilon_high: float = _f(0.0, "upper clipping; 0 means epsilon", of=_GRPO, only=_OFF_POLICY)
     num_iterations: int = _f(1, "optimiser steps a group of rollouts; 1 is strictly on-policy", of=_GRPO)
     scale_rewards: str = _f(
         "batch", "advantages are divided by this standard deviation", "group", "batch", "budget", "none", of=_GRPO
@@ -95,7 +114,7 @@ class TrainConfig:
     loss_type: str = _f(
         "grpo", "grpo: mean over a subset's tokens; dr_grpo: their sum over the image's", "grpo", "dr_grpo", of=_GRPO
     )
-    importance_sampling_level: str = _f("sequence", "of the ratio", "sequence", "token", of=_GRPO)
+    importance_sampling_level: str = _f("sequence", "of the ratio", "sequence", "token", of=_GRPO, only=_OFF_POLICY)
     entropy_coef: float = _f(0.0, "weight of the policy's entropy per token", of=_GRPO)
     temperature: float = _f(1.0, "divides the logits when subsets are drawn", of=_GRPO)
     antithetic: bool = _f(False, "subsets of a group come in antithetic pairs", of=_GRPO)
@@ -116,9 +135,11 @@ class TrainConfig:
         of=_RELAXED,
     )
     tau_start: float = _f(1.0, "temperature of the relaxation at the first step", of=_RELAXED)
-    tau_end: float = _f(0.02, "temperature of the relaxation at the last step", of=_RELAXED)
-    samples: int = _f(4, "noise samples of the perturbed relaxation", of=_RELAXED)
-    ratio_weight: float = _f(2.0, "weight of dynamicvit's loss on the share that it keeps", of=_RELAXED)
+    tau_end: float = _f(0.02, "temperature of the relaxation at the last step", of=_RELAXED, only=_ANNEALED)
+    samples: int = _f(4, "noise samples of the perturbed relaxation", of=_RELAXED, only=("relaxation", ("perturbed",)))
+    ratio_weight: float = _f(
+        2.0, "weight of dynamicvit's loss on the share that it keeps", of=_RELAXED, only=("relaxation", ("dynamicvit",))
+    )
     # running
     save_minutes: float = _f(5.0, "minutes between checkpoints; Ctrl-C writes one as well")
     val_every: int = _f(100, "steps between validations")
@@ -208,10 +229,22 @@ class TrainConfig:
         if self.policy != "plackett_luce" and (self.band or self.antithetic):
             raise TrainError("band and antithetic draws need Gumbel noise: type --policy plackett_luce")
 
-    def without_effect(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Those of the settings that no stage of this run reads, with the stages that do."""
+    def without_effect(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the settings that nothing in this run reads, with why."""
         mine = {"warmup", "grpo"} if self.stage == "all" else {self.stage}
-        return {name: reads(name) for name in names if not mine & {*reads(name)}}
+        found = {}
+        for name in names:
+            if not mine & {*reads(name)}:
+                here = "warm-up and GRPO" if self.stage == "all" else self.stage
+                found[name] = f"in {here} (only {' and '.join(reads(name))} would read it)"
+            elif only := self.__dataclass_fields__[name].metadata["only"]:
+                other, values = only
+                if (has := getattr(self, other)) not in values:
+                    wanted = f"{values.start} or more" if isinstance(values, range) else " or ".join(values) or "none"
+                    found[name] = f"with {other} {has} (it would with {wanted})"
+        if self.stage == "warmup" and self.teacher != "best_of_n" and "num_generations" in names:
+            found["num_generations"] = f"in warmup with teacher {self.teacher} (it would with best_of_n)"
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

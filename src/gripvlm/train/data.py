@@ -14,7 +14,7 @@ from gripvlm.errors import TrainError
 from gripvlm.tasks import JsonlTask, LabTask, Sample, Task, get_tasks
 from gripvlm.tasks.lab_tasks import SAMPLE as SHIPPED
 
-__all__ = ["Questions", "generator", "load_questions", "picture_of", "split"]
+__all__ = ["Questions", "generator", "load_questions", "name_of", "picture_of", "split"]
 
 
 def generator(seed: int, *names: object) -> torch.Generator:
@@ -141,7 +141,7 @@ class Questions:
             group = self._groups[self._order[1][index]]
             draw = torch.randperm(len(group), generator=generator(self.seed, "questions", place))
             chosen += [self.questions[group[i]] for i in draw[: self.each].tolist()]
-        return [pair for pair in chosen if _name(*pair) not in self.skipped]
+        return [pair for pair in chosen if name_of(*pair) not in self.skipped]
 
     def skip(self, pair: tuple[Task, Sample], why: str) -> None:
         """Leaves a question out from now on.
@@ -149,11 +149,11 @@ class Questions:
         Raises:
             TrainError: it was the last one.
         """
-        self.skipped[_name(*pair)] = why
-        if all(_name(*one) in self.skipped for one in self.questions):
+        self.skipped[name_of(*pair)] = why
+        if all(name_of(*one) in self.skipped for one in self.questions):
             raise TrainError(f"not one of {len(self.questions)} questions can be used; the last: {why}")
 
 
-def _name(task: Task, sample: Sample) -> str:
+def name_of(task: Task, sample: Sample) -> str:
     """Ids are unique in their task only."""
     return f"{task.name}/{sample.id}"

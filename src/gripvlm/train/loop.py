@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -29,7 +29,7 @@ from gripvlm.errors import GripError, TrainError
 from gripvlm.scorer import Scorer
 from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.train.config import TrainConfig
-from gripvlm.train.data import Questions, generator
+from gripvlm.train.data import Questions, generator, name_of
 from gripvlm.train.processes import Processes
 from gripvlm.train.rollout import Batch, Engine
 from gripvlm.train.validation import Validator
@@ -97,6 +97,7 @@ class Loop:
         self.checkpoint = folder / f"{stage.name}.ckpt"
         self.metrics = folder / "metrics.jsonl"
         self.stop = False
+        self.left_out: list[tuple[str, dict[str, Any]]] = []  # questions, in this step, by this process
 
     # --- the run ----------------------------------------------------------------------------------------------
 
@@ -158,25 +159,24 @@ class Loop:
             group["lr"] = stage.rate * min(1.0, (self.step + 1) / max(1.0, 0.03 * stage.steps)) * _cosine(progress)
         stage.scorer.train()
         mine = [m for m in range(config.accumulate) if m % self.processes.count == self.processes.rank]
-        running = []
-        for micro in mine:
-            number = self.step * config.accumulate + micro
-            batch = self._batch(number)
-            if batch is not None:
-                running.append(stage.losses(batch, progress, generator(config.seed, stage.name, self.step, micro)))
+        running = [self._losses(micro, progress) for micro in mine]
         collected: list[Stats] = []
         rounds = config.num_iterations if stage.name == "grpo" else 1
         norm = 0.0
-        for _ in range(rounds):
+        for last in (iteration == rounds - 1 for iteration in range(rounds)):
             self.optimiser.zero_grad(set_to_none=False)
             for losses in running:
-                loss, stats = next(losses)
+                loss, stats = next(losses, (None, {}))
+                if loss is None:  # every question of the micro-batch was left out
+                    continue
                 if not bool(loss.isfinite()):
                     raise TrainError(
                         f"the loss of {stage.name} is {float(loss)} at step {self.step}: lower --learning-rate"
                     )
                 (loss / config.accumulate).backward()
                 collected.append({"loss": float(loss.detach()), **stats})
+                if last:
+                    losses.close()  # lets go of the micro-batch before the next is made
             self.processes.add_gradients(self.weights)
             norm = float(nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm))
             if not math.isfinite(norm):
@@ -187,7 +187,15 @@ class Loop:
         keys = dict.fromkeys(key for stats in collected for key in stats)
         means = {key: _mean([stats[key] for stats in collected if key in stats]) for key in keys}
         means = self.processes.average(means)
+        self._share_left_out()
         return {"lr": self.optimiser.param_groups[0]["lr"], "grad_norm": norm, **means}
+
+    def _losses(self, micro: int, progress: float) -> Generator[tuple[Tensor, Stats], None, None]:
+        """The stage's losses of one micro-batch of this step, which is prepared when the first is asked for."""
+        batch = self._batch(self.step * self.config.accumulate + micro)
+        if batch is not None:
+            random = generator(self.config.seed, self.stage.name, self.step, micro)
+            yield from self.stage.losses(batch, progress, random)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -217,10 +225,21 @@ class Loop:
                 self.stage.engine.prepare([pair], own=self.config.own_answers)
             except (TaskError, TrainError) as why:
                 found = True
-                self._log({"step": self.step + 1, "skipped": pair[1].id, "task": pair[0].name, "why": str(why)})
+                line = {"step": self.step + 1, "skipped": pair[1].id, "task": pair[0].name, "why": str(why)}
+                self._log(line)
+                self.left_out.append((name_of(*pair), line))
                 self.data.skip(pair, str(why))
         if not found:
             raise error
+
+    def _share_left_out(self) -> None:
+        """What another process left out in this step is left out here too, and logged."""
+        for rank, found in enumerate(self.processes.everyones(self.left_out)):
+            for name, line in found:
+                self.data.skipped[name] = line["why"]
+                if rank:  # the first has logged its own
+                    self._log(line)
+        self.left_out = []
 
     # --- validation, log, checkpoint --------------------------------------------------------------------------
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gripvlm.errors import TrainError
 
 __all__ = ["Processes"]
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -62,18 +64,21 @@ class Processes:
         """Means over processes of the numbers that all of them have."""
         if self.count == 1:
             return stats
-        everyone = self._gather(stats)
+        everyone = self.everyones(stats)
         return {key: sum(s[key] for s in everyone) / len(everyone) for key in stats if all(key in s for s in everyone)}
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
-        return flag if self.count == 1 else any(self._gather(flag))
+        return any(self.everyones(flag))
 
     def largest(self, value: float) -> float:
         """The largest of all processes' values."""
-        return value if self.count == 1 else max(self._gather(value))
+        return max(self.everyones(value))
 
-    def _gather(self, value: Any) -> list[Any]:
+    def everyones(self, value: T) -> list[T]:
+        """The value of each process, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
         found: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(found, value)
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,9 +30,9 @@ from gripvlm.train.teachers import make_teacher
 from gripvlm.train.validation import Validator
 from gripvlm.train.warmup import WarmUp
 
-__all__ = ["check_settings", "train"]
+__all__ = ["check_settings", "train", "train_on"]
 
-Asked: TypeAlias = Sequence[tuple[Task, Sample]]
+Asked: TypeAlias = list[tuple[Task, Sample]]
 
 # Settings that the scorer itself has.
 _SIZES = ("width", "blocks", "heads", "question", "budget")
@@ -70,17 +70,13 @@ def train(
         TrainError: bad settings, data or rewards, with what to change.
         Interrupted: Ctrl-C; a checkpoint is written.
     """
+    return train_on(*check_settings(config, data, validation), config, model, processor, quiet=quiet)
+
+
+def train_on(questions: Asked, held: Asked, config: TrainConfig, model: Any, processor: Any, *, quiet: bool) -> Learned:
+    """`train` with what `check_settings` returned."""
     folder = Path(config.out).expanduser()
-    check_settings(config, given=data is not None)
     reward, keeps = get_reward(config.reward), shares(config.val_keeps, "val_keeps")
-    questions = load_questions(data if data is not None else config.data)
-    if validation is not None or config.val_data:
-        held = load_questions(validation if validation is not None else config.val_data)
-    else:
-        questions, held = split(questions, config.val_share)
-    _check_apart(questions, held)
-    if config.on_bad == "stop":
-        check_pictures([*questions, *held])
     processes = Processes(config.log_with, folder, cpu=model.device.type == "cpu")
     if config.accumulate % processes.count:
         raise TrainError(
@@ -113,23 +109,35 @@ def train(
     return (relaxed.Relaxed if config.stage == "relaxed" else Grip)(str(folder), scorer.eval())
 
 
-def check_settings(config: TrainConfig, given: bool = False) -> None:
-    """Everything that can be known to be wrong before the model is loaded; `given`: the data are.
+def check_settings(
+    config: TrainConfig,
+    data: Task | Sequence[Task] | None = None,
+    validation: Task | Sequence[Task] | None = None,
+    typed: Collection[str] = (),
+) -> tuple[Asked, Asked]:
+    """The training and the validation questions, once everything that can be known without the model is right.
+
+    Args:
+        data, validation: as `train` takes them.
+        typed: the settings that were asked for even if they are the defaults.
 
     Raises:
-        TrainError, TaskError: what to change.
+        TrainError, TaskError, ScorerError: what to change.
     """
     get_reward(config.reward)
     make_teacher(config.teacher)
     _check_folder(config, Path(config.out).expanduser())
-    if not given:
-        questions = load_questions(config.data)
-        if config.val_data:
-            held = load_questions(config.val_data)
-            _check_apart(questions, held)
-            questions = questions + held
-        if config.on_bad == "stop":
-            check_pictures(questions)
+    if config.start:
+        _check_sizes(Scorer.from_pretrained(config.start), config.start, config, typed)
+    questions = load_questions(config.data if data is None else data)
+    if validation is not None or config.val_data:
+        held = load_questions(config.val_data if validation is None else validation)
+    else:
+        questions, held = split(questions, config.val_share)
+    _check_apart(questions, held)
+    if config.on_bad == "stop":
+        check_pictures([*questions, *held])
+    return questions, held
 
 
 def _check_apart(questions: Asked, held: Asked) -> None:
@@ -181,19 +189,21 @@ def _start(config: TrainConfig, folder: Path, model: Any) -> tuple[Scorer, str]:
 
 
 def _loaded(name: str | Path, config: TrainConfig, model: Any, base: BaseModel) -> Scorer:
-    """A scorer to go on from, if it is this model's and of the sizes that were asked for.
-
-    Sizes left at their defaults ask for nothing.
-    """
+    """A scorer to go on from, if it is this model's and of the sizes that were asked for."""
     scorer = Scorer.from_pretrained(name)
     if scorer.base is not None:
         scorer.base.check(model)
-    for field in _SIZES:
-        asked, has = getattr(config, field), getattr(scorer.config, field)
-        if asked not in (has, TrainConfig.__dataclass_fields__[field].default):
-            raise TrainError(f"{field} = {asked!r}, but the scorer in {name} has {has!r}: leave that setting out")
+    _check_sizes(scorer, name, config)
     scorer.base = base
     return scorer.to(model.device)
+
+
+def _check_sizes(scorer: Scorer, name: str | Path, config: TrainConfig, typed: Collection[str] = ()) -> None:
+    """Refuses a scorer of other sizes than were asked for; sizes left at their defaults ask for nothing."""
+    for field in _SIZES:
+        asked, has = getattr(config, field), getattr(scorer.config, field)
+        if asked != has and (field in typed or asked != TrainConfig.__dataclass_fields__[field].default):
+            raise TrainError(f"{field} = {asked!r}, but the scorer in {name} has {has!r}: leave that setting out")
 
 
 def _check_folder(config: TrainConfig, folder: Path) -> None:
