@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 
 from answers import Answers, Scored, difference, points, read
 from write_results import header, line, percent
@@ -11,7 +12,9 @@ from write_results import header, line, percent
 from gripvlm.report import plot
 
 ROOT = Path(__file__).parent.parent
-SEEDS = (0, 1, 2)
+SEEDS = tuple(sorted({int(file.stem.split("-")[2]) for file in (ROOT / "results").glob("grip-arms-[0-9]*.json")}))
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 TOLD = {
     "warmup": "supervised warm-up only (gradient teacher); every arm below starts here, except where it says not",
     "warmup_longer": "warm-up, gone on with for longer than GRPO takes",
@@ -110,14 +113,21 @@ class Study:
         """Mean of one family and of the arm's seeds, and its interval over pictures."""
         return difference([(self.of(name, keep, task, self.seeds.get(name, [])), None)])
 
+    def each(self, a: str, b: str, keep: str) -> list[float]:
+        """a - b for each training seed that both have."""
+        seeds = [seed for seed in self.seeds.get(a, SEEDS) if seed in self.seeds.get(b, SEEDS)]
+        return [self.mean(a, keep, seed) - self.mean(b, keep, seed) for seed in seeds]
+
     def cell(self, a: str, b: str, keep: str) -> str:
         """The difference, its interval, and, in brackets, that of each training seed."""
-        said = points(*self.minus(a, b, keep))
-        seeds = [seed for seed in self.seeds.get(a, SEEDS) if seed in self.seeds.get(b, SEEDS)]
-        if len(seeds) < 2:
-            return said
-        each = (100 * (self.mean(a, keep, seed) - self.mean(b, keep, seed)) for seed in seeds)
-        return f"{said} ({' '.join(f'{value:+.1f}' for value in each)})"
+        said, each = points(*self.minus(a, b, keep)), self.each(a, b, keep)
+        return f"{said} ({' '.join(f'{100 * value:+.1f}' for value in each)})" if len(each) > 1 else said
+
+    def over_seeds(self, a: str, b: str, keep: str) -> str:
+        """The difference and the 95 % t-interval of its mean over training seeds, these pictures given."""
+        each = self.each(a, b, keep)
+        half = STUDENT[len(each) - 2] * stdev(each) / len(each) ** 0.5
+        return points(mean(each), mean(each) - half, mean(each) + half)
 
 
 def together(names: list[str]) -> Answers:
@@ -144,8 +154,8 @@ def scores(study: Study) -> list[str]:
     for name in ("full", "oracle", *study.arms, *OTHERS):
         cells = []
         for keep in study.keeps:
-            mean, low, high = study.minus(name, None, keep)
-            cell = f"{percent(mean)} [{100 * low:.0f}-{100 * high:.0f}]"
+            share, low, high = study.minus(name, None, keep)
+            cell = f"{percent(share)} [{100 * low:.0f}-{100 * high:.0f}]"
             if name in study.arms:
                 cell += " (" + " ".join(percent(study.mean(name, keep, seed)) for seed in study.seeds[name]) + ")"
             cells.append(cell)
@@ -162,9 +172,9 @@ def families(study: Study) -> list[str]:
         for name in names:
             found = []
             for keep in study.keeps:
-                mean, low, high = study.minus(name, None, keep) if task == "mean" else study.family(name, keep, task)
-                found.append(f"{percent(mean)} [{100 * low:.0f}-{100 * high:.0f}]")
-                row = {"task": task, "pruner": name, "score": mean, "ci_low": low, "ci_high": high}
+                share, low, high = study.minus(name, None, keep) if task == "mean" else study.family(name, keep, task)
+                found.append(f"{percent(share)} [{100 * low:.0f}-{100 * high:.0f}]")
+                row = {"task": task, "pruner": name, "score": share, "ci_low": low, "ci_high": high}
                 if name in PLOTTED and (name != "full" or keep == study.keeps[0]):
                     rows.append(row | {"keep_fraction": 1.0 if name == "full" else float(keep)})
             cells.append([f"`{name}`", *found])
@@ -229,9 +239,25 @@ def main() -> None:
         "",
         "`grpo` minus each, in points, question by question, mean of the seeds that both have, [95 % interval over",
         "pictures], (each seed). The interval is of these training runs: what another seed would give is not in it;",
-        "the brackets tell. Rely on what has one sign in all of three seeds; on one seed rely for nothing.",
+        "the brackets tell, and the table after this one. On one seed rely for nothing.",
         "",
         *table(["", *shares(keeps)], [[f"`{b}`", *(study.cell("grpo", b, keep) for keep in keeps)] for b in against]),
+    ]
+    several = [("grpo", b) for b in against if b in study.seeds] + [pair for pair in UNASKED if {*pair} <= {*arms}]
+    several = [(a, b) for a, b in several if len(study.each(a, b, keeps[0])) > 2]
+    page += [
+        "### Would other training seeds say the same?",
+        "",
+        "Arms with three training seeds or more: the mean difference and the 95 % t-interval of that mean over seeds,",
+        "on these pictures; how many seeds. What an interval here leaves open, no number of test questions settles.",
+        "",
+        *table(
+            ["", "seeds", *shares(keeps)],
+            [
+                [f"`{a}` - `{b}`", str(len(study.each(a, b, keeps[0]))), *(study.over_seeds(a, b, k) for k in keeps)]
+                for a, b in several
+            ],
+        ),
     ]
     asked = [("three_budgets", "only_3", "0.03"), ("three_budgets", "only_12", "0.125")]
     rows = [[f"`{a}` - `{b}`", f"{100 * float(k):g} %", study.cell(a, b, k)] for a, b, k in asked if {a, b} <= {*arms}]
