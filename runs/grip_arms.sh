@@ -37,6 +37,13 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     perturbed) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation perturbed" ;;
     dynamicvit) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation dynamicvit" ;;
     diffprune) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation diffprune" ;;
+    soft_slower) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --learning-rate 1e-4" ;;
+    soft_faster) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --learning-rate 1e-3" ;;
+    soft_sharper) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --tau-start 0.2" ;;
+    straight_slower) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation straight_through --learning-rate 1e-4" ;;
+    diffprune_slower) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation diffprune --learning-rate 1e-4" ;;
+    diffprune_faster) echo "relaxed $RUN $start --steps $STEPS --reward log_prob --relaxation diffprune --learning-rate 1e-3" ;;
+    diffprune_probability) echo "relaxed $RUN $start --steps $STEPS --relaxation diffprune" ;;
     three_budgets) echo "grpo $CHOICES 0.25,0.06,0.015 $start --steps $STEPS" ;;
     only_12) echo "grpo $CHOICES 0.125 $start --steps $STEPS" ;;
     only_3) echo "grpo $CHOICES 0.03 $start --steps $STEPS" ;;
@@ -66,6 +73,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
 
 FIRST="warmup warmup_no_budget warmup_blind" # others start from them
 THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed dynamicvit diffprune
+  soft_slower soft_faster soft_sharper straight_slower diffprune_slower diffprune_faster diffprune_probability
   warmup_longer three_budgets only_3 only_12 averaged antithetic value band no_budget self_critical
   twice by_budget twice_by_budget faster four_times fours sums sums_by_budget blind_plain
   blind_budget blind_by_budget"
