@@ -19,14 +19,16 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 DATA="--data $WORK/train/questions.jsonl --val-data $WORK/val/questions.jsonl --bf16"
 VAL="--val-every 150 --val-questions 256 --val-keeps 0.125,0.06,0.03,0.015"
 RUN="$DATA $VAL --keep-high 0.25"
+WARMUP="warmup $RUN --reward log_prob --warmup-steps" # which judges the step that is kept; docs/log.md, 2026-11-23
 CHOICES="$DATA $VAL --budgets choices --keep-choices"
 
 arm() { # NAME SEED: the arguments of `gripvlm train`
   local start="--start $WORK/arms/warmup-$2"
   case $1 in
-    warmup) echo "warmup $RUN --warmup-steps 400" ;;
-    warmup_longer) echo "warmup $RUN $start --warmup-steps 500 --warmup-learning-rate 5e-4" ;;
-    warmup_no_budget) echo "warmup $RUN --no-budget --warmup-steps 400" ;;
+    warmup) echo "$WARMUP 400" ;;
+    warmup_by_reward) echo "warmup $RUN --warmup-steps 400" ;;
+    warmup_longer) echo "$WARMUP 500 $start --warmup-learning-rate 5e-4" ;;
+    warmup_no_budget) echo "$WARMUP 400 --no-budget" ;;
     grpo) echo "grpo $RUN $start --steps $STEPS" ;;
     conditional) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli" ;;
     no_warmup) echo "grpo $RUN --steps $((5 * STEPS / 2))" ;;
@@ -61,7 +63,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     fours) echo "grpo $RUN $start --steps $STEPS --num-generations 4 --images 16" ;;
     value) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
     no_budget) echo "grpo $RUN --start $WORK/arms/warmup_no_budget-$2 --steps $STEPS --no-budget" ;;
-    warmup_blind) echo "warmup $RUN --no-question --warmup-steps 400" ;;
+    warmup_blind) echo "$WARMUP 400 --no-question" ;;
     blind_plain) echo "grpo $RUN --no-question --start $WORK/arms/warmup_blind-$2 --steps 600" ;;
     blind_budget) echo "grpo $RUN --no-question --start $WORK/arms/warmup_blind-$2 --steps 600 --scale-rewards budget" ;;
     blind_by_budget)
@@ -74,7 +76,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
 FIRST="warmup warmup_no_budget warmup_blind" # others start from them
 THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed dynamicvit diffprune
   soft_slower soft_faster soft_sharper straight_slower diffprune_slower diffprune_faster diffprune_probability
-  warmup_longer three_budgets only_3 only_12 averaged antithetic value band no_budget self_critical
+  warmup_by_reward warmup_longer three_budgets only_3 only_12 averaged antithetic value band no_budget self_critical
   twice by_budget twice_by_budget faster four_times fours sums sums_by_budget blind_plain
   blind_budget blind_by_budget"
 

@@ -21,6 +21,8 @@ BUDGETS=(--scale-rewards budget --num-iterations 2)
 # shellcheck source=runs/jobs.sh
 . runs/jobs.sh
 
+WARMUP=(--reward log_prob --warmup-steps) # judges the step that is kept, as when the scorers that ship were made
+
 train() { # STAGE FOLDER ARGUMENTS...
   local stage=$1 folder=$2
   shift 2
@@ -38,15 +40,15 @@ legs() { # FOLDER ARGUMENTS...: two runs of GRPO in a row
 }
 
 question() {
-  train warmup warmup --warmup-steps 500 --val-every 125
+  train warmup warmup "${WARMUP[@]}" 500 --val-every 125
   legs ""
 }
 
 others() {
-  train warmup warmup-blind --no-question --warmup-steps 400
+  train warmup warmup-blind --no-question "${WARMUP[@]}" 400
   train grpo blind "${GRPO[@]}" "${BUDGETS[@]}" --no-question --start "$WORK/warmup-blind" --steps 600
   local size=(--width 64 --blocks 2)
-  train warmup small/warmup "${size[@]}" --warmup-steps 800 --val-every 200
+  train warmup small/warmup "${size[@]}" "${WARMUP[@]}" 800 --val-every 200
   legs small/ "${size[@]}"
 }
 one() { "$1"; }

@@ -66,6 +66,11 @@ def test_a_run_leaves_everything_in_its_folder(whole):
     ]
     judged = [(line["stage"], line["step"]) for line in lines(whole) if "val" in line]
     assert judged == [*(("warmup", step) for step in (0, 2, 3)), *(("grpo", step) for step in (0, 2, 4, 6))]
+    judged = {
+        name: [one["val"]["objective"] for one in lines(whole) if one["stage"] == name and "val" in one]
+        for name in ("warmup", "grpo")
+    }
+    assert max(judged["warmup"]) == judged["grpo"][0]  # one judge, and the best goes on
     grpo = [line for line in lines(whole) if line["stage"] == "grpo" and "loss" in line]
     assert set(grpo[0]) >= {"lr", "grad_norm", "reward", "reward_std", "exact", "evidence", "zero_std", "entropy"}
     assert TrainConfig(**read_toml(whole / "config.toml")) == tiny_config(out=str(whole))

@@ -100,8 +100,8 @@ class TrainConfig:
     num_generations: int = _f(16, "G, subsets a question (of the teacher best_of_n too)", of=("warmup", "grpo"))
     reward: str = _f(
         "probability",
-        "log_prob, probability, agreement (no labels), exact_match, task_score or module:function",
-        of=_AFTER,
+        "is maximised, and judges which step of any stage is kept: log_prob, probability, agreement (no labels), "
+        "exact_match, task_score or module:function",
     )
     own_answers: bool = _f(False, "force the unpruned model's own answers and not the data's")
     beta: float = _f(0.0, "weight of the KL divergence to the scorer that GRPO started from", of=_GRPO)

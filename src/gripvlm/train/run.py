@@ -24,7 +24,7 @@ from gripvlm.train.grpo import Grpo
 from gripvlm.train.loop import Loop, Stage
 from gripvlm.train.processes import Processes
 from gripvlm.train.relaxed import Relaxed
-from gripvlm.train.rewards import get_reward, log_prob
+from gripvlm.train.rewards import get_reward
 from gripvlm.train.rollout import Engine
 from gripvlm.train.teachers import make_teacher
 from gripvlm.train.validation import Validator
@@ -93,8 +93,7 @@ def train_on(questions: Asked, held: Asked, config: TrainConfig, model: Any, pro
         stage = _stage(name, config, scorer, engine)
         if processes.rank == 0:
             _claim(config, folder)
-        judge = log_prob if name == "warmup" else reward
-        validator = Validator(engine, held, keeps, judge, config.own_answers, config.on_bad == "skip")
+        validator = Validator(engine, held, keeps, reward, config.own_answers, config.on_bad == "skip")
         stream = Questions(questions, config.images, config.questions, config.seed)
         scorer = Loop(stage, stream, validator, folder, processes, quiet).run()
         sizes = {field: getattr(scorer.config, field) for field in _SIZES}  # as they are, not as they were asked for
