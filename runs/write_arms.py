@@ -17,7 +17,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """The 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 TOLD = {
     "warmup": "supervised warm-up only (gradient teacher); every arm below starts here, except where it says not",
-    "warmup_by_reward": "the same warm-up; the step that is kept is judged by the answer's probability, not its logarithm",
+    "warmup_by_reward": "the same, its step judged by the answer's probability, not by its logarithm",
     "warmup_longer": "warm-up, gone on with for longer than GRPO takes",
     "grpo": "GRPO, Plackett-Luce: the recipe",
     "conditional": "GRPO, conditional Bernoulli",
