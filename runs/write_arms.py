@@ -55,6 +55,7 @@ TOLD = {
     "blind_budget": "the same with advantages scaled by budget",
     "blind_by_budget": "the same with advantages scaled by budget and two optimiser steps a batch",
     "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
+    "value_apart": "the same, the critic training only itself (before, its gradient reached the scorer too)",
     "self_critical": "GRPO, compared with the greedy subset (15 subsets and that one)",
     "told_6": "`grpo`, its scorer always told 6 %",
     "warmup_no_budget": "warm-up without the budget as input",
@@ -350,6 +351,7 @@ CALMER = {
     **dict.fromkeys(("twice", "four_times", "faster", "fours"), "grpo"),
     **dict.fromkeys(("by_budget", "sums", "sums_by_budget", "twice_by_budget"), "grpo"),
     "value": "conditional",
+    "value_apart": "conditional",
 }
 """Idea -> the plain arm it is compared with."""
 
