@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -40,6 +41,8 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
         (["--data", ""], "no training data: type --data"),
         (["--data", "nothing.jsonl"], "no file 'nothing.jsonl'"),
         (["--reward", "nonsense"], "unknown reward 'nonsense'"),
+        (["--reward", "..:x"], "no reward '..:x': TypeError"),
+        (["--budgets", "fixed", "--keep-low", "2"], "keep_low = 2.0: type a share in (0, 1]"),
         (["--teacher", "nobody"], "unknown teacher 'nobody'"),
         (["--teacher", "attention", "--teacher-layers", "9"], "teacher_layers = '9': type numbers from 0 to 1"),
         (["--config", "nothing.toml"], "no config file 'nothing.toml'"),
@@ -75,8 +78,23 @@ def test_mistakes_are_one_paragraph(tiny_lab_here, capsys, flags, said):
 
 
 def test_validation_questions_are_not_training_questions(tiny_lab_here, capsys):
-    assert main([*tiny_lab_here[:-2], "--val-data", "q.jsonl"]) == 2
+    assert main([*tiny_lab_here[:-2], "--val-data", str(Path("q.jsonl").absolute())]) == 2
     assert "16 of 16 validation questions are training questions too" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_a_newcomer_could_not_see_is_said(tiny_lab_here, capsys):
+    """Questions without answers, a scorer that begins at random, questions that are left out, a name that is taken."""
+    rows = [json.loads(row) for row in Path("q.jsonl").read_text().splitlines()]
+    rows[4]["anwser"] = rows[4].pop("answer")
+    rows[5]["answer"] = " "
+    Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [*tiny_lab_here, "grpo", "--steps", "2", "--out", "lab", "--val-keeps", "0.5", "--on-bad", "skip"]
+    assert main(given) == 0
+    told = capsys.readouterr()
+    assert "1 of 16 questions have no answer: the model's own are taken" in told.err
+    assert "no --start, and no warm-up in lab: grpo begins with a new scorer" in told.err
+    assert "left out: 1 questions that could not be used; why: lab/metrics.jsonl" in told.err
+    assert "grip:scorer=./lab,random" in told.out
 
 
 def test_a_size_that_is_typed_is_asked_for_even_if_it_is_the_default(tiny_lab_here, capsys, vlm):

@@ -34,7 +34,8 @@ def test_advantages_by_hand():
     group, _ = advantages(REWARDS, "group")
     assert torch.allclose(group, torch.tensor([[-1.0, 1], [0, 0], [-1, 1]]) / 2**0.5, atol=1e-3)
     whole, _ = advantages(REWARDS, "batch")
-    assert torch.allclose(whole, plain / torch.tensor([-1.0, 1, 0, 0, -4, 4]).std(), atol=1e-3)
+    assert torch.allclose(whole, plain / torch.tensor([-1.0, 1, -4, 4]).std(), atol=1e-3)  # of those that differ
+    assert not advantages(torch.ones(3, 2), "batch")[0].any()
     against, seen = advantages(REWARDS, "none", torch.tensor([0.0, 0.0, 8.0]))
     assert against.tolist() == [[1, 3], [5, 5], [-8, 0]]
     assert seen.tolist() == [True, True, True]  # all alike, but not like the baseline
@@ -48,8 +49,8 @@ def test_advantages_by_budget_have_a_scale_for_each_budget():
     found, seen = advantages(rewards, "budget", share=share)
     assert seen.tolist() == [True, True, True, False]
     assert torch.allclose(found[0], torch.tensor([-1.0, 1.0]), atol=1e-3)  # alone four octaves away
-    of_three = ((0.04 + 0.01 + 0.0) / 3) ** 0.5
-    assert torch.allclose(found[1:3, 1], torch.tensor([0.2, 0.1]) / of_three, rtol=2e-3)
+    of_two = ((0.04 + 0.01) / 2) ** 0.5
+    assert torch.allclose(found[1:3, 1], torch.tensor([0.2, 0.1]) / of_two, rtol=2e-3)
     assert not found[3].any()
     assert torch.allclose(found, advantages(100 * rewards, "budget", share=share)[0], rtol=2e-3)
     near = advantages(rewards[:2], "budget", share=torch.tensor([0.125, 0.25]))[0][:, 1]
@@ -368,6 +369,7 @@ def greedy(stage, batch) -> float:
         {},
         {"policy": "conditional_bernoulli"},
         {"policy": "conditional_bernoulli", "credit": "value"},
+        {"policy": "conditional_bernoulli", "band": 4, "antithetic": True},
         {"band": 4, "baseline": "self_critical"},
         {"num_iterations": 2, "importance_sampling_level": "token", "antithetic": True, "loss_type": "dr_grpo"},
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -195,6 +197,19 @@ def test_rollouts_equal_single_forwards(engine, batch, rows, monkeypatch):
         assert rollout.targets[i][rollout.mask[i]].tolist() == batch.answers[row]
     assert (rollout.log_probs[~rollout.mask] == 0).all()
     assert rollout.mask.sum(-1).tolist() == [len(batch.answers[row]) for row in ROWS]
+
+
+def test_rows_may_be_shorter_than_an_answer_elsewhere_in_the_batch(engine, monkeypatch):
+    samples = list(asked(pictures=2, each=1).samples)
+    samples[0] = replace(samples[0], answer="cat dog red " * 10)
+    mixed = engine.prepare(pairs(Asked(samples)))
+    monkeypatch.setattr(engine, "rows", 1)
+    kept = torch.tensor([3])
+    rollout = engine.run(mixed, [0, 1], [[kept], [kept]])
+    assert rollout.log_probs.shape[1] > len(engine.pruned(mixed, mixed.inputs, [1], [[kept]])["input_ids"][0])
+    for row in (0, 1):
+        mine = rollout.log_probs[row][rollout.mask[row]]
+        assert torch.allclose(mine, alone(engine, mixed, row, kept), atol=1e-4)
 
 
 def test_rows_of_like_length_run_together(engine, batch, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -268,6 +269,39 @@ def test_a_reward_or_a_loss_that_is_no_number_stops(vlm, tmp_path, monkeypatch):
         train(tiny_config(out=str(tmp_path / "b"), stage="grpo"), *vlm, asked(8))
 
 
+def test_a_folder_is_free_until_its_first_checkpoint(vlm, tmp_path, monkeypatch):
+    """What failed at once can be mended where it is; the settings of a stage that has not begun, too."""
+    out = str(tmp_path)
+    with pytest.raises(TrainError, match=r"lower --learning-rate$"):
+        train(tiny_config(out=out, stage="grpo", learning_rate=1e30), *vlm, asked(8))
+    train(tiny_config(out=out, stage="grpo", steps=1), *vlm, asked(8))
+    both = str(tmp_path / "both")
+    with pytest.raises(TrainError, match="lower --learning-rate"):
+        train(tiny_config(out=both, learning_rate=1e30), *vlm, asked(8))
+    with pytest.raises(TrainError, match=r"holds another run .warmup_learning_rate was"):
+        train(tiny_config(out=both, warmup_learning_rate=1e-4), *vlm, asked(8))
+    train(tiny_config(out=both, steps=1), *vlm, asked(8))
+    assert len({line["step"] for line in lines(tmp_path / "both") if line["stage"] == "grpo" and "loss" in line}) == 1
+
+
+def test_a_checkpoint_is_of_its_questions_and_whole(vlm, tmp_path, monkeypatch):
+    out = str(tmp_path)
+    with monkeypatch.context() as patch:
+        stopping(patch, 2, how=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(tiny_config(out=out, stage="grpo"), *vlm, asked(8))
+    with pytest.raises(TrainError, match="made with other questions"):
+        train(tiny_config(out=out, stage="grpo"), *vlm, asked(6))
+    for left in ([], {"modules": {}}):
+        torch.save(left, tmp_path / "grpo.ckpt")
+        with pytest.raises(TrainError, match=r"is damaged .*remove it to begin this stage again"):
+            train(tiny_config(out=out, stage="grpo"), *vlm, asked(8))
+    (tmp_path / "grpo.ckpt").unlink()
+    (tmp_path / "metrics.jsonl").write_text("{}{\n")
+    with pytest.raises(TrainError, match=r"metrics\.jsonl is damaged"):
+        train(tiny_config(out=out, stage="grpo"), *vlm, asked(8))
+
+
 def with_bad_ones(folder: Path) -> tuple[Asked, Asked]:
     """(training, validation) questions, each with a picture that is none and an answer of nothing."""
     (folder / "bad.png").write_bytes(b"no picture")
@@ -367,7 +401,7 @@ def test_settings_survive_their_file(tmp_path):
         {"learning_rate": float("nan")},
         {"val_share": 1.0},
         {"samples": 1, "relaxation": "perturbed"},
-        {"policy": "conditional_bernoulli", "band": 4},
+        {"keep_low": 1.5, "budgets": "fixed"},
         {"importance_sampling_level": "token", "policy": "conditional_bernoulli"},
         {"credit": "value"},
         {"ema_decay": 1.0},

@@ -8,11 +8,17 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from gripvlm.errors import GripError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gripvlm.pruners.grip import Learned
+    from gripvlm.train import TrainConfig
 
 __all__ = ["train_command"]
 
@@ -42,21 +48,40 @@ def train_command(**given: Any) -> None:
     for name, why in config.without_effect(typed).items():
         raise GripError(f"{_flag(name)} has no effect {why}: leave it out")
     questions, held = check_settings(config, typed=typed)
+    if (lacking := sum(not sample.answer for _, sample in questions + held)) and not config.own_answers:
+        _say(f"{lacking} of {len(questions + held)} questions have no answer: the model's own are taken")
+    if config.stage in ("grpo", "relaxed") and not config.start and not (Path(config.out) / "warmup").exists():
+        _say(f"no --start, and no warm-up in {config.out}: {config.stage} begins with a new scorer")
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)
     try:
         pruner = train_on(questions, held, config, model, processor, quiet=False)
     except Interrupted as stop:
-        print(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+        _say(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False))
         raise typer.Exit(130) from None
+    if pruner.module is not None and (left_out := pruner.module.notes.get("left_out")):
+        _say(f"left out: {left_out} questions that could not be used; why: {Path(config.out) / 'metrics.jsonl'}")
     screen = console()
     screen.print(f"trained: {pruner.scorer}")
+    if all(sample.answer for _, sample in held) and "," not in pruner.scorer:
+        _try_it(config, pruner, screen)
+
+
+def _try_it(config: TrainConfig, pruner: Learned, screen: Console) -> None:
+    """Prints a command that scores what was trained."""
+    from gripvlm.pruners.grip import SHIPPED_NAMES
+
     tasks = config.val_data or config.data
     tasks = f"jsonl:{tasks}" if tasks.endswith(".jsonl") and not tasks.startswith("jsonl:") else tasks
-    words = ["--model", config.model, "--tasks", tasks, "--pruners", f"{pruner.name}:scorer={pruner.scorer},random"]
+    folder = f"./{pruner.scorer}" if pruner.scorer in SHIPPED_NAMES else pruner.scorer
+    words = ["--model", config.model, "--tasks", tasks, "--pruners", f"{pruner.name}:scorer={folder},random"]
     screen.print("try it:  gripvlm eval " + shlex.join([*words, "--keep", "10%"]), soft_wrap=True)
     if not config.val_data:
         screen.print("         (questions that it has learnt from; name others that are like them)")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _flag(name: str) -> str:

@@ -20,7 +20,7 @@ from gripvlm.pruners.base import ScorePruner, Selection, VisualTokens, top_k_of_
 from gripvlm.ragged import onto, padded
 from gripvlm.scorer import SCORER_FILES, Scorer, coordinates
 
-__all__ = ["SHIPPED", "Grip", "Learned", "ScorerInputs"]
+__all__ = ["SHIPPED", "SHIPPED_NAMES", "Grip", "Learned", "ScorerInputs", "place_of"]
 
 SHIPPED = Path(__file__).parents[1] / "lab" / "data" / "grip"
 """Scorers for the lab VLM that come with the package, one folder each: `question`, `blind` and `small`."""
@@ -42,9 +42,9 @@ TOGETHER = 32
 SHIPPED_NAMES = {"lab": "question", "lab-blind": "blind", "lab-small": "small"}
 
 
-def _place(name: str) -> str | Path:
+def place_of(name: str | Path) -> str | Path:
     """The folder of a shipped scorer, or the name itself."""
-    return SHIPPED / SHIPPED_NAMES[name] if name in SHIPPED_NAMES else name
+    return SHIPPED / SHIPPED_NAMES[str(name)] if str(name) in SHIPPED_NAMES else name
 
 
 @dataclass(eq=False)
@@ -112,7 +112,7 @@ def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> 
 
 def _loaded(name: str) -> tuple[Scorer, str]:
     """A scorer and its digest; that of a folder is read anew when its files were written to, or its weights."""
-    place = _place(name)
+    place = place_of(name)
     if place == name and "/" not in name and not Path(name).expanduser().is_dir():
         near = difflib.get_close_matches(name, SHIPPED_NAMES, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -265,4 +265,4 @@ class Grip(Learned):
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dtype: str = "auto", **hub: Any) -> Grip:
         """A trained scorer: one of the package (above), a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
-        return cls(str(name), Scorer.from_pretrained(_place(str(name)), **hub), dtype=dtype)
+        return cls(str(name), Scorer.from_pretrained(place_of(str(name)), **hub), dtype=dtype)

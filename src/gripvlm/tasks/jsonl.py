@@ -60,8 +60,8 @@ def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> 
     if not answers and row.get("answer") is None:
         row["answer"] = ""
     for key in ("image", "question", "answer"):
-        if key == "answer" and not answers and row[key] == "":
-            continue
+        if key == "answer" and not answers and isinstance(row[key], str):
+            continue  # training takes the model's own for none, and says which is blank
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise TaskError(f"{where} needs a text {key!r}, got {row.get(key)!r}: write for instance {_EXAMPLE}")
     choices = row.get("choices") or []

@@ -45,5 +45,5 @@ def draw_keeps(config: TrainConfig, sizes: Tensor, owner: Tensor, progress: floa
         fraction = choices[(u * len(choices)).long()]
     else:
         fraction = torch.full((groups,), low, dtype=torch.float64)
-    kept = (fraction[owner.cpu()] * sizes.cpu()).round().long()
+    kept = (fraction[owner.cpu()] * sizes.cpu() + 0.5).floor().long()  # as `Budget.count`
     return kept.clamp(min=1).minimum(sizes.cpu()).to(sizes.device)

@@ -180,10 +180,11 @@ class TrainConfig:
             )
         if self.antithetic and self.num_generations % 2:
             raise TrainError(f"num_generations = {self.num_generations} cannot be paired: type an even number")
-        if not 0 < self.keep_low <= self.keep_high <= 1:
+        highest = self.keep_high if self.budgets in _RANGES else 1.0
+        if self.budgets != "choices" and not 0 < self.keep_low <= highest <= 1:
+            also = f", keep_high = {highest}: type shares in (0, 1], the low one at most the high one"
             raise TrainError(
-                f"keep_low = {self.keep_low}, keep_high = {self.keep_high}: type shares in (0, 1], the low one at most "
-                "the high one"
+                f"keep_low = {self.keep_low}{also if self.budgets in _RANGES else ': type a share in (0, 1]'}"
             )
         for name in ("tau_start", "tau_end", "temperature", "learning_rate", "warmup_learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
@@ -226,8 +227,6 @@ class TrainConfig:
             raise TrainError(f"{self.policy} has no steps: type --importance-sampling-level sequence")
         if self.policy != "conditional_bernoulli" and self.credit == "value":
             raise TrainError("credit 'value' needs exact inclusion probabilities: type --policy conditional_bernoulli")
-        if self.policy != "plackett_luce" and (self.band or self.antithetic):
-            raise TrainError("band and antithetic draws need Gumbel noise: type --policy plackett_luce")
 
     def without_effect(self, names: Iterable[str]) -> dict[str, str]:
         """Those of the settings that nothing in this run reads, with why."""

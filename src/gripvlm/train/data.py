@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -129,6 +131,12 @@ class Questions:
     def __len__(self) -> int:
         """Images."""
         return len(self._groups)
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells whether two streams ask the same questions in the same order."""
+        texts = (f"{name_of(*pair)}\0{pair[1].question}\0{pair[1].answer}\0" for pair in self.questions)
+        return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
     def batch(self, number: int) -> list[tuple[Task, Sample]]:
         """The questions of micro-batch `number` (0, 1, 2, ...), those of an image side by side."""

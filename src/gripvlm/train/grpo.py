@@ -19,6 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from gripvlm.errors import TrainError
 from gripvlm.policy import ConditionalBernoulli, PlackettLuce, band_mask, picks_to_mask
 from gripvlm.scorer import Scorer
 from gripvlm.train.budgets import draw_keeps
@@ -40,7 +41,7 @@ def advantages(
     Args:
         scale: `group` divides by each group's standard deviation, `batch` by that of all rewards after the
             baseline, `budget` by that of the groups with about the same budget, `none` not at all (Dr. GRPO,
-            arXiv 2503.20783).
+            arXiv 2503.20783). Groups without variance are left out of `batch` and `budget`.
         baseline: [B] what rewards are compared with; by default the group's mean.
         share: [B] of the tokens that are kept; `budget` needs it.
 
@@ -53,14 +54,15 @@ def advantages(
     if scale == "group":
         useful &= rewards.amax(-1) - rewards.amin(-1) > 1e-6  # nothing to divide by, whatever the baseline
         centred = centred / (rewards.std(-1, keepdim=True) + 1e-4)
-    elif scale == "batch":
-        centred = centred / (centred.std() + 1e-4)
+    elif scale == "batch" and bool(useful.any()):
+        centred = centred / (centred[useful].std() + 1e-4)
     elif scale == "budget":
         if share is None:
             raise ValueError("advantages(..., scale='budget') needs share, the tokens kept over the image's, [B]")
         octaves = share.log2()
-        near = (-2 * (octaves[:, None] - octaves).square()).exp()  # [B, B]
-        centred = centred / (((near @ centred.square().mean(-1)) / near.sum(-1)).sqrt()[:, None] + 1e-4)
+        near = (-2 * (octaves[:, None] - octaves).square()).exp() * useful  # [B, B]
+        usual = (near @ centred.square().mean(-1)) / near.sum(-1).clamp(min=1e-9)
+        centred = centred / (usual.sqrt()[:, None] + 1e-4)
     return centred * useful[:, None], useful
 
 
@@ -87,6 +89,8 @@ class Grpo(Stage):
 
     def _law(self, logits: Tensor, chosen: Tensor, free: Tensor) -> Law:
         """The law of `chosen` [I] picks among the `free` [I, n] tokens."""
+        if not bool(logits[free].isfinite().all()):
+            raise TrainError("the scorer has diverged, its logits are no numbers any more: lower --learning-rate")
         family = PlackettLuce if self.config.policy == "plackett_luce" else ConditionalBernoulli
         return family(logits / self.config.temperature, chosen, free)
 
@@ -139,8 +143,6 @@ class Grpo(Stage):
         return forced, allowed & ~forced, kept - forced.sum(-1)
 
     def _draw(self, law: Law, random: torch.Generator) -> Tensor:
-        if isinstance(law, ConditionalBernoulli):
-            return law.sample(self.config.num_generations, generator=random)
         return law.sample(self.config.num_generations, generator=random, antithetic=self.config.antithetic)
 
     def _rewards(

@@ -11,7 +11,6 @@ import copy
 import json
 import math
 import pickle
-import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -27,11 +26,12 @@ from torch import Tensor, nn
 
 from gripvlm.errors import GripError, TrainError
 from gripvlm.scorer import Scorer
-from gripvlm.tasks import Sample, Task, TaskError
+from gripvlm.tasks import Sample, Task
 from gripvlm.train.config import TrainConfig
 from gripvlm.train.data import Questions, generator, name_of
 from gripvlm.train.processes import Processes
-from gripvlm.train.rollout import Batch, Engine
+from gripvlm.train.rollout import BAD_QUESTION, Batch, Engine, about
+from gripvlm.train.stopping import Stopping
 from gripvlm.train.validation import Validator
 
 __all__ = ["Interrupted", "Loop", "Stage", "Stats"]
@@ -96,7 +96,7 @@ class Loop:
         self.best_state = copy.deepcopy(stage.scorer.state_dict())
         self.checkpoint = folder / f"{stage.name}.ckpt"
         self.metrics = folder / "metrics.jsonl"
-        self.stop = False
+        self.stop = Stopping()
         self.left_out: list[tuple[str, dict[str, Any]]] = []  # questions, in this step, by this process
 
     # --- the run ----------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Loop:
         """
         self._resume()
         saved = time.monotonic()
-        with self._ctrl_c(), self._bar() as advance:
+        with self.stop, self._bar() as advance:
             if self.step == 0 and self.stage.steps:
                 self._validate()
             while not self._over():
@@ -124,7 +124,7 @@ class Loop:
                 advance(stats)
                 if self.step % self.config.val_every == 0 or self.step == self.stage.steps:
                     self._validate()
-                if self.processes.any(self.stop):
+                if self.processes.any(self.stop.asked):
                     self._save()
                     raise Interrupted(
                         f"Stopped at step {self.step} of {self.stage.steps} ({self.stage.name}). The same command "
@@ -136,7 +136,7 @@ class Loop:
             if self.judged < self.step:  # out of time between two validations
                 self._validate()
         self._save()
-        if self.stop:
+        if self.stop.asked:
             raise Interrupted(
                 f"Stopped at the end of {self.stage.name}. The same command goes on from {self.checkpoint}."
             )
@@ -156,7 +156,8 @@ class Loop:
             progress = max(progress, min(1.0, self.spent / (60 * config.max_minutes)))
             progress = self.processes.largest(progress)
         for group in self.optimiser.param_groups:
-            group["lr"] = stage.rate * min(1.0, (self.step + 1) / max(1.0, 0.03 * stage.steps)) * _cosine(progress)
+            begun = max((self.step + 1) / max(1.0, 0.03 * stage.steps), progress / 0.03)
+            group["lr"] = stage.rate * min(1.0, begun) * _cosine(progress)
         stage.scorer.train()
         mine = [m for m in range(config.accumulate) if m % self.processes.count == self.processes.rank]
         running = [self._losses(micro, progress) for micro in mine]
@@ -170,9 +171,7 @@ class Loop:
                 if loss is None:  # every question of the micro-batch was left out
                     continue
                 if not bool(loss.isfinite()):
-                    raise TrainError(
-                        f"the loss of {stage.name} is {float(loss)} at step {self.step}: lower --learning-rate"
-                    )
+                    raise self._diverged("loss", float(loss.detach()))
                 (loss / config.accumulate).backward()
                 collected.append({"loss": float(loss.detach()), **stats})
                 if last:
@@ -180,7 +179,7 @@ class Loop:
             self.processes.add_gradients(self.weights)
             norm = float(nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm))
             if not math.isfinite(norm):
-                raise TrainError(f"the gradient of {stage.name} is {norm} at step {self.step}: lower --learning-rate")
+                raise self._diverged("gradient", norm)
             self.optimiser.step()
             self._average()
         self.step += 1
@@ -189,6 +188,11 @@ class Loop:
         means = self.processes.average(means)
         self._share_left_out()
         return {"lr": self.optimiser.param_groups[0]["lr"], "grad_norm": norm, **means}
+
+    def _diverged(self, what: str, value: float) -> TrainError:
+        flag = "--warmup-learning-rate" if self.stage.name == "warmup" else "--learning-rate"
+        where = " and type another --out" if self.checkpoint.exists() else ""
+        return TrainError(f"the {what} of {self.stage.name} is {value} at step {self.step}: lower {flag}{where}")
 
     def _losses(self, micro: int, progress: float) -> Generator[tuple[Tensor, Stats], None, None]:
         """The stage's losses of one micro-batch of this step, which is prepared when the first is asked for."""
@@ -211,24 +215,25 @@ class Loop:
         while questions := self.data.batch(number):
             try:
                 return self.stage.engine.prepare(questions, own=config.own_answers, whole=whole)
-            except (TaskError, TrainError) as error:
-                if config.on_bad == "stop":
-                    raise
-                self._skip(questions, error)
+            except BAD_QUESTION as error:
+                self._leave_out(questions, error)
         return None
 
-    def _skip(self, questions: list[tuple[Task, Sample]], error: GripError) -> None:
-        """Finds the bad questions of a batch, one by one, and leaves them out from now on."""
+    def _leave_out(self, questions: list[tuple[Task, Sample]], error: GripError) -> None:
+        """Finds the bad questions of a batch, one by one, and leaves them out from now on, or stops."""
         found = False
         for pair in questions:
             try:
                 self.stage.engine.prepare([pair], own=self.config.own_answers)
-            except (TaskError, TrainError) as why:
+            except BAD_QUESTION as one:
+                why = about(pair[1], one)
+                if self.config.on_bad == "stop":
+                    raise TrainError(why) from one
                 found = True
-                line = {"step": self.step + 1, "skipped": pair[1].id, "task": pair[0].name, "why": str(why)}
+                line = {"step": self.step + 1, "skipped": pair[1].id, "task": pair[0].name, "why": why}
                 self._log(line)
                 self.left_out.append((name_of(*pair), line))
-                self.data.skip(pair, str(why))
+                self.data.skip(pair, why)
         if not found:
             raise error
 
@@ -277,6 +282,7 @@ class Loop:
             "best": self.best,
             "stale": self.stale,
             "judged": self.judged,
+            "questions": self.data.digest,
             "best_state": self.best_state,
             "skipped": self.data.skipped,
         }
@@ -291,17 +297,22 @@ class Loop:
             return
         try:
             state = torch.load(self.checkpoint, weights_only=True, map_location=self.stage.engine.model.device)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            for name, module in self.modules.items():
+                module.load_state_dict(state["modules"][name])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.spent, self.best = state["step"], state["spent"], state["best"]
+            self.stale, self.best_state = state["stale"], state["best_state"]
+            self.judged = state.get("judged", self.step)
+            self.data.skipped.update(state["skipped"])
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
             raise TrainError(
                 f"{self.checkpoint} is damaged ({type(error).__name__}): remove it to begin this stage again"
             ) from error
-        for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.spent, self.best = state["step"], state["spent"], state["best"]
-        self.stale, self.best_state = state["stale"], state["best_state"]
-        self.judged = state.get("judged", self.step)
-        self.data.skipped.update(state["skipped"])
+        if state.get("questions", self.data.digest) != self.data.digest:
+            raise TrainError(
+                f"{self.checkpoint} was made with other questions than {self.config.data or 'these'} has now: bring "
+                "those back, or type another --out"
+            )
         if self.processes.rank == 0:
             self._forget_later_lines()
 
@@ -312,31 +323,14 @@ class Loop:
         text = self.metrics.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may end in half a line
         last = self.step if self.checkpoint.exists() else -1
-        lines = [json.loads(line) for line in whole]
+        try:
+            lines = [json.loads(line) for line in whole]
+        except ValueError as error:
+            raise TrainError(f"{self.metrics} is damaged ({error}): mend that line, or move the file away") from None
         kept = [one for one in lines if one["stage"] != self.stage.name or one["step"] <= last]
         part = self.metrics.with_suffix(".part")
         part.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
         part.replace(self.metrics)
-
-    @contextmanager
-    def _ctrl_c(self) -> Iterator[None]:
-        """The first Ctrl-C ends the step in hand, the second stops at once."""
-
-        def ask_to_stop(number: int, frame: Any) -> None:
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = True
-            print("\nStopping after this step; Ctrl-C again stops at once and loses it.", file=sys.stderr, flush=True)
-
-        try:
-            before = signal.signal(signal.SIGINT, ask_to_stop)
-        except ValueError:  # not the main thread: Ctrl-C is its business
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
     @contextmanager
     def _bar(self) -> Iterator[Any]:

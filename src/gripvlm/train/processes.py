@@ -43,11 +43,6 @@ class Processes:
             if not self.rank and not self._accelerator.trackers:
                 raise TrainError(f"log_with = {log_with!r} is not installed: type pip install {log_with}")
 
-    @property
-    def device(self) -> torch.device | None:
-        """The device accelerate gave this process; None for one process without it."""
-        return None if self._accelerator is None else self._accelerator.device
-
     def add_gradients(self, weights: Sequence[torch.nn.Parameter]) -> None:
         """Sums gradients over all processes, in place."""
         if self.count == 1:

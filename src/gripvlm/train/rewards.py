@@ -85,8 +85,8 @@ def get_reward(name: str | Reward) -> Reward:
     if colon:
         try:
             found = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise TrainError(f"no reward {name!r}: {error}") from error
+        except Exception as error:  # whatever a user's module does
+            raise TrainError(f"no reward {name!r}: {type(error).__name__}: {error}") from error
         if callable(found):
             return found
     raise TrainError(f"unknown reward {name!r}: known are {', '.join(REWARDS)}, or module:function of your own")

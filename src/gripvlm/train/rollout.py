@@ -16,8 +16,9 @@ import jinja2
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
-from gripvlm.errors import TrainError
+from gripvlm.errors import GripError, InputError, TrainError
 from gripvlm.evaluate import make_inputs, question_ids
 from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded
@@ -28,7 +29,10 @@ from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.train.data import picture_of
 from gripvlm.train.prefix import Prefix, shared_length
 
-__all__ = ["Batch", "Engine", "Rollout"]
+__all__ = ["BAD_QUESTION", "Batch", "Engine", "Rollout", "about"]
+
+BAD_QUESTION = (InputError, TaskError, TrainError)
+"""What `Engine.prepare` raises for a question that cannot be used."""
 
 Kept = Sequence[Sequence[Tensor]]
 """[rows] lists over the row's images of kept indices [k], ascending."""
@@ -127,6 +131,13 @@ class Rollout:
         return (hit | ~self.mask).all(-1).float()
 
 
+def about(sample: Sample, error: GripError) -> str:
+    """What is wrong with a question, with its id and what to do."""
+    said = str(error)
+    named = said if repr(sample.id) in said else f"sample {sample.id!r}: {said}"
+    return named if "--on-bad" in said else f"{named}: mend it, or type --on-bad skip"
+
+
 class _Chosen(Pruner):
     """Hands out subsets that were chosen elsewhere."""
 
@@ -191,6 +202,7 @@ class Engine:
         Raises:
             TrainError: with the sample's id: an answer without tokens.
             TaskError: with the sample's id: a picture that cannot be read.
+            InputError: a question that holds the placeholder of a picture.
         """
         tasks, samples = [task for task, _ in questions], [sample for _, sample in questions]
         pictures: dict[str, tuple[int, Image.Image]] = {}
@@ -202,7 +214,7 @@ class Engine:
             try:
                 pictures[name] = (len(first), sample.image)
             except TaskError as error:
-                raise TaskError(f"sample {sample.id!r}: {error}: mend it, or type --on-bad skip") from error
+                raise TaskError(about(sample, error)) from error
             first.append(i)
         index = [pictures[name][0] for name in names]
         images = [pictures[name][1] for name in names]
@@ -223,7 +235,8 @@ class Engine:
         self, tasks: list[Task], samples: list[Sample], prompts: dict[str, Any], encoded: Encoded, own: bool
     ) -> list[list[int]]:
         """[B] token ids to force."""
-        answers = [self.tokenizer(sample.answer, add_special_tokens=False)["input_ids"] for sample in samples]
+        texts = [sample.answer if sample.answer.strip() else "" for sample in samples]
+        answers = [self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts]
         lacking = [own or not sample.answer for sample in samples]
         if empty := [s.id for s, answer, no in zip(samples, answers, lacking, strict=True) if not (answer or no)]:
             raise TrainError(f"the answer of sample {empty[0]!r} tokenises to nothing: mend it, or type --on-bad skip")
@@ -323,7 +336,7 @@ class Engine:
         return arguments
 
     def _forward(self, batch: Batch, rows: Sequence[int], kept: Kept, width: int) -> Tensor:
-        """[R, width, V] float32 logits that predict the last `width` tokens of each row."""
+        """[R, width, V] float32 logits that predict the last `width` tokens of each row, 0 before its first."""
         arguments = self.pruned(batch, batch.inputs, rows, kept)
         arguments.pop("labels")
         short = {"logits_to_keep": width + 1} if self._short else {}
@@ -331,8 +344,8 @@ class Engine:
             if batch.shared and batch.prefix is None:
                 batch.prefix = Prefix.of(self.model, arguments, batch.shared)
             arguments = {**arguments, "use_cache": False} if batch.prefix is None else batch.prefix.without(arguments)
-            logits = self.model(**arguments, **short).logits
-        return logits[:, -width - 1 : -1].float()
+            logits = self.model(**arguments, **short).logits[:, -width - 1 : -1].float()
+        return pad(logits, (0, 0, width - logits.shape[1], 0))  # all may be shorter than an answer elsewhere
 
     def whole(self, batch: Batch) -> dict[str, Any]:
         """Arguments for the model's forward over questions and answers with every visual token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,10 +13,10 @@ import torch
 from gripvlm.errors import TrainError
 from gripvlm.evaluate import environment
 from gripvlm.pruners import relaxed
-from gripvlm.pruners.grip import Grip, Learned
+from gripvlm.pruners.grip import Grip, Learned, place_of
 from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
 from gripvlm.tasks import Sample, Task
-from gripvlm.train.config import TrainConfig, read_toml, reads, shares, write_toml
+from gripvlm.train.config import STAGES, TrainConfig, read_toml, reads, shares, write_toml
 from gripvlm.train.curve import draw_curve
 from gripvlm.train.data import Questions, check_pictures, load_questions, split
 from gripvlm.train.diffprune import DiffPrune
@@ -38,6 +39,7 @@ Asked: TypeAlias = list[tuple[Task, Sample]]
 _SIZES = ("width", "blocks", "heads", "question", "budget")
 # What may differ between a run and its continuation.
 _FREE = {"out", "save_minutes", "val_every", "max_minutes", "log_with", "device", "rows", "patience", "on_bad"}
+_PATHS = {"data", "val_data", "start"}
 _CONFIG = "config.toml"
 # Relaxations with a loss of their own.
 _RELAXED: dict[str, type[Relaxed]] = {"dynamicvit": DynamicViT, "diffprune": DiffPrune}
@@ -98,6 +100,8 @@ def train_on(questions: Asked, held: Asked, config: TrainConfig, model: Any, pro
         scorer = Loop(stage, stream, validator, folder, processes, quiet).run()
         sizes = {field: getattr(scorer.config, field) for field in _SIZES}  # as they are, not as they were asked for
         scorer.notes = {"stage": name, "steps": stage.steps, "config": config.to_dict() | sizes}
+        if left_out := len(stream.skipped) + len(validator.skipped):
+            scorer.notes["left_out"] = left_out
         if processes.rank == 0:
             scorer.save_pretrained(folder / name)
     if processes.rank == 0:
@@ -127,7 +131,7 @@ def check_settings(
     make_teacher(config.teacher)
     _check_folder(config, Path(config.out).expanduser())
     if config.start:
-        _check_sizes(Scorer.from_pretrained(config.start), config.start, config, typed)
+        _check_sizes(Scorer.from_pretrained(place_of(config.start)), config.start, config, typed)
     questions = load_questions(config.data if data is None else data)
     if validation is not None or config.val_data:
         held = load_questions(config.val_data if validation is None else validation)
@@ -141,8 +145,12 @@ def check_settings(
 
 def _check_apart(questions: Asked, held: Asked) -> None:
     """Refuses validation questions that are training questions: the same words about the same file."""
-    known = {(sample.picture, sample.question) for _, sample in questions if isinstance(sample.picture, Path)}
-    if same := [sample.id for _, sample in held if (sample.picture, sample.question) in known]:
+
+    def of(asked: Asked) -> list[tuple[str, str, str]]:
+        return [(os.path.abspath(s.picture), s.question, s.id) for _, s in asked if isinstance(s.picture, Path)]
+
+    known = {(picture, question) for picture, question, _ in of(questions)}
+    if same := [name for picture, question, name in of(held) if (picture, question) in known]:
         raise TrainError(
             f"{len(same)} of {len(held)} validation questions are training questions too, such as {same[0]!r}: name "
             "others with --val-data, or leave it out, and --val-share of the pictures is held out"
@@ -189,7 +197,7 @@ def _start(config: TrainConfig, folder: Path, model: Any) -> tuple[Scorer, str]:
 
 def _loaded(name: str | Path, config: TrainConfig, model: Any, base: BaseModel) -> Scorer:
     """A scorer to go on from, if it is this model's and of the sizes that were asked for."""
-    scorer = Scorer.from_pretrained(name)
+    scorer = Scorer.from_pretrained(place_of(name))
     if scorer.base is not None:
         scorer.base.check(model)
     _check_sizes(scorer, name, config)
@@ -206,20 +214,33 @@ def _check_sizes(scorer: Scorer, name: str | Path, config: TrainConfig, typed: C
 
 
 def _check_folder(config: TrainConfig, folder: Path) -> None:
-    """Refuses the folder of another run."""
+    """Refuses the folder of another run; one that was stopped before its first checkpoint is none yet."""
     file = folder / _CONFIG
+    begun = {name for name in STAGES if (folder / f"{name}.ckpt").exists() or (folder / name).exists()}
     if not file.exists():
         if left := [path.name for path in (*folder.glob("*.ckpt"), *folder.glob("scorer.*"))]:
             raise TrainError(f"{folder} holds {', '.join(sorted(left))} but no {_CONFIG}: type another --out")
         return
-    before, now = TrainConfig(**read_toml(file)).to_dict(), config.to_dict()
+    if not begun:
+        return
+    try:
+        before, now = TrainConfig(**read_toml(file)).to_dict(), config.to_dict()
+    except TrainError as error:
+        raise TrainError(f"{folder} holds a run that cannot be gone on with ({error}): type another --out") from error
     free = _FREE
+    later = {name for name in now if "warmup" not in reads(name)} if begun == {"warmup"} else set()
     if config.stage != before["stage"] == "warmup":  # the next stage of the same folder
-        later = {name for name in now if "warmup" not in reads(name)}
         free = _FREE | {"stage"} | later if config.stage == "all" else set(now) - {"model", *_SIZES}
-    if unlike := [name for name in now if name not in free and before[name] != now[name]]:
+    elif config.stage == before["stage"] == "all":
+        free = _FREE | later
+    if unlike := [name for name in now if name not in free and not _alike(name, before[name], now[name])]:
         told = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in unlike[:4])
         raise TrainError(f"{folder} holds another run ({told}): type another --out, or those settings")
+
+
+def _alike(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of a setting are the same, or the same file."""
+    return one == other or (name in _PATHS and bool(one and other) and os.path.abspath(one) == os.path.abspath(other))
 
 
 def _claim(config: TrainConfig, folder: Path) -> None:

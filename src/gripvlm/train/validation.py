@@ -11,9 +11,9 @@ from gripvlm.budget import Budget
 from gripvlm.errors import TrainError
 from gripvlm.pruners.base import top_k_of_each
 from gripvlm.scorer import Scorer
-from gripvlm.tasks import Sample, Task, TaskError
+from gripvlm.tasks import Sample, Task
 from gripvlm.train.rewards import Reward, checked, log_prob
-from gripvlm.train.rollout import Batch, Engine
+from gripvlm.train.rollout import BAD_QUESTION, Batch, Engine, about
 
 __all__ = ["Validator"]
 
@@ -72,12 +72,13 @@ class Validator:
                 part = self.questions[start : start + self.size]
                 try:
                     self.batches.append(self.engine.prepare(part, own=self.own))
-                except (TaskError, TrainError):
-                    if not self.skip:
-                        raise
+                except BAD_QUESTION as error:
                     self.batches += self._good_ones(part)
+                    if not self.skip:  # and each by itself can be used
+                        raise error
             if not self.batches:
-                raise TrainError("no validation question can be read")
+                name, why = next(iter(self.skipped.items()))
+                raise TrainError(f"not one of {len(self.questions)} validation questions can be used; {name!r}: {why}")
         return self.batches
 
     def _good_ones(self, part: Sequence[tuple[Task, Sample]]) -> list[Batch]:
@@ -85,6 +86,8 @@ class Validator:
         for pair in part:
             try:
                 found.append(self.engine.prepare([pair], own=self.own))
-            except (TaskError, TrainError) as why:
-                self.skipped[pair[1].id] = str(why)
+            except BAD_QUESTION as why:
+                if not self.skip:
+                    raise TrainError(about(pair[1], why)) from why
+                self.skipped[pair[1].id] = about(pair[1], why)
         return found
