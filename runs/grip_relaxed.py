@@ -2,7 +2,8 @@
 
     python runs/grip_relaxed.py ARMS VAL.jsonl      such as .lab/grip/arms .lab/grip/val/questions.jsonl
 
-For each arm, budget and validation question, the mean over questions and seeds of
+For each arm as it was at its last step (the best that was validated is the warm-up for many of them; of the warm-up the
+one that the others start from), budget and validation question, the mean over questions and seeds of
 
 - soft_first, soft_last, hard: the answer's probability under the soft mask that training sees at its first and at
   its last temperature, and under the k tokens that inference keeps;
@@ -24,6 +25,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from last_step import last_step
 from torch import Tensor
 
 from gripvlm import lab
@@ -40,6 +42,7 @@ from gripvlm.train.rollout import Batch, Engine
 ROOT = Path(__file__).parent.parent
 KEEPS = (0.25, 0.125, 0.06, 0.03, 0.015)
 ARMS = ("warmup", "soft", "soft_probability", "straight", "perturbed", "grpo")
+SEEDS = (0, 1, 2)
 TAU_FIRST, TAU_LAST = 1.0, 0.02
 QUESTIONS, SWAPS, LEAST = 64, 8, 0.02
 
@@ -119,12 +122,9 @@ def main() -> None:
         if arm in arms:
             continue
         seeds = [
-            look(engine, batches, Scorer.from_pretrained(path), torch.Generator().manual_seed(0))
-            for path in sorted(folder.glob(f"{arm}-[0-9]"))
-            if (path / "scorer.json").exists()
+            look(engine, batches, last_step(folder / f"{arm}-{seed}"), torch.Generator().manual_seed(0))
+            for seed in SEEDS
         ]
-        if not seeds:
-            continue
         arms[arm] = {keep: {name: [seed[keep][name] for seed in seeds] for name in seeds[0][keep]} for keep in seeds[0]}
         result = {
             "command": command_line(),

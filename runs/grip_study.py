@@ -3,8 +3,9 @@
     python runs/grip_study.py [ARM=FOLDER ...]
 
 An arm is a scorer's folder with a name for the table, such as warmup=.lab/grip/warmup; FOLDER@0.06 tells the scorer
-that 6 % of the tokens will be kept, however many are. The environment may change
-OUT (grip.json), OTHERS (pruners by name) and LIMIT (questions a family).
+that 6 % of the tokens will be kept, however many are; FOLDER@last is the run's last step, not the best that was
+validated. The environment may change OUT (grip.json), OTHERS (pruners by name) and LIMIT (questions a family);
+OVERWRITE=1 begins OUT anew.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
+
+from last_step import last_step
 
 from gripvlm import lab
 from gripvlm.evaluate import evaluate
@@ -49,8 +52,13 @@ def main() -> None:
     arms = []
     for text in sys.argv[1:]:
         name, _, folder = text.partition("=")
-        folder, _, told = folder.partition("@")
-        register_pruner(name, partial(Told, folder, share=float(told)) if told else partial(Grip, folder))
+        folder, _, how = folder.partition("@")
+        pruner = partial(Grip, folder)
+        if how == "last":
+            pruner = partial(Grip, f"{folder}@last", last_step(Path(folder)))
+        elif how:
+            pruner = partial(Told, folder, share=float(how))
+        register_pruner(name, pruner)
         arms.append(name)
     others = [name for name in os.environ.get("OTHERS", OTHERS).split(",") if name]
     evaluate(
