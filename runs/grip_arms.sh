@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Every arm of the study of training methods, for three seeds: the scorers that runs/grip_table.sh compares.
+# The arms of the study of training methods, for three seeds: the scorers that runs/grip_arms_table.sh compares. What is
+# committed has more seeds of some arms and one of others: docs/grip-study.md says how many.
 #
 #   bash runs/grip_arms.sh               all, two at a time (JOBS=2), one thread each
 #   bash runs/grip_arms.sh grpo soft     some arms only
 #   LIST=1 bash runs/grip_arms.sh        what would run, and how
 #
-# Needs `pip install -e .[lab,train]` and about 4 minutes of one core an arm and seed (docs/grip-study.md has them all).
-# Interrupt it at any time; the same command goes on. Every arm starts from its seed's warm-up and takes as many steps;
-# GRPO without warm-up takes as many as both together.
+# Needs `pip install -e .[lab,train]` and 4 to 15 minutes of one core an arm and seed (docs/grip-study.md has them all).
+# Interrupt it at any time; the same command goes on. Most arms start from their seed's warm-up and take as many steps;
+# GRPO without warm-up takes two and a half times as many.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}

@@ -2,9 +2,10 @@
 # The arms of runs/grip_arms.sh on the lab's test sample: results/grip-arms-SEED.json, docs/grip-study.md.
 #
 #   bash runs/grip_arms_table.sh
+#   PART=more bash runs/grip_arms_table.sh      into results/grip-arms-SEED-more.json
 #
-# Ctrl-C and repeat: it goes on. Two seeds at a time, one thread each. LIMIT: questions a family. Files
-# results/grip-arms-SEED-*.json with further arms of that seed are read as well; no arm may be in two.
+# Ctrl-C and repeat: it goes on. Two seeds at a time, one thread each. LIMIT: questions a family. Arms that another of
+# results/grip-arms-SEED*.json has are left alone; so, in a clone, only new ones are tried, unless those files are removed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=${WORK:-.lab/grip}
@@ -14,13 +15,21 @@ SEEDS=${SEEDS:-0 1 2}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE LIMIT=${LIMIT:-120} OTHERS=
 
 one() { # SEED
-  local arms=()
-  for folder in "$WORK"/arms/*-"$1"; do
-    [ -f "$folder/scorer.json" ] && name=$(basename "$folder") && arms+=("${name%-*}=$folder")
+  local arms=() name folder file mine=grip-arms-$1${PART:+-$PART} known=""
+  for file in results/grip-arms-"$1"{,-*}.json; do
+    [ "$(basename "$file" .json)" = "$mine" ] || [ ! -f "$file" ] || known+=" $("$PYTHON" -c "
+import json, sys
+print(*{row['pruner'] for row in json.load(open(sys.argv[1]))['means']})" "$file")"
   done
-  arms+=("told_6=$WORK/arms/grpo-$1@0.06")
-  OUT=grip-arms-$1.json "$PYTHON" runs/grip_study.py "${arms[@]}"
-  gzip -kf9 "results/grip-arms-$1.samples.jsonl"
+  for folder in "$WORK"/arms/*-"$1"; do
+    name=$(basename "$folder") && name=${name%-*}
+    [ ! -f "$folder/scorer.json" ] || [[ " $known " = *" $name "* ]] || arms+=("$name=$folder")
+  done
+  [[ " $known " = *" told_6 "* ]] || arms+=("told_6=$WORK/arms/grpo-$1@0.06")
+  [ ${#arms[@]} -gt 0 ] || return 0
+  [ -f "results/$mine.samples.jsonl" ] || [ ! -f "results/$mine.json" ] || gunzip -k "results/$mine.samples.jsonl.gz"
+  OUT=$mine.json "$PYTHON" runs/grip_study.py "${arms[@]}"
+  gzip -kf9 "results/$mine.samples.jsonl"
 }
 # shellcheck source=runs/jobs.sh
 . runs/jobs.sh

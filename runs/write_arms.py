@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from answers import Answers, Scored, difference, points, read
+from arms import BUDGET, CALMER, MAIN, OTHERS, PLOTTED, TOLD, UNASKED
 from write_results import header, line, percent
 
 from gripvlm.report import plot
@@ -15,69 +16,6 @@ ROOT = Path(__file__).parent.parent
 SEEDS = tuple(sorted({int(file.stem.split("-")[2]) for file in (ROOT / "results").glob("grip-arms-[0-9]*.json")}))
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """The 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
-TOLD = {
-    "warmup": "supervised warm-up only (gradient teacher); every arm below starts here, except where it says not",
-    "warmup_by_reward": "the same, its step judged by the answer's probability, not by its logarithm",
-    "warmup_longer": "warm-up, gone on with for longer than GRPO takes",
-    "grpo": "GRPO, Plackett-Luce: the recipe",
-    "conditional": "GRPO, conditional Bernoulli",
-    "no_warmup": "GRPO from a random scorer, for as long as warm-up and GRPO together",
-    "label_free": "GRPO towards the unpruned model's own answers; no labels after the warm-up",
-    "soft": "relaxed: soft top-k, temperature annealed, for the answer's log-probability",
-    "soft_probability": "the same for its probability, as GRPO",
-    "straight": "relaxed: straight-through Gumbel top-k, log-probability",
-    "perturbed": "relaxed: perturbed top-k, log-probability",
-    "dynamicvit": "relaxed: DynamicViT-style gates",
-    "diffprune": "relaxed: DiffPrune-style denoised gates",
-    "soft_slower": "`soft` at a third of the learning rate",
-    "soft_faster": "`soft` at three times the learning rate",
-    "soft_sharper": "`soft` from a fifth of the temperature",
-    "straight_slower": "`straight` at a third of the learning rate",
-    "diffprune_slower": "`diffprune` at a third of the learning rate",
-    "diffprune_faster": "`diffprune` at three times the learning rate",
-    "diffprune_probability": "`diffprune` for the answer's probability, as GRPO",
-    "three_budgets": "GRPO, trained at 25, 6 and 1.5 % only",
-    "only_12": "GRPO, trained at 12.5 % only",
-    "only_3": "GRPO, trained at 3 % only",
-    "averaged": "GRPO, with a running average of the weights (decay 0.98)",
-    "antithetic": "GRPO, subsets in antithetic pairs",
-    "band": "GRPO, exploring only 8 ranks on either side of k",
-    "by_budget": "GRPO, advantages scaled by the spread at about the same budget",
-    "sums": "GRPO, gradients summed over a subset's tokens (`dr_grpo`), not averaged",
-    "sums_by_budget": "GRPO, both of these",
-    "twice_by_budget": "GRPO, two optimiser steps a batch and advantages scaled by budget",
-    "four_times": "GRPO, four optimiser steps a batch of rollouts",
-    "faster": "GRPO, twice the learning rate",
-    "twice": "GRPO, two optimiser steps a batch of rollouts",
-    "fours": "GRPO, four times as many questions with 4 subsets each",
-    "warmup_blind": "supervised warm-up of a scorer that does not read the question",
-    "blind_plain": "GRPO from there, not reading the question either, 600 steps",
-    "blind_budget": "the same with advantages scaled by budget",
-    "blind_by_budget": "the same with advantages scaled by budget and two optimiser steps a batch",
-    "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
-    "value_apart": "the same, the critic training only itself (before, its gradient reached the scorer too)",
-    "self_critical": "GRPO, compared with the greedy subset (15 subsets and that one)",
-    "told_6": "`grpo`, its scorer always told 6 %",
-    "warmup_no_budget": "warm-up without the budget as input",
-    "no_budget": "GRPO without the budget as input, from that",
-}
-
-MAIN = (
-    "warmup",
-    "grpo",
-    "conditional",
-    "no_warmup",
-    "label_free",
-    "soft",
-    "soft_probability",
-    "straight",
-    "perturbed",
-    "diffprune",
-)
-"""Arms that are shown family by family."""
-OTHERS = ("mmr(norm)", "cdpruner", "divprune", "norm", "grid", "random")
-"""Pruners that are not ours."""
-PLOTTED = ("full", "oracle", "warmup", "grpo", "diffprune", "mmr(norm)", "cdpruner", "grid", "random")
 
 
 class Study:
@@ -135,6 +73,8 @@ class Study:
     def over_seeds(self, a: str, b: str, keep: str) -> str:
         """The difference and the 95 % t-interval of its mean over training seeds, these pictures given."""
         each = self.each(a, b, keep)
+        if max(each) - min(each) < 1e-6:
+            return f"{100 * each[0]:+.1f}, each"
         half = STUDENT[len(each) - 2] * stdev(each) / len(each) ** 0.5
         return points(mean(each), mean(each) - half, mean(each) + half)
 
@@ -192,25 +132,34 @@ def families(study: Study) -> list[str]:
     return page
 
 
+def judge(run: dict) -> str:
+    """What decided which step was kept. Rewards that a run maximised without naming it are told by their sign."""
+    unnamed = "log_prob" if next(iter(run["val"].values()))["objective"] < 0 else "probability"
+    return run["settings"].get("reward", unnamed)
+
+
 def minutes(train: dict) -> list[str]:
+    """A row an arm, in the order of TOLD, whose texts refer to those above them."""
     rows = []
-    for name in train["arms"]:
+    for name in [arm for arm in TOLD if arm in train["arms"]]:
         runs = train["arms"][name]
         clock = [run["minutes"] for run in runs.values()]
         rollouts = {run["rollouts"] for run in runs.values()}
         steps = {run["steps"] for run in runs.values()}
-        best = [run["best"] for run in runs.values()]
+        judges = {judge(run) for run in runs.values()}
+        best = [f"{seed}: {run['best']}" for seed, run in runs.items()]
         rows.append(
             [
                 f"`{name}`",
-                TOLD.get(name, ""),
+                TOLD[name],
                 "/".join(map(str, sorted(steps))),
                 "/".join(map(str, sorted(rollouts))),
                 f"{min(clock):.1f}-{max(clock):.1f}",
-                "/".join(map(str, best)),
+                "/".join(sorted(judges)),
+                ", ".join(best),
             ]
         )
-    return table(["arm", "what", "steps", "subsets tried", "minutes", "best step, by seed"], rows)
+    return table(["arm", "what", "steps", "subsets tried", "minutes", "judged by", "seed: step kept"], rows)
 
 
 def main() -> None:
@@ -231,8 +180,10 @@ def main() -> None:
         "## Arms",
         "",
         *minutes(train),
-        "Minutes are of one core of a machine that did other work besides; least and greatest of the seeds.",
-        "The checkpoint is the best of those validated (`best step`), on other pictures.",
+        "Minutes are of one core of a machine that did other work besides; least and greatest of the seeds. The step",
+        "that is kept is the best of those validated (0, 150, 240), on other pictures, by what the run maximises:",
+        "where step 0 was kept, the arm *is* the warm-up for that seed, and equal numbers below are one number.",
+        "`X_last` is `X` as it was at its last step, whatever was validated.",
         "",
         "## Scores",
         "",
@@ -258,7 +209,8 @@ def main() -> None:
         "### Would other training seeds say the same?",
         "",
         "Arms with three training seeds or more: the mean difference and the 95 % t-interval of that mean over seeds,",
-        "on these pictures; how many seeds. What an interval here leaves open, no number of test questions settles.",
+        "on these pictures; how many seeds. What an interval here leaves open, no number of test questions settles. Of",
+        "so many intervals one in twenty misses by chance: read rows, not cells.",
         "",
         *table(
             ["", "seeds", *shares(keeps)],
@@ -311,8 +263,8 @@ def main() -> None:
         page += [
             "## Does the budget as an input matter?",
             "",
-            "With the budget minus without, everything else the same. `told_6` is the trained scorer itself, told 6 %",
-            "whatever the budget is.",
+            "`told_6` is the trained scorer itself, told 6 % whatever the budget is; `no_budget` is never told it, as is",
+            "its warm-up.",
             "",
             *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
         ]
@@ -339,23 +291,6 @@ def short(result: dict) -> str:
     return f"{arms}; commit `{git['commit'][:10]}`{dirty}."
 
 
-UNASKED = (
-    *(("blind_by_budget", other) for other in ("warmup_blind", "blind_plain", "full", *OTHERS[:3])),
-    ("blind_plain", "warmup_blind"),
-    ("blind_budget", "blind_plain"),
-    ("blind_by_budget", "blind_budget"),
-)
-BUDGET = (("grpo", "told_6"), ("grpo", "no_budget"), ("warmup", "warmup_no_budget"))
-CALMER = {
-    **dict.fromkeys(("averaged", "antithetic", "band", "self_critical"), "grpo"),
-    **dict.fromkeys(("twice", "four_times", "faster", "fours"), "grpo"),
-    **dict.fromkeys(("by_budget", "sums", "sums_by_budget", "twice_by_budget"), "grpo"),
-    "value": "conditional",
-    "value_apart": "conditional",
-}
-"""Idea -> the plain arm it is compared with."""
-
-
 def relaxed() -> list[str]:
     """What the relaxations believe of themselves, and what is true."""
     file = ROOT / "results" / "grip-relaxed.json"
@@ -373,7 +308,8 @@ def relaxed() -> list[str]:
         "## Are the relaxations stuck?",
         "",
         f"On {found['questions']} validation questions (`runs/grip_relaxed.py`, `results/grip-relaxed.json`), mean of",
-        "the seeds: the answer's probability under the soft mask of training at its first and last temperature",
+        "the seeds, each arm at its last step: the answer's probability under the soft mask of training at its first",
+        "and last temperature",
         f"({first:g}, {last:g}) and under the k tokens that inference keeps; how many tokens have a slope there (mask",
         "between 0.05 and 0.95), as a multiple of k; and how often the gradient with respect to the mask tells whether",
         "exchanging a kept token for a dropped one helps (a coin: 0.50), at the first soft mask and at the hard one.",
@@ -399,8 +335,10 @@ def relaxed() -> list[str]:
 
 STUCK = [
     "Read off: the gradient is no blind guide here; it tells most swaps right, if less so at the smallest budgets.",
-    "What a relaxation misjudges is how much a soft mask leaks: at 3 and 1.5 % the model answers visibly better under",
-    "the soft mask than with the k tokens that are kept in the end, at 12.5 % and above there is no such gap.",
+    "At 3 and 1.5 % the model answers visibly better under the soft mask than with the k tokens that are kept in the",
+    "end: that much of what a relaxation optimises is not there at inference. At 12.5 % and above there is no such",
+    "gap. It is as large for scorers that were trained without a mask (`warmup`, `grpo`): it is in the mask, not in",
+    "what training under one does.",
 ]
 """What was read off that table, in words."""
 
