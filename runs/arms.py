@@ -12,7 +12,7 @@ TOLD = {
     "label_free": "GRPO towards the unpruned model's own answers; no labels after the warm-up",
     "soft": "relaxed: soft top-k, temperature annealed, for the answer's log-probability",
     "soft_probability": "the same for its probability, as GRPO",
-    "straight": "relaxed: straight-through Gumbel top-k, log-probability",
+    "straight": "relaxed: straight-through top-k under Gumbel noise that fades, log-probability",
     "perturbed": "relaxed: perturbed top-k, log-probability",
     "dynamicvit": "relaxed: DynamicViT-style gates",
     "diffprune": "relaxed: DiffPrune-style denoised gates",

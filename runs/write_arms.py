@@ -263,8 +263,8 @@ def main() -> None:
         page += [
             "## Does the budget as an input matter?",
             "",
-            "`told_6` is the trained scorer itself, told 6 % whatever the budget is; `no_budget` is never told it, as is",
-            "its warm-up.",
+            "`told_6` is the trained scorer itself, told 6 % whatever the budget is; `no_budget` is never told it, nor",
+            "is its warm-up.",
             "",
             *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
         ]

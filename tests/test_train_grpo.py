@@ -213,8 +213,8 @@ def spied(stage: Grpo, monkeypatch) -> list:
     """Rollouts as they are made."""
     rollouts, run = [], stage.engine.run
 
-    def spy(*args):
-        rollouts.append(run(*args))
+    def spy(*args, **options):
+        rollouts.append(run(*args, **options))
         return rollouts[-1]
 
     monkeypatch.setattr(stage.engine, "run", spy)

@@ -16,6 +16,7 @@ from gripvlm.tasks import Sample, TaskError
 from gripvlm.train import Engine
 from gripvlm.train.budgets import draw_keeps
 from gripvlm.train.data import Questions, generator, load_questions, split
+from gripvlm.train.rewards import probability
 from gripvlm.train.teachers import make_teacher
 from gripvlm.train.validation import Validator
 from tiny_train import Asked, Counted, asked, picture, tiny_config, tiny_scorer, tiny_vlm, write_jsonl
@@ -212,6 +213,32 @@ def test_rows_may_be_shorter_than_an_answer_elsewhere_in_the_batch(engine, monke
         assert torch.allclose(mine, alone(engine, mixed, row, kept), atol=1e-4)
 
 
+def test_logits_are_kept_where_they_are_read(engine, batch, monkeypatch):
+    kept, lean = (engine.run(batch, ROWS, KEPT, logits=logits) for logits in (True, False))
+    assert torch.equal(kept.log_probs, lean.log_probs)
+    assert torch.equal(kept.hit & kept.mask, lean.hit & lean.mask)
+    assert torch.equal(kept.hit[kept.mask], (kept.logits.argmax(-1) == kept.targets)[kept.mask])
+    with pytest.raises(RuntimeError, match="kept no logits"):
+        lean.logits.sum()
+    seen = []
+
+    def mine(rollout):
+        seen.append(rollout.logits.shape)
+        return rollout.log_probs.sum(-1)
+
+    scorer = tiny_scorer(engine.model)
+    for reward, asked_for in ((mine, True), (probability, False)):
+        before = engine.run
+        told = []
+        monkeypatch.setattr(
+            engine, "run", lambda *a, logits, run=before, told=told: (told.append(logits), run(*a, logits=logits))[1]
+        )
+        Validator(engine, pairs(asked(2)), [0.5], reward).judge(scorer)
+        monkeypatch.undo()
+        assert told == [asked_for]
+    assert seen
+
+
 def test_rows_of_like_length_run_together(engine, batch, monkeypatch):
     """Length is what is kept and the text: the questions and answers here differ by some words."""
     monkeypatch.setattr(engine, "rows", 2)
@@ -372,8 +399,8 @@ def test_best_of_n_is_the_best(engine, batch, monkeypatch):
     tried = []
     run = engine.run
 
-    def spy(*args):
-        tried.append(run(*args))
+    def spy(*args, **options):
+        tried.append(run(*args, **options))
         return tried[-1]
 
     monkeypatch.setattr(engine, "run", spy)

@@ -239,9 +239,9 @@ def test_agreement_is_nothing_for_all_tokens_and_a_loss_for_fewer(rollout):
 def test_task_score_and_exact_match(rollout, monkeypatch):
     monkeypatch.setattr(rollout, "decode", lambda: [rollout.samples[0].answer, "?", rollout.samples[2].answer, "?"])
     assert checked(get_reward("task_score"), rollout).tolist() == [1, 0, 1, 0]
-    monkeypatch.setattr(rollout, "logits", torch.nn.functional.one_hot(rollout.targets, 181).float())
+    monkeypatch.setattr(rollout, "hit", torch.ones_like(rollout.mask))
     assert checked(get_reward("exact_match"), rollout).tolist() == [1, 1, 1, 1]
-    rollout.logits[1, -1] = 0
+    rollout.hit[1, -1] = False
     assert checked(get_reward("exact_match"), rollout).tolist() == [1, 0, 1, 1]
 
 

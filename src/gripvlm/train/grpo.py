@@ -25,7 +25,7 @@ from gripvlm.scorer import Scorer
 from gripvlm.train.budgets import draw_keeps
 from gripvlm.train.config import TrainConfig
 from gripvlm.train.loop import Stage, Stats
-from gripvlm.train.rewards import checked, get_reward
+from gripvlm.train.rewards import checked, get_reward, reads_logits
 from gripvlm.train.rollout import Batch, Engine
 
 __all__ = ["Grpo", "advantages"]
@@ -163,7 +163,7 @@ class Grpo(Stage):
             for sample in range(len(batch))
             for g in range(draws)
         ]
-        rollout = self.engine.run(batch, rows, subsets)
+        rollout = self.engine.run(batch, rows, subsets, logits=reads_logits(self.reward))
         values = checked(self.reward, rollout).view(len(batch), draws)
         rewards = values[:, :group]
         exact = rollout.exact.view(len(batch), draws)[:, :group]

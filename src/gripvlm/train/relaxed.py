@@ -5,7 +5,8 @@ the gradient of the reward, `probability` or `log_prob`; inference is the same h
 
 - soft_topk: sigmoid((s - nu) / tau), with nu solved so that the mask sums to k exactly; tau annealed from
   tau_start to tau_end (DiffPrune's budgeted map without its denoiser);
-- straight_through: the hard top-k of s + Gumbel noise forward, the gradient of soft_topk backward;
+- straight_through: the hard top-k of s + tau g forward, g Gumbel noise (so it fades as tau does), the gradient of
+  soft_topk backward;
 - perturbed: the mean hard top-k over Gaussian perturbations, with the Jacobian of Berthet et al. 2020.
 
 Two more are in files of their own: `dynamicvit.py`, a decision for each token, and `diffprune.py`, which adds noise

@@ -24,6 +24,7 @@ __all__ = [
     "get_reward",
     "log_prob",
     "probability",
+    "reads_logits",
     "task_score",
 ]
 
@@ -69,6 +70,11 @@ REWARDS: dict[str, Reward] = {
     "exact_match": exact_match,
     "task_score": task_score,
 }
+
+
+def reads_logits(reward: Reward) -> bool:
+    """Whether a reward may read `Rollout.logits`; those of a user's own always may."""
+    return reward not in (log_prob, probability, exact_match, task_score)
 
 
 def get_reward(name: str | Reward) -> Reward:

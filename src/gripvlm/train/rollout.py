@@ -103,8 +103,9 @@ class Rollout:
         tasks, samples: [R].
         log_probs: [R, T] of the forced answer's tokens, 0 where there is none (answers end at the right).
         mask: [R, T] where there is one.
-        logits: [R, T, V] that predicted them.
+        hit: [R, T] whether a token is the model's first choice.
         targets: [R, T] the forced tokens, 0 where there is none.
+        logits: [R, T, V] that predicted them, if `Engine.run` was asked to keep them.
         full_logits: [R, T, V] as `logits`, from the unpruned model; computed once a batch, when first read.
         kept: [R] lists over images of kept indices.
         decode: () -> [R] answers, decoded greedily; costs a generation.
@@ -114,11 +115,18 @@ class Rollout:
     samples: list[Sample]
     log_probs: Tensor
     mask: Tensor
-    logits: Tensor
+    hit: Tensor
     targets: Tensor
     kept: Kept
     decode: Callable[[], list[str]]
     full: Callable[[], Tensor]
+    all_logits: Tensor | None
+
+    @property
+    def logits(self) -> Tensor:
+        if self.all_logits is None:
+            raise RuntimeError("these rollouts kept no logits: call Engine.run(..., logits=True)")
+        return self.all_logits
 
     @property
     def full_logits(self) -> Tensor:
@@ -127,8 +135,7 @@ class Rollout:
     @property
     def exact(self) -> Tensor:
         """[R] 1.0 where every token of the answer is the model's first choice."""
-        hit = self.logits.argmax(-1) == self.targets
-        return (hit | ~self.mask).all(-1).float()
+        return (self.hit | ~self.mask).all(-1).float()
 
 
 def about(sample: Sample, error: GripError) -> str:
@@ -278,29 +285,30 @@ class Engine:
     # --- rollouts ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self, batch: Batch, rows: Sequence[int], kept: Kept) -> Rollout:
+    def run(self, batch: Batch, rows: Sequence[int], kept: Kept, *, logits: bool = True) -> Rollout:
         """Forces the answers with only `kept` tokens left.
 
         Args:
             rows: [R] which sample of the batch each row is about.
             kept: [R] lists over that sample's images of indices [k], ascending.
+            logits: keep them, R x T x vocabulary float32 numbers: gigabytes for a large model and long answers.
         """
         width = batch.longest
         order = sorted(range(len(rows)), key=lambda r: batch.words[rows[r]] + sum(len(indices) for indices in kept[r]))
         device = batch.inputs["input_ids"].device
         targets = batch.inputs["labels"][:, -width:][torch.tensor(rows, device=device)]
         mask, targets = targets >= 0, targets.clamp(min=0)
-        logits: Tensor | None = None
-        log_probs = torch.zeros(mask.shape, device=device)
+        every: Tensor | None = None
+        log_probs, hit = torch.zeros(mask.shape, device=device), torch.zeros_like(mask)
         for start in range(0, len(order), self.rows):
             part = order[start : start + self.rows]
             out = self._forward(batch, [rows[r] for r in part], [kept[r] for r in part], width)
-            if logits is None:
-                logits = out.new_empty(len(rows), *out.shape[1:])
             index = torch.tensor(part, device=device)
-            logits[index] = out
+            if logits:
+                every = out.new_empty(len(rows), *out.shape[1:]) if every is None else every
+                every[index] = out
+            hit[index] = out.argmax(-1) == targets[index]
             log_probs[index] = out.log_softmax(-1).gather(-1, targets[index, :, None]).squeeze(-1)
-        assert logits is not None
         self.subsets += len(rows)
 
         def decode() -> list[str]:
@@ -311,11 +319,12 @@ class Engine:
             samples=[batch.samples[b] for b in rows],
             log_probs=log_probs.masked_fill(~mask, 0.0),
             mask=mask,
-            logits=logits,
+            hit=hit,
             targets=targets,
             kept=kept,
             decode=decode,
             full=lambda: self.full_logits(batch)[torch.tensor(rows, device=device)],
+            all_logits=every,
         )
 
     @torch.no_grad()

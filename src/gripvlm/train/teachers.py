@@ -115,7 +115,7 @@ class _BestOfN:
                     picks.append(score.topk(int(kept[j])).indices.sort().values)
                 rows.append(sample)
                 subsets.append(picks)
-        rollout = engine.run(batch, rows, subsets)
+        rollout = engine.run(batch, rows, subsets, logits=False)
         best = log_prob(rollout).view(len(batch), self.tries).argmax(-1).tolist()
         out: list[Tensor] = []
         for sample in range(len(batch)):

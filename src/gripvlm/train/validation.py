@@ -12,7 +12,7 @@ from gripvlm.errors import TrainError
 from gripvlm.pruners.base import top_k_of_each
 from gripvlm.scorer import Scorer
 from gripvlm.tasks import Sample, Task
-from gripvlm.train.rewards import Reward, checked, log_prob
+from gripvlm.train.rewards import Reward, checked, log_prob, reads_logits
 from gripvlm.train.rollout import BAD_QUESTION, Batch, Engine, about
 
 __all__ = ["Validator"]
@@ -58,7 +58,7 @@ class Validator:
                 rows: list[list[Tensor]] = [[] for _ in range(len(batch))]
                 for sample, subset in zip(seen.owner.tolist(), subsets, strict=True):
                     rows[sample].append(subset)
-                rollout = self.engine.run(batch, range(len(batch)), rows)
+                rollout = self.engine.run(batch, range(len(batch)), rows, logits=reads_logits(self.reward))
                 for name, values in (("reward", checked(self.reward, rollout)), ("exact", rollout.exact)):
                     key = f"{name}@{keep:g}"
                     totals[key] = totals.get(key, 0.0) + float(values.sum())
