@@ -18,6 +18,7 @@ from gripvlm.pruners.grip import SHIPPED
 from gripvlm.scorer import BaseModel, Scorer, ScorerError
 from gripvlm.tasks import TaskError, get_tasks
 from gripvlm.train import Engine, train, write_toml
+from gripvlm.train.loop import Loop
 from gripvlm.train.run import check_settings
 from tiny_train import asked, tiny_config, tiny_vlm, write_jsonl
 
@@ -88,6 +89,15 @@ def test_a_folder_without_its_settings_is_refused(tmp_path):
     (tmp_path / "scorer.json").touch()
     with pytest.raises(TrainError, match=r"holds scorer\.json but no config\.toml"):
         check_settings(tiny_config(out=str(tmp_path)))
+
+
+def test_out_of_memory_says_what_to_lower(vlm, tmp_path, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Loop, "_one_step", full)
+    with pytest.raises(TrainError, match="grpo ran out of memory: type a smaller --rows"):
+        train(tiny_config(out=str(tmp_path), stage="grpo"), *vlm, asked(8))
 
 
 def test_task_score_needs_answers(vlm, tmp_path):

@@ -88,6 +88,19 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_PANELS = {
+    "model": "Model and questions",
+    "width": "Scorer",
+    "images": "Batches and budgets",
+    "steps": "Optimiser",
+    "warmup_steps": "Warm-up",
+    "policy": "GRPO",
+    "relaxation": "Relaxed baselines",
+    "save_minutes": "Running",
+}
+"""Headings of the help, by the first setting below each."""
+
+
 def _signature() -> inspect.Signature:
     """One option a field, with None for "as in the config file, or the default"."""
     from gripvlm.train.config import STAGES, TrainConfig, help_of
@@ -100,13 +113,15 @@ def _signature() -> inspect.Signature:
         inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config]),
     ]
     hints = get_type_hints(TrainConfig)
+    panel = ""
     for field in dataclasses.fields(TrainConfig):
         if field.name == "stage":
             continue
         flag = _flag(field.name)
         names = (f"{flag}/--no-{flag[2:]}",) if hints[field.name] is bool else (flag,)
         told = f"{help_of(field.name)} [default: {field.default if field.default != '' else 'none'}]"
-        option = typer.Option(*names, help=told, show_default=False)
+        panel = _PANELS.get(field.name, panel)
+        option = typer.Option(*names, help=told, show_default=False, rich_help_panel=panel)
         parameters.append(
             inspect.Parameter(field.name, keyword, default=None, annotation=Annotated[hints[field.name] | None, option])
         )

@@ -58,16 +58,16 @@ class TrainConfig:
     device: str = _f("", "such as cpu or cuda:0; by default an accelerator if there is one")
     on_bad: str = _f("stop", "what a picture that cannot be read or an empty answer does", "stop", "skip")
     # the scorer
-    width: int = _f(128, "of the scorer's transformer")
-    blocks: int = _f(3, "of the scorer's transformer")
-    heads: int = _f(4, "of the scorer's transformer")
+    width: int = _f(128, "channels of the scorer's transformer")
+    blocks: int = _f(3, "its blocks")
+    heads: int = _f(4, "its attention heads")
     question: bool = _f(True, "whether the scorer reads the question")
     budget: bool = _f(True, "whether the scorer is told the budget")
     # batches and budgets
-    images: int = _f(4, "pictures a micro-batch")
+    images: int = _f(4, "pictures a micro-batch; the memory of warm-up and relaxations goes with it")
     questions: int = _f(4, "questions a picture at most")
     accumulate: int = _f(1, "micro-batches a step, over all processes")
-    rows: int = _f(64, "subsets in one forward of the model")
+    rows: int = _f(64, "subsets in one forward of the model; GRPO's memory goes with it")
     bf16: bool = _f(False, "the frozen model under bfloat16 autocast, for models that are loaded in float32")
     budgets: str = _f(
         "log_uniform", "how a group's budget is drawn", "log_uniform", "uniform", "annealed", "fixed", "choices"

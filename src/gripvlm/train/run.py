@@ -97,7 +97,13 @@ def train_on(questions: Asked, held: Asked, config: TrainConfig, model: Any, pro
             _claim(config, folder)
         validator = Validator(engine, held, keeps, reward, config.own_answers, config.on_bad == "skip")
         stream = Questions(questions, config.images, config.questions, config.seed)
-        scorer = Loop(stage, stream, validator, folder, processes, quiet).run()
+        try:
+            scorer = Loop(stage, stream, validator, folder, processes, quiet).run()
+        except torch.OutOfMemoryError as error:
+            raise TrainError(
+                f"{name} ran out of memory: type a smaller --rows; if that is not enough, a smaller --images or "
+                "--questions, with another --out"
+            ) from error
         sizes = {field: getattr(scorer.config, field) for field in _SIZES}  # as they are, not as they were asked for
         scorer.notes = {"stage": name, "steps": stage.steps, "config": config.to_dict() | sizes}
         if left_out := len(stream.skipped) + len(validator.skipped):
