@@ -78,6 +78,16 @@ def test_a_run_leaves_everything_in_its_folder(whole):
     assert not same_weights(whole, whole / "warmup")
 
 
+def test_another_judge_may_choose_the_step(vlm, whole, tmp_path):
+    train(tiny_config(out=str(tmp_path), val_reward="log_prob"), *vlm, asked(8))
+    theirs, mine = ([line for line in lines(one) if "val" in line] for one in (whole, tmp_path))
+    assert all(line["val"]["objective"] > 0 for line in theirs)
+    assert all(line["val"]["objective"] < 0 for line in mine)  # a log-probability
+    for stage in ("warmup", "grpo"):
+        judged = {line["step"]: line["val"]["exact@0.5"] for line in theirs if line["stage"] == stage}
+        assert judged.keys() == {line["step"] for line in mine if line["stage"] == stage}
+
+
 def test_steps_with_rollouts_say_how_many_a_second(whole):
     found = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in found if "loss" in line]

@@ -100,8 +100,8 @@ class TrainConfig:
     num_generations: int = _f(16, "G, subsets a question (of the teacher best_of_n too)", of=("warmup", "grpo"))
     reward: str = _f(
         "probability",
-        "is maximised, and judges which step of any stage is kept: log_prob, probability, agreement (no labels), "
-        "exact_match, task_score or module:function",
+        "what is maximised: log_prob, probability, agreement (no labels), exact_match, task_score or module:function; "
+        "also judges the steps of every stage",
     )
     own_answers: bool = _f(False, "force the unpruned model's own answers and not the data's")
     beta: float = _f(0.0, "weight of the KL divergence to the scorer that GRPO started from", of=_GRPO)
@@ -143,6 +143,7 @@ class TrainConfig:
     # running
     save_minutes: float = _f(5.0, "minutes between checkpoints; Ctrl-C writes one as well")
     val_every: int = _f(100, "steps between validations")
+    val_reward: str = _f("", "judges which step is kept, if not --reward; as there")
     val_keeps: str = _f("0.25,0.125,0.06,0.03,0.015", "budgets of the validation")
     patience: int = _f(0, "stop after so many validations without a better one; 0 never")
     max_minutes: float = _f(0.0, "stop a stage after so long; 0 never")

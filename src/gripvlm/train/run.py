@@ -78,7 +78,7 @@ def train(
 def train_on(questions: Asked, held: Asked, config: TrainConfig, model: Any, processor: Any, *, quiet: bool) -> Learned:
     """`train` with what `check_settings` returned."""
     folder = Path(config.out).expanduser()
-    reward, keeps = get_reward(config.reward), shares(config.val_keeps, "val_keeps")
+    judge, keeps = get_reward(config.val_reward or config.reward), shares(config.val_keeps, "val_keeps")
     processes = Processes(config.log_with, folder, cpu=model.device.type == "cpu")
     if config.accumulate % processes.count:
         raise TrainError(
@@ -95,7 +95,7 @@ def train_on(questions: Asked, held: Asked, config: TrainConfig, model: Any, pro
         stage = _stage(name, config, scorer, engine)
         if processes.rank == 0:
             _claim(config, folder)
-        validator = Validator(engine, held, keeps, reward, config.own_answers, config.on_bad == "skip")
+        validator = Validator(engine, held, keeps, judge, config.own_answers, config.on_bad == "skip")
         stream = Questions(questions, config.images, config.questions, config.seed)
         try:
             scorer = Loop(stage, stream, validator, folder, processes, quiet).run()
@@ -133,7 +133,8 @@ def check_settings(
     Raises:
         TrainError, TaskError, ScorerError: what to change.
     """
-    get_reward(config.reward)
+    for name in (config.reward, config.val_reward or config.reward):
+        get_reward(name)
     make_teacher(config.teacher)
     _check_folder(config, Path(config.out).expanduser())
     if config.start:
