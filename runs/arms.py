@@ -41,8 +41,8 @@ TOLD = {
     "blind_plain": "GRPO from there, not reading the question either, 600 steps",
     "blind_budget": "the same with advantages scaled by budget",
     "blind_by_budget": "the same with advantages scaled by budget and two optimiser steps a batch",
-    "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate",
-    "value_apart": "the same, the critic training only itself (before, its gradient reached the scorer too)",
+    "value": "GRPO, conditional Bernoulli, a learnt value of each token as control variate; with a fault",
+    "value_apart": "the same without the fault: the critic trains only itself",
     "self_critical": "GRPO, compared with the greedy subset (15 subsets and that one)",
     "told_6": "`grpo`, its scorer always told 6 %",
     "warmup_no_budget": "warm-up without the budget as input",
@@ -69,7 +69,10 @@ PLOTTED = ("full", "oracle", "warmup", "grpo", "diffprune", "mmr(norm)", "cdprun
 
 TOLD |= {
     f"{arm}_last": f"`{arm}` at its last step"
-    for arm in ("conditional", "label_free", "soft", "soft_probability", "straight", "perturbed", "diffprune")
+    for arm in (
+        *("conditional", "label_free", "soft", "soft_slower", "soft_probability", "straight", "perturbed"),
+        *("diffprune", "diffprune_faster"),
+    )
 }
 
 UNASKED = (

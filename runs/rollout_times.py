@@ -85,7 +85,7 @@ class Group:
 
     def rollouts(self) -> Tensor:
         """[R] log-probabilities by the engine: dropping, prompts, checks, forward; pictures are encoded."""
-        return self.engine.run(self.batch, self.rows, self.kept).log_probs.sum(-1)
+        return self.engine.run(self.batch, self.rows, self.kept, logits=False).log_probs.sum(-1)
 
     @torch.no_grad()
     def limit(self, calls: list[dict[str, Any]]) -> list[Tensor]:

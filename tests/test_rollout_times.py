@@ -59,7 +59,9 @@ def test_the_limit_runs_neither_tower_nor_pruning(group, monkeypatch):
 
 def test_a_step_trains_the_scorer_at_that_budget(group, monkeypatch):
     seen, run = [], group.engine.run
-    monkeypatch.setattr(group.engine, "run", lambda b, rows, kept: seen.append((rows, kept)) or run(b, rows, kept))
+    monkeypatch.setattr(
+        group.engine, "run", lambda b, rows, kept, **more: seen.append((rows, kept)) or run(b, rows, kept, **more)
+    )
     gradients: list[float] = []
     monkeypatch.setattr(
         group.stage.scorer,
