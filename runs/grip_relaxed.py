@@ -130,6 +130,7 @@ def main() -> None:
             "command": command_line(),
             **environment(),
             "taus": [TAU_FIRST, TAU_LAST],
+            "weights": "last step",
             "questions": len(some),
             "swaps_a_question": SWAPS,
             "arms": arms,

@@ -308,7 +308,7 @@ def relaxed() -> list[str]:
         "## Are the relaxations stuck?",
         "",
         f"On {found['questions']} validation questions (`runs/grip_relaxed.py`, `results/grip-relaxed.json`), mean of",
-        "the seeds, each arm at its last step: the answer's probability under the soft mask of training at its first",
+        f"the seeds, each arm at its {found.get('weights', 'step that was kept')}: the answer's probability under the soft mask of training at its first",
         "and last temperature",
         f"({first:g}, {last:g}) and under the k tokens that inference keeps; how many tokens have a slope there (mask",
         "between 0.05 and 0.95), as a multiple of k; and how often the gradient with respect to the mask tells whether",
