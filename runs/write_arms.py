@@ -335,10 +335,11 @@ def relaxed() -> list[str]:
 
 STUCK = [
     "Read off: not stuck, but misled. The gradient is no blind guide; it tells most swaps right, if less so at the",
-    "smallest budgets. At 1.5 % the masks' relaxations do learn what they are asked to: under the last soft mask",
-    "(`soft, last`) the model answers at least as well as after the warm-up. With the k tokens that are kept in the",
+    "smallest budgets. At 1.5 % `soft`, `soft_probability` and `straight` do learn what they are asked to: under the",
+    "last soft mask the model answers at least as well as after the warm-up. With the k tokens that are kept in the",
     "end it answers worse. They have learnt to spread the mask: about two tokens for each that may be kept have a",
-    "slope at the last temperature, where the warm-up and GRPO have half a one. At 12.5 % and above nothing of this.",
+    "slope at the last temperature, where the warm-up and GRPO have half a one. `perturbed` loses under either. At",
+    "12.5 % and above there is nothing of this but in `perturbed`.",
 ]
 """What was read off that table, in words."""
 
