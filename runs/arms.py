@@ -8,7 +8,7 @@ TOLD = {
     "warmup_longer": "warm-up, gone on with for longer than GRPO takes",
     "grpo": "GRPO, Plackett-Luce: the recipe",
     "conditional": "GRPO, conditional Bernoulli",
-    "no_warmup": "GRPO from a random scorer, for as long as warm-up and GRPO together",
+    "no_warmup": "GRPO from a random scorer, 600 steps (warm-up and GRPO have 640 together)",
     "label_free": "GRPO towards the unpruned model's own answers; no labels after the warm-up",
     "soft": "relaxed: soft top-k, temperature annealed, for the answer's log-probability",
     "soft_probability": "the same for its probability, as GRPO",

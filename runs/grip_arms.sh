@@ -6,7 +6,7 @@
 #   bash runs/grip_arms.sh grpo soft     some arms only
 #   LIST=1 bash runs/grip_arms.sh        what would run, and how
 #
-# Needs `pip install -e .[lab,train]` and 4 to 15 minutes of one core an arm and seed (docs/grip-study.md has them all).
+# Needs `pip install -e .[lab,train]` and 2 to 15 minutes of one core an arm and seed, a few more (docs/grip-study.md).
 # Interrupt it at any time; the same command goes on. Most arms start from their seed's warm-up and take as many steps;
 # GRPO without warm-up takes two and a half times as many.
 set -euo pipefail
@@ -62,8 +62,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
     four_times) echo "grpo $RUN $start --steps $STEPS --num-iterations 4" ;;
     faster) echo "grpo $RUN $start --steps $STEPS --learning-rate 6e-4" ;;
     fours) echo "grpo $RUN $start --steps $STEPS --num-generations 4 --images 16" ;;
-    value_apart) arm value "$2" ;; # since 2026-11-23 the critic trains only itself; `value` is of the code before
-    value) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
+    value_apart) echo "grpo $RUN $start --steps $STEPS --policy conditional_bernoulli --credit value" ;;
     no_budget) echo "grpo $RUN --start $WORK/arms/warmup_no_budget-$2 --steps $STEPS --no-budget" ;;
     warmup_blind) echo "$WARMUP 400 --no-question" ;;
     blind_plain) echo "grpo $RUN --no-question --start $WORK/arms/warmup_blind-$2 --steps 600" ;;
@@ -78,7 +77,7 @@ arm() { # NAME SEED: the arguments of `gripvlm train`
 FIRST="warmup warmup_no_budget warmup_blind" # others start from them
 THEN="grpo soft soft_probability conditional label_free straight no_warmup perturbed dynamicvit diffprune
   soft_slower soft_faster soft_sharper straight_slower diffprune_slower diffprune_faster diffprune_probability
-  warmup_by_reward warmup_longer three_budgets only_3 only_12 averaged antithetic value value_apart band no_budget self_critical
+  warmup_by_reward warmup_longer three_budgets only_3 only_12 averaged antithetic value_apart band no_budget self_critical
   twice by_budget twice_by_budget faster four_times fours sums sums_by_budget blind_plain
   blind_budget blind_by_budget"
 

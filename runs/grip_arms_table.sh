@@ -25,6 +25,10 @@ print(*{row['pruner'] for row in json.load(open(sys.argv[1]))['means']})" "$file
     name=$(basename "$folder") && name=${name%-*}
     [ ! -f "$folder/scorer.json" ] || [[ " $known " = *" $name "* ]] || arms+=("$name=$folder")
   done
+  for name in conditional label_free soft soft_slower soft_probability straight perturbed diffprune diffprune_faster; do
+    folder=$WORK/arms/$name-$1
+    [ ! -f "$folder/scorer.json" ] || [[ " $known " = *" ${name}_last "* ]] || arms+=("${name}_last=$folder@last")
+  done
   [[ " $known " = *" told_6 "* ]] || arms+=("told_6=$WORK/arms/grpo-$1@0.06")
   [ ${#arms[@]} -gt 0 ] || return 0
   [ -f "results/$mine.samples.jsonl" ] || [ ! -f "results/$mine.json" ] || gunzip -k "results/$mine.samples.jsonl.gz"

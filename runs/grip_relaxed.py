@@ -2,8 +2,8 @@
 
     python runs/grip_relaxed.py ARMS VAL.jsonl      such as .lab/grip/arms .lab/grip/val/questions.jsonl
 
-For each arm as it was at its last step (the best that was validated is the warm-up for many of them; of the warm-up the
-one that the others start from), budget and validation question, the mean over questions and seeds of
+For each arm as it was at its last step (the best that was validated is the warm-up for many of them), budget and
+validation question, the mean over questions and seeds of
 
 - soft_first, soft_last, hard: the answer's probability under the soft mask that training sees at its first and at
   its last temperature, and under the k tokens that inference keeps;

@@ -135,11 +135,13 @@ def families(study: Study) -> list[str]:
 def judge(run: dict) -> str:
     """What decided which step was kept. Rewards that a run maximised without naming it are told by their sign."""
     unnamed = "log_prob" if next(iter(run["val"].values()))["objective"] < 0 else "probability"
-    return run["settings"].get("reward", unnamed)
+    return run["settings"].get("val_reward", run["settings"].get("reward", unnamed))
 
 
 def minutes(train: dict) -> list[str]:
     """A row an arm, in the order of TOLD, whose texts refer to those above them."""
+    if strange := train["arms"].keys() - TOLD.keys():
+        raise SystemExit(f"runs/arms.py does not say what {', '.join(sorted(strange))} is")
     rows = []
     for name in [arm for arm in TOLD if arm in train["arms"]]:
         runs = train["arms"][name]
@@ -181,9 +183,10 @@ def main() -> None:
         "",
         *minutes(train),
         "Minutes are of one core of a machine that did other work besides; least and greatest of the seeds. The step",
-        "that is kept is the best of those validated (0, 150, 240), on other pictures, by what the run maximises:",
-        "where step 0 was kept, the arm *is* the warm-up for that seed, and equal numbers below are one number.",
-        "`X_last` is `X` as it was at its last step, whatever was validated.",
+        "that is kept is the best of those validated (0, 150, 240; a warm-up 0, 150, 300, 400; longer runs on to 600),",
+        "on other pictures, by what `judged by` says: where step 0 was kept, the arm *is* the warm-up for that seed,",
+        "and equal numbers below are one number. `X_last` is `X` as it was at its last step, whatever was validated",
+        "(`ARM_last=FOLDER@last` for `runs/grip_study.py`).",
         "",
         "## Scores",
         "",
@@ -254,7 +257,8 @@ def main() -> None:
             "",
             "A scorer that does not read the question chooses once an image, and the choice can be kept. Its warm-up",
             "is far from the full model where tokens are few, so there is more for GRPO to win. Seed 0 has the scorers",
-            "of `runs/train_grip.sh` and the one that shipped before, alike but for how often they were judged.",
+            "of `runs/train_grip.sh` and the one that shipped before, alike but for how often they were judged, and on",
+            "how many questions.",
             "",
             *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
         ]
@@ -263,8 +267,8 @@ def main() -> None:
         page += [
             "## Does the budget as an input matter?",
             "",
-            "`told_6` is the trained scorer itself, told 6 % whatever the budget is; `no_budget` is never told it, nor",
-            "is its warm-up.",
+            "`told_6` is the trained scorer itself, told 6 % whatever the budget is.",
+            "`no_budget` is never told it." if "no_budget" in arms else "No scorer was trained without it.",
             "",
             *table(["", *shares(keeps)], [[f"`{a}` - `{b}`", *(study.cell(a, b, k) for k in keeps)] for a, b in pairs]),
         ]
@@ -334,12 +338,14 @@ def relaxed() -> list[str]:
 
 
 STUCK = [
-    "Read off: not stuck, but misled. The gradient is no blind guide; it tells most swaps right, if less so at the",
-    "smallest budgets. At 1.5 % `soft`, `soft_probability` and `straight` do learn what they are asked to: under the",
-    "last soft mask the model answers at least as well as after the warm-up. With the k tokens that are kept in the",
-    "end it answers worse. They have learnt to spread the mask: about two tokens for each that may be kept have a",
-    "slope at the last temperature, where the warm-up and GRPO have half a one. `perturbed` loses under either. At",
-    "12.5 % and above there is nothing of this but in `perturbed`.",
+    "Swaps that change the answer's log-probability by less than 0.02 are left out; the probability is the whole",
+    "answer's. Read off: not stuck. The gradient is no blind guide; it tells most of those swaps right, if less so at",
+    "the smallest budgets. But the mask and the choice part: at 1.5 % `soft_probability` answers better under its last",
+    "soft mask than the warm-up does, and worse with the k tokens that are kept in the end; `soft` is as good under",
+    "the mask and worse with the k. Both have learnt to spread it: about two tokens for each that may be kept have a",
+    "slope at the last temperature, where the warm-up and GRPO have half a one. `straight`, which is trained on the",
+    "hard choice with the mask's gradient, spreads it as well and loses as much. `perturbed` loses under either. At",
+    "12.5 % and above masks are spread too, but it costs nothing there (but for `perturbed`).",
 ]
 """What was read off that table, in words."""
 

@@ -50,7 +50,9 @@ def train_command(**given: Any) -> None:
     questions, held = check_settings(config, typed=typed)
     if (lacking := sum(not sample.answer for _, sample in questions + held)) and not config.own_answers:
         _say(f"{lacking} of {len(questions + held)} questions have no answer: the model's own are taken")
-    if config.stage in ("grpo", "relaxed") and not config.start and not (Path(config.out) / "warmup").exists():
+    folder = Path(config.out).expanduser()
+    begun = (folder / "warmup").exists() or (folder / f"{config.stage}.ckpt").exists()
+    if config.stage in ("grpo", "relaxed") and not config.start and not begun:
         _say(f"no --start, and no warm-up in {config.out}: {config.stage} begins with a new scorer")
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)
@@ -60,7 +62,7 @@ def train_command(**given: Any) -> None:
         _say(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False))
         raise typer.Exit(130) from None
     if pruner.module is not None and (left_out := pruner.module.notes.get("left_out")):
-        _say(f"left out: {left_out} questions that could not be used; why: {Path(config.out) / 'metrics.jsonl'}")
+        _say(f"left out: {left_out} questions that could not be used; why: {folder / 'metrics.jsonl'}")
     screen = console()
     screen.print(f"trained: {pruner.scorer}")
     if all(sample.answer for _, sample in held) and "," not in pruner.scorer:

@@ -73,9 +73,7 @@ class TrainConfig:
         "log_uniform", "how a group's budget is drawn", "log_uniform", "uniform", "annealed", "fixed", "choices"
     )
     keep_choices: str = _f("", "the shares of tokens that budgets = choices draws from, such as 0.25,0.06,0.015")
-    keep_low: float = _f(
-        0.015, "smallest share of tokens drawn (the only one for fixed)", only=("budgets", (*_RANGES, "fixed"))
-    )
+    keep_low: float = _f(0.015, "smallest share of tokens drawn (the only one for fixed)", only=_LOW)
     keep_high: float = _f(0.5, "largest share of tokens drawn", only=_HIGH)
     # optimiser
     steps: int = _f(1000, "of GRPO or the relaxed baseline", of=_AFTER)

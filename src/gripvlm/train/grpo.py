@@ -90,7 +90,10 @@ class Grpo(Stage):
     def _law(self, logits: Tensor, chosen: Tensor, free: Tensor) -> Law:
         """The law of `chosen` [I] picks among the `free` [I, n] tokens."""
         if not bool(logits[free].isfinite().all()):
-            raise TrainError("the scorer has diverged, its logits are no numbers any more: lower --learning-rate")
+            raise TrainError(
+                "the scorer has diverged, its logits are no numbers any more: lower --learning-rate, and type another "
+                "--out if this one has a checkpoint"
+            )
         family = PlackettLuce if self.config.policy == "plackett_luce" else ConditionalBernoulli
         return family(logits / self.config.temperature, chosen, free)
 

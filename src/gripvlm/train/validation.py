@@ -12,6 +12,7 @@ from gripvlm.errors import TrainError
 from gripvlm.pruners.base import top_k_of_each
 from gripvlm.scorer import Scorer
 from gripvlm.tasks import Sample, Task
+from gripvlm.train.data import name_of
 from gripvlm.train.rewards import Reward, checked, log_prob, reads_logits
 from gripvlm.train.rollout import BAD_QUESTION, Batch, Engine, about
 
@@ -42,7 +43,7 @@ class Validator:
         self.questions, self.own, self.skip, self.size = list(questions), own, skip, size
         self.batches: list[Batch] | None = None
         self.skipped: dict[str, str] = {}
-        """id -> why, for questions that were left out."""
+        """"task/id" -> why, for questions that were left out."""
 
     @torch.no_grad()
     def judge(self, scorer: Scorer) -> dict[str, float]:
@@ -89,5 +90,5 @@ class Validator:
             except BAD_QUESTION as why:
                 if not self.skip:
                     raise TrainError(about(pair[1], why)) from why
-                self.skipped[pair[1].id] = about(pair[1], why)
+                self.skipped[name_of(*pair)] = about(pair[1], why)
         return found
