@@ -252,9 +252,9 @@ class Loop:
         self.kept.eval()
         told = set(self.validator.skipped)
         found = self.validator.judge(self.kept)
-        for name, why in self.validator.skipped.items():
+        for name, line in self.validator.skipped.items():
             if name not in told:
-                self._log({"step": self.step, "skipped": name, "why": why, "validation": True})
+                self._log({"step": self.step, **line, "validation": True})
         self.judged = self.step
         if found["objective"] > self.best:
             self.best, self.stale = found["objective"], 0

@@ -42,8 +42,8 @@ class Validator:
         self.engine, self.keeps, self.reward = engine, keeps, reward
         self.questions, self.own, self.skip, self.size = list(questions), own, skip, size
         self.batches: list[Batch] | None = None
-        self.skipped: dict[str, str] = {}
-        """"task/id" -> why, for questions that were left out."""
+        self.skipped: dict[str, dict[str, str]] = {}
+        """"task/id" -> what to log, for questions that were left out."""
 
     @torch.no_grad()
     def judge(self, scorer: Scorer) -> dict[str, float]:
@@ -78,8 +78,8 @@ class Validator:
                     if not self.skip:  # and each by itself can be used
                         raise error
             if not self.batches:
-                name, why = next(iter(self.skipped.items()))
-                raise TrainError(f"not one of {len(self.questions)} validation questions can be used; {name!r}: {why}")
+                why = next(iter(self.skipped.values()))["why"]
+                raise TrainError(f"not one of {len(self.questions)} validation questions can be used: {why}")
         return self.batches
 
     def _good_ones(self, part: Sequence[tuple[Task, Sample]]) -> list[Batch]:
@@ -90,5 +90,6 @@ class Validator:
             except BAD_QUESTION as why:
                 if not self.skip:
                     raise TrainError(about(pair[1], why)) from why
-                self.skipped[name_of(*pair)] = about(pair[1], why)
+                line = {"skipped": pair[1].id, "task": pair[0].name, "why": about(pair[1], why)}
+                self.skipped[name_of(*pair)] = line
         return found
