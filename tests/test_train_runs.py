@@ -1,4 +1,4 @@
-"""Whole runs: killed and resumed, bad data, several processes, the command line."""
+"""Whole runs: killed and resumed, bad data, several processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import gripvlm
 from gripvlm.errors import TrainError
 from gripvlm.scorer import Scorer
 from gripvlm.tasks import Sample, TaskError
-from gripvlm.train import Interrupted, TrainConfig, read_toml, train, write_toml
+from gripvlm.train import Interrupted, TrainConfig, read_toml, train
 from gripvlm.train.loop import Loop
 from gripvlm.train.validation import Validator
 from tiny_train import Asked, asked, stopping, tiny_config, tiny_vlm
@@ -83,9 +83,7 @@ def test_another_judge_may_choose_the_step(vlm, whole, tmp_path):
     theirs, mine = ([line for line in lines(one) if "val" in line] for one in (whole, tmp_path))
     assert all(line["val"]["objective"] > 0 for line in theirs)
     assert all(line["val"]["objective"] < 0 for line in mine)  # a log-probability
-    for stage in ("warmup", "grpo"):
-        judged = {line["step"]: line["val"]["exact@0.5"] for line in theirs if line["stage"] == stage}
-        assert judged.keys() == {line["step"] for line in mine if line["stage"] == stage}
+    assert [line["val"]["exact@0.5"] for line in mine[:2]] == [line["val"]["exact@0.5"] for line in theirs[:2]]
 
 
 def test_steps_with_rollouts_say_how_many_a_second(whole):
@@ -378,45 +376,3 @@ def test_two_processes_are_one_with_twice_the_accumulation(vlm, tmp_path):
     skipped = {line["skipped"] for line in lines(tmp_path / "two") if "skipped" in line and not line.get("validation")}
     assert skipped == {"corrupt", "empty"}
     assert list((tmp_path / "two").rglob("events.out.tfevents*"))
-
-
-# --- settings and the command line --------------------------------------------------------------------------------
-
-
-def test_settings_survive_their_file(tmp_path):
-    odd = tiny_config(out='C:\\runs\\"a" \u00fc', learning_rate=1e-7, question=False, keep_low=0.015, reward="a:b")
-    write_toml(odd, tmp_path / "c.toml")
-    assert TrainConfig(**read_toml(tmp_path / "c.toml")) == odd
-    for text, said in (("stepz = 3", "did you mean steps"), ("steps = ", "is not TOML")):
-        (tmp_path / "c.toml").write_text(text)
-        with pytest.raises(TrainError, match=said):
-            read_toml(tmp_path / "c.toml")
-    with pytest.raises(TrainError, match="no config file"):
-        read_toml(tmp_path / "nothing.toml")
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"steps": "many"},
-        {"steps": 1.5},
-        {"steps": -1},
-        {"policy": "nonsense"},
-        {"num_generations": 1},
-        {"num_generations": 5, "antithetic": True},
-        {"keep_low": 0.0},
-        {"keep_low": 0.6, "keep_high": 0.5},
-        {"temperature": 0.0},
-        {"tau_end": 0.0},
-        {"learning_rate": float("nan")},
-        {"val_share": 1.0},
-        {"samples": 1, "relaxation": "perturbed"},
-        {"keep_low": 1.5, "budgets": "fixed"},
-        {"importance_sampling_level": "token", "policy": "conditional_bernoulli"},
-        {"credit": "value"},
-        {"ema_decay": 1.0},
-    ],
-)
-def test_settings_that_cannot_be(wrong):
-    with pytest.raises(TrainError, match=next(iter(wrong)).split("_")[0]):
-        tiny_config(**wrong)

@@ -175,6 +175,11 @@ def drawn(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def pairs(task: Task) -> list[tuple[Task, Sample]]:
+    """As `Engine.prepare` takes them."""
+    return [(task, sample) for sample in task.samples]
+
+
 def stopping(monkeypatch, at: int, how=lambda: os.kill(os.getpid(), signal.SIGINT), stage: str = "grpo") -> None:
     """Calls `how` in the middle of step `at` of a stage."""
     before = Loop._one_step
