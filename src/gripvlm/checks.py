@@ -17,6 +17,7 @@ from gripvlm.models.families import FAMILIES, Family, family_of
 from gripvlm.models.grids import unknown
 from gripvlm.models.layers import checked_layers
 from gripvlm.models.merging import checked_tower
+from gripvlm.models.renamed import CACHE, cache_in
 from gripvlm.models.text import placeholder
 from gripvlm.models.vision import Asked, Merging
 from gripvlm.pruners import LayerPruner, Pruner, TowerPruner, VisualTokens, get_pruner
@@ -191,7 +192,7 @@ def checked_schedule(pruner: LayerPruner, tokens: VisualTokens, layers: int) -> 
 def checked_imageless(model: Any, given: Mapping[str, Any]) -> None:
     """Raises where a call without any image has placeholders for one: transformers would take them for words."""
     ids = given.get("input_ids")
-    if not isinstance(ids, Tensor) or any(given.get(name) is not None for name in ("past_key_values", *ENCODED)):
+    if not isinstance(ids, Tensor) or any(given.get(name) is not None for name in (*CACHE, *ENCODED)):
         return
     for modality in ("image", "video"):
         if getattr(model.config, f"{modality}_token_id", None) is None:
@@ -215,9 +216,9 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
         raise InputError("input_ids must be a tensor of token ids [B, L]: use return_tensors='pt'")
-    if (cache := given.get("past_key_values")) is not None and cache.get_seq_length() > 0:
+    if (cache := cache_in(given)) is not None and cache.get_seq_length() > 0:
         raise InputError(
-            "past_key_values already hold tokens: pass the full prompt and no cache; each turn of a chat selects anew"
+            "the cache already holds tokens: pass the full prompt and no cache; each turn of a chat selects anew"
         )
     if encoded is None and not any(name in given for name in PIXELS):
         raise InputError("no image: inputs have no pixel_values; without images call the model without gripvlm")

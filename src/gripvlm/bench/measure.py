@@ -16,6 +16,7 @@ from gripvlm.bench.machine import flop_counter
 from gripvlm.budget import Budget
 from gripvlm.clock import device_time
 from gripvlm.models.encoded import Encoded
+from gripvlm.models.renamed import cache_of
 from gripvlm.models.seam import encoder_arguments
 from gripvlm.prune import encode, prune_inputs, pruned_run
 from gripvlm.pruners import Pruner
@@ -171,7 +172,7 @@ class Cell:
             "decode": whole - int(first),
             "whole": whole,
         }
-        return Counts(flops, _cache_bytes(output.past_key_values), kept, total)
+        return Counts(flops, _cache_bytes(cache_of(output)), kept, total)
 
     def _encoder(self) -> None:
         """The vision encoder and projector as the model itself runs them."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gripvlm.errors import GripError, InputError, UnsupportedModelError
 from gripvlm.models.families import family_of
+from gripvlm.models.renamed import cache_in
 from gripvlm.models.text import full_mask, visual_places
 
 __all__ = ["Dropped", "checked_dynamic", "checked_keys", "checked_layers", "drop_in_layers"]
@@ -149,7 +150,7 @@ class _Dropper:
         ids = kwargs.get("input_ids")
         if ids is None:
             raise InputError("dropping inside layers needs input_ids by name: call model(input_ids=...)")
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         self.now = None
         self.prefill = past == 0

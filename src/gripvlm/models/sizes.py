@@ -18,6 +18,7 @@ from gripvlm.errors import InputError, UnsupportedModelError
 from gripvlm.models.attention import before_attention, blocks_of, modules_of
 from gripvlm.models.families import family_of
 from gripvlm.models.layers import checked_dynamic, checked_keys
+from gripvlm.models.renamed import cache_in
 
 __all__ = ["LayerSizes", "Sized", "checked_sizes", "size_attention", "with_sizes"]
 
@@ -93,7 +94,7 @@ class _Biaser:
         ids = kwargs.get("input_ids")
         if ids is None:
             raise InputError("size_attention needs input_ids by name: call model(input_ids=...)")
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         checked_dynamic(cache)
         past = 0 if cache is None else cache.get_seq_length()
         self.fresh, self.total = past == 0, past + ids.shape[1]

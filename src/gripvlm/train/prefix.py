@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gripvlm.models.encoded import Span
 from gripvlm.models.families import chunkable, family_of
+from gripvlm.models.renamed import cache_argument, cache_of
 
 __all__ = ["SHORTEST", "Prefix", "shared_length"]
 
@@ -56,7 +57,8 @@ class Prefix:
     def __init__(self, model: Any, ids: Tensor, positions: Tensor) -> None:
         self.length = ids.shape[0]
         whole = {"attention_mask": torch.ones_like(ids)[None], "position_ids": positions.unsqueeze(-2)}
-        self._cache = model(input_ids=ids[None], **whole, use_cache=True).past_key_values
+        self._name = cache_argument(model)
+        self._cache = cache_of(model(input_ids=ids[None], **whole, use_cache=True))
 
     @classmethod
     def of(cls, model: Any, arguments: Mapping[str, Any], length: int) -> Prefix:
@@ -78,7 +80,7 @@ class Prefix:
         seen = (column >= padding).to(mask)
         rest["attention_mask"] = torch.cat((seen.new_ones(len(mask), self.length), seen), -1)
         rest["position_ids"] = rest["position_ids"].masked_fill(seen == 0, 0)
-        return {**rest, "past_key_values": self._repeated(len(mask)), "use_cache": True}
+        return {**rest, self._name: self._repeated(len(mask)), "use_cache": True}
 
     def _repeated(self, rows: int) -> Any:
         """The cache for so many rows: views of one row's keys and values, which going on copies anyway."""
