@@ -20,7 +20,7 @@ LAYERS = [
     {"scorer"},
     {"pruners"},
     {"models"},
-    {"checks", "layered", "path", "prune", "selections", "sized"},
+    {"block", "checks", "layered", "path", "prune", "selections", "sized", "switch"},
     {"tasks"},
     {"evaluate"},
     {"loading"},
@@ -123,7 +123,7 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_prune_is_the_function_whatever_is_imported_first(first):
     printed = run(
         f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import gripvlm, {first}\n"
-        "from gripvlm.prune import prune\n"
+        "from gripvlm.block import prune\n"
         "print(gripvlm.prune is prune, callable(gripvlm.prune), 'transformers' in sys.modules)"
     )
     assert printed == "True True False"

@@ -33,7 +33,7 @@ _HOME = {
     "encode": "gripvlm.prune",
     "get_pruner": "gripvlm.pruners.registry",
     "list_pruners": "gripvlm.pruners.registry",
-    "prune": "gripvlm.prune",
+    "prune": "gripvlm.block",
     "prune_inputs": "gripvlm.prune",
     "pruned_run": "gripvlm.prune",
     "pruner_names": "gripvlm.pruners.registry",
@@ -67,12 +67,12 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from gripvlm.block import prune as prune
     from gripvlm.budget import Budget as Budget
     from gripvlm.errors import GripError as GripError
     from gripvlm.models.encoded import Encoded as Encoded
     from gripvlm.path import Record as Record
     from gripvlm.prune import encode as encode
-    from gripvlm.prune import prune as prune
     from gripvlm.prune import prune_inputs as prune_inputs
     from gripvlm.prune import pruned_run as pruned_run
     from gripvlm.prune import visual_tokens as visual_tokens

@@ -26,6 +26,7 @@ from gripvlm.pruners.layered import LAYER_NEEDS, average
 from gripvlm.pruners.options import options_of
 
 __all__ = [
+    "ENCODED",
     "PIXELS",
     "Keeps",
     "checked_budgets",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.models.attention import watch_attention
-from gripvlm.models.layers import Dropped, drop_in_layers
+from gripvlm.models.layers import Dropped, Held, drop_in_layers
 from gripvlm.models.text import words
 from gripvlm.pruners import LayerPruner, LayerTokens, Merge, Selection, VisualTokens
 from gripvlm.selections import checked_selection
@@ -89,6 +89,10 @@ class LayerRun:
             for name in sorted(self.needs & queries.keys()):
                 self.seen[name] = stack.enter_context(watch_attention(decoder, before, queries[name]))
             yield
+
+    def held(self) -> tuple[Held | None, None]:
+        """What the layers' caches hold once the prompt has run, and the sizes in each layer, which are all 1."""
+        return (None if self.dropped.held is None else self.dropped.held()), None
 
     def selections(self) -> list[list[Selection]]:
         """What was kept of each image, layer by layer; of the first of the rows that a prompt was repeated to."""

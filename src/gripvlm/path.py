@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisionR
 from gripvlm.selections import Doubts, checked_features, checked_selections
 from gripvlm.sized import SizedRun
 
-__all__ = ["Record", "gather", "pruned"]
+__all__ = ["Pruned", "Record", "gather", "pruned"]
 
 
 @dataclass
@@ -76,6 +76,22 @@ class Record:
         return sum(selection.n for sample in self.selections for selection in sample)
 
 
+class Pruned(NamedTuple):
+    """What one pruning came to.
+
+    Attributes:
+        arguments: for `generate` or `forward`.
+        record: what was kept.
+        run: what is left to do inside the language model while it runs, None where there is nothing.
+        shortened: how the prompts became shorter.
+    """
+
+    arguments: dict[str, Any]
+    record: Record
+    run: LayerRun | SizedRun | None
+    shortened: seam.Shortened
+
+
 def pruned(
     model: Any,
     family: Family,
@@ -88,7 +104,7 @@ def pruned(
     spare_column: bool,
     size_attention: bool = False,
     pad_to_multiple_of: int | None = None,
-) -> tuple[dict[str, Any], Record, LayerRun | SizedRun | None]:
+) -> Pruned:
     """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to do in the layers.
 
     All that must be read from an accelerator is read before the encoder starts. What is asked of it then is not
@@ -131,7 +147,7 @@ def pruned(
     watch.lap("pruner")
     checked = iter(checked_selections(pruner, raw, flat, doubts))
     selections = [[next(checked) for _ in sample] for sample in at_input]
-    arguments = seam.shorten(
+    arguments, shortened = seam.shorten(
         model, inputs, done, layout, spans, selections, positions, spare_column, pad_to_multiple_of=multiple
     )
     watch.lap("surgery")
@@ -142,8 +158,8 @@ def pruned(
         run = run if run.cuts else None
     record = Record(kept, 1, watch, doubts)
     if size_attention and (run is not None or any(s.merge is not None for mine in selections for s in mine)):
-        return arguments, record, SizedRun(model, arguments, selections, run)
-    return arguments, record, run
+        return Pruned(arguments, record, SizedRun(model, arguments, selections, run), shortened)
+    return Pruned(arguments, record, run, shortened)
 
 
 def _chosen(pruner: Pruner, images: list[VisualTokens], doubts: Doubts) -> list[Any]:

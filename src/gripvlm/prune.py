@@ -1,4 +1,4 @@
-"""`prune` and `prune_inputs`: any pruner on any supported model, with one path for both."""
+"""`encode`, `prune_inputs`, `pruned_run` and `visual_tokens`: any pruner on any supported model, as functions."""
 
 from __future__ import annotations
 
@@ -7,34 +7,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
-
 from gripvlm.checks import (
-    PIXELS,
     Keeps,
-    checked_imageless,
     checked_inputs,
-    checked_merging,
-    checked_multiple,
     checked_needs,
-    checked_positions,
     checked_pruner,
-    one_budget,
 )
 from gripvlm.clock import Stopwatch
-from gripvlm.errors import GripError, PrunerError
-from gripvlm.models import decoding, seam
+from gripvlm.errors import PrunerError
+from gripvlm.models import seam
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.families import family_of
 from gripvlm.models.layout import Layout
-from gripvlm.models.sizes import checked_sizes
 from gripvlm.models.text import Question, questions
 from gripvlm.path import Record, gather, pruned
-from gripvlm.pruners import LayerPruner, Pruner, TowerPruner, VisualTokens
+from gripvlm.pruners import Pruner, VisualTokens
 from gripvlm.pruners.keep_all import KeepAll
 from gripvlm.selections import Doubts
 
-__all__ = ["Record", "encode", "prune", "prune_inputs", "pruned_run", "visual_tokens"]
+__all__ = ["Record", "encode", "prune_inputs", "pruned_run", "visual_tokens"]
 
 
 def encode(model: Any, inputs: Mapping[str, Any], pruners: Sequence[str | Pruner] = ()) -> Encoded:
@@ -118,7 +109,7 @@ def prune_inputs(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
-    arguments, record, run = pruned(
+    arguments, record, run, _ = pruned(
         model, family, inputs, chooser, keep, positions, question, encoded, False, False, pad_to_multiple_of
     )
     record.doubts.settle()
@@ -160,7 +151,7 @@ def pruned_run(
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
-    arguments, record, run = pruned(
+    arguments, record, run, _ = pruned(
         model, family, inputs, chooser, keep, positions, question, encoded, False, size_attention, pad_to_multiple_of
     )
     with record.doubts.at_the_end():
@@ -198,113 +189,6 @@ def visual_tokens(
     _, batch = gather(model, family, layout, onlooker, keep, texts, encoded, doubts)
     doubts.settle()
     return batch
-
-
-@contextmanager
-def prune(
-    model: Any,
-    pruner: str | Pruner,
-    keep: Keeps = None,
-    *,
-    positions: str = "original",
-    question: Question = None,
-    size_attention: bool = False,
-    pad_to_multiple_of: int | None = None,
-) -> Iterator[Record]:
-    """Inside the block, `model.generate` prunes; the code that calls it stays as it is.
-
-        with gripvlm.prune(model, "divprune", keep=64) as record:
-            ids = model.generate(**inputs, max_new_tokens=32)
-
-    Args: as for `prune_inputs`, and
-        size_attention: every query of the language model attends to a token that a merge made of m tokens
-            as if m were there, log m added to its scores (ToMe, arXiv 2210.09461, eq. 1), in the prompt and
-            in decoding. m is how many tokens it absorbed (`gripvlm.pruners.sizes_after`), whatever their
-            weights. Exact where the m tokens are equal and see one another; where images are causal, they
-            would not, and it is as if they did. Without merges nothing changes.
-
-    Yields:
-        A `Record` of the latest `generate` call.
-
-    Only this object's `generate` is wrapped, and it is as before when the block ends, however it
-    ends. What `generate` returns has the *original* prompt ids in front, so code that trims them
-    works unchanged; `max_length` and `min_length` count them too. A call without any image passes
-    through untouched, with empty selections. Streamers are shown the shortened prompt.
-
-    Raises:
-        GripError: a block for this model is already open, or what `prune_inputs` raises; with
-            `size_attention`, an `UnsupportedModelError` where a bias for each key cannot be carried, and an
-            `InputError` for a static cache.
-    """
-    family = family_of(model)
-    chooser = checked_pruner(pruner, model)
-    checked_positions(positions)
-    checked_multiple(pad_to_multiple_of)
-    if isinstance(chooser, TowerPruner):
-        checked_merging(model, family, chooser, keep)
-    if size_attention:
-        checked_sizes(model)
-    if not isinstance(keep, (list, tuple)):
-        one_budget(chooser, keep)
-    before = vars(model).get("generate")
-    if getattr(before, "_gripvlm", False):
-        raise GripError(
-            "this model is already inside a gripvlm.prune block: leave that block first, or prune another model"
-        )
-    record = Record()
-    original = model.generate
-
-    def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
-        if not any(kwargs.get(name) is not None for name in PIXELS):
-            checked_imageless(model, kwargs)
-            rows = kwargs["input_ids"].shape[0] if "input_ids" in kwargs else 0
-            record.selections = [[] for _ in range(rows)]
-            record.watch = Stopwatch(model.device)
-            record.calls += 1
-            return original(None, *args, **kwargs)
-        options = decoding.Options(model, args, kwargs)
-        options.refuse(family, isinstance(chooser, LayerPruner))
-        given = checked_inputs(model, family, kwargs, None)
-        with torch.no_grad():
-            arguments, now, run = pruned(
-                model,
-                family,
-                given,
-                chooser,
-                keep,
-                positions,
-                question,
-                None,
-                options.uncached,
-                size_attention,
-                pad_to_multiple_of,
-            )
-        options.check_beams(family, arguments, now.selections)
-        record.selections, record.watch, record.doubts = now.selections, now.watch, now.doubts
-        record.calls += 1
-        args, arguments = options.shifted(arguments, given["input_ids"].shape[1])
-        if options.get("do_sample"):  # sampling from NaN takes an accelerator down before anyone can say why
-            record.doubts.settle()
-        with record.doubts.at_the_end():
-            if run is None:
-                output = original(None, *args, **arguments)
-            else:
-                with run.block():
-                    output = original(None, *args, **arguments)
-                record.selections = run.selections()
-        return decoding.with_prompt(output, given["input_ids"], arguments["input_ids"].shape[1])
-
-    generate._gripvlm = True  # type: ignore[attr-defined]
-    model.generate = generate
-    try:
-        yield record
-    finally:
-        if before is None:
-            del model.generate
-        else:
-            model.generate = before
 
 
 class _Onlooker(KeepAll):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gripvlm.errors import InputError
 from gripvlm.layered import LayerRun, Merged
+from gripvlm.models.layers import Held
 from gripvlm.models.sizes import LayerSizes, size_attention
 from gripvlm.models.text import visual_places
 from gripvlm.pruners import Selection, sizes_after
@@ -46,6 +47,7 @@ class SizedRun:
         for row, mine, sample in zip(base, places, selections, strict=True):
             if sample:
                 row[mine] = torch.cat([sizes_after(s.indices, s.n, s.merge) for s in sample]).to(base.device)
+        self.known: Mapping[int, LayerSizes | None] = {}
         self.stages: dict[int, Tensor] = {0: base}  # layer -> [rows, L] sizes, by place in the prompt, from there on
 
     @contextmanager
@@ -55,8 +57,12 @@ class SizedRun:
             if self.run is not None:
                 self.run.merged = self._merged
                 stack.enter_context(self.run.block())
-            stack.enter_context(size_attention(self.model, self._sizes))
+            self.known = stack.enter_context(size_attention(self.model, self._sizes))
             yield
+
+    def held(self) -> tuple[Held | None, Mapping[int, LayerSizes | None]]:
+        """What the layers' caches hold once the prompt has run, and the sizes in each layer."""
+        return (None if self.run is None else self.run.held()[0]), dict(self.known)
 
     def selections(self) -> list[list[Selection]]:
         """What was kept of each image, layer by layer."""

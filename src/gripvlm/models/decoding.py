@@ -6,10 +6,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
+from gripvlm.models.callbacks import FullPrompt
 from gripvlm.models.families import Family, chunkable, installed
 
 __all__ = ["Options", "with_prompt"]
@@ -24,11 +24,10 @@ class Options:
     else from the model's.
     """
 
-    def __init__(self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, kwargs: Mapping[str, Any]) -> None:
         self.model = model
-        self.args = tuple(args)
         self.kwargs = kwargs
-        self.config = self.args[0] if self.args else kwargs.get("generation_config")
+        self.config = kwargs.get("generation_config")
         self.model_config = getattr(model, "generation_config", None)
 
     def get(self, name: str) -> Any:
@@ -46,8 +45,14 @@ class Options:
     def refuse(self, family: Family, inside: bool) -> None:
         """Raises for ways of decoding that are not right with fewer tokens, or not even with all.
 
-        `inside` says whether tokens are dropped inside the language model.
+        `inside` says whether something is done inside the language model while it runs.
         """
+        if inside and self.get("guidance_scale") not in (None, 1):
+            raise InputError(
+                "guidance_scale runs a second prompt through the model beside the first, and a pruner that drops "
+                "inside the language model (or size_attention) cannot tell them apart: leave it out, or use a pruner "
+                "that drops at the input"
+            )
         if self.get("prefill_chunk_size") is not None and inside:
             raise InputError(
                 "prefill_chunk_size: a pruner that drops inside the language model must see the whole prompt at "
@@ -86,15 +91,14 @@ class Options:
                 f"model, got {sorted(counts)}: use an int keep=, or a batch of one"
             )
 
-    def shifted(self, arguments: dict[str, Any], full: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def shifted(self, arguments: dict[str, Any], full: int) -> dict[str, Any]:
         """The call's arguments with `max_length` and `min_length` less the tokens dropped.
 
         The caller counts the prompt's `full` tokens, `generate` sees fewer.
         """
         fewer = full - arguments["input_ids"].shape[1]
-        args = list(self.args)
         if not fewer:
-            return self.args, arguments
+            return arguments
         for name, newer in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             value = self.get(name)
             if value is None or self.get(newer) is not None or (name == "min_length" and not value):
@@ -104,27 +108,22 @@ class Options:
                 continue
             self.config = copy.deepcopy(self.config)
             setattr(self.config, name, value - fewer)
-            if args:
-                args[0] = self.config
-            else:
-                arguments["generation_config"] = self.config
-        return tuple(args), arguments
+            arguments["generation_config"] = self.config
+        return arguments
 
 
-def with_prompt(output: Any, prompt: Tensor, shortened: int) -> Any:
-    """What `generate` returned, with the caller's own prompt ids [B, L] in front.
+def with_prompt(output: Any, full: FullPrompt) -> Any:
+    """What `generate` returned, with the caller's own prompt ids in front.
 
     Args:
-        output: a tensor [B * r, shortened + new] or an output with such `sequences`.
-        prompt: the original ids.
-        shortened: the length of the prompt that `generate` saw.
+        output: a tensor [B * r, shortened + new] or an output with such `sequences`; what a decoding loop of the
+            caller's own made is left as it is where it does not begin with the prompt that it was given.
     """
     tensor = isinstance(output, Tensor)
-    sequences = output if tensor else output.sequences
-    new = sequences[:, shortened:]
-    front = prompt.to(new.device, new.dtype).repeat_interleave(new.shape[0] // prompt.shape[0], 0)
-    sequences = torch.cat((front, new), dim=-1)
+    sequences = output if tensor else getattr(output, "sequences", None)
+    if not isinstance(sequences, Tensor) or not full.begins(sequences):
+        return output
     if tensor:
-        return sequences
-    output.sequences = sequences
+        return full.ids(sequences)
+    output.sequences = full.ids(sequences)
     return output

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from gripvlm.models.families import family_of
 from gripvlm.models.renamed import cache_in
 from gripvlm.models.text import full_mask, visual_places
 
-__all__ = ["Dropped", "checked_dynamic", "checked_keys", "checked_layers", "drop_in_layers"]
+__all__ = ["Dropped", "Held", "checked_dynamic", "checked_keys", "checked_layers", "drop_in_layers"]
 
 Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 """(hidden [B, L, d], visual [B, L] bool) -> [B, L] bool, the visual tokens that go on; text always does.
@@ -41,6 +41,28 @@ class _Stage:
     real: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What the layers' caches hold of a prompt, for turns that go on from it.
+
+    Attributes:
+        mask: [B, L] bool, False at the prompt's padding.
+        stages: layer -> the tokens of the prompt that it and those after it hold.
+        boolean: whether the model's masks are (sdpa), or are added (eager).
+        forget: the layer from which on caches were shortened after the prompt.
+    """
+
+    mask: Tensor
+    stages: Mapping[int, _Stage]
+    boolean: bool
+    forget: int | None
+
+    def take(self, rows: Tensor) -> Held:
+        """Of these rows of the batch [R], in this order."""
+        stages = {layer: _Stage(stage.order[rows], stage.real[rows]) for layer, stage in self.stages.items()}
+        return replace(self, mask=self.mask[rows], stages=stages)
+
+
 @dataclass
 class Dropped:
     """What the latest prompt came to.
@@ -50,15 +72,19 @@ class Dropped:
         order: [B, l] places in the prompt of the tokens that are left at present, None while all are. Shorter
             samples are padded on the left with places of dropped tokens.
         real: [B, l] False for that padding and for the prompt's own; None while all are left.
+        held: what the caches hold, when the prompt has run.
     """
 
     stages: dict[int, Tensor] = field(default_factory=dict)
     order: Tensor | None = None
     real: Tensor | None = None
+    held: Callable[[], Held] | None = None
 
 
 @contextmanager
-def drop_in_layers(model: Any, choose: Mapping[int, Choose], forget: int | None = None) -> Iterator[Dropped]:
+def drop_in_layers(
+    model: Any, choose: Mapping[int, Choose], forget: int | None = None, held: Held | None = None
+) -> Iterator[Dropped]:
     """Inside the block, this model's language model drops visual tokens before some of its layers.
 
         with drop_in_layers(model, {2: lambda hidden, visual: visual & mine}) as dropped:
@@ -71,6 +97,7 @@ def drop_in_layers(model: Any, choose: Mapping[int, Choose], forget: int | None 
         forget: a layer >= 1. Before the first decoded token, the caches of this layer and those after it lose what
             the last layer has not kept, so that decoded tokens see no more of the prompt there. None: each layer's
             cache keeps what the layer saw.
+        held: what the caches hold of a prompt that has run before, for a further turn on them; nothing is dropped then.
 
     Yields:
         A `Dropped`, filled at each prefill.
@@ -79,7 +106,7 @@ def drop_in_layers(model: Any, choose: Mapping[int, Choose], forget: int | None 
 
     Raises:
         UnsupportedModelError: a family or an attention implementation for which this is not right.
-        InputError: when the model runs: a prompt in chunks or speculative tokens, right padding,
+        InputError: when the model runs: a prompt in chunks, right padding,
             labels, a cache that is not dynamic, a prompt beyond a sliding window, a choice of the wrong shape, or
             `forget` without a cache.
         GripError: a block for this model is already open.
@@ -87,17 +114,21 @@ def drop_in_layers(model: Any, choose: Mapping[int, Choose], forget: int | None 
     checked_layers(model)
     decoder = model.get_decoder()
     layers = decoder.layers
-    places = [*choose, *([] if forget is None else [forget])]
+    places = [*choose, *([] if held is None else held.stages)]
+    forget = forget if held is None else held.forget
+    places += [] if forget is None else [forget]
     if wrong := [k for k in places if not 1 <= k < len(layers)]:
         raise InputError(f"no layer {wrong[0]} to drop before: type 1 to {len(layers) - 1}")
     if getattr(layers[0], "_gripvlm_drops", False):
         raise GripError("this model already drops inside its layers: leave that block first")
     dropper = _Dropper(model, decoder, dict(choose), forget)
+    if held is not None:
+        dropper.resume(held)
     handles = [model.register_forward_pre_hook(dropper.begin, with_kwargs=True)]
     handles += [
         layer.register_forward_pre_hook(dropper.before(index), with_kwargs=True)
         for index, layer in enumerate(layers)
-        if choose and index >= min(places)
+        if places and index >= min(places)
     ]
     deepstack = getattr(decoder, "_deepstack_process", None)
     layers[0]._gripvlm_drops = True
@@ -138,12 +169,20 @@ class _Dropper:
 
     def __init__(self, model: Any, decoder: Any, choose: dict[int, Choose], forget: int | None) -> None:
         self.model, self.decoder, self.choose, self.forget = model, decoder, choose, forget
-        self.dropped = Dropped()
+        self.dropped = Dropped(held=self.held)
         self.stages: dict[int, _Stage] = {}
         self.now: _Stage | None = None
         self.visual = self.mask = torch.empty(0)
+        self.later = torch.empty(0)  # [B, n] bool, the tokens after the prompt
         self.prefill, self.total = True, 0
         self.boolean = True  # whether masks are, as under sdpa; eager adds them
+
+    def held(self) -> Held:
+        return Held(self.mask, dict(self.stages), self.boolean, self.forget)
+
+    def resume(self, held: Held) -> None:
+        """Goes on where another block's prompt ended."""
+        self.mask, self.stages, self.boolean = held.mask, dict(held.stages), held.boolean
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the whole model: is this a prompt, and one for which dropping is right?"""
@@ -157,11 +196,8 @@ class _Dropper:
         self.total = past + ids.shape[1]
         if kwargs.get("labels") is not None:
             raise InputError("labels do not fit the shorter logits of dropping inside layers: leave them out")
-        if not self.prefill and ids.shape[1] > 1:
-            raise InputError(
-                "several tokens on top of a cache (prefill_chunk_size, speculative decoding, a further turn) "
-                "cannot be told from a prompt: run the whole prompt at once"
-            )
+        if not self.prefill:
+            self._continue(past, ids, kwargs.get("attention_mask"))
         checked_dynamic(cache)
         if self.forget is not None and kwargs.get("use_cache") is False:
             raise InputError("dropping from the cache needs one: leave use_cache=False out")
@@ -182,6 +218,23 @@ class _Dropper:
         self.visual = visual_places(self.model, ids)
         self.stages, self.dropped.stages = {}, {}
         self.dropped.order = self.dropped.real = None
+
+    def _continue(self, past: int, ids: Tensor, mask: Any) -> None:
+        """Notes which of the tokens after the prompt are real; `mask` is the whole model's, of the shortened prompt."""
+        length = self.mask.shape[-1]
+        if past < length or self.mask.ndim != 2:
+            raise InputError(
+                "the cache holds a prompt that did not run here: run the whole prompt at once, without a cache"
+            )
+        if ids.shape[1] > 1 and bool(visual_places(self.model, ids).any()):
+            raise InputError(
+                "several tokens on top of a cache, pictures among them (prefill_chunk_size, or a further turn with a "
+                "picture): run the whole prompt at once"
+            )
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self.later = mask[:, length:].bool()
+        else:
+            self.later = self.mask.new_ones(self.mask.shape[0], self.total - length)
 
     def before(self, index: int) -> Callable[..., Any]:
         """The hook before layer `index`."""
@@ -260,14 +313,19 @@ class _Dropper:
     def _narrow(self, mask: Tensor | None, stage: _Stage, hidden: Tensor) -> Tensor | None:
         """[B, 1, q, l (+ decoded)]: the mask of one layer for the tokens that are left before it.
 
-        A prompt's mask is what transformers made, its rows and columns taken. A decoded token sees
-        everything real; transformers' mask is of no use there, being as long as some other layer.
+        A prompt's mask is what transformers made, its rows and columns taken. A later token sees
+        everything real up to itself; transformers' mask is of no use there, being as long as some other layer.
         """
         batch, full = self.mask.shape
         if not self.prefill:
-            if bool(stage.real.all()):
+            new = hidden.shape[1]
+            if new == 1 and bool(stage.real.all()) and bool(self.later.all()):
                 return None
-            sees = torch.nn.functional.pad(stage.real, (0, self.total - full), value=True)[:, None, None]
+            sees = torch.cat((stage.real, self.later), -1)[:, None, None]
+            past = sees.shape[-1] - new
+            before = torch.ones(new, past + new, dtype=torch.bool, device=sees.device).tril(past)
+            itself = torch.eye(new, dtype=torch.bool, device=sees.device)  # padding too: its softmax must be defined
+            sees = (sees & before) | torch.nn.functional.pad(itself, (past, 0))
             return sees if self.boolean else _additive(sees, hidden)
         if mask is None:
             if bool(stage.real.all()):

@@ -52,6 +52,12 @@ class Layout:
         """Whether padding is on the right."""
         return not bool(self.mask[:, -1].all())
 
+    @property
+    def ends_in_image(self) -> bool:
+        """Whether the last token of any prompt is a placeholder."""
+        last = self.ids.shape[1] - 1
+        return any(len(columns) and columns[-1] == last for rows in self.places.values() for columns in rows)
+
     def spans(self, encoded: Encoded) -> list[list[Span]]:
         """Where each item's placeholders are: a list (samples) of lists of `Span`, in prompt order.
 

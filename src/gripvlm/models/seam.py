@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from gripvlm.models.text import full_mask, padding_token
 from gripvlm.models.vision import NOTHING, Asked, share_out, watch_tower
 from gripvlm.ragged import onto, rows_of, shifted
 
-__all__ = ["PER_TOKEN", "encode", "encoder_arguments", "locate", "shorten"]
+__all__ = ["PER_TOKEN", "Shortened", "encode", "encoder_arguments", "locate", "shorten"]
 
 PER_TOKEN: dict[str, int] = {
     "input_ids": 0,
@@ -55,6 +55,25 @@ class Chosen(Protocol):
     def indices(self) -> Tensor: ...
     @property
     def merge(self) -> Any: ...
+
+
+class Shortened(NamedTuple):
+    """How prompts of L columns became prompts of l.
+
+    Attributes:
+        full: L.
+        order: [B, l] the columns of the full prompt that are left.
+        real: [B, l] bool, False where such a column is padding.
+        following: [B], or [axes, B] for M-RoPE, the position of the first token after the prompt.
+        ahead: [B] or [axes, B], by how much the prompt's last position is behind the full prompt's, where an image
+            ends a prompt and its last row was dropped; else None.
+    """
+
+    full: int
+    order: Tensor
+    real: Tensor
+    following: Tensor
+    ahead: Tensor | None
 
 
 # --- encode -----------------------------------------------------------------------------------
@@ -170,8 +189,8 @@ def shorten(
     positions: str,
     spare_column: bool = False,
     pad_to_multiple_of: int = 1,
-) -> dict[str, Any]:
-    """Arguments for `generate` or `forward` in which only the chosen rows are left.
+) -> tuple[dict[str, Any], Shortened]:
+    """Arguments for `generate` or `forward` in which only the chosen rows are left, and how they were made.
 
     Per-token inputs lose the placeholders of dropped rows and are padded again on the side they
     were padded on, to a multiple of `pad_to_multiple_of`. Where nothing is dropped or padded they stay as
@@ -196,13 +215,29 @@ def shorten(
     if fewer:
         length = min(width, max(left) + spare_column)
     length += -length % pad_to_multiple_of
+    following = _following(arguments["position_ids"], mask)
+    last, ahead = arguments["position_ids"][..., -1], None
     if fewer or length != width:
-        _compact(model, arguments, _kept(mask, spans, picks), length, layout.right)
-        _renumber(model, arguments, positions)
+        order, left_mask = _compact(model, arguments, _kept(mask, spans, picks), length, layout.right)
+        following = _renumber(model, arguments, positions, following)
+        if positions == "original" and not layout.right and layout.ends_in_image:
+            ahead = last - arguments["position_ids"][..., -1]
+            if ahead.ndim == 2:
+                ahead = torch.cat((torch.zeros_like(ahead[:-3]), ahead[-3:]))  # the text row only counts tokens
+    else:
+        order, left_mask = torch.arange(width, device=mask.device).expand_as(mask), mask.bool()
     for name in encoder_arguments(model, arguments):
         arguments.pop(name)
     arguments["mm_encoder_outputs"] = _visual_outputs(encoded, spans, chosen)
-    return arguments
+    return arguments, Shortened(width, order, left_mask, following, ahead)
+
+
+def _following(positions: Tensor, mask: Tensor) -> Tensor:
+    """[B], or [axes, B] for M-RoPE: the position of the first token after the full prompt."""
+    after = positions.masked_fill(mask == 0, -1).amax(-1) + 1
+    if after.ndim == 2:  # text goes on after the largest coordinate, the same on all axes
+        after = torch.cat((after[:-3], after[-3:].amax(0).expand(3, -1)))
+    return after
 
 
 def _kept(mask: Tensor, spans: Sequence[Sequence[Span]], picks: Sequence[Tensor]) -> Tensor:
@@ -244,8 +279,12 @@ def _full_positions(model: Any, layout: Layout, spans: Sequence[Sequence[Span]],
     return onto(made, device)
 
 
-def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, right: bool) -> None:
-    """Leaves the entries that `keep` [B, L] marks in every per-token input, padded to `length`."""
+def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, right: bool) -> tuple[Tensor, Tensor]:
+    """Leaves the entries that `keep` [B, L] marks in every per-token input, padded to `length`.
+
+    Returns:
+        [B, length] the columns that are left, and a bool that is False where they are padding.
+    """
     if (more := length - keep.shape[1]) > 0:
         side = (0, more) if right else (more, 0)
         keep = pad(keep, side, value=False)
@@ -263,17 +302,26 @@ def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, r
         value = value.expand(*value.shape[:-2], *keep.shape)  # positions may be one row for all
         index = order.expand(*value.shape[:-1], length)  # M-RoPE positions are [axes, B, L]
         arguments[name] = value.gather(-1, index).masked_fill(~real, fill)
+    return order, real
 
 
-def _renumber(model: Any, arguments: dict[str, Any], positions: str) -> None:
-    """Position ids after dropping: as they were, or counted anew."""
+def _renumber(model: Any, arguments: dict[str, Any], positions: str, following: Tensor) -> Tensor:
+    """Position ids after dropping: as they were, or counted anew.
+
+    Args:
+        following: the positions of the first token after the full prompt, see `_following`.
+
+    Returns:
+        The same for the prompt as it is now.
+    """
     now = arguments["position_ids"]
     mask = arguments["attention_mask"].long()
     counted = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
     if now.ndim == 2:
         if positions == "renumbered":
             arguments["position_ids"] = counted
-        return
+            return mask.sum(-1)
+        return following
     if positions == "renumbered":
         raise InputError(
             "positions='renumbered' is not defined for models with M-RoPE, whose positions are "
@@ -282,8 +330,8 @@ def _renumber(model: Any, arguments: dict[str, Any], positions: str) -> None:
     if now.shape[0] == 4:  # text row + t, h, w: the text row only counts tokens
         arguments["position_ids"] = torch.cat((counted[None], now[1:]))
     if hasattr(model.base_model, "rope_deltas"):  # what a manual decoding loop adds to the tokens it counts
-        beyond = now[-3:].masked_fill(mask == 0, -1).amax(dim=(0, 2)) + 1
-        model.base_model.rope_deltas = (beyond - mask.sum(-1))[:, None]
+        model.base_model.rope_deltas = (following[-1] - mask.sum(-1))[:, None]
+    return torch.cat((mask.sum(-1)[None], following[1:])) if now.shape[0] == 4 else following
 
 
 def encoder_arguments(model: Any, given: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ copied, and the bias is as long as the keys really are: in prefill, in decoding,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -51,13 +51,19 @@ def checked_sizes(model: Any) -> None:
 
 
 @contextmanager
-def size_attention(model: Any, sized: Sized) -> Iterator[None]:
+def size_attention(
+    model: Any, sized: Sized | None, known: Mapping[int, LayerSizes | None] | None = None
+) -> Iterator[dict[int, LayerSizes | None]]:
     """Inside the block, every query of the language model attends to each key with log(size) added to its score.
 
     Args:
         model: a supported model, under sdpa or eager attention.
         sized: the sizes of a prompt's tokens. Tokens decoded later have size 1; rows that `generate` repeats
             follow one another.
+        known: what another block yielded, for a further turn on the cache that was filled there.
+
+    Yields:
+        layer -> the sizes in the latest prompt, None where all are 1; filled when it has run.
 
     Where all sizes are 1 the attention call is left as it is, so the run is the same bit for bit.
 
@@ -68,14 +74,14 @@ def size_attention(model: Any, sized: Sized) -> Iterator[None]:
     """
     checked_sizes(model)
     decoder = model.get_decoder()
-    biaser = _Biaser(modules_of(decoder, range(len(blocks_of(decoder)))), sized)
+    biaser = _Biaser(modules_of(decoder, range(len(blocks_of(decoder)))), sized, dict(known or {}))
     handles = [
         model.register_forward_pre_hook(biaser.begin, with_kwargs=True),
         model.register_forward_hook(biaser.end),
     ]
     try:
         with before_attention(biaser, first=True):  # whoever watches attention sees the weights that count
-            yield
+            yield biaser.known
     finally:
         for handle in handles:
             handle.remove()
@@ -84,9 +90,9 @@ def size_attention(model: Any, sized: Sized) -> Iterator[None]:
 class _Biaser:
     """The sizes of one prompt, from its prefill to its last token."""
 
-    def __init__(self, modules: dict[int, int], sized: Sized) -> None:
+    def __init__(self, modules: dict[int, int], sized: Sized | None, known: dict[int, LayerSizes | None]) -> None:
         self.modules, self.sized = modules, sized
-        self.known: dict[int, LayerSizes | None] = {}  # None: all are 1
+        self.known = known
         self.fresh, self.total = True, 0
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,7 +105,7 @@ class _Biaser:
         past = 0 if cache is None else cache.get_seq_length()
         self.fresh, self.total = past == 0, past + ids.shape[1]
         if self.fresh:
-            self.known = {}
+            self.known.clear()
 
     def end(self, module: Any, args: Any, output: Any) -> None:
         """After the whole model: a layer that was not seen was not given its sizes."""
@@ -113,10 +119,10 @@ class _Biaser:
         layer = self.modules.get(id(module))
         if layer is None:
             return mask
-        if self.fresh:
+        if self.fresh and self.sized is not None:
             asked = self.sized(layer, query.shape[0], self.total)
             self.known[layer] = asked if bool((asked.sizes != 1).any()) else None
-        known = self.known[layer]
+        known = self.known.get(layer)
         if known is None:
             return mask
         sizes, missing = known

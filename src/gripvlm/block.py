@@ -1,0 +1,313 @@
+"""`prune`: a block in which a model's own `generate` and `forward` prune."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gripvlm.checks import (
+    ENCODED,
+    PIXELS,
+    Keeps,
+    checked_imageless,
+    checked_inputs,
+    checked_merging,
+    checked_multiple,
+    checked_positions,
+    checked_pruner,
+    one_budget,
+)
+from gripvlm.clock import Stopwatch
+from gripvlm.errors import GripError, InputError
+from gripvlm.models import decoding
+from gripvlm.models.callbacks import FullPrompt
+from gripvlm.models.families import family_of
+from gripvlm.models.layers import drop_in_layers
+from gripvlm.models.pruned_cache import PrunedPrompt, mark, prompt_in, used
+from gripvlm.models.renamed import cache_in, cache_of
+from gripvlm.models.seam import PER_TOKEN
+from gripvlm.models.sizes import checked_sizes, size_attention
+from gripvlm.models.text import Question
+from gripvlm.path import Pruned, Record, pruned
+from gripvlm.pruners import LayerPruner, Pruner, TowerPruner
+from gripvlm.selections import Doubts
+from gripvlm.switch import Call, Switch, inside
+
+__all__ = ["PruneBlock", "prune"]
+
+logger = logging.getLogger(__name__)
+
+
+def prune(
+    model: Any,
+    pruner: str | Pruner,
+    keep: Keeps = None,
+    *,
+    positions: str = "original",
+    question: Question = None,
+    size_attention: bool = False,
+    pad_to_multiple_of: int | None = None,
+) -> PruneBlock:
+    """Inside the block, `model.generate` and `model(...)` prune; the code that calls them stays as it is.
+
+        with gripvlm.prune(model, "divprune", keep=64) as record:
+            ids = model.generate(**inputs, max_new_tokens=32)
+
+    Args: as for `prune_inputs`, and
+        size_attention: every query of the language model attends to a token that a merge made of m tokens
+            as if m were there, log m added to its scores (ToMe, arXiv 2210.09461, eq. 1), in the prompt and
+            in decoding. m is how many tokens it absorbed (`gripvlm.pruners.sizes_after`), whatever their
+            weights. Exact where the m tokens are equal and see one another; where images are causal, they
+            would not, and it is as if they did. Without merges nothing changes.
+
+    Returns:
+        A block, which yields a `Record` of the latest call.
+
+    `generate`: what it returns has the *original* prompt ids in front; whatever it is handed and is shown ids
+    (stopping criteria, logits processors, streamers) sees them too; `max_length` and `min_length` count them. A call
+    without any image passes through untouched, with empty selections.
+
+    A further turn on the cache of a call (`return_dict_in_generate=True`, or a cache of the caller's own) goes on from
+    the tokens that were kept: pass the whole conversation's ids, or the new ones with a mask of the whole. Outside of
+    any block such a cache refuses to be used.
+
+    `model(**inputs)`: logits are those of the tokens that are left, `labels` lose the entries of dropped placeholders,
+    and gradients flow. `model(input_ids=new, past_key_values=cache)` goes on from a pruned cache.
+
+    Only this object's `generate` and `forward` are replaced, and they are as before when the last block for the model
+    ends, however it ends. Threads may each open a block of their own for one model; a thread without one uses the only
+    block that is open, and is refused where there are several.
+
+    Raises:
+        GripError: a block for this model is already open in this thread, or what `prune_inputs` raises; with
+            `size_attention`, an `UnsupportedModelError` where a bias for each key cannot be carried, and an
+            `InputError` for a static cache.
+    """
+    return PruneBlock(
+        model, checked_pruner(pruner, model), keep, positions, question, size_attention, pad_to_multiple_of
+    )
+
+
+class PruneBlock:
+    """What `prune` returns; to be entered with `with`."""
+
+    def __init__(
+        self,
+        model: Any,
+        pruner: Pruner,
+        keep: Keeps,
+        positions: str,
+        question: Question,
+        size_attention: bool,
+        pad_to_multiple_of: int | None,
+    ) -> None:
+        self._entered = True  # until all is checked, so that a failure here warns of nothing
+        self._family = family_of(model)
+        checked_positions(positions)
+        checked_multiple(pad_to_multiple_of)
+        if isinstance(pruner, TowerPruner):
+            checked_merging(model, self._family, pruner, keep)
+        if size_attention:
+            checked_sizes(model)
+        if not isinstance(keep, (list, tuple)):
+            one_budget(pruner, keep)
+        self._model, self._pruner, self._keep = model, pruner, keep
+        self._options = (positions, question)
+        self._sized, self._multiple = size_attention, pad_to_multiple_of
+        self._record = Record()
+        self._entered = False
+
+    def __enter__(self) -> Record:
+        Switch.of(self._model).open(self)
+        self._entered = True
+        return self._record
+
+    def __exit__(self, *_: object) -> None:
+        Switch.of(self._model).close(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise GripError(
+            f"gripvlm.prune(...) is a block and has no {name!r}: type `with gripvlm.prune(model, ...) as record:` and "
+            "call the model inside"
+        )
+
+    def __del__(self) -> None:
+        if not vars(self).get("_entered", True):
+            logger.warning(
+                "gripvlm.prune(...) was called but not entered, so nothing was pruned: type `with gripvlm.prune(...):`"
+            )
+
+    # --- generate ---------------------------------------------------------------------------------
+
+    def generate(self, original: Callable[..., Any], inputs: Any, kwargs: dict[str, Any]) -> Any:
+        """One call of the model's `generate` by the caller."""
+        if isinstance(inputs, Mapping):
+            raise InputError("generate was given a dict as its first argument: type model.generate(**inputs)")
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        cache = cache_in(kwargs)
+        if (prompt := prompt_in(cache)) is not None:
+            return self._further(original, prompt, cache, kwargs)
+        if not any(kwargs.get(name) is not None for name in PIXELS):
+            self._imageless(kwargs)
+            with inside(Call(self._model, 0, None)):
+                return original(None, **kwargs)
+        options = decoding.Options(self._model, kwargs)
+        options.refuse(self._family, isinstance(self._pruner, LayerPruner) or self._sized)
+        with torch.no_grad():
+            given, now = self._pruned(kwargs, options.uncached)
+        options.check_beams(self._family, now.arguments, now.record.selections)
+        if options.get("do_sample"):  # sampling from NaN takes an accelerator down before anyone can say why
+            now.record.doubts.settle()
+        full = FullPrompt(given["input_ids"], now.arguments["input_ids"])
+        arguments = full.shown_to(options.shifted(now.arguments, full.prompt.shape[1]))
+        with now.record.doubts.at_the_end(), self._running(now):
+            output = original(None, **arguments)
+        refusal = ""
+        if (options.get("num_beams") or 1) > 1:
+            refusal = "a cache that beam search left cannot be gone on from: pass the full prompt and no cache"
+        output = decoding.with_prompt(output, full)
+        sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", full.prompt)
+        self._mark(cache if cache is not None else cache_of(output), now, given, sequences, refusal)
+        return output
+
+    def _further(self, original: Callable[..., Any], prompt: PrunedPrompt, cache: Any, kwargs: dict[str, Any]) -> Any:
+        """A further turn of `generate` on a cache that holds a pruned prompt."""
+        options = decoding.Options(self._model, kwargs)
+        options.refuse(self._family, prompt.held is not None or prompt.sizes is not None)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            raise InputError("a further turn needs input_ids [B, L], a tensor of token ids")
+        whole = not isinstance(mask, Tensor) or mask.shape[1] == ids.shape[1]
+        have = prompt.tokens_in(cache)
+        arguments = prompt.further(self._model, cache, given, whole)
+        full = FullPrompt(ids, arguments["input_ids"])
+        arguments = full.shown_to(options.shifted(arguments, ids.shape[1]))
+        with self._resumed(prompt, cache):
+            output = original(None, **arguments)
+        output = decoding.with_prompt(output, full)
+        sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", full.prompt)
+        if not whole:
+            sequences = torch.cat((prompt.ids[:, :have].to(sequences.device), sequences), -1)
+        refusal = ""
+        if sequences.shape[0] != prompt.ids.shape[0]:
+            refusal = (
+                "a cache from which several sequences went on cannot be gone on from: pass the full prompt, no cache"
+            )
+        mark(cache, replace(prompt, ids=sequences, refusal=refusal))
+        return output
+
+    # --- forward ----------------------------------------------------------------------------------
+
+    def forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """One call of the model itself by the caller."""
+        cache = cache_in(kwargs)
+        if (prompt := prompt_in(cache)) is not None:
+            have = prompt.tokens_in(cache)
+            given = {name: value for name, value in kwargs.items() if value is not None}
+            if not isinstance(given.get("input_ids"), Tensor):
+                raise InputError("a further step on a pruned cache needs input_ids, a tensor of token ids")
+            arguments = prompt.further(self._model, cache, given, whole=False)
+            if given.get("position_ids") is not None:
+                arguments["position_ids"] = given["position_ids"]
+            with self._resumed(prompt, cache):
+                output = original(**arguments)
+            mark(cache, replace(prompt, ids=torch.cat((prompt.ids[:, :have], given["input_ids"].to(prompt.ids)), -1)))
+            return output
+        if not any(kwargs.get(name) is not None for name in PIXELS):
+            if cache is None or cache.get_seq_length() == 0:
+                self._imageless(kwargs)
+            return original(**kwargs)
+        given, now = self._pruned(kwargs, uncached=False)
+        with now.record.doubts.at_the_end(), self._running(now):
+            output = original(**now.arguments)
+        self._mark(cache if cache is not None else cache_of(output), now, given, given["input_ids"], "")
+        return output
+
+    # --- both -------------------------------------------------------------------------------------
+
+    def _pruned(self, kwargs: Mapping[str, Any], uncached: bool) -> tuple[dict[str, Any], Pruned]:
+        given = checked_inputs(self._model, self._family, kwargs, None)
+        now = pruned(
+            self._model,
+            self._family,
+            given,
+            self._pruner,
+            self._keep,
+            *self._options,
+            None,
+            uncached,
+            self._sized,
+            self._multiple,
+        )
+        self._noted(now.record.selections, now.record.watch, now.record.doubts)
+        return given, now
+
+    def _noted(self, selections: Any, watch: Stopwatch | None, doubts: Doubts) -> None:
+        record = self._record
+        record.selections, record.watch, record.doubts = selections, watch, doubts
+        record.calls += 1
+
+    def _imageless(self, kwargs: Mapping[str, Any]) -> None:
+        """Notes a call without any image; refuses what hides one."""
+        for name in ENCODED:
+            if kwargs.get(name) is not None:
+                raise InputError(
+                    f"{name} do not say where images are, so this call would run unpruned: pass input_ids and "
+                    "pixel_values, or leave the gripvlm.prune block"
+                )
+        checked_imageless(self._model, kwargs)
+        ids = kwargs.get("input_ids")
+        rows = ids.shape[0] if isinstance(ids, Tensor) else 0
+        self._noted([[] for _ in range(rows)], Stopwatch(self._model.device), Doubts())
+
+    @contextmanager
+    def _running(self, now: Pruned) -> Iterator[None]:
+        """Around the model's own run of a pruned prompt."""
+        with inside(Call(self._model, now.arguments["input_ids"].shape[1], now.shortened.ahead)):
+            if now.run is None:
+                yield
+                return
+            with now.run.block():
+                yield
+            self._record.selections = now.record.selections = now.run.selections()
+
+    @contextmanager
+    def _resumed(self, prompt: PrunedPrompt, cache: Any) -> Iterator[None]:
+        """Around a further run on a pruned cache: its layers are shown what they hold."""
+        self._noted([list(sample) for sample in prompt.selections], Stopwatch(self._model.device), Doubts())
+        with inside(Call(self._model, 0, None)), used(cache), ExitStack() as stack:
+            if prompt.held is not None:
+                stack.enter_context(drop_in_layers(self._model, {}, held=prompt.held))
+            if prompt.sizes is not None:
+                stack.enter_context(size_attention(self._model, None, prompt.sizes))
+            yield
+
+    def _mark(self, cache: Any, now: Pruned, given: Mapping[str, Any], sequences: Tensor, refusal: str) -> None:
+        """Notes in the cache what it holds of a pruned prompt."""
+        if cache is None or not hasattr(cache, "layers") or cache.get_seq_length() == 0:
+            return
+        arguments, shortened, selections = now.arguments, now.shortened, now.record.selections
+        short = {name: arguments[name] for name in PER_TOKEN if isinstance(arguments.get(name), Tensor)}
+        positions = short["position_ids"]
+        short["position_ids"] = positions.expand(*positions.shape[:-2], *short["input_ids"].shape)
+        kept = sum(one.k for sample in selections for one in sample)
+        total = sum(one.n for sample in selections for one in sample)
+        held, sizes = (None, None) if now.run is None else now.run.held()
+        prompt = PrunedPrompt(
+            given["input_ids"], shortened.full, shortened.order, short, shortened.following, (kept, total), selections
+        )
+        repeat = max(1, sequences.shape[0] // given["input_ids"].shape[0])
+        if repeat > 1:
+            rows = torch.arange(given["input_ids"].shape[0]).repeat_interleave(repeat)
+            prompt = prompt.take(rows.to(given["input_ids"].device))
+        mark(cache, replace(prompt, ids=sequences, held=held, sizes=sizes, refusal=refusal))

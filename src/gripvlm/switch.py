@@ -1,0 +1,157 @@
+"""Which block serves a call: what stands for `model.generate` and `model.forward` while blocks are open."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import GripError
+from gripvlm.models.renamed import cache_in
+
+__all__ = ["Block", "Call", "Switch", "inside"]
+
+
+class Block(Protocol):
+    """What runs the calls of a model."""
+
+    def generate(self, original: Callable[..., Any], inputs: Any, kwargs: dict[str, Any]) -> Any: ...
+
+    def forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any: ...
+
+
+_mine: ContextVar[tuple[Block, ...]] = ContextVar("gripvlm_blocks", default=())
+_call: ContextVar[Call | None] = ContextVar("gripvlm_call", default=None)
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A run of `model` that gripvlm has prepared: what is called inside it is not pruned again.
+
+    Attributes:
+        length: of the prompts that it runs on.
+        ahead: [B] or [axes, B], added to the positions of later tokens; see `seam.Shortened`.
+    """
+
+    model: Any
+    length: int
+    ahead: Tensor | None
+
+    def moved(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of one forward, with later tokens at their positions after the full prompt."""
+        positions = kwargs.get("position_ids")
+        if self.ahead is None or positions is None:
+            return kwargs
+        cache = cache_in(kwargs)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        later = torch.arange(past, past + positions.shape[-1], device=positions.device) >= self.length
+        ahead = self.ahead.repeat_interleave(positions.shape[-2] // self.ahead.shape[-1], -1)
+        return {**kwargs, "position_ids": positions + ahead[..., None].to(positions.device) * later}
+
+
+@contextmanager
+def inside(call: Call) -> Iterator[None]:
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+class Switch:
+    """The blocks that are open for one model, in any thread, and what stands for its methods meanwhile."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.blocks: list[Block] = []
+        self.before = {name: vars(model).get(name) for name in ("generate", "forward")}
+        self.entries = {name: _Entry(self, name, getattr(model, name)) for name in self.before}
+
+    @classmethod
+    def of(cls, model: Any) -> Switch:
+        """The model's own while a block is open, else a new one."""
+        for name in ("generate", "forward"):
+            entry = vars(model).get(name)
+            if isinstance(entry, _Entry) and entry.switch.model is model:
+                return entry.switch
+        return cls(model)
+
+    def open(self, block: Block) -> None:
+        with _lock:
+            if any(mine in self.blocks for mine in _mine.get()):
+                raise GripError(
+                    "this model is already inside a gripvlm.prune block: leave that block first, or prune another model"
+                )
+            if not self.blocks:
+                for name, entry in self.entries.items():
+                    setattr(self.model, name, entry)
+            self.blocks.append(block)
+            _mine.set((*_mine.get(), block))
+
+    def close(self, block: Block) -> None:
+        with _lock:
+            _mine.set(tuple(mine for mine in _mine.get() if mine is not block))
+            self.blocks.remove(block)
+            if self.blocks:
+                return
+            for name, entry in self.entries.items():
+                if vars(self.model).get(name) is not entry:
+                    continue  # somebody put a wrapper of theirs around it; it now leads to the original
+                if self.before[name] is None:
+                    delattr(self.model, name)
+                else:
+                    setattr(self.model, name, self.before[name])
+
+    def chosen(self) -> Block | None:
+        """The block of this thread, or the only one there is."""
+        for block in reversed(_mine.get()):
+            if block in self.blocks:
+                return block
+        if len(self.blocks) > 1:
+            raise GripError(
+                f"{len(self.blocks)} gripvlm.prune blocks are open for this model in other threads, none in this one: "
+                "type `with gripvlm.prune(...):` in this thread too"
+            )
+        return self.blocks[0] if self.blocks else None
+
+
+class _Entry:
+    """Stands for `model.generate` or `model.forward` while a block is open."""
+
+    def __init__(self, switch: Switch, name: str, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.switch, self.name, self.original = switch, name, original
+        self.parameters = [
+            parameter.name
+            for parameter in inspect.signature(original).parameters.values()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call, block = _call.get(), self.switch.chosen()
+        if call is not None and call.model is self.switch.model:
+            return self.original(*args, **(call.moved(kwargs) if self.name == "forward" else kwargs))
+        if block is None:
+            return self.original(*args, **kwargs)
+        kwargs.update(zip(self.parameters, args, strict=False))
+        if self.name == "forward":
+            return block.forward(self.original, kwargs)
+        return block.generate(self.original, kwargs.pop("inputs", None), kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model gets its own method: it is in no block."""
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> Any:
+        return self.original.__reduce__()
