@@ -54,6 +54,15 @@ JOBS += [Job("tome", "llava", seed) for seed in (0, 1)]
 JOBS += [Job(spec, "llava", seed, True) for spec in (*MERGING, "tome") for seed in (0, 1)]
 
 
+@pytest.fixture(autouse=True)
+def _one_core_a_call():
+    """Eight calls that each want all cores wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
