@@ -28,7 +28,7 @@ def everything(hidden, visual):
 
 @contextmanager
 def masking(model, stages: dict[int, torch.Tensor], forget: int | None = None):
-    """The full model under eager attention, with each later layer's mask hiding what was dropped before it.
+    """The full model, with each later layer's mask hiding what was dropped before it; sdpa needs a batch with padding.
 
     Layers from `forget` on hide from decoded tokens all that was dropped at the end.
     """
@@ -47,8 +47,9 @@ def masking(model, stages: dict[int, torch.Tensor], forget: int | None = None):
             blank[:, : keep.shape[1]] = keep
             own = torch.zeros(mask.shape[-2:], dtype=torch.bool)
             if mask.shape[-2] > 1:  # a dropped query may see itself: nobody reads it
-                own = torch.eye(mask.shape[-1], dtype=torch.bool)
-            kwargs["attention_mask"] = mask.masked_fill(~blank[:, None, None] & ~own, torch.finfo(mask.dtype).min)
+                own = torch.eye(mask.shape[-1], dtype=torch.bool)[-mask.shape[-2] :]
+            least = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            kwargs["attention_mask"] = mask.masked_fill(~blank[:, None, None] & ~own, least)
             return args, kwargs
 
         return hook

@@ -1,4 +1,4 @@
-"""Further turns on a pruned cache, forwards inside the block, and whatever is shown token ids."""
+"""Further turns on a pruned cache, by `generate` and by `forward`, equal the masked model's."""
 
 from __future__ import annotations
 
@@ -8,84 +8,209 @@ import pickle
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.generation import MaxLengthCriteria
 
 import gripvlm
-from gripvlm.errors import GripError, InputError
+from gripvlm.errors import InputError
 from gripvlm.models import FAMILIES
 from gripvlm.models.renamed import cache_argument, cache_of
+from test_layered import stages_of
+from test_layers import masking
 from tiny_families import TINY, build, make
-from tiny_families.reference import full_positions, masked
+from tiny_families.base import IMAGE
+from tiny_families.reference import full_positions, masked, teacher_forced
 
 MASKING = [name for name in TINY if FAMILIES[name].equals == "masking"]
 ANSWER = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-TURNS = 3
 SAID = [torch.tensor([[11, 12, 13, 14]]), torch.tensor([[15, 16]])]
 
 
-def pruners_for(name: str) -> list[str]:
-    """One that picks, one that merges, and one inside the language model or another that picks."""
-    return ["random", "prumerge" if FAMILIES[name].vision else "divprune", "fastv" if FAMILIES[name].layers else "norm"]
+def conversation(model, inputs, positions=None):
+    """Three turns, each given the whole conversation's ids.
 
+    Args:
+        positions: of the prompt, for the reference, whose mask does not count what it hides.
 
-def conversation(model, inputs, batch: int, *, cache=None):
-    """The logits of each turn's answer, and the ids of the whole; each turn is the whole conversation's ids."""
-    logits, options = [], {cache_argument(model): cache} if cache is not None else {}
-    output = model.generate(**inputs, **options, **ANSWER)
-    mask = inputs["attention_mask"]
-    for turn in range(TURNS):
-        logits += output.logits
-        if turn == TURNS - 1:
-            return torch.stack(logits), output.sequences
-        ids = torch.cat((output.sequences, SAID[turn].expand(batch, -1)), -1)
+    Returns:
+        The logits of the answers [9, B, V], and the ids of the whole.
+    """
+
+    def following(length: int) -> dict:
+        if positions is None:
+            return {}
+        after = positions[..., -1:] + 1 + torch.arange(length - positions.shape[-1])
+        return {"position_ids": torch.cat((positions, after), -1)}
+
+    output, mask, batch = model.generate(**inputs, **ANSWER), inputs["attention_mask"], len(inputs["input_ids"])
+    logits = list(output.logits)
+    for said in SAID:
+        ids = torch.cat((output.sequences, said.expand(batch, -1)), -1)
         mask = torch.cat((mask, mask.new_ones(batch, ids.shape[1] - mask.shape[1])), -1)
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, **{cache_argument(model): cache_of(output)}, **ANSWER
-        )
+        cache = {cache_argument(model): cache_of(output)}
+        output = model.generate(input_ids=ids, attention_mask=mask, **cache, **following(ids.shape[1]), **ANSWER)
+        logits += output.logits
+    return torch.stack(logits), output.sequences
 
 
-def masked_run(model, inputs, selections, sequences) -> torch.Tensor:
-    """[T, B, V] logits before each token of the full prompt and all that followed, dropped tokens masked throughout."""
-    prompt = masked(model, inputs, selections)
-    later = sequences[:, inputs["input_ids"].shape[1] :]
-    whole = prompt | {"input_ids": sequences}
-    whole["attention_mask"] = torch.cat((prompt["attention_mask"], torch.ones_like(later)), -1)
-    places = full_positions(model, inputs)
-    after = places[..., -1:] + 1 + torch.arange(later.shape[1])
-    whole["position_ids"] = torch.cat((places, after), -1)
-    if model.config.model_type == "paligemma":  # its generate counts from 1
-        whole["position_ids"] = whole["position_ids"] + 1
-    for name in ("mm_token_type_ids", "token_type_ids"):
-        if name in inputs:
-            whole[name] = torch.cat((inputs[name], torch.zeros_like(later)), -1)
-    with torch.no_grad():
-        return model(**whole).logits.transpose(0, 1)
+def close(model, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """The same log-probabilities of the tokens that may be said: 2e-5, and two units in the last place."""
+    allowed = torch.ones(ours.shape[-1], dtype=torch.bool)
+    allowed[model.generation_config.suppress_tokens or []] = False
+    ours, theirs = (logits.float()[..., allowed].log_softmax(-1) for logits in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2.4e-7)
 
 
-def answered(logits: torch.Tensor, prompt: int) -> torch.Tensor:
-    """The logits from which `conversation` drew its answers, among those of the whole run [T, B, V]."""
-    places, at = [], prompt - 1
-    for turn in range(TURNS):
-        places += [at, at + 1, at + 2]
-        at += 3 + (SAID[turn].shape[1] if turn < len(SAID) else 0)
-    return logits[places]
-
-
-def log_probabilities(model, logits: torch.Tensor) -> torch.Tensor:
-    never = model.generation_config.suppress_tokens or []
-    return logits.float().index_fill(-1, torch.tensor(never, dtype=torch.long), -30.0).log_softmax(-1)
-
-
-@pytest.mark.parametrize("at", [0, 1], ids=["picks", "merges"])
+@pytest.mark.parametrize("pruner", ["random", "divprune"])
 @pytest.mark.parametrize("name", MASKING)
-def test_three_turns_equal_the_masked_model(name, at):
-    model, batch = build(name), make(TINY[name], [1, 1], [7, 9])
-    pruner = pruners_for(name)[at]
-    if pruner != "random":
-        pruner = "norm" if pruner == "prumerge" else pruner  # merged rows are not a subset, so nothing masks to them
+def test_three_turns_equal_the_masked_model(name, pruner):
+    model, inputs = build(name), make(TINY[name], [1, 2], [7, 9]).inputs
     with gripvlm.prune(model, pruner, keep=5) as record:
-        logits, sequences = conversation(model, batch.inputs, 2)
-        assert record.calls == TURNS
-        assert record.kept == sum(s.k for sample in record.selections for s in sample) > 0
-    expected = answered(masked_run(model, batch.inputs, record.selections, sequences), batch.inputs["input_ids"].shape[1])
-    assert (log_probabilities(model, logits) - log_probabilities(model, expected)).abs().max() <= 2e-5
+        logits, ids = conversation(model, inputs)
+        assert record.calls == 3
+    assert record.kept < record.total
+    expected, theirs = conversation(model, masked(model, inputs, record.selections), full_positions(model, inputs))
+    assert torch.equal(ids, theirs)
+    close(model, logits, expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [name for name in MASKING if FAMILIES[name].layers])
+def test_three_turns_of_a_pruner_inside_the_language_model(name, attention):
+    """The reference is the full model with the masks of its later layers changed, which never saw the library."""
+    model, inputs = build(name, attention), make(TINY[name], [1, 2], [7, 9]).inputs
+    with gripvlm.prune(model, "fastv", keep=0.75) as record:
+        logits, ids = conversation(model, inputs)
+    reference = build(name, attention, seed=0)
+    with masking(reference, stages_of(inputs["input_ids"], inputs["attention_mask"], record.selections)):
+        expected, theirs = conversation(reference, inputs)
+    assert torch.equal(ids, theirs)
+    close(model, logits, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in MASKING])
+def test_three_turns_equal_the_model_that_never_saw_the_dropped_rows(name):
+    model, inputs = build(name), make(TINY[name], [1], [7]).inputs
+    with gripvlm.prune(model, "random", keep=5):
+        logits, ids = conversation(model, inputs)
+    short = gripvlm.prune_inputs(model, inputs, "random", keep=5)
+    expected = torch.stack(teacher_forced(model, short, ids[:, inputs["input_ids"].shape[1] :]))
+    close(model, logits, expected[[0, 1, 2, 7, 8, 9, 12, 13, 14]])
+
+
+def test_merged_tokens_keep_their_sizes_in_later_turns():
+    """As in one run over the whole conversation."""
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    with gripvlm.prune(model, "pool", keep=4, size_attention=True):
+        logits, ids = conversation(model, inputs)
+    with gripvlm.pruned_run(model, inputs, "pool", keep=4, size_attention=True) as (short, _):
+        expected = torch.stack(teacher_forced(model, short, ids[:, inputs["input_ids"].shape[1] :]))
+    expected = expected[[0, 1, 2, 7, 8, 9, 12, 13, 14]]
+    close(model, logits, expected)
+    with gripvlm.prune(model, "pool", keep=4):  # without sizes it is another model
+        assert (conversation(model, inputs)[0] - logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("pruner", ["random", "fastv"])
+def test_the_new_tokens_alone_with_a_mask_of_the_whole(pruner):
+    model, inputs = build("qwen2_5_vl"), make(TINY["qwen2_5_vl"], [1, 2], [7, 9]).inputs
+    name = cache_argument(model)
+    with gripvlm.prune(model, pruner, keep=0.75):
+        first = model.generate(**inputs, **ANSWER)
+        spare = copy.deepcopy(cache_of(first))
+        ids = torch.cat((first.sequences, SAID[0].expand(2, -1)), -1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 7), value=1)
+        whole = model.generate(input_ids=ids, attention_mask=mask, **{name: cache_of(first)}, **ANSWER)
+        have = first.sequences.shape[1] - 1  # the last token that was decoded is not in the cache
+        part = model.generate(input_ids=ids[:, have:], attention_mask=mask, **{name: spare}, **ANSWER)
+    assert torch.equal(part.sequences, whole.sequences[:, have:])
+    close(model, torch.stack(part.logits), torch.stack(whole.logits))
+
+
+@pytest.mark.parametrize("pruner", ["random", "fastv"])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_forward_in_the_block_prunes_and_goes_on(name, pruner):
+    """A loop of the caller's own, which passes the full prompt, then one token at a time, says what generate says."""
+    model, inputs = build(name), make(TINY[name], [1, 2], [7, 9]).inputs
+    with gripvlm.prune(model, pruner, keep=0.75) as record, torch.no_grad():
+        expected = model.generate(**inputs, **ANSWER)
+        selections = record.selections
+        output, said = model(**inputs, use_cache=True), []
+        cache = cache_of(output)
+        for _ in range(3):
+            scores = output.logits[:, -1]
+            scores[:, model.generation_config.suppress_tokens] = -torch.inf
+            said.append(scores.argmax(-1, keepdim=True))
+            output = model(input_ids=said[-1], **{cache_argument(model): cache})
+        assert record.calls == 1 + 1 + 3
+    for mine, theirs in zip(record.selections, selections, strict=True):
+        assert [s.indices.tolist() for s in mine] == [s.indices.tolist() for s in theirs]
+    assert torch.equal(torch.cat(said, -1), expected.sequences[:, -3:])
+
+
+def test_outside_a_block_a_pruned_cache_says_what_to_do():
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    name = cache_argument(model)
+    with gripvlm.prune(model, "random", keep=5):
+        first = model.generate(**inputs, **ANSWER)
+    ids = torch.cat((first.sequences, SAID[0]), -1)
+    for cache in (cache_of(first), copy.deepcopy(cache_of(first)), pickle.loads(pickle.dumps(cache_of(first)))):
+        with pytest.raises(InputError, match=r"holds 5 of a prompt's 16 visual tokens.*gripvlm\.prune"):
+            model.generate(input_ids=ids, **{name: cache}, **ANSWER)
+    with gripvlm.prune(model, "norm", keep=2):  # any block for the model serves
+        second = model.generate(input_ids=ids, **{name: cache_of(first)}, **ANSWER)
+    assert second.sequences.shape[1] == ids.shape[1] + 3
+    cache_of(second).reset()
+    model.generate(**inputs, **{name: cache_of(second)}, **ANSWER)  # empty, it is anybody's
+
+
+WRONG = [
+    (lambda ids: ids[:, :-5], "already stands for"),
+    (lambda ids: ids.index_fill(1, torch.tensor([2]), 7), "token 2 of sample 0 is 7"),
+    (lambda ids: ids.expand(3, -1), "holds 1 prompts, but input_ids have 3"),
+    (lambda ids: ids.index_fill(1, torch.tensor([ids.shape[1] - 2]), IMAGE), "a further picture on a pruned cache"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), WRONG, ids=[says for _, says in WRONG])
+def test_what_is_no_continuation_is_refused(change, says):
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    with gripvlm.prune(model, "random", keep=5):
+        first = model.generate(**inputs, **ANSWER)
+        ids = change(torch.cat((first.sequences, SAID[0]), -1))
+        with pytest.raises(InputError, match=says):
+            model.generate(input_ids=ids, **{cache_argument(model): cache_of(first)}, **ANSWER)
+
+
+def test_pixels_of_pictures_in_the_cache_may_come_again():
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    with gripvlm.prune(model, "random", keep=5):
+        first = model.generate(**inputs, **ANSWER)
+        ids = torch.cat((first.sequences, SAID[0]), -1)
+        again = {"pixel_values": inputs["pixel_values"], cache_argument(model): cache_of(first)}
+        assert model.generate(input_ids=ids, **again, **ANSWER).sequences.shape[1] == ids.shape[1] + 3
+
+
+def test_rows_of_a_cache_are_picked_and_repeated():
+    model, inputs = build("llava"), make(TINY["llava"], [1, 2], [7, 9]).inputs
+    name = cache_argument(model)
+    with gripvlm.prune(model, "fastv", keep=0.75):
+        first = model.generate(**inputs, **ANSWER)
+        ids = torch.cat((first.sequences, SAID[0].expand(2, -1)), -1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 7), value=1)
+        both = copy.deepcopy(cache_of(first))
+        expected = model.generate(input_ids=ids, attention_mask=mask, **{name: both}, **ANSWER)
+        cache = cache_of(first)
+        cache.batch_select_indices(torch.tensor([1]))
+        cache.batch_repeat_interleave(2)
+        ids, mask = ids[[1, 1]], mask[[1, 1]]
+        found = model.generate(input_ids=ids, attention_mask=mask, **{name: cache}, **ANSWER)
+    assert torch.equal(found.sequences, expected.sequences[[1, 1]])
+
+
+def test_a_cache_after_beams_is_refused():
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    cache = DynamicCache(config=model.config.get_text_config())
+    with gripvlm.prune(model, "random", keep=5):
+        output = model.generate(**inputs, **{cache_argument(model): cache}, num_beams=2, **ANSWER)
+        ids = torch.cat((output.sequences, SAID[0]), -1)
+        with pytest.raises(InputError, match="beam search"):
+            model.generate(input_ids=ids, **{cache_argument(model): cache_of(output)}, **ANSWER)

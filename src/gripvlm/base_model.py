@@ -42,7 +42,8 @@ class BaseModel:
     @torch.no_grad()
     def of(cls, model: Any) -> BaseModel:
         """Of a loaded transformers model."""
-        table = model.get_input_embeddings().weight
+        embeddings = model.get_input_embeddings()
+        table = _value(embeddings, "weight", embeddings.weight)
         rows = torch.arange(_SKETCH, device=table.device) * (table.shape[0] - 1) // (_SKETCH - 1)
         norms = [round(float(x), 4) for x in table[rows].float().norm(dim=-1)]
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -100,9 +101,21 @@ def _some(model: Any) -> dict[str, torch.Tensor]:
     return {mine[i][0]: mine[i][1] for i in sorted(chosen)}
 
 
+def _value(owner: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A weight's values: accelerate's hooks keep those of offloaded modules beside the model."""
+    hook = getattr(owner, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if weight.device.type == "meta" and kept is not None:
+            return kept[name]
+    return weight
+
+
 def _visual(model: Any) -> dict[str, tuple[float, float]]:
     """What `BaseModel.weights` compares."""
-    return {
-        name: (round(float(weight.float().norm()), 4), round(float(weight.flatten()[0]), 6))
-        for name, weight in _some(model).items()
-    }
+    found = {}
+    for name, weight in _some(model).items():
+        owner, _, own = name.rpartition(".")
+        value = _value(model.get_submodule(owner), own, weight)
+        found[name] = (round(float(value.float().norm()), 4), round(float(value.flatten()[0]), 6))
+    return found

@@ -34,6 +34,7 @@ from gripvlm.models.renamed import cache_in, cache_of
 from gripvlm.models.seam import PER_TOKEN
 from gripvlm.models.sizes import checked_sizes, size_attention
 from gripvlm.models.text import Question
+from gripvlm.models.wrapped import device_of, unwrapped
 from gripvlm.path import Pruned, Record, pruned
 from gripvlm.pruners import LayerPruner, Pruner, TowerPruner
 from gripvlm.selections import Doubts
@@ -89,6 +90,7 @@ def prune(
             `size_attention`, an `UnsupportedModelError` where a bias for each key cannot be carried, and an
             `InputError` for a static cache.
     """
+    model = unwrapped(model)
     return PruneBlock(
         model, checked_pruner(pruner, model), keep, positions, question, size_attention, pad_to_multiple_of
     )
@@ -147,7 +149,7 @@ class PruneBlock:
 
     # --- generate ---------------------------------------------------------------------------------
 
-    def generate(self, original: Callable[..., Any], inputs: Any, kwargs: dict[str, Any]) -> Any:
+    def run_generate(self, original: Callable[..., Any], inputs: Any, kwargs: dict[str, Any]) -> Any:
         """One call of the model's `generate` by the caller."""
         if isinstance(inputs, Mapping):
             raise InputError("generate was given a dict as its first argument: type model.generate(**inputs)")
@@ -208,7 +210,7 @@ class PruneBlock:
 
     # --- forward ----------------------------------------------------------------------------------
 
-    def forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    def run_forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """One call of the model itself by the caller."""
         cache = cache_in(kwargs)
         if (prompt := prompt_in(cache)) is not None:
@@ -268,7 +270,7 @@ class PruneBlock:
         checked_imageless(self._model, kwargs)
         ids = kwargs.get("input_ids")
         rows = ids.shape[0] if isinstance(ids, Tensor) else 0
-        self._noted([[] for _ in range(rows)], Stopwatch(self._model.device), Doubts())
+        self._noted([[] for _ in range(rows)], Stopwatch(device_of(self._model)), Doubts())
 
     @contextmanager
     def _running(self, now: Pruned) -> Iterator[None]:
@@ -284,7 +286,7 @@ class PruneBlock:
     @contextmanager
     def _resumed(self, prompt: PrunedPrompt, cache: Any) -> Iterator[None]:
         """Around a further run on a pruned cache: its layers are shown what they hold."""
-        self._noted([list(sample) for sample in prompt.selections], Stopwatch(self._model.device), Doubts())
+        self._noted([list(sample) for sample in prompt.selections], Stopwatch(device_of(self._model)), Doubts())
         with inside(Call(self._model, 0, None)), used(cache), ExitStack() as stack:
             if prompt.held is not None:
                 stack.enter_context(drop_in_layers(self._model, {}, held=prompt.held))

@@ -20,6 +20,7 @@ from gripvlm.models.merging import checked_tower
 from gripvlm.models.renamed import CACHE, cache_in
 from gripvlm.models.text import placeholder
 from gripvlm.models.vision import Asked, Merging
+from gripvlm.models.wrapped import device_of
 from gripvlm.pruners import LayerPruner, Pruner, TowerPruner, VisualTokens, get_pruner
 from gripvlm.pruners.base import NEEDS
 from gripvlm.pruners.layered import LAYER_NEEDS, average
@@ -210,8 +211,7 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
     if not isinstance(inputs, Mapping):
         raise InputError(f"inputs are a {type(inputs).__name__}: pass what the processor returns")
     given = {name: value for name, value in inputs.items() if value is not None}
-    if model.device.type == "meta" and not hasattr(model, "hf_device_map"):
-        raise InputError("the model is on the meta device, which holds no weights: load it with from_pretrained(...)")
+    device_of(model)  # it has weights somewhere
     if "inputs_embeds" in given:
         raise InputError("inputs_embeds hide where the images are: pass input_ids and pixel_values")
     ids = given.get("input_ids")

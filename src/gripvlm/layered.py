@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gripvlm.models.attention import watch_attention
-from gripvlm.models.layers import Dropped, Held, drop_in_layers
+from gripvlm.models.calls import one_run
+from gripvlm.models.layers import Change, Dropped, Held, drop_in_layers, no_labels
 from gripvlm.models.text import words
 from gripvlm.pruners import LayerPruner, LayerTokens, Merge, Selection, VisualTokens
 from gripvlm.selections import checked_selection
@@ -51,7 +53,7 @@ class LayerRun:
         schedules: Sequence[Sequence[Mapping[int, int]]],
     ) -> None:
         self.model, self.pruner, self.batch, self.first, self.schedules = model, pruner, batch, first, schedules
-        self.needs = pruner.layer_needs
+        self.inputs, self.needs = inputs, pruner.layer_needs
         self.words = words(model, inputs)
         self.layers = len(model.get_decoder().layers)
         self.cuts = sorted(
@@ -62,6 +64,8 @@ class LayerRun:
                 for cut in _losing(plan, selection.k)
             }
         )
+        if self.cuts:
+            no_labels(model, (), inputs)
         self.chosen: dict[Place, Selection] = {}
         self.left: dict[tuple[int, int], Tensor] = {}
         self.history: dict[tuple[int, int], dict[int, Tensor]] = {}
@@ -85,9 +89,10 @@ class LayerRun:
         }
         with ExitStack() as stack:
             choose, forget = {cut: self._at(cut) for cut in self.cuts}, self.pruner.forgets(self.layers)
-            self.dropped = stack.enter_context(drop_in_layers(self.model, choose, forget))
-            for name in sorted(self.needs & queries.keys()):
-                self.seen[name] = stack.enter_context(watch_attention(decoder, before, queries[name]))
+            with one_run(self.model.base_model, self.inputs):
+                self.dropped = stack.enter_context(drop_in_layers(self.model, choose, forget))
+                for name in sorted(self.needs & queries.keys()):
+                    self.seen[name] = stack.enter_context(watch_attention(decoder, before, queries[name]))
             yield
 
     def held(self) -> tuple[Held | None, None]:
@@ -141,7 +146,7 @@ class LayerRun:
     def _at(self, cut: int) -> Any:
         """The choice before layer `cut`, as `drop_in_layers` asks for it."""
 
-        def choose(hidden: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        def choose(hidden: Tensor, visual: Tensor) -> tuple[Tensor, Change]:
             began = time.perf_counter()
             keep, repeat = visual.clone(), hidden.shape[0] // len(self.batch)
             noted = {name: found.pop(cut - 1)[-1] for name, found in self.seen.items() if found.get(cut - 1)}
@@ -172,10 +177,9 @@ class LayerRun:
                 order = self._order(*hidden.shape[:2])
                 moved = [(row, order[row, mine.to(order.device)], pick) for row, mine, pick in merges]
                 self.merged(cut, hidden.shape[0], moved)
-            hidden = _merged(hidden, merges)
             self.done = self.done or cut == self.cuts[-1]
             self.seconds += time.perf_counter() - began
-            return keep, hidden
+            return keep, partial(_merged, merges=merges)
 
         return choose
 

@@ -27,6 +27,7 @@ from gripvlm.models.families import Family
 from gripvlm.models.layout import Layout
 from gripvlm.models.sizes import checked_sizes
 from gripvlm.models.text import Question, questions
+from gripvlm.models.wrapped import device_of
 from gripvlm.pruners import LayerPruner, Pruner, Selection, TowerPruner, VisionRows, VisualTokens, get_pruner
 from gripvlm.selections import Doubts, checked_features, checked_selections
 from gripvlm.sized import SizedRun
@@ -122,7 +123,7 @@ def pruned(
                 "leave the pixels in the inputs"
             )
         encoded, asked = None, asked._replace(merging=checked_merging(model, family, pruner, keep))
-    watch, doubts = Stopwatch(model.device), Doubts()
+    watch, doubts = Stopwatch(device_of(model)), Doubts()
     layout = Layout.of(model, inputs)
     texts = questions(model, layout.inputs, question) if "question" in pruner.needs else None
     watch.lap("surgery")

@@ -20,6 +20,7 @@ from gripvlm.models.encoded import Encoded
 from gripvlm.models.families import family_of
 from gripvlm.models.layout import Layout
 from gripvlm.models.text import Question, questions
+from gripvlm.models.wrapped import device_of, unwrapped
 from gripvlm.path import Record, gather, pruned
 from gripvlm.pruners import Pruner, VisualTokens
 from gripvlm.pruners.keep_all import KeepAll
@@ -45,10 +46,11 @@ def encode(model: Any, inputs: Mapping[str, Any], pruners: Sequence[str | Pruner
     Raises:
         UnsupportedModelError, InputError, PrunerError: see `prune_inputs`.
     """
+    model = unwrapped(model)
     family = family_of(model)
     inputs = checked_inputs(model, family, inputs, None)
     asked = checked_needs(family, [checked_pruner(pruner, model) for pruner in pruners])
-    watch = Stopwatch(model.device)
+    watch = Stopwatch(device_of(model))
     encoded = seam.encode(model, family, inputs, asked._replace(keys=True))
     watch.lap("vision")
     return replace(encoded, watches=(watch,))
@@ -106,6 +108,7 @@ def prune_inputs(
     loop of your own goes on at the right positions; other models need the loop to pass
     `position_ids` that go on from the last ones here.
     """
+    model = unwrapped(model)
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
@@ -148,6 +151,7 @@ def pruned_run(
         tokens left at the end. On an accelerator nothing waits between the vision encoder and your call; NaN
         from the encoder or in a pruner's scores is then found when the block ends.
     """
+    model = unwrapped(model)
     family = family_of(model)
     chooser = checked_pruner(pruner, model)
     inputs = checked_inputs(model, family, inputs, encoded)
@@ -180,6 +184,7 @@ def visual_tokens(
     Returns:
         A list (samples) of lists (images, in prompt order) of `VisualTokens`.
     """
+    model = unwrapped(model)
     family = family_of(model)
     inputs = checked_inputs(model, family, inputs, encoded)
     layout, doubts, onlooker = Layout.of(model, inputs), Doubts(), _Onlooker()

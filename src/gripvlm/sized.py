@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gripvlm.errors import InputError
 from gripvlm.layered import LayerRun, Merged
+from gripvlm.models.calls import one_run
 from gripvlm.models.layers import Held
 from gripvlm.models.sizes import LayerSizes, size_attention
 from gripvlm.models.text import visual_places
@@ -41,7 +42,7 @@ class SizedRun:
                 f"size_attention knows the sizes of what each layer saw, but {run.pruner.name!r} drops from the cache "
                 "after that: leave size_attention out"
             )
-        self.model, self.first, self.run = model, selections, run
+        self.model, self.arguments, self.first, self.run = model, arguments, selections, run
         places = visual_places(model, arguments["input_ids"])
         base = torch.ones(places.shape, device=places.device)
         for row, mine, sample in zip(base, places, selections, strict=True):
@@ -54,10 +55,11 @@ class SizedRun:
     def block(self) -> Iterator[None]:
         """Inside, the model's language model attends by size, and drops what it has to."""
         with ExitStack() as stack:
-            if self.run is not None:
-                self.run.merged = self._merged
-                stack.enter_context(self.run.block())
-            self.known = stack.enter_context(size_attention(self.model, self._sizes))
+            with one_run(self.model.base_model, self.arguments):
+                if self.run is not None:
+                    self.run.merged = self._merged
+                    stack.enter_context(self.run.block())
+                self.known = stack.enter_context(size_attention(self.model, self._sizes))
             yield
 
     def held(self) -> tuple[Held | None, Mapping[int, LayerSizes | None]]:

@@ -24,9 +24,9 @@ __all__ = ["Block", "Call", "Switch", "inside"]
 class Block(Protocol):
     """What runs the calls of a model."""
 
-    def generate(self, original: Callable[..., Any], inputs: Any, kwargs: dict[str, Any]) -> Any: ...
+    def run_generate(self, original: Callable[..., Any], inputs: Any, kwargs: dict[str, Any]) -> Any: ...
 
-    def forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any: ...
+    def run_forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any: ...
 
 
 _mine: ContextVar[tuple[Block, ...]] = ContextVar("gripvlm_blocks", default=())
@@ -146,8 +146,8 @@ class _Entry:
             return self.original(*args, **kwargs)
         kwargs.update(zip(self.parameters, args, strict=False))
         if self.name == "forward":
-            return block.forward(self.original, kwargs)
-        return block.generate(self.original, kwargs.pop("inputs", None), kwargs)
+            return block.run_forward(self.original, kwargs)
+        return block.run_generate(self.original, kwargs.pop("inputs", None), kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model gets its own method: it is in no block."""

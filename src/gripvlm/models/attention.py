@@ -11,19 +11,18 @@ its attention function, and softmax(q[rows] k^T) is computed for the asked rows 
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import InputError
+from gripvlm.models.calls import before_attention
 
-__all__ = ["Looker", "before_attention", "blocks_of", "merged_rows", "modules_of", "watch_attention"]
+__all__ = ["blocks_of", "merged_rows", "modules_of", "watch_attention"]
 
 Queries: TypeAlias = Sequence[int] | str | Callable[[int], Sequence[int] | str | None]
 _NAMED = ("received", "to_first", "keys")
@@ -39,9 +38,7 @@ class _Watch:
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Any:
-        layer = self.modules.get(id(module))
-        if layer is None:
-            return mask
+        layer = self.modules[id(module)]
         queries = self.queries(query.shape[2]) if callable(self.queries) else self.queries
         if queries is None:
             return mask
@@ -51,17 +48,6 @@ class _Watch:
             else:
                 self.seen.setdefault(layer, []).append(_weights(module, query, key, mask, options, queries))
         return mask
-
-
-class Looker(Protocol):
-    """What stands before every attention call: it sees what goes in, and returns the mask to go on with."""
-
-    def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Any: ...
-
-
-_open: list[Looker] = []
-_lock = threading.Lock()
-_original: Callable[..., Any] | None = None
 
 
 @contextmanager
@@ -83,7 +69,8 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
         mean over heads after rotary positions, for "keys". Towers that
         attend by window or by image make one call for each, in their own order: see `merged_rows`.
 
-    Only modules below `root` are watched: other models, also in other threads, run as they would.
+    Only modules below `root` are watched, and only in this block's calls (`models/calls.py`): other models, and
+    this one in other threads, run as they would.
     Queries that see nothing (padding) give and receive zero. The attention function itself runs
     unchanged, so outputs are the same bit for bit.
 
@@ -98,26 +85,6 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
     watch = _Watch(modules_of(root, layers), queries)
     with before_attention(watch):
         yield watch.seen
-
-
-@contextmanager
-def before_attention(looker: Looker, first: bool = False) -> Iterator[None]:
-    """Inside the block, `looker` stands before every attention call of transformers; `first` puts it before others."""
-    from transformers.modeling_utils import AttentionInterface  # not with this file: the prune room loads without it
-
-    global _original
-    with _lock:
-        if not _open:
-            _original = AttentionInterface.get_interface
-            AttentionInterface.get_interface = _watched(_original)
-        _open.insert(0 if first else len(_open), looker)
-    try:
-        yield
-    finally:
-        with _lock:
-            _open.remove(looker)
-            if not _open:
-                AttentionInterface.get_interface = _original
 
 
 def merged_rows(tower: Any, pieces: Sequence[Tensor], grids: Tensor) -> list[Tensor]:
@@ -179,26 +146,6 @@ def modules_of(root: Any, layers: Sequence[int]) -> dict[int, int]:
         raise InputError(f"no layer {wrong[0]} in this {type(root).__name__}: it has {count}, from 0 to {count - 1}")
     wanted = {layer % count for layer in layers}
     return {id(module): layer for layer in wanted for module in blocks[layer].modules()}
-
-
-def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`AttentionInterface.get_interface` that returns functions which let open blocks look first."""
-
-    @functools.wraps(original)
-    def get_interface(self: Any, implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        attend = original(self, implementation, default)
-
-        @functools.wraps(attend)
-        def look_and_attend(
-            module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
-        ) -> Any:
-            for looker in tuple(_open):
-                attention_mask = looker.look(module, query, key, attention_mask, options)
-            return attend(module, query, key, value, attention_mask, **options)
-
-        return look_and_attend
-
-    return get_interface
 
 
 def _weights(

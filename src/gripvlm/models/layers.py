@@ -1,8 +1,9 @@
 """Dropping visual tokens after layer k of the language model: fewer tokens from there on, in every later layer.
 
-Hooks on this model's own decoder layers hand each layer from k on fewer hidden states, positions and
-mask columns. Its cache is shorter there, so decoding builds its mask for the first layer and each later
-layer is given the columns it has kept. Nothing is copied from transformers and `generate` stays as it is.
+Hooks on this model's own decoder layers, in this block's calls only (`models/calls.py`), hand each layer from k on
+fewer hidden states, positions and mask columns. Its cache is shorter there, so decoding builds its mask for the first
+layer and each later layer is given the columns it has kept. Nothing is copied from transformers and `generate` stays
+as it is.
 """
 
 from __future__ import annotations
@@ -16,16 +17,28 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import GripError, InputError, UnsupportedModelError
+from gripvlm.models.calls import After, Before, hooked, is_open
 from gripvlm.models.families import family_of
 from gripvlm.models.renamed import cache_in
 from gripvlm.models.text import full_mask, visual_places
 
-__all__ = ["Dropped", "Held", "checked_dynamic", "checked_keys", "checked_layers", "drop_in_layers"]
+__all__ = [
+    "Dropped",
+    "Held",
+    "checked_dynamic",
+    "checked_keys",
+    "checked_layers",
+    "drop_in_layers",
+    "ids_of",
+    "no_labels",
+]
 
-Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+Change: TypeAlias = Callable[[Tensor], Tensor]
+Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Change]]
 """(hidden [B, L, d], visual [B, L] bool) -> [B, L] bool, the visual tokens that go on; text always does.
 
-It may also return (that, hidden): the states to go on with, where dropped tokens are merged into kept ones."""
+It may also return (that, change): `change(hidden)` are the states to go on with, where dropped tokens are merged into
+kept ones. Asked once a prompt: where backward runs a layer again (gradient checkpointing), only `change` is."""
 
 
 @dataclass
@@ -35,10 +48,19 @@ class _Stage:
     Attributes:
         order: [B, l] their places in the prompt; padded on the left with places of dropped ones.
         real: [B, l] False for that padding and for the prompt's own.
+        left: [B, l] their places among the tokens that the layer before saw.
+        change: what became of the hidden states before that, if anything.
     """
 
     order: Tensor
     real: Tensor
+    left: Tensor
+    change: Change | None = None
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """[B, l, d]: what is left of the hidden states of the layer before."""
+        hidden = hidden if self.change is None else self.change(hidden)
+        return hidden.gather(1, self.left[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +81,7 @@ class Held:
 
     def take(self, rows: Tensor) -> Held:
         """Of these rows of the batch [R], in this order."""
-        stages = {layer: _Stage(stage.order[rows], stage.real[rows]) for layer, stage in self.stages.items()}
+        stages = {n: _Stage(stage.order[rows], stage.real[rows], stage.left[rows]) for n, stage in self.stages.items()}
         return replace(self, mask=self.mask[rows], stages=stages)
 
 
@@ -119,29 +141,21 @@ def drop_in_layers(
     places += [] if forget is None else [forget]
     if wrong := [k for k in places if not 1 <= k < len(layers)]:
         raise InputError(f"no layer {wrong[0]} to drop before: type 1 to {len(layers) - 1}")
-    if getattr(layers[0], "_gripvlm_drops", False):
+    key = ("drops", id(decoder))
+    if is_open(key):
         raise GripError("this model already drops inside its layers: leave that block first")
     dropper = _Dropper(model, decoder, dict(choose), forget)
     if held is not None:
         dropper.resume(held)
-    handles = [model.register_forward_pre_hook(dropper.begin, with_kwargs=True)]
-    handles += [
-        layer.register_forward_pre_hook(dropper.before(index), with_kwargs=True)
-        for index, layer in enumerate(layers)
-        if places and index >= min(places)
-    ]
-    deepstack = getattr(decoder, "_deepstack_process", None)
-    layers[0]._gripvlm_drops = True
-    if deepstack is not None:
-        decoder._deepstack_process = dropper.deepstack(deepstack)
-    try:
+    root = model.base_model  # a LoRA wrapper calls the model's forward past its hooks
+    before: dict[Any, Before] = {model: no_labels, root: dropper.begin}
+    before |= {layer: dropper.before(i) for i, layer in enumerate(layers) if places and i >= min(places)}
+    after: dict[Any, After] = {root: dropper.end}
+    if hasattr(decoder, "_deepstack_process"):
+        before[decoder] = dropper.take_planes
+        after |= {layer: dropper.add_plane(i) for i, layer in enumerate(layers)}
+    with hooked(before, after, key):
         yield dropper.dropped
-    finally:
-        for handle in handles:
-            handle.remove()
-        del layers[0]._gripvlm_drops
-        if deepstack is not None:
-            del decoder._deepstack_process
 
 
 def checked_keys(model: Any, wants: str) -> None:
@@ -164,6 +178,18 @@ def checked_layers(model: Any) -> None:
     checked_keys(model, "dropping inside layers needs masks key by key")
 
 
+def ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The prompt's ids among what a base model is run on: some families hand them on by place."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return ids if isinstance(ids, Tensor) else None
+
+
+def no_labels(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raises an InputError for labels: logits are those of the tokens left at the end."""
+    if kwargs.get("labels") is not None:
+        raise InputError("labels do not fit the shorter logits of dropping inside layers: leave them out")
+
+
 class _Dropper:
     """The hooks of one block and what they must remember between them."""
 
@@ -174,11 +200,14 @@ class _Dropper:
         self.now: _Stage | None = None
         self.visual = self.mask = torch.empty(0)
         self.later = torch.empty(0)  # [B, n] bool, the tokens after the prompt
-        self.prefill, self.total = True, 0
+        self.planes: tuple[Tensor, ...] = ()  # DeepStack's, for the layers that add one each
+        self.seen = torch.empty(0)  # [B, L] whose rows those planes are
+        self.running, self.prefill, self.total = False, True, 0
         self.boolean = True  # whether masks are, as under sdpa; eager adds them
 
     def held(self) -> Held:
-        return Held(self.mask, dict(self.stages), self.boolean, self.forget)
+        stages = {layer: replace(stage, change=None) for layer, stage in self.stages.items()}
+        return Held(self.mask, stages, self.boolean, self.forget)
 
     def resume(self, held: Held) -> None:
         """Goes on where another block's prompt ended."""
@@ -186,16 +215,14 @@ class _Dropper:
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the whole model: is this a prompt, and one for which dropping is right?"""
-        ids = kwargs.get("input_ids")
+        ids = ids_of(args, kwargs)
         if ids is None:
-            raise InputError("dropping inside layers needs input_ids by name: call model(input_ids=...)")
+            raise InputError("dropping inside layers needs input_ids, not inputs_embeds: call model(input_ids=...)")
         cache = cache_in(kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         self.now = None
         self.prefill = past == 0
         self.total = past + ids.shape[1]
-        if kwargs.get("labels") is not None:
-            raise InputError("labels do not fit the shorter logits of dropping inside layers: leave them out")
         if not self.prefill:
             self._continue(past, ids, kwargs.get("attention_mask"))
         checked_dynamic(cache)
@@ -208,11 +235,12 @@ class _Dropper:
                 f"{self.total} tokens exceed the sliding window of {window}, which is counted from the first layer: "
                 "drop at the input with gripvlm.prune"
             )
+        self.running, self.planes = True, ()
         if not self.prefill:
             if past == self.mask.shape[1]:  # nothing was decoded on this cache
                 self._shorten(cache)
             return
-        self.mask = full_mask(self.model, kwargs).bool()
+        self.mask = full_mask(self.model, {**kwargs, "input_ids": ids}).bool()
         if not bool(self.mask[:, -1].all()):
             raise InputError("dropping inside layers needs padding on the left: set tokenizer.padding_side='left'")
         self.visual = visual_places(self.model, ids)
@@ -236,13 +264,21 @@ class _Dropper:
         else:
             self.later = self.mask.new_ones(self.mask.shape[0], self.total - length)
 
+    def end(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """After the whole model: a layer that runs from now on is run again by backward."""
+        self.running = False
+
     def before(self, index: int) -> Callable[..., Any]:
         """The hook before layer `index`."""
 
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden = args[0]
             if self.prefill and index in self.choose:
-                hidden = self._drop(index, hidden)
+                if self.running:
+                    self._choose(index, hidden)
+                elif index not in self.stages:
+                    raise InputError("the language model's layers run without their model: call model(**arguments)")
+                hidden = self.stages[index].of(hidden)
             stage = self._seen(index)
             if stage is None:
                 return args, kwargs
@@ -287,28 +323,27 @@ class _Dropper:
                 for states in (layer.keys, layer.values)
             )
 
-    def _drop(self, index: int, hidden: Tensor) -> Tensor:
-        """[B, l, d]: what is left of the hidden states, after asking; notes the stage."""
+    def _choose(self, index: int, hidden: Tensor) -> None:
+        """Asks what is left from layer `index` on, and notes the stage."""
         if self.now is None:
             everyone = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-            self.now = _Stage(everyone, self.mask)
+            self.now = _Stage(everyone, self.mask, everyone)
         order, real = self.now.order, self.now.real
         visual = self.visual.gather(-1, order) & real
-        asked = self.choose[index](hidden, visual)
+        asked, change = self.choose[index](hidden, visual), None
         if isinstance(asked, tuple):
-            asked, hidden = asked
+            asked, change = asked
         if not isinstance(asked, Tensor) or asked.shape != visual.shape or asked.dtype != torch.bool:
             got = f"{asked.dtype} {tuple(asked.shape)}" if isinstance(asked, Tensor) else type(asked).__name__
             raise InputError(f"the choice before layer {index} must be bool {tuple(visual.shape)}, got {got}")
         keep = real & (asked.to(hidden.device) | ~visual)
         length = int(keep.sum(-1).max())
         left = torch.sort(keep.int(), dim=-1, stable=True).indices[:, -length:]  # kept ones in order, at the end
-        stage = _Stage(order.gather(-1, left), keep.gather(-1, left))
+        stage = _Stage(order.gather(-1, left), keep.gather(-1, left), left, change)
         self.stages[index] = stage
         self.dropped.order, self.dropped.real = stage.order, stage.real
         seen = torch.zeros_like(self.mask)
         self.dropped.stages[index] = seen.scatter(-1, stage.order, stage.real)
-        return hidden.gather(1, left[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _narrow(self, mask: Tensor | None, stage: _Stage, hidden: Tensor) -> Tensor | None:
         """[B, 1, q, l (+ decoded)]: the mask of one layer for the tokens that are left before it.
@@ -339,17 +374,28 @@ class _Dropper:
         # padding sees itself, so that its softmax is defined
         return mask & sees if self.boolean else torch.minimum(mask, _additive(sees, mask))
 
-    def deepstack(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`_deepstack_process` that adds to each token that is left its own row of the plane."""
+    def take_planes(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the decoder: keeps DeepStack's planes from it, since it knows nothing of dropped tokens."""
+        planes, seen = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
+        if planes is None or seen is None:
+            return None
+        self.planes, self.seen = tuple(planes), seen
+        return args, {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
 
-        def process(hidden: Tensor, visual: Tensor, plane: Tensor) -> Tensor:
-            if self.now is None or not self.prefill:
-                return original(hidden, visual, plane)
-            left = visual.gather(-1, self.now.order) & self.now.real
-            row = (visual.flatten().cumsum(0) - 1).view(visual.shape)
-            return original(hidden, left, plane[row.gather(-1, self.now.order)[left]])
+    def add_plane(self, index: int) -> After:
+        """The hook after layer `index`: each token that is left gets its own row of the layer's plane, if any."""
 
-        return process
+        def hook(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            if not self.prefill or index >= len(self.planes):
+                return None
+            visual, plane, stage = self.seen, self.planes[index], self._seen(index)
+            if stage is not None:
+                row = (visual.flatten().cumsum(0) - 1).view(visual.shape)
+                left = visual.gather(-1, stage.order) & stage.real
+                visual, plane = left, plane[row.gather(-1, stage.order)[left]]
+            return self.decoder._deepstack_process(output, visual, plane)
+
+        return hook
 
 
 def checked_dynamic(cache: Any) -> None:

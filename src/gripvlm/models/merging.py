@@ -1,7 +1,7 @@
 """Merging tokens between the blocks of a vision tower: each block from then on, and the projector, see fewer.
 
-For as long as a block is open, the tower's own encoder blocks run as two halves, attention and MLP, with the
-merge between them; this model's blocks only, and afterwards they are as before.
+The merge stands between the attention and the MLP of the tower's own encoder blocks, in hooks of this block's calls
+(`models/calls.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gripvlm.errors import InputError, UnsupportedModelError
-from gripvlm.models.attention import before_attention, blocks_of, modules_of
+from gripvlm.models.attention import blocks_of, modules_of
+from gripvlm.models.calls import After, Before, before_attention, hooked
 from gripvlm.models.families import FAMILIES, Family
 from gripvlm.models.sizes import with_sizes
 from gripvlm.models.vision import Merging
@@ -59,11 +60,6 @@ def checked_tower(model: Any, family: Family) -> None:
                 f"{type(block).__name__} has no {', '.join(missing)}, which CLIP's and SigLIP's have: use a pruner "
                 "that drops at the input"
             )
-        if "forward" in vars(block):
-            raise UnsupportedModelError(
-                f"the forward of this model's {type(block).__name__} is already replaced (accelerate does so to spread "
-                "or offload a model): load the vision tower on one device"
-            )
 
 
 @dataclass
@@ -93,30 +89,50 @@ class _Tower:
         self.at = self.here = torch.arange(tokens, device=hidden.device).expand(batch, -1)
 
     def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Any:
-        if id(module) not in self.modules:
-            return mask
         self.keys = key.detach().float().mean(1)
         if not self.merging.proportional or key.shape[2] == self.at.shape[1]:
             return mask
         return with_sizes(module, query, key, mask, options, self.sizes)
 
-    def halves(self, index: int, block: Any) -> Callable[..., Tensor]:
-        """The forward of block `index`, with the merge between attention and MLP."""
+    def first(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first block."""
+        if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            raise InputError(
+                "gradient checkpointing runs the vision tower's blocks again in backward, when nothing merges any "
+                "more: encode under torch.no_grad(), or call model.gradient_checkpointing_disable()"
+            )
+        self.begin(args[0] if args else kwargs["hidden_states"])
 
-        def forward(hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Tensor:
-            if index == 0:
-                self.begin(hidden_states)
-            normed = block.layer_norm1(hidden_states)
-            attended = block.self_attn(hidden_states=normed, attention_mask=attention_mask, **options)[0]
-            hidden = self.merge(hidden_states + attended, self.plan[index])
-            return hidden + block.mlp(block.layer_norm2(hidden))
+    def between(self, index: int) -> tuple[Before, After, After]:
+        """What stands before the second norm of block `index`, behind its MLP, and behind the block.
 
-        return forward
+        The block adds what its MLP gives to the hidden states it had before the merge: the MLP sees the merged ones,
+        hands on as many rows as the block expects, and the sum is made here.
+        """
+        merged = mlp = torch.empty(0)
+
+        def norm(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal merged
+            if not self.plan[index]:
+                return None
+            merged = self.merge(args[0], self.plan[index])
+            return (merged, *args[1:]), kwargs
+
+        def second(module: Any, args: Any, kwargs: Any, output: Tensor) -> Any:
+            nonlocal mlp
+            mlp = output
+            return nn.functional.pad(output, (0, 0, 0, self.plan[index])) if self.plan[index] else None
+
+        def block(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            if not self.plan[index]:
+                return None
+            hidden = merged + mlp
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return norm, second, block
 
     def merge(self, hidden: Tensor, merges: int) -> Tensor:
         """[b, t - merges, d]: sources gone, destinations the mean of what they absorbed, weighted by size."""
-        if not merges:
-            return hidden
         source, destination = self.merging.match(self.keys, merges, self.fixed)
         batch, tokens, width = hidden.shape
         stays = torch.ones(batch, tokens, dtype=torch.bool, device=hidden.device).scatter(1, source, False)
@@ -162,11 +178,9 @@ def merge_in_tower(model: Any, merging: Merging) -> Iterator[Callable[[], Merged
         modules=modules_of(tower, range(len(counted))),
         blocks=len(counted),
     )
-    try:
-        for index, block in enumerate(counted):
-            block.forward = run.halves(index, block)
-        with before_attention(run, first=True):
-            yield run.merged
-    finally:
-        for block in counted:
-            block.__dict__.pop("forward", None)
+    before: dict[Any, Before] = {counted[0]: run.first}
+    after: dict[Any, After] = {}
+    for index, block in enumerate(counted):
+        before[block.layer_norm2], after[block.mlp], after[block] = run.between(index)
+    with hooked(before, after), before_attention(run, first=True):
+        yield run.merged

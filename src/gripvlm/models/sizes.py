@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError, UnsupportedModelError
-from gripvlm.models.attention import before_attention, blocks_of, modules_of
+from gripvlm.models.attention import blocks_of, modules_of
+from gripvlm.models.calls import before_attention, hooked
 from gripvlm.models.families import family_of
-from gripvlm.models.layers import checked_dynamic, checked_keys
+from gripvlm.models.layers import checked_dynamic, checked_keys, ids_of
 from gripvlm.models.renamed import cache_in
 
 __all__ = ["LayerSizes", "Sized", "checked_sizes", "size_attention", "with_sizes"]
@@ -75,16 +76,12 @@ def size_attention(
     checked_sizes(model)
     decoder = model.get_decoder()
     biaser = _Biaser(modules_of(decoder, range(len(blocks_of(decoder)))), sized, dict(known or {}))
-    handles = [
-        model.register_forward_pre_hook(biaser.begin, with_kwargs=True),
-        model.register_forward_hook(biaser.end),
-    ]
-    try:
-        with before_attention(biaser, first=True):  # whoever watches attention sees the weights that count
-            yield biaser.known
-    finally:
-        for handle in handles:
-            handle.remove()
+    root = model.base_model  # a LoRA wrapper calls the model's forward past its hooks
+    with (
+        hooked({root: biaser.begin}, {root: biaser.end}),
+        before_attention(biaser, first=True),  # whoever watches attention sees the weights that count
+    ):
+        yield biaser.known
 
 
 class _Biaser:
@@ -97,9 +94,9 @@ class _Biaser:
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the whole model: how many tokens will there be, and is this a prompt?"""
-        ids = kwargs.get("input_ids")
+        ids = ids_of(args, kwargs)
         if ids is None:
-            raise InputError("size_attention needs input_ids by name: call model(input_ids=...)")
+            raise InputError("size_attention needs input_ids, not inputs_embeds: call model(input_ids=...)")
         cache = cache_in(kwargs)
         checked_dynamic(cache)
         past = 0 if cache is None else cache.get_seq_length()
@@ -107,7 +104,7 @@ class _Biaser:
         if self.fresh:
             self.known.clear()
 
-    def end(self, module: Any, args: Any, output: Any) -> None:
+    def end(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """After the whole model: a layer that was not seen was not given its sizes."""
         if unseen := sorted({*self.modules.values()} - {*self.known}):
             raise InputError(
@@ -116,10 +113,8 @@ class _Biaser:
             )
 
     def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Any:
-        layer = self.modules.get(id(module))
-        if layer is None:
-            return mask
-        if self.fresh and self.sized is not None:
+        layer = self.modules[id(module)]
+        if self.fresh and self.sized is not None and layer not in self.known:  # else backward runs it again
             asked = self.sized(layer, query.shape[0], self.total)
             self.known[layer] = asked if bool((asked.sizes != 1).any()) else None
         known = self.known.get(layer)

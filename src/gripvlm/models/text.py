@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
+from gripvlm.models.wrapped import device_of
 from gripvlm.ragged import onto
 
 __all__ = ["Question", "full_mask", "padding_token", "placeholder", "questions", "visual_places", "words"]
@@ -115,7 +116,7 @@ def _question(table: Any, question: Any) -> Tensor:
     if question.is_floating_point():
         if question.ndim != 2 or question.shape[1] != width:
             raise InputError(f"question embeddings have shape {tuple(question.shape)}, expected (t, {width})")
-        return question.to(table.weight)
+        return question.to(device_of(table), table.weight.dtype)
     if question.ndim != 1:
         raise InputError(f"question ids have shape {tuple(question.shape)}, expected (t,)")
     ids = question.cpu()
@@ -128,4 +129,4 @@ def _question(table: Any, question: Any) -> Tensor:
 
 
 def _embed(table: Any, ids: Tensor) -> Tensor:
-    return table(onto(ids, table.weight.device))
+    return table(onto(ids, device_of(table)))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 from gripvlm.models.attention import blocks_of, merged_rows, watch_attention
+from gripvlm.models.calls import hooked
 
 __all__ = [
     "NOTHING",
@@ -208,8 +209,11 @@ def watch_tower(model: Any, asked: Asked) -> Iterator[_Notes]:
             number = getattr(model.config, "vision_feature_layer", None)
             number = number if isinstance(number, int) else -1
             block = blocks_of(tower)[number if number < 0 else number - 1]  # states count the embeddings as 0
-            hook = block.register_forward_hook(lambda block, args, output: notes.states.append(_state(output)))
-            stack.callback(hook.remove)
+
+            def note(block: Any, args: Any, kwargs: Any, output: Any) -> None:
+                notes.states.append(_state(output))
+
+            stack.enter_context(hooked(after={block: note}))
         yield notes
     for layer, pieces in seen.get("received", {}).items():
         notes.received[layer] = pieces
