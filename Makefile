@@ -24,8 +24,13 @@ install = $(1)/bin/python -m pip install --quiet --constraint $(2) pip \
 	&& $(1)/bin/python -m pip install --quiet --constraint $(1)/constraints.txt --build-constraint $(1)/constraints.txt \
 		"$(TORCH)" $(3)
 
+# $(call fresh,ENVIRONMENT): makes it where there is none yet.
+fresh = @test -x $(1)/bin/python || { $(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("$(PYTHON) is \
+	Python %d.%d, and gripvlm needs 3.10 or later: make PYTHON=python3.12" % sys.version_info[:2])' \
+	&& $(PYTHON) -m venv $(1); }
+
 .venv/.ok: pyproject.toml locks/gripvlm.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(call fresh,.venv)
 	$(call install,.venv,locks/gripvlm.txt,$(EVERYTHING))
 	touch $@
 
@@ -45,7 +50,7 @@ test-transformers: .venv/.ok
 # Everything on the newest of every package that the index serves, in an environment of its own.
 test-newest:
 	rm -rf .venv/newest
-	$(PYTHON) -m venv .venv/newest
+	$(call fresh,.venv/newest)
 	.venv/newest/bin/python -m pip install --quiet --upgrade pip
 	.venv/newest/bin/python -m pip install --quiet torch $(EVERYTHING)
 	.venv/newest/bin/gripvlm env
@@ -55,7 +60,7 @@ test-newest:
 # that was built for another torch cannot be loaded, and nothing here needs it.
 LMMS ?= lmms-eval==0.7.3
 test-lmms:
-	test -x .venv/lmms/bin/python || $(PYTHON) -m venv .venv/lmms
+	$(call fresh,.venv/lmms)
 	$(call install,.venv/lmms,locks/lmms.txt,"$(LMMS)" -e . pytest hypothesis)
 	.venv/lmms/bin/python -c "import torchvision" 2>/dev/null || .venv/lmms/bin/python -m pip uninstall --quiet --yes torchvision
 	.venv/lmms/bin/python -m pytest -q -m "slow or not slow" tests/test_lmms.py
@@ -70,7 +75,7 @@ lock = rm -f build/lock/raw.txt \
 		> locks/$(1).txt
 # lmms-eval 0.7.3 imports filelock._api, which filelock 4.3 has not.
 lock:
-	$(PYTHON) -m venv build/lock
+	$(call fresh,build/lock)
 	build/lock/bin/python -m pip install --quiet --upgrade uv
 	mkdir -p locks
 	$(call lock,gripvlm,,--all-extras)
