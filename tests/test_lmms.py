@@ -179,7 +179,7 @@ def test_a_run_without_a_result_does_not_exit_with_0(task, tmp_path):
     assert done.returncode == 1
     assert "gripvlm: " in done.stderr
     assert "grid" in done.stderr
-    (tmp_path / "sitecustomize.py").write_text("import sys\n\nsys.modules['filelock._api'] = None\n")
+    (tmp_path / "sitecustomize.py").write_text("import sys, filelock\n\nsys.modules['filelock._api'] = None\n")
     done = run(task, tmp_path / "b", "pretrained=lab,pruner=grid,keep=64", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert 'pip install "filelock<4.3"' in done.stderr
