@@ -166,6 +166,20 @@ def test_what_it_cannot_do_is_refused(lm, grip_vlm):
             grip_vlm(**given_)
 
 
+LIKE_FILELOCK_4_3 = """
+import builtins
+
+plain = builtins.__import__
+
+def hiding(name, names=None, *rest, **more):
+    if name == "filelock._api" and (names or {}).get("__name__") == "lmms_eval.evaluator":
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    return plain(name, names, *rest, **more)
+
+builtins.__import__ = hiding
+"""
+
+
 def run(task, out, model_args, **environment):
     command = [sys.executable, "-m", "lmms_eval", "--model", "gripvlm", "--model_args", model_args]
     command += ["--tasks", "gripvlm_lab", "--include_path", str(task), "--device", "cpu", "--output_path", str(out)]
@@ -179,7 +193,7 @@ def test_a_run_without_a_result_does_not_exit_with_0(task, tmp_path):
     assert done.returncode == 1
     assert "gripvlm: " in done.stderr
     assert "grid" in done.stderr
-    (tmp_path / "sitecustomize.py").write_text("import sys, filelock\n\nsys.modules['filelock._api'] = None\n")
+    (tmp_path / "sitecustomize.py").write_text(LIKE_FILELOCK_4_3)
     done = run(task, tmp_path / "b", "pretrained=lab,pruner=grid,keep=64", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert 'pip install "filelock<4.3"' in done.stderr
