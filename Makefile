@@ -1,10 +1,11 @@
 # make run | test | lint: each builds .venv first when it is missing or out of date.
 PYTHON ?= python3
-# A CPU build serves every check here; a plain `torch` would pull gigabytes of CUDA. On a GPU machine: make TORCH=torch
+# Which build of torch this is, for CPUs or for CUDA, is the package index's choice. Another version: make TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+EVERYTHING := -e ".[dev,lab]"
 
-.PHONY: run test lint clean test-transformers test-lmms
+.PHONY: run test lint clean lock test-transformers test-newest test-lmms
 
 run: .venv/.ok
 	$(BIN)/gripvlm quickstart
@@ -12,34 +13,73 @@ run: .venv/.ok
 test: .venv/.ok
 	$(BIN)/python -m pytest -q
 
-# The tests that touch transformers, on another version of it, in front of the one in .venv: make test-transformers VERSION=5.19.0
-VERSION ?= 5.19.0
-test-transformers: .venv/.ok
-	$(BIN)/python -m pip install --quiet --no-deps --target .venv/transformers-$(VERSION) "transformers==$(VERSION)"
-	PYTHONPATH=.venv/transformers-$(VERSION) $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_families.py \
-		tests/test_video.py tests/test_decoding.py tests/test_windows.py tests/test_any_prompt.py \
-		tests/test_attention.py tests/test_vision.py tests/test_layers.py tests/test_layered.py tests/test_seam.py
-
-# gripvlm as a model of lmms-eval, in an environment of its own, as lmms-eval brings some fifty packages. A torchvision
-# that was built for another torch cannot be loaded, and nothing here needs it.
-LMMS ?= lmms-eval==0.7.3
-test-lmms:
-	test -x .venv/lmms/bin/python || $(PYTHON) -m venv .venv/lmms
-	.venv/lmms/bin/python -m pip install --quiet "$(TORCH)" "$(LMMS)" -e . pytest hypothesis
-	.venv/lmms/bin/python -c "import torchvision" 2>/dev/null || .venv/lmms/bin/python -m pip uninstall --quiet --yes torchvision
-	.venv/lmms/bin/python -m pytest -q -m "slow or not slow" tests/test_lmms.py
-
 lint: .venv/.ok
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/.ok: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[dev,lab]"
+# $(call install,ENVIRONMENT,LOCK,WHAT): the locked pip, then WHAT in the versions of the lock; torch is what TORCH says.
+install = $(1)/bin/python -m pip install --quiet --constraint $(2) pip \
+	&& grep -v '^torch==' $(2) > $(1)/constraints.txt \
+	&& $(1)/bin/python -m pip install --quiet --constraint $(1)/constraints.txt --build-constraint $(1)/constraints.txt \
+		"$(TORCH)" $(3)
+
+# $(call fresh,ENVIRONMENT): makes it where there is none yet.
+fresh = @test -x $(1)/bin/python || { $(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("$(PYTHON) is \
+	Python %d.%d, and gripvlm needs 3.10 or later: make PYTHON=python3.12" % sys.version_info[:2])' \
+	&& $(PYTHON) -m venv $(1); }
+
+.venv/.ok: pyproject.toml locks/gripvlm.txt
+	$(call fresh,.venv)
+	$(call install,.venv,locks/gripvlm.txt,$(EVERYTHING))
 	touch $@
+
+# The tests that touch transformers, on another version of it, in front of the one in .venv; also VERSION=newest.
+VERSION ?= 5.19.0
+OTHER := .venv/transformers-$(VERSION)
+test-transformers: .venv/.ok
+	rm -rf $(OTHER)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OTHER) \
+		"transformers$(if $(filter-out newest,$(VERSION)),==$(VERSION))"
+	@ask='from importlib.metadata import version; print(version("transformers"))'; \
+	locked=$$($(BIN)/python -c "$$ask"); other=$$(PYTHONPATH=$(OTHER) $(BIN)/python -c "$$ask"); \
+	if [ "$$other" = "$$locked" ]; then echo "transformers $$other is the locked one, on which make test runs everything"; \
+	else echo "transformers $$other"; \
+		PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -q -p no:cacheprovider -m transformers; fi
+
+# Everything on the newest of every package that the index serves, in an environment of its own.
+test-newest:
+	rm -rf .venv/newest
+	$(call fresh,.venv/newest)
+	.venv/newest/bin/python -m pip install --quiet --upgrade pip
+	.venv/newest/bin/python -m pip install --quiet torch $(EVERYTHING)
+	.venv/newest/bin/gripvlm env
+	.venv/newest/bin/python -m pytest -q -p no:cacheprovider
+
+# gripvlm as a model of lmms-eval, in an environment of its own, as lmms-eval brings some fifty packages. A torchvision
+# that was built for another torch cannot be loaded, and nothing here needs it.
+LMMS ?= lmms-eval==0.7.3
+test-lmms:
+	$(call fresh,.venv/lmms)
+	$(call install,.venv/lmms,locks/lmms.txt,"$(LMMS)" -e . pytest hypothesis)
+	.venv/lmms/bin/python -c "import torchvision" 2>/dev/null || .venv/lmms/bin/python -m pip uninstall --quiet --yes torchvision
+	.venv/lmms/bin/python -m pytest -q -m "slow or not slow" tests/test_lmms.py
+
+# locks/: the exact version of every package that make installs, of pip and of what builds gripvlm, for every Python that
+# gripvlm runs on. What comes with torch for an accelerator is left out: torch itself names it, and builds differ in it.
+# $(call lock,NAME,WHAT): writes locks/NAME.txt for gripvlm and WHAT.
+lock = rm -f build/lock/raw.txt \
+	&& printf '%s\n' "$(TORCH)" pip hatchling $(2) | build/lock/bin/uv pip compile --quiet --no-config --universal \
+		--python-version 3.10 --prerelease disallow --no-annotate --no-header -o build/lock/raw.txt $(3) pyproject.toml - \
+	&& (echo "\# Written by make lock."; sed -E -e '/^(cuda|nvidia|triton)/d' -e 's/^([^ +]+)[+][^ ]+/\1/' build/lock/raw.txt) \
+		> locks/$(1).txt
+# lmms-eval 0.7.3 imports filelock._api, which filelock 4.3 has not.
+lock:
+	$(call fresh,build/lock)
+	build/lock/bin/python -m pip install --quiet --upgrade uv
+	mkdir -p locks
+	$(call lock,gripvlm,,--all-extras)
+	$(call lock,lmms,"$(LMMS)" "filelock<4.3" pytest hypothesis)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

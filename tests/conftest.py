@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 
 from tiny_models import llava_inputs, tiny_llava
+from touching import touches
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long tests, and those in a browser, run only where -m asks for them."""
-    if config.option.markexpr:
-        return
+    """Marks what touches transformers. Long tests, and those in a browser, run only where -m asks for them."""
     for item in items:
+        if touches(item.path):
+            item.add_marker("transformers")
         for name in ("slow", "browser"):
-            if item.get_closest_marker(name):
+            if item.get_closest_marker(name) and name not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"pytest -m {name} runs it"))
 
 

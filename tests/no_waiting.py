@@ -96,7 +96,7 @@ def moved(module: torch.nn.Module) -> Any:
 
 def run(model: Any, inputs: dict[str, Any], pruner: Pruner, keep: Any) -> tuple[dict[str, Any], Any]:
     with torch.no_grad():
-        arguments, record, _ = path.pruned(
+        arguments, record, _, _ = path.pruned(
             model, family_of(model), inputs, pruner, keep, "original", None, None, False, False, None
         )
     return arguments, record

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.transformers
+
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("bad_input", ROOT / "runs" / "bad_input.py")
 bad_input = importlib.util.module_from_spec(_spec)

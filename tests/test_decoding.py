@@ -10,7 +10,8 @@ import gripvlm
 from gripvlm.errors import InputError
 from gripvlm.models import FAMILIES
 from gripvlm.models.decoding import CHUNKS_SINCE
-from gripvlm.models.families import chunkable, installed
+from gripvlm.models.families import chunkable
+from gripvlm.models.versions import installed
 from tiny_families import TINY, build, make
 from tiny_families.reference import masked
 

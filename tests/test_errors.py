@@ -114,7 +114,7 @@ REFUSED: list[tuple[type[GripError], str, Callable]] = [
     (InputError, r"token ids \[B, L\]", lambda i: {"inputs": without(i, "input_ids")}),
     (InputError, r"token ids \[B, L\]", lambda i: {"inputs": i | {"input_ids": i["input_ids"][0]}}),
     (InputError, "inputs_embeds hide", lambda i: {"inputs": i | {"inputs_embeds": torch.zeros(1)}}),
-    (InputError, "already hold tokens", lambda i: {"inputs": i | {"past_key_values": Cache()}}),
+    (InputError, "already holds tokens", lambda i: {"inputs": i | {"past_key_values": Cache()}}),
     (
         InputError,
         r"attention_mask has shape \(2, 41\)",

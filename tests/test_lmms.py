@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,11 +148,11 @@ def test_stop_words_cut_the_answer(lm):
 
 
 def test_what_it_cannot_do_is_refused(lm, grip_vlm):
-    with pytest.raises(NotImplementedError, match="t asks for the log-likelihood"):
+    with pytest.raises(SystemExit, match="t asks for the log-likelihood"):
         lm.loglikelihood([request(lm, "q", [])])
-    with pytest.raises(NotImplementedError, match="several rounds"):
+    with pytest.raises(SystemExit, match="several rounds"):
         lm.generate_until_multi_round([request(lm, "q", [])])
-    with pytest.raises(GripError, match="shows a str in question"):
+    with pytest.raises(SystemExit, match="shows a str in question"):
         lm.generate_until([request(lm, "q", ["video.mp4"])])
     for given_, complaint in (
         ({}, "pretrained=lab"),
@@ -163,6 +164,40 @@ def test_what_it_cannot_do_is_refused(lm, grip_vlm):
     ):
         with pytest.raises(GripError, match=complaint):
             grip_vlm(**given_)
+
+
+LIKE_FILELOCK_4_3 = """
+import builtins
+
+plain = builtins.__import__
+
+def hiding(name, names=None, *rest, **more):
+    if name == "filelock._api" and (names or {}).get("__name__") == "lmms_eval.evaluator":
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    return plain(name, names, *rest, **more)
+
+builtins.__import__ = hiding
+"""
+
+
+def run(task, out, model_args, **environment):
+    command = [sys.executable, "-m", "lmms_eval", "--model", "gripvlm", "--model_args", model_args]
+    command += ["--tasks", "gripvlm_lab", "--include_path", str(task), "--device", "cpu", "--output_path", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | environment)
+
+
+@pytest.mark.slow
+def test_a_run_without_a_result_does_not_exit_with_0(task, tmp_path):
+    """lmms-eval takes exceptions for an answer: it logs them and exits with 0."""
+    done = run(task, tmp_path / "a", "pretrained=lab,pruner=gird,keep=64")
+    assert done.returncode == 1
+    assert "gripvlm: " in done.stderr
+    assert "grid" in done.stderr
+    (tmp_path / "sitecustomize.py").write_text(LIKE_FILELOCK_4_3)
+    done = run(task, tmp_path / "b", "pretrained=lab,pruner=grid,keep=64", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert 'pip install "filelock<4.3"' in done.stderr
+    assert not list(tmp_path.rglob("*_results.json"))
 
 
 def utils(name: str):

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.transformers
+
 
 def test_nothing_waits_between_the_encoder_and_the_prefill():
     file = Path(__file__).with_name("no_waiting.py")

@@ -7,6 +7,7 @@ import torch
 
 from gripvlm import encode, prune_inputs
 from gripvlm.models import seam
+from gripvlm.models.renamed import cache_in
 from gripvlm.models.text import full_mask
 from gripvlm.train import prefix
 from gripvlm.train.prefix import Prefix, shared_length
@@ -113,7 +114,7 @@ def test_rows_share_the_prefixs_memory_and_leave_it_as_it_was():
     made = Prefix.of(model, arguments, 1 + len(SYSTEM))
     before = [layer.keys.clone() for layer in made._cache.layers]
     part = made.without(arguments)
-    for own, given in zip(made._cache.layers, part["past_key_values"].layers, strict=True):
+    for own, given in zip(made._cache.layers, cache_in(part).layers, strict=True):
         assert given.keys.data_ptr() == own.keys.data_ptr()
         assert len(given.keys) == len(given.values) == 2
     first = model(**part).logits

@@ -232,12 +232,16 @@ def evaluate_command(
 def env() -> None:
     """Versions and hardware, for a bug report."""
     from gripvlm.evaluate import environment
+    from gripvlm.models.versions import NEWEST_TESTED, OLDEST, newer_than_tested
 
-    screen = console()
-    for part, values in environment().items():
+    screen, found = console(), environment()
+    found["versions"]["transformers"] += f" (tested: {OLDEST} to {NEWEST_TESTED})"
+    for part, values in found.items():
         screen.print(part, style="bold")
         for name, value in (values or {"": "installed, no checkout"}).items():
             screen.print(f"  {name:<16} {escape(str(value))}")
+    if (line := newer_than_tested()) is not None:
+        screen.print(escape(line))
 
 
 def _one_pruner(text: str) -> str:

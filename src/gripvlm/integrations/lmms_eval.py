@@ -2,16 +2,21 @@
 
     lmms-eval --model gripvlm --model_args pretrained=llava-hf/llava-1.5-7b-hf,pruner=divprune,keep=64 --tasks pope
 
-lmms-eval finds it by the entry point in pyproject.toml; written against and tested with lmms-eval 0.7.3.
+lmms-eval finds it by the entry point in pyproject.toml; written against and tested with lmms-eval 0.7.3 and the rest of
+locks/lmms.txt (`make test-lmms`). lmms-eval logs an exception and exits with 0, so what stops a run here is a
+SystemExit, which exits with 1.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from lmms_eval import evaluator
 from lmms_eval.api.model import lmms
 from loguru import logger
 from PIL import Image
@@ -88,6 +93,18 @@ class GripVLM(lmms):
         checked_pruner(self.pruner, self._model)
         self.kept = self.seen = 0.0
 
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> GripVLM:
+        """What lmms-eval calls with `--model_args`.
+
+        Raises:
+            SystemExit: a setting that is refused, or a filelock that lmms-eval itself cannot work with.
+        """
+        with _stops():
+            _check_filelock()
+            made: GripVLM = super().create_from_arg_string(arg_string, additional_config)
+        return made
+
     def _place(self, device: str | None) -> str | None:
         """The device to load on; under accelerate each process has its own."""
         from accelerate import Accelerator
@@ -123,7 +140,15 @@ class GripVLM(lmms):
         raise self._refused(requests, "several rounds")
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answers in the order of the requests."""
+        """Answers in the order of the requests.
+
+        Raises:
+            SystemExit: a request that cannot be answered.
+        """
+        with _stops():
+            return self._answers(requests)
+
+    def _answers(self, requests: Sequence[Any]) -> list[str]:
         answers: list[str] = [""] * len(requests)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="gripvlm") as bar:
             for places, settings in self._batches(requests):
@@ -191,12 +216,33 @@ class GripVLM(lmms):
             "do_sample": sample,
         }
 
-    def _refused(self, requests: Sequence[Any], what: str) -> NotImplementedError:
+    def _refused(self, requests: Sequence[Any], what: str) -> SystemExit:
         tasks = sorted({str(getattr(request, "task_name", "?")) for request in requests})
-        return NotImplementedError(
+        return SystemExit(
             f"gripvlm answers tasks of the type generate_until; {', '.join(tasks)} asks for {what}: choose its "
             "generate_until variant"
         )
+
+
+@contextmanager
+def _stops() -> Iterator[None]:
+    """Ends the process with exit code 1 and one line where gripvlm refuses something."""
+    try:
+        yield
+    except GripError as error:
+        raise SystemExit(f"gripvlm: {error}") from error
+
+
+def _check_filelock() -> None:
+    """lmms-eval 0.7.3 reaches into filelock, after the model is loaded, for what filelock 4.3 no longer has."""
+    reach = getattr(evaluator, "_enable_reentrant_filelocks", lambda: None)
+    try:
+        reach()
+    except ImportError as error:
+        raise GripError(
+            f"lmms-eval {version('lmms_eval')} does not work with filelock {version('filelock')} ({error}): type "
+            'pip install "filelock<4.3"; make test-lmms installs versions that work together (locks/lmms.txt)'
+        ) from error
 
 
 def _cut(text: str, until: str | Iterable[str]) -> str:

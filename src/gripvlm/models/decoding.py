@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gripvlm.errors import InputError
 from gripvlm.models.callbacks import FullPrompt
-from gripvlm.models.families import Family, chunkable, installed
+from gripvlm.models.families import Family, chunkable
+from gripvlm.models.versions import installed
 
 __all__ = ["Options", "with_prompt"]
 

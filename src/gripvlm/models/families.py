@@ -25,9 +25,10 @@ from gripvlm.models.grids import (
     square,
     unknown,
 )
+from gripvlm.models.versions import installed, mention_newer
 from gripvlm.models.vision import VisionRule, by_grid, by_tile, in_one_row, packed
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "chunkable", "family_of", "installed", "takes"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "chunkable", "family_of", "takes"]
 
 DOCS = "docs/families.md"
 
@@ -189,6 +190,7 @@ def family_of(model: Any) -> Family:
             f"got a {type(model).__name__}: pass a transformers model that generates, as from "
             "AutoModelForImageTextToText.from_pretrained(...)"
         )
+    mention_newer()
     name = config.model_type
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=2, cutoff=0.5)
@@ -223,11 +225,3 @@ def takes(function: Callable[..., Any]) -> frozenset[str]:
 @cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters) - {"self"}
-
-
-def installed() -> tuple[int, int]:
-    """Major and minor version of the transformers that runs."""
-    import transformers  # not with this file: the prune room loads without it
-
-    major, minor = transformers.__version__.split(".")[:2]
-    return int(major), int(minor)
