@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from transformers import GenerationConfig
@@ -124,13 +125,15 @@ def test_what_is_read_only_where_there_is_one_is_there(name, path):
 def test_everything_that_attention_is_told_is_known(name):
     """A scale, a cap, a bias or a mask under a new name would be left out of the weights that pruners read."""
     told: dict[str, str] = {}
+    model, batch = build(name), make(TINY[name], [1], [7])
 
     class Listens:
+        modules: ClassVar[dict[int, int]] = {id(module): 0 for module in model.modules()}
+
         def look(self, module, query, key, mask, options):
             told.update((option, type(module).__name__) for option, value in options.items() if value is not None)
             return mask
 
-    model, batch = build(name), make(TINY[name], [1], [7])
     with before_attention(Listens()):
         model.generate(**batch.inputs, max_new_tokens=2, do_sample=False)
     assert told, f"{name}: no attention went through transformers' attention functions"
