@@ -83,6 +83,20 @@ def test_an_encoding_serves_prompts_that_bring_no_grids(name):
         torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=3e-5)
 
 
+def test_an_encoding_keeps_the_seconds_of_its_videos():
+    """Qwen2.5-VL's positions are made from them, also where the prompt of the moment does not bring them."""
+    model, batch = build("qwen2_5_vl"), make(TINY["qwen2_5_vl"], ["viv", "v"], [7, 9])
+    inputs = batch.inputs | {"second_per_grid_ts": torch.tensor([3.0, 0.5, 2.0])}
+    encoded = gripvlm.encode(model, inputs)
+    asked = {name: inputs[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    short = gripvlm.prune_inputs(model, asked, "random", keep=4, encoded=encoded)
+    whole = gripvlm.prune_inputs(model, inputs, "random", keep=4)
+    assert torch.equal(short["position_ids"], whole["position_ids"])
+    assert not torch.equal(
+        whole["position_ids"], gripvlm.prune_inputs(model, batch.inputs, "random", keep=4)["position_ids"]
+    )
+
+
 def test_missing_token_types_are_refused_since_positions_would_be_wrong():
     inputs = make(TINY["qwen3_vl"], [1], [7]).inputs
     del inputs["mm_token_type_ids"]

@@ -30,6 +30,7 @@ class Item:
         vision: layer as asked -> what that block of the vision tower says about each row; mostly empty.
         states: [n, d_v] what the tower made of each row before the projector, where asked for.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
+        seconds: between two temporal patches of a video, for families whose positions are made from it, else None.
     """
 
     modality: str
@@ -41,6 +42,7 @@ class Item:
     vision: Mapping[int, TowerRows] = field(default_factory=dict)
     states: Tensor | None = None
     groups: Tensor | None = None
+    seconds: float | None = None
 
 
 class Output(NamedTuple):

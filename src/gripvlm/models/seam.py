@@ -31,6 +31,9 @@ from gripvlm.ragged import onto, rows_of, shifted
 
 __all__ = ["PER_TOKEN", "Shortened", "encode", "encoder_arguments", "locate", "shorten"]
 
+SECONDS = "second_per_grid_ts"
+"""Qwen2.5-VL: seconds between two temporal patches of each video, of which its positions are made."""
+
 PER_TOKEN: dict[str, int] = {
     "input_ids": 0,
     "attention_mask": 0,
@@ -140,8 +143,10 @@ def _items(
     keys = content_keys(inputs, modality, len(rows)) if keyed else [0] * len(rows)
     told = inputs.get(f"{modality}_grid_thw")
     patches = [None] * len(rows) if told is None else [(t, h, w) for t, h, w in told.tolist()]
+    seconds = inputs.get(SECONDS) if modality == "video" else None
+    seconds = [None] * len(rows) if seconds is None else [float(value) for value in seconds]
     return [
-        Item(modality, row, tuple(plane[i] for plane in planes), grids[i], keys[i], patches[i])
+        Item(modality, row, tuple(plane[i] for plane in planes), grids[i], keys[i], patches[i], seconds=seconds[i])
         for i, row in enumerate(rows)
     ]
 
@@ -262,16 +267,21 @@ def _full_positions(model: Any, layout: Layout, spans: Sequence[Sequence[Span]],
     inputs = dict(layout.inputs)
     inputs["attention_mask"] = full_mask(model, inputs)
     told: dict[str, list[tuple[int, int, int]]] = {}
+    seconds: list[float] = []
     for mine in spans:
         for span in mine:
             if span.item.patches is not None:
                 told.setdefault(f"{span.item.modality}_grid_thw", []).append(span.item.patches)
+            if span.item.seconds is not None:
+                seconds.append(span.item.seconds)
     if told and inputs.get("mm_token_type_ids") is None:
         raise InputError(
             "mm_token_type_ids are missing, without which this model's positions are wrong: pass "
             "everything the processor returns"
         )
     grids = {name: torch.tensor(rows) for name, rows in told.items()}
+    if seconds:
+        grids[SECONDS] = torch.tensor(seconds)
     made: Tensor = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs | grids)
     deltas = getattr(model.base_model, "rope_deltas", None)
     if isinstance(deltas, Tensor):  # the model just noted them, on the host
