@@ -80,7 +80,7 @@ def bench(
         keeps: budgets.
         batches, lengths: B and text tokens; every pair is a cell.
         new: tokens to generate, at least 2.
-        repeats: turns that count; one more, which also counts FLOPs, warms up.
+        repeats: turns that count; one more warms up. FLOPs are counted on one prompt.
         fit: also look for the largest batch, up to this one, that the accelerator's memory holds; 0 does not.
         out: where the JSON goes, after each cell and at the end.
         overwrite: replace it where it exists.
@@ -176,13 +176,17 @@ def _measured(
 ) -> str:
     """Fills `runs`; why nothing could be measured, or empty."""
     keeps = [setting.keep for setting in runs if setting.kind == "limit" and setting.keep is not None]
+    batch, length = shape
     try:
-        cell = Cell(model, prompts(*shape), keeps, new)
+        cell = Cell(model, prompts(batch, length), keeps, new)
+        one = cell if batch == 1 else Cell(model, prompts(1, length), keeps, new)
     except torch.OutOfMemoryError as error:
         free(model)
         return f"out of memory before any setting ran: {_first_line(error)}"
     for setting, found in runs.items():
-        _attempt(model, found, partial(_count, found, cell, setting))
+        _attempt(model, found, partial(_count, found, one, setting, batch))
+        if one is not cell and not found.failed:
+            _attempt(model, found, partial(cell.timed, setting))  # warms up, as counting does for one prompt
         step()
     for turn, setting in turns(list(runs), repeats):
         if not runs[setting].failed:
@@ -191,8 +195,8 @@ def _measured(
     return ""
 
 
-def _count(found: Runs, cell: Cell, setting: Setting) -> None:
-    found.counts = cell.counted(setting)
+def _count(found: Runs, one: Cell, setting: Setting, batch: int) -> None:
+    found.counts = one.counted(setting).times(batch)
 
 
 def _time(found: Runs, cell: Cell, setting: Setting, turn: int) -> None:
