@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tiny_models import llava_inputs, tiny_llava
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long tests, and those in a browser, run only where -m asks for them."""
+    """Long tests, and those in a browser, run only where -m asks for them; those for a GPU where there is one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
     if config.option.markexpr:
         return
     for item in items:
         for name in ("slow", "browser"):
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=f"pytest -m {name} runs it"))
+
+
+@pytest.fixture
+def full_precision() -> Iterator[None]:
+    """float32 products and convolutions in float32, not TF32."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = False
+    yield
+    for kind, allowed in zip(kinds, before, strict=True):
+        kind.allow_tf32 = allowed
 
 
 @pytest.fixture(scope="module")
