@@ -1,7 +1,7 @@
 """Ten minutes of one GPU: tests of exactness, what pruning buys at 7B, one step of every training stage.
 
     python runs/gpu_checks.py --out OUT                                               one GPU of 80 GB or more
-    python runs/gpu_checks.py --out OUT --device cpu --models tiny,tiny-qwen          a try; the tests are skipped
+    python runs/gpu_checks.py --out OUT --device cpu --fit 0 --models tiny,tiny-qwen --train tiny    a try
 
 Needs transformers>=5.19 and pytest beside torch; nothing is downloaded, all weights are random. A machine with an older
 transformers and no network takes a packed one along:
@@ -26,8 +26,8 @@ import tarfile
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new", type=int, default=8, help="tokens to generate")
-    parser.add_argument("--fit", type=int, default=1024, help="largest batch tried")
+    parser.add_argument("--fit", type=int, default=1024, help="largest batch tried; 0 tries none")
     parser.add_argument("--seconds", type=float, default=560, help="of everything")
     parser.add_argument("--commit", default="", help="where there is no git: the commit that this tree is")
     parser.add_argument("--part", default="", help="only this one, in this process")
@@ -216,7 +216,9 @@ def one_part(options: argparse.Namespace) -> None:
     if kind == "bench":
         measure(options, name, ends)
     else:
-        train_steps(options, ends)
+        from gpu_train import train_steps
+
+        sys.exit(train_steps(options, ends, partial(write, options.out / "train.json")))
 
 
 def run_tests(out: Path, file: str) -> int:
@@ -242,13 +244,15 @@ def run_tests(out: Path, file: str) -> int:
 
 
 def measure(options: argparse.Namespace, name: str, ends: float) -> None:
-    """`gripvlm bench` of one shape: times of all batches within two thirds of the time, then the largest batch."""
+    """`gripvlm bench` of one shape: times of all batches, then the largest batch."""
     import torch
 
-    from gripvlm.bench import ARCHITECTURES, bench, random_model, random_prompts
+    from gripvlm.bench import ARCHITECTURES, bench, random_model
     from gripvlm.bench.architectures import random_pruner
+    from gripvlm.bench.fit import fits
+    from gripvlm.bench.measure import FULL, Setting
+    from gripvlm.bench.words import fit_sentences
     from gripvlm.budget import Budget
-    from gripvlm.evaluate.environment import command_line
 
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     began = time.monotonic()
@@ -256,38 +260,49 @@ def measure(options: argparse.Namespace, name: str, ends: float) -> None:
     print(f"{name}: built in {time.monotonic() - began:.1f} s")
     file = options.out / f"bench-{name}.json"
 
-    def run(
-        batches: list[int], repeats: int, fit: int, pruners: tuple[str, ...], keeps: tuple[str, ...], out: Path | None
-    ) -> Any:
-        return bench(
-            model,
-            lambda batch, length: random_prompts(model, ARCHITECTURES[name], batch, length, 672),
-            [(spec, random_pruner(spec, model)) for spec in pruners],
-            [Budget.parse(keep) for keep in keeps],
-            batches=batches,
-            lengths=[64],
-            new=options.new,
-            repeats=repeats,
-            fit=fit,
-            out=out,
-            overwrite=True,
-            about={"name": f"random:{name}", "weights": "random", "picture": 672},
-            command=command_line(),
-        )
-
-    batches = [int(batch) for batch in options.batches.split(",")]
-    fit = options.fit if device.type != "cpu" else 0
-    later = 55 if fit else 5  # seconds for what comes after
-    times = within(ends - time.monotonic() - later, lambda: run(batches, options.repeats, 0, PRUNERS, KEEPS, file))
-    if times is None:
+    prompts = partial(prompts_of, model, ARCHITECTURES[name])
+    later = 65 if options.fit else 5  # seconds for what comes after
+    work = partial(
+        bench,
+        model,
+        prompts,
+        [(spec, random_pruner(spec, model)) for spec in PRUNERS],
+        [Budget.parse(keep) for keep in KEEPS],
+        batches=[int(batch) for batch in options.batches.split(",")],
+        new=options.new,
+        repeats=options.repeats,
+        out=file,
+        overwrite=True,
+        about={"name": f"random:{name}", "weights": "random", "picture": 672},
+    )
+    result = within(ends - time.monotonic() - later, work)
+    if result is None:
         sys.exit("nothing was measured")
-    print("\n".join(times["sentences"]))
-    best = within(ends - time.monotonic() - 3, lambda: run([1], 1, fit, ("norm",), ("11%",), None)) if fit else None
-    if best is not None:
-        times["fits"], told = best["fits"], best["sentences"][1:]
-        times["sentences"] += told
-        print("\n".join(told))
-        write(file, times)
+    print("\n".join(result["sentences"]))
+    if not options.fit:
+        return
+    result["fits"], result["tried"] = [], []
+
+    def told(what: str) -> None:
+        print(what)
+        result["tried"].append(what)
+
+    def look() -> None:
+        settings = [FULL, Setting("pruned", Budget.parse("11%"), random_pruner("norm", model), "norm")]
+        for row in fits(model, prompts, settings, [64], options.new, options.fit, told):
+            result["fits"].append(row)
+            write(file, result)
+
+    within(ends - time.monotonic() - 3, look)
+    result["sentences"] += fit_sentences(result["fits"])
+    print("\n".join(fit_sentences(result["fits"])))
+    write(file, result)
+
+
+def prompts_of(model: Any, shape: Any, batch: int, length: int) -> Any:
+    from gripvlm.bench import random_prompts
+
+    return random_prompts(model, shape, batch, length, 672)
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
@@ -301,94 +316,6 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
         return getattr(stop, "result", None)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def train_steps(options: argparse.Namespace, ends: float) -> None:
-    """One step of every stage for a frozen model of this size, smaller where the memory does not hold it."""
-    import torch
-
-    from gripvlm.bench import random_model
-    from gripvlm.errors import GripError
-    from gripvlm.evaluate import environment
-    from gripvlm.train import TrainConfig, train
-    from tiny_train import asked, processor_of, tiny_vlm
-
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    if options.train == "tiny":
-        model, processor = tiny_vlm()
-        model.to(device, dtype)
-    else:
-        model = random_model(options.train, device, dtype)
-        processor = processor_of(model)
-    memory: Any = torch.cuda if device.type == "cuda" else None
-    result: dict[str, Any] = {
-        "schema": "gripvlm.gpu_train/1",
-        "environment": environment(),
-        "model": options.train,
-        "steps": [],
-    }
-    result |= {"weights_gib": sum(p.nbytes for p in model.parameters()) / 2**30, "finished": False}
-    file, seen = options.out / "train.json", set()
-    relaxed = ("soft_topk", "straight_through", "perturbed", "dynamicvit", "diffprune")
-    stages = [
-        ("warmup", {"teacher": "gradient"}),
-        ("grpo", {}),
-        *[("relaxed", {"relaxation": kind}) for kind in relaxed],
-    ]
-    stages.insert(2, ("warmup", {"teacher": "attention"}))
-    for images, questions in ((4, 4), (1, 4), (1, 1)):
-        for stage, more in stages:
-            label = f"{stage} {next(iter(more.values()), '')}".strip()
-            if label in seen:
-                continue
-            if time.monotonic() > ends - 5:
-                print("time is over")
-                return
-            with tempfile.TemporaryDirectory() as folder:
-                config = TrainConfig(
-                    out=folder,
-                    stage=stage,
-                    steps=1,
-                    warmup_steps=1,
-                    images=images,
-                    questions=questions,
-                    reward="log_prob",
-                    val_keeps="0.11",
-                    val_questions=1,
-                    **more,
-                )
-                if memory:
-                    memory.empty_cache()
-                    memory.reset_peak_memory_stats()
-                began, why, memory_over = time.monotonic(), "", False
-                try:
-                    train(config, model, processor, data=asked(images, questions), validation=asked(1, 1, "held"))
-                except (GripError, RuntimeError, TypeError, ValueError) as error:  # the other stages go on
-                    cause = error.__cause__ or error
-                    why, memory_over = str(cause).partition("\n")[0][:300], isinstance(cause, torch.OutOfMemoryError)
-                    if not memory_over:
-                        traceback.print_exc()
-                log = Path(folder) / "metrics.jsonl"
-                lines = log.read_text().splitlines() if log.exists() else []
-                minutes = [line["minutes"] for line in map(json.loads, lines) if line.get("val") and line["step"] == 1]
-            peak = memory.max_memory_allocated() / 2**30 if memory else None
-            step = {
-                "stage": stage,
-                **more,
-                "images": images,
-                "questions": questions,
-                "out_of_memory": memory_over,
-                "failed": why or None,
-            }
-            step |= {"seconds": time.monotonic() - began, "step_minutes": minutes, "peak_gib": peak}
-            result["steps"].append(step)
-            write(file, result)
-            print(f"{label:<28} {images} x {questions}: {step['seconds']:.1f} s, peak {peak} GiB {why}")
-            if not memory_over:
-                seen.add(label)
-    result["finished"] = True
-    write(file, result)
-    sys.exit(int(any(step["failed"] and not step["out_of_memory"] for step in result["steps"])))
 
 
 if __name__ == "__main__":

@@ -255,6 +255,9 @@ def test_bench_runs_in_that_order_after_one_warm_up_each(tiny, monkeypatch):
     del seen[:]
     small(tiny, batches=[3])  # counted on one prompt, warmed up with all
     assert seen == [(what, name) for name in names for what in ("warm", "timed")] + measured
+    del seen[:]
+    small(tiny, batches=[1, 3])  # and counted once
+    assert seen == [*[("warm", name) for name in names], *measured, *[("timed", name) for name in names], *measured]
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-qwen"])

@@ -23,7 +23,7 @@ def script(monkeypatch):
 
 def settings(out: Path, **changes) -> Namespace:
     given = {"out": out, "device": "cpu", "dtype": "bfloat16", "tests": "", "models": "", "train": "", "batches": "1"}
-    given |= {"repeats": 1, "new": 2, "fit": 8, "seconds": 100.0, "commit": "c0ffee", "part": "", "pack": ""}
+    given |= {"repeats": 1, "new": 2, "fit": 0, "seconds": 100.0, "commit": "c0ffee", "part": "", "pack": ""}
     return Namespace(**{**given, **changes})
 
 
@@ -32,7 +32,14 @@ def read(path: Path) -> dict:
 
 
 def test_the_parts_that_have_a_process_of_their_own(tmp_path):
-    options = ["--device=cpu", "--tests=tests/test_gpu_threads.py", "--models=tiny-qwen", "--train=", "--batches=1"]
+    options = [
+        "--device=cpu",
+        "--fit=0",
+        "--tests=tests/test_gpu_threads.py",
+        "--models=tiny-qwen",
+        "--train=",
+        "--batches=1",
+    ]
     command = [
         sys.executable,
         "runs/gpu_checks.py",
@@ -83,5 +90,17 @@ def test_a_part_that_takes_too_long_is_stopped_and_the_rest_goes_on(script, tmp_
 
 def test_time_that_is_over_leaves_what_was_measured(script, tmp_path, capsys):
     with pytest.raises(SystemExit, match="nothing was measured"):
-        script.one_part(settings(tmp_path, part="bench:tiny", models="tiny", seconds=5.2))
+        script.one_part(settings(tmp_path, part="bench:tiny", seconds=5.2))
     assert script.within(60, lambda: 3) == 3
+
+
+def test_the_largest_batch_is_looked_for(script, tmp_path, capsys):
+    """A CPU holds all that is tried here."""
+    script.one_part(settings(tmp_path, part="bench:tiny", fit=4))
+    result = read(tmp_path / "bench-tiny.json")
+    assert [(row["setting"], row["fits"], row["fails"]) for row in result["fits"]] == [
+        ("full", 4, None),
+        ("norm 0.11", 4, None),
+    ]
+    assert result["tried"] == ["fit full: 1", "fit full: 2", "fit full: 4", "fit norm 0.11: 4"]
+    assert result["finished"] is True
