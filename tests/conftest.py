@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tiny_models import llava_inputs, tiny_llava
 from touching import touches
@@ -12,13 +14,27 @@ from touching import touches
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what touches transformers. Long tests, and those in a browser, run only where -m asks for them."""
+    """Marks what touches transformers; a long test or a browser's runs where -m asks for it, a GPU's on a GPU."""
     for item in items:
         if touches(item.path):
             item.add_marker("transformers")
         for name in ("slow", "browser"):
             if item.get_closest_marker(name) and name not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"pytest -m {name} runs it"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture
+def full_precision() -> Iterator[None]:
+    """float32 products and convolutions in float32, not TF32."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = False
+    yield
+    for kind, allowed in zip(kinds, before, strict=True):
+        kind.allow_tf32 = allowed
 
 
 @pytest.fixture(scope="module")

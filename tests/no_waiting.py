@@ -31,13 +31,13 @@ from gripvlm.pruners.grip import Grip
 from gripvlm.ragged import in_one_storage, padded
 from gripvlm.scorer import Scorer, ScorerConfig
 from gripvlm.selections import Doubts
+from on_device import NEVER_WAIT
 from tiny_models import IMAGE, build
 
 WAITS = "waits"
 _setup_privateuseone_for_python_backend(WAITS)
 IDS = torch.tensor([[0, 0, 1, *[IMAGE] * 16, 5, 6, 7], [1, *[IMAGE] * 16, 3, 4, 5, 6, 8]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
-PRUNERS = ("keep_all", "norm", "grid", "divprune", "mmr(norm)", "cdpruner", "grip")
 
 
 class NoCopies(TorchDispatchMode):
@@ -106,7 +106,7 @@ def grip() -> Grip:
     return Grip("untrained", Scorer(ScorerConfig(32, width=16, heads=2)))
 
 
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("name", NEVER_WAIT)
 @pytest.mark.parametrize("keep", [5, [3, 7]], ids=["even", "ragged"])
 def test_nothing_waits(name, keep, request):
     pruner = grip() if name == "grip" else checked_pruner(name)

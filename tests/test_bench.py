@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,7 +250,26 @@ def test_bench_runs_in_that_order_after_one_warm_up_each(tiny, monkeypatch):
     monkeypatch.setattr(Cell, "timed", lambda self, s: seen.append(("timed", s.name)) or timed(self, s))
     small(tiny)
     names = ["full", "limit 0.5", "norm 0.5"]
-    assert seen == [("warm", name) for name in names] + [("timed", name) for name in [*names, *names[::-1]]]
+    measured = [("timed", name) for name in [*names, *names[::-1]]]
+    assert seen == [("warm", name) for name in names] + measured
+    del seen[:]
+    small(tiny, batches=[3])  # counted on one prompt, warmed up with all
+    assert seen == [(what, name) for name in names for what in ("warm", "timed")] + measured
+    del seen[:]
+    small(tiny, batches=[1, 3])  # and counted once
+    assert seen == [*[("warm", name) for name in names], *measured, *[("timed", name) for name in names], *measured]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen"])
+def test_what_is_counted_of_one_prompt_goes_for_so_many(name):
+    model = architectures.random_model(name, CPU, torch.float32)
+    cells = [Cell(model, prompts(model, name)(batch, PROMPT), [HALF], NEW) for batch in (1, 2, 3)]
+    for setting in settings_of(chosen(model, "norm", "divprune", "grip", "fastv:layer=1", "visionzip"), [HALF]):
+        one, two, three = (cell.counted(setting) for cell in cells)
+        once = 2 * one.flops["pruning"] - two.flops["pruning"]  # done once a batch: Grip places the grid's cells
+        assert 0 <= once < 0.01 * one.flops["pruning"] if setting.spec == "grip" else once == 0
+        more = {part: three.flops[part] + 2 * once for part in ("pruning", "whole")}
+        assert one.times(3) == replace(three, flops=three.flops | more), setting.name
 
 
 def test_ctrl_c_keeps_what_is_done(tiny, monkeypatch, tmp_path):
@@ -257,7 +277,7 @@ def test_ctrl_c_keeps_what_is_done(tiny, monkeypatch, tmp_path):
 
     def stopped(self, setting):
         calls.append(setting)
-        if len(calls) == 6 + 4 + 1:  # the first cell, then one turn of 3 and the backward turn's first
+        if len(calls) == 6 + 3 + 4 + 1:  # the first cell, a warm-up of 3, one turn of 3 and the backward turn's first
             raise KeyboardInterrupt
         return timed(self, setting)
 

@@ -58,21 +58,25 @@ def tiny_vlm(seed: int = 0) -> tuple[Any, Any]:
             if weight.ndim >= 2:
                 scale = 1.0 if "embed" in name else 0.4 if "lm_head" in name else 1.6 / weight.shape[-1] ** 0.5
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+    return model.eval(), processor_of(model)
+
+
+def processor_of(model: Any) -> LlavaProcessor:
+    """A processor in the lab's words for any LLaVA whose vocabulary holds them, which is told their ids."""
+    tokenizer, vision = build_tokenizer(), model.config.vision_config
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    images = CLIPImageProcessor(
-        do_resize=True, size={"height": 32, "width": 32}, do_center_crop=False, do_convert_rgb=True
-    )
-    processor = LlavaProcessor(
-        image_processor=images,
+    size = {"height": vision.image_size, "width": vision.image_size}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(do_resize=True, size=size, do_center_crop=False, do_convert_rgb=True),
         tokenizer=tokenizer,
-        patch_size=8,
+        patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
         chat_template=CHAT_TEMPLATE,
     )
-    return model.eval(), processor
 
 
 class Asked(Task):

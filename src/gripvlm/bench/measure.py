@@ -67,6 +67,11 @@ class Counts:
     kept: float
     total: int
 
+    def times(self, batch: int) -> Counts:
+        """Of so many prompts alike: all that is counted goes with them."""
+        flops = {part: batch * value for part, value in self.flops.items()}
+        return Counts(flops, batch * self.kv_bytes, batch * self.kept, batch * self.total)
+
 
 @dataclass
 class Runs:
@@ -146,7 +151,9 @@ class Cell:
 
     @torch.no_grad()
     def counted(self, setting: Setting) -> Counts:
-        """FLOPs, cache and tokens of one run, which also warms the setting up."""
+        """FLOPs, cache and tokens of one run. Counting costs the host a moment for each operation, so ask it of one
+        prompt (`Counts.times`): a vision encoder that goes window by window has hundreds of thousands of them a batch.
+        """
         with flop_counter() as meter:
             self._encoder()
             vision = meter.get_total_flops()

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gripvlm.bench.fit import check_limit, fits, free
 from gripvlm.bench.machine import Machine, Weights, measured
-from gripvlm.bench.measure import FULL, Cell, Runs, Setting
+from gripvlm.bench.measure import FULL, Cell, Counts, Runs, Setting
 from gripvlm.bench.rows import row
 from gripvlm.bench.words import fit_sentences, sentences
 from gripvlm.budget import Budget
@@ -80,7 +80,7 @@ def bench(
         keeps: budgets.
         batches, lengths: B and text tokens; every pair is a cell.
         new: tokens to generate, at least 2.
-        repeats: turns that count; one more, which also counts FLOPs, warms up.
+        repeats: turns that count; one more warms up. FLOPs are counted on one prompt.
         fit: also look for the largest batch, up to this one, that the accelerator's memory holds; 0 does not.
         out: where the JSON goes, after each cell and at the end.
         overwrite: replace it where it exists.
@@ -110,6 +110,7 @@ def bench(
     cells: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     fitted: list[dict[str, Any]] = []
+    known: dict[tuple[int, Setting], Counts] = {}
 
     def result(finished: bool) -> dict[str, Any]:
         return {
@@ -148,7 +149,8 @@ def bench(
             bar.update(task, description=f"batch {batch}, prompt {length}")
             runs: dict[Setting, Runs] = {setting: Runs() for setting in settings}
             try:
-                why = _measured(model, prompts, (batch, length), new, repeats, runs, partial(bar.advance, task, batch))
+                step = partial(bar.advance, task, batch)
+                why = _measured(model, prompts, (batch, length), new, repeats, runs, known, step)
             except KeyboardInterrupt:
                 rows += _rows(runs, batch, length, new, machine, weights)
                 cells.append(_cell(batch, length, runs, repeats, ""))
@@ -172,17 +174,26 @@ def _measured(
     new: int,
     repeats: int,
     runs: dict[Setting, Runs],
+    known: dict[tuple[int, Setting], Counts],
     step: Callable[[], None],
 ) -> str:
-    """Fills `runs`; why nothing could be measured, or empty."""
+    """Fills `runs`, and `known` with the counts of one prompt; why nothing could be measured, or empty."""
     keeps = [setting.keep for setting in runs if setting.kind == "limit" and setting.keep is not None]
+    batch, length = shape
+    counted = batch > 1 and all((length, setting) in known for setting in runs)
     try:
-        cell = Cell(model, prompts(*shape), keeps, new)
+        cell = Cell(model, prompts(batch, length), keeps, new)
+        one = cell if batch == 1 or counted else Cell(model, prompts(1, length), keeps, new)
     except torch.OutOfMemoryError as error:
         free(model)
         return f"out of memory before any setting ran: {_first_line(error)}"
     for setting, found in runs.items():
-        _attempt(model, found, partial(_count, found, cell, setting))
+        if not counted:
+            _attempt(model, found, partial(_count, known, one, length, setting))
+        if batch > 1 and not found.failed:
+            _attempt(model, found, partial(cell.timed, setting))  # warms up, as counting does for one prompt
+        if not found.failed:
+            found.counts = known[length, setting].times(batch)
         step()
     for turn, setting in turns(list(runs), repeats):
         if not runs[setting].failed:
@@ -191,8 +202,8 @@ def _measured(
     return ""
 
 
-def _count(found: Runs, cell: Cell, setting: Setting) -> None:
-    found.counts = cell.counted(setting)
+def _count(known: dict[tuple[int, Setting], Counts], one: Cell, length: int, setting: Setting) -> None:
+    known[length, setting] = one.counted(setting)
 
 
 def _time(found: Runs, cell: Cell, setting: Setting, turn: int) -> None:
