@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gripvlm import disk
 from gripvlm.bench.fit import check_limit, fits, free
 from gripvlm.bench.machine import Machine, Weights, measured
 from gripvlm.bench.measure import FULL, Cell, Runs, Setting
@@ -24,7 +25,6 @@ from gripvlm.checks import checked_pruner
 from gripvlm.errors import GripError
 from gripvlm.evaluate.assemble import utc
 from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
-from gripvlm.evaluate.journal import write_atomically
 from gripvlm.pruners import Pruner
 
 __all__ = ["SCHEMA", "Interrupted", "bench", "settings_of", "turns"]
@@ -137,8 +137,7 @@ def bench(
     def write(finished: bool) -> dict[str, Any]:
         found = result(finished)
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            disk.write(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         return found
 
     pairs = [(batch, length) for batch in batches for length in lengths]

@@ -8,10 +8,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from gripvlm import disk
 from gripvlm.evaluate.answering import Outcome
 from gripvlm.evaluate.arms import BLIND, Arm
 from gripvlm.evaluate.chunks import Chunk
-from gripvlm.evaluate.journal import Key, write_atomically
+from gripvlm.evaluate.journal import Key
 from gripvlm.evaluate.kept import packed
 from gripvlm.evaluate.schema import SCHEMA, checked_result
 from gripvlm.evaluate.statistics import Scored, majority, mean_rows, row
@@ -118,7 +119,7 @@ def write_result(target: Path, result: Mapping[str, Any]) -> None:
         ResultsError: a task's own numbers are none that the schema allows.
     """
     checked_result(json.loads(json.dumps(result)), str(target))
-    write_atomically(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    disk.write(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def utc() -> str:
