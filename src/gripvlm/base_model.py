@@ -60,7 +60,7 @@ class BaseModel:
         """
         if not isinstance(said, dict):
             raise ScorerError("base is no object")
-        base = {"weights": {}} | said
+        base: dict[str, Any] = {"weights": {}} | said
         kinds = {"name": str, "model_type": str, "features": int, "vocabulary": int, "sketch": list, "weights": dict}
         if unlike := base.keys() ^ kinds.keys():
             raise ScorerError(f"base lacks, or should not have, {', '.join(map(repr, sorted(unlike)))}")

@@ -146,8 +146,9 @@ def one_writer(path: str | Path, folder: bool = False) -> Iterator[None]:
         warnings.warn(f"{path} is not locked ({unlocked}): start no second run that writes there", stacklevel=3)
     _hold(file)
     try:
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+        with _named(path):
+            os.ftruncate(file, 0)
+            _all(file, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
         try:
@@ -173,7 +174,7 @@ def _taken(name: Path, path: str | Path) -> tuple[int, str]:
                 if os.path.samestat(os.fstat(file), os.stat(name)):  # else its last owner has just moved or removed it
                     return file, unlocked
         except BlockingIOError:
-            owner = os.read(file, 100).decode("utf-8", "replace") if name.suffix == ".lock" else ""
+            owner = os.read(file, 100).decode("utf-8", "replace") if name.name.endswith(".lock") else ""
             os.close(file)
             raise BusyError(
                 f"{path} is being written by another run{f' ({owner})' if owner else ''}: wait for its end, or type "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -141,7 +142,7 @@ def bench(
         return found
 
     pairs = [(batch, length) for batch in batches for length in lengths]
-    with _bar(progress) as bar:
+    with disk.one_writer(out) if out is not None else nullcontext(), _bar(progress) as bar:
         task = bar.add_task("", total=sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1))
         for batch, length in pairs:
             bar.update(task, description=f"batch {batch}, prompt {length}")
@@ -161,7 +162,7 @@ def bench(
                 fitted.extend(fits(model, prompts, settings, lengths, new, fit, partial(_told, bar, task)))
         except KeyboardInterrupt:
             raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
-    return write(True)
+        return write(True)
 
 
 def _measured(
