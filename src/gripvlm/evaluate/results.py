@@ -20,6 +20,7 @@ from gripvlm.strict_json import BadJSON, parse, read
 __all__ = ["Results", "evaluation_files", "read_json", "read_results"]
 
 _ASKED = {"model", "weights", "tasks", "arms", "limit", "seed", "batch_size"}
+_SAME = {*_ASKED, "positions", "dtype", "shard"}
 _LONGEST = 2**24  # characters of a line: what a small .gz unpacks to has no end
 
 
@@ -178,9 +179,17 @@ def _check(result: Results, file: Path) -> None:
                 f"the answers of {said} in {file} score {score:.6f}, but the row in {result.path} says "
                 f"{row['score']:.6f}: {advice}"
             )
-    asked = {name: value for name, value in result.config.items() if name != "versions"}  # of which it has some
-    if not asked.keys() >= _ASKED or any(result.header.get(name) != value for name, value in asked.items()):
+    unlike = {name for name in _SAME if result.config.get(name) != result.header.get(name)}
+    if unlike or not result.config.keys() >= _ASKED:
         raise ResultsError(f"the first line of {file} has other options than {result.path}: {advice}")
+    for row in result.rows:
+        first = next(one for one in result.rows if one["task"] == row["task"])
+        mine, theirs = (result.of(one["task"], one["pruner"], str(one["keep"])).keys() for one in (row, first))
+        if lonely := sorted(mine ^ theirs):
+            both = f"{row['pruner']} and {first['pruner']}"
+            raise ResultsError(
+                f"{file} has an answer to {row['task']}, id {lonely[0]}, of one of {both} only: {advice}"
+            )
     known = {(row["task"], row["pruner"], str(row["keep"])) for row in result.rows}
     strangers = [key for key in result.records or () if key[:3] not in known and key[1] != BLIND]
     if strangers:

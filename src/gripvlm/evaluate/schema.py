@@ -80,6 +80,11 @@ def checked_result(content: Any, where: str) -> dict[str, Any]:
             f"{where} does not follow the schema {SCHEMA}: {'; '.join(wrong[:_SHOWN])}{more}. Run the evaluation "
             "again, or restore the file"
         )
+    tasks, specs = content["header"]["tasks"], content["header"].get("task_specs")
+    if specs is not None and len(specs) != len(tasks):
+        raise ResultsError(
+            f"{where}: header.task_specs has {len(specs)} entries for {len(tasks)} tasks: restore the file"
+        )
     for part in ("rows", "means"):
         seen: set[tuple[str, str, str]] = set()
         for row in content[part]:
