@@ -1,6 +1,6 @@
 """A process that dies, or a disk that fills up, between any two operations on files: the same command goes on.
 
-Here at 24 places over eval, train and report; at every one of them (some 230) with
+Here at 28 places over eval, train, report and merge; at every one of them (some 250) with
 `pytest -m slow tests/test_faults.py`.
 """
 
@@ -17,6 +17,7 @@ import torch
 from faulty_disk import Died, installed
 from gripvlm import disk
 from gripvlm.cli import main
+from gripvlm.evaluate import merge
 from gripvlm.report import report
 from gripvlm.scorer import Scorer
 from gripvlm.train import train
@@ -66,13 +67,30 @@ def results() -> Path:
     return made_up(Path(tempfile.mkdtemp()) / "r.json", pictures=3)
 
 
-RUNS = {"eval": evaluated, "train": trained, "report": reported}
+@lru_cache(maxsize=1)
+def shards() -> list[Path]:
+    paths = [Path(tempfile.mkdtemp()) / "r.json" for _ in range(2)]
+    for number, path in enumerate(paths, 1):
+        run(path, tasks=[Letters(count=4)], pruners=["grid"], keeps=[0.1], batch_size=2, shard=f"{number}/2")
+    return paths
 
 
-@lru_cache(maxsize=3)
+def merged(folder: Path) -> object:
+    """Both files; the day aside. One that has finished refuses to write again, as it says."""
+    if not (folder / "m.json").exists():
+        merge(shards(), folder / "m.json", tasks=[Letters(count=4)], command="merge")
+    result = json.loads((folder / "m.json").read_text())
+    del result["header"]["finished"]
+    return result, (folder / "m.samples.jsonl").read_bytes()
+
+
+RUNS = {"eval": evaluated, "train": trained, "report": reported, "merge": merged}
+
+
+@lru_cache(maxsize=4)
 def undisturbed(name: str) -> tuple[object, tuple[str, ...]]:
     """(what a run ends in, its operations)."""
-    results(), vlm()
+    results(), vlm(), shards()
     with pytest.MonkeyPatch.context() as patch:
         watched = installed(patch)
         return RUNS[name](Path(tempfile.mkdtemp())), tuple(watched.done)
@@ -102,18 +120,17 @@ def fills_up(name: str, at: int, folder: Path) -> None:
     assert not left_over(folder)
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("share", [0, 0.15, 0.3, 0.45, 0.6, 0.8, 1])
 @pytest.mark.parametrize("name", RUNS)
-def test_a_process_that_dies_is_gone_on_with(name, part, tmp_path):
-    count = len(undisturbed(name)[1])
-    dies(name, (count - 1) * part // 7, tmp_path)
+def test_a_process_that_dies_is_gone_on_with(name, share, tmp_path):
+    dies(name, round((len(undisturbed(name)[1]) - 1) * share), tmp_path)
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("share", [0.3, 1])
 @pytest.mark.parametrize("name", RUNS)
-def test_a_full_disk_is_gone_on_with(name, part, tmp_path):
+def test_a_full_disk_is_gone_on_with(name, share, tmp_path):
     writes = [i for i, done in enumerate(undisturbed(name)[1]) if done == "write"]
-    fills_up(name, writes[(len(writes) - 1) * part // 2], tmp_path)
+    fills_up(name, writes[round((len(writes) - 1) * share)], tmp_path)
 
 
 @pytest.mark.slow

@@ -184,8 +184,8 @@ def _check(result: Results, file: Path) -> None:
         raise ResultsError(f"the first line of {file} has other options than {result.path}: {advice}")
     for row in result.rows:
         first = next(one for one in result.rows if one["task"] == row["task"])
-        mine, theirs = (result.of(one["task"], one["pruner"], str(one["keep"])).keys() for one in (row, first))
-        if lonely := sorted(mine ^ theirs):
+        here, there = (result.of(one["task"], one["pruner"], str(one["keep"])).keys() for one in (row, first))
+        if lonely := sorted(here ^ there):
             both = f"{row['pruner']} and {first['pruner']}"
             raise ResultsError(
                 f"{file} has an answer to {row['task']}, id {lonely[0]}, of one of {both} only: {advice}"

@@ -40,6 +40,11 @@ from gripvlm.train.validation import Validator
 __all__ = ["Interrupted", "Loop", "Stage", "Stats"]
 
 Stats: TypeAlias = dict[str, float]
+_DAMAGED = (
+    *(RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError),
+    *(AttributeError, AssertionError, ArithmeticError),
+)
+"""What torch raises for a checkpoint with flipped bytes (15,000 tried)."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -307,7 +312,7 @@ class Loop:
             self.stale, self.best_state = state["stale"], state["best_state"]
             self.judged = state.get("judged", self.step)
             self.data.skipped.update(state["skipped"])
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        except _DAMAGED as error:
             raise TrainError(
                 f"{self.checkpoint} is damaged ({type(error).__name__}): remove it to begin this stage again"
             ) from error
