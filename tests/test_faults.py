@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from faulty_disk import Died, installed
 from gripvlm import disk
 from gripvlm.cli import main
-from gripvlm.evaluate import merge
+from gripvlm.evaluate import ResultsError, merge
 from gripvlm.report import report
 from gripvlm.scorer import Scorer
 from gripvlm.train import train
@@ -77,7 +78,8 @@ def shards() -> list[Path]:
 
 def merged(folder: Path) -> object:
     """Both files; the day aside. One that has finished refuses to write again, as it says."""
-    if not (folder / "m.json").exists():
+    there = (folder / "m.json").exists()
+    with pytest.raises(ResultsError, match="exists") if there else nullcontext():
         merge(shards(), folder / "m.json", tasks=[Letters(count=4)], command="merge")
     result = json.loads((folder / "m.json").read_text())
     del result["header"]["finished"]
