@@ -202,3 +202,15 @@ def test_every_write_goes_through_one_place():
         "lab/train_tower.py: out.mkdir(parents=True, exist_ok=True)",
         "scorer.py: save(weights)",
     }
+
+
+@POSIX
+def test_a_link_that_a_stranger_put_there_leads_nowhere(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "r.json.part").symlink_to("precious")
+    with pytest.raises(OSError, match=r"r\.json"):
+        disk.write(tmp_path / "r.json", "{}")
+    (tmp_path / "s.json.lock").symlink_to("precious")
+    with pytest.raises(OSError, match=r"s\.json"), one_writer(tmp_path / "s.json"):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"

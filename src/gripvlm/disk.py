@@ -29,6 +29,7 @@ __all__ = ["BusyError", "append", "cut", "one_writer", "read_bytes", "read_text"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _BINARY = getattr(os, "O_BINARY", 0)
+_FLAGS = _BINARY | getattr(os, "O_NOFOLLOW", 0)  # a stranger's link in a shared folder leads nowhere
 _held: set[int] = set()  # descriptors of this process's locks
 _forks = False  # whether forks are watched
 
@@ -53,18 +54,23 @@ def write(path: str | Path, content: str | bytes) -> None:
         _make(target.parent)
         file, _ = _taken(part, path)
         try:
-            os.ftruncate(file, 0)
-            _all(file, data)
-            os.fsync(file)
-            if target.exists():
-                os.chmod(part, stat.S_IMODE(target.stat().st_mode))
+            try:
+                os.ftruncate(file, 0)
+                _all(file, data)
+                os.fsync(file)
+                if target.exists():
+                    os.chmod(part, stat.S_IMODE(target.stat().st_mode))
+            finally:
+                if fcntl is None:  # such systems move no open file
+                    os.close(file)
             os.replace(part, target)
         except BaseException:
             with suppress(OSError):
                 os.unlink(part)
             raise
         finally:
-            os.close(file)
+            if fcntl is not None:
+                os.close(file)
         _keep_names(target.parent)
 
 
@@ -151,12 +157,15 @@ def one_writer(path: str | Path, folder: bool = False) -> Iterator[None]:
             _all(file, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
+        _held.discard(file)
+        if fcntl is None:  # such systems remove no open file
+            os.close(file)
         try:
             with suppress(FileNotFoundError):
                 os.unlink(name)  # while it is held, so that nobody's new one is removed
         finally:
-            _held.discard(file)
-            os.close(file)
+            if fcntl is not None:
+                os.close(file)
         for one in made:  # nothing was written: no trace is left
             with suppress(OSError):
                 os.rmdir(one)
@@ -165,7 +174,7 @@ def one_writer(path: str | Path, folder: bool = False) -> Iterator[None]:
 def _taken(name: Path, path: str | Path) -> tuple[int, str]:
     """(a descriptor that holds the lock on the file `name`, why there is no lock or "")."""
     while True:
-        file = os.open(name, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
+        file = os.open(name, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
         unlocked = "" if fcntl is not None else "this system has no locks"
         try:
             if fcntl is not None:
