@@ -21,12 +21,13 @@ class FaultyDisk:
         full: the disk is full from then on; else the process dies.
 
     Attributes:
-        done: names of the operations so far.
+        done: the operations so far, (name, the file's name).
     """
 
     def __init__(self, at: int | None = None, full: bool = False) -> None:
-        self.at, self.full, self.done = at, full, list[str]()
+        self.at, self.full, self.done = at, full, list[tuple[str, str]]()
         self.path = os.path
+        self.opened: dict[int, str] = {}
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -34,10 +35,14 @@ class FaultyDisk:
 
     def _operation(self, name: str, real: Any, args: tuple, options: dict) -> Any:
         number = len(self.done)
-        self.done.append(name)
+        file = self.opened.get(args[0], "") if isinstance(args[0], int) else os.path.basename(args[0])
+        self.done.append((name, file))
         hit = self.at is not None and number >= self.at
         if not hit or (self.full and name not in ("write", "makedirs", "fsync")):
-            return real(*args, **options)
+            result = real(*args, **options)
+            if name == "open":
+                self.opened[result] = file
+            return result
         if name == "write" and number == self.at:
             real(args[0], bytes(args[1])[: len(args[1]) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if self.full else Died(f"{number}: {name}")

@@ -90,7 +90,7 @@ RUNS = {"eval": evaluated, "train": trained, "report": reported, "merge": merged
 
 
 @lru_cache(maxsize=4)
-def undisturbed(name: str) -> tuple[object, tuple[str, ...]]:
+def undisturbed(name: str) -> tuple[object, tuple[tuple[str, str], ...]]:
     """(what a run ends in, its operations)."""
     results(), vlm(), shards()
     with pytest.MonkeyPatch.context() as patch:
@@ -123,15 +123,33 @@ def fills_up(name: str, at: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0, 0.15, 0.3, 0.45, 0.6, 0.8, 1])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["eval", "report", "merge"])
 def test_a_process_that_dies_is_gone_on_with(name, share, tmp_path):
     dies(name, round((len(undisturbed(name)[1]) - 1) * share), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "warmup.ckpt",
+        "scorer.safetensors",
+        "scorer.json",
+        "curve.png",
+    ],
+)
+def test_training_that_dies_in_the_middle_of_a_file_is_gone_on_with(file, tmp_path):
+    done = undisturbed("train")[1]
+    writes = [i for i, (name, into) in enumerate(done) if name == "write" and into.removesuffix(".part") == file]
+    dies("train", writes[len(writes) // 2], tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.3, 1])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_full_disk_is_gone_on_with(name, share, tmp_path):
-    writes = [i for i, done in enumerate(undisturbed(name)[1]) if done == "write"]
+    writes = [i for i, done in enumerate(undisturbed(name)[1]) if done[0] == "write"]
     fills_up(name, writes[round((len(writes) - 1) * share)], tmp_path)
 
 
@@ -140,7 +158,7 @@ def test_a_full_disk_is_gone_on_with(name, share, tmp_path):
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_at_every_operation(name, how, tmp_path):
     done = undisturbed(name)[1]
-    for at in [i for i, one in enumerate(done) if how is dies or one == "write"]:
+    for at in [i for i, one in enumerate(done) if how is dies or one[0] == "write"]:
         how(name, at, tmp_path / str(at))
 
 
