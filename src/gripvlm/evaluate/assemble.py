@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from gripvlm import disk
+from gripvlm.errors import GripError
 from gripvlm.evaluate.answering import Outcome
 from gripvlm.evaluate.arms import BLIND, Arm
 from gripvlm.evaluate.chunks import Chunk
@@ -41,7 +43,7 @@ def sample_records(chunk: Chunk, arm: Arm, outcome: Outcome, encoded: Encoded) -
             "image_id": sample.image_id,
             "answer": sample.answer,
             "prediction": prediction,
-            "score": chunk.task.score(prediction, sample),
+            "score": _scored(chunk.task, prediction, sample),
             "k": _whole(sum(selection.paid for selection in selections)),
             "n": sum(selection.n for selection in selections),
             "seconds": share,
@@ -52,6 +54,13 @@ def sample_records(chunk: Chunk, arm: Arm, outcome: Outcome, encoded: Encoded) -
             chunk.samples, outcome.predictions, outcome.selections, encoded.samples, strict=True
         )
     ]
+
+
+def _scored(task: Task, prediction: str, sample: Sample) -> float:
+    score = float(task.score(prediction, sample))
+    if not math.isfinite(score):
+        raise GripError(f"task {task.name!r} scores sample {sample.id!r} with {score}: return a finite number")
+    return score
 
 
 def _what_was_kept(selections: Sequence[Selection], items: Sequence[Item]) -> dict[str, Any]:
