@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,28 @@ class BaseModel:
             Path(name).name, model.config.model_type, table.shape[1], table.shape[0], tuple(norms), _visual(model)
         )
 
+    @classmethod
+    def read(cls, said: Any) -> BaseModel:
+        """From what `dataclasses.asdict` made of one, and JSON of that.
+
+        Raises:
+            ScorerError: it is something else.
+        """
+        if not isinstance(said, dict):
+            raise ScorerError("base is no object")
+        base: dict[str, Any] = {"weights": {}} | said
+        kinds = {"name": str, "model_type": str, "features": int, "vocabulary": int, "sketch": list, "weights": dict}
+        if unlike := base.keys() ^ kinds.keys():
+            raise ScorerError(f"base lacks, or should not have, {', '.join(map(repr, sorted(unlike)))}")
+        if wrong := [name for name, kind in kinds.items() if type(base[name]) is not kind]:
+            raise ScorerError(f"base.{wrong[0]} is no {kinds[wrong[0]].__name__}")
+        if not _numbers(base["sketch"], _SKETCH):
+            raise ScorerError(f"base.sketch is no list of {_SKETCH} numbers")
+        if wrong := [name for name, pair in base["weights"].items() if not _numbers(pair, 2)]:
+            raise ScorerError(f"base.weights has no two numbers for {wrong[0]!r}")
+        pairs = {name: (float(norm), float(first)) for name, (norm, first) in base["weights"].items()}
+        return cls(**base | {"sketch": tuple(base["sketch"]), "weights": pairs})
+
     def check(self, model: Any) -> None:
         """Passes where `model` is the scorer's own, in any dtype.
 
@@ -76,6 +99,15 @@ class BaseModel:
                 f"{mine}, and the model is a {other.model_type} with other weights ({other.name}): its features mean "
                 "something else. Load the scorer's own model, or train one with `gripvlm train --model ...`"
             )
+
+
+def _numbers(values: Any, count: int) -> bool:
+    """Whether it is a list of so many finite numbers."""
+    return (
+        type(values) is list
+        and len(values) == count
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    )
 
 
 def compared(model: Any) -> list[torch.Tensor]:

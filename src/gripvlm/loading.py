@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 from gripvlm.errors import GripError, UnsupportedModelError
+from gripvlm.strict_json import BadJSON, read
 
 __all__ = ["DTYPES", "ModelError", "chosen_device", "load_model", "quiet"]
 
@@ -145,8 +145,8 @@ def _lacking(folder: Path) -> list[str]:
     inside = whole.is_file() and "image_processor" in whole.read_text(encoding="utf-8", errors="replace")
     lacking = []
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
+        read(folder / "config.json")
+    except BadJSON:
         lacking.append("a config.json that is not JSON")
     if not inside and not (folder / "preprocessor_config.json").is_file():
         lacking.append("no image processor (preprocessor_config.json, or processor_config.json with one in it)")

@@ -24,12 +24,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gripvlm import disk
 from gripvlm.base_model import BaseModel, ScorerError
 from gripvlm.errors import InputError
+from gripvlm.strict_json import BadJSON, read
 
 __all__ = ["BaseModel", "Scorer", "ScorerConfig", "ScorerError", "coordinates"]
 
@@ -57,6 +59,9 @@ class ScorerConfig:
     budget: bool = True
 
     def __post_init__(self) -> None:
+        sizes, switches = (self.features, self.width, self.blocks, self.heads), (self.question, self.budget)
+        if any(type(size) is not int for size in sizes) or any(type(switch) is not bool for switch in switches):
+            raise InputError(f"{self}: sizes are whole numbers, question and budget true or false")
         if min(self.features, self.width, self.blocks, self.heads) < 1 or self.width % self.heads:
             raise InputError(f"{self}: sizes must be positive, and heads must divide width")
 
@@ -191,16 +196,15 @@ class Scorer(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes `scorer.safetensors`, in `dtype`, and `scorer.json` into `folder`, which is made where missing."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().to(dtype).contiguous().cpu() for name, value in self.state_dict().items()}
-        save_file(weights, folder / _WEIGHTS)
+        disk.write(folder / _WEIGHTS, save(weights))
         about = {
             "format": FORMAT,
             "scorer": asdict(self.config),
             "base": None if self.base is None else asdict(self.base),
             "notes": self.notes,
         }
-        (folder / _CONFIG).write_text(json.dumps(about, indent=1) + "\n")
+        disk.write(folder / _CONFIG, json.dumps(about, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub: Any) -> Scorer:
@@ -214,34 +218,32 @@ class Scorer(nn.Module):
         """
         folder = _fetched(str(name), hub)
         try:
-            about = json.loads((folder / _CONFIG).read_text())
-            weights = load_file(folder / _WEIGHTS)
+            about = read(folder / _CONFIG)
+            weights = load(disk.read_bytes(folder / _WEIGHTS))
         except FileNotFoundError:
             lacking = [file for file in (_CONFIG, _WEIGHTS) if not (folder / file).is_file()]
             raise ScorerError(f"{name} holds no scorer: {' and '.join(lacking)} missing") from None
-        except ValueError as error:
-            raise ScorerError(f"{folder / _CONFIG} is not JSON: {error}") from None
+        except BadJSON as error:
+            raise ScorerError(f"{folder / _CONFIG} is not JSON that can be used (it {error}): copy it anew") from None
         except SafetensorError as error:
             raise ScorerError(f"{folder / _WEIGHTS} is damaged ({error}): copy it anew") from None
         written = about.get("format") if isinstance(about, dict) else None
         if written != FORMAT:
             raise ScorerError(f"{name} has format {written!r}, this gripvlm reads {FORMAT!r}: update it")
         try:
-            base = about.get("base")
-            if base is not None:
-                pairs = {key: (norm, first) for key, (norm, first) in base.get("weights", {}).items()}
-                base = BaseModel(**{**base, "sketch": tuple(base["sketch"]), "weights": pairs})
-            scorer = cls(ScorerConfig(**about["scorer"]), base)
+            base = None if about.get("base") is None else BaseModel.read(about["base"])
+            config, notes = ScorerConfig(**about["scorer"]), about.get("notes", {})
+            if not isinstance(notes, dict):
+                raise TypeError("notes is no object")
         except (KeyError, TypeError, ValueError) as error:
             raise ScorerError(
                 f"{folder / _CONFIG} is damaged ({type(error).__name__}: {error}): copy it anew"
             ) from None
-        try:
-            scorer.load_state_dict({key: value.float() for key, value in weights.items()})
-        except RuntimeError as error:
-            told = " ".join(str(error).split())[:200]
-            raise ScorerError(f"{name}: {_WEIGHTS} does not fit {_CONFIG} ({told}): copy both anew") from None
-        scorer.notes = about.get("notes", {})
+        if unlike := _unlike(config, {key: tuple(value.shape) for key, value in weights.items()}):
+            raise ScorerError(f"{name}: {_WEIGHTS} does not fit {_CONFIG} ({unlike}): copy both anew")
+        scorer = cls(config, base)
+        scorer.load_state_dict({key: value.float() for key, value in weights.items()})
+        scorer.notes = notes
         return scorer.eval()
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -256,6 +258,23 @@ class Scorer(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+
+
+def _unlike(config: ScorerConfig, there: Mapping[str, tuple[int, ...]]) -> str:
+    """What of the weights is not as the sizes say, "" for nothing; known before anything of these sizes is made."""
+    depth = len({key.split(".")[1] for key in there if key.startswith("blocks.")})
+    if config.blocks != depth:
+        return f"blocks = {config.blocks}, but there are {depth}"
+    if there.get("enter.1.weight") != (config.width, config.features):
+        return (
+            f"width = {config.width}, features = {config.features}, but enter.1.weight is {there.get('enter.1.weight')}"
+        )
+    with torch.device("meta"):
+        asked = {key: tuple(value.shape) for key, value in Scorer(config).state_dict().items()}
+    for key in sorted(asked.keys() | there.keys()):
+        if asked.get(key) != there.get(key):
+            return f"{key} is {there.get(key, 'missing')}, expected {asked.get(key, 'nothing of the name')}"
+    return ""
 
 
 def _fetched(name: str, hub: Mapping[str, Any]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gripvlm import disk
 from gripvlm.bench.fit import check_limit, fits, free
 from gripvlm.bench.machine import Machine, Weights, measured
 from gripvlm.bench.measure import FULL, Cell, Counts, Runs, Setting
@@ -24,7 +26,6 @@ from gripvlm.checks import checked_pruner
 from gripvlm.errors import GripError
 from gripvlm.evaluate.assemble import utc
 from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
-from gripvlm.evaluate.journal import write_atomically
 from gripvlm.pruners import Pruner
 
 __all__ = ["SCHEMA", "Interrupted", "bench", "settings_of", "turns"]
@@ -138,12 +139,11 @@ def bench(
     def write(finished: bool) -> dict[str, Any]:
         found = result(finished)
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            disk.write(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         return found
 
     pairs = [(batch, length) for batch in batches for length in lengths]
-    with _bar(progress) as bar:
+    with disk.one_writer(out) if out is not None else nullcontext(), _bar(progress) as bar:
         task = bar.add_task("", total=sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1))
         for batch, length in pairs:
             bar.update(task, description=f"batch {batch}, prompt {length}")
@@ -164,7 +164,7 @@ def bench(
                 fitted.extend(fits(model, prompts, settings, lengths, new, fit, partial(_told, bar, task)))
         except KeyboardInterrupt:
             raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
-    return write(True)
+        return write(True)
 
 
 def _measured(

@@ -30,6 +30,9 @@ def list_command() -> None:
     screen = console()
     screen.print(_line("pruner", "drops at", "lab score", "time", "source"), style="bold")
     for row in list_pruners():
+        if row.fault:
+            screen.print(row.fault, markup=False)
+            continue
         found = measured["pruners"].get(row.name, {})
         screen.print(_line(row.name, row.stage, _score(found), _time(found), row.source))
         if told := _told(row, found):

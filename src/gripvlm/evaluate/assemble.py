@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from gripvlm import disk
+from gripvlm.errors import GripError
 from gripvlm.evaluate.answering import Outcome
 from gripvlm.evaluate.arms import BLIND, Arm
 from gripvlm.evaluate.chunks import Chunk
-from gripvlm.evaluate.journal import Key, write_atomically
+from gripvlm.evaluate.journal import Key
 from gripvlm.evaluate.kept import packed
 from gripvlm.evaluate.schema import SCHEMA, checked_result
 from gripvlm.evaluate.statistics import Scored, majority, mean_rows, row
@@ -40,7 +43,7 @@ def sample_records(chunk: Chunk, arm: Arm, outcome: Outcome, encoded: Encoded) -
             "image_id": sample.image_id,
             "answer": sample.answer,
             "prediction": prediction,
-            "score": chunk.task.score(prediction, sample),
+            "score": _scored(chunk.task, prediction, sample),
             "k": _whole(sum(selection.paid for selection in selections)),
             "n": sum(selection.n for selection in selections),
             "seconds": share,
@@ -51,6 +54,13 @@ def sample_records(chunk: Chunk, arm: Arm, outcome: Outcome, encoded: Encoded) -
             chunk.samples, outcome.predictions, outcome.selections, encoded.samples, strict=True
         )
     ]
+
+
+def _scored(task: Task, prediction: str, sample: Sample) -> float:
+    score = float(task.score(prediction, sample))
+    if not math.isfinite(score):
+        raise GripError(f"task {task.name!r} scores sample {sample.id!r} with {score}: return a finite number")
+    return score
 
 
 def _what_was_kept(selections: Sequence[Selection], items: Sequence[Item]) -> dict[str, Any]:
@@ -118,7 +128,7 @@ def write_result(target: Path, result: Mapping[str, Any]) -> None:
         ResultsError: a task's own numbers are none that the schema allows.
     """
     checked_result(json.loads(json.dumps(result)), str(target))
-    write_atomically(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    disk.write(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def utc() -> str:

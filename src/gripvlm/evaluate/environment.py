@@ -68,8 +68,10 @@ def command_line() -> str:
     program, *arguments = sys.argv or ["python"]
     path = Path(program)
     if path.name == "__main__.py":  # python -m package
-        return shlex.join(["python", "-m", path.parent.name, *arguments])
-    return shlex.join([path.name or "python", *arguments])
+        words = ["python", "-m", path.parent.name, *arguments]
+    else:
+        words = [path.name or "python", *arguments]
+    return shlex.join(words).encode("utf-8", "backslashreplace").decode()  # a name's bytes may be no UTF-8
 
 
 def environment() -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from gripvlm import disk
 from gripvlm.errors import GripError
+from gripvlm.evaluate.schema import checked_record
+from gripvlm.strict_json import BadJSON, parse
 
-__all__ = ["Journal", "Key", "ResumeError", "differences", "samples_path", "write_atomically"]
+__all__ = ["Journal", "Key", "ResumeError", "differences", "lines_of", "samples_path"]
 
 Key = tuple[str, str, str, str]
 _KEY = ("task", "pruner", "keep", "id")
@@ -25,11 +27,9 @@ def samples_path(out: Path) -> Path:
     return out.with_name(out.name.removesuffix(".json") + ".samples.jsonl")
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """The file is the old one or the new one, never half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(content, encoding="utf-8")
-    os.replace(part, path)
+def lines_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class Journal:
@@ -37,7 +37,7 @@ class Journal:
 
     The first line holds the configuration, each session of work adds one line of its own, all others
     are records. A record that is written twice counts once. A last line without its end is what a
-    killed run leaves, and is dropped.
+    killed run leaves, and is dropped. Whoever enters the block is the only writer (`disk.one_writer`).
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Journal:
         self.sessions: list[dict[str, Any]] = []
         self.records: dict[Key, dict[str, Any]] = {}
         self._session = dict(session)
-        self._file: TextIO | None = None
+        self._open = False
         if path is None:
             return
-        old = b"" if overwrite or not path.exists() else path.read_bytes()
+        old = b"" if overwrite or not path.exists() else disk.read_bytes(path)
         whole = old[: old.rfind(b"\n") + 1]
         self._whole = len(whole)
         self._read(whole)
@@ -66,17 +66,18 @@ class Journal:
         theirs: Any = None
         for number, line in enumerate(content.splitlines(), 1):
             try:
-                row = json.loads(line)
+                row = parse(line)
                 if number == 1:
                     theirs = row["config"]
                 elif "session" in row:
                     self.sessions.append(row["session"])
                 else:
-                    self.records[self.key(row)] = row
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+                    self.records[self.key(checked_record(row))] = row
+            except (BadJSON, KeyError, TypeError) as error:
+                why = f" (it {error})" if isinstance(error, BadJSON) else ""
                 raise ResumeError(
-                    f"line {number} of {self.path} is damaged: remove that line to have it measured again, or type "
-                    "--overwrite to start anew"
+                    f"line {number} of {self.path} is damaged{why}: remove that line to have it measured again, or "
+                    "type --overwrite to start anew"
                 ) from None
         if not self.records:
             self.sessions = []
@@ -98,36 +99,24 @@ class Journal:
 
     def add(self, records: list[dict[str, Any]]) -> None:
         """Keeps the records; when this returns they are in the file."""
-        self._write(records)
+        if self.path is not None and self._open:
+            disk.append(self.path, lines_of(records))
         for record in records:
             self.records[self.key(record)] = record
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        if self._file is not None:
-            self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def __enter__(self) -> Journal:
         """Opens the file, or goes on from what is there, with a line that a session began."""
         self.sessions.append(self._session)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.records:
-                os.truncate(self.path, self._whole)
-                self._file = self.path.open("a", encoding="utf-8")
-            else:
-                self._file = self.path.open("w", encoding="utf-8")
-                self._write([{"config": self.config}])
-            self._write([{"session": self._session}])
+        if self.path is not None and self.records:
+            disk.cut(self.path, self._whole)
+            disk.append(self.path, lines_of([{"session": self._session}]))
+        elif self.path is not None:
+            disk.write(self.path, lines_of([{"config": self.config}, {"session": self._session}]))
+        self._open = True
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._open = False
 
 
 def differences(then: Any, now: Any) -> str:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gzip
-import json
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gripvlm.disk import regular
 from gripvlm.evaluate.arms import BLIND
-from gripvlm.evaluate.journal import Journal, Key
-from gripvlm.evaluate.schema import ResultsError, checked_result, is_result
+from gripvlm.evaluate.journal import Journal, Key, samples_path
+from gripvlm.evaluate.schema import ResultsError, checked_record, checked_result, is_result
+from gripvlm.strict_json import BadJSON, parse, read
 
 __all__ = ["Results", "evaluation_files", "read_json", "read_results"]
 
-_LITERAL = 4  # what is left at most of a word such as `false` that is cut
+_ASKED = {"model", "weights", "tasks", "arms", "limit", "seed", "batch_size"}
+_SAME = {*_ASKED, "positions", "dtype", "shard"}
+_LONGEST = 2**24  # characters of a line: what a small .gz unpacks to has no end
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,22 +82,17 @@ def read_json(path: Path) -> Any:
     """The file's JSON.
 
     Raises:
-        ResultsError: it cannot be read, or is cut off or no JSON.
+        ResultsError: it cannot be read, or is cut off, no JSON, or none that can be used.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        return read(path)
     except FileNotFoundError:
         raise ResultsError(f"there is no file {path}: check its name") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path} cannot be read: {error}") from None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        ends = error.pos >= len(text.rstrip()) - _LITERAL and not error.msg.startswith("Extra data")
-        cut = not text.strip() or ends or error.msg.startswith("Unterminated string")
-        what = "is cut off" if cut else f"is no JSON at line {error.lineno} ({error.msg})"
+    except OSError as error:
+        raise ResultsError(f"{path} cannot be read: {error.strerror or error}") from None
+    except BadJSON as error:
         raise ResultsError(
-            f"{path} {what}: run its evaluation again (with the samples file beside it nothing is measured twice), or "
+            f"{path} {error}: run its evaluation again (with the samples file beside it nothing is measured twice), or "
             "restore the file"
         ) from None
 
@@ -110,7 +109,10 @@ def read_results(path: str | Path, answers: bool = True) -> Results:
     """
     path = Path(path)
     content = checked_result(read_json(path), str(path))
-    named = path.with_name(content.get("samples") or path.name.removesuffix(".json") + ".samples.jsonl")
+    name = content.get("samples") or samples_path(path).name
+    if name in (".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise ResultsError(f"{path} says that its samples are {name!r}: write the name of a file in the same folder")
+    named = path.with_name(name)
     packed = named.with_name(named.name + ".gz")
     if not answers:
         return Results(path, content, None, {})
@@ -125,9 +127,13 @@ def read_results(path: str | Path, answers: bool = True) -> Results:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
+        regular(path)
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            yield from file
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, OSError) as error:
+            while line := file.readline(_LONGEST):
+                if len(line) == _LONGEST:
+                    raise ResultsError(f"{path} has a line of {_LONGEST} characters or more: no evaluation wrote it")
+                yield line
+    except (EOFError, zlib.error, UnicodeDecodeError, OSError) as error:
         raise ResultsError(f"{path} is cut off or damaged ({error}): restore it, or run its evaluation again") from None
 
 
@@ -137,17 +143,18 @@ def _answers(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     records: dict[Key, dict[str, Any]] = {}
     for number, line in enumerate(_lines(path), 1):
         try:
-            row = json.loads(line)
+            row = parse(line)
             if number == 1:
                 config = dict(row["config"])
                 continue
             if "session" in row:
                 continue
-            key = Journal.key(row)
+            key = Journal.key(checked_record(row))
             said = row["prediction"], row["score"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (BadJSON, KeyError, TypeError, ValueError) as error:
+            why = f" (it {error})" if isinstance(error, BadJSON) else ""
             raise ResultsError(
-                f"line {number} of {path} is cut off or damaged: run its evaluation again, which goes on from there"
+                f"line {number} of {path} is cut off or damaged{why}: run its evaluation again, which goes on there"
             ) from None
         if key in records and (records[key]["prediction"], records[key]["score"]) != said:
             raise ResultsError(
@@ -171,6 +178,17 @@ def _check(result: Results, file: Path) -> None:
             raise ResultsError(
                 f"the answers of {said} in {file} score {score:.6f}, but the row in {result.path} says "
                 f"{row['score']:.6f}: {advice}"
+            )
+    unlike = {name for name in _SAME if result.config.get(name) != result.header.get(name)}
+    if unlike or not result.config.keys() >= _ASKED:
+        raise ResultsError(f"the first line of {file} has other options than {result.path}: {advice}")
+    for row in result.rows:
+        first = next(one for one in result.rows if one["task"] == row["task"])
+        here, there = (result.of(one["task"], one["pruner"], str(one["keep"])).keys() for one in (row, first))
+        if lonely := sorted(here ^ there):
+            both = f"{row['pruner']} and {first['pruner']}"
+            raise ResultsError(
+                f"{file} has an answer to {row['task']}, id {lonely[0]}, of one of {both} only: {advice}"
             )
     known = {(row["task"], row["pruner"], str(row["keep"])) for row in result.rows}
     strangers = [key for key in result.records or () if key[:3] not in known and key[1] != BLIND]

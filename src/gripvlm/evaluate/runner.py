@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gripvlm.budget import Keep
+from gripvlm.disk import one_writer
 from gripvlm.errors import GripError
 from gripvlm.evaluate.answering import answer, make_inputs, question_ids
 from gripvlm.evaluate.arms import BLIND, ORACLE, Arm, digest, fingerprint, make_arms
@@ -26,6 +28,7 @@ from gripvlm.evaluate.schema import SCHEMA
 from gripvlm.models.encoded import Encoded
 from gripvlm.prune import encode, pruned_run
 from gripvlm.pruners import Pruner
+from gripvlm.strict_json import read
 from gripvlm.tasks import Task, get_tasks
 
 __all__ = ["Interrupted", "evaluate"]
@@ -85,6 +88,7 @@ def evaluate(
     Raises:
         GripError: something named here is unknown or doesn't fit; raised before anything is written.
         ResumeError: `out` belongs to another configuration.
+        BusyError: another process is writing to `out`.
         Interrupted: Ctrl-C; what is finished is kept.
     """
     if batch_size < 1:
@@ -112,46 +116,46 @@ def evaluate(
         **({"shard": str(part)} if part is not None else {}),
     }
     target = Path(out) if out is not None else None
-    if target is not None and target.exists() and not samples_path(target).exists() and not overwrite:
-        raise ResumeError(
-            f"{target} exists, but its {samples_path(target).name} does not: type --overwrite, or another --out"
-        )
-    session = {"started": utc(), "command": command or command_line(), "git": git_state()}
-    journal = Journal(samples_path(target) if target else None, config, session, overwrite)
-    total, had = len(arms) * sum(map(len, asked.values())), len(journal.records)
-    if progress and had:
-        print(_reused(journal, had, total), file=sys.stderr)
-    if had == total and target is not None and (old := _finished(target)) is not None:
-        result = (
-            old | assembled(name, config, arms, chosen, drawn, asked, journal.records, seed) | {"header": old["header"]}
-        )
-        if json.loads(json.dumps(result)) != old:  # the statistics have changed since
+    with one_writer(target) if target is not None else nullcontext():
+        if target is not None and target.exists() and not samples_path(target).exists() and not overwrite:
+            raise ResumeError(
+                f"{target} exists, but its {samples_path(target).name} does not: type --overwrite, or another --out"
+            )
+        session = {"started": utc(), "command": command or command_line(), "git": git_state()}
+        journal = Journal(samples_path(target) if target else None, config, session, overwrite)
+        total, had = len(arms) * sum(map(len, asked.values())), len(journal.records)
+        if progress and had:
+            print(_reused(journal, had, total), file=sys.stderr)
+        if had == total and target is not None and (old := _finished(target)) is not None:
+            counted = assembled(name, config, arms, chosen, drawn, asked, journal.records, seed)
+            result = old | counted | {"header": old["header"]}
+            if json.loads(json.dumps(result)) != old:  # the statistics have changed since
+                write_result(target, result)
+            return result
+        runner = _Runner(model, processor, arms, positions)
+        runner.rehearse(chunks[0], {chunk.task.name: chunk.task for chunk in chunks}.values())
+        began = time.monotonic()
+        with journal:
+            try:
+                runner.run(chunks, journal, progress)
+            except KeyboardInterrupt:
+                raise Interrupted(_how_to_go_on(journal, total)) from None
+            result = assembled(name, config, arms, chosen, drawn, asked, journal.records, seed)
+        result["header"] |= {
+            "command": session["command"],
+            "task_specs": [task.spec for task in chosen],
+            "git": session["git"],
+            "versions": versions(),
+            "hardware": hardware(model.device),
+            "attention": getattr(model.config, "_attn_implementation", None),
+            "finished": utc(),
+            "seconds": round(time.monotonic() - began, 3),
+            "sessions": journal.sessions,
+        }
+        if target is not None:
+            result["samples"] = samples_path(target).name
             write_result(target, result)
         return result
-    runner = _Runner(model, processor, arms, positions)
-    runner.rehearse(chunks[0], {chunk.task.name: chunk.task for chunk in chunks}.values())
-    began = time.monotonic()
-    with journal:
-        try:
-            runner.run(chunks, journal, progress)
-        except KeyboardInterrupt:
-            raise Interrupted(_how_to_go_on(journal, total)) from None
-        result = assembled(name, config, arms, chosen, drawn, asked, journal.records, seed)
-    result["header"] |= {
-        "command": session["command"],
-        "task_specs": [task.spec for task in chosen],
-        "git": session["git"],
-        "versions": versions(),
-        "hardware": hardware(model.device),
-        "attention": getattr(model.config, "_attn_implementation", None),
-        "finished": utc(),
-        "seconds": round(time.monotonic() - began, 3),
-        "sessions": journal.sessions,
-    }
-    if target is not None:
-        result["samples"] = samples_path(target).name
-        write_result(target, result)
-    return result
 
 
 class _Runner:
@@ -230,7 +234,7 @@ class _Runner:
 def _finished(target: Path) -> dict[str, Any] | None:
     """The result that a finished run wrote, with its header; None where there is none."""
     try:
-        old = json.loads(target.read_text(encoding="utf-8"))
+        old = read(target)
     except (OSError, ValueError):
         return None
     whole = isinstance(old, dict) and old.get("schema") == SCHEMA and isinstance(old.get("header"), dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -11,8 +12,9 @@ from importlib.resources import files
 from typing import Any
 
 from gripvlm.errors import GripError
+from gripvlm.strict_json import BadJSON
 
-__all__ = ["SCHEMA", "ResultsError", "checked_result", "is_result", "published", "violations"]
+__all__ = ["SCHEMA", "ResultsError", "checked_record", "checked_result", "is_result", "published", "violations"]
 
 SCHEMA = "gripvlm.evaluate/1"
 _KIND, _VERSION = "gripvlm.evaluate", 1
@@ -26,6 +28,15 @@ _TYPES: dict[str, Any] = {
     "number": (int, float),
     "null": type(None),
 }
+_NUMBER = (int, float)
+_ANSWER: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("task", "pruner", "keep", "id", "image_id", "prediction"), (str,)),
+    **dict.fromkeys(("score", "k"), _NUMBER),
+    "n": (int,),
+    "seconds": (dict,),
+}
+"""What a line of a samples file must have."""
+_SECONDS = {"vision", "pruner", "surgery", "prefill", "decode"}
 _CHECKED = {"type", "required", "properties", "items", "minItems", "minLength", "const", "enum", "minimum", "maximum"}
 _CHECKED |= {"exclusiveMinimum", "$ref", "$defs", "$schema", "$id", "title", "description"}
 
@@ -69,6 +80,11 @@ def checked_result(content: Any, where: str) -> dict[str, Any]:
             f"{where} does not follow the schema {SCHEMA}: {'; '.join(wrong[:_SHOWN])}{more}. Run the evaluation "
             "again, or restore the file"
         )
+    tasks, specs = content["header"]["tasks"], content["header"].get("task_specs")
+    if specs is not None and len(specs) != len(tasks):
+        raise ResultsError(
+            f"{where}: header.task_specs has {len(specs)} entries for {len(tasks)} tasks: restore the file"
+        )
     for part in ("rows", "means"):
         seen: set[tuple[str, str, str]] = set()
         for row in content[part]:
@@ -80,6 +96,36 @@ def checked_result(content: Any, where: str) -> dict[str, Any]:
                 )
             seen.add(key)
     return content
+
+
+def checked_record(row: Any) -> dict[str, Any]:
+    """The line of a samples file, known to be an answer that can be counted and drawn.
+
+    Raises:
+        BadJSON: it is not; with the first thing that is wrong.
+    """
+    try:
+        wrong = next((name for name, kinds in _ANSWER.items() if not _fits(row[name], kinds)), "")
+        if not wrong and not all(_fits(row["seconds"][name], _NUMBER) for name in row["seconds"].keys() | _SECONDS):
+            wrong = "seconds"
+        elif not wrong and not all(_drawable(item) for item in row.get("kept", ())):
+            wrong = "kept"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadJSON(f"is no answer ({type(error).__name__}: {error})") from None
+    if wrong:
+        raise BadJSON(f"says that {wrong} is {_said(row[wrong])}")
+    return row
+
+
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    return type(value) in kinds and (type(value) is not float or math.isfinite(value))
+
+
+def _drawable(item: Any) -> bool:
+    """Whether one of the masks in `kept` has its n bits, and a raster or none."""
+    n, grid = item["n"], item["grid"]
+    raster = grid is None or (len(grid) == 2 and all(type(side) is int and side > 0 for side in grid))
+    return raster and type(n) is int and 0 < n <= 8 * len(base64.b64decode(item["mask"], validate=True))
 
 
 def violations(value: Any, schema: Mapping[str, Any], where: str = "") -> Iterator[str]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gripvlm import disk
 from gripvlm.evaluate.arms import Arm, digest
 from gripvlm.evaluate.assemble import assembled, utc, write_result
 from gripvlm.evaluate.chunks import Shard
 from gripvlm.evaluate.environment import command_line, git_state
-from gripvlm.evaluate.journal import Key, differences, samples_path, write_atomically
+from gripvlm.evaluate.journal import Key, differences, lines_of, samples_path
 from gripvlm.evaluate.results import Results, read_results
 from gripvlm.evaluate.schema import ResultsError
+from gripvlm.strict_json import parse
 from gripvlm.tasks import Sample, Task, get_tasks
 
 __all__ = ["merge"]
@@ -52,9 +53,20 @@ def merge(
     """
     target = Path(out)
     answers = samples_path(target)
-    for path in (target, answers):
-        if path.exists() and not overwrite:
-            raise ResultsError(f"{path} exists: type another --out, or --overwrite")
+    with disk.one_writer(target):
+        return _merged(paths, target, answers, tasks, overwrite, command)
+
+
+def _merged(
+    paths: Sequence[str | Path],
+    target: Path,
+    answers: Path,
+    tasks: Sequence[Task] | None,
+    overwrite: bool,
+    command: str | None,
+) -> dict[str, Any]:
+    if target.exists() and not overwrite:
+        raise ResultsError(f"{target} exists: type another --out, or --overwrite")
     if len(paths) < 2:
         raise ResultsError(f"got {len(paths)} file: type two or more shards of one run")
     parts = _in_order([read_results(path) for path in paths])
@@ -85,8 +97,10 @@ def merge(
     result["samples"] = answers.name
     lines: list[dict[str, Any]] = [{"config": config}, *({"session": session} for session in sessions)]
     lines += [records[key] for key in _order(arms, drawn, config["batch_size"])]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    text = lines_of(lines)
+    if answers.exists() and not overwrite and disk.read_bytes(answers) != text.encode():  # else a merge was killed here
+        raise ResultsError(f"{answers} exists: type another --out, or --overwrite")
+    disk.write(answers, text)
     write_result(target, result)
     return result
 
@@ -152,7 +166,7 @@ def _arm(text: str, part: Results) -> Arm:
     label, _, keep = head.rpartition(" ")
     row = next((row for row in part.rows if row["pruner"] == label and str(row["keep"]) == keep), None)
     return Arm(
-        label, None if row is None else row["keep"], None, json.loads("{" + options), bool((row or {}).get("trained"))
+        label, None if row is None else row["keep"], None, parse("{" + options), bool((row or {}).get("trained"))
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gripvlm import disk
 from gripvlm.lab import MODEL, SAMPLE, art
 from gripvlm.lab.compose import compose
 from gripvlm.lab.questions import Question, ask
@@ -39,7 +40,7 @@ def export_model(out: Path, reader: str, folder: Path) -> None:
     config = json.loads(path.read_text())
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    disk.write(path, json.dumps(config, indent=2) + "\n")
 
 
 def pick(questions: list[Question], rng: np.random.Generator) -> list[Question]:
@@ -82,7 +83,7 @@ def write_questions(folder: Path, split: str, first: int, pictures: int, before:
         buffer = io.BytesIO()
         Image.fromarray(scene.image).save(buffer, "WEBP", lossless=True, quality=75, method=4 if split == "test" else 0)
         name = f"{i:04d}.webp"
-        (folder / "images" / name).write_bytes(buffer.getvalue())
+        disk.write(folder / "images" / name, buffer.getvalue())
         asked = ask(scene, split, np.random.default_rng((17, art.SPLITS.index(split), seed)))
         for j, q in enumerate(pick(asked, rng)):
             order = [int(c) for c in np.argsort(-q.evidence, kind="stable") if q.evidence[c] > 0.15]
@@ -99,7 +100,7 @@ def write_questions(folder: Path, split: str, first: int, pictures: int, before:
             rows.append(json.dumps(row))
         if sys.stderr.isatty() and i % 100 == 99:
             print(f"\r{i + 1} of {pictures} pictures", end="", file=sys.stderr, flush=True)
-    (folder / "questions.jsonl").write_text("\n".join(rows) + "\n")
+    disk.write(folder / "questions.jsonl", "\n".join(rows) + "\n")
     return len(rows)
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 
+from gripvlm import disk
 from gripvlm.lab import art
 from gripvlm.lab.compose import compose
 from gripvlm.lab.questions import Question, ask
@@ -65,10 +65,7 @@ def make_shard(path: Path, split: str, start: int) -> None:
         for q in asked:
             q.evidence = (q.evidence * 255).astype(np.uint8)
         questions.append(asked)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as f:
-        pickle.dump({"images": images, "labels": planes, "questions": questions}, f, protocol=5)
-    part.rename(path)
+    disk.write(path, pickle.dumps({"images": images, "labels": planes, "questions": questions}, protocol=5))
 
 
 def _job(job: tuple[Path, str, int]) -> None:

@@ -26,10 +26,11 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from gripvlm import disk
 from gripvlm.lab.pool import HEADS, load_shard, shards
 from gripvlm.lab.questions import FAMILIES, Question
 from gripvlm.lab.scenes import GRID
-from gripvlm.lab.train_tower import MEAN, STD, Tagger, augment, tag_loss, tower_config
+from gripvlm.lab.train_tower import MEAN, STD, Tagger, augment, save_checkpoint, tag_loss, tower_config
 from gripvlm.lab.vlm import build_model, build_tokenizer, prompt, spell, start_aligned
 
 N = GRID * GRID
@@ -223,11 +224,6 @@ def score(model, tagger, packer: Packer, shard: dict, pictures: int, keep: int |
     return {f: round(float(np.mean(r)), 3) for f, r in right.items()}
 
 
-def save_checkpoint(path: Path, **state: object) -> None:
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
-
-
 def load_tagger(out: Path) -> Tagger:
     state = torch.load(out / "tower.pt", weights_only=False)
     tagger = Tagger(tower_config())
@@ -358,7 +354,7 @@ def train(
     report: dict[str, object] = {"minutes": spent / 60, "steps": step, "questions": asked_total, "dropping": dropping}
     report["val"] = score(model, tagger, packer, val, 320)
     print(json.dumps(report), flush=True)
-    (out / f"{name}.json").write_text(json.dumps(report, indent=1))
+    disk.write(out / f"{name}.json", json.dumps(report, indent=1))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ bound to (a sign's owner, an arrow's ends). Checkpoints every minute and resumes
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import time
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gripvlm import disk
 from gripvlm.lab.pool import HEADS, load_shard, shards
 from gripvlm.lab.scenes import CHARACTERS, GRID, PATCH, SIZE
 from gripvlm.lab.tower import LabVisionConfig, LabVisionModel
@@ -107,6 +109,12 @@ def tag_accuracy(model: Tagger, shard: dict, scenes: int = 256) -> dict[str, flo
     return {name: round(right[name] / max(total[name], 1), 4) for name in HEADS}
 
 
+def save_checkpoint(path: Path, **state: object) -> None:
+    packed = io.BytesIO()
+    torch.save(state, packed)
+    disk.write(path, packed.getvalue())
+
+
 def train(pool: Path, out: Path, minutes: float, batch: int = 20, rate: float = 1e-3, bf16: bool = False) -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -130,8 +138,7 @@ def train(pool: Path, out: Path, minutes: float, batch: int = 20, rate: float = 
             "config": model.tower.config.to_dict(),
         }
         state |= {"spent": spent, "seen": seen, "step": step, "rng": rng.bit_generator.state}
-        torch.save(state, checkpoint.with_suffix(".part"))
-        checkpoint.with_suffix(".part").rename(checkpoint)
+        save_checkpoint(checkpoint, **state)
 
     val = load_shard(shards(pool, "val")[0])
     clock, saved = time.monotonic(), time.monotonic()
@@ -170,7 +177,7 @@ def train(pool: Path, out: Path, minutes: float, batch: int = 20, rate: float = 
     save()
     report: dict[str, object] = {"minutes": spent / 60, "images": seen, "val": tag_accuracy(model, val, 960)}
     print(json.dumps(report), flush=True)
-    (out / "tower.json").write_text(json.dumps(report, indent=1))
+    disk.write(out / "tower.json", json.dumps(report, indent=1))
 
 
 def main() -> None:

@@ -67,6 +67,7 @@ class PrunerRow(NamedTuple):
         layer_needs: fields of `LayerTokens`, for pruners inside the language model.
         stage: where rows are dropped: "input", "llm" or "vision".
         trained: whether it has weights that were trained for pruning.
+        fault: why another package's pruner cannot be had; empty for all others.
     """
 
     name: str
@@ -76,6 +77,7 @@ class PrunerRow(NamedTuple):
     options: tuple[Option, ...] = ()
     layer_needs: tuple[str, ...] = ()
     trained: bool = False
+    fault: str = ""
 
 
 def _same(old: object, new: object) -> bool:
@@ -111,19 +113,35 @@ def pruner_names() -> list[str]:
 
 
 def list_pruners() -> list[PrunerRow]:
-    """One row a pruner, by name. Imports them all."""
-    rows = []
-    for name in pruner_names():
-        made_by = _load(name)
-        needs = getattr(made_by, "needs", ())
-        if isinstance(needs, property):  # it depends on the object's options
-            needs = _needs_by_default(made_by)
-        needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
-        stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
-        inside = tuple(sorted(getattr(made_by, "layer_needs", ())))
-        trained = bool(getattr(made_by, "trained", False))
-        rows.append(PrunerRow(name, needs, stage, source, options_of(made_by), inside, trained))
-    return rows
+    """One row a pruner, by name. Imports them all; those of other packages that fail have a row that says so."""
+    return [_row(name) if name in _BUILT_IN else _foreign_row(name) for name in pruner_names()]
+
+
+def _row(name: str) -> PrunerRow:
+    made_by = _load(name)
+    needs = getattr(made_by, "needs", ())
+    if isinstance(needs, property):  # it depends on the object's options
+        needs = _needs_by_default(made_by)
+    needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
+    stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
+    inside = tuple(sorted(getattr(made_by, "layer_needs", ())))
+    trained = bool(getattr(made_by, "trained", False))
+    return PrunerRow(name, needs, stage, source, options_of(made_by), inside, trained)
+
+
+def _foreign_row(name: str) -> PrunerRow:
+    """That of a pruner that is not ours, whatever its package does."""
+    try:
+        row = _row(name)
+        return row._replace(stage=str(row.stage), source=str(row.source))
+    except (Exception, SystemExit) as error:  # noqa: BLE001  it runs other people's code, which may raise anything
+        fault = str(error) if isinstance(error, PrunerError) else _fault(name, _sources()[name], error)
+        return PrunerRow(name, (), "", "", fault=fault)
+
+
+def _fault(name: str, source: object, error: BaseException) -> str:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"pruner {name!r} cannot be had, as {source} fails ({said}): mend or uninstall the package that brings it"
 
 
 def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
@@ -181,7 +199,12 @@ def _load(name: str) -> Any:
     if not isinstance(source, str):
         return source
     module, _, attribute = source.partition(":")
-    return getattr(import_module(module), attribute)
+    if name in _BUILT_IN:
+        return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except (Exception, SystemExit) as error:
+        raise PrunerError(_fault(name, source, error)) from error
 
 
 def split_specs(text: str) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from torch import Tensor
 
+from gripvlm import disk
 from gripvlm.report.cells import Geometry, GeometryError
 
 __all__ = ["overlay"]
@@ -80,8 +82,9 @@ def overlay(
         lines = (caption or f"{sum(kept)} of {len(kept)} visual tokens").strip().splitlines()
         drawn = _captioned(drawn, [*lines, *_remarks(selection, geometry, kept)])
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        drawn.save(path)
+        packed = BytesIO()
+        drawn.save(packed, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
+        disk.write(path, packed.getvalue())
     return drawn
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from gripvlm import disk
 from gripvlm.errors import GripError
 from gripvlm.report.tables import short, task_order, with_means
 
@@ -60,9 +62,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     figure.supxlabel("visual tokens kept, %", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False, fontsize=9)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=160)
+    target, drawn = Path(path), BytesIO()
+    figure.savefig(drawn, dpi=160, format=target.suffix.removeprefix(".") or "png")
+    disk.write(target, drawn.getvalue())
     return target
 
 

@@ -180,7 +180,10 @@ def _full_seconds(one: Results) -> float:
 def command_of(one: Results, arms: Sequence[str], keep: int | float) -> str:
     """What to type to measure these arms at this budget alone; the run's own command where that was a script."""
     head = one.header
-    words = shlex.split(head["command"])
+    try:
+        words = shlex.split(head["command"])
+    except ValueError:  # an open quote: no shell has run it
+        return head["command"]
     typed = "eval" in words[:4] and any(word in words[0] for word in ("gripvlm", "__main__", "python"))
     if not typed:
         return head["command"]

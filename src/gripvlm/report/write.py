@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from gripvlm import disk
 from gripvlm.errors import GripError
-from gripvlm.evaluate.journal import write_atomically
 from gripvlm.evaluate.results import read_results
 from gripvlm.report.blocks import Block, Figures, Heading, Pictures, Text
 from gripvlm.report.figures import ALWAYS
@@ -62,16 +62,16 @@ def report(
         blocks += commands(one)
     page, words = to_html(title, blocks), to_markdown(blocks, FOLDER)
     target = Path(out)
-    (target / FOLDER).mkdir(parents=True, exist_ok=True)
-    for block in blocks:
-        if isinstance(block, Figures):
-            for name, svg in block.drawings:
-                write_atomically(target / FOLDER / f"{name}.svg", svg + "\n")
-        elif isinstance(block, Pictures):
-            for shown in block.pictures:
-                (target / FOLDER / f"{shown.name}.jpg").write_bytes(shown.content)
-    write_atomically(target / "report.md", words)
-    write_atomically(target / "index.html", page)
+    with disk.one_writer(target, folder=True):
+        for block in blocks:
+            if isinstance(block, Figures):
+                for name, svg in block.drawings:
+                    disk.write(target / FOLDER / f"{name}.svg", svg + "\n")
+            elif isinstance(block, Pictures):
+                for shown in block.pictures:
+                    disk.write(target / FOLDER / f"{shown.name}.jpg", shown.content)
+        disk.write(target / "report.md", words)
+        disk.write(target / "index.html", page)
     return target / "index.html"
 
 

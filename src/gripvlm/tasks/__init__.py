@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gripvlm.tasks.base import Sample, Task, TaskError, named_choice, normalise, open_image
+from gripvlm.tasks.base import Sample, Task, TaskError, named_choice, normalise
 from gripvlm.tasks.benchmarks import BENCHMARKS, benchmark
 from gripvlm.tasks.jsonl import JsonlTask
 from gripvlm.tasks.lab_tasks import FAMILIES, LabTask
 from gripvlm.tasks.metrics import METRICS
+from gripvlm.tasks.pictures import open_image
 from gripvlm.tasks.table_task import HubTask
 
 __all__ = [

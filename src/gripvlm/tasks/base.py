@@ -6,23 +6,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from gripvlm.errors import GripError
+from gripvlm.tasks.pictures import TaskError, open_image
 
-__all__ = ["Sample", "Task", "TaskError", "default_score", "named_choice", "normalise", "open_image"]
+__all__ = ["Sample", "Task", "TaskError", "default_score", "named_choice", "normalise"]
 
 _NOTHING = re.compile(r"(?<=\d),(?=\d)|['\u2019]")  # 1,000 is 1000; don't is dont
 _SPACE = re.compile(r"(?<!\d)[^\w\s-]|[^\w\s-](?!\d)|(?<=\w)-|-(?!\d)|_")  # 3.5, 12:30 and -4 stay whole
-
-
-class TaskError(GripError):
-    """A task is unknown, or its files are not there or not readable."""
 
 
 def normalise(text: str) -> str:
@@ -47,28 +42,6 @@ def named_choice(prediction: str, choices: Sequence[str]) -> str | None:
     found = [choice for choice in wanted if choice and f" {choice} " in f" {said} "]
     longest = [a for a in found if not any(a != b and f" {a} " in f" {b} " for b in found)]
     return wanted[longest[0]] if len(longest) == 1 else None
-
-
-def open_image(path: Path | bytes, name: str | None = None) -> Image.Image:
-    """The picture as RGB, turned upright as its EXIF says.
-
-    Args:
-        path: its file, or what such a file holds.
-        name: what messages call it; by default the path.
-
-    Raises:
-        TaskError: no such file, or not a picture.
-    """
-    name = name or ("a picture" if isinstance(path, bytes) else repr(str(path)))
-    try:
-        with Image.open(BytesIO(path) if isinstance(path, bytes) else path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise TaskError(f"no image {name}: check the path") from None
-    except IsADirectoryError:
-        raise TaskError(f"{name} is a folder: type the path of one picture in it") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise TaskError(f"{name} is not a picture that Pillow can read: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gripvlm.disk import read_text
+from gripvlm.strict_json import BadJSON, parse
 from gripvlm.tasks.base import Sample, Task, TaskError
 from gripvlm.tasks.metrics import get_metric
 
@@ -27,13 +28,14 @@ def read_samples(file: Path, images: Path, answers: bool = True) -> list[Sample]
         TaskError: with the line's number, where a line is none of that or an id comes twice.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(file, "utf-8-sig").split("\n")
     except FileNotFoundError:
         raise TaskError(
             f"no file {str(file)!r}: type jsonl:PATH with one question a line, such as {_EXAMPLE}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{str(file)!r} cannot be read as text: {error}") from None
+        said = getattr(error, "strerror", None) or error
+        raise TaskError(f"{str(file)!r} cannot be read as text: {said}") from None
     samples = [_sample(line, f"{file}:{i}", i, images, answers) for i, line in enumerate(lines, 1) if line.strip()]
     if not samples:
         raise TaskError(f"{str(file)!r} has no questions: write one a line, such as {_EXAMPLE}")
@@ -47,9 +49,11 @@ def read_samples(file: Path, images: Path, answers: bool = True) -> list[Sample]
 
 def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> Sample:
     try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where} is not JSON ({error}): write one object a line, such as {_EXAMPLE}") from None
+        row: Any = parse(line)
+    except BadJSON as error:
+        raise TaskError(
+            f"{where} is not JSON that can be used (it {error}): write one object a line, such as {_EXAMPLE}"
+        ) from None
     if not isinstance(row, dict):
         raise TaskError(f"{where} is a {type(row).__name__}: write one object a line, such as {_EXAMPLE}")
     several = row.get("answers") or []
@@ -130,8 +134,11 @@ class JsonlTask(Task):
     @cached_property
     def evidence_grid(self) -> tuple[int, int] | None:  # type: ignore[override]
         """(h, w) as the file's first line says, None where it does not."""
-        with self.path.open(encoding="utf-8-sig") as file:
-            first = json.loads(next((line for line in file if line.strip()), "{}"))
+        try:
+            lines = read_text(self.path, "utf-8-sig").split("\n")
+            first = parse(next((line for line in lines if line.strip()), "{}"))
+        except (OSError, UnicodeDecodeError, BadJSON) as error:
+            raise TaskError(f"{str(self.path)!r} cannot be read: {error}") from None
         grid = first.get("evidence_grid") if isinstance(first, dict) else None
         if grid is None:
             return None

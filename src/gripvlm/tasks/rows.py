@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from gripvlm.tasks.base import TaskError, open_image
+from gripvlm.strict_json import BadJSON, read
+from gripvlm.tasks.pictures import TaskError, open_image
 
 __all__ = ["Rows", "Source", "load_rows"]
 
@@ -166,7 +166,7 @@ def _local(datasets: Any, source: Source) -> Any:
     if (path / "state.json").exists():
         return _saved(datasets.load_from_disk(str(path)), source)
     if (saved := path / "dataset_dict.json").exists():
-        split = source.split or _only("split", source, json.loads(saved.read_text(encoding="utf-8"))["splits"])
+        split = source.split or _only("split", source, _splits(saved))
         if not (path / split).is_dir():
             raise TaskError(f"{source.task}: {path} has no split {split!r}: type split= with one of its folders")
         return datasets.load_from_disk(str(path / split))
@@ -176,6 +176,17 @@ def _local(datasets: Any, source: Source) -> Any:
         config = config if config in there else _only("config", source, there)
     split = source.split or _only("split", source, datasets.get_dataset_split_names(str(path), config))
     return datasets.load_dataset(str(path), config, split=split)
+
+
+def _splits(saved: Path) -> list[str]:
+    """The names in what `save_to_disk` writes for several splits."""
+    try:
+        splits = read(saved)["splits"]
+    except (BadJSON, KeyError, TypeError) as error:
+        raise TaskError(f"{saved} {error}: copy the data set anew") from None
+    if not isinstance(splits, list) or not all(isinstance(one, str) for one in splits):
+        raise TaskError(f"{saved} has no list of splits: copy the data set anew")
+    return splits
 
 
 def _saved(table: Any, source: Source) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from gripvlm import disk
 from gripvlm.errors import TrainError
 
 __all__ = ["STAGES", "TrainConfig", "help_of", "read_toml", "reads", "shares", "write_toml"]
@@ -299,10 +300,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         import tomli as tomllib
 
     try:
-        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        found = tomllib.loads(disk.read_text(path))
     except FileNotFoundError:
         raise TrainError(f"no config file {str(path)!r}: check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainError(f"{str(path)!r} is not TOML: {error}") from None
     return checked_names(found, str(path))
 
@@ -316,4 +317,4 @@ def write_toml(config: TrainConfig, path: Path) -> None:
         else:
             said = str(value).lower() if isinstance(value, bool) else repr(value)
         lines.append(f"{name} = {said}  # {help_of(name)}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    disk.write(path, "\n".join(lines) + "\n")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean
+
+from gripvlm import disk
 
 __all__ = ["draw_curve"]
 
@@ -55,5 +58,7 @@ def draw_curve(metrics: Path, target: Path) -> Path | None:
             row.grid(alpha=0.3)
     if handles := axes[0][-1].get_legend_handles_labels()[0]:
         figure.legend(handles=handles, title="tokens kept", fontsize=8, loc="outside right upper")
-    figure.savefig(target, dpi=130)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=130, format="png")
+    disk.write(target, drawn.getvalue())
     return target

@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -24,8 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from gripvlm import disk
 from gripvlm.errors import GripError, TrainError
 from gripvlm.scorer import Scorer
+from gripvlm.strict_json import BadJSON, parse
 from gripvlm.tasks import Sample, Task
 from gripvlm.train.config import TrainConfig
 from gripvlm.train.data import Questions, generator, name_of
@@ -37,6 +40,11 @@ from gripvlm.train.validation import Validator
 __all__ = ["Interrupted", "Loop", "Stage", "Stats"]
 
 Stats: TypeAlias = dict[str, float]
+_DAMAGED = (
+    *(RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError),
+    *(AttributeError, AssertionError, ArithmeticError),
+)
+"""What torch raises for a checkpoint with flipped bytes (15,000 tried)."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -266,8 +274,7 @@ class Loop:
     def _log(self, line: dict[str, Any]) -> None:
         if self.processes.rank:
             return
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.stage.name, **_rounded(line)}) + "\n")
+        disk.append(self.metrics, json.dumps({"stage": self.stage.name, **_rounded(line)}) + "\n", new=True)
         self.processes.log({f"{self.stage.name}/{k}": v for k, v in _flat(line).items()}, self.step)
 
     def _save(self) -> None:
@@ -286,9 +293,9 @@ class Loop:
             "best_state": self.best_state,
             "skipped": self.data.skipped,
         }
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.checkpoint)
+        packed = BytesIO()
+        torch.save(state, packed)
+        disk.write(self.checkpoint, packed.getvalue())
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():
@@ -296,7 +303,8 @@ class Loop:
                 self._forget_later_lines()
             return
         try:
-            state = torch.load(self.checkpoint, weights_only=True, map_location=self.stage.engine.model.device)
+            packed, device = BytesIO(disk.read_bytes(self.checkpoint)), self.stage.engine.model.device
+            state = torch.load(packed, weights_only=True, map_location=device)
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
             self.optimiser.load_state_dict(state["optimiser"])
@@ -304,7 +312,7 @@ class Loop:
             self.stale, self.best_state = state["stale"], state["best_state"]
             self.judged = state.get("judged", self.step)
             self.data.skipped.update(state["skipped"])
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        except _DAMAGED as error:
             raise TrainError(
                 f"{self.checkpoint} is damaged ({type(error).__name__}): remove it to begin this stage again"
             ) from error
@@ -320,17 +328,19 @@ class Loop:
         """Drops what was logged after the checkpoint (all of it without one), so that no step is there twice."""
         if not self.metrics.exists():
             return
-        text = self.metrics.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1].splitlines()  # a killed run may end in half a line
+        text = disk.read_bytes(self.metrics)
         last = self.step if self.checkpoint.exists() else -1
-        try:
-            lines = [json.loads(line) for line in whole]
-        except ValueError as error:
-            raise TrainError(f"{self.metrics} is damaged ({error}): mend that line, or move the file away") from None
-        kept = [one for one in lines if one["stage"] != self.stage.name or one["step"] <= last]
-        part = self.metrics.with_suffix(".part")
-        part.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
-        part.replace(self.metrics)
+        kept = []
+        for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):  # a kill may leave half a line
+            try:
+                one = parse(line)
+                if one["stage"] != self.stage.name or one["step"] <= last:
+                    kept.append(json.dumps(one) + "\n")
+            except (BadJSON, KeyError, TypeError) as error:
+                raise TrainError(
+                    f"line {number} of {self.metrics} is damaged ({error}): mend that line, or move the file away"
+                ) from None
+        disk.write(self.metrics, "".join(kept))
 
     @contextmanager
     def _bar(self) -> Iterator[Any]:

@@ -91,7 +91,7 @@ def get_reward(name: str | Reward) -> Reward:
     if colon:
         try:
             found = getattr(importlib.import_module(module), function)
-        except Exception as error:  # whatever a user's module does
+        except (Exception, SystemExit) as error:  # whatever a user's module does
             raise TrainError(f"no reward {name!r}: {type(error).__name__}: {error}") from error
         if callable(found):
             return found

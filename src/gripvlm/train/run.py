@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
+from gripvlm import disk
 from gripvlm.errors import TrainError
 from gripvlm.evaluate import environment
 from gripvlm.pruners import relaxed
@@ -70,6 +72,7 @@ def train(
 
     Raises:
         TrainError: bad settings, data or rewards, with what to change.
+        BusyError: another process trains in `config.out`.
         Interrupted: Ctrl-C; a checkpoint is written.
     """
     return train_on(*check_settings(config, data, validation), config, model, processor, quiet=quiet)
@@ -78,13 +81,28 @@ def train(
 def train_on(questions: Asked, held: Asked, config: TrainConfig, model: Any, processor: Any, *, quiet: bool) -> Learned:
     """`train` with what `check_settings` returned."""
     folder = Path(config.out).expanduser()
-    judge, keeps = get_reward(config.val_reward or config.reward), shares(config.val_keeps, "val_keeps")
     processes = Processes(config.log_with, folder, cpu=model.device.type == "cpu")
     if config.accumulate % processes.count:
         raise TrainError(
             f"accumulate = {config.accumulate} micro-batches a step do not divide among {processes.count} processes: "
             f"type --accumulate {processes.count}, or a multiple"
         )
+    with disk.one_writer(folder, folder=True) if processes.rank == 0 else nullcontext():
+        _check_folder(config, folder)  # another run may have been there since
+        return _run(questions, held, config, model, processor, folder, processes, quiet)
+
+
+def _run(
+    questions: Asked,
+    held: Asked,
+    config: TrainConfig,
+    model: Any,
+    processor: Any,
+    folder: Path,
+    processes: Processes,
+    quiet: bool,
+) -> Learned:
+    judge, keeps = get_reward(config.val_reward or config.reward), shares(config.val_keeps, "val_keeps")
     engine = Engine(model, processor, rows=config.rows, bf16=config.bf16)
     torch.manual_seed(config.seed)
     scorer, done = _start(config, folder, model)
@@ -252,6 +270,5 @@ def _alike(name: str, one: Any, other: Any) -> bool:
 
 def _claim(config: TrainConfig, folder: Path) -> None:
     """Makes the run's folder and writes down what runs there."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_toml(config, folder / _CONFIG)
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    disk.write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
