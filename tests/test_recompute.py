@@ -11,6 +11,7 @@ import torch
 
 import gripvlm
 from gripvlm.errors import GripError, InputError
+from gripvlm.models.families import installed
 from tiny_families import TINY, build, make
 
 
@@ -55,6 +56,11 @@ def gradients(
     ],
 )
 def test_gradients_are_those_without_checkpointing(name, spec, sizes, elsewhere, reentrant):
+    if reentrant and name == "qwen3_vl" and installed() < (5, 23):
+        # hooks ran inside what is run again, where a plane that the vision tower learns from is used twice: loudly
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            gradients(build(name), name, spec, True, elsewhere, sizes, reentrant)
+        return
     plain = gradients(build(name), name, spec, False, sizes=sizes)
     again = gradients(build(name), name, spec, True, elsewhere, sizes, reentrant)
     assert sum(one is not None for one in plain) > 20
