@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -32,9 +33,8 @@ def gradients(
     with gripvlm.pruned_run(model, inputs, spec, 0.75, size_attention=sizes) as (arguments, record):
         loss = model(**arguments, use_cache=False).logits[:, -2:].logsumexp(-1).sum()
         if elsewhere:
-            thread = threading.Thread(target=loss.backward)
-            thread.start()
-            thread.join()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(loss.backward).result()
         else:
             loss.backward()
     assert all(one.layers and len(set(one.counts)) > 1 for sample in record.selections for one in sample)

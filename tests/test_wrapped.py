@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import BitsAndBytesConfig, TextIteratorStreamer
 from transformers.modeling_utils import AttentionInterface
 
 import gripvlm
@@ -314,3 +314,34 @@ def test_blocks_leave_in_any_order():
     assert torch.equal(ours, said(models[1], batch, "fastv"))
     assert AttentionInterface.get_interface is interface
     assert not any(module._forward_pre_hooks for model in models for module in model.modules())
+
+
+# --- quantised -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_models_quantised_by_torchao_are_pruned(config, inputs):
+    """Dropping equals masking; a scorer belongs to the quantised form of its model."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = copy.deepcopy(build("llava"))
+    quantization.quantize_(model, getattr(quantization, config)())
+    for spec in SPECS:
+        assert said(model, inputs, spec).shape[0] == 2
+    with torch.no_grad():
+        whole = gripvlm.prune_inputs(model, inputs, "norm", 1.0)
+        assert torch.equal(model.generate(**whole, **GREEDY), model.generate(**inputs, **GREEDY))
+        arguments, record = gripvlm.prune_inputs(model, inputs, "norm", 5, return_record=True)
+        masked = model(**hidden_from(model, inputs, record.selections)).logits[:, -3:]
+        if "Dynamic" not in config:  # activations are quantised over the tokens that there are
+            torch.testing.assert_close(model(**arguments).logits[:, -3:], masked, atol=3e-5, rtol=3e-5)
+
+
+def test_models_quantised_by_bitsandbytes_are_pruned(inputs, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build("llava").save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=True)  # 4 bits want larger matrices than a tiny model has
+    model = type(build("llava")).from_pretrained(tmp_path, quantization_config=config, device_map="cpu").eval()
+    for spec in SPECS:
+        assert said(model, inputs, spec).shape[0] == 2
+    whole = gripvlm.prune_inputs(model, inputs, "norm", 1.0)
+    assert torch.equal(model.generate(**whole, **GREEDY)[:, -3:], model.generate(**inputs, **GREEDY)[:, -3:])
