@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,12 +115,9 @@ def test_two_blocks_open_at_once_are_each_their_own(spec):
                 handle.remove()
         return [one.indices.tolist() for sample in record.selections for one in sample], said
 
-    def meet() -> None:
-        barrier.wait()
-
     alone = [work(seed, lambda: None) for seed in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda seed: work(seed, lambda: None if seed is None else meet()), (0, 1)))
+        found = list(pool.map(partial(work, together=barrier.wait), (0, 1)))
     for ours, theirs in zip(found, alone, strict=True):
         assert ours[0] == theirs[0]
         assert torch.equal(ours[1], theirs[1])
