@@ -103,11 +103,15 @@ def test_two_blocks_open_at_once_are_each_their_own(spec):
     """Two threads step through their blocks together: prompt by prompt, and token by token."""
     model, barrier = build("llava"), threading.Barrier(2, timeout=60)
 
-    def work(seed: int, together: Callable[[], Any]) -> tuple[list[Any], torch.Tensor]:
+    def work(seed: int, together: Callable[[], object]) -> tuple[list[Any], torch.Tensor]:
         inputs = PROMPTS[2 * NAMES.index("llava") + seed].inputs
+
+        def meet(*_: Any) -> None:
+            together()
+
         with gripvlm.pruned_run(model, inputs, spec, 0.75) as (arguments, record):
             together()
-            handle = model.get_decoder().layers[2].register_forward_hook(lambda *_: together())
+            handle = model.get_decoder().layers[2].register_forward_hook(meet)
             try:
                 said = model.generate(**arguments, **GREEDY)
                 together()
