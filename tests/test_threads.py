@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -102,11 +103,15 @@ def test_two_blocks_open_at_once_are_each_their_own(spec):
     """Two threads step through their blocks together: prompt by prompt, and token by token."""
     model, barrier = build("llava"), threading.Barrier(2, timeout=60)
 
-    def work(seed: int, together: Callable[[], Any]) -> tuple[list[Any], torch.Tensor]:
+    def work(seed: int, together: Callable[[], object]) -> tuple[list[Any], torch.Tensor]:
         inputs = PROMPTS[2 * NAMES.index("llava") + seed].inputs
+
+        def meet(*_: Any) -> None:
+            together()
+
         with gripvlm.pruned_run(model, inputs, spec, 0.75) as (arguments, record):
             together()
-            handle = model.get_decoder().layers[2].register_forward_hook(lambda *_: together())
+            handle = model.get_decoder().layers[2].register_forward_hook(meet)
             try:
                 said = model.generate(**arguments, **GREEDY)
                 together()
@@ -114,12 +119,9 @@ def test_two_blocks_open_at_once_are_each_their_own(spec):
                 handle.remove()
         return [one.indices.tolist() for sample in record.selections for one in sample], said
 
-    def meet() -> None:
-        barrier.wait()
-
     alone = [work(seed, lambda: None) for seed in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda seed: work(seed, lambda: None if seed is None else meet()), (0, 1)))
+        found = list(pool.map(partial(work, together=barrier.wait), (0, 1)))
     for ours, theirs in zip(found, alone, strict=True):
         assert ours[0] == theirs[0]
         assert torch.equal(ours[1], theirs[1])

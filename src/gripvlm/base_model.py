@@ -116,7 +116,9 @@ def compared(model: Any) -> list[torch.Tensor]:
 
 
 def _some(model: Any) -> dict[str, torch.Tensor]:
-    """Matrices outside the language model, evenly spaced by name."""
+    """Matrices outside the language model, evenly spaced by name; quantised ones, of classes of their own, have no
+    values that a norm could be taken of.
+    """
     text = {
         id(weight)
         for part in (model.get_decoder(), model.get_output_embeddings())
@@ -127,7 +129,10 @@ def _some(model: Any) -> dict[str, torch.Tensor]:
     mine = sorted(
         (name, weight)
         for name, weight in model.named_parameters()
-        if weight.ndim > 1 and weight.is_floating_point() and id(weight) not in text
+        if weight.ndim > 1
+        and weight.is_floating_point()
+        and id(weight) not in text
+        and type(weight) is torch.nn.Parameter
     )
     chosen = {i * (len(mine) - 1) // (_SKETCH - 1) for i in range(_SKETCH)} if mine else set()
     return {mine[i][0]: mine[i][1] for i in sorted(chosen)}

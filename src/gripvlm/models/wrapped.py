@@ -65,7 +65,8 @@ def _inside(model: Any) -> Any:
                 f"this {kind} puts learned tokens ahead of the prompt, which pruning cannot count: use adapters inside "
                 "the model, such as peft.LoraConfig"
             )
-        return model.get_base_model()
+        inner: Any = model
+        return inner.get_base_model()
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,6 +32,8 @@ _passed: WeakKeyDictionary[Any, tuple[Any, ...]] = (
 
 _copies: WeakKeyDictionary[Scorer, dict[Any, tuple[Any, Scorer]]] = WeakKeyDictionary()
 """Scorer -> (device, type) -> what its weights were, and the scorer in that form."""
+
+_lock = threading.RLock()  # of what is kept here for all threads
 
 KEPT = 8
 """Scorers of folders that stay in memory."""
@@ -125,14 +128,15 @@ def _loaded(name: str) -> tuple[Scorer, str]:
         scorer = Scorer.from_pretrained(place)
         return scorer, scorer.digest()
     written = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    known = _scorers.pop(str(place), None)
-    if known is None or known.written != written or known.stamps != _stamps(known.scorer):
-        with torch.inference_mode(False):
-            scorer = Scorer.from_pretrained(place)
-        known = _Known(scorer, scorer.digest(), written, _stamps(scorer))
-    _scorers[str(place)] = known  # the latest is the last
-    while len(_scorers) > KEPT:
-        del _scorers[next(iter(_scorers))]
+    with _lock:
+        known = _scorers.pop(str(place), None)
+        if known is None or known.written != written or known.stamps != _stamps(known.scorer):
+            with torch.inference_mode(False):
+                scorer = Scorer.from_pretrained(place)
+            known = _Known(scorer, scorer.digest(), written, _stamps(scorer))
+        _scorers[str(place)] = known  # the latest is the last
+        while len(_scorers) > KEPT:
+            del _scorers[next(iter(_scorers))]
     return known.scorer, known.digest
 
 
@@ -200,11 +204,12 @@ class Learned(ScorePruner):
             raise PrunerError(f"this {self.name} scorer was never trained: train one with `gripvlm train`")
         base, table = self._scorer.base, model.get_input_embeddings().weight
         mine = (base.model_type, base.sketch, tuple(base.weights.items()))
-        known = _passed.get(model)
-        if known is None or known[:2] != (mine, id(table)) or known[3] != [_stamp(weight) for weight in known[2]]:
-            base.check(model)  # milliseconds: once, and when weights that it compares were written to
-            weights = compared(model)
-            _passed[model] = (mine, id(table), weights, [_stamp(weight) for weight in weights])
+        with _lock:
+            known = _passed.get(model)
+            if known is None or known[:2] != (mine, id(table)) or known[3] != [_stamp(weight) for weight in known[2]]:
+                base.check(model)  # milliseconds: once, and when weights that it compares were written to
+                weights = compared(model)
+                _passed[model] = (mine, id(table), weights, [_stamp(weight) for weight in weights])
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return self._scores([tokens])[0, : tokens.n]
@@ -233,11 +238,12 @@ class Learned(ScorePruner):
         weight = scorer.score.weight
         if (weight.device, weight.dtype) == (features.device, dtype):
             return scorer
-        forms, state = _copies.setdefault(scorer, {}), _stamps(scorer)
-        kept = forms.get((features.device, dtype))
-        if kept is None or kept[0] != state:
-            with torch.inference_mode(False):
-                kept = forms[features.device, dtype] = (state, copy.deepcopy(scorer).to(features.device, dtype))
+        with _lock:
+            forms, state = _copies.setdefault(scorer, {}), _stamps(scorer)
+            kept = forms.get((features.device, dtype))
+            if kept is None or kept[0] != state:
+                with torch.inference_mode(False):
+                    kept = forms[features.device, dtype] = (state, copy.deepcopy(scorer).to(features.device, dtype))
         return kept[1]
 
 
