@@ -209,9 +209,10 @@ class LayerRun:
         if "keys" in self.needs:
             asked["keys"] = noted["keys"][row, mine]
         if "key_sizes" in self.needs:
-            asked["key_sizes"] = noted["key_sizes"][row, mine]
+            sizes = noted["key_sizes"][row].to(hidden.device)
+            asked["key_sizes"] = sizes[mine]
         if "words" in self.needs:
-            asked["words"] = self.embedded[row // (hidden.shape[0] // len(self.batch))]
+            asked["words"] = self.embedded[row // (hidden.shape[0] // len(self.batch))].to(hidden.device)
         if "norm" in self.needs:
             asked["norm"] = last_norm(self.model)
         if text is not None:
@@ -221,7 +222,7 @@ class LayerRun:
                 own = text[row, text.any(0)]  # which of the places that were watched are this prompt's
                 asked["question"] = noted["question"][row][:, own][..., mine]
             if "key_sizes" in self.needs:
-                asked["text_key_sizes"] = noted["key_sizes"][row, said]
+                asked["text_key_sizes"] = sizes[said]
         return LayerTokens(cut, count, rows, known, **asked)
 
 

@@ -24,8 +24,8 @@ class DART(LayerPruner):
     1. `keep` is the average over layers: what goes on after the cut is solved from it.
     2. Pivots take their shares in raster order, the image's before the text's. The code goes through a Python set
        of positions, whose order is that of hashes.
-    3. Without text after the image, the image pivots share k. Special tokens are no pivots. The code, which knows
-       neither, stops and counts them.
+    3. Special tokens are no pivots, as they are in the code. Without text after the image, where the code stops, the
+       image pivots share k.
     4. k is exact, where the code keeps 4 + 8 (k // 8); ties go to the lower index; kept tokens stay at their
        positions, as in the code.
 
