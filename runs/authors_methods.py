@@ -227,25 +227,25 @@ def fastv(keep: int) -> Cut:
 def sparsevlm(features: Tensor, question: Tensor, parts: tuple[int, int, int], left: list[Tensor], rank: bool) -> Cut:
     """SparseVLM (arXiv 2410.04417): what raters look at in a whole attention matrix; some of the rest recycled.
 
-    1. Raters are chosen anew at each cut from the rows that are left, as gripvlm does; the code chooses them once.
-    2. A cluster's mean stands at its centre, not after all kept tokens.
-    3. No noise on densities.
-    4. `rank`: the rank of the raters' attention, from which version 1.0 takes its count, is computed, but the count is
+    1. A cluster's mean stands at its centre, not after all kept tokens.
+    2. No noise on densities.
+    3. `rank`: the rank of the raters' attention, from which version 1.0 takes its count, is computed, but the count is
        that of the schedule.
 
     Args:
         features: [n, d] of the picture, as they enter the language model.
-        question: [t, d] embeddings of the t last tokens of the prompt.
+        question: [t, d] embeddings of the t last tokens of the prompt, those after the picture.
         parts: tokens kept, recycled, clusters; the last two 0 where nothing is recycled.
         left: the rows after the cuts before this one are its last entry; empty before the first. This cut adds its own.
         rank: version 1.0's.
     """
     kept, pool, clusters = parts
+    share = (features.float() @ question.float().T).softmax(dim=1).mean(dim=0)
+    chosen = (share >= share.mean() * (1 - 1e-6)).nonzero().flatten()
 
     def cut(attention: Tensor, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         rows = left[-1] if left else torch.arange(len(features), device=features.device)
-        share = (features[rows].float() @ question.float().T).softmax(dim=1).mean(dim=0)
-        raters = attention.shape[1] - len(share) + (share >= share.mean() * (1 - 1e-6)).nonzero().flatten()
+        raters = attention.shape[1] - len(share) + chosen
         relation = attention[:, raters][:, :, places].mean(dim=0)  # [raters, m]
         if rank:
             torch.linalg.matrix_rank(relation.float())
@@ -265,14 +265,14 @@ def sparsevlm(features: Tensor, question: Tensor, parts: tuple[int, int, int], l
     return cut
 
 
-def recycled(rows: Tensor, clusters: int, neighbours: int = 5) -> tuple[Tensor, Tensor]:
+def recycled(rows: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Density peaks of [m, d] rows: centres [clusters], and each cluster's mean [clusters, d].
 
-    density = exp(-mean squared distance to the nearest rows), delta = the distance to the nearest denser row, the
-    largest distance there is for the densest; centres have the largest product.
+    density = exp(-mean squared distance to as many nearest rows as clusters), delta = the distance to the nearest
+    denser row, the largest distance there is for the densest; centres have the largest product.
     """
     distance = torch.cdist(rows[None].float(), rows[None].float())[0] / rows.shape[1] ** 0.5
-    near = distance.topk(min(neighbours, len(rows)), dim=1, largest=False).values
+    near = distance.topk(clusters, dim=1, largest=False).values
     density = near.square().mean(dim=1).neg().exp()
     denser = density[None] > density[:, None]
     delta = torch.where(denser, distance, distance.max()).amin(dim=1)

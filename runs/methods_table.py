@@ -24,6 +24,14 @@ MEASURED = ROOT / "src" / "gripvlm" / "cli" / "measured.json"
 PLACES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
 KEPT = {"input": 0.125, "llm": 0.3, "vision": 0.3}  # of those measured, where most methods' intervals lie apart
 GRIDS = {"input": "lab-grid", "llm": "lab-grid-llm", "vision": "lab-grid-llm"}
+OLD = ("592255aa6b27", "9ca687be6f52", "a937ced80c71")
+"""Commits of results before the methods that authors-choices.json holds to their authors' code were mended."""
+CHANGED = {
+    "lab-grid": ("vispruner", "hiprune:middle=1", "vscan_vision:shallow=0"),
+    "lab-grid-llm": ("dart:layer=1", "sparsevlm", "pumer", "mustdrop_llm", "vscan:shallow=0"),
+}
+"""Of these, what the lab's grids measure."""
+BEFORE = "{} measured before 2026-11-27, when the methods below *Held to the authors' code* were mended."
 SCORE = (("score", 1), ("ci_low", 0), ("ci_high", 0))
 
 
@@ -48,6 +56,24 @@ def result(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def grid(name: str) -> list[dict[str, Any]]:
+    """The means of a lab grid; of pruners that changed since, those of the run that measured them again."""
+    later = [row for row in (result(f"{name}-later") or {"means": []})["means"] if row["pruner"] != "full"]
+    again = {row["pruner"] for row in later}
+    return [row for row in (result(name) or {"means": []})["means"] if row["pruner"] not in again] + later
+
+
+def unmeasured() -> list[str]:
+    """Pruners whose lab scores are of what they did before they were mended."""
+    found = []
+    for name, changed in CHANGED.items():
+        one, later = result(name), result(f"{name}-later") or {"means": []}
+        again = {row["pruner"] for row in later["means"]}
+        if one is not None and one["header"]["git"]["commit"].startswith(OLD):
+            found += [pruner for pruner in changed if pruner not in again]
+    return found
+
+
 def head(spec: str) -> str:
     """The pruner that a spec names."""
     return spec.partition(":")[0].partition("(")[0]
@@ -55,8 +81,8 @@ def head(spec: str) -> str:
 
 def scored(name: str, stage: str) -> dict[str, Any] | None:
     """The lab's mean of a pruner, as results/ have it; None where it was not measured."""
-    found, keep = result(GRIDS[stage]), 1.0 if name == "full" else KEPT[stage]
-    rows = [row for row in (found or {"means": []})["means"] if head(row["pruner"]) == name and row["keep"] == keep]
+    keep = 1.0 if name == "full" else KEPT[stage]
+    rows = [row for row in grid(GRIDS[stage]) if head(row["pruner"]) == name and row["keep"] == keep]
     return min(rows, key=lambda row: row["pruner"] != name, default=None)  # the bare name first
 
 
@@ -148,6 +174,8 @@ def timing(speed: Mapping[str, Any]) -> list[str]:
         rows = [cell["pruners"][spec] for cell in cells]
         shown = [f"{share(row['ratio'])} %" if row["ratio"] else f"{row['seconds'][0]:.2g} s" for row in rows]
         lines.append(f"| `{spec}` | {' | '.join(shown)} |")
+    if any(commit.startswith(OLD) for _, _, commit in speed["made_by"]):
+        lines += ["", BEFORE.format("All were")]
     for cell, named in zip(cells, names, strict=True):
         if "why" in cell["prefill"]:
             lines += ["", f"The prefill at {named} was not measured: {cell['prefill']['why']}."]
@@ -177,7 +205,8 @@ def beside_authors(found: Mapping[str, Any]) -> list[str]:
         f"{on['threads']} threads, {on['device']}. Times of ours to theirs, below 1 where ours takes less: median and "
         f"[quartiles] of {found['repeats']} turns or more. Beside that, both to the same work without pruning (sdpa), "
         "and to its limit: the same rows dropped by a choice made beforehand. Prefills begin with the picture's rows. "
-        "Same rows: how many of those that ours keeps theirs keeps too, all images and cuts together. In "
+        "Same rows: how many of those that ours keeps theirs keeps too, all images and cuts together; both are our own "
+        "writing, so what the authors' code keeps is another question (*Held to the authors' code*). In "
         "`sparsevlm-1.0` theirs also computes the rank that version 1.0 takes its counts from.",
         "",
         "| method | work | batch | ours to theirs | ours, theirs to unpruned | ours, theirs to the limit | same rows |",
@@ -189,7 +218,47 @@ def beside_authors(found: Mapping[str, Any]) -> list[str]:
         same = f"{row['same_tokens']['same']} of {row['same_tokens']['kept']}"
         cells = (f"`{row['method']}`", row["work"], row["batch"], times_of(row["ratio"]), *pairs, same)
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    return [*lines, "", f"`results/authors-way.json`: `{found['command']}` at {commit}.", ""]
+    old = ["", BEFORE.format("The rows of `sparsevlm` were")] if commit.startswith(OLD) else []
+    return [*lines, *old, "", f"`results/authors-way.json`: `{found['command']}` at {commit}.", ""]
+
+
+def held_to_code() -> list[str]:
+    """The section on what the authors' own code chose."""
+    found = result("authors-choices")
+    if found is None:
+        return []
+    lines = [
+        "## Held to the authors' code",
+        "",
+        "What eight methods' published code chose on tensors that everyone can make anew (`runs/authors_cases.py`):",
+        "their own functions, read from clones and run apart by `runs/authors_choices.py`. Ours, and a second",
+        "implementation of each, are held to the same rows and merges by `tests/test_authors_choices.py`. Of `hired`",
+        "only what each picture keeps of its share is compared: tiles' shares are a numbered departure. Where the code",
+        "draws noise or goes through a Python set (`sparsevlm`, `dart`), it was made to take the raster's order, as",
+        "ours does. `dart`'s repository is a fork, at its authors' own commit.",
+        "",
+        "| method | code | commit | cases, all equal |",
+        "|---|---|---|---:|",
+    ]
+    for name, one in found["methods"].items():
+        code = f"[{one['repository']}](https://github.com/{one['repository']})"
+        cases = sum(len(run.get("cuts", [0])) for run in one["runs"] if "setting" not in run)
+        lines.append(f"| `{name}` | {code} | `{one['commit'][:12]}` | {cases} |")
+    costs = [run for run in found["methods"]["sparsevlm"]["runs"] if "setting" in run]
+    said = ", ".join(f"{run['setting']}: {run['average']:.2f} ({run['counted']:.2f})" for run in costs)
+    same, kept = (
+        sum(run[key] for run in found["methods"]["dart"]["runs"]) for key in ("also_kept_in_set_order", "keep")
+    )
+    return [
+        *lines,
+        "",
+        "SparseVLM's settings, the rows of 576 that its code gives a layer of 32 on average, and in brackets those it",
+        f"counts, a layer that cuts by what it leaves: {said}.",
+        f"DART: of {kept} tokens that are kept in raster order, {same} are kept in the order of a Python set too.",
+        "",
+        "`results/authors-choices.json`: `python runs/authors_choices.py FOLDER`.",
+        "",
+    ]
 
 
 def page() -> str:
@@ -229,6 +298,8 @@ def page() -> str:
     shortens = ", ".join(sorted(name for name, family in FAMILIES.items() if family.merges))
     drops = ", ".join(sorted(name for name, family in FAMILIES.items() if family.layers))
     flat = ", ".join(sorted(name for name, family in FAMILIES.items() if family.grid is unknown))
+    if old := unmeasured():
+        lines += ["", BEFORE.format(f"Lab scores of {', '.join(f'`{spec}`' for spec in old)} were")]
     lines += [
         "",
         "- `features`, `question`, `key`: every family.",
@@ -238,8 +309,8 @@ def page() -> str:
         f"- In the LLM (needs in italics): {drops}. There `keep` is the average over the layers.",
         "- Towers without a CLS token (SigLIP, Qwen): where a method reads the CLS token's attention, it reads the",
         "  mean attention that each token receives.",
-        "- `hiprune`, `vscan` and `vscan_vision` read a block of the vision tower by its number, by default that of",
-        "  CLIP's 24; a tower with fewer blocks needs another: `hiprune:middle=1`, `vscan:shallow=0`.",
+        "- `hiprune`, `vscan` and `vscan_vision` read a block of the vision tower by its number, from 0, by default",
+        "  one of CLIP's 24; a tower with fewer blocks needs another: `hiprune:middle=1`, `vscan:shallow=0`.",
         "- Cuts in the LLM are those published for 32 layers (`pumer`: 12), at the same relative depth; `fastv`,",
         "  `dart` and `ptp` cut at the layer that `layer` says.",
         "- `cdpruner` reads CLIP's own text tower where it is given one, from Python:",
@@ -251,7 +322,9 @@ def page() -> str:
         "- Wrappers are typed around others: `mmr(norm)`, `spread(visionzip):floor=0.5`, `ensemble(norm,divprune)`.",
         "",
     ]
-    return "\n".join([*lines, *(timing(speed) if speed else []), *(beside_authors(authors) if authors else [])])
+    return "\n".join(
+        [*lines, *held_to_code(), *(timing(speed) if speed else []), *(beside_authors(authors) if authors else [])]
+    )
 
 
 if __name__ == "__main__":

@@ -127,11 +127,13 @@ def test_sparsevlm_chooses_alike_among_many():
         2,
         keep,
         torch.arange(n),
-        VisualTokens(features, n, question=question),
+        VisualTokens(features, n),
         hidden=hidden[places],
         last=attention[:, -1, places],
         question=attention[:, n + 1 :, 1 : n + 1],
         text=hidden[n + 1 :],
+        after=torch.ones(t, dtype=torch.bool),
+        words=question,
     )
     ours = pruner.select_at(2, seen)
     assert ours.indices.tolist() == pick.tolist() == left[0].tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
@@ -12,6 +12,8 @@ import gripvlm
 from gripvlm.errors import BudgetError, GripError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import FAMILIES
 from gripvlm.models.layers import drop_in_layers
+from gripvlm.models.renamed import cache_of
+from gripvlm.models.text import words
 from gripvlm.pruners import LayerPruner, LayerTokens, Merge, Selection, top_k
 from gripvlm.pruners.fastv import FastV
 from gripvlm.pruners.layered import average, geometric_cuts, one_cut
@@ -41,9 +43,24 @@ class Steps(LayerPruner):
     def select_at(self, layer: int, tokens: LayerTokens) -> torch.Tensor:
         assert tokens.hidden.shape[0] == tokens.keys.shape[0] == tokens.last.shape[1] == tokens.n
         assert tokens.question.shape[1] == tokens.text.shape[0]
+        assert (tokens.question.sum((0, 2))[tokens.after] > 0).all()
         assert torch.allclose(tokens.question[:, -1], tokens.last, atol=1e-6)  # a word is last here
         assert tokens.input.features[tokens.rows].shape[0] == tokens.n
         return top_k(tokens.question.mean((0, 1)) + 1e-3 * tokens.hidden.norm(dim=-1).float(), tokens.keep)
+
+
+@dataclass(frozen=True)
+class Noting(Steps):
+    """Notes what it is shown at its one cut."""
+
+    layer_needs: ClassVar[frozenset[str]] = frozenset({"hidden", "text", "words", "key_sizes", "norm"})
+
+    cuts: tuple[int, ...] = (2,)
+    seen: list[LayerTokens] = field(default_factory=list)
+
+    def select_at(self, layer: int, tokens: LayerTokens) -> torch.Tensor:
+        self.seen.append(tokens)
+        return torch.arange(tokens.keep)
 
 
 def stages_of(ids, mask, selections) -> dict[int, torch.Tensor]:
@@ -86,6 +103,28 @@ def test_generate_inside_the_block_equals_masking_the_later_layers(name, pruner,
     assert lengths[3] < full
     assert all(abs(s.paid - KEEP * s.n) <= 0.5 for sample in record.selections for s in sample)
     assert not any(layer._forward_pre_hooks for layer in model.get_decoder().layers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_shows_the_text_around_each_image(name):
+    """Sizes of keys, embeddings and what comes after the image, as the full model has them."""
+    model, batch, spy = build(name), make(TINY[name], IMAGES, WORDS), Noting()
+    with gripvlm.prune(model, spy, keep=KEEP):
+        model.generate(**batch.inputs, **GREEDY)
+    once = cache_of(model.generate(**batch.inputs, **{**GREEDY, "max_new_tokens": 1}))
+    sizes = once.layers[1].keys.abs().sum((1, 3))
+    assert {tokens.sample for tokens in spy.seen} == {0, 1}
+    visual = [(ids == IMAGE).nonzero().flatten() for ids in batch.inputs["input_ids"]]
+    for tokens in spy.seen:
+        ids = batch.inputs["input_ids"][tokens.sample]
+        said, left = words(model, batch.inputs)[tokens.sample].nonzero().flatten(), visual[tokens.sample]
+        mine, visual[tokens.sample] = left[: tokens.n], left[tokens.n :]
+        assert tokens.after.tolist() == [place > int(mine[-1]) for place in said.tolist()]
+        torch.testing.assert_close(tokens.key_sizes, sizes[tokens.sample, mine], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(tokens.text_key_sizes, sizes[tokens.sample, said], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(tokens.words, model.get_input_embeddings()(ids[said]), atol=0, rtol=0)
+        torch.testing.assert_close(tokens.norm(tokens.text), model.get_decoder().norm(tokens.text), atol=0, rtol=0)
+        assert tokens.text.shape == tokens.words.shape
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3"])

@@ -259,7 +259,7 @@ def test_pairs_that_cannot_work_are_refused_when_attached(spec, name):
 @pytest.mark.parametrize("spec", ["hiprune", "vscan_vision:window=2", "spread(hiprune)"])
 def test_blocks_that_a_tower_does_not_have_are_refused_when_attached(spec):
     """llava's tiny tower has 3 blocks; the published ones are CLIP's."""
-    said = r"reads a block of the vision tower by its number, but there is no layer [59] in this CLIP\w+: it has 3"
+    said = r"reads a block of the vision tower by its number, but there is no layer [58] in this CLIP\w+: it has 3"
     with pytest.raises(InputError, match=rf"{said}, from 0 to 2; the pruner's options are \w"):
         gripvlm.prune(build("llava"), spec, 4).__enter__()
 

@@ -54,7 +54,7 @@ def tokens(h: int, w: int, keep: int, seed: int = 0, **fields) -> VisualTokens:
     question = torch.randn(3, 8, generator=generator)
     vision = {
         layer: VisionRows(*torch.rand(2, 2, h * w, generator=generator), torch.randn(h * w, 4, generator=generator))
-        for layer in (0, 5, 9, -2, -1)
+        for layer in (0, 5, 8, -2, -1)
     }
     patches = torch.randn(h * w, 6, generator=generator)
     return VisualTokens(

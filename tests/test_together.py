@@ -78,10 +78,8 @@ def vispruner(pruner, tokens: VisualTokens) -> list[int]:
     rows = normalize(tokens.patches.float(), dim=-1)
     while (over := rest.numel() - (tokens.keep - first)) > 0:
         alike = (rows[rest[::2]] @ rows[rest[1::2]].T).amax(dim=1)
-        drop = torch.sort(alike, descending=True, stable=True).indices[: min(pruner.step, over)]
-        stays = torch.ones_like(rest, dtype=torch.bool)
-        stays[2 * drop] = False
-        rest = rest[stays]
+        stays = torch.sort(alike, descending=True, stable=True).indices[min(pruner.step, over) :]
+        rest = torch.cat((rest[::2][stays], rest[1::2]))
     return sorted([*order[:first].tolist(), *rest.tolist()])
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import second
 from gripvlm.errors import PrunerError
 from gripvlm.pruners import Merge, Selection, VisionRows, VisualTokens, get_pruner
 from gripvlm.pruners.apportion import apportion
@@ -27,6 +28,7 @@ from gripvlm.pruners.visionzip import VisionZip
 from gripvlm.pruners.vispruner import VisPruner
 from gripvlm.pruners.vscan_vision import VScanVision
 from naive import cosine
+from second import falling
 
 GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
@@ -40,7 +42,7 @@ def made(h: int, w: int, k: int, seed: int = 0, image: int = 0) -> VisualTokens:
 
     vision = {
         layer: VisionRows(randn(2, h * w).softmax(-1), randn(2, h * w).softmax(-1), randn(h * w, 5))
-        for layer in (0, 5, 9, -2, -1)
+        for layer in (0, 5, 8, -2, -1)
     }
     return VisualTokens(
         randn(h * w, 6), k, (h, w), question=randn(3, 6), image=image, vision=vision, patches=randn(h * w, 7)
@@ -61,11 +63,6 @@ def cls(tokens: VisualTokens, layer: int) -> list[float]:
 
 def received(tokens: VisualTokens, layer: int) -> list[float]:
     return tokens.vision[layer].received.double().mean(0).tolist()
-
-
-def falling(values: list[float], among: list[int] | range | None = None) -> list[int]:
-    """Indices by falling value; among equals the lower first."""
-    return sorted(range(len(values)) if among is None else sorted(among), key=lambda i: -values[i])
 
 
 def rows_of(tokens: VisualTokens, selection: Selection) -> Tensor:
@@ -136,15 +133,7 @@ def test_vispruner_follows_the_rule(grid, seed, important, step, data):
     tokens = drawn(data, grid, seed)
     k, x = tokens.keep, tokens.patches
     assert x is not None
-    order = falling(cls(tokens, -2))
-    first, rest = order[: math.floor(important * k)], order[math.floor(important * k) :]
-    wanted = k - len(first)
-    while len(rest) > wanted and wanted:
-        odd = rest[1::2]
-        alike = {i: max(cosine(x[i], x[j]) for j in odd) if odd else -2.0 for i in rest[::2]}
-        drop = sorted(alike, key=lambda i: -alike[i])[: min(step, len(rest) - wanted)]
-        rest = [i for i in rest if i not in drop]
-    expected = sorted(first + (rest if wanted else []))
+    expected = second.vispruner(cls(tokens, -2), x, k, important, step)
     assert VisPruner(important, step).select(tokens).indices.tolist() == expected
 
 
@@ -217,33 +206,32 @@ def test_hired_spends_where_the_thumbnail_looks():
 @given(GRIDS, st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.data())
 def test_hiprune_follows_the_rule(grid, seed, alpha, data):
     tokens = drawn(data, grid, seed)
-    h, w = grid
-    chosen: list[int] = []
-    for anchor in falling(received(tokens, 9))[: math.floor(alpha * tokens.keep / 5)]:
-        y, x = divmod(anchor, w)
-        around = [(y, x), (y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)]
-        chosen += [b * w + c for b, c in around if 0 <= b < h and 0 <= c < w and b * w + c not in chosen]
-    chosen += [i for i in falling(received(tokens, -2)) if i not in chosen][: tokens.keep - len(chosen)]
-    assert HiPrune(alpha).select(tokens).indices.tolist() == sorted(chosen)
+    chosen = second.hiprune(received(tokens, 8), received(tokens, -2), grid[1], tokens.keep, alpha)
+    assert HiPrune(alpha).select(tokens).indices.tolist() == chosen
+    deep = second.hiprune(received(tokens, 8), received(tokens, -1), grid[1], tokens.keep, alpha)
+    assert HiPrune(alpha, deep=-1).select(tokens).indices.tolist() == deep
+
+
+def test_hiprune_counts_as_python_rounds():
+    """75 x 0.1 / 5 = 1.5 is 2 anchors, 125 x 0.1 / 5 = 2.5 is 2; neighbours as the code takes them."""
+    for keep, anchors in ((74, 1), (75, 2), (125, 2), (126, 3)):
+        middle = torch.zeros(24 * 24)
+        middle[[300, 420, 540]] = torch.tensor([3.0, 2, 1])
+        vision = {8: VisionRows(middle[None]), -2: VisionRows(torch.linspace(1e-3, 0, 576)[None])}
+        kept = HiPrune().select(VisualTokens(torch.zeros(576, 1), keep, (24, 24), vision=vision)).indices.tolist()
+        around = {anchor + step for anchor in (300, 420, 540)[:anchors] for step in (0, -1, 1, -24, 24)}
+        assert kept == [*range(keep - 5 * anchors), *sorted(around)]  # registers are at the top
+    corner = {8: VisionRows(torch.tensor([[0.0, 0, 0, 1, 0, 0, 0, 0, 0]])), -2: VisionRows(torch.zeros(1, 9))}
+    tokens = VisualTokens(torch.zeros(9, 1), 5, (3, 3), vision=corner)
+    assert HiPrune(alpha=1.0).select(tokens).indices.tolist() == [0, 2, 3, 4, 6]  # 2 ends the row above
 
 
 @settings(max_examples=25, deadline=None)
 @given(GRIDS, st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([1, 2, 3]), st.data())
 def test_vscan_follows_the_rule(grid, seed, local, size, data):
     tokens = drawn(data, grid, seed)
-    (h, w), near, x = grid, cls(tokens, 5), tokens.features.double()
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i in range(h * w):
-        groups.setdefault((i // w // size, i % w // size), []).append(i)
-    rounds = [falling(near, group) for group in groups.values()]
-    quota, chosen = math.floor(local * tokens.keep + 0.5), []
-    for turn in range(h * w):
-        chosen += falling(near, [group[turn] for group in rounds if turn < len(group)])
-    chosen = chosen[:quota]
-    chosen += [i for i in falling(cls(tokens, -2)) if i not in chosen][: tokens.keep - quota]
-    went: dict[int, list[int]] = {i: [i] for i in chosen}
-    for i in set(range(h * w)) - set(chosen):
-        went[max(sorted(chosen), key=lambda j: cosine(x[i], x[j]))].append(i)
+    x = tokens.features.double()
+    went = second.vscan(cls(tokens, 5), cls(tokens, -2), x, grid, tokens.keep, local, size)
     expected = {i: sum(x[j] for j in those) / len(those) for i, those in went.items()}
     agrees(tokens, VScanVision(local, size).select(tokens), expected)
     assert VScanVision(local, size, merge=False).select(tokens).merge is None
@@ -308,14 +296,9 @@ def test_dart_follows_the_rule(grid, seed, pivots, words, data):
     tokens = drawn(data, grid, seed)
     x, text, k = tokens.features, tokens.question, tokens.keep
     assert text is not None
-    own = sorted(falling(x.abs().sum(1).tolist())[: min(k, pivots)])
-    ends = [x[i] for i in own] + [text[i] for i in sorted(falling(text.abs().sum(1).tolist())[:words])]
-    chosen = list(own)
-    for number, end in enumerate(ends):
-        share = (k - len(own)) // len(ends) + (number < (k - len(own)) % len(ends))
-        rest = sorted((i for i in range(tokens.n) if i not in chosen), key=lambda i: cosine(x[i], end))
-        chosen += rest[:share]
-    assert DARTInput(pivots, words).select(tokens).indices.tolist() == sorted(chosen)
+    sizes = [part.abs().sum(1).tolist() for part in (x, text)]
+    expected = second.dart(x, sizes[0], text, sizes[1], k, pivots, words)
+    assert DARTInput(pivots, words).select(tokens).indices.tolist() == expected
 
 
 def scaled(values: list[float]) -> list[float]:

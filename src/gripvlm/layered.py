@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gripvlm.models.attention import watch_attention
+from gripvlm.models.attention import last_norm, watch_attention
 from gripvlm.models.calls import one_run
 from gripvlm.models.layers import Change, Dropped, Held, drop_in_layers, no_labels
-from gripvlm.models.text import words
+from gripvlm.models.text import questions, words
 from gripvlm.pruners import LayerPruner, LayerTokens, Merge, Selection, VisualTokens
 from gripvlm.selections import checked_selection
 
@@ -55,6 +55,7 @@ class LayerRun:
         self.model, self.pruner, self.batch, self.first, self.schedules = model, pruner, batch, first, schedules
         self.inputs, self.needs = inputs, pruner.layer_needs
         self.words = words(model, inputs)
+        self.embedded = questions(model, inputs, None) if "words" in self.needs else []
         self.layers = len(model.get_decoder().layers)
         self.cuts = sorted(
             {
@@ -86,6 +87,7 @@ class LayerRun:
             "last": lambda length: None if self.done else [length - 1],
             "question": lambda length: None if self.done else self._places(length),
             "keys": lambda length: None if self.done else "keys",
+            "key_sizes": lambda length: None if self.done else "key_sizes",
         }
         with ExitStack() as stack:
             choose, forget = {cut: self._at(cut) for cut in self.cuts}, self.pruner.forgets(self.layers)
@@ -150,7 +152,7 @@ class LayerRun:
             began = time.perf_counter()
             keep, repeat = visual.clone(), hidden.shape[0] // len(self.batch)
             noted = {name: found.pop(cut - 1)[-1] for name, found in self.seen.items() if found.get(cut - 1)}
-            text = self._text(*hidden.shape[:2]) if "question" in self.needs and not self.done else None
+            text = self._text(*hidden.shape[:2]) if self.needs & {"question", "text"} and not self.done else None
             merges: list[Merged] = []
             for row in range(hidden.shape[0]):
                 places, start = visual[row].nonzero().flatten(), 0
@@ -207,17 +209,28 @@ class LayerRun:
         text: Tensor | None,
     ) -> LayerTokens:
         """What the pruner sees of the image whose tokens lie at the places `mine` of this row."""
-        asked: dict[str, Tensor] = {}
+        asked: dict[str, Any] = {}
         if "hidden" in self.needs:
             asked["hidden"] = hidden[row, mine]
         if "last" in self.needs:
             asked["last"] = noted["last"][row, :, 0, mine]
         if "keys" in self.needs:
             asked["keys"] = noted["keys"][row, mine]
+        if "key_sizes" in self.needs:
+            sizes = noted["key_sizes"][row].to(hidden.device)
+            asked["key_sizes"] = sizes[mine]
+        if "words" in self.needs:
+            asked["words"] = self.embedded[row // (hidden.shape[0] // len(self.batch))].to(hidden.device)
+        if "norm" in self.needs:
+            asked["norm"] = last_norm(self.model)
         if text is not None:
-            own = text[row, text.any(0)]  # which of the places that were watched are this prompt's
-            asked["question"] = noted["question"][row][:, own][..., mine]
-            asked["text"] = hidden[row, text[row].to(hidden.device)]
+            said = text[row].nonzero().flatten().to(hidden.device)
+            asked["text"], asked["after"] = hidden[row, said], said > mine[-1]
+            if "question" in self.needs:
+                own = text[row, text.any(0)]  # which of the places that were watched are this prompt's
+                asked["question"] = noted["question"][row][:, own][..., mine]
+            if "key_sizes" in self.needs:
+                asked["text_key_sizes"] = sizes[said]
         return LayerTokens(cut, count, rows, known, **asked)
 
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from gripvlm.errors import InputError
 from gripvlm.models.calls import before_attention
 
-__all__ = ["blocks_of", "merged_rows", "modules_of", "watch_attention"]
+__all__ = ["blocks_of", "last_norm", "merged_rows", "modules_of", "watch_attention"]
 
 Queries: TypeAlias = Sequence[int] | str | Callable[[int], Sequence[int] | str | None]
-_NAMED = ("received", "to_first", "keys")
+_NAMED = ("received", "to_first", "keys", "key_sizes")
 _CHUNK = 256  # queries at a time for "received"
 
 
@@ -45,6 +45,8 @@ class _Watch:
         with torch.no_grad():
             if queries == "keys":
                 self.seen.setdefault(layer, []).append(key.float().mean(1))
+            elif queries == "key_sizes":
+                self.seen.setdefault(layer, []).append(key.float().abs().sum((1, 3)))
             else:
                 self.seen.setdefault(layer, []).append(_weights(module, query, key, mask, options, queries))
         return mask
@@ -61,13 +63,14 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
         queries: positions of query tokens (negative ones from the end); a function that returns them
             for a call over so many queries, None for a call to leave out; "received" for the mean over
             all queries that are no padding; "to_first" for the weight of every query on the first key; or
-            "keys" for the keys instead.
+            "keys" for the keys instead, "key_sizes" for their L1 norms.
 
     Yields:
         A dict, filled while the model runs: layer -> list (calls of its attention, in order) of
-        float32 tensors [B, heads, len(queries), L], or [B, heads, L] for "received" and "to_first", or [B, L, d_h], the
-        mean over heads after rotary positions, for "keys". Towers that
-        attend by window or by image make one call for each, in their own order: see `merged_rows`.
+        float32 tensors [B, heads, len(queries), L], or [B, heads, L] for "received" and "to_first"; of keys after
+        rotary positions [B, L, d_h], the mean over heads, for "keys", and [B, L], the sum over heads, for
+        "key_sizes". Towers that attend by window or by image make one call for each, in their own order: see
+        `merged_rows`.
 
     Only modules below `root` are watched, and only in this block's calls (`models/calls.py`): other models, and
     this one in other threads, run as they would.
@@ -79,9 +82,7 @@ def watch_attention(root: Any, layers: Sequence[int], queries: Queries) -> Itera
             does not say what each query sees.
     """
     if isinstance(queries, str) and queries not in _NAMED:
-        raise InputError(
-            f"queries={queries!r}: give positions, such as [0] or [-1], or 'received', 'to_first' or 'keys'"
-        )
+        raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or one of {', '.join(_NAMED)}")
     watch = _Watch(modules_of(root, layers), queries)
     with before_attention(watch):
         yield watch.seen
@@ -136,6 +137,12 @@ def blocks_of(root: nn.Module) -> nn.ModuleList:
             f"a {type(root).__name__} has no blocks whose attention could be read: use a pruner of features only"
         )
     return max(lists, key=len)
+
+
+def last_norm(model: Any) -> Callable[[Tensor], Tensor]:
+    """What a model's language model does to the states of its last layer; states come back where they were."""
+    norm = model.get_decoder().norm
+    return lambda states: norm(states.to(norm.weight.device)).to(states.device)
 
 
 def modules_of(root: Any, layers: Sequence[int]) -> dict[int, int]:

@@ -17,13 +17,17 @@ __all__ = ["DART"]
 class DART(LayerPruner):
     """Duplication-aware reduction (arXiv 2502.11494) before layer `layer` of the language model.
 
-    Image pivots: the tokens whose keys have the largest L1 norm. Each pivot, of image and text, adds an
-    equal share of the tokens: those whose hidden states have the smallest cosine to its own.
+    Pivots: the image's tokens, and the text tokens after the image, whose keys in the layer before have the largest
+    L1 norm, over all heads. Each pivot adds an equal share of the tokens: those with the smallest cosine to it, of
+    the hidden states after the model's last norm.
 
     1. `keep` is the average over layers: what goes on after the cut is solved from it.
-    2. Keys are those of the layer before, the mean over heads. Text pivots are the text tokens whose hidden
-       states have the largest L1 norm: their keys are not among what a pruner gets.
-    3. k is exact; ties go to the lower index; kept tokens stay at their positions, as in the code.
+    2. Pivots take their shares in raster order, the image's before the text's. The code goes through a Python set
+       of positions, whose order is that of hashes.
+    3. Special tokens are no pivots, as they are in the code. Without text after the image, where the code stops, the
+       image pivots share k.
+    4. k is exact, where the code keeps 4 + 8 (k // 8); ties go to the lower index; kept tokens stay at their
+       positions, as in the code.
 
     Attributes:
         layer: 1 or more; 2 as in the code.
@@ -33,7 +37,7 @@ class DART(LayerPruner):
 
     name: ClassVar[str] = "dart"
     needs: ClassVar[frozenset[str]] = frozenset()
-    layer_needs: ClassVar[frozenset[str]] = frozenset({"hidden", "keys", "question"})
+    layer_needs: ClassVar[frozenset[str]] = frozenset({"hidden", "text", "key_sizes", "norm"})
     source: ClassVar[str] = "DART, arXiv 2502.11494 (EMNLP 2025)"
 
     layer: int = 2
@@ -49,8 +53,14 @@ class DART(LayerPruner):
 
     def select_at(self, layer: int, tokens: LayerTokens) -> Selection:
         assert tokens.hidden is not None  # promised by `layer_needs`
-        assert tokens.keys is not None
+        assert tokens.norm is not None
+        assert tokens.key_sizes is not None
         assert tokens.text is not None
-        size = tokens.keys.float().abs().sum(dim=1)
-        chosen = least_duplicates(size, tokens.hidden, tokens.text, tokens.keep, self.pivots, self.text_pivots)
+        assert tokens.after is not None
+        assert tokens.text_key_sizes is not None
+        states, text = tokens.norm(tokens.hidden), tokens.norm(tokens.text[tokens.after])
+        text_sizes = tokens.text_key_sizes[tokens.after]
+        chosen = least_duplicates(
+            states, tokens.key_sizes, text, text_sizes, tokens.keep, self.pivots, self.text_pivots
+        )
         return Selection(chosen, tokens.n)

@@ -15,15 +15,17 @@ from gripvlm.pruners.base import Pruner, Selection, VisualTokens, top_k
 __all__ = ["DARTInput", "least_duplicates"]
 
 
-def least_duplicates(size: Tensor, states: Tensor, text: Tensor, k: int, pivots: int, text_pivots: int) -> Tensor:
-    """[k] indices: the `pivots` largest of [n] sizes, then for each pivot its share of the least similar others.
+def least_duplicates(
+    states: Tensor, sizes: Tensor, text: Tensor, text_sizes: Tensor, k: int, pivots: int, text_pivots: int
+) -> Tensor:
+    """[k] indices: the `pivots` rows with the largest sizes, then for each pivot its share of the least similar others.
 
-    Pivots are rows of `states` [n, d] and the `text_pivots` rows of `text` [t, d] with the largest L1
-    norm. One after the other, in the order of rows, each adds the remaining tokens with the smallest
-    cosine to it: all the same number, one more for the first ones where it does not divide.
+    Pivots are rows of `states` [n, d], by `sizes` [n], and the `text_pivots` rows of `text` [t, d] with the largest
+    of `text_sizes` [t]. One after the other, in the order of rows and the image's first, each adds the remaining
+    tokens with the smallest cosine to it: all the same number, one more for the first ones where it does not divide.
     """
-    own = top_k(size, min(pivots, k))
-    words = top_k(text.float().abs().sum(dim=1), min(text_pivots, text.shape[0]))
+    own = top_k(sizes, min(pivots, k))
+    words = top_k(text_sizes, min(text_pivots, text.shape[0]))
     rows = normalize(states.float(), dim=-1)
     ends = torch.cat((rows[own], normalize(text.float(), dim=-1)[words].to(rows)))
     alike = rows @ ends.T  # [n, p]
@@ -44,9 +46,11 @@ class DARTInput(Pruner):
     embeddings with the largest one. Each pivot adds an equal share of k: the tokens with the smallest
     cosine to it. See `least_duplicates`.
 
-    1. Before the language model there are no keys or states: its input rows stand in for both. `dart`
-       is the method as published, after a layer.
-    2. k is exact; ties go to the lower index; raster order is restored.
+    1. Before the language model there are no keys or states: its input rows stand in for both, without its last
+       norm. `dart` is the method as published, after a layer.
+    2. All words of the question may be pivots: where they stand in the prompt is not known here. Without any, the
+       image pivots share k.
+    3. k is exact; ties go to the lower index; raster order is restored.
 
     Attributes:
         pivots: image pivots, at least 1.
@@ -67,6 +71,6 @@ class DARTInput(Pruner):
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.question is not None  # promised by `needs`
         rows = tokens.features
-        size = rows.float().abs().sum(dim=1)
-        chosen = least_duplicates(size, rows, tokens.question, tokens.keep, self.pivots, self.text_pivots)
+        sizes, text_sizes = (part.float().abs().sum(dim=1) for part in (rows, tokens.question))
+        chosen = least_duplicates(rows, sizes, tokens.question, text_sizes, tokens.keep, self.pivots, self.text_pivots)
         return Selection(chosen, tokens.n)

@@ -27,8 +27,11 @@ class HiRED(ScorePruner):
     block 0, lie in the tile's part of the picture. One picture without tiles: the k largest scores.
 
     1. Shares are exact (see `apportion`): the code's rounding loses tokens. Every tile keeps one.
-    2. How tiles lie is not in the data a pruner gets: say it with `layout`. It works through `allot`.
-    3. Towers without a CLS token: the mean attention received.
+    2. A tile's part is where the tile lies, as in the paper. The code cuts the thumbnail's raster into as many
+       contiguous strips as there are tiles, for 2 x 2 tiles a quarter of the height each: of tiles that lie side by
+       side, each is given a strip as wide as both.
+    3. How tiles lie is not in the data a pruner gets: say it with `layout`. It works through `allot`.
+    4. Towers without a CLS token: the mean attention received.
 
     Attributes:
         alpha: in [0, 1].

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -28,7 +28,7 @@ __all__ = [
     "one_cut",
 ]
 
-LAYER_NEEDS = frozenset({"hidden", "last", "question", "keys"})
+LAYER_NEEDS = frozenset({"hidden", "last", "question", "text", "words", "keys", "key_sizes", "norm"})
 """Everything a pruner may name in `layer_needs`; what it does not name is None."""
 
 Schedule: TypeAlias = Mapping[int, int]
@@ -50,8 +50,13 @@ class LayerTokens:
             on these tokens, head by head.
         question: [H, t, n] the same for each of the prompt's t text tokens (those that are not special
             tokens), in order. Under causal attention those ahead of the image do not see it: zeros.
-        text: [t, d] hidden states of these text tokens that enter the layer, with "question".
+        text: [t, d] hidden states of these text tokens that enter the layer; also with "question".
+        after: [t] bool, which of these text tokens come after the image; with "question" or "text".
+        words: [t, d] embeddings of these text tokens, as they entered the first layer.
         keys: [n, d_h] keys of the layer before, the mean over its key heads, after rotary positions.
+        key_sizes: [n] L1 norms of the same keys over all heads and dimensions.
+        text_key_sizes: [t] those of the text tokens; with "key_sizes" and "question" or "text".
+        norm: the language model's last norm, which makes of states [..., d] what its head reads.
     """
 
     layer: int
@@ -62,7 +67,12 @@ class LayerTokens:
     last: Tensor | None = None
     question: Tensor | None = None
     text: Tensor | None = None
+    after: Tensor | None = None
+    words: Tensor | None = None
     keys: Tensor | None = None
+    key_sizes: Tensor | None = None
+    text_key_sizes: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
 
     @property
     def n(self) -> int:
@@ -78,6 +88,17 @@ class LayerTokens:
     def image(self) -> int:
         """The image's position in its prompt."""
         return self.input.image
+
+    @property
+    def asked(self) -> Tensor:
+        """[H, r, n], r >= 1: `question`, of the text after the image alone; where there is none, `last`.
+
+        Text ahead of the image does not see it: a ranking by its attention would be all ties.
+        """
+        assert self.question is not None  # a pruner that asks for this names "question" and "last"
+        assert self.after is not None
+        assert self.last is not None
+        return self.question[:, self.after] if bool(self.after.any()) else self.last[:, None]
 
 
 class LayerPruner(Pruner):

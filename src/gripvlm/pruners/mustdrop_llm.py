@@ -22,9 +22,9 @@ __all__ = ["MustDropLLM"]
 class MustDropLLM(LayerPruner):
     """Multi-stage dropping (arXiv 2411.10803): vision, prefill and, with `decode`, decoding; see `mustdrop`.
 
-    Prefill: before each of the layers `cuts`, with a_tv the attention of text token t on visual token v, the mean
-    over heads, v goes where sum_t a_tv < g sum_tv a_tv and max_t a_tv < i, both. The tokens that the vision stage
-    always keeps stay.
+    Prefill: before each of the layers `cuts`, 3, 7, 11 and 15 of 32, with a_tv the attention of text token t on visual
+    token v in the layer before, the mean over heads, v goes where sum_t a_tv < g sum_tv a_tv and max_t a_tv < i, both.
+    The tokens that the vision stage always keeps stay.
 
     Decoding, the output-aware cache policy: once the prompt has run, what the last cut has not kept goes from the
     caches of the layer before the first cut and those after it, so that the answer is written from the same
@@ -35,17 +35,14 @@ class MustDropLLM(LayerPruner):
     2. `keep` is the average over layers: `first` x keep rows enter, and the same share goes on at each cut. For
        large budgets all rows enter, for small ones fewer than `first` x keep, so that one is left.
     3. If more tokens are always kept than k, the best ranked of these stay.
-    4. Attention is that of the layer before the cut. Without text, the last token's.
+    4. Without text after the image, the attention of the prompt's last token.
     5. The decoding stage is off by default: `keep` is what the prompt's layers see, and it comes on top. The first
-       layer's cache is never shortened, since positions are counted by it. Stage and layers are those of the
-       authors' code (liuting20/MustDrop at 909afa5, whose cuts are after layers 2, 6, 10 and 14 of 32: here
-       cuts=(3, 7, 11, 15)).
+       layer's cache is never shortened, since positions are counted by it.
 
     Attributes:
         ratio: g / i.
         first: rows that enter, as a multiple of keep, at least 1; the paper's depends on the image.
-        cuts: layers of a model of 32, SparseVLM's, which its code starts from; other depths cut at the same
-            relative ones.
+        cuts: layers of a model of 32; other depths cut at the same relative ones.
         tau, keys: see `mustdrop`.
         decode: also the decoding stage.
     """
@@ -58,7 +55,7 @@ class MustDropLLM(LayerPruner):
 
     ratio: float = 1.1
     first: float = 1.5
-    cuts: tuple[int, ...] = (2, 6, 15)
+    cuts: tuple[int, ...] = (3, 7, 11, 15)
     tau: float = 0.8
     keys: float = 0.08
     decode: bool = False
@@ -82,10 +79,7 @@ class MustDropLLM(LayerPruner):
         return MustDrop(self.tau, self.keys).select(tokens)
 
     def select_at(self, layer: int, tokens: LayerTokens) -> Selection:
-        assert tokens.question is not None  # promised by `layer_needs`
-        assert tokens.last is not None
-        seen = tokens.question if tokens.question.shape[1] else tokens.last[:, None]
-        seen = seen.float().mean(dim=0)  # [t, n]
+        seen = tokens.asked.float().mean(dim=0)  # [t, n]
         share = seen.sum(dim=0) / seen.sum().clamp(min=torch.finfo(seen.dtype).tiny)
         scores = torch.maximum(share / self.ratio, seen.amax(dim=0))
         looked = looked_at(tokens.input, -1)

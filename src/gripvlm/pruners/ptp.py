@@ -27,7 +27,7 @@ class PTP(LayerPruner):
     f = (1 - alpha) b + alpha c, each region as many as its saliency b earns.
 
     1. `keep` is the average over layers: what goes on after the cut is solved from it, and that is what the
-       regions share; each pays for all its rows before.
+       regions share; each pays for all its rows before. Without text after the image, c = 0.
     2. b and c are both scaled; unscaled, c is about 1e-3 and alpha hardly matters.
     3. Departures 1 to 3 of `ptp_vision`.
 
@@ -71,9 +71,10 @@ class PTP(LayerPruner):
 
     def select_at(self, layer: int, tokens: LayerTokens) -> Selection:
         assert tokens.question is not None  # promised by `layer_needs`
+        assert tokens.after is not None
         base = saliency(tokens.input)[tokens.rows]
         asked = torch.zeros_like(base)
-        if tokens.question.shape[1]:
+        if bool(tokens.after.any()):
             asked = min_max(tokens.question.float().mean(dim=0).amax(dim=0)).to(base.device)
         scores = (1 - self.alpha) * base + self.alpha * asked
         kept = best_of_regions(scores, base, tokens.keep, tokens.input.grid, self.windows)

@@ -22,20 +22,23 @@ class PuMer(LayerPruner):
     """Text-informed pruning and modality-aware merging (ACL 2023, acl-long.721), inside a language model.
 
     At each cut, c_j = the attention of the text on token j, the mean over text tokens and heads: the
-    lowest are dropped. The others, in falling order of c, are matched by bipartite soft matching on
-    their keys, even places with odd ones, and the closest pairs become their mean.
+    lowest are dropped. The m others, in falling order of c, are matched by bipartite soft matching on
+    their keys, even places with odd ones, and the closest pairs become their mean: at most (m - 1) // 2 of
+    them, since the token with the highest c is not merged away.
 
     1. PuMer is for cross-modal encoders and fine-tuned with reduction; this is its reducer, untrained, in a
-       decoder. Cuts are at 2, 5 and 8 of 12 layers, as in the paper's ViLT, at the same relative depth.
+       decoder. The paper's ViLT reduces in the layers 2, 5 and 8 of 12, between attention and MLP; here after that
+       MLP, before the layers 3, 6 and 9, at the same relative depth.
     2. `keep` is the average over layers, the same share going on at each cut. Of the tokens that have to go at
        a cut, those dropped and those merged are as prune to merge, as far as pairs go.
     3. Text is not merged: the prompt's tokens are not the pruner's. So merging is within the modality.
-    4. Text that attention hides from the image, ahead of it, counts as zero. Without text, the last token.
+    4. Text ahead of the image, which does not see it, does not count. Without text after it, the last token.
     5. A merged token stands where its odd one stood; raster order is restored for the kept ones.
 
     Attributes:
         prune, merge: shares of tokens pruned and merged; only their ratio counts.
-        order: "score" matches in the order of c as the code does, "raster" in that of the image.
+        order: "score" matches in the order of c as the code does, "raster" in that of the image, where no token
+            is protected.
         cuts: layers of a model of 12.
     """
 
@@ -47,7 +50,7 @@ class PuMer(LayerPruner):
     prune: float = 0.1
     merge: float = 0.3
     order: str = "score"
-    cuts: tuple[int, ...] = (2, 5, 8)
+    cuts: tuple[int, ...] = (3, 6, 9)
 
     def __post_init__(self) -> None:
         if self.order not in ("score", "raster") or min(self.prune, self.merge) < 0 or self.prune + self.merge <= 0:
@@ -59,22 +62,19 @@ class PuMer(LayerPruner):
         return geometric_cuts(self.name, n, keep, layers, at_depths(self.cuts, 12, layers))
 
     def merges(self, n: int, count: int) -> int:
-        """How many of the n - count tokens that go are merged: at most as many as stay."""
-        return min(count, int((n - count) * self.merge / (self.prune + self.merge) + 0.5))
+        """How many of the n - count tokens that go are merged: as pairs allow, and the protected one."""
+        return min(count - (self.order == "score"), int((n - count) * self.merge / (self.prune + self.merge) + 0.5))
 
     def select_at(self, layer: int, tokens: LayerTokens) -> Selection:
-        assert tokens.question is not None  # promised by `layer_needs`
-        assert tokens.last is not None
-        assert tokens.keys is not None
-        seen = tokens.question if tokens.question.shape[1] else tokens.last[:, None]
-        scores = seen.float().mean(dim=(0, 1))
+        assert tokens.keys is not None  # promised by `layer_needs`
+        scores = tokens.asked.float().mean(dim=(0, 1))
         merges = self.merges(tokens.n, tokens.keep)
         left = torch.sort(scores, descending=True, stable=True).indices[: tokens.keep + merges]
         if self.order == "raster":
             left = left.sort().values
         if not merges:
             return Selection(left.sort().values, tokens.n, scores)
-        source, destination = soft_matching(tokens.keys[left], merges)
+        source, destination = soft_matching(tokens.keys[left], merges, int(self.order == "score"))
         stays = torch.ones_like(left, dtype=torch.bool)
         stays[source] = False
         indices = left[stays].sort().values

@@ -21,12 +21,12 @@ class VisPruner(Pruner):
 
     Important: the largest CLS attention in the block before the last. The other tokens, sorted by
     attention, are split into those at even and at odd places; of the even ones the (at most `step`)
-    with the largest cosine to any odd one are dropped; and so on until k are left in all.
+    with the largest cosine to any odd one are dropped. The order of the next round: the even ones that are left,
+    the most similar first, then the odd ones; and so on until k are left in all.
 
-    1. The survivors stay in the order of attention; the code appends the odd ones to the even ones.
-    2. An odd number of tokens is no special case: there is one more even one than odd ones.
-    3. Towers without a CLS token: the mean attention received.
-    4. Cosines of the tower's rows, before the projector, in float32; ties go to the higher attention.
+    1. An odd number of tokens is no special case: there is one more even one than odd ones. The code stops.
+    2. Towers without a CLS token: the mean attention received.
+    3. Cosines of the tower's rows, before the projector, in float32; ties go to the higher attention.
 
     Attributes:
         important: in [0, 1].
@@ -59,8 +59,6 @@ class VisPruner(Pruner):
         while (over := left.numel() - diverse) > 0:
             even, odd = left[::2], left[1::2]
             alike = cosine[even[:, None], odd].amax(dim=1)
-            drop = torch.sort(alike, descending=True, stable=True).indices[: min(self.step, over)]
-            stays = torch.ones_like(left, dtype=torch.bool)
-            stays[2 * drop] = False
-            left = left[stays]
+            order_of_even = torch.sort(alike, descending=True, stable=True).indices
+            left = torch.cat((even[order_of_even[min(self.step, over) :]], odd))
         return Selection(torch.cat((order[:first], rest[left])).sort().values, tokens.n, scores)

@@ -19,7 +19,7 @@ __all__ = ["VScanVision"]
 class VScanVision(Pruner):
     """VScan's first stage (arXiv 2505.22654), after the encoder; both stages are `vscan`.
 
-    Local scan: round(local x k) tokens, the same number from every window of `window` x `window`, those
+    Local scan: int(local x k) tokens, the same number from every window of `window` x `window`, those
     with the largest CLS attention in the block `shallow`. Global scan: of the other tokens, the largest
     CLS attention in the block before the last, up to k. Every token that is not kept goes to the kept
     one with the most similar row (cosine), which becomes the mean of all that it stands for.
@@ -64,7 +64,7 @@ def scan(tokens: VisualTokens, local: float, window: int, shallow: int, merge: b
     order = torch.sort(near, descending=True, stable=True).indices
     place = rank_in_group(near, group)
     order = order[torch.sort(place[order], stable=True).indices]  # the best of each window, the second best, ...
-    part = int(local * tokens.keep + 0.5)
+    part = int(local * tokens.keep + 1e-9)
     kept = torch.zeros(tokens.n, dtype=torch.bool, device=near.device)
     kept[order[:part]] = True
     order = torch.sort(far, descending=True, stable=True).indices

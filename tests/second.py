@@ -1,0 +1,148 @@
+"""Second implementations of methods, after what their authors' code does: plain lists, float64, one pair at a time.
+
+What the authors' own code chose is in results/authors-choices.json, which holds these and ours to it
+(test_authors_choices.py); test_zoo_llm.py and test_zoo_vision.py hold ours to these on many other inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
+
+from naive import cosine
+
+Groups = dict[int, list[int]]
+"""Kept row -> the rows whose mean stands for it, itself among them."""
+
+
+def falling(values: Sequence[float], among: Collection[int] | range | None = None) -> list[int]:
+    """Indices by falling value; among equals the lower first."""
+    return sorted(range(len(values)) if among is None else sorted(among), key=lambda i: -values[i])
+
+
+def hiprune(middle: Sequence[float], deep: Sequence[float], width: int, keep: int, alpha: float) -> list[int]:
+    last = len(middle) - 1
+    near = set()
+    for anchor in falling(middle)[: min(keep // 5, round(keep * alpha / 5))]:
+        for place in (anchor, anchor - 1, anchor + 1, anchor - width, anchor + width):
+            near.add(0 if place < 0 else last if place > last else place)
+    registers = [i for i in falling(deep) if i not in near]
+    return sorted([*near, *registers[: keep - len(near)]])
+
+
+def vispruner(looked: Sequence[float], rows: Tensor, keep: int, share: float, step: int) -> list[int]:
+    order = falling(looked)
+    important = math.floor(share * keep + 1e-9)
+    first, rest = order[:important], order[important:]
+    if keep == important:
+        return sorted(first)
+    while len(rest) > keep - important:
+        going = min(step, len(rest) - (keep - important))
+        odd = rest[1::2]
+        alike = [(max((cosine(rows[i], rows[j]) for j in odd), default=-2.0), i) for i in rest[::2]]
+        alike.sort(key=lambda pair: -pair[0])
+        rest = [i for _, i in alike[going:]] + odd
+    return sorted(first + rest)
+
+
+def vscan(
+    near: Sequence[float], far: Sequence[float], rows: Tensor, grid: tuple[int, int], keep: int, local: float, size: int
+) -> Groups:
+    windows: dict[tuple[int, int], list[int]] = {}
+    for i in range(grid[0] * grid[1]):
+        windows.setdefault((i // grid[1] // size, i % grid[1] // size), []).append(i)
+    ranked = [falling(near, window) for window in windows.values()]
+    quota, chosen, turn = math.floor(local * keep + 1e-9), [], 0
+    while len(chosen) < quota:  # the best of each window, then the second of each, ...
+        chosen += falling(near, [window[turn] for window in ranked if turn < len(window)])[: quota - len(chosen)]
+        turn += 1
+    chosen += [i for i in falling(far) if i not in chosen][: keep - quota]
+    groups = {i: [i] for i in sorted(chosen)}
+    for i in set(range(len(near))) - set(chosen):
+        groups[max(groups, key=lambda j: cosine(rows[i], rows[j]))].append(i)
+    return groups
+
+
+def peaks(rows: Tensor, clusters: int) -> tuple[list[int], list[int]]:
+    """Centres, ascending, and the place of each row's centre among them."""
+    m, d = rows.shape
+    x = rows.double()
+    far = [[float((x[i] - x[j]).norm()) / math.sqrt(d) for j in range(m)] for i in range(m)]
+    density = [math.exp(-sum(one**2 for one in sorted(row)[:clusters]) / clusters) for row in far]
+    worth = []
+    for i in range(m):
+        denser = [far[i][j] for j in range(m) if (density[j], -j) > (density[i], -i)]
+        worth.append(density[i] * (min(denser) if denser else max(map(max, far))))
+    centres = sorted(falling(worth)[:clusters])
+    return centres, [min(range(clusters), key=lambda c: (centres[c] != i, far[i][centres[c]])) for i in range(m)]
+
+
+def raters(visual: Tensor, words: Tensor) -> list[int]:
+    """Which of the words after the image rate: share above the mean, or equal to it up to rounding."""
+    share = (visual.double() @ words.double().T).softmax(dim=1).mean(dim=0).tolist()
+    mean = sum(share) / len(share)
+    return [t for t, one in enumerate(share) if one >= mean * (1 - 1e-6)]
+
+
+def sparsevlm(score: Sequence[float], rows: Tensor, kept: int, recycled: int, clusters: int) -> Groups:
+    """One cut: the best `kept`, and of the best `recycled` others the clusters, each at its centre."""
+    order = falling(score)
+    groups = {i: [i] for i in order[:kept]}
+    pool = sorted(order[kept : kept + recycled]) if clusters else []
+    centres, to = peaks(rows[pool], clusters) if clusters else ([], [])
+    groups |= {pool[centre]: [] for centre in centres}
+    for i, centre in zip(pool, to, strict=True):
+        groups[pool[centres[centre]]].append(i)
+    return groups
+
+
+def pumer(score: Sequence[float], keys: Tensor, pruned: int, merged: int, order: str = "score") -> Groups:
+    line = falling(score)[: len(score) - pruned]
+    line = sorted(line) if order == "raster" else line
+    edges = []
+    for a in line[::2] if order == "raster" else line[2::2]:
+        if line[1::2]:
+            b = max(line[1::2], key=lambda b: cosine(keys[a], keys[b]))
+            edges.append((cosine(keys[a], keys[b]), a, b))
+    edges = sorted(edges, key=lambda edge: -edge[0])[:merged]
+    groups = {i: [i] for i in line if i not in [a for _, a, _ in edges]}
+    for _, a, b in edges:
+        groups[b].append(a)
+    return groups
+
+
+def dart(
+    states: Tensor,
+    sizes: Sequence[float],
+    text: Tensor,
+    text_sizes: Sequence[float],
+    keep: int,
+    pivots: int = 4,
+    text_pivots: int = 4,
+) -> list[int]:
+    own = sorted(falling(sizes)[: min(keep, pivots)])
+    chosen = list(own)
+    ends = [states[i] for i in own] + [text[i] for i in sorted(falling(text_sizes)[:text_pivots])]
+    for number, end in enumerate(ends):
+        each, over = divmod(keep - len(own), len(ends))
+        rest = sorted((i for i in range(len(sizes)) if i not in chosen), key=lambda i: cosine(states[i], end))
+        chosen += rest[: each + (number < over)]
+    return sorted(chosen)
+
+
+def mustdrop(looks: Tensor, always: Collection[int], g: float, i: float) -> list[int]:
+    """What one filter leaves, of [t, n] attention of the text after the image."""
+    a = looks.double().tolist()
+    total = sum(map(sum, a))
+    n = looks.shape[1]
+    return [v for v in range(n) if v in always or sum(r[v] for r in a) >= g * total or max(r[v] for r in a) >= i]
+
+
+def hired(first: Sequence[float], tiles: int, budget: int, alpha: float) -> list[int]:
+    """What the code gives each tile: its strip of the thumbnail's raster counts, and rounding loses tokens."""
+    n = len(first)
+    strong = falling(first)[: int(n * (1 - alpha))]
+    hits = [sum(i * tiles // n == tile for i in strong) for tile in range(tiles)]
+    return [int(hit / sum(hits) * (budget - int(budget * alpha))) for hit in hits]
