@@ -220,7 +220,7 @@ def _rows(
     full, limits = runs[FULL], {setting.keep: found for setting, found in runs.items() if setting.kind == "limit"}
     return [
         {"batch": batch, "prompt": length, "kind": setting.kind, "setting": setting.name}
-        | {"pruner": setting.spec or None, "keep": None if setting.keep is None else setting.keep.value}
+        | {"pruner": setting.spec or None, "keep": None if setting.keep is None else setting.keep.plain}
         | row(found, full, limits.get(setting.keep), new, batch, machine, weights)
         for setting, found in runs.items()
         if found.turns or found.failed

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gripvlm.budget import Budget
-from gripvlm.cli.commands import console, split_pruners
+from gripvlm.cli.commands import BUDGETS, console, split_pruners
 from gripvlm.errors import GripError
 
 __all__ = ["bench_command"]
@@ -30,7 +30,8 @@ def bench_command(
         str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, separated by commas.")
     ] = "norm,divprune,grip",
     keep: Annotated[
-        str, typer.Option("--keep", "-k", help="Budgets: 64, 0.1 or 10%, separated by commas.")
+        str,
+        typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}."),
     ] = "50%,10%",
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count; one more warms up.")] = 7,
     fit: Annotated[

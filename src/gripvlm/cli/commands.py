@@ -14,7 +14,9 @@ import gripvlm
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 
-__all__ = ["app", "console"]
+__all__ = ["BUDGETS", "app", "console"]
+
+BUDGETS = "64, 10%, or at most so many: ≤64 or '<=64'"
 
 app = typer.Typer(
     name="gripvlm",
@@ -70,7 +72,8 @@ def ask(
     model: Model = "lab",
     pruner: Annotated[str, typer.Option("--pruner", "-p", help="A name from `gripvlm list`.")] = "divprune",
     keep: Annotated[
-        str | None, typer.Option("--keep", "-k", help="64, 0.1 or 10%; by default 10%, with full all.")
+        str | None,
+        typer.Option("--keep", "-k", help=f"{BUDGETS}; by default 10%, with full all."),
     ] = None,
     overlay: Annotated[
         Path | None, typer.Option(help="Write a picture of what was kept here (.png), in a folder that exists.")
@@ -149,7 +152,10 @@ def evaluate_command(
     pruners: Annotated[
         str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, separated by commas; or all.")
     ] = "random,grid,norm,pool,divprune",
-    keep: Annotated[str, typer.Option("--keep", "-k", help="Budgets: 64, 0.1 or 10%, separated by commas.")] = "10%",
+    keep: Annotated[
+        str,
+        typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}."),
+    ] = "10%",
     model: Model = "lab",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
     seed: Annotated[int, typer.Option(help="Of the questions drawn and of the intervals.")] = 0,

@@ -28,14 +28,14 @@ class Arm:
 
     Attributes:
         label: as typed, `"random:seed=3"`; or `full`, `oracle`, `blind`.
-        keep: the budget as asked, None for `blind`.
+        keep: the budget as asked, as JSON holds it (`Budget.plain`); None for `blind`.
         pruner: None for `oracle`, which is made anew for each batch, and for `blind`.
         config: the pruner's name and every one of its fields.
         trained: whether it, or a pruner inside it, has weights that were trained for pruning.
     """
 
     label: str
-    keep: int | float | None
+    keep: int | float | str | None
     pruner: Pruner | None
     config: dict[str, Any]
     trained: bool = False
@@ -57,8 +57,7 @@ def make_arms(
         GripError: an unknown pruner, no budget for one that needs it, or two pruners that would
             have the same rows.
     """
-    asked = [Budget.of(keep).value for keep in keeps]
-    budgets = list({str(budget): budget for budget in asked}.values())  # 1 is one token, 1.0 all of them
+    budgets = [budget.plain for budget in dict.fromkeys(Budget.of(keep) for keep in keeps)]
     full = get_pruner("keep_all")
     arms = [Arm(FULL, 1.0, full, _config(full))]
     seen: set[str] = set()

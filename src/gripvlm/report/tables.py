@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 
 __all__ = ["by_arm", "markdown", "tables", "task_order", "with_means"]
@@ -128,8 +129,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _keep(row: Row) -> str:
-    keep = row["keep"]
-    return f"{100 * keep:g}%" if isinstance(keep, float) else str(keep)
+    return Budget.of(row["keep"]).short
 
 
 def _number(value: float) -> str:
