@@ -14,7 +14,7 @@ import gripvlm
 
 PACKAGE = Path(gripvlm.__file__).parent
 LAYERS = [
-    {"errors", "budget", "clock", "ragged"},
+    {"errors", "budget", "clock", "progress", "ragged"},
     {"policy"},
     {"base_model"},
     {"scorer"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gripvlm.bench.fit import check_limit, fits, free
 from gripvlm.bench.machine import Machine, Weights, measured
@@ -25,6 +22,7 @@ from gripvlm.errors import GripError
 from gripvlm.evaluate.assemble import utc
 from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
 from gripvlm.evaluate.journal import write_atomically
+from gripvlm.progress import Progress
 from gripvlm.pruners import Pruner
 
 __all__ = ["SCHEMA", "Interrupted", "bench", "settings_of", "turns"]
@@ -86,7 +84,7 @@ def bench(
         overwrite: replace it where it exists.
         about: what the result should say of the model besides its type, dtype, device and size.
         command: by default `sys.argv`.
-        progress: show a bar with the time left, on standard error.
+        progress: show how far it is on standard error: a bar, or without a terminal a line now and then.
 
     Returns:
         {"schema", "command", "started", "environment", "model", "protocol", "machine", "finished", "cells", "rows",
@@ -142,13 +140,13 @@ def bench(
         return found
 
     pairs = [(batch, length) for batch in batches for length in lengths]
-    with _bar(progress) as bar:
-        task = bar.add_task("", total=sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1))
+    total = sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1)
+    with Progress("prompts", total, show=progress) as bar:
         for batch, length in pairs:
-            bar.update(task, description=f"batch {batch}, prompt {length}")
+            bar.about(f"batch {batch}, prompt {length}")
             runs: dict[Setting, Runs] = {setting: Runs() for setting in settings}
             try:
-                why = _measured(model, prompts, (batch, length), new, repeats, runs, partial(bar.advance, task, batch))
+                why = _measured(model, prompts, (batch, length), new, repeats, runs, partial(bar.advance, batch))
             except KeyboardInterrupt:
                 rows += _rows(runs, batch, length, new, machine, weights)
                 cells.append(_cell(batch, length, runs, repeats, ""))
@@ -159,7 +157,7 @@ def bench(
                 write(False)
         try:
             if fit:
-                fitted.extend(fits(model, prompts, settings, lengths, new, fit, partial(_told, bar, task)))
+                fitted.extend(fits(model, prompts, settings, lengths, new, fit, bar.about))
         except KeyboardInterrupt:
             raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
     return write(True)
@@ -247,20 +245,3 @@ def _model(model: Any) -> dict[str, Any]:
         "attention": model.config.get_text_config()._attn_implementation,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-
-
-def _told(bar: Progress, task: Any, what: str) -> None:
-    bar.update(task, description=what)
-
-
-def _bar(show: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts, time left"),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-        transient=True,
-        disable=not show,
-    )

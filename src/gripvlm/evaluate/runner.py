@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gripvlm.budget import Keep
 from gripvlm.errors import GripError
@@ -24,6 +22,7 @@ from gripvlm.evaluate.journal import Journal, ResumeError, samples_path
 from gripvlm.evaluate.oracle import oracle
 from gripvlm.evaluate.schema import SCHEMA
 from gripvlm.models.encoded import Encoded
+from gripvlm.progress import Progress
 from gripvlm.prune import encode, pruned_run
 from gripvlm.pruners import Pruner
 from gripvlm.tasks import Task, get_tasks
@@ -72,7 +71,7 @@ def evaluate(
         overwrite: start anew where `out` or its samples exist.
         blind: also ask every question without the image.
         model_name, command: as the results should say; by default the model's own and `sys.argv`.
-        progress: show a bar with the time left, on standard error.
+        progress: show how far it is on standard error: a bar, or without a terminal a line now and then.
         seeds: a pruner that has a `seed`, and is named without one, is measured with each of these.
         shard: `"2/3"` asks only the second third of the batches, for `merge`.
 
@@ -179,16 +178,14 @@ class _Runner:
     def run(self, chunks: Sequence[Chunk], journal: Journal, progress: bool) -> None:
         """All that the journal has not yet."""
         total = len(self.arms) * sum(len(chunk.samples) for chunk in chunks)
-        bar = _bar(progress)
-        with bar:
-            shown = bar.add_task("", total=total)
+        with Progress("answers", total, show=progress) as bar:
             for chunk in chunks:
-                bar.update(shown, description=chunk.task.name)
+                bar.about(chunk.task.name)
                 todo = [a for a in self.arms if not journal.has(chunk.task.name, a.label, a.keep_text, chunk.ids)]
-                bar.advance(shown, (len(self.arms) - len(todo)) * len(chunk.samples))
+                bar.advance((len(self.arms) - len(todo)) * len(chunk.samples), reused=True)
                 for records in self._chunk(chunk, todo):
                     journal.add(records)
-                    bar.advance(shown, len(chunk.samples))
+                    bar.advance(len(chunk.samples))
 
     def _chunk(self, chunk: Chunk, arms: Sequence[Arm]) -> Iterator[list[dict[str, Any]]]:
         """The records of one batch, arm by arm; the image goes through the vision encoder once."""
@@ -251,16 +248,3 @@ def _how_to_go_on(journal: Journal, total: int) -> str:
         return "Stopped; nothing is kept, because no --out was given."
     kept = f"{len(journal.records)} of {total} answers are in {journal.path}"
     return f"Stopped. {kept}; the same command goes on from there."
-
-
-def _bar(show: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("answers, time left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not show,
-    )
