@@ -198,10 +198,10 @@ def test_no_command_shows_help(capsys):
         ([*ASK, "--overlay", "some/missing/o.png"], "no folder some/missing: make it first"),
         ([*ASK, "--overlay", "folder.png"], "is a folder"),
         ([*ASK, "--overlay", "./cat.png"], "is the picture itself"),
-        ([*ASK, "--pruner", "full", "--keep", "10%"], "'full' keeps every visual token, so keep=10% cannot be met"),
+        ([*ASK, "--pruner", "full", "--keep", "10%"], "'full' keeps every visual token, so --keep 10% cannot be met"),
         (
             [*ASK, "--pruner", "full", "--keep", "7"],
-            "'full' keeps every visual token, so keep=7 (of 256) cannot be met",
+            "'full' keeps every visual token, so a budget of 7 of 256 cannot be met",
         ),
         ([*ASK, "--pruner", "oracle"], "type `gripvlm eval --pruners oracle`"),
         ([*ASK, "--pruner", "blind"], "`gripvlm eval` measures it by itself"),

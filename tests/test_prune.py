@@ -171,7 +171,7 @@ def test_a_call_without_images_passes_through(model):
 
 def test_keep_all_needs_no_budget_and_refuses_a_smaller_one(model, inputs):
     assert gripvlm.prune_inputs(model, inputs, "keep_all")["input_ids"].shape == inputs["input_ids"].shape
-    with pytest.raises(BudgetError, match=r"'keep_all' keeps every visual token, so keep=4 \(of 16\) cannot be met"):
+    with pytest.raises(BudgetError, match=r"'keep_all' keeps every visual token, so a budget of 4 of 16 cannot be met"):
         gripvlm.prune_inputs(model, inputs, "keep_all", keep=4)
     assert gripvlm.visual_tokens(model, inputs, keep=0.25)[0][0].keep == 4
 

@@ -18,7 +18,7 @@ from gripvlm.bench.rows import row
 from gripvlm.bench.words import fit_sentences, sentences
 from gripvlm.budget import Budget
 from gripvlm.checks import checked_pruner
-from gripvlm.errors import GripError
+from gripvlm.errors import BudgetError, GripError
 from gripvlm.evaluate.assemble import utc
 from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
 from gripvlm.evaluate.journal import write_atomically
@@ -91,8 +91,8 @@ def bench(
         "fits", "sentences"}; docs/bench.md says what each means.
 
     Raises:
-        GripError: `out` exists; a pruner that does not serve this model; a count above an image's tokens; `fit` on a
-            CPU.
+        GripError: `out` exists; a pruner that does not serve this model; no pruner reaches any of the budgets (one that
+            does not reach one of them has a row that says why); `fit` on a CPU.
         Interrupted: Ctrl-C; what is done is in `out`.
     """
     if out is not None and out.exists() and not overwrite:
@@ -108,6 +108,7 @@ def bench(
     cells: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     fitted: list[dict[str, Any]] = []
+    unreached: set[Setting] = set()
 
     def result(finished: bool) -> dict[str, Any]:
         return {
@@ -153,11 +154,13 @@ def bench(
                 raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
             rows += _rows(runs, batch, length, new, machine, weights)
             cells.append(_cell(batch, length, runs, repeats, why))
+            unreached |= {setting for setting, found in runs.items() if found.unreached}
             if fit or (batch, length) != pairs[-1]:
                 write(False)
         try:
             if fit:
-                fitted.extend(fits(model, prompts, settings, lengths, new, fit, bar.about))
+                able = [setting for setting in settings if setting not in unreached]
+                fitted.extend(fits(model, prompts, able, lengths, new, fit, bar.about))
         except KeyboardInterrupt:
             raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
     return write(True)
@@ -182,6 +185,9 @@ def _measured(
     for setting, found in runs.items():
         _attempt(model, found, partial(_count, found, cell, setting))
         step()
+    pruned = {setting: found for setting, found in runs.items() if setting.kind == "pruned"}
+    if pruned and all(found.unreached for found in pruned.values()):
+        raise BudgetError("; ".join(f"{_typed(setting)}: {found.failed}" for setting, found in pruned.items()))
     for turn, setting in turns(list(runs), repeats):
         if not runs[setting].failed:
             _attempt(model, runs[setting], partial(_time, runs[setting], cell, setting, turn))
@@ -199,12 +205,18 @@ def _time(found: Runs, cell: Cell, setting: Setting, turn: int) -> None:
 
 
 def _attempt(model: Any, found: Runs, work: Callable[[], Any]) -> None:
-    """Does it, or notes that the device's memory does not hold it."""
+    """Does it, or notes that the device's memory does not hold it or that its budget cannot be reached."""
     try:
         work()
+    except BudgetError as why:
+        found.failed, found.unreached = str(why), True
     except torch.OutOfMemoryError as error:
         found.failed, found.turns = f"out of memory: {_first_line(error)}", {}
         free(model)
+
+
+def _typed(setting: Setting) -> str:
+    return f"{setting.spec} at {setting.keep.short}" if setting.keep is not None else setting.name
 
 
 def _first_line(error: BaseException) -> str:

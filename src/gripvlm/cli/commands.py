@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,8 +32,8 @@ Positions = Annotated[str, typer.Option(help="original or renumbered.")]
 
 
 def console() -> Console:
-    """For results on standard output; wide where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    """For results on standard output; as wide as a page where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 80, highlight=False)
 
 
 def _version(asked: bool) -> None:
@@ -98,7 +99,7 @@ def ask(
     whole = isinstance(chooser, KeepAll)
     budget = Budget.parse(keep if keep is not None else "1.0" if whole else "10%")
     if isinstance(chooser, KeepAll) and budget.is_fraction and budget.value < 1:
-        raise chooser.refused(str(keep))
+        raise chooser.refused(f"--keep {keep}")
     if overlay is not None:
         checked_picture(overlay, image)
     _checked_positions(positions)
@@ -140,7 +141,7 @@ def ask(
         path = overlay.with_stem(f"{overlay.stem}-{part.name}") if part.name else overlay
         line = f"{outcome.predictions[0]}  |  {kept} of {total} tokens, {chooser.name}"
         draw(picture, part.of(selections), part.geometry, path, f"{question}\n{line}")
-        screen.print(f"picture of what was kept: {escape(str(path))}")
+        screen.print(f"picture of what was kept: {escape(str(path))}", soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -197,8 +198,6 @@ def evaluate_command(
     if out is not None:
         checked_json(out)
 
-    from gripvlm.report import table
-
     quiet()
     vlm, processor = load_model(model, device)
     if "all" in names:
@@ -229,9 +228,21 @@ def evaluate_command(
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
     screen = console()
-    screen.print(table([*result["rows"], *result["means"]]))
+    show_scores(screen, result)
     if out is not None:
-        screen.print(f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it")
+        screen.print(
+            f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it", soft_wrap=True
+        )
+
+
+def show_scores(screen: Console, result: Mapping[str, Any]) -> None:
+    """The tables of an evaluation, and below them what is not in them."""
+    from gripvlm.report import table
+    from gripvlm.report.tables import unreached
+
+    screen.print(table([*result["rows"], *result["means"]]))
+    for line in unreached(result):
+        screen.print(f"not measured: {line}", markup=False)
 
 
 @app.command()

@@ -64,7 +64,7 @@ def train_command(**given: Any) -> None:
     if pruner.module is not None and (left_out := pruner.module.notes.get("left_out")):
         _say(f"left out: {left_out} questions that could not be used; why: {folder / 'metrics.jsonl'}")
     screen = console()
-    screen.print(f"trained: {pruner.scorer}")
+    screen.print(f"trained: {pruner.scorer}", soft_wrap=True)
     if all(sample.answer for _, sample in held) and "," not in pruner.scorer:
         _try_it(config, pruner, screen)
 

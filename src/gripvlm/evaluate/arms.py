@@ -41,6 +41,16 @@ class Arm:
     trained: bool = False
 
     @property
+    def key(self) -> tuple[str, str]:
+        """What rows and answers know it by."""
+        return self.label, self.keep_text
+
+    @property
+    def named(self) -> str:
+        """For people: `fastv at 10%`."""
+        return self.label if self.keep is None else f"{self.label} at {Budget.of(self.keep).short}"
+
+    @property
     def keep_text(self) -> str:
         """The budget as the samples file writes it."""
         return "" if self.keep is None else str(self.keep)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from gripvlm.budget import Keep
-from gripvlm.errors import GripError
+from gripvlm.errors import BudgetError, GripError
 from gripvlm.evaluate.answering import answer, make_inputs, question_ids
-from gripvlm.evaluate.arms import BLIND, ORACLE, Arm, digest, fingerprint, make_arms
+from gripvlm.evaluate.arms import BLIND, FULL, ORACLE, Arm, digest, fingerprint, make_arms
 from gripvlm.evaluate.assemble import assembled, sample_records, utc, write_result
 from gripvlm.evaluate.chunks import Chunk, Shard, asked_by, make_chunks
 from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
@@ -76,7 +76,8 @@ def evaluate(
         shard: `"2/3"` asks only the second third of the batches, for `merge`.
 
     Returns:
-        {"schema", "header", "rows", "means", "samples"}: what is written to `out`. A row has model,
+        {"schema", "header", "rows", "means", "samples"}: what is written to `out`, and "unreached": a pruner at a
+        budget that it cannot reach has no row, and why is there. A row has model,
         task, pruner, pruner_config, keep (asked), keep_fraction (achieved), tokens, score, ci_low,
         ci_high (95 %, clustered by image), n, blind, majority, seconds_* a sample, peak_memory
         (bytes, None on a CPU) and extras (F1, accuracy_plus...). `means` are such rows over tasks.
@@ -127,15 +128,22 @@ def evaluate(
         if json.loads(json.dumps(result)) != old:  # the statistics have changed since
             write_result(target, result)
         return result
-    runner = _Runner(model, processor, arms, positions)
+    runner = _Runner(model, processor, arms, positions, progress)
     runner.rehearse(chunks[0], {chunk.task.name: chunk.task for chunk in chunks}.values())
     began = time.monotonic()
     with journal:
         try:
-            runner.run(chunks, journal, progress)
+            runner.run(chunks, journal)
         except KeyboardInterrupt:
             raise Interrupted(_how_to_go_on(journal, total)) from None
-        result = assembled(name, config, arms, chosen, drawn, asked, journal.records, seed)
+        reached = [arm for arm in arms if arm.key not in runner.unreached]
+        result = assembled(name, config, reached, chosen, drawn, asked, journal.records, seed)
+    if runner.unreached:
+        result["unreached"] = [
+            {"pruner": arm.label, "keep": arm.keep, "why": runner.unreached[arm.key]}
+            for arm in arms
+            if arm.key in runner.unreached
+        ]
     result["header"] |= {
         "command": session["command"],
         "task_specs": [task.spec for task in chosen],
@@ -154,13 +162,28 @@ def evaluate(
 
 
 class _Runner:
-    """The loop over batches and arms."""
+    """The loop over batches and arms.
 
-    def __init__(self, model: Any, processor: Any, arms: Sequence[Arm], positions: str) -> None:
+    An arm whose budget cannot be reached (by its method in this model, or with an image this small) is not measured:
+    why is in `unreached`, and the rest goes on.
+    """
+
+    def __init__(self, model: Any, processor: Any, arms: Sequence[Arm], positions: str, progress: bool = False) -> None:
         self.model, self.processor, self.arms, self.positions = model, processor, arms, positions
+        self.progress = progress
+        self.unreached: dict[tuple[str, str], str] = {}
+
+    def leave_out(self, arm: Arm, why: BudgetError) -> None:
+        self.unreached[arm.key] = str(why)
+        if self.progress:
+            print(f"not measured: {arm.named}: {why}", file=sys.stderr)
 
     def rehearse(self, chunk: Chunk, tasks: Any) -> None:
-        """Every arm once on one batch, before anything is written: mistakes show now, and caches are warm."""
+        """Every arm once on one batch, before anything is written: mistakes show now, and caches are warm.
+
+        Raises:
+            BudgetError: no pruner reaches any of the budgets.
+        """
         if any(arm.label == ORACLE for arm in self.arms):
             for task in tasks:
                 if task.evidence_grid is None:
@@ -170,15 +193,21 @@ class _Runner:
             if arm.label != BLIND:
                 pruner = self._pruner(arm, chunk, encoded)
                 options: dict[str, Any] = {"positions": self.positions, "question": question, "encoded": encoded}
-                with pruned_run(self.model, inputs, pruner, arm.keep, **options) as (arguments, record):
-                    if any(s.layers for mine in record.selections for s in mine):  # chosen while it runs
-                        self.model.generate(**arguments, max_new_tokens=1, do_sample=False)
+                try:
+                    with pruned_run(self.model, inputs, pruner, arm.keep, **options) as (arguments, record):
+                        if any(s.layers for mine in record.selections for s in mine):  # chosen while it runs
+                            self.model.generate(**arguments, max_new_tokens=1, do_sample=False)
+                except BudgetError as why:
+                    self.leave_out(arm, why)
+        wanted = [arm for arm in self.arms if arm.label not in (FULL, BLIND)]
+        if wanted and all(arm.key in self.unreached for arm in wanted):
+            raise BudgetError("; ".join(f"{arm.named}: {self.unreached[arm.key]}" for arm in wanted))
         answer(self.model, self.processor, inputs, "keep_all", max_new_tokens=2, encoded=encoded)
 
-    def run(self, chunks: Sequence[Chunk], journal: Journal, progress: bool) -> None:
+    def run(self, chunks: Sequence[Chunk], journal: Journal) -> None:
         """All that the journal has not yet."""
         total = len(self.arms) * sum(len(chunk.samples) for chunk in chunks)
-        with Progress("answers", total, show=progress) as bar:
+        with Progress("answers", total, show=self.progress) as bar:
             for chunk in chunks:
                 bar.about(chunk.task.name)
                 todo = [a for a in self.arms if not journal.has(chunk.task.name, a.label, a.keep_text, chunk.ids)]
@@ -194,21 +223,27 @@ class _Runner:
         inputs, question, encoded = self._encoded(chunk)
         texts = [chunk.task.prompt(sample) for sample in chunk.samples]
         for arm in arms:
+            if arm.key in self.unreached:
+                continue
             if arm.label == BLIND:
                 bare = make_inputs(self.model, self.processor, texts, None)
                 outcome = answer(self.model, self.processor, bare, None, max_new_tokens=chunk.task.max_new_tokens)
             else:
-                outcome = answer(
-                    self.model,
-                    self.processor,
-                    inputs,
-                    self._pruner(arm, chunk, encoded),
-                    arm.keep,
-                    max_new_tokens=chunk.task.max_new_tokens,
-                    positions=self.positions,
-                    question=question,
-                    encoded=encoded,
-                )
+                try:
+                    outcome = answer(
+                        self.model,
+                        self.processor,
+                        inputs,
+                        self._pruner(arm, chunk, encoded),
+                        arm.keep,
+                        max_new_tokens=chunk.task.max_new_tokens,
+                        positions=self.positions,
+                        question=question,
+                        encoded=encoded,
+                    )
+                except BudgetError as why:
+                    self.leave_out(arm, why)
+                    continue
             yield sample_records(chunk, arm, outcome, encoded)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from rich.text import Text
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 
-__all__ = ["by_arm", "markdown", "tables", "task_order", "with_means"]
+__all__ = ["by_arm", "markdown", "tables", "task_order", "unreached", "with_means"]
 
 Row = Mapping[str, Any]
 TIMES = ("vision", "pruner", "surgery", "prefill", "decode", "total")
@@ -84,6 +84,12 @@ def tables(rows: Sequence[Row]) -> Group:
             shown = ("" if value is None else f"{100 * value:.1f}" for value in values)
             scores.add_row(text, "0" if name == "blind" else "", *shown, style="dim")
     return Group(scores, times)
+
+
+def unreached(result: Mapping[str, Any]) -> list[str]:
+    """`fastv at 5%: why`, for each pruner and budget that has no row, since it cannot be reached."""
+    left = result.get("unreached", ())
+    return [f"{one['pruner']} at {Budget.of(one['keep']).short}: {one['why']}" for one in left]
 
 
 def _sheet(title: str) -> Table:
