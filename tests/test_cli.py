@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -118,7 +119,7 @@ def test_quickstart_shows_answers_tables_and_pictures(capsys):
 def test_list_and_env(capsys):
     assert main(["list"]) == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("divprune", "features", "arXiv 2503.02175", "lab/reading", "oracle", "seed=0"))
+    assert all(word in text for word in ("divprune", "arXiv 2503.02175", "lab/reading", "oracle", "seed=0"))
     assert {"full", "keep_all", "given"} <= {line.split()[0] for line in text.splitlines() if line.strip()}
     assert main(["env"]) == 0
     text = capsys.readouterr().out
@@ -145,12 +146,35 @@ def test_list_shows_what_was_measured_and_where_it_comes_from(capsys, monkeypatc
     assert f" {100 * means['divprune', 0.125]:.1f} (12.5%) " in rows["divprune"]
     assert f" {100 * means['fastv:layer=1', 0.3]:.1f} (30%) " in rows["fastv"]
     ratio = json.loads((results / "pruner-speed.json").read_text())["cells"][0]["pruners"]["divprune"]["ratio"][0]
-    assert f" {100 * ratio:.2g}% " in rows["divprune"]
-    assert rows["keep_all"].split()[1:4] == ["input", "-", "-"]
+    assert rows["divprune"].endswith(f" {100 * ratio:.2g}%")
+    assert rows["keep_all"].split()[1:] == ["input", "no", "no", "-", "-"]
+    assert rows["visionzip"].split()[1:4] == ["input", "yes", "no"]
+    assert rows["cdpruner"].split()[1:4] == ["input", "no", "yes"]
+    assert rows["mmr"].split()[1:4] == ["input", "inner", "inner"]
+    assert rows["fastv"].split()[1:4] == ["LLM", "no", "yes"]
     said = " ".join(" ".join(lines).split())
-    assert "needs last; options layer=2; score of fastv:layer=1" in said
-    assert "trained; options scorer=lab" in said
+    assert "options layer=2; score of fastv:layer=1" in said
+    assert "trained for one model; options scorer=lab" in said
+    assert f"On the lab's model (600 questions, all tokens: {100 * means['full', 1.0]:.1f})" in said
+    assert f"nothing untrained is enough (best: cdpruner, {100 * means['cdpruner', 0.06]:.1f})" in said
     assert "results/lab-grid.json, results/lab-grid-llm.json, results/pruner-speed.json" in said
+
+
+def test_list_needs_no_torch_and_is_narrow_in_a_pipe():
+    heavy = "{'torch', 'transformers'} & {*sys.modules}"
+    code = f"import sys; from gripvlm.cli import main; main(['list']); sys.exit(len({heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_list_shows_other_packages_pruners_too(capsys, monkeypatch):
+    def points(group):
+        return [EntryPoint("mine", "gripvlm.pruners.random:Random", group)]
+
+    monkeypatch.setattr("gripvlm.cli.listing.entry_points", points)
+    monkeypatch.setattr("gripvlm.pruners.registry.entry_points", points)
+    assert main(["list"]) == 0
+    assert re.search(r"of other packages:\nmine: baseline; .*; options seed=0", capsys.readouterr().out)
 
 
 def test_eval_of_all_says_what_it_leaves_out(capsys):
