@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -268,3 +269,18 @@ def test_a_single_question_and_an_empty_one(model):
     for question in ([5, 6], torch.tensor([5, 6]), table(torch.tensor([5, 6])), torch.tensor([[5, 6]])):
         assert all(torch.equal(t.question, table(torch.tensor([5, 6]))) for t in spied(model, one, question=question))
     assert all(t.question.shape == (0, 48) for t in spied(model, one, question=[[]]))
+
+
+def test_a_record_prints_as_one_line(model, inputs):
+    with gripvlm.prune(model, "norm", keep=[[3], [4, 5]]) as record:
+        assert str(record) == "nothing pruned yet"
+        model.generate(**inputs, **SHORT)
+    assert re.fullmatch(
+        r"12 of 48 visual tokens kept \(25 %\), vision [\d.]+ ms, pruner [\d.]+ ms, surgery [\d.]+ ms", str(record)
+    )
+    assert repr(record) == "Record(calls=1, kept=12, total=48)"
+    assert repr(record.selections) == "[[Selection(3 of 16 rows)], [Selection(4 of 16 rows), Selection(5 of 16 rows)]]"
+    with gripvlm.prune(model, "fastv", keep=12) as record:
+        model.generate(**inputs, **SHORT)
+    assert str(record).startswith("36 of 48 visual tokens kept (75 %)")
+    assert "tensor" not in f"{record!r} {record.selections}"

@@ -85,19 +85,22 @@ def ask(
 ) -> None:
     """Ask one question about one picture with fewer visual tokens."""
     from gripvlm.cli.outputs import checked_picture
-    from gripvlm.loading import load_model, quiet
-    from gripvlm.pruners import get_pruner
-    from gripvlm.pruners.keep_all import KeepAll
-    from gripvlm.tasks import open_image
 
+    # What is quickly known first: the imports below take seconds, the model perhaps minutes.
     if not question.strip():
         raise GripError("the question is empty: type --question 'what is in the picture?'")
     if image.parts[:1] in (("http:",), ("https:",)):
         raise GripError("--image takes a file: download the picture first, then type its path")
+    asked = None if keep is None else Budget.parse(keep)
+
+    from gripvlm.pruners import get_pruner
+    from gripvlm.pruners.keep_all import KeepAll
+    from gripvlm.tasks import open_image
+
     picture = open_image(image)
     chooser = get_pruner(_one_pruner(pruner))
     whole = isinstance(chooser, KeepAll)
-    budget = Budget.parse(keep if keep is not None else "1.0" if whole else "10%")
+    budget = asked or Budget(1.0 if whole else 0.1)
     if isinstance(chooser, KeepAll) and budget.is_fraction and budget.value < 1:
         raise chooser.refused(f"--keep {keep}")
     if overlay is not None:
@@ -105,6 +108,7 @@ def ask(
     _checked_positions(positions)
 
     from gripvlm.evaluate import answer, make_inputs, question_ids
+    from gripvlm.loading import load_model, quiet
     from gripvlm.prune import encode
     from gripvlm.report import layout
     from gripvlm.report import overlay as draw
@@ -176,27 +180,37 @@ def evaluate_command(
 ) -> None:
     """Score pruners at several budgets; Ctrl-C keeps what is done and the same command goes on."""
     from gripvlm.cli.outputs import checked_json
+
+    # What is quickly known first: the imports below take seconds, the model perhaps minutes.
+    budgets, numbers = [Budget.parse(text) for text in _split(keep)], _seeds(seeds)
+    if out is not None:
+        checked_json(out)
+    names = split_pruners(pruners)
+    _known_pruners(names)
+
+    from gripvlm.tasks import get_tasks
+
+    chosen = get_tasks(_split(tasks))
+    for task in chosen:
+        task.take(limit, seed)
+
     from gripvlm.evaluate import Interrupted, evaluate
     from gripvlm.evaluate.arms import make_arms
     from gripvlm.evaluate.chunks import Shard
+    from gripvlm.evaluate.runner import check_resume, what_is_asked
     from gripvlm.loading import load_model, quiet
-    from gripvlm.tasks import get_tasks
 
-    names = split_pruners(pruners)
-    budgets = [Budget.parse(text) for text in _split(keep)]
-    chosen = get_tasks(_split(tasks))
-    numbers = _seeds(seeds)
-    make_arms([name for name in names if name != "all"], budgets, seeds=numbers)
+    arms = make_arms([name for name in names if name != "all"], budgets, seeds=numbers)
     part = None if shard is None else Shard.parse(shard)
     if part is not None and out is None:
         raise GripError(
             f"--shard {shard} without --out leaves nothing to merge: type --out results/part-{part.number}.json"
         )
-    for task in chosen:
-        task.take(limit, seed)
     _checked_positions(positions)
     if out is not None:
-        checked_json(out)
+        drawn = {task.name: task.take(limit, seed) for task in chosen}
+        config = what_is_asked(model, drawn, None if "all" in names else arms, limit, seed, batch, positions, part)
+        check_resume(out, config, overwrite)
 
     quiet()
     vlm, processor = load_model(model, device)
@@ -281,6 +295,15 @@ def split_pruners(text: str) -> list[str]:
     from gripvlm.pruners.registry import split_specs
 
     return split_specs(text) or _split(text)
+
+
+def _known_pruners(names: list[str]) -> None:
+    """Raises for a name or an option that does not exist; `eval`'s own words are known to `make_arms`."""
+    from gripvlm.pruners import get_pruner
+
+    for name in names:
+        if name not in ("all", "oracle", "blind"):
+            get_pruner(name)
 
 
 def _split(text: str) -> list[str]:

@@ -46,7 +46,8 @@ def list_command() -> None:
         f"lab score: mean over {known['questions']} of the lab's questions in percent, at the share of the tokens in "
         "brackets; README's scores are of the whole test sample and differ a little, and the lab's small model ranks "
         f"pruners its own way. time: of the pruner alone, as a share of the prefill of one image of "
-        f"{prefill['tokens']} tokens by a language model of {prefill['parameters'] / 1e9:.1f} B weights on {prefill['device']}. "
+        f"{prefill['tokens']} tokens by a language model of {prefill['parameters'] / 1e9:.1f} B weights on "
+        f"{prefill['device']}. "
         f"-: not measured. From {from_}; for your model type `gripvlm eval` and `gripvlm bench`."
     )
     screen.print("\nWhich one?", style="bold")

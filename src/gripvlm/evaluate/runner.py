@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gripvlm.models.encoded import Encoded
 from gripvlm.progress import Progress
 from gripvlm.prune import encode, pruned_run
 from gripvlm.pruners import Pruner
-from gripvlm.tasks import Task, get_tasks
+from gripvlm.tasks import Sample, Task, get_tasks
 
 __all__ = ["Interrupted", "evaluate"]
 
@@ -97,25 +97,15 @@ def evaluate(
     asked = asked_by(chunks)
     name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
     device = hardware(model.device)["device"]
-    config = {
-        "model": name,
+    config = what_is_asked(name, drawn, arms, limit, seed, batch_size, positions, part)
+    config |= {
         "weights": fingerprint(model),
-        "tasks": [f"{task.name} ({len(drawn[task.name])}, {digest(drawn[task.name])})" for task in chosen],
-        "arms": [f"{arm.label} {arm.keep_text} {json.dumps(arm.config, sort_keys=True)}" for arm in arms],
-        "limit": limit,
-        "seed": seed,
-        "batch_size": batch_size,
-        "positions": positions,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device,
-        "versions": {key: value for key, value in versions().items() if key in ("torch", "transformers", "gripvlm")},
-        **({"shard": str(part)} if part is not None else {}),
     }
     target = Path(out) if out is not None else None
-    if target is not None and target.exists() and not samples_path(target).exists() and not overwrite:
-        raise ResumeError(
-            f"{target} exists, but its {samples_path(target).name} does not: type --overwrite, or another --out"
-        )
+    if target is not None:
+        check_resume(target, config, overwrite)
     session = {"started": utc(), "command": command or command_line(), "git": git_state()}
     journal = Journal(samples_path(target) if target else None, config, session, overwrite)
     total, had = len(arms) * sum(map(len, asked.values())), len(journal.records)
@@ -159,6 +149,49 @@ def evaluate(
         result["samples"] = samples_path(target).name
         write_result(target, result)
     return result
+
+
+def what_is_asked(
+    model: str,
+    drawn: Mapping[str, Sequence[Sample]],
+    arms: Sequence[Arm] | None,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    positions: str,
+    part: Shard | None,
+) -> dict[str, Any]:
+    """The part of a run's configuration that is known before the model; `arms` None where they depend on it."""
+    config: dict[str, Any] = {
+        "model": model,
+        "tasks": [f"{name} ({len(samples)}, {digest(samples)})" for name, samples in drawn.items()],
+        "limit": limit,
+        "seed": seed,
+        "batch_size": batch_size,
+        "positions": positions,
+        "versions": {key: value for key, value in versions().items() if key in ("torch", "transformers", "gripvlm")},
+    }
+    if arms is not None:
+        config["arms"] = [f"{arm.label} {arm.keep_text} {json.dumps(arm.config, sort_keys=True)}" for arm in arms]
+    return config | ({"shard": str(part)} if part is not None else {})
+
+
+def check_resume(target: Path, config: Mapping[str, Any], overwrite: bool) -> None:
+    """Raises ResumeError where what is there belongs to another run, as far as `config` tells; reads, never writes."""
+    answers = samples_path(target)
+    if overwrite or not (target.exists() or answers.exists()):
+        return
+    if not answers.exists():
+        raise ResumeError(f"{target} exists, but its {answers.name} does not: type --overwrite, or another --out")
+    with answers.open("rb") as file:
+        first = file.readline()
+    try:
+        theirs = json.loads(first)["config"]
+    except (ValueError, KeyError, TypeError):
+        theirs = {}
+    if isinstance(theirs, dict):
+        rest = {name: value for name, value in theirs.items() if name != "shard"}
+        Journal(answers, rest | config, {}, overwrite)
 
 
 class _Runner:
