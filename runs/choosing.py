@@ -15,6 +15,7 @@ from gripvlm.models.grids import unknown
 ROOT = Path(__file__).resolve().parents[1]
 GRID, INSIDE, SPEED = "lab-grid", "lab-grid-llm", "pruner-speed"
 REFERENCES = ("full", "oracle")
+KEPT = 0.125
 
 Row = dict[str, Any]
 
@@ -64,6 +65,77 @@ def said(row: Row) -> str:
 
 def percent(value: float) -> str:
     return f"{100 * value:.2g} %"
+
+
+def costs() -> list[dict[str, Any]]:
+    """What Grip adds, as a share of the unpruned prefill, and what a question then takes, at 12.5 % of the tokens."""
+    found = []
+    for name in ("bench-cpu-lab", "bench-cpu-llava-0.5b"):
+        result = read(name)
+        row = next(
+            one
+            for one in result["rows"]
+            if (one["pruner"], one["keep"], one["batch"]) == ("grip", KEPT, 1) and not one["failed"]
+        )
+        hardware, full = result["environment"]["hardware"], result["rows"][0]
+        found.append(
+            {
+                "file": name,
+                "model": result["model"]["name"],
+                "parameters": result["model"]["parameters"],
+                "tokens": row["visual_tokens"],
+                "kept": row["kept"],
+                "added": round(row["to_full"]["added"]["median"], 5),
+                "whole": round(row["to_full"]["whole"]["median"], 4),
+                "seconds": [round(one["seconds"]["first_token"]["median"], 4) for one in (full, row)],
+                "kv_megabytes": [round(one["kv_bytes"] / 1e6, 3) for one in (full, row)],
+                "hardware": f"{hardware['processor']}, {hardware['threads']} threads",
+            }
+        )
+    return found
+
+
+def cost_block() -> str:
+    """README's numbers of time and memory."""
+    lines = [
+        "| model | visual tokens | first token, s | KV cache, MB | adds to the prefill |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    names = {"lab": "the lab's, {m:.1f} M weights", "random:llava-0.5b": "LLaVA with a 0.5 B language model"}
+    for one in costs():
+        cells = (
+            names[one["model"]].format(m=one["parameters"] / 1e6),
+            "{:g} -> {:g}".format(one["tokens"], one["kept"]),
+            "{:.3g} -> {:.3g}".format(*one["seconds"]),
+            "{:.3g} -> {:.3g}".format(*one["kv_megabytes"]),
+            f"{100 * one['added']:.2g} %",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    where = costs()[0]["hardware"]
+    files = ", ".join(f"`results/{one['file']}.json`" for one in costs())
+    return "\n".join(
+        [
+            f"Unpruned -> `grip` at {100 * KEPT:g} % of the tokens, one picture, {where}, no accelerator (the larger",
+            f"model with random weights, since only its shape matters here; {files}):",
+            "",
+            *lines,
+            "",
+            "The scorer is as large as the lab's toy language model, so there it buys little; of a 7 B model's",
+            f"prefill it is {100 * share_of_7b():.2g} % by FLOPs, counted, not timed ([docs/speed.md](docs/speed.md)).",
+        ]
+    )
+
+
+def readme(text: str) -> str:
+    """README with the block of costs as the results have it."""
+    begin, end = "<!-- cost:begin -->\n", "\n<!-- cost:end -->"
+    before, rest = text.split(begin)
+    return before + begin + cost_block() + end + rest.split(end)[1]
+
+
+def share_of_7b() -> float:
+    """The scorer's FLOPs as a share of a 7B model's prefill: counted, not timed."""
+    return float(f"{read('grip-speed')['scorer_share_of_7b_prefill_flops']:.3g}")
 
 
 def advice() -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes docs/methods.md, docs/choosing.md and all that `gripvlm list` shows; a test keeps them true.
+"""Writes docs/methods.md, docs/choosing.md, README's costs and all that `gripvlm list` shows; a test keeps them true.
 
 python runs/methods_table.py
 """
@@ -24,6 +24,7 @@ from gripvlm.pruners.registry import _BUILT_IN, PrunerRow, _load, list_pruners  
 from gripvlm.tasks import task_names  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
+README = ROOT / "README.md"
 CHOOSING = ROOT / "docs" / "choosing.md"
 MEASURED = ROOT / "src" / "gripvlm" / "cli" / "measured.json"
 PLACES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
@@ -146,6 +147,8 @@ def measured() -> dict[str, Any]:
         "files": sorted({*GRIDS.values(), "pruner-speed"}),
         "questions": asked,
         "advice": choosing.advice(),
+        "costs": choosing.costs(),
+        "share_of_7b": choosing.share_of_7b(),
         "tasks": task_names(),
         "prefill": {
             "tokens": speed["cells"][0]["n"],
@@ -287,6 +290,7 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(choosing.readme(README.read_text(encoding="utf-8")), encoding="utf-8")
     CHOOSING.write_text(choosing.page(), encoding="utf-8")
     MEASURED.write_text(json.dumps(measured(), indent=1) + "\n", encoding="utf-8")
-    print(PAGE, CHOOSING, MEASURED, sep="\n")
+    print(PAGE, CHOOSING, README, MEASURED, sep="\n")
