@@ -191,7 +191,7 @@ def check_resume(target: Path, config: Mapping[str, Any], overwrite: bool) -> No
         theirs = {}
     if isinstance(theirs, dict):
         rest = {name: value for name, value in theirs.items() if name != "shard"}
-        Journal(answers, rest | config, {}, overwrite)
+        Journal(answers, {**rest, **config}, {}, overwrite)
 
 
 class _Runner:
