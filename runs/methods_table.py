@@ -1,4 +1,4 @@
-"""Writes docs/methods.md and what `gripvlm list` shows of results/; a test keeps both true.
+"""Writes docs/methods.md, docs/choosing.md, README's costs and all that `gripvlm list` shows; a test keeps them true.
 
 python runs/methods_table.py
 """
@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "runs")]
+
+import choosing  # noqa: E402
 
 from gripvlm.models.families import FAMILIES  # noqa: E402
 from gripvlm.models.grids import unknown  # noqa: E402
-from gripvlm.pruners.registry import _BUILT_IN, _load, list_pruners  # noqa: E402
+from gripvlm.pruners import get_pruner  # noqa: E402
+from gripvlm.pruners.registry import _BUILT_IN, PrunerRow, _load, list_pruners  # noqa: E402
+from gripvlm.tasks import task_names  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
+README = ROOT / "README.md"
+CHOOSING = ROOT / "docs" / "choosing.md"
 MEASURED = ROOT / "src" / "gripvlm" / "cli" / "measured.json"
 PLACES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
 KEPT = {"input": 0.125, "llm": 0.3, "vision": 0.3}  # of those measured, where most methods' intervals lie apart
@@ -125,17 +131,39 @@ def speeds() -> dict[str, Any] | None:
     return {**whole, "cells": cells, "made_by": made_by}
 
 
+def described(row: PrunerRow) -> dict[str, Any]:
+    """What the registry says of a pruner, ready to print."""
+    wraps = [option for option in row.options if option.kind is Any and option.required]  # typed in parentheses
+    needs = {*(get_pruner(row.name).needs if row.name == "grip" else row.needs)}
+    return {
+        "stage": row.stage,
+        "source": row.source,
+        "trained": row.trained,
+        "wraps": "wrapper" in row.source,
+        "attention": bool(needs & {"vision_attention", "vision_given", "patches"}),
+        "question": "question" in needs or row.stage == "llm",  # there the prompt has been read
+        "grid": "grid" in needs,
+        "options": [
+            str(one) if one.typeable else f"{one.name}: from Python" for one in row.options if one not in wraps
+        ],
+    }
+
+
 def measured() -> dict[str, Any]:
-    """What `gripvlm list` shows: of each pruner its score, at what share of the tokens, and its share of a prefill."""
+    """What `gripvlm list` shows, so that it need not import the pruners: what each needs and takes, its score, at what
+    share of the tokens, and its share of a prefill.
+    """
     speed = speeds()
     assert speed is not None, "no results/pruner-speed.json: python runs/pruner_speed.py writes it"
+    whole = (result(GRIDS["input"]) or {"rows": []})["rows"]
+    asked = sum(row["n"] for row in whole if row["pruner"] == "full")
     rows = {}
     for row in list_pruners():
         if row.name not in _BUILT_IN:
             continue
-        shown: dict[str, Any] = {}
+        shown: dict[str, Any] = described(row)
         if (found := scored(row.name, row.stage)) is not None:
-            shown = {key: round(found[key], 4) for key, _ in SCORE} | {"keep": found["keep"]}
+            shown |= {key: round(found[key], 4) for key, _ in SCORE} | {"keep": found["keep"]}
             shown["measured_as"] = found["pruner"]
         if (cells := times(row.name, speed)) and cells[0]["ratio"]:
             shown["prefill_share"] = cells[0]["ratio"][0]
@@ -143,6 +171,11 @@ def measured() -> dict[str, Any]:
     return {
         "written_by": "python runs/methods_table.py",
         "files": sorted({*GRIDS.values(), "pruner-speed"}),
+        "questions": asked,
+        "advice": choosing.advice(),
+        "costs": choosing.costs(),
+        "share_of_7b": choosing.share_of_7b(),
+        "tasks": task_names(),
         "prefill": {
             "tokens": speed["cells"][0]["n"],
             "parameters": speed["model"]["parameters"],
@@ -272,7 +305,8 @@ def page() -> str:
         "",
         "Lab score: the mean over the lab's tasks ([zoo.md](zoo.md)), with its 95 % interval, at 12.5 % of the",
         "tokens; in the LLM and in the tower at 30 % of them; `full` at all. Time: percent of a prefill, n = 576, one",
-        "image. `gripvlm list` shows both.",
+        "image. `gripvlm list` shows both. The lab score here is of 100 questions a family, as in zoo.md; README and",
+        "[grip-results.md](grip-results.md) ask the whole test sample, so that their scores differ a little.",
         "",
         "| name | what it does | needs | drops rows | trained | lab score | time | source |",
         "|---|---|---|---|---|---:|---:|---|",
@@ -329,5 +363,7 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(choosing.readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    CHOOSING.write_text(choosing.page(), encoding="utf-8")
     MEASURED.write_text(json.dumps(measured(), indent=1) + "\n", encoding="utf-8")
-    print(PAGE, MEASURED, sep="\n")
+    print(PAGE, CHOOSING, README, MEASURED, sep="\n")

@@ -165,7 +165,9 @@ def main() -> None:
         short.append(line([f"`{name}`", *(percent(means[name, keep]) for keep in keeps)]))
     readme = (ROOT / "README.md").read_text()
     before, rest = readme.split(BEGIN)
-    block = ["", f"Mean of six families, % right, by share of tokens kept; all tokens: {percent(full['score'])}.", ""]
+    block = ["", f"Mean of six families, % right, by share of tokens kept; all tokens: {percent(full['score'])}."]
+    which = "the whole test sample; `gripvlm list` shows scores of fewer, which differ a little."
+    block += [f"{full['n']} questions, {which}", ""]
     (ROOT / "README.md").write_text(before + BEGIN + "\n".join([*block, *short, ""]) + END + rest.split(END)[1])
     (ROOT / "docs" / "grip-results.md").write_text("\n".join(page).rstrip() + "\n")
 

@@ -13,7 +13,7 @@ import torch
 from gripvlm.bench import ARCHITECTURES, Interrupted, architectures, bench, random_prompts, real_prompts
 from gripvlm.bench import runner as bench_runner
 from gripvlm.bench.machine import Machine, Weights, measured
-from gripvlm.bench.measure import FULL, Cell
+from gripvlm.bench.measure import FULL, Cell, Setting
 from gripvlm.bench.rows import spread
 from gripvlm.bench.runner import settings_of, turns
 from gripvlm.budget import Budget
@@ -372,7 +372,7 @@ def test_prompts_that_cannot_be_are_refused(tiny):
     with pytest.raises(GripError, match="--picture 10: type 28 or more pixels"):
         random_prompts(qwen, ARCHITECTURES["tiny-qwen"], 1, 8, 10)
     with pytest.raises(BudgetError, match="has only 16 visual tokens"):
-        Cell(tiny, prompts(tiny)(1, 8), [Budget(17)], 2)
+        Cell(tiny, prompts(tiny)(1, 8), [Budget(17)], 2).timed(Setting("limit", Budget(17)))
 
 
 def test_numbers_below_one_are_refused(tiny):

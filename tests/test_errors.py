@@ -141,7 +141,7 @@ REFUSED: list[tuple[type[GripError], str, Callable]] = [
     (BudgetError, "3 entries for 2 samples", lambda i: {"keep": [1, 2, 3]}),
     (BudgetError, r"keep\[1\] has 1 entries for the 2 images", lambda i: {"keep": [1, [2]]}),
     (BudgetError, "did you mean the int 4", lambda i: {"keep": 4.0}),
-    (BudgetError, "type keep=0.1", lambda i: {"keep": "10%"}),
+    (BudgetError, "type a count \\(64\\)", lambda i: {"keep": "half"}),
     (PrunerError, "unknown pruner 'nrom': did you mean 'norm'", lambda i: {"pruner": "nrom"}),
     (
         PrunerError,

@@ -14,7 +14,7 @@ import gripvlm
 
 PACKAGE = Path(gripvlm.__file__).parent
 LAYERS = [
-    {"errors", "budget", "clock", "disk", "ragged", "strict_json"},
+    {"errors", "budget", "clock", "disk", "progress", "ragged", "strict_json"},
     {"policy"},
     {"base_model"},
     {"scorer"},

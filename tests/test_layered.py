@@ -180,7 +180,9 @@ def test_schedules_by_hand():
     assert abs(average(576, {2: 166}, 32) - 192) < 0.5
     assert one_cut("x", 10, 5, 4, 1) == {1: 3}  # (20 - 10) / 3 = 3.33
     assert geometric_cuts("x", 576, 270, 32, (8, 16, 24)) == {8: 288, 16: 144, 24: 72}  # PyramidDrop's halves
-    with pytest.raises(BudgetError, match=r"keep=30 of 576 .* 32 layers .* through the first 2; type keep=37 or more"):
+    with pytest.raises(
+        BudgetError, match=r"30 of 576 visual .* 32 layers .* through the first 2; type keep=37 or more"
+    ):
         FastV().schedule(576, 30, 32)
     with pytest.raises(BudgetError, match="drops before layer 32, but this language model has 32 layers"):
         FastV(layer=32).schedule(576, 300, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def test_a_call_without_images_passes_through(model):
 
 def test_keep_all_needs_no_budget_and_refuses_a_smaller_one(model, inputs):
     assert gripvlm.prune_inputs(model, inputs, "keep_all")["input_ids"].shape == inputs["input_ids"].shape
-    with pytest.raises(BudgetError, match=r"'keep_all' keeps every visual token, so keep=4 \(of 16\) cannot be met"):
+    with pytest.raises(BudgetError, match=r"'keep_all' keeps every visual token, so a budget of 4 of 16 cannot be met"):
         gripvlm.prune_inputs(model, inputs, "keep_all", keep=4)
     assert gripvlm.visual_tokens(model, inputs, keep=0.25)[0][0].keep == 4
 
@@ -268,3 +269,18 @@ def test_a_single_question_and_an_empty_one(model):
     for question in ([5, 6], torch.tensor([5, 6]), table(torch.tensor([5, 6])), torch.tensor([[5, 6]])):
         assert all(torch.equal(t.question, table(torch.tensor([5, 6]))) for t in spied(model, one, question=question))
     assert all(t.question.shape == (0, 48) for t in spied(model, one, question=[[]]))
+
+
+def test_a_record_prints_as_one_line(model, inputs):
+    with gripvlm.prune(model, "norm", keep=[[3], [4, 5]]) as record:
+        assert str(record) == "nothing pruned yet"
+        model.generate(**inputs, **SHORT)
+    assert re.fullmatch(
+        r"12 of 48 visual tokens kept \(25 %\), vision [\d.]+ ms, pruner [\d.]+ ms, surgery [\d.]+ ms", str(record)
+    )
+    assert repr(record) == "Record(calls=1, kept=12, total=48)"
+    assert repr(record.selections) == "[[Selection(3 of 16 rows)], [Selection(4 of 16 rows), Selection(5 of 16 rows)]]"
+    with gripvlm.prune(model, "fastv", keep=12) as record:
+        model.generate(**inputs, **SHORT)
+    assert str(record).startswith("36 of 48 visual tokens kept (75 %)")
+    assert "tensor" not in f"{record!r} {record.selections}"

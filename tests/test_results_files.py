@@ -54,6 +54,7 @@ def test_the_published_schema_means_what_we_check(name):
         lambda c: c.update(rows=[]),
         lambda c: c["rows"][0].update(keep_fraction=1.5),
         lambda c: c["rows"][0].update(trained=1),
+        lambda c: c["rows"][0].update(keep="64"),
     ):
         bad = json.loads(json.dumps(content))
         change(bad)
@@ -62,8 +63,8 @@ def test_the_published_schema_means_what_we_check(name):
 
 
 def test_a_keyword_that_is_not_checked_is_no_silent_pass():
-    with pytest.raises(ValueError, match="pattern"):
-        list(violations("a", {"pattern": "b"}))
+    with pytest.raises(ValueError, match="maxLength"):
+        list(violations("a", {"maxLength": 1}))
 
 
 def test_answers_are_read_packed_or_not(good, copy):

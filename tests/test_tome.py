@@ -207,7 +207,7 @@ def test_plans_by_hand():
     assert ToMe().plan(17, 5, 2, 1) == [8, 4]
     assert ToMe("decreasing").plan(16, 10, 3, 0) == [4, 2, 0]  # r = 2: from 4 to 0
     assert ToMe("decreasing").plan(16, 8, 1, 0) == [8]
-    with pytest.raises(BudgetError, match=r"keep=3 of 16 .* tower's 2 blocks .* type keep=4 or more"):
+    with pytest.raises(BudgetError, match=r"3 of 16 visual tokens .* tower's 2 blocks .* type keep=4 or more"):
         ToMe().plan(17, 4, 2, 1)
 
 

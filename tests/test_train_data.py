@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from gripvlm.errors import TrainError
 from gripvlm.train import Engine
 from gripvlm.train.budgets import draw_keeps
-from gripvlm.train.data import Questions, generator, load_questions, split
+from gripvlm.train.data import Questions, _share_that_splits, generator, load_questions, split
 from tiny_train import Asked, asked, drawn, pairs, picture, tiny_config, tiny_vlm, write_jsonl
 
 
@@ -131,3 +133,24 @@ def test_streams_of_random_numbers_differ_by_name():
     firsts = [float(torch.rand((), generator=generator(*name))) for name in ((0, "a"), (0, "b"), (1, "a"), (0, "a", 1))]
     assert len(set(firsts)) == 4
     assert firsts[0] == float(torch.rand((), generator=generator(0, "a")))
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.9999])
+@pytest.mark.parametrize("pictures", [2, 3, 5, 9])
+def test_a_share_that_does_not_split_names_one_that_does(pictures, share):
+    questions = pairs(asked(pictures=pictures, each=16))
+    with pytest.raises(TrainError, match=f"^{16 * pictures} questions about {pictures} pictures: ") as refused:
+        split(questions, share)
+    side = "validation" if share < 0.5 else "training"
+    named = re.search(rf"leaves none for {side}; type --val-share ([\d.]+), bring more pictures", str(refused.value))
+    assert all(split(questions, float(named[1])))
+
+
+def test_one_picture_has_no_share_that_splits():
+    with pytest.raises(TrainError, match=r"leaves none for \w+; bring more pictures, or name --val-data"):
+        split(pairs(asked(pictures=1, each=8)), 0.5)
+
+
+def test_places_that_lie_close_together_are_told_apart():
+    assert _share_that_splits([1200, 1201, 1201], 0.05) == 0.1201
+    assert _share_that_splits([1200, 1200], 0.05) is None

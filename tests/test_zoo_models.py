@@ -73,5 +73,8 @@ def test_the_methods_table_is_up_to_date():
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
     assert table.PAGE.read_text(encoding="utf-8") == table.page(), "run python runs/methods_table.py"
+    text = table.README.read_text(encoding="utf-8")
+    assert table.choosing.readme(text) == text, "run python runs/methods_table.py"
+    assert table.CHOOSING.read_text(encoding="utf-8") == table.choosing.page(), "run python runs/methods_table.py"
     shown = json.loads(table.MEASURED.read_text(encoding="utf-8"))
     assert shown == table.measured(), "run python runs/methods_table.py"

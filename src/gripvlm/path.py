@@ -35,7 +35,7 @@ from gripvlm.sized import SizedRun
 __all__ = ["Pruned", "Record", "gather", "pruned"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Record:
     """What happened in the latest call.
 
@@ -51,6 +51,19 @@ class Record:
     calls: int = 0
     watch: Stopwatch | None = field(default=None, repr=False)
     doubts: Doubts = field(default_factory=Doubts, repr=False)
+
+    def __str__(self) -> str:
+        """`64 of 576 visual tokens kept (11 %), vision 41 ms, pruner 1 ms, surgery 2 ms`; may wait, as `seconds`."""
+        if not self.total:
+            return "nothing pruned yet" if not self.calls else "no image in the latest call, so nothing pruned"
+        times = "".join(
+            f", {name} {1000 * took:.{0 if took >= 0.01 else 1}f} ms" for name, took in self.seconds.items()
+        )
+        share = 100 * self.paid / self.total
+        return f"{self.paid:.6g} of {self.total} visual tokens kept ({share:.3g} %){times}"
+
+    def __repr__(self) -> str:
+        return f"Record(calls={self.calls}, kept={self.kept}, total={self.total})"
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -75,9 +75,9 @@ def prune_inputs(
         inputs: what its processor returns. Any padding side; `labels` [B, L], where given, lose the
             entries of dropped placeholders (which carry no target) and are padded with -100.
         pruner: a name, a spec such as `"random:seed=3"`, or a `Pruner`.
-        keep: a count per image, a fraction in (0, 1], or a `Budget`; or a list with one such per
-            sample, or with one list per sample that has one per image. Only `keep_all` does
-            without.
+        keep: a count per image, a fraction in (0, 1], `"<=64"` for at most so many (see `Budget`);
+            or a list with one such per sample, or with one list per sample that has one per image.
+            Only `keep_all` does without.
         positions: "original" leaves every kept token at its position in the full prompt;
             "renumbered" counts anew, as if the dropped tokens had never been.
         question: what pruners that read the question get, the same for all images of a prompt:

@@ -92,7 +92,7 @@ def fits(
                 "kind": setting.kind,
                 "setting": setting.name,
                 "pruner": setting.spec or None,
-                "keep": None if setting.keep is None else setting.keep.value,
+                "keep": None if setting.keep is None else setting.keep.plain,
                 "most": most,
                 "fits": good,
                 "fails": bad,

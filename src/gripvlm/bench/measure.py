@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from gripvlm.bench.machine import flop_counter
 from gripvlm.budget import Budget
 from gripvlm.clock import device_time
+from gripvlm.errors import BudgetError
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.renamed import cache_of
 from gripvlm.models.seam import encoder_arguments
@@ -75,12 +76,15 @@ class Counts:
 
 @dataclass
 class Runs:
-    """What one setting gave in one cell: turn -> seconds by phase, peaks of memory, counts, why it failed."""
+    """What one setting gave in one cell: turn -> seconds by phase, peaks of memory, counts, why it failed, and whether
+    that is because the pruner, or these images, do not reach the budget.
+    """
 
     turns: dict[int, dict[str, float]] = field(default_factory=dict)
     peak: int | None = None
     counts: Counts | None = None
     failed: str = ""
+    unreached: bool = False
 
 
 class _First(LogitsProcessor):
@@ -102,7 +106,7 @@ class Cell:
     Args:
         model: a supported transformers model.
         inputs: of the B prompts, one image a prompt or more.
-        keeps: budgets that limits are wanted for.
+        keeps: budgets that limits are wanted for; one that these images do not have fails when it is run.
         new: tokens to generate, at least 2.
     """
 
@@ -115,8 +119,12 @@ class Cell:
         self.received: dict[Budget | None, dict[str, Any]] = {
             None: prune_inputs(model, inputs, "keep_all", encoded=encoded)
         }
+        self.unreached: dict[Budget, BudgetError] = {}
         for keep in keeps:
-            self.received[keep] = _received(model, inputs, encoded, keep, self.received[None])
+            try:
+                self.received[keep] = _received(model, inputs, encoded, keep, self.received[None])
+            except BudgetError as why:
+                self.unreached[keep] = why
 
     @torch.no_grad()
     def timed(self, setting: Setting) -> tuple[dict[str, float], int | None]:
@@ -135,7 +143,7 @@ class Cell:
             if setting.pruner is None:
                 self._encoder()
                 seconds["vision"] = read() - began
-                arguments = dict(self.received[setting.keep])
+                arguments = self._arguments(setting)
             else:
                 run = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
                 arguments, record = stack.enter_context(run)
@@ -160,7 +168,7 @@ class Cell:
         total = sum(self.sizes)
         with flop_counter() as meter, ExitStack() as stack:
             if setting.pruner is None:
-                arguments, record = dict(self.received[setting.keep]), None
+                arguments, record = self._arguments(setting), None
                 self._encoder()
             else:
                 run = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
@@ -180,6 +188,12 @@ class Cell:
             "whole": whole,
         }
         return Counts(flops, _cache_bytes(cache_of(output)), kept, total)
+
+    def _arguments(self, setting: Setting) -> dict[str, Any]:
+        """Of the unpruned model, or of one that received so few tokens."""
+        if setting.keep in self.unreached:
+            raise self.unreached[setting.keep]
+        return dict(self.received[setting.keep])
 
     def _encoder(self) -> None:
         """The vision encoder and projector as the model itself runs them."""

@@ -33,7 +33,7 @@ def row(
         batch: B.
     """
     if found.failed or found.counts is None:
-        return {"failed": found.failed}
+        return {"failed": found.failed, "unreached": found.unreached}
     counts, taken = found.counts, list(found.turns.values())
     seconds = {phase: spread([turn[phase] for turn in taken]) for phase in PHASES}
     seconds["decode_token"] = spread([turn["decode"] / (new - 1) for turn in taken])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gripvlm import disk
 from gripvlm.bench.fit import check_limit, fits, free
@@ -23,9 +20,10 @@ from gripvlm.bench.rows import row
 from gripvlm.bench.words import fit_sentences, sentences
 from gripvlm.budget import Budget
 from gripvlm.checks import checked_pruner
-from gripvlm.errors import GripError
+from gripvlm.errors import BudgetError, GripError
 from gripvlm.evaluate.assemble import utc
 from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
+from gripvlm.progress import Progress
 from gripvlm.pruners import Pruner
 
 __all__ = ["SCHEMA", "Interrupted", "bench", "settings_of", "turns"]
@@ -87,15 +85,15 @@ def bench(
         overwrite: replace it where it exists.
         about: what the result should say of the model besides its type, dtype, device and size.
         command: by default `sys.argv`.
-        progress: show a bar with the time left, on standard error.
+        progress: show how far it is on standard error: a bar, or without a terminal a line now and then.
 
     Returns:
         {"schema", "command", "started", "environment", "model", "protocol", "machine", "finished", "cells", "rows",
         "fits", "sentences"}; docs/bench.md says what each means.
 
     Raises:
-        GripError: `out` exists; a pruner that does not serve this model; a count above an image's tokens; `fit` on a
-            CPU.
+        GripError: `out` exists; a pruner that does not serve this model; no pruner reaches any of the budgets (one that
+            does not reach one of them has a row that says why); `fit` on a CPU.
         Interrupted: Ctrl-C; what is done is in `out`.
     """
     if out is not None and out.exists() and not overwrite:
@@ -112,6 +110,7 @@ def bench(
     rows: list[dict[str, Any]] = []
     fitted: list[dict[str, Any]] = []
     known: dict[tuple[int, Setting], Counts] = {}
+    unreached: set[Setting] = set()
 
     def result(finished: bool) -> dict[str, Any]:
         return {
@@ -143,13 +142,13 @@ def bench(
         return found
 
     pairs = [(batch, length) for batch in batches for length in lengths]
-    with disk.one_writer(out) if out is not None else nullcontext(), _bar(progress) as bar:
-        task = bar.add_task("", total=sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1))
+    total = sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1)
+    with disk.one_writer(out) if out is not None else nullcontext(), Progress("prompts", total, show=progress) as bar:
         for batch, length in pairs:
-            bar.update(task, description=f"batch {batch}, prompt {length}")
+            bar.about(f"batch {batch}, prompt {length}")
             runs: dict[Setting, Runs] = {setting: Runs() for setting in settings}
             try:
-                step = partial(bar.advance, task, batch)
+                step = partial(bar.advance, batch)
                 why = _measured(model, prompts, (batch, length), new, repeats, runs, known, step)
             except KeyboardInterrupt:
                 rows += _rows(runs, batch, length, new, machine, weights)
@@ -157,11 +156,13 @@ def bench(
                 raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
             rows += _rows(runs, batch, length, new, machine, weights)
             cells.append(_cell(batch, length, runs, repeats, why))
+            unreached |= {setting for setting, found in runs.items() if found.unreached}
             if fit or (batch, length) != pairs[-1]:
                 write(False)
         try:
             if fit:
-                fitted.extend(fits(model, prompts, settings, lengths, new, fit, partial(_told, bar, task)))
+                able = [setting for setting in settings if setting not in unreached]
+                fitted.extend(fits(model, prompts, able, lengths, new, fit, bar.about))
         except KeyboardInterrupt:
             raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
         return write(True)
@@ -195,6 +196,9 @@ def _measured(
         if not found.failed:
             found.counts = known[length, setting].times(batch)
         step()
+    pruned = {setting: found for setting, found in runs.items() if setting.kind == "pruned"}
+    if pruned and all(found.unreached for found in pruned.values()):
+        raise BudgetError("; ".join(f"{_typed(setting)}: {found.failed}" for setting, found in pruned.items()))
     for turn, setting in turns(list(runs), repeats):
         if not runs[setting].failed:
             _attempt(model, runs[setting], partial(_time, runs[setting], cell, setting, turn))
@@ -212,12 +216,18 @@ def _time(found: Runs, cell: Cell, setting: Setting, turn: int) -> None:
 
 
 def _attempt(model: Any, found: Runs, work: Callable[[], Any]) -> None:
-    """Does it, or notes that the device's memory does not hold it."""
+    """Does it, or notes that the device's memory does not hold it or that its budget cannot be reached."""
     try:
         work()
+    except BudgetError as why:
+        found.failed, found.unreached = str(why), True
     except torch.OutOfMemoryError as error:
         found.failed, found.turns = f"out of memory: {_first_line(error)}", {}
         free(model)
+
+
+def _typed(setting: Setting) -> str:
+    return f"{setting.spec} at {setting.keep.short}" if setting.keep is not None else setting.name
 
 
 def _first_line(error: BaseException) -> str:
@@ -231,7 +241,7 @@ def _rows(
     full, limits = runs[FULL], {setting.keep: found for setting, found in runs.items() if setting.kind == "limit"}
     return [
         {"batch": batch, "prompt": length, "kind": setting.kind, "setting": setting.name}
-        | {"pruner": setting.spec or None, "keep": None if setting.keep is None else setting.keep.value}
+        | {"pruner": setting.spec or None, "keep": None if setting.keep is None else setting.keep.plain}
         | row(found, full, limits.get(setting.keep), new, batch, machine, weights)
         for setting, found in runs.items()
         if found.turns or found.failed
@@ -258,20 +268,3 @@ def _model(model: Any) -> dict[str, Any]:
         "attention": model.config.get_text_config()._attn_implementation,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-
-
-def _told(bar: Progress, task: Any, what: str) -> None:
-    bar.update(task, description=what)
-
-
-def _bar(show: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts, time left"),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-        transient=True,
-        disable=not show,
-    )

@@ -41,7 +41,9 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for cell in dict.fromkeys((row["batch"], row["prompt"]) for row in rows):
         mine = [row for row in rows if (row["batch"], row["prompt"]) == cell]
         where = f"Batch {cell[0]}, {cell[1]} text tokens"
-        failed = [row["setting"] for row in mine if row["failed"]]
+        left = [row for row in mine if row.get("unreached")]
+        found += [f"{where}: {row['setting']} was not measured: {row['failed']}." for row in left]
+        failed = [row["setting"] for row in mine if row["failed"] and row not in left]
         if failed:
             found.append(f"{where}: the device's memory does not hold {', '.join(failed)}.")
         pruned = [row for row in mine if row["kind"] == "pruned" and not row["failed"]]

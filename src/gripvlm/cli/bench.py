@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gripvlm.budget import Budget
-from gripvlm.cli.commands import console, split_pruners
+from gripvlm.cli.commands import BUDGETS, console, split_pruners
 from gripvlm.errors import GripError
 
 __all__ = ["bench_command"]
@@ -30,7 +30,8 @@ def bench_command(
         str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, separated by commas.")
     ] = "norm,divprune,grip",
     keep: Annotated[
-        str, typer.Option("--keep", "-k", help="Budgets: 64, 0.1 or 10%, separated by commas.")
+        str,
+        typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}."),
     ] = "50%,10%",
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count; one more warms up.")] = 7,
     fit: Annotated[
@@ -98,7 +99,7 @@ def bench_command(
         raise typer.Exit(130) from None
     _show(result)
     if out is not None:
-        console().print(f"results: {escape(str(out))}")
+        console().print(f"results: {escape(str(out))}", soft_wrap=True)
 
 
 def numbers(text: str, option: str, example: str) -> list[int]:
@@ -147,33 +148,55 @@ def _place(device: str | None, dtype: str | None) -> Any:
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    """A table for each batch size and prompt length, and the sentences below."""
+    """Two tables for each batch size and prompt length, and the sentences below."""
     screen = console()
     memory = any(row.get("peak_memory") for row in result["rows"])
-    columns = ("setting", "kept", "vision", "pruner", "surgery", "other", "prefill", "a token", "whole")
+    ratios = ("/ full", "quartiles", "/ limit", "KV MB", *(["peak GB"] if memory else []))
     for cell in dict.fromkeys((row["batch"], row["prompt"]) for row in result["rows"]):
-        rows = Table(box=box.SIMPLE_HEAD, title=f"batch {cell[0]}, {cell[1]} text tokens", padding=(0, 1, 0, 0))
-        for name in (*columns, "/ full", "quartiles", "/ limit", "KV MB", *(["peak GB"] if memory else [])):
-            rows.add_column(name, justify="left" if name == "setting" else "right", no_wrap=True)
-        for row in result["rows"]:
-            if (row["batch"], row["prompt"]) == cell:
-                rows.add_row(*_line(row)[: len(rows.columns)])
-        screen.print(rows)
-    screen.print("milliseconds a batch, medians; / full and / limit are ratios end to end, turn by turn", style="dim")
+        mine = [row for row in result["rows"] if (row["batch"], row["prompt"]) == cell]
+        where = f"batch {cell[0]}, {cell[1]} text tokens"
+        times = _sheet(f"{where}: milliseconds a batch, medians", ("kept", *PHASES))
+        bought = _sheet(f"{where}: ratios of whole; KV", ratios)
+        for row in mine:
+            times.add_row(escape(row["setting"]), *_times(row))
+            if not row["failed"]:
+                bought.add_row(escape(row["setting"]), *_ratios(row)[: len(ratios)])
+        screen.print(times, bought)
     for sentence in result["sentences"]:
         screen.print(sentence, markup=False)
 
 
-def _line(row: Mapping[str, Any]) -> list[str]:
+PHASES = {
+    "vision": "vision",
+    "pruner": "pruner",
+    "surgery": "surgery",
+    "other": "other",
+    "prefill": "prefill",
+    "a token": "decode_token",
+    "whole": "whole",
+}
+"""Column -> what it is in the results."""
+
+
+def _sheet(title: str, columns: Iterable[str]) -> Table:
+    """Narrow enough for 80 columns; a long setting goes on in a second line. Why a row is empty is said below."""
+    sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0, 0, 0))
+    sheet.add_column("setting", min_width=18, max_width=24, overflow="fold")
+    for name in columns:
+        sheet.add_column(name, justify="right", no_wrap=True)
+    return sheet
+
+
+def _times(row: Mapping[str, Any]) -> list[str]:
     if row["failed"]:
-        return [escape(row["setting"]), "-", "no memory"]
-    phases = ("vision", "pruner", "surgery", "other", "prefill", "decode_token", "whole")
+        return ["-"] * (1 + len(PHASES))
+    return [f"{row['kept']:.4g}", *(f"{1000 * row['seconds'][phase]['median']:.3g}" for phase in PHASES.values())]
+
+
+def _ratios(row: Mapping[str, Any]) -> list[str]:
     full, limit = row["to_full"]["whole"], (row["to_limit"] or {}).get("whole")
     peak = row["peak_memory"]
     return [
-        escape(row["setting"]),
-        f"{row['kept']:g}",
-        *[f"{1000 * row['seconds'][phase]['median']:.3g}" for phase in phases],
         f"{full['median']:.3f}" if full else "-",
         f"{full['low']:.2f}-{full['high']:.2f}" if full else "-",
         f"{limit['median']:.3f}" if limit else "-",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,7 +15,9 @@ import gripvlm
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 
-__all__ = ["app", "console"]
+__all__ = ["BUDGETS", "app", "console"]
+
+BUDGETS = "64, 10%, or at most so many: ≤64 or '<=64'"
 
 app = typer.Typer(
     name="gripvlm",
@@ -29,8 +32,8 @@ Positions = Annotated[str, typer.Option(help="original or renumbered.")]
 
 
 def console() -> Console:
-    """For results on standard output; wide where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    """For results on standard output; as wide as a page where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 80, highlight=False)
 
 
 def _version(asked: bool) -> None:
@@ -48,7 +51,7 @@ def root(
 
 @app.command()
 def quickstart(
-    limit: Annotated[int, typer.Option(min=1, help="Questions a family in the table.")] = 16,
+    limit: Annotated[int, typer.Option(min=1, help="Questions a family.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the JSON.")] = Path("gripvlm-out"),
 ) -> None:
     """See a trained model answer with all its visual tokens and with a tenth of them."""
@@ -70,7 +73,8 @@ def ask(
     model: Model = "lab",
     pruner: Annotated[str, typer.Option("--pruner", "-p", help="A name from `gripvlm list`.")] = "divprune",
     keep: Annotated[
-        str | None, typer.Option("--keep", "-k", help="64, 0.1 or 10%; by default 10%, with full all.")
+        str | None,
+        typer.Option("--keep", "-k", help=f"{BUDGETS}; by default 10%, with full all."),
     ] = None,
     overlay: Annotated[
         Path | None, typer.Option(help="Write a picture of what was kept here (.png), in a folder that exists.")
@@ -81,26 +85,30 @@ def ask(
 ) -> None:
     """Ask one question about one picture with fewer visual tokens."""
     from gripvlm.cli.outputs import checked_picture
-    from gripvlm.loading import load_model, quiet
-    from gripvlm.pruners import get_pruner
-    from gripvlm.pruners.keep_all import KeepAll
-    from gripvlm.tasks import open_image
 
+    # What is quickly known first: the imports below take seconds, the model perhaps minutes.
     if not question.strip():
         raise GripError("the question is empty: type --question 'what is in the picture?'")
     if image.parts[:1] in (("http:",), ("https:",)):
         raise GripError("--image takes a file: download the picture first, then type its path")
+    asked = None if keep is None else Budget.parse(keep)
+
+    from gripvlm.pruners import get_pruner
+    from gripvlm.pruners.keep_all import KeepAll
+    from gripvlm.tasks import open_image
+
     picture = open_image(image)
     chooser = get_pruner(_one_pruner(pruner))
     whole = isinstance(chooser, KeepAll)
-    budget = Budget.parse(keep if keep is not None else "1.0" if whole else "10%")
+    budget = asked or Budget(1.0 if whole else 0.1)
     if isinstance(chooser, KeepAll) and budget.is_fraction and budget.value < 1:
-        raise chooser.refused(str(keep))
+        raise chooser.refused(f"--keep {keep}")
     if overlay is not None:
         checked_picture(overlay, image)
     _checked_positions(positions)
 
     from gripvlm.evaluate import answer, make_inputs, question_ids
+    from gripvlm.loading import load_model, quiet
     from gripvlm.prune import encode
     from gripvlm.report import layout
     from gripvlm.report import overlay as draw
@@ -137,7 +145,7 @@ def ask(
         path = overlay.with_stem(f"{overlay.stem}-{part.name}") if part.name else overlay
         line = f"{outcome.predictions[0]}  |  {kept} of {total} tokens, {chooser.name}"
         draw(picture, part.of(selections), part.geometry, path, f"{question}\n{line}")
-        screen.print(f"picture of what was kept: {escape(str(path))}")
+        screen.print(f"picture of what was kept: {escape(str(path))}", soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -149,7 +157,10 @@ def evaluate_command(
     pruners: Annotated[
         str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, separated by commas; or all.")
     ] = "random,grid,norm,pool,divprune",
-    keep: Annotated[str, typer.Option("--keep", "-k", help="Budgets: 64, 0.1 or 10%, separated by commas.")] = "10%",
+    keep: Annotated[
+        str,
+        typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}."),
+    ] = "10%",
     model: Model = "lab",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
     seed: Annotated[int, typer.Option(help="Of the questions drawn and of the intervals.")] = 0,
@@ -169,29 +180,37 @@ def evaluate_command(
 ) -> None:
     """Score pruners at several budgets; Ctrl-C keeps what is done and the same command goes on."""
     from gripvlm.cli.outputs import checked_json
+
+    # What is quickly known first: the imports below take seconds, the model perhaps minutes.
+    budgets, numbers = [Budget.parse(text) for text in _split(keep)], _seeds(seeds)
+    if out is not None:
+        checked_json(out)
+    names = split_pruners(pruners)
+    _known_pruners(names)
+
+    from gripvlm.tasks import get_tasks
+
+    chosen = get_tasks(_split(tasks))
+    for task in chosen:
+        task.take(limit, seed)
+
     from gripvlm.evaluate import Interrupted, evaluate
     from gripvlm.evaluate.arms import make_arms
     from gripvlm.evaluate.chunks import Shard
+    from gripvlm.evaluate.runner import check_resume, what_is_asked
     from gripvlm.loading import load_model, quiet
-    from gripvlm.tasks import get_tasks
 
-    names = split_pruners(pruners)
-    budgets = [Budget.parse(text) for text in _split(keep)]
-    chosen = get_tasks(_split(tasks))
-    numbers = _seeds(seeds)
-    make_arms([name for name in names if name != "all"], budgets, seeds=numbers)
+    arms = make_arms([name for name in names if name != "all"], budgets, seeds=numbers)
     part = None if shard is None else Shard.parse(shard)
     if part is not None and out is None:
         raise GripError(
             f"--shard {shard} without --out leaves nothing to merge: type --out results/part-{part.number}.json"
         )
-    for task in chosen:
-        task.take(limit, seed)
     _checked_positions(positions)
     if out is not None:
-        checked_json(out)
-
-    from gripvlm.report import table
+        drawn = {task.name: task.take(limit, seed) for task in chosen}
+        config = what_is_asked(model, drawn, None if "all" in names else arms, limit, seed, batch, positions, part)
+        check_resume(out, config, overwrite)
 
     quiet()
     vlm, processor = load_model(model, device)
@@ -223,9 +242,21 @@ def evaluate_command(
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
     screen = console()
-    screen.print(table([*result["rows"], *result["means"]]))
+    show_scores(screen, result)
     if out is not None:
-        screen.print(f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it")
+        screen.print(
+            f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it", soft_wrap=True
+        )
+
+
+def show_scores(screen: Console, result: Mapping[str, Any]) -> None:
+    """The tables of an evaluation, and below them what is not in them."""
+    from gripvlm.report import table
+    from gripvlm.report.tables import unreached
+
+    screen.print(table([*result["rows"], *result["means"]]))
+    for line in unreached(result):
+        screen.print(f"not measured: {line}", markup=False)
 
 
 @app.command()
@@ -268,6 +299,15 @@ def split_pruners(text: str) -> list[str]:
     from gripvlm.pruners.registry import split_specs
 
     return split_specs(text) or _split(text)
+
+
+def _known_pruners(names: list[str]) -> None:
+    """Raises for a name or an option that does not exist; `eval`'s own words are known to `make_arms`."""
+    from gripvlm.pruners import get_pruner
+
+    for name in names:
+        if name not in ("all", "oracle", "blind"):
+            get_pruner(name)
 
 
 def _split(text: str) -> list[str]:

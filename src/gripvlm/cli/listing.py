@@ -1,85 +1,93 @@
-"""`gripvlm list`: pruners with what was measured of them, and tasks."""
+"""`gripvlm list`: pruners with what was measured of them, tasks, and what to take.
+
+All of it is in measured.json, which `runs/methods_table.py` writes and a test compares with the code: a list that is
+read in a moment must not import PyTorch. Only pruners of other packages are loaded, where there are any.
+"""
 
 from __future__ import annotations
 
 import json
+import textwrap
+from importlib.metadata import entry_points
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
-
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from typing import Any
 
 from gripvlm.cli.commands import console
 
-if TYPE_CHECKING:
-    from gripvlm.pruners.options import Option
-    from gripvlm.pruners.registry import PrunerRow
-
 __all__ = ["list_command"]
 
-WIDTHS = (13, 8, 12, 7)  # of the columns before the source
+WIDTHS = (14, 7, 11, 10, 14, 8)
+HEADS = ("pruner", "drops", "attention", "question", "lab score", "time")
+PLACES = {"input": "input", "llm": "LLM", "vision": "tower"}
+PLUGINS = "gripvlm.pruners"
 
 
 def list_command() -> None:
-    """Pruners: what each needs, scores and costs, and where it comes from; and the tasks."""
-    from gripvlm.pruners import list_pruners
-    from gripvlm.tasks import task_names
-
-    measured = json.loads(files("gripvlm.cli").joinpath("measured.json").read_text(encoding="utf-8"))
+    """Pruners: where each drops, what it reads, scores and costs; which to take; and the tasks."""
+    known = json.loads(files("gripvlm.cli").joinpath("measured.json").read_text(encoding="utf-8"))
     screen = console()
-    screen.print(_line("pruner", "drops at", "lab score", "time", "source"), style="bold")
-    for row in list_pruners():
-        if row.fault:
-            screen.print(row.fault, markup=False)
-            continue
-        found = measured["pruners"].get(row.name, {})
-        screen.print(_line(row.name, row.stage, _score(found), _time(found), row.source))
-        if told := _told(row, found):
-            screen.print(Padding(Text(told, style="dim"), (0, 0, 0, 4)))
-    prefill, where = measured["prefill"], ", ".join(f"results/{name}.json" for name in measured["files"])
-    screen.print(
-        "\nlab score: mean over the lab's tasks in percent, at the share of the tokens in brackets; the lab's small "
-        "model ranks pruners its own way. time: of the pruner alone, as a share of the prefill of one image of "
+    wide = max(40, screen.width)
+
+    def say(text: str, style: str = "", indent: str = "") -> None:
+        told = textwrap.fill(
+            text, wide, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        screen.print(told, style=style, markup=False, soft_wrap=True)
+
+    screen.print(_line(HEADS), style="bold", soft_wrap=True)
+    for name, row in known["pruners"].items():
+        screen.print(_line((name, *_cells(row))), soft_wrap=True)
+        say(_told(name, row), "dim", "    ")
+    screen.print()
+    prefill, from_ = known["prefill"], ", ".join(f"results/{name}.json" for name in known["files"])
+    say(
+        "drops: before the LLM (input), inside the LLM, or by merging in the vision tower. attention: reads the "
+        "vision tower's. question: sees it, so that it chooses anew for each. inner: as the pruner in parentheses. "
+        f"lab score: mean over {known['questions']} of the lab's questions in percent, at the share of the tokens in "
+        "brackets; README's scores are of the whole test sample and differ a little, and the lab's small model ranks "
+        f"pruners its own way. time: of the pruner alone, as a share of the prefill of one image of "
         f"{prefill['tokens']} tokens by a language model of {prefill['parameters'] / 1e9:.1f} B weights on "
-        f"{prefill['device']}. -: not measured. From {where}; for your model type `gripvlm eval` and `gripvlm bench`."
+        f"{prefill['device']}. "
+        f"-: not measured. From {from_}; for your model type `gripvlm eval` and `gripvlm bench`."
     )
-    screen.print("options are typed as name:option=value, such as random:seed=3; wrappers around others: mmr(norm)")
-    screen.print("in `eval` also: oracle (each lab question's own evidence); full and no image are always there")
-    screen.print(f"tasks: {', '.join(task_names())}, hf:REPO, jsonl:PATH")
+    screen.print("\nWhich one?", style="bold")
+    for sentence in known["advice"]:
+        say(sentence)
+    screen.print()
+    say("options are typed as name:option=value, such as random:seed=3; wrappers around others: mmr(norm)")
+    say("in `eval` also: oracle (each lab question's own evidence); full and no image are always there")
+    say(f"tasks: {', '.join(known['tasks'])}, hf:REPO, jsonl:PATH")
+    if others := {point.name for point in entry_points(group=PLUGINS)} - known["pruners"].keys():
+        from gripvlm.pruners import list_pruners
+
+        say("of other packages:", "bold")
+        for one in list_pruners():
+            if one.fault:
+                say(one.fault)
+            elif one.name in others:
+                options = ", ".join(str(option) for option in one.options)
+                say(f"{one.name}: {one.source or one.stage}" + (f"; options {options}" if options else ""))
 
 
-def _line(*cells: str) -> Table:
-    """One line of the list, whose last cell takes what is left of the width."""
-    line = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    for width in WIDTHS:
-        line.add_column(min_width=width, no_wrap=True)
-    line.add_column(ratio=1)
-    line.add_row(*map(Text, cells))
-    return line
+def _line(cells: tuple[str, ...]) -> str:
+    return "".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
-def _score(found: dict[str, Any]) -> str:
-    return f"{100 * found['score']:.1f} ({100 * found['keep']:g}%)" if "score" in found else "-"
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    reads = ["inner" if row["wraps"] else "yes" if row[what] else "no" for what in ("attention", "question")]
+    score = f"{100 * row['score']:.1f} ({100 * row['keep']:g}%)" if "score" in row else "-"
+    time = f"{100 * row['prefill_share']:.2g}%" if "prefill_share" in row else "-"
+    return PLACES[row["stage"]], *reads, score, time
 
 
-def _time(found: dict[str, Any]) -> str:
-    return f"{100 * found['prefill_share']:.2g}%" if "prefill_share" in found else "-"
-
-
-def _told(row: PrunerRow, found: dict[str, Any]) -> str:
-    """What it needs, whether it is trained, its options, and as what its score was measured."""
-    wraps = [option for option in row.options if option.kind is Any and option.required]  # typed in parentheses
-    options = ", ".join(_option(option) for option in row.options if option not in wraps)
-    spec = found.get("measured_as", row.name)
+def _told(name: str, row: dict[str, Any]) -> str:
+    """Where it comes from, what else it needs, its options, and as what its score was measured."""
+    spec = row.get("measured_as", name)
     parts = (
-        "needs " + ", ".join(dict.fromkeys([*row.needs, *row.layer_needs])) if row.needs or row.layer_needs else "",
-        "trained" if row.trained else "",
-        f"options {options}" if options else "",
-        f"score of {spec}" if spec != row.name else "",
+        row["source"],
+        "trained for one model" if row["trained"] else "",
+        "needs a plain raster" if row["grid"] else "",
+        f"options {', '.join(row['options'])}" if row["options"] else "",
+        f"score of {spec}" if spec != name else "",
     )
     return "; ".join(filter(None, parts))
-
-
-def _option(option: Option) -> str:
-    return str(option) if option.typeable else f"{option.name}: from Python"

@@ -1,22 +1,23 @@
-"""`gripvlm quickstart`: the lab model with all of its visual tokens and with a tenth, in a minute or two."""
+"""`gripvlm quickstart`: the lab model with all of its visual tokens and with a tenth, in less than a minute."""
 
 from __future__ import annotations
 
+import json
+import textwrap
 import time
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import gripvlm
-from gripvlm.evaluate import Outcome, answer, evaluate, make_inputs, oracle, question_ids
+from gripvlm.evaluate import Outcome, answer, evaluate, make_inputs, question_ids
+from gripvlm.evaluate.arms import FULL
+from gripvlm.evaluate.results import Results, read_results
 from gripvlm.loading import load_model
-from gripvlm.models.encoded import Encoded
-from gripvlm.prune import encode
+from gripvlm.pruners import get_pruner
 from gripvlm.report import geometry, overlay, table
 from gripvlm.tasks import Sample, Task, get_tasks
 
@@ -25,24 +26,26 @@ __all__ = ["run"]
 KEEP = 0.1
 COMPARED = ("oracle", "grip", "random", "grid", "norm", "divprune")
 SHOWN = ("grip", "divprune")
-PICTURES, EACH = 3, 2
+
+
+class Example(NamedTuple):
+    """A question, and why it is shown."""
+
+    why: str
+    task: Task
+    sample: Sample
 
 
 def run(screen: Console, limit: int, out: Path) -> None:
-    """Answers, overlays and the table; everything written goes to `out`."""
+    """Examples, the table, what it costs, pictures; everything written goes to `out`."""
     began = time.monotonic()
     tasks = get_tasks("lab")
-    shown = showcase(tasks)
     model, processor = load_model("lab")
     size = sum(weight.numel() for weight in model.parameters())
     screen.print(
-        f"[bold]gripvlm {gripvlm.__version__}[/] with its own lab model: {size / 1e6:.1f} M parameters, {model.device}"
+        f"[bold]gripvlm {gripvlm.__version__}[/] with its own lab model ({size / 1e6:.1f} M parameters, "
+        f"{model.device}): {limit} questions\nof each of six families, with all visual tokens and with a tenth."
     )
-    samples = [sample for _, sample in shown]
-    outcomes = _answers(model, processor, tasks, shown)
-    _print_answers(screen, samples, outcomes)
-    paths = _overlays(processor, samples, outcomes, out)
-    screen.print(f"\nNow {limit} questions of each of six families, with all tokens and with a tenth:")
     result = evaluate(
         model,
         processor,
@@ -56,42 +59,50 @@ def run(screen: Console, limit: int, out: Path) -> None:
         model_name="lab",
         progress=True,
     )
+    drawn = [(task, sample) for task in tasks for sample in task.take(limit, 0)]
+    chosen = examples(drawn, read_results(out / "quickstart.json"))
+    outcomes = _answers(model, processor, tasks, chosen)
+    _print_examples(screen, chosen, outcomes)
+    screen.print()
     screen.print(table([*result["rows"], *result["means"]]))
-    screen.print("What was kept, picture by picture:")
-    for path in [*paths, out / "quickstart.json"]:
-        screen.print(f"  {escape(str(path))}")
-    screen.print(f"{time.monotonic() - began:.0f} seconds in all. With a model of your own:", style="bold")
+    screen.print(_filled(what_it_costs(model)), markup=False, soft_wrap=True)
+    screen.print("\nWhat was kept, picture by picture:")
+    for path in [*_overlays(processor, chosen, outcomes, out), out / "quickstart.json"]:
+        screen.print(f"  {path}", markup=False, soft_wrap=True)
+    screen.print(f"\n{time.monotonic() - began:.0f} seconds in all. Next, with a model of your own:", style="bold")
     screen.print("  with gripvlm.prune(model, 'divprune', keep=64):\n      model.generate(**inputs)", markup=False)
+    screen.print("and `gripvlm list`, which says which pruner to take at which budget.", markup=False)
 
 
-def showcase(tasks: Sequence[Task]) -> list[tuple[Task, Sample]]:
-    """A few questions that have evidence: the first pictures that most families ask about, families in turn."""
-    by_image: dict[str, list[tuple[Task, Sample]]] = {}
-    for task in tasks:
-        for sample in task.samples:
-            if sample.evidence and not any(task is other for other, _ in by_image.get(sample.image_id, [])):
-                by_image.setdefault(sample.image_id, []).append((task, sample))
-    richest = sorted(by_image, key=lambda image: (-len(by_image[image]), image))[:PICTURES]
-    chosen: list[tuple[Task, Sample]] = []
-    for image in richest:
-        uses = [sum(task is other for other, _ in chosen) for task, _ in by_image[image]]
-        order = sorted(range(len(uses)), key=lambda i: (uses[i], i))
-        chosen += [by_image[image][i] for i in order[:EACH]]
-    return chosen
+def examples(drawn: Sequence[tuple[Task, Sample]], measured: Results) -> list[Example]:
+    """For each of three rules the first question that fits, of a family that is not shown yet if there is one."""
+    good, bad = SHOWN
+
+    def right(name: str, keep: float, task: Task, sample: Sample) -> bool:
+        return measured.of(task.name, name, str(keep))[sample.id]["score"] >= 1
+
+    rules = (
+        ("A tenth of the tokens is enough", (True, True, True)),
+        (f"It depends on which tenth: with {bad}'s the answer is wrong", (True, True, False)),
+        ("Where pruning fails: a tenth is too few for both", (True, False, False)),
+    )
+    found: list[Example] = []
+    for why, wanted in rules:
+        seen = {one.task.name for one in found}
+        able = [
+            pair
+            for pair in drawn
+            if tuple(right(*arm, *pair) for arm in ((FULL, 1.0), (good, KEEP), (bad, KEEP))) == wanted
+        ]
+        if able:
+            found.append(Example(why, *min(able, key=lambda pair: pair[0].name in seen)))
+    return found or [Example("The first question", *drawn[0])]
 
 
-def _answers(
-    model: Any, processor: Any, tasks: Sequence[Task], shown: Sequence[tuple[Task, Sample]]
-) -> dict[str, Outcome]:
-    """Name -> answers, with all tokens and with a tenth of them."""
-    samples = [sample for _, sample in shown]
-    texts = [task.prompt(sample) for task, sample in shown]
-    inputs = make_inputs(model, processor, texts, [sample.image for sample in samples])
-    encoded: Encoded = encode(model, inputs)
-    choosers: dict[str, Any] = {name: name for name in SHOWN if name != "oracle"}
-    if "oracle" in SHOWN:
-        choosers["oracle"] = oracle(samples, encoded, tasks[0].evidence_grid)
-    budgets = {"all": ("keep_all", 1.0)} | {name: (choosers[name], KEEP) for name in SHOWN}
+def _answers(model: Any, processor: Any, tasks: Sequence[Task], chosen: Sequence[Example]) -> dict[str, Outcome]:
+    """Name -> answers to the examples and what was kept, with all tokens and with a tenth of them."""
+    texts = [one.task.prompt(one.sample) for one in chosen]
+    inputs = make_inputs(model, processor, texts, [one.sample.image for one in chosen])
     return {
         name: answer(
             model,
@@ -100,45 +111,56 @@ def _answers(
             chooser,
             keep,
             max_new_tokens=max(task.max_new_tokens for task in tasks),
-            question=question_ids(processor, texts),
-            encoded=encoded,
+            question=question_ids(processor, [one.sample.question for one in chosen]),
         )
-        for name, (chooser, keep) in budgets.items()
+        for name, chooser, keep in [(FULL, "keep_all", 1.0), *((name, name, KEEP) for name in SHOWN)]
     }
 
 
-def _print_answers(screen: Console, samples: Sequence[Sample], outcomes: dict[str, Outcome]) -> None:
-    rows = Table(box=box.SIMPLE_HEAD)
-    for name in ("picture", "question", "true answer"):
-        rows.add_column(name)
-    for name, outcome in outcomes.items():
-        selection = outcome.selections[0][0]
-        rows.add_column(f"all {selection.n} tokens" if name == "all" else f"{selection.k} tokens, {name}")
-    tasks = {task.family: task for task in get_tasks("lab") if hasattr(task, "family")}
-    for i, sample in enumerate(samples):
-        cells = []
-        for outcome in outcomes.values():
-            right = tasks[sample.family].score(outcome.predictions[i], sample)
-            cells.append(f"[{'green' if right else 'red'}]{'+' if right else '-'} {escape(outcome.predictions[i])}[/]")
-        rows.add_row(escape(sample.image_id), escape(sample.question), escape(sample.answer), *cells)
-    screen.print(rows)
+def _print_examples(screen: Console, chosen: Sequence[Example], outcomes: dict[str, Outcome]) -> None:
+    for number, one in enumerate(chosen):
+        screen.print(f"\n{one.why}:", style="bold", markup=False)
+        screen.print(f"  {one.sample.question}  (true: {one.sample.answer})", markup=False)
+        for name, outcome in outcomes.items():
+            said, kept = outcome.predictions[number], outcome.selections[number][0].k
+            good = one.task.score(said, one.sample) >= 1
+            head = f"    {'all' if name == FULL else name}, {kept} tokens"
+            screen.print(f"{head:<26}{'right' if good else 'WRONG'}  {said or '(nothing)'}", markup=False)
+    screen.print("\nChosen for what they show; how often each happens is in the table.", style="dim")
 
 
-def _overlays(processor: Any, samples: Sequence[Sample], outcomes: dict[str, Outcome], out: Path) -> list[Path]:
-    """One picture for the first question about each image and each pruner shown."""
-    paths, seen = [], set()
-    for i, sample in enumerate(samples):
-        if sample.image_id in seen:
-            continue
-        seen.add(sample.image_id)
-        picture = sample.image
+def what_it_costs(model: Any) -> str:
+    """What Grip costs here and why, and what it costs a model of a real size; measured numbers only."""
+    known = json.loads(files("gripvlm.cli").joinpath("measured.json").read_text(encoding="utf-8"))
+    toy, small = known["costs"]
+    module: Any = get_pruner("grip").module  # type: ignore[attr-defined]
+    scorer = sum(weight.numel() for weight in module.parameters())
+    reader = sum(weight.numel() for weight in model.get_decoder().parameters())
+    return (
+        f"Grip's own cost is a toy's here: its scorer has {scorer / 1e6:.1f} M weights, this language model "
+        f"{reader / 1e6:.1f} M, so that pruning adds {100 * toy['added']:.0f} % of the unpruned prefill and a "
+        f"question takes {toy['whole']:.2f} of its time. With a language model of 0.5 B it adds "
+        f"{100 * small['added']:.1f} % and a question takes {small['whole']:.2f}; of a 7 B model's prefill the scorer "
+        f"is {100 * known['share_of_7b']:.2g} %, by FLOPs. ({100 * toy['kept'] / toy['tokens']:g} % of the tokens, "
+        f"{toy['hardware']}; results/{toy['file']}.json, {small['file']}.json with random weights, grip-speed.json.)"
+    )
+
+
+def _overlays(processor: Any, chosen: Sequence[Example], outcomes: dict[str, Outcome], out: Path) -> list[Path]:
+    """One picture for each example and pruner shown."""
+    paths = []
+    for number, (_, task, sample) in enumerate(chosen):
         for name in SHOWN:
-            selection = outcomes[name].selections[i][0]
-            grid = get_tasks(f"lab/{sample.family}")[0].evidence_grid
-            cells = geometry(processor, picture.size, grid)
-            said = f"{selection.k} of {selection.n} tokens ({name}): {outcomes[name].predictions[i]}"
-            whole = f"all {selection.n}: {outcomes['all'].predictions[i]}"
-            path = out / f"{Path(sample.image_id).stem}-{name}.png"
-            overlay(picture, selection, cells, path, f"{sample.question}\n{said}\n{whole}   |   true: {sample.answer}")
+            selection = outcomes[name].selections[number][0]
+            cells = geometry(processor, sample.image.size, task.evidence_grid)
+            said = f"{selection.k} of {selection.n} tokens ({name}): {outcomes[name].predictions[number]}"
+            whole = f"all {selection.n}: {outcomes[FULL].predictions[number]}"
+            path = out / f"kept-{number + 1}-{name}.png"
+            told = f"{sample.question}\n{said}\n{whole}   |   true: {sample.answer}"
+            overlay(sample.image, selection, cells, path, told)
             paths.append(path)
     return paths
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)

@@ -39,7 +39,7 @@ def report_command(
 
     quiet()
     page = report(mine, out, title=title, baseline=baseline, within=within / 100, pictures=pictures)
-    console().print(f"page: {escape(str(page))}, Markdown: {escape(str(page.with_name('report.md')))}")
+    console().print(f"page: {escape(str(page))}, Markdown: {escape(str(page.with_name('report.md')))}", soft_wrap=True)
 
 
 def compare_command(
@@ -72,7 +72,7 @@ def merge_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace it where it exists.")] = False,
 ) -> None:
     """Put the shards of one grid together, as if one machine had run it."""
-    from gripvlm.cli.commands import console
+    from gripvlm.cli.commands import console, show_scores
     from gripvlm.cli.outputs import checked_json
 
     if len(shards) < 2:
@@ -80,9 +80,8 @@ def merge_command(
     checked_json(out)
 
     from gripvlm.evaluate import merge
-    from gripvlm.report import table
 
     result = merge(shards, out, overwrite=overwrite)
     screen = console()
-    screen.print(table([*result["rows"], *result["means"]]))
-    screen.print(f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it")
+    show_scores(screen, result)
+    screen.print(f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it", soft_wrap=True)

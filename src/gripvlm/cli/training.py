@@ -64,7 +64,7 @@ def train_command(**given: Any) -> None:
     if pruner.module is not None and (left_out := pruner.module.notes.get("left_out")):
         _say(f"left out: {left_out} questions that could not be used; why: {folder / 'metrics.jsonl'}")
     screen = console()
-    screen.print(f"trained: {pruner.scorer}")
+    screen.print(f"trained: {pruner.scorer}", soft_wrap=True)
     if all(sample.answer for _, sample in held) and "," not in pruner.scorer:
         _try_it(config, pruner, screen)
 
@@ -121,9 +121,14 @@ def _signature() -> inspect.Signature:
             continue
         flag = _flag(field.name)
         names = (f"{flag}/--no-{flag[2:]}",) if hints[field.name] is bool else (flag,)
-        told = f"{help_of(field.name)} [default: {field.default if field.default != '' else 'none'}]"
+        default = ("no", "yes")[field.default] if isinstance(field.default, bool) else field.default
+        default = "none" if default == "" else default
+        told = f"{help_of(field.name)} (default: {default})"  # brackets would be markup
         panel = _PANELS.get(field.name, panel)
-        option = typer.Option(*names, help=told, show_default=False, rich_help_panel=panel)
+        group = "Switches" if hints[field.name] is bool else panel  # "--no-..." is a column of its own
+        kinds = {bool: "", int: "N", float: "X"}  # short, so that names are not cut off in 80 columns
+        shown = kinds.get(hints[field.name], "TEXT")
+        option = typer.Option(*names, help=told, show_default=False, rich_help_panel=group, metavar=shown)
         parameters.append(
             inspect.Parameter(field.name, keyword, default=None, annotation=Annotated[hints[field.name] | None, option])
         )

@@ -28,17 +28,27 @@ class Arm:
 
     Attributes:
         label: as typed, `"random:seed=3"`; or `full`, `oracle`, `blind`.
-        keep: the budget as asked, None for `blind`.
+        keep: the budget as asked, as JSON holds it (`Budget.plain`); None for `blind`.
         pruner: None for `oracle`, which is made anew for each batch, and for `blind`.
         config: the pruner's name and every one of its fields.
         trained: whether it, or a pruner inside it, has weights that were trained for pruning.
     """
 
     label: str
-    keep: int | float | None
+    keep: int | float | str | None
     pruner: Pruner | None
     config: dict[str, Any]
     trained: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What rows and answers know it by."""
+        return self.label, self.keep_text
+
+    @property
+    def named(self) -> str:
+        """For people: `fastv at 10%`."""
+        return self.label if self.keep is None else f"{self.label} at {Budget.of(self.keep).short}"
 
     @property
     def keep_text(self) -> str:
@@ -57,8 +67,7 @@ def make_arms(
         GripError: an unknown pruner, no budget for one that needs it, or two pruners that would
             have the same rows.
     """
-    asked = [Budget.of(keep).value for keep in keeps]
-    budgets = list({str(budget): budget for budget in asked}.values())  # 1 is one token, 1.0 all of them
+    budgets = [budget.plain for budget in dict.fromkeys(Budget.of(keep) for keep in keeps)]
     full = get_pruner("keep_all")
     arms = [Arm(FULL, 1.0, full, _config(full))]
     seen: set[str] = set()

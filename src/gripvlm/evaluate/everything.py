@@ -25,7 +25,7 @@ TOKENS = 576
 
 
 def serving(model: Any, budgets: Sequence[Budget]) -> tuple[list[str], dict[str, str]]:
-    """Names of pruners that this model can run at all of these budgets, and why each other one cannot."""
+    """Names of pruners that this model can run at one of these budgets or more, and why each other one cannot."""
     names, left = [], dict(LEFT)
     layers = len(getattr(model.get_decoder(), "layers", ()))
     for row in list_pruners():
@@ -34,8 +34,8 @@ def serving(model: Any, budgets: Sequence[Budget]) -> tuple[list[str], dict[str,
         try:
             pruner = checked_pruner(row.name, model)
             if isinstance(pruner, LayerPruner):
-                for budget in budgets:
-                    pruner.schedule(TOKENS, budget.count(TOKENS), layers)
+                largest = max(budget.count(TOKENS) for budget in budgets)
+                pruner.schedule(TOKENS, largest, layers)
         except GripError as why:
             left[row.name] = str(why)
         else:

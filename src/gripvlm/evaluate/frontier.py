@@ -47,7 +47,7 @@ def pareto(cost: Sequence[float], score: Sequence[float]) -> list[int]:
     return found
 
 
-def usual_budgets(budgets: Collection[frozenset[int | float]]) -> frozenset[int | float]:
+def usual_budgets(budgets: Collection[frozenset[int | float | str]]) -> frozenset[int | float | str]:
     """Of the methods' sets of budgets the commonest one; of several as common the largest."""
     return max(budgets, key=lambda keeps: (sum(keeps == one for one in budgets), len(keeps)))
 
@@ -96,7 +96,7 @@ def hypervolumes(scores: Scores, floor: float = 0.0, axis: str = "log") -> dict[
 
 
 def time_to_accuracy(
-    scores: Scores, keep: int | float | None = None, within: float = 0.0
+    scores: Scores, keep: int | float | str | None = None, within: float = 0.0
 ) -> tuple[int, list[EqualTime]]:
     """For each method the fastest setting that reaches the reference's accuracy, as a ratio of times.
 

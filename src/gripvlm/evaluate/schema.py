@@ -38,7 +38,7 @@ _ANSWER: dict[str, tuple[type, ...]] = {
 """What a line of a samples file must have."""
 _SECONDS = {"vision", "pruner", "surgery", "prefill", "decode"}
 _CHECKED = {"type", "required", "properties", "items", "minItems", "minLength", "const", "enum", "minimum", "maximum"}
-_CHECKED |= {"exclusiveMinimum", "$ref", "$defs", "$schema", "$id", "title", "description"}
+_CHECKED |= {"exclusiveMinimum", "pattern", "$ref", "$defs", "$schema", "$id", "title", "description"}
 
 
 class ResultsError(GripError):
@@ -153,6 +153,8 @@ def violations(value: Any, schema: Mapping[str, Any], where: str = "") -> Iterat
         yield from _bounds(value, schema, place)
     if isinstance(value, str) and len(value) < schema.get("minLength", 0):
         yield f"{place} is empty"
+    if isinstance(value, str) and re.search(schema.get("pattern", ""), value) is None:
+        yield f"{place} is {_said(value)}, expected the pattern {schema['pattern']}"
     if isinstance(value, dict):
         yield from (f"{place} has no {name!r}" for name in schema.get("required", ()) if name not in value)
         for name, part in schema.get("properties", {}).items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gripvlm.budget import Budget
 from gripvlm.evaluate.arms import BLIND, FULL, ORACLE
 from gripvlm.evaluate.results import Results
 from gripvlm.evaluate.schema import ResultsError
@@ -28,7 +29,7 @@ class Setting:
 
     Attributes:
         method: the pruner as typed, without its seed.
-        keep: the budget as asked.
+        keep: the budget as asked, a number or `"<=64"`.
         arms: the labels of its seeds, one for each.
         seeds: the mean score over tasks of each arm.
         kept, tokens: the share and the number of visual tokens that were paid for, mean over tasks.
@@ -37,7 +38,7 @@ class Setting:
     """
 
     method: str
-    keep: int | float
+    keep: int | float | str
     arms: tuple[str, ...]
     seeds: tuple[float, ...]
     kept: float
@@ -110,9 +111,10 @@ class Scores:
         return None
 
     @property
-    def keeps(self) -> list[int | float]:
+    def keeps(self) -> list[int | float | str]:
         """Budgets as asked, without `full`'s, the largest first."""
-        return sorted({one.keep for one in self.settings if not one.full}, key=float, reverse=True)
+        found = {one.keep for one in self.settings if not one.full}
+        return sorted(found, key=lambda keep: Budget.of(keep).order, reverse=True)
 
 
 def method_of(label: str) -> str:

@@ -79,7 +79,8 @@ def _merged(
                 f"task {task.name} has other questions here than in {parts[0].path}: merge where the same data is"
             )
     records = _together(parts)
-    arms = [_arm(text, parts[0]) for text in config["arms"]]
+    left = {(one["pruner"], str(one["keep"])): one for part in parts for one in part.unreached}
+    arms = [arm for text in config["arms"] if (arm := _arm(text, parts)).key not in left]
     _complete(arms, drawn, records)
     result = assembled(config["model"], config, arms, chosen, drawn, drawn, records, config["seed"])
     sessions = [session for part in parts for session in part.header["sessions"]]
@@ -94,6 +95,8 @@ def _merged(
         "sessions": sessions,
         "shards": heads,
     }
+    if left:
+        result["unreached"] = list(left.values())
     result["samples"] = answers.name
     lines: list[dict[str, Any]] = [{"config": config}, *({"session": session} for session in sessions)]
     lines += [records[key] for key in _order(arms, drawn, config["batch_size"])]
@@ -160,11 +163,12 @@ def _together(parts: Sequence[Results]) -> dict[Key, dict[str, Any]]:
     return records
 
 
-def _arm(text: str, part: Results) -> Arm:
+def _arm(text: str, parts: Sequence[Results]) -> Arm:
     """The arm from a config's `label keep {...}`; nothing is loaded, since nothing is measured."""
     head, _, options = text.partition(" {")
     label, _, keep = head.rpartition(" ")
-    row = next((row for row in part.rows if row["pruner"] == label and str(row["keep"]) == keep), None)
+    rows = (row for part in parts for row in [*part.rows, *part.unreached])
+    row = next((row for row in rows if row["pruner"] == label and str(row["keep"]) == keep), None)
     return Arm(
         label, None if row is None else row["keep"], None, parse("{" + options), bool((row or {}).get("trained"))
     )

@@ -41,7 +41,8 @@ class GripVLM(lmms):
     Args:
         pretrained: lab, a local folder, or a Hugging Face hub id.
         pruner: a name or spec from `gripvlm list`; a spec with commas in quotes. By default nothing is pruned.
-        keep: 64, 0.1 or 10%, as on gripvlm's own command line.
+        keep: 64, 0.1 or 10%, as on gripvlm's own command line; at most so many as ≤64, since lmms-eval splits at
+            each =.
         positions: original or renumbered.
         dtype: auto, float32, bfloat16 or float16.
         device: as PyTorch names it; by default the first accelerator there is, or the process's own under accelerate.
@@ -84,7 +85,7 @@ class GripVLM(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise GripError(f"--batch_size {batch_size}: type a number, 1 or more")
         self.pruner = checked_pruner(str(pruner).strip("'\""))
-        self.keep = one_budget(self.pruner, None if keep is None else Budget.parse(str(keep)))
+        self.keep = one_budget(self.pruner, None if keep is None else Budget(str(keep)))
         self.positions, self.max_new_tokens = positions, int(max_new_tokens)
         checked_positions(positions)
         self.batch_size = int(batch_size)

@@ -139,7 +139,7 @@ def sizes_after(indices: Tensor, n: int, merge: Merge | None, before: Tensor | N
     return torch.zeros(indices.numel(), device=indices.device).index_add(0, slot, share)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Selection:
     """The kept rows of one image.
 
@@ -161,6 +161,10 @@ class Selection:
     merge: Merge | None = None
     layers: tuple[Tensor, ...] = ()
     sound: bool = field(default=False, repr=False)
+
+    def __repr__(self) -> str:
+        inside = f", {len(self.layers)} layers" if self.layers else ""
+        return f"Selection({self.k} of {self.n} rows{', merged' if self.merge is not None else ''}{inside})"
 
     @property
     def k(self) -> int:

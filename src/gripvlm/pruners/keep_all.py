@@ -31,13 +31,13 @@ class KeepAll(Pruner):
 
     def select(self, tokens: VisualTokens) -> Selection:
         if tokens.keep < tokens.n:
-            raise self.refused(f"{tokens.keep} (of {tokens.n})")
+            raise self.refused(f"a budget of {tokens.keep} of {tokens.n}")
         return Selection(torch.arange(tokens.n, device=tokens.features.device), tokens.n, sound=True)
 
     def refused(self, asked: str) -> BudgetError:
         """What is said to a budget that would drop tokens."""
         return BudgetError(
-            f"pruner {self.name!r} keeps every visual token, so keep={asked} cannot be met: leave keep out (or type "
+            f"pruner {self.name!r} keeps every visual token, so {asked} cannot be met: leave keep out (or type "
             "1.0), or choose a pruner that drops tokens, such as divprune"
         )
 

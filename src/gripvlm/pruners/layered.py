@@ -224,6 +224,6 @@ def _checked_cuts(name: str, cuts: Sequence[int], layers: int) -> None:
 
 def _too_few(name: str, n: int, keep: int, layers: int, first: int, floor: int) -> BudgetError:
     return BudgetError(
-        f"keep={keep} of {n} on average over {layers} layers is less than pruner {name!r} can reach: all {n} go "
-        f"through the first {first}; type keep={floor} or more, or drop before an earlier layer"
+        f"{keep} of {n} visual tokens on average over {layers} layers is less than pruner {name!r} can reach: all {n} "
+        f"go through the first {first}; type keep={floor} or more, or drop before an earlier layer"
     )

@@ -59,8 +59,8 @@ class ToMe(TowerPruner):
                 return merges
         least = tokens - sum(self._merges(tokens, tokens, 1, blocks, fixed)) - fixed
         raise BudgetError(
-            f"keep={left - fixed} of {tokens - fixed} is less than pruner 'tome' can reach: each of the tower's "
-            f"{blocks} blocks that count can merge half of its tokens at most; type keep={least} or more"
+            f"{left - fixed} of {tokens - fixed} visual tokens is less than pruner 'tome' can reach: each of the "
+            f"tower's {blocks} blocks that count can merge half of its tokens at most; type keep={least} or more"
         )
 
     def _merges(self, r: int, tokens: int, left: int, blocks: int, fixed: int) -> list[int]:

@@ -38,7 +38,7 @@ def highlighted(comparison: Comparison, count: int = len(_COLOURS)) -> dict[str,
     return styles | {m: style for m, style in _FIXED.items() if m in methods}
 
 
-def _height(comparison: Comparison, method: str, usual: Collection[int | float]) -> float:
+def _height(comparison: Comparison, method: str, usual: Collection[int | float | str]) -> float:
     """Its mean score, summed over the budgets that most methods have; what it lacks counts as nothing."""
     mine = {p.keep: p.mean.value for p in comparison.points if p.method == method}
     return sum(mine.get(keep, 0.0) for keep in usual)

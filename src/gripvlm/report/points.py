@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 from gripvlm.evaluate.arms import FULL
 from gripvlm.evaluate.estimates import absolute
@@ -43,7 +44,7 @@ class Point:
     """
 
     method: str
-    keep: int | float
+    keep: int | float | str
     kept: float
     tokens: float
     trained: bool
@@ -86,18 +87,22 @@ class Comparison:
         return " and ".join(one.path.name.removesuffix(".json") for one in self.results)
 
     @property
-    def keeps(self) -> list[int | float]:
-        return sorted({p.keep for p in self.points if not p.full}, key=float, reverse=True)
+    def keeps(self) -> list[int | float | str]:
+        found = {p.keep for p in self.points if not p.full}
+        return sorted(found, key=lambda keep: Budget.of(keep).order, reverse=True)
 
-    def nearest(self, keep: float = 0.1) -> int | float | None:
+    def nearest(self, keep: float = 0.1) -> int | float | str | None:
         """The asked budget whose achieved share is nearest to `keep`, on a log scale."""
-        measured = [(abs(np.log(max(p.kept, 1e-9) / keep)), float(p.keep), p.keep) for p in self.points if not p.full]
-        return min(measured)[2] if measured else None
+        measured = [p for p in self.points if not p.full]
+        near = min(
+            measured, key=lambda p: (abs(np.log(max(p.kept, 1e-9) / keep)), Budget.of(p.keep).order), default=None
+        )
+        return None if near is None else near.keep
 
 
-def keep_text(keep: int | float) -> str:
-    """`12.5 %`, or `64 tokens`."""
-    return f"{100 * keep:g} %" if isinstance(keep, float) else f"{keep} tokens"
+def keep_text(keep: int | float | str) -> str:
+    """`12.5 %`, `64 tokens`, or `at most 64 tokens`."""
+    return Budget.of(keep).words
 
 
 def comparisons(results: Sequence[Results]) -> list[Comparison]:
@@ -177,7 +182,7 @@ def _full_seconds(one: Results) -> float:
     return float(np.mean(seconds))
 
 
-def command_of(one: Results, arms: Sequence[str], keep: int | float) -> str:
+def command_of(one: Results, arms: Sequence[str], keep: int | float | str) -> str:
     """What to type to measure these arms at this budget alone; the run's own command where that was a script."""
     head = one.header
     try:

@@ -14,7 +14,7 @@ from gripvlm.evaluate.scores import Scores
 from gripvlm.report.blocks import Block, Commands, Facts, Heading, Sheet, Text
 from gripvlm.report.figures import ALWAYS, plots, score_text
 from gripvlm.report.points import Cell, Comparison, keep_text
-from gripvlm.report.tables import short
+from gripvlm.report.tables import short, unreached
 
 __all__ = ["commands", "sections"]
 
@@ -95,6 +95,7 @@ def _run(one: Results) -> list[tuple[str, str]]:
         ("code", f"{state}; {versions}"),
         ("hardware", hardware),
         ("finished", head["finished"][:10]),
+        *[("not measured", "; ".join(unreached(one.content)))] * bool(one.unreached),
     ]
 
 

@@ -11,9 +11,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 
-__all__ = ["by_arm", "markdown", "tables", "task_order", "with_means"]
+__all__ = ["by_arm", "markdown", "tables", "task_order", "unreached", "with_means"]
 
 Row = Mapping[str, Any]
 TIMES = ("vision", "pruner", "surgery", "prefill", "decode", "total")
@@ -85,6 +86,12 @@ def tables(rows: Sequence[Row]) -> Group:
     return Group(scores, times)
 
 
+def unreached(result: Mapping[str, Any]) -> list[str]:
+    """`fastv at 5%: why`, for each pruner and budget that has no row, since it cannot be reached."""
+    left = result.get("unreached", ())
+    return [f"{one['pruner']} at {Budget.of(one['keep']).short}: {one['why']}" for one in left]
+
+
 def _sheet(title: str) -> Table:
     """An empty table that stays narrow: six families and their mean fit into 80 columns."""
     sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=0)
@@ -128,8 +135,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _keep(row: Row) -> str:
-    keep = row["keep"]
-    return f"{100 * keep:g}%" if isinstance(keep, float) else str(keep)
+    return Budget.of(row["keep"]).short
 
 
 def _number(value: float) -> str:

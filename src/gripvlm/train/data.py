@@ -16,6 +16,9 @@ from gripvlm.errors import TrainError
 from gripvlm.tasks import JsonlTask, LabTask, Sample, Task, get_tasks
 from gripvlm.tasks.lab_tasks import SAMPLE as SHIPPED
 
+_PLACES = 10_000
+"""Of a picture between training and validation, from a hash of its name."""
+
 __all__ = ["Questions", "generator", "load_questions", "name_of", "picture_of", "split"]
 
 
@@ -89,18 +92,28 @@ def picture_of(task: Task, sample: Sample) -> str:
 def split(questions: list[tuple[Task, Sample]], share: float) -> tuple[list, list]:
     """(training, validation) questions: whole images, chosen by a hash of their names, so that it never changes."""
 
-    def held_out(sample: Sample) -> bool:
-        return zlib.crc32(f"validation {sample.image_id or sample.id}".encode()) % 10_000 < share * 10_000
-
-    held = [held_out(sample) for _, sample in questions]
+    places = [zlib.crc32(f"validation {s.image_id or s.id}".encode()) % _PLACES for _, s in questions]
+    held = [place < share * _PLACES for place in places]
     train = [q for q, out in zip(questions, held, strict=True) if not out]
     validation = [q for q, out in zip(questions, held, strict=True) if out]
     if not train or not validation:
+        other = _share_that_splits(places, share)
+        typed = "bring more pictures" if other is None else f"type --val-share {other:g}, bring more pictures"
+        side = "validation" if not validation else "training"
         raise TrainError(
-            f"{len(questions)} questions about {len({picture_of(*q) for q in questions})} pictures cannot be split "
-            f"with --val-share {share:g}: type another share, bring more pictures, or name --val-data"
+            f"{len(questions)} questions about {len({picture_of(*q) for q in questions})} pictures: --val-share "
+            f"{share:g} leaves none for {side}; {typed}, or name --val-data"
         )
     return train, validation
+
+
+def _share_that_splits(places: Sequence[int], share: float) -> float | None:
+    """The share nearest to `share`, in whole percents where one will do, that leaves questions on both sides."""
+    least, most = min(places), max(places)
+    able = [n / 100 for n in range(1, 100) if least < n / 100 * _PLACES <= most]
+    if not able and least < most:
+        able = [most / _PLACES]
+    return min(able, key=lambda one: abs(one - share), default=None)
 
 
 @dataclass

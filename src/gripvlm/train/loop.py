@@ -11,22 +11,19 @@ import copy
 import json
 import math
 import pickle
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from gripvlm import disk
 from gripvlm.errors import GripError, TrainError
+from gripvlm.progress import Progress
 from gripvlm.scorer import Scorer
 from gripvlm.strict_json import BadJSON, parse
 from gripvlm.tasks import Sample, Task
@@ -118,7 +115,7 @@ class Loop:
         """
         self._resume()
         saved = time.monotonic()
-        with self.stop, self._bar() as advance:
+        with self.stop, self._progress() as bar:
             if self.step == 0 and self.stage.steps:
                 self._validate()
             while not self._over():
@@ -129,7 +126,8 @@ class Loop:
                 if scored := self.stage.engine.subsets - tried:
                     stats["subsets_per_second"] = scored / took
                 self._log({"step": self.step, **stats})
-                advance(stats)
+                bar.about(_said(stats))
+                bar.advance()
                 if self.step % self.config.val_every == 0 or self.step == self.stage.steps:
                     self._validate()
                 if self.processes.any(self.stop.asked):
@@ -342,19 +340,16 @@ class Loop:
                 ) from None
         disk.write(self.metrics, "".join(kept))
 
-    @contextmanager
-    def _bar(self) -> Iterator[Any]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        hidden = self.quiet or bool(self.processes.rank)
-        with Progress(*columns, *times, console=Console(file=sys.stderr), disable=hidden) as bar:
-            task = bar.add_task(self.stage.name, total=self.stage.steps, completed=self.step)
+    def _progress(self) -> Progress:
+        shown = not self.quiet and not self.processes.rank
+        bar = Progress(f"steps of {self.stage.name}", self.stage.steps, self.step, show=shown)
+        bar.about("first validation" if self.step == 0 else "")
+        return bar
 
-            def advance(stats: Stats) -> None:
-                said = next((f"{name} {stats[name]:.3f}" for name in ("reward", "loss") if name in stats), "")
-                bar.update(task, completed=self.step, description=f"{self.stage.name}  {said}")
 
-            yield advance
+def _said(stats: Stats) -> str:
+    """The number that tells how it goes."""
+    return next((f"{name} {stats[name]:.3f}" for name in ("reward", "loss") if name in stats), "")
 
 
 def _cosine(progress: float) -> float:
