@@ -12,6 +12,7 @@ from torch import Tensor
 from gripvlm.bench.rows import spread
 from gripvlm.clock import device_time
 from gripvlm.evaluate import make_inputs
+from gripvlm.models.renamed import CACHE
 from gripvlm.prune import prune_inputs
 from gripvlm.pruners.given import Given
 from gripvlm.scorer import Scorer
@@ -20,6 +21,11 @@ from gripvlm.train import Engine, TrainConfig
 from gripvlm.train.grpo import Grpo
 
 __all__ = ["Group"]
+
+
+def _with_own_cache(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments with a copy of its cache: a forward adds to it."""
+    return {name: copy.deepcopy(value) if name in CACHE else value for name, value in arguments.items()}
 
 
 class Group:
@@ -126,7 +132,7 @@ class Group:
         calls: list[dict[str, Any]] = []
 
         def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            calls.append({**kwargs, "past_key_values": copy.deepcopy(kwargs.get("past_key_values"))})
+            calls.append(_with_own_cache(kwargs))
 
         hook = self.engine.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -137,4 +143,4 @@ class Group:
 
     def _copied(self) -> list[dict[str, Any]]:
         """The calls, with caches of their own: a forward adds to them."""
-        return [{**one, "past_key_values": copy.deepcopy(one["past_key_values"])} for one in self.calls]
+        return [_with_own_cache(call) for call in self.calls]

@@ -28,7 +28,9 @@ def no_model(tmp_path, monkeypatch):
     write_jsonl(tmp_path, 4)
     for name in ("old.json", "old.samples.jsonl", "alone.json"):
         first = {"config": {"model": "lab", "limit": 7, "weights": "x", "arms": []}}
-        record = {"task": "t", "pruner": "p", "keep": "1", "id": "i"}
+        record = dict.fromkeys(("task", "pruner", "keep", "id", "image_id", "prediction"), "x")
+        seconds = dict.fromkeys(("vision", "pruner", "surgery", "prefill", "decode"), 0)
+        record |= {"score": 1, "k": 1, "n": 1, "seconds": seconds}
         (tmp_path / name).write_text(f"{json.dumps(first)}\n{json.dumps(record)}\n" if "samples" in name else "{}")
 
 
