@@ -193,7 +193,7 @@ def used(cache: Any) -> Iterator[None]:
 
 
 @functools.cache
-def _guarded(base: type) -> type:
+def _guarded(base: Any) -> type:
     """A subclass of a cache's class that refuses what would go wrong in silence; named as its base."""
 
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,6 +239,6 @@ def _guarded(base: type) -> type:
     return type(base.__name__, (base,), methods)
 
 
-def _restored(base: type) -> Any:
+def _restored(base: Any) -> Any:
     """An empty guarded cache, for copies and pickles."""
     return object.__new__(_guarded(base))
