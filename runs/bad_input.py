@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "runs")]
 import bad_training  # noqa: E402
 
 import gripvlm  # noqa: E402
+from gripvlm.models.renamed import cache_argument, cache_of  # noqa: E402
 from gripvlm.pruners import Pruner, Selection  # noqa: E402
 from tiny_families import TINY, build, make  # noqa: E402
 from tiny_models import tiny_llama  # noqa: E402
@@ -112,6 +113,24 @@ def failing_generate() -> str:
 def nested() -> None:
     with gripvlm.prune(llava(), "random", 4), gripvlm.prune(llava(), "fastv", 0.75):
         raise AssertionError("the inner block opened")
+
+
+def chat(pictures: bool = False, inside: bool = True) -> Any:
+    """A second turn on the cache of a pruned call."""
+    model, given = llava(), inputs()
+    with gripvlm.prune(model, "random", 4):
+        first = model.generate(**given, **SHORT, return_dict_in_generate=True)
+    more = given["input_ids"][:, 3:] if pictures else torch.tensor([[11, 12]])
+    turn = {"input_ids": torch.cat((first.sequences, more), 1), cache_argument(model): cache_of(first)}
+    if not inside:
+        return model.generate(**turn, **SHORT)
+    return generated(model, turn)
+
+
+def in_block(name: str = "forward", **arguments: Any) -> Any:
+    model = llava()
+    with gripvlm.prune(model, "random", 4), torch.no_grad():
+        return model.generate(inputs()) if name == "generate" else model(**arguments)
 
 
 def two_threads() -> str:
@@ -280,6 +299,14 @@ CASES = [
     Case("a generate that fails", "cache_implementation='static' with fastv", failing_generate, "works: the error"),
     Case("nested blocks", "prune(model, ...) twice", nested,
          "GripError: this model is already inside a gripvlm.prune block"),
+    Case("a second turn on a pruned cache", "outside the block", lambda: chat(inside=False),
+         "InputError: this cache holds 4 of a prompt's 16 visual tokens"),
+    Case("a second turn on a pruned cache", "with another picture", lambda: chat(pictures=True),
+         "InputError: a further picture on a pruned cache"),
+    Case("encoded elsewhere, inside the block", "model(**prune_inputs(...))", lambda: in_block(**pruned()),
+         "InputError: mm_encoder_outputs do not say"),
+    Case("a dict for generate", "model.generate(inputs)", lambda: in_block("generate"),
+         "InputError: generate was given a dict"),
     Case("two models in two threads", "a block each, at once", two_threads, "works: each answers"),
     Case("a model on the meta device", "torch.device('meta')", lambda: pruned(model=meta_model()),
          "InputError: the model is on the meta device, which holds no weights"),

@@ -126,8 +126,8 @@ class PruneBlock:
         self._entered = False
 
     def __enter__(self) -> Record:
-        Switch.of(self._model).open(self)
         self._entered = True
+        Switch.of(self._model).open(self)
         return self._record
 
     def __exit__(self, *_: object) -> None:

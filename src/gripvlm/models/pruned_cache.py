@@ -173,7 +173,8 @@ _in_use: ContextVar[Any] = ContextVar("gripvlm_cache_in_use", default=None)
 def mark(cache: Any, prompt: PrunedPrompt) -> None:
     """Notes in the cache what it holds; from now on it takes no keys but inside `used`."""
     if not hasattr(cache, "gripvlm_prompt"):
-        cache.__class__ = _guarded(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _guarded(kind)
     cache.gripvlm_prompt = prompt
 
 
