@@ -6,12 +6,14 @@ import copy
 import pickle
 import threading
 
+import accelerate
 import pytest
 import torch
 from transformers.generation import MaxLengthCriteria
 
 import gripvlm
 from gripvlm.errors import GripError, InputError
+from gripvlm.models.renamed import cache_argument, cache_of
 from tiny_families import TINY, build, make
 from tiny_families.base import IMAGE
 from tiny_families.reference import masked
@@ -224,3 +226,33 @@ def test_blocks_of_several_threads():
         thread.start()
         thread.join()
         assert (record.kept, record.calls) == (3, 1)
+
+
+def wrapped(kind: str, model):
+    """The model as a user may have it, and what takes that off again."""
+    if kind == "peft":
+        peft = pytest.importorskip("peft")
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    if kind == "compiled":
+        return torch.compile(model, backend="eager")
+    return accelerate.cpu_offload(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("spec", ["norm", "fastv"])
+@pytest.mark.parametrize("kind", ["peft", "compiled", "offloaded"])
+def test_wrapped_models_are_pruned_by_generate_and_by_forward(kind, spec):
+    """As the functional form does it, for the same wrapper."""
+    inputs = make(TINY["llava"], [1], [7]).inputs
+    model = wrapped(kind, copy.deepcopy(build("llava")))
+    with gripvlm.pruned_run(model, inputs, spec, 0.75) as (short, _), torch.no_grad():
+        logits = model(**short).logits
+    with gripvlm.prune(model, spec, 0.75) as record, torch.no_grad():
+        assert torch.equal(model(**inputs).logits, logits)
+        ids = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        more = torch.cat((ids.sequences, torch.tensor([[11, 12]])), -1)
+        cache = {cache_argument(build("llava")): cache_of(ids)}
+        assert model.generate(input_ids=more, **cache, max_new_tokens=2).shape[1] == more.shape[1] + 2
+        assert record.calls == 3
+    with gripvlm.pruned_run(model, inputs, spec, 0.75) as (short, _):
+        expected = model.generate(**short, max_new_tokens=3, do_sample=False)
+    assert torch.equal(ids.sequences[:, -3:], expected[:, -3:])
