@@ -139,10 +139,10 @@ class _Entry:
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call, block = _call.get(), self.switch.chosen()
+        call = _call.get()
         if call is not None and call.model is self.switch.model:
             return self.original(*args, **(call.moved(kwargs) if self.name == "forward" else kwargs))
-        if block is None:
+        if (block := self.switch.chosen()) is None:
             return self.original(*args, **kwargs)
         kwargs.update(zip(self.parameters, args, strict=False))
         if self.name == "forward":

@@ -8,6 +8,7 @@ as it is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,11 @@ class _Stage:
     real: Tensor
     left: Tensor
     change: Change | None = None
+
+    @functools.cached_property
+    def whole(self) -> bool:
+        """Whether nothing is padding; asked of the device once, not for every token and layer."""
+        return bool(self.real.all())
 
     def of(self, hidden: Tensor) -> Tensor:
         """[B, l, d]: what is left of the hidden states of the layer before."""
@@ -199,7 +205,10 @@ class _Dropper:
         self.stages: dict[int, _Stage] = {}
         self.now: _Stage | None = None
         self.visual = self.mask = torch.empty(0)
-        self.later = torch.empty(0)  # [B, n] bool, the tokens after the prompt
+        self.later, self.later_whole = (
+            torch.empty(0),
+            True,
+        )  # [B, n] which tokens after the prompt are real; whether all
         self.planes: tuple[Tensor, ...] = ()  # DeepStack's, for the layers that add one each
         self.seen = torch.empty(0)  # [B, L] whose rows those planes are
         self.running, self.prefill, self.total = False, True, 0
@@ -261,8 +270,10 @@ class _Dropper:
             )
         if isinstance(mask, Tensor) and mask.ndim == 2:
             self.later = mask[:, length:].bool()
+            self.later_whole = bool(self.later.all())
         else:
             self.later = self.mask.new_ones(self.mask.shape[0], self.total - length)
+            self.later_whole = True
 
     def end(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """After the whole model: a layer that runs from now on is run again by backward."""
@@ -354,7 +365,7 @@ class _Dropper:
         batch, full = self.mask.shape
         if not self.prefill:
             new = hidden.shape[1]
-            if new == 1 and bool(stage.real.all()) and bool(self.later.all()):
+            if new == 1 and self.later_whole and stage.whole:
                 return None
             sees = torch.cat((stage.real, self.later), -1)[:, None, None]
             past = sees.shape[-1] - new
@@ -363,7 +374,7 @@ class _Dropper:
             sees = (sees & before) | torch.nn.functional.pad(itself, (past, 0))
             return sees if self.boolean else _additive(sees, hidden)
         if mask is None:
-            if bool(stage.real.all()):
+            if stage.whole:
                 return None
             mask = torch.ones(batch, 1, full, full, dtype=torch.bool, device=hidden.device).tril()
         self.boolean = mask.dtype == torch.bool
