@@ -51,18 +51,29 @@ def conversation(model, inputs, positions=None):
     return torch.stack(logits), output.sequences
 
 
+def precise(name: str, images: list[int], words: list[int], attention: str = "sdpa"):
+    """In float64, where rounding cannot hide a mistake; experts and eager attention's softmax know float32 only."""
+    kind = torch.float32 if name == "qwen3_vl_moe" or attention == "eager" else torch.float64
+    inputs = make(TINY[name], images, words).inputs
+    inputs = {key: value.to(kind) if value.is_floating_point() else value for key, value in inputs.items()}
+    return copy.deepcopy(build(name, attention)).to(kind), inputs
+
+
 def close(model, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """The same log-probabilities of the tokens that may be said: 2e-5, and two units in the last place."""
+    """The same log-probabilities of the tokens that may be said: 1e-6 in float64, 2e-5 in float32."""
     allowed = torch.ones(ours.shape[-1], dtype=torch.bool)
     allowed[model.generation_config.suppress_tokens or []] = False
     ours, theirs = (logits.float()[..., allowed].log_softmax(-1) for logits in (ours, theirs))
-    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2.4e-7)
+    bound = 1e-6 if model.dtype == torch.float64 else 2e-5
+    if model.config.model_type == "qwen3_5":  # prompts in chunks, answers by recurrence, both in float32
+        bound = TINY["qwen3_5"].tolerance
+    assert (ours - theirs).abs().max() <= bound
 
 
-@pytest.mark.parametrize("pruner", ["random", "divprune"])
+@pytest.mark.parametrize("pruner", ["random", "divprune", "norm"])
 @pytest.mark.parametrize("name", MASKING)
 def test_three_turns_equal_the_masked_model(name, pruner):
-    model, inputs = build(name), make(TINY[name], [1, 2], [7, 9]).inputs
+    model, inputs = precise(name, [1, 2], [7, 9])
     with gripvlm.prune(model, pruner, keep=5) as record:
         logits, ids = conversation(model, inputs)
         assert record.calls == 3
@@ -76,22 +87,22 @@ def test_three_turns_equal_the_masked_model(name, pruner):
 @pytest.mark.parametrize("name", [name for name in MASKING if FAMILIES[name].layers])
 def test_three_turns_of_a_pruner_inside_the_language_model(name, attention):
     """The reference is the full model with the masks of its later layers changed, which never saw the library."""
-    model, inputs = build(name, attention), make(TINY[name], [1, 2], [7, 9]).inputs
+    model, inputs = precise(name, [1, 2], [7, 9], attention)
     with gripvlm.prune(model, "fastv", keep=0.75) as record:
         logits, ids = conversation(model, inputs)
-    reference = build(name, attention, seed=0)
-    with masking(reference, stages_of(inputs["input_ids"], inputs["attention_mask"], record.selections)):
-        expected, theirs = conversation(reference, inputs)
+    with masking(model, stages_of(inputs["input_ids"], inputs["attention_mask"], record.selections)):
+        expected, theirs = conversation(model, inputs)
     assert torch.equal(ids, theirs)
     close(model, logits, expected)
 
 
+@pytest.mark.parametrize("pruner", ["random", "divprune", "norm"])
 @pytest.mark.parametrize("name", [name for name in TINY if name not in MASKING])
-def test_three_turns_equal_the_model_that_never_saw_the_dropped_rows(name):
-    model, inputs = build(name), make(TINY[name], [1], [7]).inputs
-    with gripvlm.prune(model, "random", keep=5):
+def test_three_turns_equal_the_model_that_never_saw_the_dropped_rows(name, pruner):
+    model, inputs = precise(name, [1], [7])
+    with gripvlm.prune(model, pruner, keep=5):
         logits, ids = conversation(model, inputs)
-    short = gripvlm.prune_inputs(model, inputs, "random", keep=5)
+    short = gripvlm.prune_inputs(model, inputs, pruner, keep=5)
     expected = torch.stack(teacher_forced(model, short, ids[:, inputs["input_ids"].shape[1] :]))
     close(model, logits, expected[[0, 1, 2, 7, 8, 9, 12, 13, 14]])
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gripvlm.models.attention import last_norm, watch_attention
 from gripvlm.models.calls import one_run
-from gripvlm.models.layers import Change, Dropped, Held, drop_in_layers, no_labels
+from gripvlm.models.layers import drop_in_layers, no_labels
+from gripvlm.models.stages import Change, Dropped, Held
 from gripvlm.models.text import questions, words
 from gripvlm.pruners import LayerPruner, LayerTokens, Merge, Selection, VisualTokens
 from gripvlm.selections import checked_selection

@@ -12,8 +12,8 @@ from torch import Tensor
 from gripvlm.errors import InputError
 from gripvlm.layered import LayerRun, Merged
 from gripvlm.models.calls import one_run
-from gripvlm.models.layers import Held
 from gripvlm.models.sizes import LayerSizes, size_attention
+from gripvlm.models.stages import Held
 from gripvlm.models.text import visual_places
 from gripvlm.pruners import Selection, sizes_after
 

@@ -8,10 +8,9 @@ as it is.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -21,11 +20,10 @@ from gripvlm.errors import GripError, InputError, UnsupportedModelError
 from gripvlm.models.calls import After, Before, hooked, is_open
 from gripvlm.models.families import family_of
 from gripvlm.models.renamed import cache_in
+from gripvlm.models.stages import Change, Dropped, Held, Stage
 from gripvlm.models.text import full_mask, visual_places
 
 __all__ = [
-    "Dropped",
-    "Held",
     "checked_dynamic",
     "checked_keys",
     "checked_layers",
@@ -34,79 +32,11 @@ __all__ = [
     "no_labels",
 ]
 
-Change: TypeAlias = Callable[[Tensor], Tensor]
 Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Change]]
 """(hidden [B, L, d], visual [B, L] bool) -> [B, L] bool, the visual tokens that go on; text always does.
 
 It may also return (that, change): `change(hidden)` are the states to go on with, where dropped tokens are merged into
 kept ones. Asked once a prompt: where backward runs a layer again (gradient checkpointing), only `change` is."""
-
-
-@dataclass
-class _Stage:
-    """The tokens that are left from one layer on.
-
-    Attributes:
-        order: [B, l] their places in the prompt; padded on the left with places of dropped ones.
-        real: [B, l] False for that padding and for the prompt's own.
-        left: [B, l] their places among the tokens that the layer before saw.
-        change: what became of the hidden states before that, if anything.
-    """
-
-    order: Tensor
-    real: Tensor
-    left: Tensor
-    change: Change | None = None
-
-    @functools.cached_property
-    def whole(self) -> bool:
-        """Whether nothing is padding; asked of the device once, not for every token and layer."""
-        return bool(self.real.all())
-
-    def of(self, hidden: Tensor) -> Tensor:
-        """[B, l, d]: what is left of the hidden states of the layer before."""
-        hidden = hidden if self.change is None else self.change(hidden)
-        return hidden.gather(1, self.left[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """What the layers' caches hold of a prompt, for turns that go on from it.
-
-    Attributes:
-        mask: [B, L] bool, False at the prompt's padding.
-        stages: layer -> the tokens of the prompt that it and those after it hold.
-        boolean: whether the model's masks are (sdpa), or are added (eager).
-        forget: the layer from which on caches were shortened after the prompt.
-    """
-
-    mask: Tensor
-    stages: Mapping[int, _Stage]
-    boolean: bool
-    forget: int | None
-
-    def take(self, rows: Tensor) -> Held:
-        """Of these rows of the batch [R], in this order."""
-        stages = {n: _Stage(stage.order[rows], stage.real[rows], stage.left[rows]) for n, stage in self.stages.items()}
-        return replace(self, mask=self.mask[rows], stages=stages)
-
-
-@dataclass
-class Dropped:
-    """What the latest prompt came to.
-
-    Attributes:
-        stages: layer -> [B, L] bool, the tokens of the prompt that layer and those after it see.
-        order: [B, l] places in the prompt of the tokens that are left at present, None while all are. Shorter
-            samples are padded on the left with places of dropped tokens.
-        real: [B, l] False for that padding and for the prompt's own; None while all are left.
-        held: what the caches hold, when the prompt has run.
-    """
-
-    stages: dict[int, Tensor] = field(default_factory=dict)
-    order: Tensor | None = None
-    real: Tensor | None = None
-    held: Callable[[], Held] | None = None
 
 
 @contextmanager
@@ -202,8 +132,8 @@ class _Dropper:
     def __init__(self, model: Any, decoder: Any, choose: dict[int, Choose], forget: int | None) -> None:
         self.model, self.decoder, self.choose, self.forget = model, decoder, choose, forget
         self.dropped = Dropped(held=self.held)
-        self.stages: dict[int, _Stage] = {}
-        self.now: _Stage | None = None
+        self.stages: dict[int, Stage] = {}
+        self.now: Stage | None = None
         self.visual = self.mask = torch.empty(0)
         self.later, self.later_whole = (
             torch.empty(0),
@@ -306,7 +236,7 @@ class _Dropper:
 
         return hook
 
-    def _seen(self, index: int) -> _Stage | None:
+    def _seen(self, index: int) -> Stage | None:
         """What layer `index` sees of the prompt at present; None for all of it."""
         if not self.prefill and self.forget is not None and index >= self.forget:
             return self.stages[max(self.stages)]
@@ -338,7 +268,7 @@ class _Dropper:
         """Asks what is left from layer `index` on, and notes the stage."""
         if self.now is None:
             everyone = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-            self.now = _Stage(everyone, self.mask, everyone)
+            self.now = Stage(everyone, self.mask, everyone)
         order, real = self.now.order, self.now.real
         visual = self.visual.gather(-1, order) & real
         asked, change = self.choose[index](hidden, visual), None
@@ -350,13 +280,13 @@ class _Dropper:
         keep = real & (asked.to(hidden.device) | ~visual)
         length = int(keep.sum(-1).max())
         left = torch.sort(keep.int(), dim=-1, stable=True).indices[:, -length:]  # kept ones in order, at the end
-        stage = _Stage(order.gather(-1, left), keep.gather(-1, left), left, change)
+        stage = Stage(order.gather(-1, left), keep.gather(-1, left), left, change)
         self.stages[index] = stage
         self.dropped.order, self.dropped.real = stage.order, stage.real
         seen = torch.zeros_like(self.mask)
         self.dropped.stages[index] = seen.scatter(-1, stage.order, stage.real)
 
-    def _narrow(self, mask: Tensor | None, stage: _Stage, hidden: Tensor) -> Tensor | None:
+    def _narrow(self, mask: Tensor | None, stage: Stage, hidden: Tensor) -> Tensor | None:
         """[B, 1, q, l (+ decoded)]: the mask of one layer for the tokens that are left before it.
 
         A prompt's mask is what transformers made, its rows and columns taken. A later token sees

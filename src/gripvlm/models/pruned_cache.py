@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.layers import Held
 from gripvlm.models.seam import PER_TOKEN, encoder_arguments
 from gripvlm.models.sizes import LayerSizes
+from gripvlm.models.stages import Held
 from gripvlm.models.text import full_mask, padding_token, visual_places
 
 __all__ = ["PrunedPrompt", "mark", "prompt_in", "used"]
