@@ -176,6 +176,7 @@ def test_a_block_that_was_not_entered_says_so(caplog):
     model = build("llava")
     with pytest.raises(GripError, match="is a block and has no 'generate'"):
         gripvlm.prune(model, "random", keep=5).generate(1)
+    assert not hasattr(gripvlm.prune(model, "random", keep=5), "_repr_html_")
     with caplog.at_level("WARNING", "gripvlm"):
         gripvlm.prune(model, "random", keep=5)
     assert "was called but not entered" in caplog.text

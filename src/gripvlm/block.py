@@ -96,6 +96,10 @@ def prune(
     )
 
 
+class _NotABlock(GripError, AttributeError):
+    """A `PruneBlock` was used as if it were the model or the record; `hasattr` must still work on it."""
+
+
 class PruneBlock:
     """What `prune` returns; to be entered with `with`."""
 
@@ -136,7 +140,7 @@ class PruneBlock:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise GripError(
+        raise _NotABlock(
             f"gripvlm.prune(...) is a block and has no {name!r}: type `with gripvlm.prune(model, ...) as record:` and "
             "call the model inside"
         )
