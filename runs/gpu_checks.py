@@ -9,15 +9,17 @@ transformers and no network takes a packed one along:
     python runs/gpu_checks.py --pack transformers==5.24.0            where pip has a network: writes .whl/site.tar.xz
     mkdir site && tar -xJf .whl/site.tar.xz -C site && PYTHONPATH=$PWD/site python runs/gpu_checks.py --out OUT
 
-Parts run one after the other, each in a process of its own that is stopped when its time is over, and write as they go:
-tests.json, bench-MODEL.json (`gripvlm bench`'s file; --fit included), train.json, run.json (parts, seconds, commit,
-versions, hardware), log.txt. What is lacking at the end is lacking because of time or of an error that the log shows.
+Parts (`--parts tests,fit`: only those) run one after the other, each in a process of its own that is stopped when its
+time is over, and write as they go: tests.json, bench-MODEL.json (`gripvlm bench`'s file), fit-MODEL.json (the largest
+batch), train.json, run.json (parts, seconds, commit, versions, hardware), log.txt. What is lacking at the end is lacking
+because of time or of an error that the log shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -33,8 +35,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PRUNERS, KEEPS = ("divprune", "grip"), ("50%", "22%", "11%", "5%")
-SECONDS = {"tests": 100, "bench": 185, "train": 75}
-"""Of each part, start included; `bench` once a model."""
+SECONDS = {"tests": 100, "bench": 125, "fit": 65, "train": 75}
+"""Of each part, start included; `bench` and `fit` once a model."""
 GRACE = 20
 """Seconds between asking a part to stop and ending it."""
 
@@ -51,6 +53,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new", type=int, default=8, help="tokens to generate")
     parser.add_argument("--fit", type=int, default=1024, help="largest batch tried; 0 tries none")
+    parser.add_argument("--memory", type=float, default=0, help="GiB of the device that fit may use; 0: all")
+    parser.add_argument("--parts", default="tests,bench,fit,train", help="those that run")
     parser.add_argument("--seconds", type=float, default=560, help="of everything")
     parser.add_argument("--commit", default="", help="where there is no git: the commit that this tree is")
     parser.add_argument("--part", default="", help="only this one, in this process")
@@ -98,12 +102,10 @@ def all_parts(options: argparse.Namespace) -> int:
     """Runs every part in its own process; 0 where all were finished and no test failed."""
     began, out = time.monotonic(), options.out
     out.mkdir(parents=True, exist_ok=True)
-    files = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(options.tests)) if options.tests else []
-    groups = [[f"tests:{file}" for file in files]]  # at once: a test that breaks the device breaks its process only
-    groups += [[f"bench:{model}"] for model in options.models.split(",") if model] + [["train"]] * bool(options.train)
+    groups = groups_of(options)
     done: list[dict[str, Any]] = []
     with (out / "log.txt").open("w", encoding="utf-8") as log:
-        for group in filter(None, groups):
+        for group in groups:
             left = options.seconds - (time.monotonic() - began) - GRACE
             limit = min(left, SECONDS[group[0].partition(":")[0]])
             running = [Running(name, options, limit, log) for name in group] if limit > 5 else []
@@ -114,6 +116,21 @@ def all_parts(options: argparse.Namespace) -> int:
     for one in done:
         print(f"{one['part']:<40} {one['seconds']:6.1f} s   {'ok' if one['code'] == 0 else one['code']}")
     return int(any(one["code"] != 0 for one in done))
+
+
+def groups_of(options: argparse.Namespace) -> list[list[str]]:
+    """Names of the parts that were asked for; those of one group run at once."""
+    asked, models = options.parts.split(","), [model for model in options.models.split(",") if model]
+    if wrong := set(asked) - set(SECONDS):
+        sys.exit(f"--parts knows {', '.join(SECONDS)}, not {', '.join(sorted(wrong))}")
+    files = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(options.tests)) if options.tests else []
+    groups = {
+        "tests": [[f"tests:{file}" for file in files]],  # a test that breaks the device breaks its process only
+        "bench": [[f"bench:{model}"] for model in models],
+        "fit": [[f"fit:{model}"] for model in models if options.fit],
+        "train": [["train"]] if options.train else [],
+    }
+    return [group for kind, mine in groups.items() if kind in asked for group in mine if group]
 
 
 class Running:
@@ -215,6 +232,8 @@ def one_part(options: argparse.Namespace) -> None:
         print(f"{torch.cuda.get_device_name()}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     if kind == "bench":
         measure(options, name, ends)
+    elif kind == "fit":
+        look(options, name, ends)
     else:
         from gpu_train import train_steps
 
@@ -243,60 +262,82 @@ def run_tests(out: Path, file: str) -> int:
     )
 
 
-def measure(options: argparse.Namespace, name: str, ends: float) -> None:
-    """`gripvlm bench` of one shape: times of all batches, then the largest batch."""
+def built(options: argparse.Namespace, name: str) -> Any:
     import torch
 
-    from gripvlm.bench import ARCHITECTURES, bench, random_model
+    from gripvlm.bench import random_model
+
+    began = time.monotonic()
+    model = random_model(name, torch.device(options.device), getattr(torch, options.dtype))
+    print(f"{name}: built in {time.monotonic() - began:.1f} s")
+    return model
+
+
+def measure(options: argparse.Namespace, name: str, ends: float) -> None:
+    """`gripvlm bench` of one shape: times of all batches."""
+    from gripvlm.bench import ARCHITECTURES, bench
     from gripvlm.bench.architectures import random_pruner
-    from gripvlm.bench.fit import fits
-    from gripvlm.bench.measure import FULL, Setting
-    from gripvlm.bench.words import fit_sentences
     from gripvlm.budget import Budget
 
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    began = time.monotonic()
-    model = random_model(name, device, dtype)
-    print(f"{name}: built in {time.monotonic() - began:.1f} s")
-    file = options.out / f"bench-{name}.json"
-
-    prompts = partial(prompts_of, model, ARCHITECTURES[name])
-    later = 65 if options.fit else 5  # seconds for what comes after
+    model = built(options, name)
     work = partial(
         bench,
         model,
-        prompts,
+        partial(prompts_of, model, ARCHITECTURES[name]),
         [(spec, random_pruner(spec, model)) for spec in PRUNERS],
         [Budget.parse(keep) for keep in KEEPS],
         batches=[int(batch) for batch in options.batches.split(",")],
         new=options.new,
         repeats=options.repeats,
-        out=file,
+        out=options.out / f"bench-{name}.json",
         overwrite=True,
         about={"name": f"random:{name}", "weights": "random", "picture": 672},
     )
-    result = within(ends - time.monotonic() - later, work)
+    result = within(ends - time.monotonic() - 5, work)
     if result is None:
         sys.exit("nothing was measured")
     print("\n".join(result["sentences"]))
-    if not options.fit:
-        return
-    result["fits"], result["tried"] = [], []
+
+
+def look(options: argparse.Namespace, name: str, ends: float) -> None:
+    """The largest batch of one shape, unpruned and pruned; a row as it is found."""
+    import torch
+
+    from gripvlm.bench import ARCHITECTURES
+    from gripvlm.bench.architectures import random_pruner
+    from gripvlm.bench.fit import fits
+    from gripvlm.bench.measure import FULL, Setting
+    from gripvlm.bench.words import fit_sentences
+    from gripvlm.budget import Budget
+    from gripvlm.evaluate import environment
+
+    model, memory, allowed = built(options, name), "the device's memory", math.inf
+    if options.memory:
+        _, total = torch.cuda.mem_get_info()
+        memory, allowed = f"{options.memory:g} GiB of the device's memory", options.memory * 2**30
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+    result: dict[str, Any] = {"schema": "gripvlm.gpu_fit/1", "environment": environment(), "model": f"random:{name}"}
+    result |= {"dtype": options.dtype, "memory_gib": options.memory or None, "new": options.new, "picture": 672}
+    result |= {"finished": False, "fits": [], "tried": [], "sentences": []}
+    file = options.out / f"fit-{name}.json"
 
     def told(what: str) -> None:
         print(what)
         result["tried"].append(what)
 
-    def look() -> None:
+    def search() -> bool:
         settings = [FULL, Setting("pruned", Budget.parse("11%"), random_pruner("norm", model), "norm")]
-        for row in fits(model, prompts, settings, [64], options.new, options.fit, told):
+        prompts = partial(prompts_of, model, ARCHITECTURES[name])
+        for row in fits(model, prompts, settings, [64], options.new, options.fit, told, allowed):
             result["fits"].append(row)
             write(file, result)
+        return True
 
-    within(ends - time.monotonic() - 3, look)
-    result["sentences"] += fit_sentences(result["fits"])
-    print("\n".join(fit_sentences(result["fits"])))
+    result["finished"] = bool(within(ends - time.monotonic() - 3, search))
+    result["sentences"] = fit_sentences(result["fits"], memory)
+    print("\n".join(result["sentences"]))
     write(file, result)
+    sys.exit(0 if result["finished"] else "time was over before all was found")
 
 
 def prompts_of(model: Any, shape: Any, batch: int, length: int) -> Any:

@@ -2,7 +2,7 @@
 
 There is no accelerator here. torch's fake tensors claim to be on one (a device in name only), and refuse every
 operation whose result the host would have to wait for (`bool(t)`, `t.tolist()`, `t.nonzero()`, `t[mask]`); copies
-to the host are caught below.
+to the host, and from it, are caught below.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import gripvlm
-from gripvlm import path
+from gripvlm import path, ragged
 from gripvlm.checks import checked_pruner
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.models import seam
@@ -41,14 +42,42 @@ TEXT = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuses operations that bring something from the accelerator to the host."""
+    """Refuses operations that bring something from the accelerator to the host, or, unless it is page-locked and
+    asked for as `onto` does, from the host to the accelerator.
+
+    A number of the host may take part in arithmetic, where it travels with the operation, but not in indexing.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inside = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inside = {leaf.device.type for leaf in given}
         outside = {leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)}
         assert not (WAITS in inside and "cpu" in outside), f"{func} copies to the host"
+        indexing = "index" in func.name()
+        host = [leaf for leaf in given if leaf.device.type == "cpu" and (leaf.ndim or indexing or len(given) == 1)]
+        pinned = kwargs.get("non_blocking") and all(getattr(leaf, "pinned", False) for leaf in host)
+        assert not (WAITS in inside | outside and host and not pinned), f"{func} copies from the host"
         return out
+
+
+class NoNumbers(TorchFunctionMode):
+    """Refuses `t[indices] = number`: torch makes a tensor of the number on the host where `t` is on a CUDA device, and
+    there alone, so that the device in name only would not show it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__setitem__ and args[0].device.type == WAITS:
+            by = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(args[1]))
+            assert not by or isinstance(args[2], torch.Tensor), "a number is copied from the host"
+        return func(*args, **(kwargs or {}))
+
+
+def page_locked(host: torch.Tensor) -> torch.Tensor:
+    """In name only, as the device is."""
+    locked = host.clone()
+    locked.pinned = True  # type: ignore[attr-defined]
+    return locked
 
 
 class Event:
@@ -63,12 +92,13 @@ def accelerator(monkeypatch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A LLaVA that is on an accelerator, and inputs for it."""
     real = copy.deepcopy(build("llava"))
     layout = Layout.of(real, {**TEXT, "pixel_values": torch.empty(2, 3, 32, 32)})
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", page_locked)
+    monkeypatch.setattr(ragged, "_PINS", frozenset({WAITS}))
     monkeypatch.setattr(torch, "Event", Event)
     # Read before the encoder starts, when there is nothing to wait for:
     monkeypatch.setattr(Layout, "of", classmethod(lambda cls, model, inputs: layout))
     monkeypatch.setattr(path, "questions", lambda model, inputs, question: list(torch.empty(2, 3, 32, device=WAITS)))
-    with FakeTensorMode(allow_non_fake_inputs=True), NoCopies():
+    with FakeTensorMode(allow_non_fake_inputs=True), NoCopies(), NoNumbers():
         model = moved(real)
         # What the encoder is asked is transformers' own; its answer is on the accelerator.
         with torch.device(WAITS):
@@ -132,6 +162,11 @@ def test_the_fixture_would_notice(accelerator):
         lambda t: t.cpu(),
         lambda t: t.nonzero(),
         lambda t: t[t > 0],
+        lambda t: torch.arange(3).to(t.device),
+        lambda t: torch.tensor([1, 2], device=t.device),
+        lambda t: t[:, torch.tensor([0])],
+        lambda t: t.__setitem__((t[0], t[0]), True),
+        lambda t: t.copy_(torch.zeros(t.shape)),
     ):
         with pytest.raises((DataDependentOutputException, RuntimeError, AssertionError)):
             wait(inputs["input_ids"])

@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gripvlm.bench import ARCHITECTURES, Interrupted, architectures, bench, fit, random_prompts
 from gripvlm.bench import runner as bench_runner
-from gripvlm.bench.fit import FINE, fits, largest, tiled
+from gripvlm.bench.fit import FINE, edge_of, fits, largest, tiled
 from gripvlm.bench.machine import Machine
 from gripvlm.bench.measure import FULL
 from gripvlm.bench.prompts import real_prompts
@@ -85,6 +87,40 @@ def test_the_bound_is_tried_and_never_passed(most):
     tried = []
     assert largest(lambda size: tried.append(size) or True, most, 5) == (most, None)
     assert tried[-1] == max(tried) == most
+
+
+@pytest.mark.parametrize("start", [1, 7])
+@pytest.mark.parametrize("edge", [1, 3, 27, 118, 248, 1000, 4095])
+def test_what_memory_grew_by_says_where_to_look(edge, start):
+    """Of a line, as memory is: 13 GiB of weights, then so much a prompt."""
+    tried, seen, limit = [], [], 13e9 + 0.4e9 * (edge + 0.5)
+
+    def holds(size):
+        tried.append(size)
+        if size <= edge:
+            seen.append((size, 13e9 + 0.4e9 * size))
+        return size <= edge
+
+    good, bad = largest(holds, 10_000, start, lambda: edge_of(seen, limit))
+    assert good <= edge < bad
+    assert bad - good <= max(1, good // FINE)
+    assert len(tried) == len(set(tried)) <= 8
+    assert sum(size > edge for size in tried) <= 3  # what does not fit takes no time; what fits, seconds
+
+
+@given(st.integers(0, 3000), st.integers(1, 64), st.lists(st.one_of(st.none(), st.floats(-1e4, 1e4)), max_size=30))
+def test_wrong_guesses_cost_tries_but_no_truth(edge, start, guesses):
+    tried, left = [], iter(guesses)
+    good, bad = largest(lambda size: tried.append(size) or size <= edge, 3000, start, lambda: next(left, None))
+    assert good <= edge
+    assert (edge < bad and bad - good <= max(1, good // FINE)) if bad else good == 3000
+    assert len(tried) == len(set(tried)) <= 40
+
+
+def test_memory_that_does_not_grow_tells_nothing():
+    assert edge_of([(1, 10)], 100) is None
+    assert edge_of([(1, 10), (2, 10)], 100) is None
+    assert edge_of([(4, 40), (1, 10), (2, 20)], 100) == 10
 
 
 def test_sizes_double_then_halve_the_gap():

@@ -23,7 +23,17 @@ def script(monkeypatch):
 
 def settings(out: Path, **changes) -> Namespace:
     given = {"out": out, "device": "cpu", "dtype": "bfloat16", "tests": "", "models": "", "train": "", "batches": "1"}
-    given |= {"repeats": 1, "new": 2, "fit": 0, "seconds": 100.0, "commit": "c0ffee", "part": "", "pack": ""}
+    given |= {
+        "repeats": 1,
+        "new": 2,
+        "fit": 0,
+        "memory": 0,
+        "parts": "tests,bench,fit,train",
+        "seconds": 100.0,
+        "commit": "c0ffee",
+        "part": "",
+        "pack": "",
+    }
     return Namespace(**{**given, **changes})
 
 
@@ -81,7 +91,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_the_rest_goes_on(script, tmp_
     stubborn.write_text("import time\nprint('began', flush=True)\ntime.sleep(60)\n")
     monkeypatch.setattr(script, "__file__", str(stubborn))
     monkeypatch.setattr(script, "SECONDS", {"bench": 6, "train": 6})
-    assert script.all_parts(settings(tmp_path, models="tiny", train="tiny")) == 1
+    assert script.all_parts(settings(tmp_path, models="tiny", train="tiny", parts="bench,train")) == 1
     parts = read(tmp_path / "run.json")["parts"]
     assert [part["part"] for part in parts] == ["bench:tiny", "train"]
     assert all(part["code"] not in (0, None) and 5 < part["seconds"] < 20 for part in parts)
@@ -94,13 +104,34 @@ def test_time_that_is_over_leaves_what_was_measured(script, tmp_path, capsys):
     assert script.within(60, lambda: 3) == 3
 
 
-def test_the_largest_batch_is_looked_for(script, tmp_path, capsys):
+def test_the_largest_batch_is_looked_for(script, tmp_path, monkeypatch, capsys):
     """A CPU holds all that is tried here."""
-    script.one_part(settings(tmp_path, part="bench:tiny", fit=4))
-    result = read(tmp_path / "bench-tiny.json")
+    with pytest.raises(SystemExit) as ended:
+        script.one_part(settings(tmp_path, part="fit:tiny", fit=4))
+    assert ended.value.code == 0
+    result = read(tmp_path / "fit-tiny.json")
     assert [(row["setting"], row["fits"], row["fails"]) for row in result["fits"]] == [
         ("full", 4, None),
         ("norm 0.11", 4, None),
     ]
     assert result["tried"] == ["fit full: 1", "fit full: 2", "fit full: 4", "fit norm 0.11: 4"]
     assert result["finished"] is True
+    assert result["sentences"][0].startswith("64 text tokens: the largest batch that the device's memory holds is")
+    monkeypatch.setattr(script, "within", lambda seconds, work: None)
+    with pytest.raises(SystemExit, match="time was over"):
+        script.one_part(settings(tmp_path, part="fit:tiny", fit=4))
+    assert read(tmp_path / "fit-tiny.json")["finished"] is False
+
+
+def test_only_the_parts_that_are_asked_for(script, tmp_path):
+    every = settings(tmp_path, tests="tests/test_gpu_[ew]*.py", models="a,b", train="a", fit=4)
+    tests = ["tests:tests/test_gpu_exact.py", "tests:tests/test_gpu_waiting.py"]
+    others = [["bench:a"], ["bench:b"], ["fit:a"], ["fit:b"], ["train"]]
+    assert script.groups_of(every) == [tests, *others]
+    every.parts = "train,tests,fit"
+    assert script.groups_of(every) == [tests, ["fit:a"], ["fit:b"], ["train"]]
+    every.fit, every.train, every.tests = 0, "", ""
+    assert script.groups_of(every) == []
+    every.parts = "fits"
+    with pytest.raises(SystemExit, match="--parts knows tests, bench, fit, train, not fits"):
+        script.groups_of(every)

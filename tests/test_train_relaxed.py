@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gripvlm.errors import TrainError, UnsupportedModelError
+from gripvlm.train import masking
 from gripvlm.train.masking import masked_forward
 from gripvlm.train.relaxed import Relaxed, perturbed_top_k, soft_top_k, straight_through_top_k
 from gripvlm.train.rewards import checked, get_reward
@@ -53,6 +54,31 @@ def test_the_gradient_of_a_soft_mask_is_the_finite_difference(engine, batch, att
         assert max(float(b.grad.abs().max()) for b in biases) > 0.02
     finally:
         engine.model.set_attn_implementation("sdpa")
+
+
+def test_attention_is_told_in_every_layer_that_gradients_are_wanted(engine, batch, monkeypatch):
+    """A GPU's memory-efficient kernel asks query, key and value alone; bits on a CPU are those without."""
+    real, asked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attention(query, key, value, attn_mask=None, **options):
+        if attn_mask is not None and attn_mask.requires_grad:
+            asked.append(query.requires_grad and key.requires_grad and value.requires_grad)
+        return real(query, key, value, attn_mask=attn_mask, **options)
+
+    def once():
+        biases = [torch.randn(16, generator=drawn(i)).requires_grad_() for i in range(4)]
+        found = masked_forward(engine, batch, biases)
+        found.sum().backward()
+        return [found.detach(), *(bias.grad for bias in biases)]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    found = once()
+    assert asked == [True, True]  # layers
+    assert not any(item.features.requires_grad for sample in batch.encoded.samples for item in sample)
+    monkeypatch.setattr(masking, "_with_gradients", lambda arguments: None)
+    for mine, plain in zip(found, once(), strict=True):
+        assert torch.equal(mine, plain)
+    assert asked == [True, True, False, True]
 
 
 def test_the_gradient_teacher_points_at_what_the_answer_hangs_on(engine, batch):

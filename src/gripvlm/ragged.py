@@ -13,10 +13,14 @@ from torch import Tensor
 __all__ = ["in_one_storage", "onto", "padded", "rows_of", "shifted"]
 
 
+_PINS = frozenset({"cuda"})
+"""Kinds of devices whose copies from page-locked memory of the host are waited for by nobody."""
+
+
 def onto(values: Any, device: torch.device) -> Tensor:
     """Numbers of the host as a tensor on `device`, without waiting for what the device is doing."""
     host = torch.as_tensor(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return host.pin_memory().to(device, non_blocking=True) if device.type in _PINS else host.to(device)
 
 
 def in_one_storage(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:

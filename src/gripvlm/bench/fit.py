@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,10 +15,12 @@ from gripvlm.bench.measure import FULL, Setting, forbidden, generated
 from gripvlm.errors import GripError
 from gripvlm.prune import pruned_run
 
-__all__ = ["FINE", "check_limit", "fits", "free", "largest", "tiled"]
+__all__ = ["FINE", "check_limit", "edge_of", "fits", "free", "largest", "tiled"]
 
 FINE = 32
 """The largest batch is found exactly below twice this number, beyond to one part in so many."""
+FAR, GUESSES = 8, 8
+"""A guess goes no further than so many times what was held, and so many are made before the gap is halved."""
 
 
 def check_limit(device: torch.device) -> None:
@@ -29,7 +32,9 @@ def check_limit(device: torch.device) -> None:
         )
 
 
-def largest(holds: Callable[[int], bool], most: int, start: int = 1) -> tuple[int, int | None]:
+def largest(
+    holds: Callable[[int], bool], most: int, start: int = 1, edge: Callable[[], float | None] = lambda: None
+) -> tuple[int, int | None]:
     """(the largest size from 1 to `most` that was seen to hold, the smallest seen not to), by doubling, then bisection.
 
     0 where none does, None where `most` does. In the end the two differ by 1, or by at most one part in `FINE`.
@@ -37,20 +42,65 @@ def largest(holds: Callable[[int], bool], most: int, start: int = 1) -> tuple[in
     Args:
         holds: true of small sizes and false of large ones.
         start: the first size tried.
+        edge: the largest size that should hold, by what was tried so far; None where nothing tells. Sizes around it are
+            tried first.
     """
-    good, bad, size = 0, None, min(start, most)
-    while bad is None and good < most:
+    good, bad, size, guesses = 0, None, min(start, most), GUESSES
+    while True:
         if holds(size):
-            good, size = size, min(2 * size, most)
+            good = size
         else:
             bad = size
-    while bad is not None and bad - good > max(1, good // FINE):
-        middle = (good + bad) // 2
-        if holds(middle):
-            good = middle
+        if good == most or (bad is not None and bad - good <= max(1, good // FINE)):
+            return good, bad
+        guess = edge() if good and guesses else None
+        if guess is None:
+            size = 2 * good if bad is None else (good + bad) // 2
         else:
-            bad = middle
-    return good, bad
+            size, guesses = _around(guess, good, bad), guesses - 1
+        size = min(size, most)
+
+
+def _around(guess: float, good: int, bad: int | None) -> int:
+    """The size to try next: a little below the guess, and where that is known to hold or not, the next beside it."""
+    below = int(min(guess - guess / (2 * FINE), FAR * good))
+    if below <= good:
+        below = good + max(1, good // FINE)
+    elif bad is not None and below >= bad:
+        below = bad - max(1, bad // (FINE + 1))
+    return below if bad is None else min(max(below, good + 1), bad - 1)
+
+
+class _Peaks:
+    """The memory that runs took at most, and where the device's would be full if it grew on like that."""
+
+    def __init__(self, device: torch.device, allowed: float) -> None:
+        self.device, self.allowed, self.told = device, allowed, device.type == "cuda"
+        self.seen: list[tuple[int, int]] = []  # (batch, bytes)
+
+    def begin(self) -> None:
+        if self.told:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def end(self, batch: int) -> None:
+        """Of a run that was held."""
+        if self.told:
+            self.seen.append((batch, torch.cuda.max_memory_allocated(self.device)))
+
+    def edge(self) -> float | None:
+        return edge_of(self.seen, self._limit()) if self.told else None
+
+    def _limit(self) -> float:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return min(self.allowed, free + torch.cuda.memory_reserved(self.device))
+
+
+def edge_of(seen: Sequence[tuple[int, int]], limit: float) -> float | None:
+    """The batch that takes `limit` bytes, on the line through the two largest of (batch, bytes); None without one."""
+    if len(seen) < 2:
+        return None
+    (a, low), (b, high) = sorted(seen)[-2:]
+    return b + (limit - high) * (b - a) / (high - low) if high > low else None
 
 
 def fits(
@@ -61,6 +111,7 @@ def fits(
     new: int,
     most: int,
     told: Callable[[str], None] = lambda what: None,
+    allowed: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
     """A row for the unpruned model and each pruner and budget, one prompt length after the other.
 
@@ -69,6 +120,7 @@ def fits(
         settings: as in `bench`; limits are left out.
         most: the largest batch tried.
         told: hears what is tried.
+        allowed: bytes, where the process may take less than the device has (`set_per_process_memory_fraction`).
 
     Yields:
         {"prompt", "kind", "setting", "pruner", "keep", "most", "fits", "fails", "to_full"}; docs/bench.md says what
@@ -80,11 +132,15 @@ def fits(
             if setting.kind == "limit":
                 continue
 
-            def holds(batch: int, setting: Setting = setting, one: Mapping[str, Any] = one) -> bool:
-                told(f"fit {setting.name}: {batch}")
-                return _holds(model, one, batch, setting, new)
+            peaks = _Peaks(model.device, allowed)
 
-            good, bad = largest(holds, most, max(1, full))  # pruned, as many fit as unpruned, or more
+            def holds(
+                batch: int, setting: Setting = setting, one: Mapping[str, Any] = one, peaks: _Peaks = peaks
+            ) -> bool:
+                told(f"fit {setting.name}: {batch}")
+                return _holds(model, one, batch, setting, new, peaks)
+
+            good, bad = largest(holds, most, max(1, full), peaks.edge)  # pruned, as many fit as unpruned, or more
             if setting == FULL:
                 full, known = good, bad is not None
             yield {
@@ -116,13 +172,15 @@ def free(model: Any) -> None:
         memory.empty_cache()
 
 
-def _holds(model: Any, one: Mapping[str, Any], batch: int, setting: Setting, new: int) -> bool:
+def _holds(model: Any, one: Mapping[str, Any], batch: int, setting: Setting, new: int, peaks: _Peaks) -> bool:
     """Whether the memory holds a run of so many prompts."""
     free(model)  # what the run before left in pieces
+    peaks.begin()
     try:
         _run(model, tiled(one, batch), setting, new)
     except torch.OutOfMemoryError:
         return False
+    peaks.end(batch)
     return True
 
 

@@ -56,17 +56,18 @@ def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def fit_sentences(fits: Sequence[Mapping[str, Any]]) -> list[str]:
+def fit_sentences(fits: Sequence[Mapping[str, Any]], memory: str = "the device's memory") -> list[str]:
     """For each prompt length, how many prompts the memory holds at once unpruned and with each pruner and budget.
 
     Args:
         fits: as `bench` returns them.
+        memory: which holds them.
     """
     found = []
     for length in dict.fromkeys(row["prompt"] for row in fits):
         mine = [row for row in fits if row["prompt"] == length]
         said = "; ".join(f"{_held(row)} {_times(row)}" for row in mine)
-        found.append(f"{length} text tokens: the largest batch that the device's memory holds is {said}.")
+        found.append(f"{length} text tokens: the largest batch that {memory} holds is {said}.")
     return found
 
 

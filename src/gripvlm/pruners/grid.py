@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.pruners.base import Pruner, Selection, VisualTokens
+from gripvlm.ragged import onto
 
 __all__ = ["Grid", "lattice"]
 
@@ -53,4 +54,4 @@ class Grid(Pruner):
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.grid is not None  # promised by `needs`
         indices, _ = lattice(tokens.grid, tokens.keep)
-        return Selection(indices.to(tokens.features.device), tokens.n, sound=True)
+        return Selection(onto(indices, tokens.features.device), tokens.n, sound=True)

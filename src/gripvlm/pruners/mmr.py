@@ -69,7 +69,8 @@ class MMR(Wrapper):
         chosen = torch.empty(len(images), most, dtype=torch.long, device=cosine.device)
         for step in range(most):
             pick = value.masked_fill(taken, -torch.inf).argmax(dim=1)
-            chosen[:, step], taken[row, pick] = pick, True
+            chosen[:, step] = pick
+            taken.scatter_(1, pick[:, None], True)  # taken[row, pick] = True would copy True from the host, and wait
             closest = torch.maximum(closest, cosine[row, pick])
             value = self.balance * scaled - (1 - self.balance) * closest
         return [

@@ -9,6 +9,7 @@ import torch
 
 from gripvlm.pruners.base import Merge, Pruner, Selection, VisualTokens
 from gripvlm.pruners.grid import lattice
+from gripvlm.ragged import onto
 
 __all__ = ["Pool"]
 
@@ -43,7 +44,7 @@ class Pool(Pruner):
         device = tokens.features.device
         merge = Merge(
             source=torch.arange(tokens.n, device=device),
-            destination=slot.to(device),
-            weight=size[slot].reciprocal().to(device),
+            destination=onto(slot, device),
+            weight=onto(size[slot].reciprocal(), device),
         )
-        return Selection(anchors.to(device), tokens.n, merge=merge)
+        return Selection(onto(anchors, device), tokens.n, merge=merge)

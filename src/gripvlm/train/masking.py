@@ -49,6 +49,8 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
         )
     with torch.no_grad():
         arguments = engine.whole(batch)
+    if torch.is_grad_enabled() and any(bias.requires_grad for bias in biases):
+        _with_gradients(arguments)
     mask = arguments["attention_mask"].bool()
     length = mask.shape[1]
     lowest = torch.finfo(model.dtype).min
@@ -66,6 +68,20 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
     full = torch.where(own, torch.zeros((), device=mask.device), full).to(model.dtype)
     arguments["attention_mask"] = full
     return forced_log_probs(engine, batch, arguments)
+
+
+def _with_gradients(arguments: dict[str, Any]) -> None:
+    """Images' rows that ask for gradients, so that queries, keys and values of the first layer do too.
+
+    torch's memory-efficient attention keeps what its backward needs where one of those three asks for gradients, and
+    does not look at the bias (pytorch/pytorch#148476): with frozen weights, backward would fail in the first layer.
+    """
+    for output in arguments["mm_encoder_outputs"].values():
+        rows = output.pooler_output  # detached: the rows themselves are the batch's, and stay as they are
+        one = isinstance(rows, Tensor)
+        output.pooler_output = (
+            rows.detach().requires_grad_() if one else [each.detach().requires_grad_() for each in rows]
+        )
 
 
 def forced_log_probs(engine: Engine, batch: Batch, arguments: dict[str, Any]) -> Tensor:
