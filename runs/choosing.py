@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
+
 from gripvlm.models.families import FAMILIES
 from gripvlm.models.grids import unknown
 
@@ -122,6 +124,7 @@ def cost_block() -> str:
             "",
             "The scorer is as large as the lab's toy language model, so there it buys little; of a 7 B model's",
             f"prefill it is {100 * share_of_7b():.2g} % by FLOPs, counted, not timed ([docs/speed.md](docs/speed.md)).",
+            *gpu_tables.paragraph(),
         ]
     )
 

@@ -11,7 +11,7 @@ transformers and no network takes a packed one along:
 
 Parts (`--parts tests,fit`: only those) run one after the other, each in a process of its own that is stopped when its
 time is over, and write as they go: tests.json, bench-MODEL.json (`gripvlm bench`'s file), fit-MODEL.json (the largest
-batch), train.json, run.json (parts, seconds, commit, versions, hardware), log.txt. What is lacking at the end is lacking
+batch), train.json, run.json (parts, seconds, commit, versions, hardware), log.txt. What is lacking at the end lacks
 because of time or of an error that the log shows.
 """
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=8, help="tokens to generate")
     parser.add_argument("--fit", type=int, default=1024, help="largest batch tried; 0 tries none")
     parser.add_argument("--memory", type=float, default=0, help="GiB of the device that fit may use; 0: all")
-    parser.add_argument("--parts", default="tests,bench,fit,train", help="those that run")
+    parser.add_argument("--parts", default="tests,bench,fit,train", help="those that run, in this order")
     parser.add_argument("--seconds", type=float, default=560, help="of everything")
     parser.add_argument("--commit", default="", help="where there is no git: the commit that this tree is")
     parser.add_argument("--part", default="", help="only this one, in this process")
@@ -130,7 +130,7 @@ def groups_of(options: argparse.Namespace) -> list[list[str]]:
         "fit": [[f"fit:{model}"] for model in models if options.fit],
         "train": [["train"]] if options.train else [],
     }
-    return [group for kind, mine in groups.items() if kind in asked for group in mine if group]
+    return [group for kind in asked for group in groups[kind] if group]
 
 
 class Running:

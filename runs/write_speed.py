@@ -5,12 +5,11 @@ python runs/write_speed.py
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from write_results import line
+from gpu_tables import loaded, on_a_gpu, spread_text, table
 
 from gripvlm.evaluate.frontier import time_to_accuracy
 from gripvlm.evaluate.results import read_results
@@ -26,15 +25,6 @@ SHAPES = {
     "llava-0.5b": "CLIP-L/14-336 and Qwen2-0.5B, random weights",
     "llava-0.5b-batch": "The same, batches of 1 and 4",
 }
-
-
-def loaded(name: str) -> Any:
-    file = RESULTS / name
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows), ""]
 
 
 def made_by(result: dict[str, Any]) -> str:
@@ -129,13 +119,6 @@ def picture(middle: dict[tuple[str, str, str], dict[str, float]]) -> None:
 
 
 # --- end to end -------------------------------------------------------------------------------------------
-
-
-def spread_text(value: dict[str, float] | None, scale: float = 1.0, digits: int = 2) -> str:
-    if value is None:
-        return "-"
-    low, middle, high = (f"{scale * value[name]:.{digits}f}" for name in ("low", "median", "high"))
-    return f"{middle} [{low}, {high}]"
 
 
 def end_to_end() -> list[str]:
@@ -286,7 +269,7 @@ def compiled() -> list[str]:
 def main() -> None:
     text = DOC.read_text()
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    block = "\n".join([*overhead(), *end_to_end(), *equal_time(), *compiled()])
+    block = "\n".join([*overhead(), *end_to_end(), *on_a_gpu(), *equal_time(), *compiled()])
     DOC.write_text(f"{text[:begin]}\n\n{block.strip()}\n\n{text[end:]}")
 
 

@@ -129,7 +129,7 @@ def test_only_the_parts_that_are_asked_for(script, tmp_path):
     others = [["bench:a"], ["bench:b"], ["fit:a"], ["fit:b"], ["train"]]
     assert script.groups_of(every) == [tests, *others]
     every.parts = "train,tests,fit"
-    assert script.groups_of(every) == [tests, ["fit:a"], ["fit:b"], ["train"]]
+    assert script.groups_of(every) == [["train"], tests, ["fit:a"], ["fit:b"]]
     every.fit, every.train, every.tests = 0, "", ""
     assert script.groups_of(every) == []
     every.parts = "fits"
