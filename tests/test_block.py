@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 
 import accelerate
 import pytest
 import torch
-from transformers.generation import MaxLengthCriteria
+from transformers import DynamicCache
+from transformers.generation import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor
 
 import gripvlm
 from gripvlm.errors import GripError, InputError
@@ -257,3 +259,130 @@ def test_wrapped_models_are_pruned_by_generate_and_by_forward(kind, spec):
     with gripvlm.pruned_run(model, inputs, spec, 0.75) as (short, _):
         expected = model.generate(**short, max_new_tokens=3, do_sample=False)
     assert torch.equal(ids.sequences[:, -3:], expected[:, -3:])
+
+
+def test_an_unpruned_chat_goes_on_after_a_block():
+    """M-RoPE models note by how much positions run ahead: a pruned prompt between two turns must not change that."""
+    model, inputs = build("qwen2_5_vl"), make(TINY["qwen2_5_vl"], [1], [7]).inputs
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    said = []
+    for pruned in (False, True):
+        first = model.generate(**inputs, **options)
+        if pruned:
+            with gripvlm.prune(model, "random", keep=3), torch.no_grad():
+                model.generate(**inputs, max_new_tokens=2)
+                model(**inputs)
+        ids = torch.cat((first.sequences, torch.tensor([[11, 12]])), -1)
+        said.append(model.generate(input_ids=ids, **{cache_argument(model): cache_of(first)}, **options).sequences)
+    assert torch.equal(*said)
+
+
+def test_two_threads_that_open_blocks_at_once():
+    """Between reading who is there and putting oneself there, another may come."""
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    interval, kept = sys.getswitchinterval(), []
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(25):
+            start = threading.Barrier(2)
+
+            def ask(keep, start=start):
+                start.wait()
+                with gripvlm.prune(model, "random", keep=keep) as record:
+                    model.generate(**inputs, max_new_tokens=1)
+                kept.append((keep, record.kept, record.calls))
+
+            threads = [threading.Thread(target=ask, args=(keep,)) for keep in (2, 7)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(kept) == [(2, 2, 1)] * 25 + [(7, 7, 1)] * 25
+    assert not {"generate", "forward"} & vars(model).keys()
+
+
+@pytest.mark.parametrize("pruner", ["random", "fastv"])
+def test_a_cache_of_an_interrupted_call_is_gone_on_from(pruner):
+    """Ctrl-C in a streamer; what was said by then is the caller's to pass."""
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    said = []
+
+    class Stops(Seen):
+        def put(self, value):
+            said.append(value)
+            if len(said) == 3:
+                raise KeyboardInterrupt
+
+    cache = {cache_argument(model): DynamicCache(config=model.config.get_text_config())}
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with gripvlm.prune(model, pruner, keep=0.75):
+        whole = model.generate(**inputs, **options)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**inputs, **cache, streamer=Stops(), **options)
+        ids = torch.cat((inputs["input_ids"], said[1][None], said[2][None]), -1)
+        rest = model.generate(input_ids=ids, **cache, max_new_tokens=2, do_sample=False)
+    assert torch.equal(rest, whole)
+    with pytest.raises(InputError, match=r"go on inside `with gripvlm\.prune"):
+        model.generate(input_ids=torch.cat((rest, said[1][None]), -1), **cache, max_new_tokens=1)
+
+
+def test_a_cache_in_a_tuple_is_known_too():
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    step, name = torch.tensor([[11]]), cache_argument(model)
+    with gripvlm.prune(model, "random", keep=5), torch.no_grad():
+        output = model(**inputs, use_cache=True, return_dict=False)
+        expected = model(**inputs, use_cache=True)
+        (cache,) = (part for part in output if hasattr(part, "get_seq_length"))
+        ours = model(input_ids=step, **{name: cache}).logits
+        assert torch.equal(ours, model(input_ids=step, **{name: cache_of(expected)}).logits)
+
+
+def test_a_processor_of_transformers_takes_the_place_of_the_models_own():
+    """As it does outside: two penalties are not both applied, and what it counts is the caller's prompt."""
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    length = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 3, "do_sample": False, "repetition_penalty": 1.5}
+    mine = [RepetitionPenaltyLogitsProcessor(3.0, prompt_ignore_length=length)]
+    plain = model.generate(**inputs, **options, logits_processor=mine, output_scores=True, return_dict_in_generate=True)
+    for spec, keep in (("keep_all", None), ("random", 5)):
+        with gripvlm.prune(model, spec, keep) as record:
+            ours = model.generate(
+                **inputs, **options, logits_processor=mine, output_scores=True, return_dict_in_generate=True
+            )
+        hidden = masked(model, inputs, record.selections)
+        theirs = model.generate(
+            **hidden, **options, logits_processor=mine, output_scores=True, return_dict_in_generate=True
+        )
+        torch.testing.assert_close(torch.stack(ours.scores), torch.stack(theirs.scores), atol=1e-4, rtol=1e-5)
+        if spec == "keep_all":
+            assert all(torch.equal(a, b) for a, b in zip(ours.scores, plain.scores, strict=True))
+    assert mine[0].prompt_ignore_length == length
+
+
+def test_a_cache_of_an_untouched_prompt_is_anybodys():
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    with gripvlm.prune(model, "keep_all"):
+        output = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    ids = torch.cat((output.sequences, torch.tensor([[11]])), -1)
+    model.generate(input_ids=ids, **{cache_argument(model): cache_of(output)}, max_new_tokens=1)
+
+
+def test_other_calls_that_are_refused():
+    model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
+    other, name = make(TINY["llava"], [2], [7]).inputs, cache_argument(model)
+    with gripvlm.prune(model, "random", keep=5):
+        with pytest.raises(InputError, match="logits_to_keep as a tensor"):
+            model(**inputs, logits_to_keep=torch.tensor([18]))
+        with pytest.raises(InputError, match="token ids twice"):
+            model.generate(inputs["input_ids"], **inputs)
+        with pytest.raises(InputError, match="no pixels"):
+            model.generate(input_ids=inputs["input_ids"], **{name: DynamicCache(config=model.config.get_text_config())})
+    with gripvlm.pruned_run(model, inputs, "fastv", keep=0.75) as (short, _), torch.no_grad():
+        model(**short)
+        for given in (other, {"input_ids": torch.tensor([[11, 12, 13]])}):
+            with pytest.raises(InputError, match="open a block for each prompt"):
+                model(**given)
+    with pytest.raises(InputError, match="question is a int"):
+        gripvlm.prune_inputs(model, inputs, "cdpruner", 5, question=5)

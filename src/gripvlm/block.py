@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -96,6 +97,24 @@ def prune(
     )
 
 
+def _positions_as_before(method: Callable[..., Any]) -> Callable[..., Any]:
+    """M-RoPE models note of each prompt how far its positions run ahead. A pruned prompt's are passed by name, so that
+    what the model noted of an earlier, unpruned one stays, for whoever goes on from that.
+    """
+
+    @functools.wraps(method)
+    def kept(self: PruneBlock, *args: Any) -> Any:
+        root = self._model.base_model
+        before = getattr(root, "rope_deltas", None)
+        try:
+            return method(self, *args)
+        finally:
+            if hasattr(root, "rope_deltas"):
+                root.rope_deltas = before
+
+    return kept
+
+
 class _NotABlock(GripError, AttributeError):
     """A `PruneBlock` was used as if it were the model or the record; `hasattr` must still work on it."""
 
@@ -131,11 +150,11 @@ class PruneBlock:
 
     def __enter__(self) -> Record:
         self._entered = True
-        Switch.of(self._model).open(self)
+        self._switch = Switch.opened(self._model, self)
         return self._record
 
     def __exit__(self, *_: object) -> None:
-        Switch.of(self._model).close(self)
+        self._switch.close(self)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -158,14 +177,21 @@ class PruneBlock:
         if isinstance(inputs, Mapping):
             raise InputError("generate was given a dict as its first argument: type model.generate(**inputs)")
         if inputs is not None:
+            if kwargs.get("input_ids") is not None:
+                raise InputError("generate was given token ids twice, by place and as input_ids: pass one of them")
             kwargs["input_ids"] = inputs
         cache = cache_in(kwargs)
         if (prompt := prompt_in(cache)) is not None:
-            return self._further(original, prompt, cache, kwargs)
-        if not any(kwargs.get(name) is not None for name in PIXELS):
-            self._imageless(kwargs)
-            with inside(Call(self._model, 0, None)):
-                return original(None, **kwargs)
+            return self._generate_on(prompt, cache, original, kwargs)
+        if any(kwargs.get(name) is not None for name in PIXELS):
+            return self._generate(cache, original, kwargs)
+        self._imageless(kwargs)
+        with inside(Call(self._model)):
+            return original(None, **kwargs)
+
+    @_positions_as_before
+    def _generate(self, cache: Any, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """From a prompt with images."""
         options = decoding.Options(self._model, kwargs)
         options.refuse(self._family, isinstance(self._pruner, LayerPruner) or self._sized)
         with torch.no_grad():
@@ -175,18 +201,20 @@ class PruneBlock:
             now.record.doubts.settle()
         full = FullPrompt(given["input_ids"], now.arguments["input_ids"])
         arguments = full.shown_to(options.shifted(now.arguments, full.prompt.shape[1]))
-        with now.record.doubts.at_the_end(), self._running(now):
+        with now.record.doubts.at_the_end(), self._running(now, cache, given):
             output = original(None, **arguments)
         refusal = ""
         if (options.get("num_beams") or 1) > 1:
             refusal = "a cache that beam search left cannot be gone on from: pass the full prompt and no cache"
-        output = decoding.with_prompt(output, full)
-        sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", full.prompt)
-        self._mark(cache if cache is not None else cache_of(output), now, given, sequences, refusal)
+        output, ids = decoding.with_prompt(output, full)
+        self._mark(cache if cache is not None else cache_of(output), now, given, ids, refusal)
         return output
 
-    def _further(self, original: Callable[..., Any], prompt: PrunedPrompt, cache: Any, kwargs: dict[str, Any]) -> Any:
-        """A further turn of `generate` on a cache that holds a pruned prompt."""
+    @_positions_as_before
+    def _generate_on(
+        self, prompt: PrunedPrompt, cache: Any, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """From a cache that holds a pruned prompt."""
         options = decoding.Options(self._model, kwargs)
         options.refuse(self._family, prompt.held is not None or prompt.sizes is not None)
         given = {name: value for name, value in kwargs.items() if value is not None}
@@ -200,16 +228,10 @@ class PruneBlock:
         arguments = full.shown_to(options.shifted(arguments, ids.shape[1]))
         with self._resumed(prompt, cache):
             output = original(None, **arguments)
-        output = decoding.with_prompt(output, full)
-        sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", full.prompt)
+        output, ids = decoding.with_prompt(output, full)
         if not whole:
-            sequences = torch.cat((prompt.ids[:, :have].to(sequences.device), sequences), -1)
-        refusal = ""
-        if sequences.shape[0] != prompt.ids.shape[0]:
-            refusal = (
-                "a cache from which several sequences went on cannot be gone on from: pass the full prompt, no cache"
-            )
-        mark(cache, replace(prompt, ids=sequences, refusal=refusal))
+            ids = torch.cat((prompt.ids[:, :have].to(ids.device), ids), -1)
+        mark(cache, replace(prompt, ids=ids))
         return output
 
     # --- forward ----------------------------------------------------------------------------------
@@ -218,25 +240,37 @@ class PruneBlock:
         """One call of the model itself by the caller."""
         cache = cache_in(kwargs)
         if (prompt := prompt_in(cache)) is not None:
-            have = prompt.tokens_in(cache)
-            given = {name: value for name, value in kwargs.items() if value is not None}
-            if not isinstance(given.get("input_ids"), Tensor):
-                raise InputError("a further step on a pruned cache needs input_ids, a tensor of token ids")
-            arguments = prompt.further(self._model, cache, given, whole=False)
-            if given.get("position_ids") is not None:
-                arguments["position_ids"] = given["position_ids"]
-            with self._resumed(prompt, cache):
-                output = original(**arguments)
-            mark(cache, replace(prompt, ids=torch.cat((prompt.ids[:, :have], given["input_ids"].to(prompt.ids)), -1)))
-            return output
-        if not any(kwargs.get(name) is not None for name in PIXELS):
-            if cache is None or cache.get_seq_length() == 0:
-                self._imageless(kwargs)
-            return original(**kwargs)
+            return self._forward_on(prompt, cache, original, kwargs)
+        if any(kwargs.get(name) is not None for name in PIXELS):
+            return self._forward(cache, original, kwargs)
+        if cache is None or cache.get_seq_length() == 0:  # else a further step of a prompt that was not pruned
+            self._imageless(kwargs)
+        return original(**kwargs)
+
+    @_positions_as_before
+    def _forward(self, cache: Any, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """Of a prompt with images."""
         given, now = self._pruned(kwargs, uncached=False)
-        with now.record.doubts.at_the_end(), self._running(now):
+        with now.record.doubts.at_the_end(), self._running(now, cache, given):
             output = original(**now.arguments)
         self._mark(cache if cache is not None else cache_of(output), now, given, given["input_ids"], "")
+        return output
+
+    @_positions_as_before
+    def _forward_on(
+        self, prompt: PrunedPrompt, cache: Any, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Of further tokens on a cache that holds a pruned prompt."""
+        have = prompt.tokens_in(cache)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if not isinstance(given.get("input_ids"), Tensor):
+            raise InputError("a further step on a pruned cache needs input_ids, a tensor of token ids")
+        arguments = prompt.further(self._model, cache, given, whole=False)
+        if given.get("position_ids") is not None:
+            arguments["position_ids"] = given["position_ids"]
+        with self._resumed(prompt, cache):
+            output = original(**arguments)
+        mark(cache, replace(prompt, ids=torch.cat((prompt.ids[:, :have], given["input_ids"].to(prompt.ids)), -1)))
         return output
 
     # --- both -------------------------------------------------------------------------------------
@@ -277,43 +311,45 @@ class PruneBlock:
         self._noted([[] for _ in range(rows)], Stopwatch(device_of(self._model)), Doubts())
 
     @contextmanager
-    def _running(self, now: Pruned) -> Iterator[None]:
-        """Around the model's own run of a pruned prompt."""
-        with inside(Call(self._model, now.arguments["input_ids"].shape[1], now.shortened.ahead)):
-            if now.run is None:
+    def _running(self, now: Pruned, cache: Any, given: Mapping[str, Any]) -> Iterator[None]:
+        """Around the model's own run of a pruned prompt; a cache of the caller's is marked however that ends."""
+        call = Call(self._model, now.arguments["input_ids"].shape[1], now.shortened.ahead)
+        try:
+            with inside(call), nullcontext() if now.run is None else now.run.block():
                 yield
-                return
-            with now.run.block():
-                yield
+        except BaseException:
+            refusal = "" if call.prefilled else "the call that began this cache ended before its prompt had run"
+            self._mark(
+                cache, now, given, given["input_ids"], refusal and f"{refusal}: pass the full prompt and no cache"
+            )
+            raise
+        if now.run is not None:
             self._record.selections = now.record.selections = now.run.selections()
 
     @contextmanager
     def _resumed(self, prompt: PrunedPrompt, cache: Any) -> Iterator[None]:
         """Around a further run on a pruned cache: its layers are shown what they hold."""
         self._noted([list(sample) for sample in prompt.selections], Stopwatch(device_of(self._model)), Doubts())
-        with inside(Call(self._model, 0, None)), used(cache), ExitStack() as stack:
+        with inside(Call(self._model)), used(cache), ExitStack() as stack:
             if prompt.held is not None:
                 stack.enter_context(drop_in_layers(self._model, {}, held=prompt.held))
             if prompt.sizes is not None:
                 stack.enter_context(size_attention(self._model, None, prompt.sizes))
             yield
 
-    def _mark(self, cache: Any, now: Pruned, given: Mapping[str, Any], sequences: Tensor, refusal: str) -> None:
-        """Notes in the cache what it holds of a pruned prompt."""
-        if cache is None or not hasattr(cache, "layers") or cache.get_seq_length() == 0:
+    def _mark(self, cache: Any, now: Pruned, given: Mapping[str, Any], ids: Tensor, refusal: str) -> None:
+        """Notes in the cache what it holds of a pruned prompt, `ids` being all that it stands for."""
+        if cache is None or cache.get_seq_length() == 0:
             return
-        arguments, shortened, selections = now.arguments, now.shortened, now.record.selections
-        short = {name: arguments[name] for name in PER_TOKEN if isinstance(arguments.get(name), Tensor)}
+        prompts, shortened = given["input_ids"], now.shortened
+        if now.run is None and shortened.order.shape[1] == shortened.full == prompts.shape[1] and not now.dropped:
+            return  # it is what the untouched model would have made
+        short = {name: now.arguments[name] for name in PER_TOKEN if isinstance(now.arguments.get(name), Tensor)}
         positions = short["position_ids"]
         short["position_ids"] = positions.expand(*positions.shape[:-2], *short["input_ids"].shape)
-        kept = sum(one.k for sample in selections for one in sample)
-        total = sum(one.n for sample in selections for one in sample)
+        selections = [list(sample) for sample in now.record.selections]
+        prompt = PrunedPrompt(prompts, shortened.full, shortened.order, short, shortened.following, selections)
+        if (repeat := max(1, len(ids) // len(prompts))) > 1:
+            prompt = prompt.take(torch.arange(len(prompts)).repeat_interleave(repeat).to(prompts.device))
         held, sizes = (None, None) if now.run is None else now.run.held()
-        prompt = PrunedPrompt(
-            given["input_ids"], shortened.full, shortened.order, short, shortened.following, (kept, total), selections
-        )
-        repeat = max(1, sequences.shape[0] // given["input_ids"].shape[0])
-        if repeat > 1:
-            rows = torch.arange(given["input_ids"].shape[0]).repeat_interleave(repeat)
-            prompt = prompt.take(rows.to(given["input_ids"].device))
-        mark(cache, replace(prompt, ids=sequences, held=held, sizes=sizes, refusal=refusal))
+        mark(cache, replace(prompt, ids=ids, held=held, sizes=sizes, refusal=refusal))

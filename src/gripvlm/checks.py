@@ -17,7 +17,7 @@ from gripvlm.models.families import FAMILIES, Family, family_of
 from gripvlm.models.grids import unknown
 from gripvlm.models.layers import checked_layers
 from gripvlm.models.merging import checked_tower
-from gripvlm.models.renamed import CACHE, cache_in
+from gripvlm.models.renamed import cache_in
 from gripvlm.models.text import placeholder
 from gripvlm.models.vision import Asked, Merging
 from gripvlm.models.wrapped import device_of
@@ -194,7 +194,9 @@ def checked_schedule(pruner: LayerPruner, tokens: VisualTokens, layers: int) -> 
 def checked_imageless(model: Any, given: Mapping[str, Any]) -> None:
     """Raises where a call without any image has placeholders for one: transformers would take them for words."""
     ids = given.get("input_ids")
-    if not isinstance(ids, Tensor) or any(given.get(name) is not None for name in (*CACHE, *ENCODED)):
+    cache = cache_in(given)
+    filled = cache is not None and cache.get_seq_length() > 0
+    if not isinstance(ids, Tensor) or filled or any(given.get(name) is not None for name in ENCODED):
         return
     for modality in ("image", "video"):
         if getattr(model.config, f"{modality}_token_id", None) is None:
@@ -220,6 +222,11 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
     if (cache := cache_in(given)) is not None and cache.get_seq_length() > 0:
         raise InputError(
             "the cache already holds tokens: pass the full prompt and no cache; each turn of a chat selects anew"
+        )
+    if isinstance(given.get("logits_to_keep"), Tensor):
+        raise InputError(
+            "logits_to_keep as a tensor names columns of the full prompt, some of which go: pass a number, counted from "
+            "the end"
         )
     if encoded is None and not any(name in given for name in PIXELS):
         raise InputError("no image: inputs have no pixel_values; without images call the model without gripvlm")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gripvlm.errors import InputError
 from gripvlm.models.attention import last_norm, watch_attention
 from gripvlm.models.calls import one_run
 from gripvlm.models.layers import drop_in_layers, no_labels
@@ -155,8 +156,14 @@ class LayerRun:
             noted = {name: found.pop(cut - 1)[-1] for name, found in self.seen.items() if found.get(cut - 1)}
             text = self._text(*hidden.shape[:2]) if self.needs & {"question", "text"} and not self.done else None
             merges: list[Merged] = []
+            if hidden.shape[0] % len(self.batch):
+                raise _another_prompt(f"{hidden.shape[0]} prompts", f"{len(self.batch)}")
             for row in range(hidden.shape[0]):
                 places, start = visual[row].nonzero().flatten(), 0
+                if cut == self.cuts[0]:
+                    kept = sum(selection.k for selection in self.first[row // repeat])
+                    if kept != places.numel():
+                        raise _another_prompt(f"{places.numel()} visual tokens in row {row}", f"{kept}")
                 for image, known in enumerate(self.batch[row // repeat]):
                     if cut == self.cuts[0]:
                         self.left[row, image] = self.first[row // repeat][image].indices
@@ -233,6 +240,13 @@ class LayerRun:
             if "key_sizes" in self.needs:
                 asked["text_key_sizes"] = sizes[said]
         return LayerTokens(cut, count, rows, known, **asked)
+
+
+def _another_prompt(got: str, expected: str) -> InputError:
+    return InputError(
+        f"the model ran on {got}, but this block is for a prompt with {expected}: open a block for each prompt, and "
+        "run the model on its arguments"
+    )
 
 
 def _losing(plan: Mapping[int, int], left: int) -> Iterator[int]:

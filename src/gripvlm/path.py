@@ -105,6 +105,11 @@ class Pruned(NamedTuple):
     run: LayerRun | SizedRun | None
     shortened: seam.Shortened
 
+    @property
+    def dropped(self) -> bool:
+        """Whether any image has fewer rows than it had, or merged ones."""
+        return any(s.k < s.n or s.merge is not None for sample in self.record.selections for s in sample)
+
 
 def pruned(
     model: Any,

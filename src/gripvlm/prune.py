@@ -103,6 +103,9 @@ def prune_inputs(
         PrunerError: an unknown pruner, one that returned no valid selection, or one that drops inside
             the language model, which arguments cannot say (see `pruned_run`).
 
+    Ids and cache of what runs on these arguments are the shortened prompt's. A further turn on such a cache must pass
+    `position_ids` that go on from the full prompt's; `gripvlm.prune` does so by itself.
+
     Nothing is patched. Gradients flow through the kept features. On models with M-RoPE the base
     model's `rope_deltas` are set, as transformers itself does for every prompt, so that a decoding
     loop of your own goes on at the right positions; other models need the loop to pass
@@ -148,7 +151,8 @@ def pruned_run(
     Yields:
         The arguments, and the `Record`, whose selections are complete once the prompt has run. One prompt
         (batch) a block: choices of the first prefill stay. Logits of a direct `forward` are those of the
-        tokens left at the end. On an accelerator nothing waits between the vision encoder and your call; NaN
+        tokens left at the end, and so is the cache: it is of no use after the block (see `gripvlm.prune` for chats).
+        On an accelerator nothing waits between the vision encoder and your call; NaN
         from the encoder or in a pruner's scores is then found when the block ends.
     """
     model = unwrapped(model)

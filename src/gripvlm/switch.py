@@ -29,23 +29,31 @@ class Block(Protocol):
     def run_forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any: ...
 
 
-_mine: ContextVar[tuple[Block, ...]] = ContextVar("gripvlm_blocks", default=())
+_own: ContextVar[tuple[Block, ...]] = ContextVar("gripvlm_blocks", default=())
 _call: ContextVar[Call | None] = ContextVar("gripvlm_call", default=None)
 _lock = threading.RLock()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
     """A run of `model` that gripvlm has prepared: what is called inside it is not pruned again.
 
     Attributes:
         length: of the prompts that it runs on.
         ahead: [B] or [axes, B], added to the positions of later tokens; see `seam.Shortened`.
+        prefilled: whether a forward has ended, so that the cache holds the whole prompt.
     """
 
     model: Any
-    length: int
-    ahead: Tensor | None
+    length: int = 0
+    ahead: Tensor | None = None
+    prefilled: bool = False
+
+    def forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward inside the run."""
+        output = original(*args, **self.moved(kwargs))
+        self.prefilled = True
+        return output
 
     def moved(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of one forward, with later tokens at their positions after the full prompt."""
@@ -78,29 +86,26 @@ class Switch:
         self.entries = {name: _Entry(self, name, getattr(model, name)) for name in self.before}
 
     @classmethod
-    def of(cls, model: Any) -> Switch:
-        """The model's own while a block is open, else a new one."""
-        for name in ("generate", "forward"):
-            entry = vars(model).get(name)
-            if isinstance(entry, _Entry) and entry.switch.model is model:
-                return entry.switch
-        return cls(model)
-
-    def open(self, block: Block) -> None:
-        with _lock:
-            if any(mine in self.blocks for mine in _mine.get()):
+    def opened(cls, model: Any, block: Block) -> Switch:
+        """The model's own where a block is open already, else a new one; this block is open in it from now on."""
+        with _lock:  # of two threads at once, one makes it and the other finds it
+            entries = (vars(model).get(name) for name in ("generate", "forward"))
+            known = (entry.switch for entry in entries if isinstance(entry, _Entry) and entry.switch.model is model)
+            switch = next(known, None) or cls(model)
+            if any(own in switch.blocks for own in _own.get()):
                 raise GripError(
                     "this model is already inside a gripvlm.prune block: leave that block first, or prune another model"
                 )
-            if not self.blocks:
-                for name, entry in self.entries.items():
-                    setattr(self.model, name, entry)
-            self.blocks.append(block)
-            _mine.set((*_mine.get(), block))
+            if not switch.blocks:
+                for name, entry in switch.entries.items():
+                    setattr(model, name, entry)
+            switch.blocks.append(block)
+            _own.set((*_own.get(), block))
+        return switch
 
     def close(self, block: Block) -> None:
         with _lock:
-            _mine.set(tuple(mine for mine in _mine.get() if mine is not block))
+            _own.set(tuple(own for own in _own.get() if own is not block))
             self.blocks.remove(block)
             if self.blocks:
                 return
@@ -114,7 +119,7 @@ class Switch:
 
     def chosen(self) -> Block | None:
         """The block of this thread, or the only one there is."""
-        for block in reversed(_mine.get()):
+        for block in reversed(_own.get()):
             if block in self.blocks:
                 return block
         if len(self.blocks) > 1:
@@ -141,7 +146,9 @@ class _Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _call.get()
         if call is not None and call.model is self.switch.model:
-            return self.original(*args, **(call.moved(kwargs) if self.name == "forward" else kwargs))
+            return (
+                call.forward(self.original, args, kwargs) if self.name == "forward" else self.original(*args, **kwargs)
+            )
         if (block := self.switch.chosen()) is None:
             return self.original(*args, **kwargs)
         kwargs.update(zip(self.parameters, args, strict=False))

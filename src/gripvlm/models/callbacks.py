@@ -11,6 +11,11 @@ from torch import Tensor
 
 __all__ = ["FullPrompt"]
 
+_COUNTS = frozenset(
+    {"max_length", "min_length", "prompt_length_to_skip", "prompt_ignore_length", "begin_index", "regulation_start"}
+)
+"""Attributes of transformers' own processors and criteria that count the prompt's tokens."""
+
 
 class FullPrompt:
     """Puts the caller's prompt in front of the tokens that were decoded.
@@ -47,33 +52,33 @@ class FullPrompt:
         """
         changed = dict(arguments)
         if changed.get("logits_processor"):
-            changed["logits_processor"] = self._listed(changed["logits_processor"], self._processor)
+            changed["logits_processor"] = self._listed(changed["logits_processor"])
         if changed.get("stopping_criteria"):
-            changed["stopping_criteria"] = self._listed(changed["stopping_criteria"], self._criterion)
+            changed["stopping_criteria"] = self._listed(changed["stopping_criteria"])
         if changed.get("prefix_allowed_tokens_fn") is not None:
             changed["prefix_allowed_tokens_fn"] = self._prefix(changed["prefix_allowed_tokens_fn"])
         if changed.get("streamer") is not None:
             changed["streamer"] = _Streamer(changed["streamer"], self)
         return changed
 
-    @staticmethod
-    def _listed(given: Any, wrap: Callable[[Any], Any]) -> Any:
-        return type(given)([wrap(entry) for entry in given])
+    def _listed(self, given: Any) -> Any:
+        return type(given)([self._callback(entry) for entry in given])
 
-    def _processor(self, processor: Any) -> Any:
-        return _Called(processor, self)
+    def _callback(self, callback: Any) -> Any:
+        """A processor or criterion that is called with the full prompt.
 
-    def _criterion(self, criterion: Any) -> Any:
-        """transformers lets a caller's criterion take the place of its own of the same class, so classes stay."""
-        from transformers.generation import stopping_criteria as known
-
-        if type(criterion) is known.MaxLengthCriteria:
-            shorter = copy.copy(criterion)
-            shorter.max_length -= self.prompt.shape[1] - self.length
-            return shorter
-        if type(criterion).__module__ == known.__name__:
-            return criterion  # the rest of transformers' own read the clock or the last tokens
-        return _Called(criterion, self)
+        transformers lets a caller's take the place of its own of the same class. So those keep their class, and what
+        they count is less by the tokens that are gone; a prompt's words, which some of them read, are all there.
+        """
+        if not type(callback).__module__.startswith("transformers.generation."):
+            return _Called(callback, self)
+        shorter = copy.copy(callback)
+        for name in _COUNTS & vars(shorter).keys():
+            if isinstance(count := getattr(shorter, name), int):
+                setattr(shorter, name, max(0, count - self.prompt.shape[1] + self.length))
+        if (allowed := vars(shorter).get("_prefix_allowed_tokens_fn")) is not None:
+            shorter._prefix_allowed_tokens_fn = self._prefix(allowed)
+        return shorter
 
     def _prefix(self, allowed: Callable[[int, Tensor], Any]) -> Callable[[int, Tensor], Any]:
         def shown(row: int, ids: Tensor) -> Any:

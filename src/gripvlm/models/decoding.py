@@ -113,8 +113,8 @@ class Options:
         return arguments
 
 
-def with_prompt(output: Any, full: FullPrompt) -> Any:
-    """What `generate` returned, with the caller's own prompt ids in front.
+def with_prompt(output: Any, full: FullPrompt) -> tuple[Any, Tensor]:
+    """What `generate` returned, with the caller's own prompt ids in front; and its ids, the prompt's if it has none.
 
     Args:
         output: a tensor [B * r, shortened + new] or an output with such `sequences`; what a decoding loop of the
@@ -123,8 +123,9 @@ def with_prompt(output: Any, full: FullPrompt) -> Any:
     tensor = isinstance(output, Tensor)
     sequences = output if tensor else getattr(output, "sequences", None)
     if not isinstance(sequences, Tensor) or not full.begins(sequences):
-        return output
+        return output, full.prompt
+    sequences = full.ids(sequences)
     if tensor:
-        return full.ids(sequences)
-    output.sequences = full.ids(sequences)
-    return output
+        return sequences, sequences
+    output.sequences = sequences
+    return output, sequences

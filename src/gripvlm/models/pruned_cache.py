@@ -30,14 +30,13 @@ class PrunedPrompt:
     """R prompts of L tokens of which a cache holds l, and the tokens that came after, all of which it holds.
 
     Attributes:
-        ids: [R, T] the tokens that the cache stands for, as its caller counts them, T >= L; perhaps one more than it
-            holds, the last that was decoded.
+        ids: [R, T] the tokens that the cache stands for, as its caller counts them, T >= L. The last decoded token is
+            among them, though its keys are not in the cache yet.
         full: L.
         order: [R, l] the columns of the prompt that are left.
         short: the prompt's per-token inputs as they are left, each [..., R, l].
         following: [R] or [axes, R], the position of the first token after the prompt.
-        kept: (visual tokens that are left, there were), for messages.
-        selections: of each prompt's images, for the record.
+        selections: of each row's images, for the record.
         held: what layers that dropped tokens hold; None where all layers hold the same.
         sizes: layer -> the sizes of merged tokens, None where all count as one.
         refusal: why no turn can go on from this cache; empty where one can.
@@ -48,7 +47,6 @@ class PrunedPrompt:
     order: Tensor
     short: Mapping[str, Tensor]
     following: Tensor
-    kept: tuple[int, int]
     selections: Sequence[Sequence[Any]]
     held: Held | None = None
     sizes: Mapping[int, LayerSizes | None] | None = None
@@ -66,9 +64,15 @@ class PrunedPrompt:
         sizes = None
         if self.sizes is not None:
             sizes = {n: None if s is None else s._replace(sizes=s.sizes[rows]) for n, s in self.sizes.items()}
-        following = self.following[..., rows]
         return replace(
-            self, ids=self.ids[rows], order=self.order[rows], short=short, following=following, held=held, sizes=sizes
+            self,
+            ids=self.ids[rows],
+            order=self.order[rows],
+            short=short,
+            following=self.following[..., rows],
+            selections=[self.selections[row] for row in rows.tolist()],
+            held=held,
+            sizes=sizes,
         )
 
     def tokens_in(self, cache: Any) -> int:
@@ -119,7 +123,7 @@ class PrunedPrompt:
                 "entry for each token of the whole conversation, those in the cache too"
             )
         new = ids[:, have:] if whole else ids
-        if bool(visual_places(model, new).any()):
+        if new.shape[1] > 1 and bool(visual_places(model, new).any()):  # a loop decodes one by one, and need not wait
             raise InputError(
                 "a further picture on a pruned cache is not supported: pass the whole conversation with all its "
                 "pictures and no cache, so that each is pruned for this turn"
@@ -130,14 +134,11 @@ class PrunedPrompt:
         left = mask[:, : self.full].gather(1, self.order.to(mask.device)) * self.short["attention_mask"].to(mask)
         arguments["attention_mask"] = torch.cat((left, after.to(left)), -1)
         positions = torch.cat((self.short["position_ids"], self.positions_after(after)), -1)
-        if whole:
-            arguments["position_ids"] = positions
-        else:
-            arguments["position_ids"] = positions[..., -new.shape[1] :]
+        if not whole:
+            return {**arguments, "position_ids": positions[..., -new.shape[1] :]}
+        arguments["position_ids"] = positions
         for name in PER_TOKEN.keys() & arguments.keys() - {"attention_mask", "position_ids"}:
             value = arguments[name]
-            if value is None or not whole:
-                continue
             front = value[:, : self.full].gather(1, self.order.to(value.device))
             fill = padding_token(model) if name == "input_ids" else PER_TOKEN[name]
             front = front.masked_fill(~self.mask.to(value.device), fill)
@@ -150,7 +151,8 @@ class PrunedPrompt:
                 f"input_ids have {ids.shape[1]} tokens, but the cache already stands for {have}: pass the whole "
                 "conversation, with something new at its end"
             )
-        differ = (ids[:, :have] != self.ids[:, :have].to(ids.device)).nonzero()
+        known = self.ids[:, :have].to(ids.device)  # of a call that was interrupted, not all that it decoded
+        differ = (ids[:, : known.shape[1]] != known).nonzero()
         if len(differ):
             row, column = differ[0].tolist()
             raise InputError(
@@ -199,7 +201,8 @@ def _guarded(base: Any) -> type:
 
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _in_use.get() is not self:
-            kept, total = self.gripvlm_prompt.kept
+            images = [image for sample in self.gripvlm_prompt.selections for image in sample]
+            kept, total = sum(image.k for image in images), sum(image.n for image in images)
             raise InputError(
                 f"this cache holds {kept} of a prompt's {total} visual tokens, so a further turn must be translated: "
                 "go on inside `with gripvlm.prune(...)` for this model, or pass the full prompt and no cache"

@@ -24,6 +24,8 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
 
 def cache_of(output: Any) -> Any:
     """The key-value cache that a model or `generate` returned, None where there is none."""
+    if isinstance(output, tuple):  # return_dict=False
+        return next((part for part in output if callable(getattr(part, "get_seq_length", None))), None)
     return next((found for name in CACHE if (found := getattr(output, name, None)) is not None), None)
 
 

@@ -98,6 +98,11 @@ def _one_each(question: Tensor | Sequence[Any]) -> list[Any]:
             "question is text, which only the tokenizer can read: type "
             "question=tokenizer(text, add_special_tokens=False).input_ids"
         )
+    if not isinstance(question, (Tensor, Sequence)):
+        raise InputError(
+            f"question is a {type(question).__name__}: pass token ids [t], embeddings [t, d], or a list with one of them "
+            "for each prompt"
+        )
     if isinstance(question, Tensor):
         single = question.ndim == (2 if question.is_floating_point() else 1)
         return [question] if single else list(question)
