@@ -225,8 +225,8 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
         )
     if isinstance(given.get("logits_to_keep"), Tensor):
         raise InputError(
-            "logits_to_keep as a tensor names columns of the full prompt, some of which go: pass a number, counted from "
-            "the end"
+            "logits_to_keep as a tensor names columns of the full prompt, some of which go: pass a number, counted "
+            "from the end"
         )
     if encoded is None and not any(name in given for name in PIXELS):
         raise InputError("no image: inputs have no pixel_values; without images call the model without gripvlm")

@@ -100,8 +100,8 @@ def _one_each(question: Tensor | Sequence[Any]) -> list[Any]:
         )
     if not isinstance(question, (Tensor, Sequence)):
         raise InputError(
-            f"question is a {type(question).__name__}: pass token ids [t], embeddings [t, d], or a list with one of them "
-            "for each prompt"
+            f"question is a {type(question).__name__}: pass token ids [t], embeddings [t, d], or a list with one of "
+            "them for each prompt"
         )
     if isinstance(question, Tensor):
         single = question.ndim == (2 if question.is_floating_point() else 1)
