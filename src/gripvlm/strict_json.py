@@ -95,7 +95,7 @@ def _deep(value: Any) -> bool:
     """Whether lists and objects go deeper than `DEEPEST`; without calling itself, as it must not fail on them."""
     level = [value] if isinstance(value, (list, dict)) else []
     for _ in range(DEEPEST):
-        children = (child for one in level for child in (one.values() if isinstance(one, dict) else one))
+        children = (child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent))
         level = [child for child in children if isinstance(child, (list, dict))]
         if not level:
             return False
