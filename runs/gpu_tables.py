@@ -17,14 +17,6 @@ __all__ = ["loaded", "on_a_gpu", "paragraph", "spread_text", "table"]
 RESULTS = Path(__file__).parent.parent / "results"
 SHAPES = {"llava-1.5-7b": "LLaVA-1.5-7B's shape", "qwen2.5-vl-7b": "Qwen2.5-VL-7B's shape"}
 GIB = 2**30
-SINCE_THEN = {
-    "c35e791": (
-        "The steps that failed have been mended since (`train/masking.py` says how), and not run on a GPU again.",
-        "`grid` and `mmr(norm)` did wait there, and a test of the watch and the capture of whole forwards failed; "
-        "pruners and tests have been mended since, and not run on a GPU again.",
-    )
-}
-"""Commit of a result -> what became of its failures: in training, in tests."""
 
 
 def loaded(name: str) -> Any:
@@ -160,13 +152,13 @@ def trained() -> list[str]:
         minutes = f"{60 * step['step_minutes'][0]:.1f}" if step["step_minutes"] else "-"
         rows.append([f"{step['stage']} {kind}".strip(), f"{step['peak_gib']:.1f}", minutes, step["failed"] or "done"])
     one, commit = result["steps"][0], result["environment"]["git"]["commit"]
+    failed = " Peak memory of a step that failed is what it had taken by then."
     return [
         "### One step of training",
         "",
         f"Every stage once, for a frozen model of {SHAPES[result['model']]}, {one['images']} pictures with "
-        f"{one['questions']} questions each; weights {result['weights_gib']:.1f} GiB. Peak memory of a step that "
-        "failed is what it had taken by then. Commit "
-        f"`{commit}`. {SINCE_THEN.get(commit, ('', ''))[0]}".strip(),
+        f"{one['questions']} questions each; weights {result['weights_gib']:.1f} GiB. Commit `{commit}`."
+        f"{failed if any(step['failed'] for step in result['steps']) else ''}",
         "",
         *table(["", "peak, GiB", "step, s", "outcome"], rows),
     ]
@@ -182,11 +174,15 @@ def tested() -> list[str]:
         counts[one["outcome"]] += 1
     commit = result["environment"]["git"]["commit"]
     rows = [[f"`{name}`", *(str(count) for count in counts.values())] for name, counts in files.items()]
+    skips = [
+        one["why"].rpartition("Skipped: ")[2].rstrip("')") for one in result["tests"] if one["outcome"] == "skipped"
+    ]
+    skipped = f" Skipped: {'; '.join(sorted(set(skips)))}." if skips else ""
+    failed = " Why some failed: `results/gpu-h200-tests.json`." if result["failed"] else ""
     return [
         "### Tests on the GPU",
         "",
-        f"Tests marked `gpu`, of commit `{commit}`; what fails and is skipped is in `results/gpu-h200-tests.json`, "
-        f"with the reason. {SINCE_THEN.get(commit, ('', ''))[1]}".strip(),
+        f"Tests marked `gpu`. Commit `{commit}`.{skipped}{failed}",
         "",
         *table(["", "passed", "failed", "skipped"], rows),
     ]

@@ -18,12 +18,17 @@ sys.modules["bad_input"] = bad_input  # dataclasses look there
 _spec.loader.exec_module(bad_input)
 
 
+PAGE = [row for row in bad_input.PAGE.read_text(encoding="utf-8").splitlines() if row.startswith("| ")][1:]
+
+
 @pytest.mark.parametrize("case", bad_input.CASES, ids=lambda case: f"{case.wrong}: {case.typed}")
 def test_what_came_back(case):
-    assert re.search(case.says, bad_input.outcome(case), re.S)
+    got = bad_input.outcome(case)
+    assert re.search(case.says, got, re.S)
+    assert bad_input.line(case, got) in PAGE  # else: python runs/bad_input.py
 
 
-def test_the_page_has_every_row():
-    page = (ROOT / "docs" / "bad-input.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [case.wrong for case in bad_input.CASES]
+def test_the_page_has_these_rows_and_no_others():
+    assert len(PAGE) == len(bad_input.CASES)
+    for row, case in zip(PAGE, bad_input.CASES, strict=True):
+        assert row.startswith(f"| {case.wrong} | `{case.typed}` | ")

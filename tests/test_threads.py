@@ -110,9 +110,9 @@ def test_two_blocks_open_at_once_are_each_their_own(spec):
             together()
 
         with gripvlm.pruned_run(model, inputs, spec, 0.75) as (arguments, record):
-            together()
             handle = model.get_decoder().layers[2].register_forward_hook(meet)
             try:
+                together()  # both hooks act in both threads: neither may start before the other's is there
                 said = model.generate(**arguments, **GREEDY)
                 together()
             finally:

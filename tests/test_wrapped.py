@@ -14,8 +14,8 @@ from transformers import BitsAndBytesConfig, TextIteratorStreamer
 from transformers.modeling_utils import AttentionInterface
 
 import gripvlm
-from gripvlm.errors import UnsupportedModelError
-from gripvlm.models.wrapped import unwrapped
+from gripvlm.errors import InputError, UnsupportedModelError
+from gripvlm.models.wrapped import device_of, unwrapped
 from matrix import needs_of, pruner_of
 from tiny_families import TINY, build, make
 from tiny_models import hidden_from, llava_inputs, tiny_llava
@@ -164,6 +164,25 @@ def test_compiled_models_run_eagerly_where_a_block_needs_hooks(how, inputs):
         assert torch.equal(logits(model, compiled, inputs, spec), theirs[spec])
     with torch.no_grad():
         assert torch.equal(compiled(**whole).logits, before)
+
+
+@pytest.mark.parametrize("how", ["wrapper", "in place"])
+def test_compiled_models_run_eagerly_in_a_prune_block_and_compiled_on_pruned_inputs(how, inputs):
+    ran = []
+
+    def backend(graph, example):
+        return lambda *args: ran.append(graph) or graph.forward(*args)
+
+    model = copy.deepcopy(build("llava"))
+    compiled = torch.compile(model, backend=backend) if how == "wrapper" else model
+    if how == "in place":
+        model.compile(backend=backend)
+    with torch.no_grad():
+        with gripvlm.prune(compiled, "norm", 4):
+            eager = compiled(**inputs).logits
+        assert not ran
+        assert torch.equal(compiled(**gripvlm.prune_inputs(model, inputs, "norm", 4)).logits, eager)
+    assert ran
 
 
 def test_what_is_compiled_inside_a_block_forgets_it(inputs):
@@ -345,3 +364,9 @@ def test_models_quantised_by_bitsandbytes_are_pruned(inputs, tmp_path):
         assert said(model, inputs, spec).shape[0] == 2
     whole = gripvlm.prune_inputs(model, inputs, "norm", 1.0)
     assert torch.equal(model.generate(**whole, **GREEDY)[:, -3:], model.generate(**inputs, **GREEDY)[:, -3:])
+
+
+def test_a_module_without_weights_computes_on_the_cpu():
+    assert device_of(torch.nn.ReLU()) == torch.device("cpu")
+    with pytest.raises(InputError, match=r"on the meta device, which holds no weights: load it with from_pretrained"):
+        device_of(torch.nn.Linear(1, 1, device="meta"))

@@ -23,7 +23,7 @@ class Budget:
     An `int` is a count per image; a `float` in (0, 1] is a fraction of each image's tokens. So
     `Budget(1)` keeps one token and `Budget(1.0)` keeps them all. NumPy scalars count as the Python
     number they print as. A string is read as on the command line: `"64"`, `"0.1"`, `"10%"`, and with
-    `<=` (or `≤`, which no shell takes for its own) in front at most so many.
+    `<=` (or `≤`, which shells do not interpret) in front at most so many.
 
     A count is exact: where an image has fewer tokens, `count` raises instead of giving less. At most
     64, `Budget(64, at_most=True)` or `Budget("<=64")`, keeps all of an image that has 64 or fewer, so

@@ -144,7 +144,7 @@ def one_writer(path: str | Path, folder: bool = False) -> Iterator[None]:
     path = Path(path)
     home = path if folder else path.parent
     name = home / ".lock" if folder else path.with_name(f"{path.name}.lock")
-    made = [one for one in (home, *home.parents) if not one.exists()]
+    missing = [parent for parent in (home, *home.parents) if not parent.exists()]
     with _named(path):
         _make(home)
         file, unlocked = _taken(name, path)
@@ -166,9 +166,9 @@ def one_writer(path: str | Path, folder: bool = False) -> Iterator[None]:
         finally:
             if fcntl is not None:
                 os.close(file)
-        for one in made:  # nothing was written: no trace is left
+        for empty in missing:  # nothing was written: no trace is left
             with suppress(OSError):
-                os.rmdir(one)
+                os.rmdir(empty)
 
 
 def _taken(name: Path, path: str | Path) -> tuple[int, str]:
@@ -224,7 +224,7 @@ def _all(file: int, data: bytes) -> None:
 
 
 def _keep_names(folder: Path) -> None:
-    """The new name outlives a loss of power; not every system lets folders be flushed."""
+    """Flushes the folder so that the rename survives a power loss; not every system allows it."""
     if os.name != "posix":
         return
     file = os.open(folder, os.O_RDONLY)

@@ -53,7 +53,10 @@ class Record:
     doubts: Doubts = field(default_factory=Doubts, repr=False)
 
     def __str__(self) -> str:
-        """`64 of 576 visual tokens kept (11 %), vision 41 ms, pruner 1 ms, surgery 2 ms`; may wait, as `seconds`."""
+        """`64 of 576 visual tokens kept (11 %), vision 41 ms, pruner 1 ms, surgery 2 ms`.
+
+        Like `seconds`, this may wait for the accelerator.
+        """
         if not self.total:
             return "nothing pruned yet" if not self.calls else "no image in the latest call, so nothing pruned"
         times = "".join(

@@ -15,7 +15,7 @@ EVERY = 30.0
 
 
 class Progress:
-    """A block that is told what is done.
+    """Context manager that reports progress.
 
     On a terminal a bar is drawn and removed at the end. Elsewhere `line()` is printed every `every` seconds, by a
     thread of its own, so that it comes even while one long step runs, and flushed. Both go to standard error.

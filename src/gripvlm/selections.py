@@ -63,7 +63,7 @@ class Doubts:
 
 
 def checked_features(images: Sequence[VisualTokens], doubts: Doubts) -> None:
-    """Doubts that the vision encoder made numbers."""
+    """Queues a check that features are not NaN."""
     rows = [tokens.features.detach() for tokens in images]
     found = in_one_storage(rows)
     sums = [found[0].sum(dtype=torch.float32)] if found else [one.sum(dtype=torch.float32) for one in rows]

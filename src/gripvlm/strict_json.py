@@ -1,4 +1,4 @@
-"""JSON that anybody may have written: what comes back is finite, shallow and can be written again."""
+"""JSON that anybody may have written: what comes back is shallow, within a float's range, and can be written again."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ __all__ = ["DEEPEST", "BadJSON", "parse", "read"]
 DEEPEST = 100
 """Lists and objects inside each other."""
 _DIGITS = 300
-"""Of a whole number: it still has a float beside it."""
-_LITERAL = 4
-"""What is left at most of a word such as `false` that is cut."""
+"""Of a whole number; longer integers do not fit in a float."""
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+_BEGUN = re.compile(r"-?[0-9]+(\.|(\.[0-9]+)?[eE][+-]?)")
+"""A number whose fraction or exponent is still to come."""
+_ESCAPE = re.compile(r"\\u[0-9a-fA-F]{0,4}\Z")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -47,9 +49,8 @@ def parse(text: str | bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadJSON(f"is no text in UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
-        ends = error.pos >= len(text.rstrip()) - _LITERAL and not error.msg.startswith("Extra data")
-        cut = not text.strip() or ends or error.msg.startswith("Unterminated string")
-        raise BadJSON("is cut off" if cut else f"is no JSON at line {error.lineno} ({error.msg})") from None
+        where = f"at line {error.lineno} column {error.colno}"
+        raise BadJSON("is cut off" if _is_cut(error) else f"is no JSON: {error.msg} {where}") from None
     except RecursionError:
         raise BadJSON(f"is nested more than {DEEPEST} deep") from None
     if text.count("[") + text.count("{") > DEEPEST and _deep(value):
@@ -60,6 +61,21 @@ def parse(text: str | bytes) -> Any:
         except UnicodeEncodeError as error:
             raise BadJSON(f"holds half of a surrogate pair, \\u{ord(error.object[error.start]):04x}") from None
     return value
+
+
+def _is_cut(error: json.JSONDecodeError) -> bool:
+    """Whether the text, which is no JSON, could go on to be some."""
+    text = error.doc.rstrip()
+    rest = text[error.pos :]
+    if not rest or error.msg.startswith("Unterminated string"):
+        return True
+    if error.msg == "Expecting value":
+        return any(word.startswith(rest) for word in _WORDS)  # none is whole: whole words are no error
+    if error.msg.startswith("Invalid \\uXXXX escape"):
+        escape = _ESCAPE.search(text)
+        return escape is not None and escape.start() <= error.pos
+    start = len(text.rstrip("-+.0123456789eE"))  # the parser takes the digits of `-1.5e`, and stops at what follows
+    return start < error.pos and _BEGUN.fullmatch(text, start) is not None
 
 
 def _whole(digits: str) -> int:
@@ -79,7 +95,7 @@ def _deep(value: Any) -> bool:
     """Whether lists and objects go deeper than `DEEPEST`; without calling itself, as it must not fail on them."""
     level = [value] if isinstance(value, (list, dict)) else []
     for _ in range(DEEPEST):
-        children = (child for one in level for child in (one.values() if isinstance(one, dict) else one))
+        children = (child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent))
         level = [child for child in children if isinstance(child, (list, dict))]
         if not level:
             return False

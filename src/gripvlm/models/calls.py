@@ -57,7 +57,7 @@ class _Run:
     def owns(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether a forward with these arguments is this run's."""
         given = [*(kwargs.get("mm_encoder_outputs") or {}).values(), *_caches(kwargs)]
-        return any(one is mine for one in given for mine in (*self.outputs, self.cache()))
+        return any(value is own for value in given for own in (*self.outputs, self.cache()))
 
     def note(self, values: Any) -> None:
         """Remembers the cache among a forward's arguments or outputs."""
@@ -89,8 +89,8 @@ class _Part:
         self.looker, self.key, self.run, self.open = looker, key, _run.get(), True
 
     def concerns(self, module: Any) -> bool:
-        one = id(module)
-        return one in self.before or one in self.after or (self.looker is not None and one in self.looker.modules)
+        key = id(module)
+        return key in self.before or key in self.after or (self.looker is not None and key in self.looker.modules)
 
 
 _lock = threading.RLock()
@@ -154,9 +154,9 @@ def _opened(part: _Part, first: bool) -> Iterator[None]:
         yield
     finally:
         part.open = False
-        _mine.set(tuple(one for one in _mine.get() if one.open))
+        _mine.set(tuple(other for other in _mine.get() if other.open))
         with _lock:
-            _parts = tuple(one for one in _parts if one is not part)
+            _parts = tuple(other for other in _parts if other is not part)
             _release(part)
 
 
@@ -165,19 +165,19 @@ def _opened(part: _Part, first: bool) -> Iterator[None]:
 
 def _acting(module: Any) -> list[_Part]:
     """The parts that serve whoever runs this module now, in order."""
-    lent = _lent.get()
-    mine = [part for part in _mine.get() if part.open and part.concerns(module)]
-    if lent is not None and not mine:
-        mine = [part for part in _parts if part.run is lent and part.concerns(module)]
-    if mine or torch._C._current_graph_task_id() == -1:  # the latter: no backward runs in this thread
-        return mine
-    found = [part for part in _parts if part.run is not None and part.concerns(module)]
-    if len({id(part.run) for part in found}) > 1:
+    parts = [part for part in _mine.get() if part.open and part.concerns(module)]
+    run = _lent.get()
+    if run is not None and not parts:
+        parts = [part for part in _parts if part.run is run and part.concerns(module)]
+    if parts or torch._C._current_graph_task_id() == -1:  # the latter: no backward runs in this thread
+        return parts
+    parts = [part for part in _parts if part.run is not None and part.concerns(module)]
+    if len({id(part.run) for part in parts}) > 1:
         raise GripError(
             "backward runs layers again (gradient checkpointing) in a thread of autograd's own while several gripvlm "
             "blocks are open on this model, so it cannot be told whose they are: train in one thread at a time"
         )
-    return found
+    return parts
 
 
 def _enter(module: Any, kwargs: Mapping[str, Any]) -> None:
@@ -185,19 +185,19 @@ def _enter(module: Any, kwargs: Mapping[str, Any]) -> None:
     runs = {part.run for part in _parts if part.run is not None and part.run.root is module}
     if not runs:
         return
-    mine = next((part.run for part in _mine.get() if part.open and part.run in runs), None)
-    lent = None if mine is not None else next((one for one in runs if one.owns(kwargs)), None)
-    _lent.set(lent)
-    if (now := mine or lent) is not None:
-        now.note(kwargs)
+    run = next((part.run for part in _mine.get() if part.open and part.run in runs), None)
+    other = None if run is not None else next((each for each in runs if each.owns(kwargs)), None)
+    _lent.set(other)
+    if (served := run or other) is not None:
+        served.note(kwargs)
 
 
 def _leave(module: Any, output: Any) -> None:
     """At the root of runs: a forward ends, and its output may have the cache."""
-    mine = next((part.run for part in _mine.get() if part.open and part.run and part.run.root is module), None)
-    now = mine or _lent.get()
-    if now is not None and now.root is module:
-        now.note(output)
+    run = next((part.run for part in _mine.get() if part.open and part.run and part.run.root is module), None)
+    run = run or _lent.get()
+    if run is not None and run.root is module:
+        run.note(output)
         _lent.set(None)
 
 
@@ -233,7 +233,7 @@ def _after(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any = None) 
 
 
 _before._torchdynamo_disable = _after._torchdynamo_disable = True  # type: ignore[attr-defined]
-# What is compiled inside a block calls these as they are, and so does nothing of the block's after it.
+# Code compiled inside a block calls these hooks uncompiled; after the block they do nothing.
 
 
 def _left_over(module: Any) -> None:
@@ -248,14 +248,14 @@ def _left_over(module: Any) -> None:
             "model.module, one process a device"
         )
     with _lock:
-        for kind, hooks, told in (
+        for kind, hooks, with_kwargs in (
             ("before", module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             ("after", module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
             for number in [number for number, hook in hooks.items() if hook in (_before, _after)]:
                 if (kind, id(module)) not in _held:
                     hooks.pop(number)
-                    told.pop(number, None)
+                    with_kwargs.pop(number, None)
 
 
 # --- what is on the modules, once each, for as long as anyone needs it ------------------------------------------------
@@ -267,24 +267,28 @@ _patched: Callable[..., Any] | None = None
 _stance: Any = None
 
 
+def _hooks_of(part: _Part) -> Iterator[tuple[str, Any]]:
+    """("before" or "after", module) of each hook that this part needs."""
+    for kind, wanted in (("before", part.before), ("after", part.after)):
+        yield from ((kind, module) for module in part.modules if id(module) in wanted)
+
+
 def _hold(part: _Part) -> None:
     """Puts on what this part needs and is not on yet; under the lock."""
     global _lookers, _original, _patched, _stance
     if _stance is None and "torch._dynamo" in sys.modules:
         # Compiled code does not notice hooks that come after it: it would run on as if there were none.
         _stance = torch.compiler.set_stance("force_eager")
-    for module in part.modules:
-        for kind, wanted in (("before", part.before), ("after", part.after)):
-            if id(module) not in wanted:
-                continue
-            count, handle = _held.get((kind, id(module)), (0, None))
-            if not count and kind == "before":
-                handle = module.register_forward_pre_hook(_before, with_kwargs=True)
-            elif not count:
-                handle = module.register_forward_hook(_after, with_kwargs=True, prepend=True)
-            _held[kind, id(module)] = count + 1, handle
+    for kind, module in _hooks_of(part):
+        count, handle = _held.get((kind, id(module)), (0, None))
+        if not count and kind == "before":
+            handle = module.register_forward_pre_hook(_before, with_kwargs=True)
+        elif not count:
+            handle = module.register_forward_hook(_after, with_kwargs=True, prepend=True)
+        _held[kind, id(module)] = count + 1, handle
     if part.looker is not None:
-        from transformers.modeling_utils import AttentionInterface  # not with this file: the prune room loads without
+        # Imported here so that `import gripvlm` does not import transformers.
+        from transformers.modeling_utils import AttentionInterface
 
         if not _lookers:
             _original = AttentionInterface.get_interface
@@ -295,15 +299,12 @@ def _hold(part: _Part) -> None:
 def _release(part: _Part) -> None:
     """Takes off what no part needs any more; under the lock."""
     global _lookers, _stance
-    for module in part.modules:
-        for kind, wanted in (("before", part.before), ("after", part.after)):
-            if id(module) not in wanted:
-                continue
-            count, handle = _held.pop((kind, id(module)))
-            if count > 1:
-                _held[kind, id(module)] = count - 1, handle
-            else:
-                handle.remove()
+    for kind, module in _hooks_of(part):
+        count, handle = _held.pop((kind, id(module)))
+        if count > 1:
+            _held[kind, id(module)] = count - 1, handle
+        else:
+            handle.remove()
     if part.looker is not None:
         from transformers.modeling_utils import AttentionInterface
 

@@ -16,7 +16,7 @@ NEWEST_TESTED = "5.24.0"
 
 def installed() -> tuple[int, int]:
     """Major and minor version of the transformers that runs."""
-    import transformers  # not with this file: the prune room loads without it
+    import transformers  # imported here so that `import gripvlm` does not import transformers
 
     return _minor(transformers.__version__)
 

@@ -73,8 +73,10 @@ def _inside(model: Any) -> Any:
 def device_of(module: Any) -> torch.device:
     """Where a module computes: where its weights are, or where accelerate brings them when they are needed.
 
+    A module without weights computes on the CPU.
+
     Raises:
-        InputError: it has no weights anywhere.
+        InputError: its weights are on the meta device, and nothing brings them to another.
     """
     weight = next(module.parameters(), None)
     if weight is None:
@@ -83,8 +85,8 @@ def device_of(module: Any) -> torch.device:
         return weight.device
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            device = getattr(one, "execution_device", None)
+        for single in getattr(hook, "hooks", (hook,)):  # of accelerate's SequentialHook: each
+            device = getattr(single, "execution_device", None)
             if device is not None:
                 return torch.device(device)
     raise InputError("the model is on the meta device, which holds no weights: load it with from_pretrained(...)")
