@@ -51,7 +51,7 @@ def root(
 
 @app.command()
 def quickstart(
-    limit: Annotated[int, typer.Option(min=1, help="Questions a family.")] = 8,
+    limit: Annotated[int, typer.Option(min=1, help="Questions a family.")] = 24,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the JSON.")] = Path("gripvlm-out"),
 ) -> None:
     """See a trained model answer with all its visual tokens and with a tenth of them."""
