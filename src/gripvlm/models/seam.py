@@ -66,7 +66,6 @@ class Shortened(NamedTuple):
     Attributes:
         full: L.
         order: [B, l] the columns of the full prompt that are left.
-        real: [B, l] bool, False where such a column is padding.
         following: [B], or [axes, B] for M-RoPE, the position of the first token after the prompt.
         ahead: [B] or [axes, B], by how much the prompt's last position is behind the full prompt's, where an image
             ends a prompt and its last row was dropped; else None.
@@ -74,7 +73,6 @@ class Shortened(NamedTuple):
 
     full: int
     order: Tensor
-    real: Tensor
     following: Tensor
     ahead: Tensor | None
 
@@ -223,18 +221,18 @@ def shorten(
     following = _following(arguments["position_ids"], mask)
     last, ahead = arguments["position_ids"][..., -1], None
     if fewer or length != width:
-        order, left_mask = _compact(model, arguments, _kept(mask, spans, picks), length, layout.right)
+        order = _compact(model, arguments, _kept(mask, spans, picks), length, layout.right)
         following = _renumber(model, arguments, positions, following)
         if positions == "original" and not layout.right and layout.ends_in_image:
             ahead = last - arguments["position_ids"][..., -1]
             if ahead.ndim == 2:
                 ahead = torch.cat((torch.zeros_like(ahead[:-3]), ahead[-3:]))  # the text row only counts tokens
     else:
-        order, left_mask = torch.arange(width, device=mask.device).expand_as(mask), mask.bool()
+        order = torch.arange(width, device=mask.device).expand_as(mask)
     for name in encoder_arguments(model, arguments):
         arguments.pop(name)
     arguments["mm_encoder_outputs"] = _visual_outputs(encoded, spans, chosen)
-    return arguments, Shortened(width, order, left_mask, following, ahead)
+    return arguments, Shortened(width, order, following, ahead)
 
 
 def _following(positions: Tensor, mask: Tensor) -> Tensor:
@@ -289,11 +287,11 @@ def _full_positions(model: Any, layout: Layout, spans: Sequence[Sequence[Span]],
     return onto(made, device)
 
 
-def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, right: bool) -> tuple[Tensor, Tensor]:
+def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, right: bool) -> Tensor:
     """Leaves the entries that `keep` [B, L] marks in every per-token input, padded to `length`.
 
     Returns:
-        [B, length] the columns that are left, and a bool that is False where they are padding.
+        [B, length] the columns that are left; some are dropped ones, which the mask hides.
     """
     if (more := length - keep.shape[1]) > 0:
         side = (0, more) if right else (more, 0)
@@ -312,7 +310,7 @@ def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, r
         value = value.expand(*value.shape[:-2], *keep.shape)  # positions may be one row for all
         index = order.expand(*value.shape[:-1], length)  # M-RoPE positions are [axes, B, L]
         arguments[name] = value.gather(-1, index).masked_fill(~real, fill)
-    return order, real
+    return order
 
 
 def _renumber(model: Any, arguments: dict[str, Any], positions: str, following: Tensor) -> Tensor:
