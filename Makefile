@@ -63,7 +63,7 @@ test-lmms:
 	$(call fresh,.venv/lmms)
 	$(call install,.venv/lmms,locks/lmms.txt,"$(LMMS)" -e . pytest hypothesis)
 	.venv/lmms/bin/python -c "import torchvision" 2>/dev/null || .venv/lmms/bin/python -m pip uninstall --quiet --yes torchvision
-	.venv/lmms/bin/python -m pytest -q -m "slow or not slow" tests/test_lmms.py
+	.venv/lmms/bin/python -m pytest -q -m "slow or not slow" tests/integrations/test_lmms.py
 
 # locks/: the exact version of every package that make installs, of pip and of what builds gripvlm, for every Python that
 # gripvlm runs on. What comes with torch for an accelerator is left out: torch itself names it, and builds differ in it.

@@ -4,7 +4,7 @@
 
 Each function is read from a clone at the commit named below and run as it stands, on the tensors of
 runs/authors_cases.py; none of it is part of this repository. What stands around it (a model, a tower, a GPU's clock)
-is replaced by objects that hand it these tensors. tests/test_authors_choices.py holds gripvlm's pruners to the result.
+is replaced by objects that hand it these tensors. tests/pruners/test_authors_choices.py holds gripvlm's pruners to the result.
 """
 
 from __future__ import annotations

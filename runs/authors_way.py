@@ -34,14 +34,15 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "runs")]
 import authors_methods as authors  # noqa: E402
 from pruner_speed import image  # noqa: E402
 
+from gripvlm.api import encode, prune_inputs, pruned_run  # noqa: E402
 from gripvlm.bench.architectures import architecture, random_model  # noqa: E402
 from gripvlm.bench.prompts import random_prompts  # noqa: E402
-from gripvlm.clock import device_time  # noqa: E402
-from gripvlm.evaluate import environment  # noqa: E402
-from gripvlm.evaluate.environment import command_line  # noqa: E402
-from gripvlm.prune import encode, prune_inputs, pruned_run  # noqa: E402
-from gripvlm.pruners import LayerPruner, VisualTokens, get_pruner  # noqa: E402
-from gripvlm.pruners.visionzip import VisionZip  # noqa: E402
+from gripvlm.eval import environment  # noqa: E402
+from gripvlm.eval.environment import command_line  # noqa: E402
+from gripvlm.pruners import LLMPruner, get_pruner  # noqa: E402
+from gripvlm.pruners.input.visionzip import VisionZip  # noqa: E402
+from gripvlm.types import VisualTokens
+from gripvlm.utils.timing import device_time  # noqa: E402
 
 METHODS = ("fastv", "sparsevlm", "sparsevlm-1.0", "visionzip", "divprune", "cdpruner")
 ALIKE = 0.95
@@ -102,7 +103,7 @@ class Inside:
         self.full = prune_inputs(model, inputs, "keep_all", encoded=self.encoded)
         self.layers = len(model.get_decoder().layers)
 
-    def plan(self, pruner: LayerPruner, keep: int) -> dict[int, int]:
+    def plan(self, pruner: LLMPruner, keep: int) -> dict[int, int]:
         """layer -> count, where rows are lost."""
         n, found = self.features.shape[0], {}
         for layer, count in sorted(pruner.schedule(n, keep, self.layers).items()):
@@ -118,10 +119,10 @@ class Inside:
         finally:
             handle.remove()
 
-    def case(self, name: str, spec: str, keep: int, cuts: Callable[[LayerPruner, dict[int, int]], Any]) -> Case:
+    def case(self, name: str, spec: str, keep: int, cuts: Callable[[LLMPruner, dict[int, int]], Any]) -> Case:
         """`cuts` makes the authors' cuts and says which layers attend eagerly."""
         pruner = get_pruner(spec)
-        assert isinstance(pruner, LayerPruner)
+        assert isinstance(pruner, LLMPruner)
         plan = self.plan(pruner, keep)
         last = max(plan)
 

@@ -1,6 +1,6 @@
 """Tries what users and pruners hand in wrongly, on tiny models, and writes docs/bad-input.md from what came back.
 
-    python runs/bad_input.py            # some seconds, CPU; tests/test_bad_input.py asserts every row
+    python runs/bad_input.py            # some seconds, CPU; tests/cli/test_bad_input.py asserts every row
 
 Each case is run as a user would type it. "refused" rows show the error's class and its whole text; "works" rows
 show what was checked instead.
@@ -340,7 +340,7 @@ def main() -> None:
         rows.append(line(case, got))
     PAGE.write_text(
         "# Bad input, and what comes back\n\n"
-        "Written by `python runs/bad_input.py` from what came back, on tiny random models; `tests/test_bad_input.py` "
+        "Written by `python runs/bad_input.py` from what came back, on tiny random models; `tests/cli/test_bad_input.py` "
         "asserts every row.\n\n| what is wrong | what was typed | what came back |\n|---|---|---|\n"
         + "\n".join(rows)
         + "\n",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from gripvlm.errors import TrainError
+from gripvlm.grip.train import TrainConfig, read_toml, train, write_toml
+from gripvlm.grip.train.run import check_settings
 from gripvlm.tasks import TaskError
-from gripvlm.train import TrainConfig, read_toml, train, write_toml
-from gripvlm.train.run import check_settings
 from tiny_train import tiny_config, tiny_vlm, write_jsonl
 
 vlm = cache(tiny_vlm)

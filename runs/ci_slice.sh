@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The small slice of the lab that every `make test` measures anew and compares (tests/test_ci_slice.py):
+# The small slice of the lab that every `make test` measures anew and compares (tests/eval/test_ci_slice.py):
 # results/ci-slice.json. Run it again only where a change of answers is meant, and say why in the commit.
 #
 #   bash runs/ci_slice.sh

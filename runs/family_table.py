@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import gripvlm  # noqa: E402
-from gripvlm.evaluate.environment import command_line, environment  # noqa: E402
+from gripvlm.eval.environment import command_line, environment  # noqa: E402
 from gripvlm.models import FAMILIES  # noqa: E402
 from test_layered import KEEP, stages_of  # noqa: E402
 from test_layers import masking  # noqa: E402

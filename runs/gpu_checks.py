@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / ".lab" / "gpu", help="folder of the results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", help="of the models that are measured and trained for")
-    parser.add_argument("--tests", default="tests/test_gpu_*.py", help="their files, as a pattern")
+    parser.add_argument("--tests", default="tests/gpu/test_gpu_*.py", help="their files, as a pattern")
     parser.add_argument("--models", default="llava-1.5-7b,qwen2.5-vl-7b", help="shapes of gripvlm bench")
     parser.add_argument("--train", default="llava-1.5-7b", help="the LLaVA shape that is trained for, tiny, or nothing")
     parser.add_argument("--batches", default="1,8,32")
@@ -223,7 +223,7 @@ def one_part(options: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from gripvlm.loading import quiet
+    from gripvlm.models.loading import quiet
 
     quiet()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
@@ -244,7 +244,7 @@ def run_tests(out: Path, file: str) -> int:
     """The tests of one file that are marked `gpu`; a line of JSON a test, as it ends."""
     import pytest
 
-    from gripvlm.evaluate import environment
+    from gripvlm.eval import environment
 
     journal = out / f"tests-{Path(file).stem}.jsonl"
     journal.write_text(json.dumps({"environment": environment()}) + "\n", encoding="utf-8")
@@ -309,7 +309,7 @@ def look(options: argparse.Namespace, name: str, ends: float) -> None:
     from gripvlm.bench.measure import FULL, Setting
     from gripvlm.bench.words import fit_sentences
     from gripvlm.budget import Budget
-    from gripvlm.evaluate import environment
+    from gripvlm.eval import environment
 
     model, memory, allowed = built(options, name), "the device's memory", math.inf
     if options.memory:

@@ -20,8 +20,8 @@ import torch
 
 from gripvlm.bench import random_model
 from gripvlm.errors import GripError
-from gripvlm.evaluate import environment
-from gripvlm.train import TrainConfig, train
+from gripvlm.eval import environment
+from gripvlm.grip.train import TrainConfig, train
 from tiny_train import asked, processor_of, tiny_vlm
 
 __all__ = ["train_steps"]

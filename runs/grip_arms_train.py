@@ -13,9 +13,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from gripvlm.evaluate import environment
-from gripvlm.evaluate.environment import command_line
-from gripvlm.train.config import TrainConfig, read_toml
+from gripvlm.eval import environment
+from gripvlm.eval.environment import command_line
+from gripvlm.grip.train.config import TrainConfig, read_toml
 
 ROOT = Path(__file__).parent.parent
 

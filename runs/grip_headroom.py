@@ -20,17 +20,17 @@ from torch import Tensor
 
 from gripvlm import lab
 from gripvlm.budget import Budget
-from gripvlm.evaluate import environment
-from gripvlm.evaluate.environment import command_line
-from gripvlm.loading import quiet
-from gripvlm.policy import PlackettLuce
+from gripvlm.eval import environment
+from gripvlm.eval.environment import command_line
+from gripvlm.grip.policy import PlackettLuce
+from gripvlm.grip.pruner import SHIPPED
+from gripvlm.grip.scorer import Scorer
+from gripvlm.grip.train.data import load_questions
+from gripvlm.grip.train.rewards import probability
+from gripvlm.grip.train.rollout import Batch, Engine
+from gripvlm.grip.train.validation import Validator
+from gripvlm.models.loading import quiet
 from gripvlm.pruners.base import top_k
-from gripvlm.pruners.grip import SHIPPED
-from gripvlm.scorer import Scorer
-from gripvlm.train.data import load_questions
-from gripvlm.train.rewards import probability
-from gripvlm.train.rollout import Batch, Engine
-from gripvlm.train.validation import Validator
 
 ROOT = Path(__file__).parent.parent
 KEEPS, QUESTIONS = (0.5, 0.25, 0.125, 0.06, 0.03, 0.015), 640

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from gripvlm.evaluate import answer, make_inputs, question_ids
-from gripvlm.loading import load_model, quiet
-from gripvlm.prune import encode
+from gripvlm.api import encode
+from gripvlm.eval import answer, make_inputs, question_ids
+from gripvlm.models.loading import load_model, quiet
 from gripvlm.report import geometry, overlay
 from gripvlm.tasks import get_tasks
 

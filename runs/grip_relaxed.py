@@ -29,15 +29,15 @@ from last_step import last_step
 from torch import Tensor
 
 from gripvlm import lab
-from gripvlm.evaluate import environment
-from gripvlm.evaluate.environment import command_line
-from gripvlm.loading import quiet
+from gripvlm.eval import environment
+from gripvlm.eval.environment import command_line
+from gripvlm.grip.scorer import Scorer
+from gripvlm.grip.train.data import load_questions
+from gripvlm.grip.train.masking import masked_forward
+from gripvlm.grip.train.relaxed import FLOOR, soft_top_k
+from gripvlm.grip.train.rollout import Batch, Engine
+from gripvlm.models.loading import quiet
 from gripvlm.pruners.base import top_k_of_each
-from gripvlm.scorer import Scorer
-from gripvlm.train.data import load_questions
-from gripvlm.train.masking import masked_forward
-from gripvlm.train.relaxed import FLOOR, soft_top_k
-from gripvlm.train.rollout import Batch, Engine
 
 ROOT = Path(__file__).parent.parent
 KEEPS = (0.25, 0.125, 0.06, 0.03, 0.015)

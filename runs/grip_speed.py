@@ -30,12 +30,12 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 
 from gripvlm import get_pruner, lab
 from gripvlm.bench.architectures import random_model, random_pruner
-from gripvlm.evaluate import environment
-from gripvlm.evaluate.environment import command_line
+from gripvlm.eval import environment
+from gripvlm.eval.environment import command_line
+from gripvlm.grip.scorer import Scorer, ScorerConfig
+from gripvlm.grip.train import Engine
 from gripvlm.lab.vlm import CHAT_TEMPLATE, build_tokenizer
-from gripvlm.scorer import Scorer, ScorerConfig
 from gripvlm.tasks import get_tasks
-from gripvlm.train import Engine
 
 GROUP = 16
 LAB, RANDOM = "lab", "random:llava-0.5b"

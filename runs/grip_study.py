@@ -21,12 +21,13 @@ from typing import ClassVar
 from last_step import last_step
 
 from gripvlm import lab
-from gripvlm.evaluate import evaluate
-from gripvlm.evaluate.environment import command_line
-from gripvlm.loading import quiet
-from gripvlm.pruners import Selection, VisualTokens, register_pruner
+from gripvlm.eval import evaluate
+from gripvlm.eval.environment import command_line
+from gripvlm.grip.pruner import Grip
+from gripvlm.models.loading import quiet
+from gripvlm.pruners import register_pruner
 from gripvlm.pruners.base import top_k
-from gripvlm.pruners.grip import Grip
+from gripvlm.types import Selection, VisualTokens
 
 KEEPS = (0.5, 0.25, 0.125, 0.06, 0.03, 0.015)
 OTHERS = "oracle,random,grid,norm,divprune,grip,grip:scorer=lab-blind"

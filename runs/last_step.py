@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gripvlm.scorer import Scorer
+from gripvlm.grip.scorer import Scorer
 
 
 def last_step(folder: Path) -> Scorer:

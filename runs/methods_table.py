@@ -50,10 +50,10 @@ def idea(name: str, made_by: Any) -> str:
 
 
 def needs(row: Any, made_by: Any) -> str:
-    """Fields of `VisualTokens`, and of `LayerTokens` in italics."""
+    """Fields of `VisualTokens`, and of `LLMTokens` in italics."""
     held = "what it wraps" if "wrapper" in row.source else "what its weights need"
     other = held if isinstance(getattr(made_by, "needs", None), property) else "-"
-    return ", ".join([*row.needs, *(f"*{name}*" for name in row.layer_needs)]) or other
+    return ", ".join([*row.needs, *(f"*{name}*" for name in row.llm_needs)]) or other
 
 
 def result(name: str) -> dict[str, Any] | None:
@@ -265,7 +265,7 @@ def held_to_code() -> list[str]:
         "",
         "What eight methods' published code chose on tensors that everyone can make anew (`runs/authors_cases.py`):",
         "their own functions, read from clones and run apart by `runs/authors_choices.py`. Ours, and a second",
-        "implementation of each, are held to the same rows and merges by `tests/test_authors_choices.py`. Of `hired`",
+        "implementation of each, are held to the same rows and merges by `tests/pruners/test_authors_choices.py`. Of `hired`",
         "only what each picture keeps of its share is compared: tiles' shares are a numbered departure. Where the code",
         "draws noise or goes through a Python set (`sparsevlm`, `dart`), it was made to take the raster's order, as",
         "ours does. `dart`'s repository is a fork, at its authors' own commit.",
@@ -350,7 +350,7 @@ def page() -> str:
         "- `cdpruner` reads CLIP's own text tower where it is given one, from Python:",
         "  `CDPruner(clip=ClipText(clip_model, tokenizer, questions))` with `gripvlm.models.clip.ClipText`.",
         "- Methods that merge rows can be attended to by size: `gripvlm.prune(model, 'visionzip', keep=64,",
-        "  size_attention=True)` adds the logarithm of how many rows a token stands for to the language model's",
+        "  proportional_attention=True)` adds the logarithm of how many rows a token stands for to the language model's",
         "  scores for it (ToMe's proportional attention). Off by default; for sdpa and eager attention, and families",
         "  without linear attention or convolutions.",
         "- Wrappers are typed around others: `mmr(norm)`, `spread(visionzip):floor=0.5`, `ensemble(norm,divprune)`.",

@@ -4,7 +4,7 @@
     bash runs/overhead.sh OLD                               five turns of two versions in alternation, then the page
 
 The lab's model, batch 1 and 16, 12.5 % of the tokens; pruners by name, as they are typed. Milliseconds a sample:
-vision, pruner, surgery as the record has them, `other` (the checks), `prefill` (the pruned prompt to its first logits),
+vision, pruner, overhead as the record has them, `other` (the checks), `prefill` (the pruned prompt to its first logits),
 and `full` (the unpruned prompt's prefill). A turn's number is the median of its calls; the file keeps every turn.
 """
 
@@ -21,9 +21,9 @@ import torch
 
 import gripvlm
 from gripvlm import lab
-from gripvlm.evaluate import environment, make_inputs
-from gripvlm.evaluate.environment import command_line
-from gripvlm.loading import quiet
+from gripvlm.eval import environment, make_inputs
+from gripvlm.eval.environment import command_line
+from gripvlm.models.loading import quiet
 from gripvlm.tasks import get_tasks
 
 BATCHES, CALLS, KEEP = (1, 16), 9, 0.125

@@ -4,7 +4,7 @@
 
 In each picture one block is bright; the token that the processor's pixels light up is found, `given` keeps it
 alone, the tiny model runs, and the overlay is drawn from the record. The lit cell must lie on the bright block:
-tests/test_overlays.py measures it.
+tests/report/test_overlays.py measures it.
 """
 
 from __future__ import annotations

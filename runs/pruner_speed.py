@@ -28,13 +28,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
 
-from gripvlm.clock import device_time  # noqa: E402
-from gripvlm.evaluate import environment  # noqa: E402
-from gripvlm.evaluate.environment import command_line  # noqa: E402
-from gripvlm.pruners import LayerPruner, LayerTokens, Pruner, VisionRows, VisualTokens, get_pruner  # noqa: E402
-from gripvlm.pruners.given import Given  # noqa: E402
+from gripvlm.eval import environment  # noqa: E402
+from gripvlm.eval.environment import command_line  # noqa: E402
+from gripvlm.grip.scorer import Scorer, ScorerConfig  # noqa: E402
+from gripvlm.pruners import LLMPruner, Pruner, get_pruner  # noqa: E402
+from gripvlm.pruners.baselines.given import Given  # noqa: E402
 from gripvlm.pruners.registry import _BUILT_IN  # noqa: E402
-from gripvlm.scorer import Scorer, ScorerConfig  # noqa: E402
+from gripvlm.types import LLMTokens, VisionRows, VisualTokens
+from gripvlm.utils.timing import device_time  # noqa: E402
 
 TEXT = 32
 TOWER = {"heads": 16, "head_dim": 64, "width": 1024}  # CLIP-L
@@ -97,7 +98,7 @@ def image(number: int, n: int, hidden: int, layers: Sequence[int], device: str) 
 
 
 def inside(tokens: VisualTokens, heads: int, head_dim: int) -> dict[str, Tensor]:
-    """What a layer shows of the image: see `LayerTokens`."""
+    """What a layer shows of the image: see `LLMTokens`."""
     random = torch.Generator().manual_seed(tokens.sample + 1)
     seen = {
         "hidden": torch.randn(tokens.features.shape, generator=random),
@@ -139,11 +140,11 @@ def call(pruner: Pruner, images: Sequence[VisualTokens], layers: int, shown: Seq
     asked = [replace(tokens, keep=keep) for tokens in images]
 
     def at_input() -> None:
-        counts = [pruner.allot([tokens])[0] for tokens in asked]
+        counts = [pruner.allocate_budget([tokens])[0] for tokens in asked]
         pruner.select_batch([replace(tokens, keep=k) for tokens, k in zip(asked, counts, strict=True)])
 
     def in_layers() -> None:
-        assert isinstance(pruner, LayerPruner)
+        assert isinstance(pruner, LLMPruner)
         for tokens, seen in zip(asked, shown, strict=True):
             plan = dict(pruner.schedule(tokens.n, keep, layers))
             rows = torch.arange(tokens.n, device=tokens.features.device)
@@ -152,7 +153,7 @@ def call(pruner: Pruner, images: Sequence[VisualTokens], layers: int, shown: Seq
             for layer, count in sorted(plan.items()):
                 if count < rows.numel():
                     part = {name: _part(name, value, rows) for name, value in seen.items()}
-                    answer = pruner.select_at(layer, LayerTokens(layer, count, rows, tokens, norm=rms, **part))
+                    answer = pruner.select_at_layer(layer, LLMTokens(layer, count, rows, tokens, norm=rms, **part))
                     rows = rows[answer.indices]  # type: ignore[union-attr]
 
     return in_layers if pruner.stage == "llm" else at_input

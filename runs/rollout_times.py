@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gripvlm.api import prune_inputs
 from gripvlm.bench.rows import spread
-from gripvlm.clock import device_time
-from gripvlm.evaluate import make_inputs
+from gripvlm.eval import make_inputs
+from gripvlm.grip.scorer import Scorer
+from gripvlm.grip.train import Engine, TrainConfig
+from gripvlm.grip.train.grpo import Grpo
 from gripvlm.models.renamed import CACHE
-from gripvlm.prune import prune_inputs
-from gripvlm.pruners.given import Given
-from gripvlm.scorer import Scorer
+from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks import Sample, Task
-from gripvlm.train import Engine, TrainConfig
-from gripvlm.train.grpo import Grpo
+from gripvlm.utils.timing import device_time
 
 __all__ = ["Group"]
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from gripvlm import lab
-from gripvlm.evaluate import environment
-from gripvlm.evaluate.environment import command_line
-from gripvlm.pruners.grip import SHIPPED
-from gripvlm.scorer import BaseModel, Scorer
-from gripvlm.train.data import load_questions
-from gripvlm.train.rewards import probability
-from gripvlm.train.rollout import Engine
-from gripvlm.train.validation import Validator
+from gripvlm.eval import environment
+from gripvlm.eval.environment import command_line
+from gripvlm.grip.pruner import SHIPPED
+from gripvlm.grip.scorer import ModelFingerprint, Scorer
+from gripvlm.grip.train.data import load_questions
+from gripvlm.grip.train.rewards import probability
+from gripvlm.grip.train.rollout import Engine
+from gripvlm.grip.train.validation import Validator
 
 LEGS = {"question": ("first", "question"), "blind": ("blind",), "small": ("small/first", "small/question")}
 KEEPS = (0.25, 0.125, 0.06, 0.03, 0.015)
@@ -56,7 +56,7 @@ def main() -> None:
         )
         if scorer.base is not None:
             scorer.base.check(model)
-        scorer.base = replace(BaseModel.of(model), name="gripvlm's lab model")
+        scorer.base = replace(ModelFingerprint.of(model), name="gripvlm's lab model")
         scorer.save_pretrained(SHIPPED / name, dtype=torch.float16)
         said = ", ".join(f"{leg} {found['objective']:.4f}" for leg, found in judged[name].items())
         print(f"{SHIPPED / name}: {scorer.parameters_count / 1e6:.2f} M parameters; validation: {said}")

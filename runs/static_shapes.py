@@ -19,9 +19,9 @@ import torch
 import gripvlm
 from gripvlm import lab
 from gripvlm.bench.rows import spread
-from gripvlm.evaluate import environment, make_inputs
-from gripvlm.evaluate.environment import command_line
-from gripvlm.loading import quiet
+from gripvlm.eval import environment, make_inputs
+from gripvlm.eval.environment import command_line
+from gripvlm.models.loading import quiet
 from gripvlm.tasks import get_tasks
 
 BATCH, KEEP, LATER, MULTIPLE = 8, 32, 15, 64

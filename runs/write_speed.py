@@ -11,14 +11,14 @@ from typing import Any
 
 from gpu_tables import loaded, on_a_gpu, spread_text, table
 
-from gripvlm.evaluate.frontier import time_to_accuracy
-from gripvlm.evaluate.results import read_results
-from gripvlm.evaluate.scores import scores_of
+from gripvlm.eval.frontier import time_to_accuracy
+from gripvlm.eval.results import read_results
+from gripvlm.eval.scores import scores_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS, DOC = ROOT / "results", ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
-PHASES = ("vision", "pruner", "surgery", "other", "prefill")
+PHASES = ("vision", "pruner", "overhead", "other", "prefill")
 WITHIN = 0.01
 SHAPES = {
     "lab": "The lab's model",
@@ -51,7 +51,7 @@ def overhead() -> list[str]:
             for pruner in pruners:
                 turns = [turn[batch][pruner] for turn in result["turns"]]
                 middle[name, batch, pruner] = {p: statistics.median(t[p] for t in turns) for p in turns[0]}
-                spread[name, batch, pruner] = [t["surgery"] + t["other"] for t in turns]
+                spread[name, batch, pruner] = [t["overhead"] + t["other"] for t in turns]
     picture(middle)
     rows = []
     for _, batch, pruner in (key for key in middle if key[0] == "before"):
@@ -183,7 +183,7 @@ def per_sample(result: dict[str, Any]) -> list[str]:
         same = ("prompt", "pruner", "keep")
         one = next(r for r in result["rows"] if r["batch"] == few and all(r[key] == row[key] for key in same))
         cells = []
-        for phases in (("pruner", "surgery", "other"), ("prefill",), ("first_token",)):
+        for phases in (("pruner", "overhead", "other"), ("prefill",), ("first_token",)):
             cells.append(
                 sum(row["seconds"][p]["median"] for p in phases)
                 / many

@@ -52,7 +52,7 @@ def inputs() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def engine():
     """A tiny llava, ready to score subsets."""
-    from gripvlm.train import Engine
+    from gripvlm.grip.train import Engine
     from tiny_train import tiny_vlm
 
     return Engine(*tiny_vlm())

@@ -1,4 +1,4 @@
-"""A disk on which a process dies, or that is full, at a chosen one of the operations of `gripvlm.disk`."""
+"""A disk on which a process dies, or that is full, at a chosen one of the operations of `gripvlm.utils.disk`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Died(BaseException):
 
 
 class FaultyDisk:
-    """Stands for `os` in `gripvlm.disk`.
+    """Stands for `os` in `gripvlm.utils.disk`.
 
     Args:
         at: the operation, counted from 0, before which (of a write, in the middle of which) it happens; None for none.
@@ -49,7 +49,7 @@ class FaultyDisk:
 
 
 def installed(monkeypatch: Any, at: int | None = None, full: bool = False) -> FaultyDisk:
-    """A faulty disk under `gripvlm.disk` for as long as the patch lasts."""
+    """A faulty disk under `gripvlm.utils.disk` for as long as the patch lasts."""
     disk = FaultyDisk(at, full)
-    monkeypatch.setattr("gripvlm.disk.os", disk)
+    monkeypatch.setattr("gripvlm.utils.disk.os", disk)
     return disk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import test_evaluate  # imported once by the fork server, so that each process starts at once
-from gripvlm.train import train
+from gripvlm.grip.train import train
 from tiny_train import asked, tiny_config, tiny_vlm
 
 TASKS = (("letters", 40), ("others", 24))

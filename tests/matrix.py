@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 import gripvlm
-from gripvlm.base_model import BaseModel
+from gripvlm.engine.outputs import DeferredChecks
+from gripvlm.engine.pipeline import gather
 from gripvlm.errors import BudgetError
+from gripvlm.grip.fingerprint import ModelFingerprint
+from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.models import FAMILIES
 from gripvlm.models.grids import unknown
 from gripvlm.models.layout import Layout
 from gripvlm.models.text import questions
-from gripvlm.path import gather
-from gripvlm.pruners import LayerPruner, LayerTokens, Pruner, Selection, VisualTokens, get_pruner
-from gripvlm.pruners.given import Given
+from gripvlm.pruners import LLMPruner, Pruner, get_pruner
+from gripvlm.pruners.baselines.given import Given
 from gripvlm.pruners.registry import _BUILT_IN, _load
-from gripvlm.scorer import Scorer, ScorerConfig
-from gripvlm.selections import Doubts
+from gripvlm.types import LLMTokens, Selection, VisualTokens
 from tiny_families import TINY, build, make
 from tiny_families.reference import full_positions
 
@@ -48,7 +49,7 @@ MORE = (
 )
 """Wrappers around a pruner, and options that change what is needed or shared out."""
 EVERYTHING = ("full", "keep_all")
-TOWER = ("tome",)  # works inside the vision tower, before there is anything to choose from: tests/test_tome.py
+TOWER = ("tome",)  # works inside the vision tower, before there is anything to choose from: tests/pruners/test_tome.py
 SPECS = sorted(
     [SHALLOW.get(name, name) for name in _BUILT_IN if name not in (*WRAPPERS, *EVERYTHING, *TOWER)] + [*MORE]
 )
@@ -60,7 +61,7 @@ def scorer(name: str) -> Scorer:
     model = build(name)
     torch.manual_seed(1)
     made = Scorer(ScorerConfig(model.get_input_embeddings().weight.shape[1], width=16, blocks=1, heads=2))
-    made.base, made.notes = BaseModel.of(model), {"stage": "relaxed", "config": {"relaxation": "soft_topk"}}
+    made.base, made.notes = ModelFingerprint.of(model), {"stage": "relaxed", "config": {"relaxation": "soft_topk"}}
     return made.eval()
 
 
@@ -146,7 +147,7 @@ def seen(here: Case, pruner: Pruner, encoded: Any = None) -> list[list[VisualTok
         encoded = here.encoded if encoded is None else encoded
         layout, family = Layout.of(here.model, here.inputs), FAMILIES[here.name]
         texts = questions(here.model, layout.inputs, None) if "question" in pruner.needs else None
-        return gather(here.model, family, layout, pruner, 1.0, texts, encoded, Doubts())[1]
+        return gather(here.model, family, layout, pruner, 1.0, texts, encoded, DeferredChecks())[1]
 
 
 def few(most: int) -> list[int]:
@@ -160,11 +161,11 @@ def budgets(sizes: list[list[int]], k: int) -> list[list[int]]:
 
 
 def chosen(pruner: Pruner, images: list[list[VisualTokens]], k: int) -> list[list[tuple[VisualTokens, Selection]]]:
-    """Each image with its budget of k, as `allot` moves it inside a prompt, and what is selected of it."""
+    """Each image with its budget of k, as `allocate_budget` moves it inside a prompt, and what is selected of it."""
     asked = []
     for sample in images:
         mine = [replace(tokens, keep=min(k, tokens.n)) for tokens in sample]
-        counts = list(pruner.allot(mine))
+        counts = list(pruner.allocate_budget(mine))
         assert sum(counts) == sum(tokens.keep for tokens in mine), (k, counts)
         asked.append([replace(tokens, keep=count) for tokens, count in zip(mine, counts, strict=True)])
     found = iter(pruner.select_batch([tokens for sample in asked for tokens in sample]))
@@ -207,20 +208,20 @@ def same(one: Selection, other: Selection) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Spy(LayerPruner):
+class Spy(LLMPruner):
     """A layer pruner that behaves as the one inside it, and remembers what it was shown."""
 
     name: ClassVar[str] = "spy"
-    inner: LayerPruner
-    shown: list[tuple[int, LayerTokens]]
+    inner: LLMPruner
+    shown: list[tuple[int, LLMTokens]]
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.inner.needs
 
     @property
-    def layer_needs(self) -> frozenset[str]:  # type: ignore[override]
-        return self.inner.layer_needs
+    def llm_needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.llm_needs
 
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -229,18 +230,18 @@ class Spy(LayerPruner):
     def schedule(self, n: int, keep: int, layers: int) -> Any:
         return self.inner.schedule(n, keep, layers)
 
-    def allot_over(self, sample: Any, layers: int) -> Any:
-        return self.inner.allot_over(sample, layers)
+    def allocate_budget_over(self, sample: Any, layers: int) -> Any:
+        return self.inner.allocate_budget_over(sample, layers)
 
     def select(self, tokens: VisualTokens) -> Selection:
         return self.inner.select(tokens)
 
-    def select_at(self, layer: int, tokens: LayerTokens) -> Any:
+    def select_at_layer(self, layer: int, tokens: LLMTokens) -> Any:
         self.shown.append((layer, tokens))
-        return self.inner.select_at(layer, tokens)
+        return self.inner.select_at_layer(layer, tokens)
 
 
-def feasible(here: Case, pruner: LayerPruner) -> Iterator[int]:
+def feasible(here: Case, pruner: LLMPruner) -> Iterator[int]:
     """The budgets k at which the pruner serves every image of the batch, as it shares them out."""
     layers, images = len(here.model.get_decoder().layers), seen(here, pruner)
     for k in range(1, max(max(sample) for sample in here.sizes) + 1):
@@ -248,7 +249,7 @@ def feasible(here: Case, pruner: LayerPruner) -> Iterator[int]:
             for sample in images:
                 for n, count in zip(
                     [tokens.n for tokens in sample],
-                    pruner.allot_over([replace(tokens, keep=min(k, tokens.n)) for tokens in sample], layers),
+                    pruner.allocate_budget_over([replace(tokens, keep=min(k, tokens.n)) for tokens in sample], layers),
                     strict=True,
                 ):
                     pruner.schedule(n, count, layers)

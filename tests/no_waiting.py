@@ -21,17 +21,19 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import gripvlm
-from gripvlm import path, ragged
-from gripvlm.checks import checked_pruner
+from gripvlm.engine import pipeline as path
+from gripvlm.engine.outputs import DeferredChecks
+from gripvlm.engine.request import checked_pruner
 from gripvlm.errors import InputError, PrunerError
-from gripvlm.models import seam
+from gripvlm.grip.pruner import Grip
+from gripvlm.grip.scorer import Scorer, ScorerConfig
+from gripvlm.models import adapter as seam
 from gripvlm.models.families import family_of
 from gripvlm.models.layout import Layout
-from gripvlm.pruners import Pruner, Selection, VisualTokens
-from gripvlm.pruners.grip import Grip
-from gripvlm.ragged import in_one_storage, padded
-from gripvlm.scorer import Scorer, ScorerConfig
-from gripvlm.selections import Doubts
+from gripvlm.pruners import Pruner
+from gripvlm.types import Selection, VisualTokens
+from gripvlm.utils import batching as ragged
+from gripvlm.utils.batching import in_one_storage, padded
 from on_device import NEVER_WAIT
 from tiny_models import IMAGE, build
 
@@ -151,7 +153,7 @@ def test_nothing_waits(name, keep, request):
     rows = arguments["mm_encoder_outputs"]["image"].pooler_output
     assert sum(len(one) for one in rows) == record.kept
     with pytest.raises(DataDependentOutputException):
-        record.doubts.settle()  # here it waits: what was not checked above is checked now
+        record.deferred.settle()  # here it waits: what was not checked above is checked now
 
 
 def test_the_fixture_would_notice(accelerator):
@@ -186,14 +188,14 @@ def test_rows_that_nobody_vouches_for_are_checked_before_they_are_used(accelerat
 
 def test_doubts_are_settled_in_order_and_once():
     seen = []
-    doubts = Doubts()
+    deferred = DeferredChecks()
     meta = [torch.ones((), dtype=torch.bool, device="meta") for _ in range(2)]
     for name, flag in zip("ab", meta, strict=True):
-        doubts.add(flag, lambda name=name: seen.append(name))
+        deferred.add(flag, lambda name=name: seen.append(name))
     assert not seen  # not on a CPU: later
-    doubts._open = [(torch.tensor(name == "b"), look) for name, (_, look) in zip("ab", doubts._open, strict=True)]
-    doubts.settle()
-    doubts.settle()
+    deferred._open = [(torch.tensor(name == "b"), look) for name, (_, look) in zip("ab", deferred._open, strict=True)]
+    deferred.settle()
+    deferred.settle()
     assert seen == ["b"]
 
 
@@ -202,10 +204,10 @@ def test_what_is_wrong_is_raised_when_the_block_ends(monkeypatch):
     model = build("llava")
     inputs = {**TEXT, "pixel_values": torch.randn(2, 3, 32, 32)}
 
-    def later(self: Doubts, wrong: torch.Tensor, look: Any) -> None:
+    def later(self: DeferredChecks, wrong: torch.Tensor, look: Any) -> None:
         self._open.append((wrong, look))
 
-    monkeypatch.setattr(Doubts, "add", later)
+    monkeypatch.setattr(DeferredChecks, "add", later)
     with torch.no_grad(), gripvlm.pruned_run(model, inputs, "norm", 4) as (arguments, _):
         model(**arguments)
     inputs["pixel_values"][1, 0, 0, 0] = torch.nan
@@ -240,10 +242,10 @@ def test_a_pruner_that_stumbles_over_nan_is_not_blamed():
         def select(self, tokens: VisualTokens) -> Selection:
             raise PrunerError("NaN upsets me")
 
-    doubts = Doubts()
-    doubts._open = [(torch.tensor(True), lambda: (_ for _ in ()).throw(InputError("the encoder made NaN")))]
+    deferred = DeferredChecks()
+    deferred._open = [(torch.tensor(True), lambda: (_ for _ in ()).throw(InputError("the encoder made NaN")))]
     with pytest.raises(InputError, match="the encoder"):
-        path._chosen(Stumbles(), [VisualTokens(torch.zeros(4, 2), 2)], doubts)
+        path._chosen(Stumbles(), [VisualTokens(torch.zeros(4, 2), 2)], deferred)
 
 
 def test_the_seam_uses_views_of_what_was_encoded():

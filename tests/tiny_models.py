@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from gripvlm.pruners import Selection
+from gripvlm.types import Selection
 
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 98
 VOCABULARY = 99

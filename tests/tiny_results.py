@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from gripvlm.evaluate.assemble import write_result
-from gripvlm.evaluate.journal import samples_path
-from gripvlm.evaluate.schema import SCHEMA
-from gripvlm.evaluate.statistics import mean_rows, row
+from gripvlm.eval.assemble import write_result
+from gripvlm.eval.journal import samples_path
+from gripvlm.eval.schema import SCHEMA
+from gripvlm.eval.statistics import mean_rows, row
 
 ARMS = (("random:seed=0", 0.5), ("random:seed=1", 0.5), ("grid", 0.6), ("mine", 0.75))
 KEEPS = (0.5, 0.1, 0.025)
@@ -75,7 +75,7 @@ def made_up(
                     "k": int(256 * keep),
                     "n": 256,
                     "seconds": dict.fromkeys(
-                        ("vision", "pruner", "surgery", "prefill", "decode"), FULL_SECONDS * (0.5 + 0.5 * keep) / 5
+                        ("vision", "pruner", "overhead", "prefill", "decode"), FULL_SECONDS * (0.5 + 0.5 * keep) / 5
                     ),
                     "peak_memory": None,
                 }

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor
 
+from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig
+from gripvlm.grip.train import Engine, TrainConfig
+from gripvlm.grip.train.loop import Loop
 from gripvlm.lab.vlm import CHAT_TEMPLATE, build_tokenizer
-from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
 from gripvlm.tasks import Sample, Task
-from gripvlm.train import Engine, TrainConfig
-from gripvlm.train.loop import Loop
 from tiny_models import TOWER
 
 
@@ -124,7 +124,7 @@ def write_jsonl(folder: Path, pictures: int = 8) -> Path:
 def tiny_scorer(model: Any, seed: int = 0, **changes: Any) -> Scorer:
     """Two heads, one block; logits of about one unit."""
     torch.manual_seed(seed)
-    base = BaseModel.of(model)
+    base = ModelFingerprint.of(model)
     scorer = Scorer(ScorerConfig(base.features, **{"width": 16, "blocks": 1, "heads": 2, **changes}), base)
     with torch.no_grad():
         scorer.score.weight.normal_(std=0.3)

@@ -12,7 +12,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-RUNS_MODELS = ("transformers", *(f"gripvlm.{room}" for room in ("models", "prune", "loading", "bench", "train", "lab")))
+RUNS_MODELS = (
+    "transformers",
+    *(f"gripvlm.{room}" for room in ("models", "api", "engine", "bench", "grip.train", "lab")),
+)
 """Modules that hand something to transformers or take something from it."""
 
 

@@ -17,28 +17,28 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "gripvlm.budget",
     "Encoded": "gripvlm.models.encoded",
-    "Grip": "gripvlm.pruners.grip",
+    "Grip": "gripvlm.grip.pruner",
     "GripError": "gripvlm.errors",
-    "LayerPruner": "gripvlm.pruners.layered",
-    "LayerTokens": "gripvlm.pruners.layered",
-    "Merge": "gripvlm.pruners.base",
+    "LLMPruner": "gripvlm.pruners.llm_base",
+    "LLMTokens": "gripvlm.types",
+    "Merge": "gripvlm.types",
     "Pruner": "gripvlm.pruners.base",
-    "Record": "gripvlm.path",
+    "Record": "gripvlm.engine.pipeline",
     "ScorePruner": "gripvlm.pruners.base",
-    "Scorer": "gripvlm.scorer",
-    "ScorerConfig": "gripvlm.scorer",
-    "Selection": "gripvlm.pruners.base",
-    "VisionRows": "gripvlm.pruners.base",
-    "VisualTokens": "gripvlm.pruners.base",
-    "encode": "gripvlm.prune",
+    "Scorer": "gripvlm.grip.scorer",
+    "ScorerConfig": "gripvlm.grip.scorer",
+    "Selection": "gripvlm.types",
+    "VisionRows": "gripvlm.types",
+    "VisualTokens": "gripvlm.types",
+    "encode": "gripvlm.api",
     "get_pruner": "gripvlm.pruners.registry",
     "list_pruners": "gripvlm.pruners.registry",
-    "prune": "gripvlm.block",
-    "prune_inputs": "gripvlm.prune",
-    "pruned_run": "gripvlm.prune",
+    "prune": "gripvlm.engine.block",
+    "prune_inputs": "gripvlm.api",
+    "pruned_run": "gripvlm.api",
     "pruner_names": "gripvlm.pruners.registry",
     "register_pruner": "gripvlm.pruners.registry",
-    "visual_tokens": "gripvlm.prune",
+    "visual_tokens": "gripvlm.api",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -67,27 +67,27 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from gripvlm.block import prune as prune
+    from gripvlm.api import encode as encode
+    from gripvlm.api import prune_inputs as prune_inputs
+    from gripvlm.api import pruned_run as pruned_run
+    from gripvlm.api import visual_tokens as visual_tokens
     from gripvlm.budget import Budget as Budget
+    from gripvlm.engine.block import prune as prune
+    from gripvlm.engine.pipeline import Record as Record
     from gripvlm.errors import GripError as GripError
+    from gripvlm.grip.pruner import Grip as Grip
+    from gripvlm.grip.scorer import Scorer as Scorer
+    from gripvlm.grip.scorer import ScorerConfig as ScorerConfig
     from gripvlm.models.encoded import Encoded as Encoded
-    from gripvlm.path import Record as Record
-    from gripvlm.prune import encode as encode
-    from gripvlm.prune import prune_inputs as prune_inputs
-    from gripvlm.prune import pruned_run as pruned_run
-    from gripvlm.prune import visual_tokens as visual_tokens
-    from gripvlm.pruners.base import Merge as Merge
     from gripvlm.pruners.base import Pruner as Pruner
     from gripvlm.pruners.base import ScorePruner as ScorePruner
-    from gripvlm.pruners.base import Selection as Selection
-    from gripvlm.pruners.base import VisionRows as VisionRows
-    from gripvlm.pruners.base import VisualTokens as VisualTokens
-    from gripvlm.pruners.grip import Grip as Grip
-    from gripvlm.pruners.layered import LayerPruner as LayerPruner
-    from gripvlm.pruners.layered import LayerTokens as LayerTokens
+    from gripvlm.pruners.llm_base import LLMPruner as LLMPruner
     from gripvlm.pruners.registry import get_pruner as get_pruner
     from gripvlm.pruners.registry import list_pruners as list_pruners
     from gripvlm.pruners.registry import pruner_names as pruner_names
     from gripvlm.pruners.registry import register_pruner as register_pruner
-    from gripvlm.scorer import Scorer as Scorer
-    from gripvlm.scorer import ScorerConfig as ScorerConfig
+    from gripvlm.types import LLMTokens as LLMTokens
+    from gripvlm.types import Merge as Merge
+    from gripvlm.types import Selection as Selection
+    from gripvlm.types import VisionRows as VisionRows
+    from gripvlm.types import VisualTokens as VisualTokens

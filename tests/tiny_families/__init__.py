@@ -15,4 +15,4 @@ __all__ = ["LATER", "TINY", "Batch", "Picture", "Tiny", "build", "make"]
 EVERY = (*PLAIN, *TILES, *BLOCKS, *MROPE)
 TINY: dict[str, Tiny] = {t.model_type: t for t in EVERY if installed() >= FAMILIES[t.model_type].since}
 LATER = sorted({t.model_type for t in EVERY} - set(TINY))
-"""Families that the installed transformers is too old for; `tests/test_families.py` says so."""
+"""Families that the installed transformers is too old for; `tests/models/test_families.py` says so."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gripvlm.pruners import Selection
+from gripvlm.types import Selection
 from tiny_families.base import IMAGE, VIDEO
 
 Selections = list[list[Selection]]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from gripvlm.errors import GripError
+from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig
 from gripvlm.pruners import Pruner, get_pruner
-from gripvlm.scorer import BaseModel, Scorer, ScorerConfig
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture", "random_model", "random_pruner"]
 
@@ -211,5 +211,5 @@ def random_pruner(spec: str, model: Any) -> Pruner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         width = model.get_input_embeddings().weight.shape[1]
-        scorer = Scorer(ScorerConfig(width), replace(BaseModel.of(model), name="random weights"))
+        scorer = Scorer(ScorerConfig(width), replace(ModelFingerprint.of(model), name="random weights"))
     return get_pruner(spec, module=scorer.eval().to(model.device))

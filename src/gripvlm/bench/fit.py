@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gripvlm.api import pruned_run
 from gripvlm.bench.measure import FULL, Setting, forbidden, generated
 from gripvlm.errors import GripError
-from gripvlm.prune import pruned_run
 
 __all__ = ["FINE", "check_limit", "edge_of", "fits", "free", "largest", "tiled"]
 

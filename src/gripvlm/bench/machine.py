@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gripvlm.clock import device_time
+from gripvlm.utils.timing import device_time
 
 __all__ = ["Machine", "Weights", "flop_counter", "measured"]
 

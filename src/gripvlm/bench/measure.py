@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from gripvlm.api import encode, prune_inputs, pruned_run
 from gripvlm.bench.machine import flop_counter
 from gripvlm.budget import Budget
-from gripvlm.clock import device_time
 from gripvlm.errors import BudgetError
+from gripvlm.models.adapter import encoder_arguments
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.renamed import cache_of
-from gripvlm.models.seam import encoder_arguments
-from gripvlm.prune import encode, prune_inputs, pruned_run
 from gripvlm.pruners import Pruner
-from gripvlm.pruners.given import Given
+from gripvlm.pruners.baselines.given import Given
+from gripvlm.utils.timing import device_time
 
 __all__ = ["FULL", "PHASES", "Cell", "Counts", "Runs", "Setting", "forbidden", "generated"]
 
-PHASES = ("vision", "pruner", "surgery", "other", "prefill", "first_token", "decode", "whole")
+PHASES = ("vision", "pruner", "overhead", "other", "prefill", "first_token", "decode", "whole")
 """Of a run: the first five and decode add up to whole; first_token is whole without decode."""
 
 
@@ -133,7 +133,7 @@ class Cell:
         memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
         if hasattr(memory, "reset_peak_memory_stats"):
             memory.reset_peak_memory_stats(device)
-        seconds = dict.fromkeys(("vision", "pruner", "surgery"), 0.0)
+        seconds = dict.fromkeys(("vision", "pruner", "overhead"), 0.0)
 
         def read() -> float:
             return device_time(device)

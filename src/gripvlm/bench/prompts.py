@@ -10,8 +10,8 @@ from PIL import Image
 
 from gripvlm.bench.architectures import Architecture
 from gripvlm.errors import GripError
-from gripvlm.evaluate import make_inputs, question_ids
-from gripvlm.models.seam import PER_TOKEN
+from gripvlm.eval import make_inputs, question_ids
+from gripvlm.models.adapter import PER_TOKEN
 from gripvlm.models.text import visual_places
 
 __all__ = ["random_prompts", "real_prompts"]

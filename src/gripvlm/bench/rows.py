@@ -65,8 +65,8 @@ def _ratios(found: Runs, other: Runs) -> dict[str, Any]:
 
 
 def _added(found: Runs, full: Runs) -> dict[str, float] | None:
-    """What pruning adds before the prompt runs (pruner, surgery, other), as a share of the unpruned prefill."""
-    parts = ("pruner", "surgery", "other")
+    """What pruning adds before the prompt runs (pruner, overhead, other), as a share of the unpruned prefill."""
+    parts = ("pruner", "overhead", "other")
     both = [turn for turn in found.turns if turn in full.turns]
     return spread([sum(found.turns[t][part] for part in parts) / full.turns[t]["prefill"] for t in both])
 

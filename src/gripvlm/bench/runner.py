@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from gripvlm import disk
 from gripvlm.bench.fit import check_limit, fits, free
 from gripvlm.bench.machine import Machine, Weights, measured
 from gripvlm.bench.measure import FULL, Cell, Counts, Runs, Setting
 from gripvlm.bench.rows import row
 from gripvlm.bench.words import fit_sentences, sentences
 from gripvlm.budget import Budget
-from gripvlm.checks import checked_pruner
+from gripvlm.engine.request import checked_pruner
 from gripvlm.errors import BudgetError, GripError
-from gripvlm.evaluate.assemble import utc
-from gripvlm.evaluate.environment import command_line, git_state, hardware, versions
-from gripvlm.progress import Progress
+from gripvlm.eval.assemble import utc
+from gripvlm.eval.environment import command_line, git_state, hardware, versions
 from gripvlm.pruners import Pruner
+from gripvlm.utils import disk
+from gripvlm.utils.progress import Progress
 
 __all__ = ["SCHEMA", "Interrupted", "bench", "settings_of", "turns"]
 

@@ -118,7 +118,7 @@ def _bound(row: Mapping[str, Any]) -> str:
     """The longest part of the time now, what helps against it, and whether arithmetic or memory fill it."""
     seconds = {name: value["median"] for name, value in row["seconds"].items() if value is not None}
     parts = {name: seconds[name] for name in ("vision", "prefill", "decode")}
-    parts["overhead"] = sum(seconds[name] for name in ("pruner", "surgery", "other"))
+    parts["overhead"] = sum(seconds[name] for name in ("pruner", "overhead", "other"))
     longest = max(parts, key=lambda name: parts[name])
     name, advice = _BOUNDS[longest]
     shares = ", ".join(

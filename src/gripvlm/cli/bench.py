@@ -67,7 +67,7 @@ def bench_command(
     from gripvlm.bench import Interrupted, bench
     from gripvlm.bench.architectures import random_pruner
     from gripvlm.bench.fit import check_limit
-    from gripvlm.loading import chosen_device, quiet
+    from gripvlm.models.loading import chosen_device, quiet
     from gripvlm.pruners import get_pruner
 
     quiet()
@@ -122,7 +122,7 @@ def _known(spec: str) -> None:
 def _loaded(model: str, picture: int, device: str | None, dtype: str | None, attention: str | None) -> Any:
     """(model, (batch, length) -> inputs, whether its weights are random)."""
     from gripvlm.bench import architectures, random_prompts, real_prompts
-    from gripvlm.loading import load_model
+    from gripvlm.models.loading import load_model
 
     if not model.startswith(architectures.PREFIX):
         vlm, processor = load_model(model, device, dtype, attention)
@@ -138,7 +138,7 @@ def _place(device: str | None, dtype: str | None) -> Any:
     """The device and dtype of a random model."""
     import torch
 
-    from gripvlm.loading import chosen_device
+    from gripvlm.models.loading import chosen_device
 
     place = chosen_device(device)
     name = dtype or ("float32" if place.type == "cpu" else "bfloat16")
@@ -169,7 +169,7 @@ def _show(result: Mapping[str, Any]) -> None:
 PHASES = {
     "vision": "vision",
     "pruner": "pruner",
-    "surgery": "surgery",
+    "overhead": "overhead",
     "other": "other",
     "prefill": "prefill",
     "a token": "decode_token",

@@ -60,7 +60,7 @@ def quickstart(
     checked_folder(out, "--out")
 
     from gripvlm.cli.quickstart import run
-    from gripvlm.loading import quiet
+    from gripvlm.models.loading import quiet
 
     quiet()
     run(console(), limit, out)
@@ -94,7 +94,7 @@ def ask(
     asked = None if keep is None else Budget.parse(keep)
 
     from gripvlm.pruners import get_pruner
-    from gripvlm.pruners.keep_all import KeepAll
+    from gripvlm.pruners.baselines.keep_all import KeepAll
     from gripvlm.tasks import open_image
 
     picture = open_image(image)
@@ -107,9 +107,9 @@ def ask(
         checked_picture(overlay, image)
     _checked_positions(positions)
 
-    from gripvlm.evaluate import answer, make_inputs, question_ids
-    from gripvlm.loading import load_model, quiet
-    from gripvlm.prune import encode
+    from gripvlm.api import encode
+    from gripvlm.eval import answer, make_inputs, question_ids
+    from gripvlm.models.loading import load_model, quiet
     from gripvlm.report import layout
     from gripvlm.report import overlay as draw
 
@@ -194,11 +194,11 @@ def evaluate_command(
     for task in chosen:
         task.take(limit, seed)
 
-    from gripvlm.evaluate import Interrupted, evaluate
-    from gripvlm.evaluate.arms import make_arms
-    from gripvlm.evaluate.chunks import Shard
-    from gripvlm.evaluate.runner import check_resume, what_is_asked
-    from gripvlm.loading import load_model, quiet
+    from gripvlm.eval import Interrupted, evaluate
+    from gripvlm.eval.chunks import Shard
+    from gripvlm.eval.runner import check_resume, what_is_asked
+    from gripvlm.eval.variants import make_arms
+    from gripvlm.models.loading import load_model, quiet
 
     arms = make_arms([name for name in names if name != "all"], budgets, seeds=numbers)
     part = None if shard is None else Shard.parse(shard)
@@ -215,7 +215,7 @@ def evaluate_command(
     quiet()
     vlm, processor = load_model(model, device)
     if "all" in names:
-        from gripvlm.evaluate.everything import serving
+        from gripvlm.eval.everything import serving
 
         every, left = serving(vlm, budgets)
         names = list(dict.fromkeys([*(name for name in names if name != "all"), *every]))
@@ -262,7 +262,7 @@ def show_scores(screen: Console, result: Mapping[str, Any]) -> None:
 @app.command()
 def env() -> None:
     """Versions and hardware, for a bug report."""
-    from gripvlm.evaluate import environment
+    from gripvlm.eval import environment
     from gripvlm.models.versions import NEWEST_TESTED, OLDEST, newer_than_tested
 
     screen, found = console(), environment()
@@ -328,6 +328,6 @@ def _seeds(text: str | None) -> list[int]:
 
 
 def _checked_positions(positions: str) -> None:
-    from gripvlm.checks import checked_positions
+    from gripvlm.engine.request import checked_positions
 
     checked_positions(positions)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 import gripvlm
-from gripvlm.evaluate import Outcome, answer, evaluate, make_inputs, question_ids
-from gripvlm.evaluate.arms import FULL
-from gripvlm.evaluate.results import Results, read_results
-from gripvlm.loading import load_model
+from gripvlm.eval import Outcome, answer, evaluate, make_inputs, question_ids
+from gripvlm.eval.results import Results, read_results
+from gripvlm.eval.variants import FULL
+from gripvlm.models.loading import load_model
 from gripvlm.pruners import get_pruner
 from gripvlm.report import geometry, overlay, table
 from gripvlm.tasks import Sample, Task, get_tasks

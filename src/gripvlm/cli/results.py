@@ -25,7 +25,7 @@ def report_command(
     """Write results as an HTML page and as Markdown: plots, tables, pictures, commands."""
     from gripvlm.cli.commands import console
     from gripvlm.cli.outputs import checked_folder
-    from gripvlm.evaluate.results import evaluation_files
+    from gripvlm.eval.results import evaluation_files
 
     checked_folder(out, "--out")
     mine, others = evaluation_files(results)
@@ -34,7 +34,7 @@ def report_command(
     if not mine:
         raise GripError("none of these files is a result of `gripvlm eval --out`: type one or more that are")
 
-    from gripvlm.loading import quiet
+    from gripvlm.models.loading import quiet
     from gripvlm.report import report
 
     quiet()
@@ -55,8 +55,8 @@ def compare_command(
 ) -> None:
     """Check that nothing got less accurate or slower: exit code 0, or 1 for a regression."""
     from gripvlm.cli.commands import console
-    from gripvlm.evaluate.regression import compare
-    from gripvlm.evaluate.results import read_results
+    from gripvlm.eval.regression import compare
+    from gripvlm.eval.results import read_results
 
     verdict = compare(read_results(old), read_results(new), tolerance / 100, slower)
     screen = console()
@@ -79,7 +79,7 @@ def merge_command(
         raise GripError(f"got {len(shards)} file: type two or more shards of one run")
     checked_json(out)
 
-    from gripvlm.evaluate import merge
+    from gripvlm.eval import merge
 
     result = merge(shards, out, overwrite=overwrite)
     screen = console()

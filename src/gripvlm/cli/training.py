@@ -17,8 +17,8 @@ from gripvlm.errors import GripError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gripvlm.pruners.grip import Learned
-    from gripvlm.train import TrainConfig
+    from gripvlm.grip.pruner import Learned
+    from gripvlm.grip.train import TrainConfig
 
 __all__ = ["train_command"]
 
@@ -32,10 +32,10 @@ def train_command(**given: Any) -> None:
     Ctrl-C keeps a checkpoint and the same command goes on. Several processes: accelerate launch -m gripvlm train ...
     """
     from gripvlm.cli.commands import console
-    from gripvlm.loading import load_model, quiet
-    from gripvlm.train import Interrupted, TrainConfig, read_toml
-    from gripvlm.train.processes import launched_device
-    from gripvlm.train.run import check_settings, train_on
+    from gripvlm.grip.train import Interrupted, TrainConfig, read_toml
+    from gripvlm.grip.train.processes import launched_device
+    from gripvlm.grip.train.run import check_settings, train_on
+    from gripvlm.models.loading import load_model, quiet
 
     file: Path | None = given.pop("config")
     stage: str | None = given.pop("stage")
@@ -71,7 +71,7 @@ def train_command(**given: Any) -> None:
 
 def _try_it(config: TrainConfig, pruner: Learned, screen: Console) -> None:
     """Prints a command that scores what was trained."""
-    from gripvlm.pruners.grip import SHIPPED_NAMES
+    from gripvlm.grip.pruner import SHIPPED_NAMES
 
     tasks = config.val_data or config.data
     tasks = f"jsonl:{tasks}" if tasks.endswith(".jsonl") and not tasks.startswith("jsonl:") else tasks
@@ -105,7 +105,7 @@ _PANELS = {
 
 def _signature() -> inspect.Signature:
     """One option a field, with None for "as in the config file, or the default"."""
-    from gripvlm.train.config import STAGES, TrainConfig, help_of
+    from gripvlm.grip.train.config import STAGES, TrainConfig, help_of
 
     stage = typer.Argument(help=f"{', '.join(STAGES)}; by default all", show_default=False)
     config = typer.Option("--config", help="TOML file of settings; flags win over it.")

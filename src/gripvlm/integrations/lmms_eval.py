@@ -22,12 +22,12 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from gripvlm.block import prune
 from gripvlm.budget import Budget
-from gripvlm.checks import checked_positions, checked_pruner, one_budget
+from gripvlm.engine.block import prune
+from gripvlm.engine.request import checked_positions, checked_pruner, one_budget
 from gripvlm.errors import GripError, InputError
-from gripvlm.evaluate.answering import make_inputs, question_ids
-from gripvlm.loading import load_model, quiet
+from gripvlm.eval.answering import make_inputs, question_ids
+from gripvlm.models.loading import load_model, quiet
 
 __all__ = ["GripVLM"]
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gripvlm import disk
 from gripvlm.lab import MODEL, SAMPLE, art
 from gripvlm.lab.compose import compose
 from gripvlm.lab.questions import Question, ask
 from gripvlm.lab.scenes import GRID
 from gripvlm.lab.train_reader import load_tagger
 from gripvlm.lab.vlm import build_model, build_processor
+from gripvlm.utils import disk
 
 PICTURES = 160
 FIRST_SEED = 50_000

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gripvlm import disk
 from gripvlm.lab import art
 from gripvlm.lab.compose import compose
 from gripvlm.lab.questions import Question, ask
 from gripvlm.lab.scenes import CHARACTERS, DEVICES, GRID, SIZE, Scene
+from gripvlm.utils import disk
 
 SHARD = 1000
 

@@ -26,12 +26,12 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from gripvlm import disk
 from gripvlm.lab.pool import HEADS, load_shard, shards
 from gripvlm.lab.questions import FAMILIES, Question
 from gripvlm.lab.scenes import GRID
 from gripvlm.lab.train_tower import MEAN, STD, Tagger, augment, save_checkpoint, tag_loss, tower_config
 from gripvlm.lab.vlm import build_model, build_tokenizer, prompt, spell, start_aligned
+from gripvlm.utils import disk
 
 N = GRID * GRID
 HINT_LAYERS = (2, 3)

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gripvlm import disk
 from gripvlm.lab.pool import HEADS, load_shard, shards
 from gripvlm.lab.scenes import CHARACTERS, GRID, PATCH, SIZE
 from gripvlm.lab.tower import LabVisionConfig, LabVisionModel
+from gripvlm.utils import disk
 
 MEAN, STD = 0.5, 0.25  # of the processor, too
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gripvlm.clock import Stopwatch
 from gripvlm.errors import InputError
 from gripvlm.models.grids import Grid
-from gripvlm.models.vision import NOTHING, Asked, TowerRows
+from gripvlm.models.tower_rows import NOTHING, Asked
+from gripvlm.types import VisionRows
+from gripvlm.utils.timing import Stopwatch
 
 __all__ = ["Encoded", "Item", "Output", "Span"]
 
@@ -39,7 +40,7 @@ class Item:
     grid: Grid
     key: int
     patches: tuple[int, int, int] | None = None
-    vision: Mapping[int, TowerRows] = field(default_factory=dict)
+    vision: Mapping[int, VisionRows] = field(default_factory=dict)
     states: Tensor | None = None
     groups: Tensor | None = None
     seconds: float | None = None

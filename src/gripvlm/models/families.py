@@ -1,7 +1,7 @@
 """What differs between model families, as data: one row each.
 
 To add a family: write its row here, describe a tiny random model in `tests/tiny_families/`, and run
-`pytest tests/test_families.py`, which tries every row; docs/families.md shows it with an example.
+`pytest tests/models/test_families.py`, which tries every row; docs/families.md shows it with an example.
 Nothing else in gripvlm names a model.
 """
 
@@ -25,8 +25,8 @@ from gripvlm.models.grids import (
     square,
     unknown,
 )
+from gripvlm.models.tower_rows import VisionRule, by_grid, by_tile, in_one_row, packed
 from gripvlm.models.versions import installed, mention_newer
-from gripvlm.models.vision import VisionRule, by_grid, by_tile, in_one_row, packed
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "Grid", "chunkable", "family_of", "takes"]
 

@@ -1,6 +1,6 @@
 """Names that transformers changed between the versions that gripvlm supports: each is read here, under any of them.
 
-`tests/test_renamed.py` walks the signatures of every supported family, so that the next change fails there.
+`tests/models/test_renamed.py` walks the signatures of every supported family, so that the next change fails there.
 """
 
 from __future__ import annotations

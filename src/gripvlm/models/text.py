@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gripvlm.errors import InputError
 from gripvlm.models.wrapped import device_of
-from gripvlm.ragged import onto
+from gripvlm.utils.batching import onto
 
 __all__ = ["Question", "full_mask", "padding_token", "placeholder", "questions", "visual_places", "words"]
 

@@ -18,43 +18,43 @@ __all__ = ["PrunerRow", "get_pruner", "list_pruners", "pruner_names", "register_
 ENTRY_POINTS = "gripvlm.pruners"
 
 _BUILT_IN: dict[str, str] = {
-    "cdpruner": "gripvlm.pruners.cdpruner:CDPruner",
-    "dart": "gripvlm.pruners.dart:DART",
-    "dart_input": "gripvlm.pruners.dart_input:DARTInput",
-    "divprune": "gripvlm.pruners.divprune:DivPrune",
-    "ensemble": "gripvlm.pruners.ensemble:Ensemble",
-    "fastervlm": "gripvlm.pruners.fastervlm:FasterVLM",
-    "fastv": "gripvlm.pruners.fastv:FastV",
-    "fopru": "gripvlm.pruners.fopru:FoPru",
-    "full": "gripvlm.pruners.keep_all:Full",
-    "given": "gripvlm.pruners.given:Given",
-    "grid": "gripvlm.pruners.grid:Grid",
-    "grip": "gripvlm.pruners.grip:Grip",
-    "hiprune": "gripvlm.pruners.hiprune:HiPrune",
-    "hired": "gripvlm.pruners.hired:HiRED",
-    "keep_all": "gripvlm.pruners.keep_all:KeepAll",
-    "mmr": "gripvlm.pruners.mmr:MMR",
-    "mustdrop": "gripvlm.pruners.mustdrop:MustDrop",
-    "mustdrop_llm": "gripvlm.pruners.mustdrop_llm:MustDropLLM",
-    "norm": "gripvlm.pruners.norm:Norm",
-    "pool": "gripvlm.pruners.pool:Pool",
-    "prumerge": "gripvlm.pruners.prumerge:PruMerge",
-    "prumerge_plus": "gripvlm.pruners.prumerge_plus:PruMergePlus",
-    "ptp": "gripvlm.pruners.ptp:PTP",
-    "ptp_vision": "gripvlm.pruners.ptp_vision:PTPVision",
-    "pumer": "gripvlm.pruners.pumer:PuMer",
-    "pyramiddrop": "gripvlm.pruners.pyramiddrop:PyramidDrop",
-    "random": "gripvlm.pruners.random:Random",
-    "relaxed": "gripvlm.pruners.relaxed:Relaxed",
-    "sparsevlm": "gripvlm.pruners.sparsevlm:SparseVLM",
-    "split": "gripvlm.pruners.split:Split",
-    "spread": "gripvlm.pruners.spread:Spread",
-    "svd_prune": "gripvlm.pruners.svd_prune:SVDPrune",
-    "tome": "gripvlm.pruners.tome:ToMe",
-    "visionzip": "gripvlm.pruners.visionzip:VisionZip",
-    "vispruner": "gripvlm.pruners.vispruner:VisPruner",
-    "vscan": "gripvlm.pruners.vscan:VScan",
-    "vscan_vision": "gripvlm.pruners.vscan_vision:VScanVision",
+    "cdpruner": "gripvlm.pruners.input.cdpruner:CDPruner",
+    "dart": "gripvlm.pruners.llm.dart:DART",
+    "dart_input": "gripvlm.pruners.input.dart_input:DARTInput",
+    "divprune": "gripvlm.pruners.input.divprune:DivPrune",
+    "ensemble": "gripvlm.pruners.wrappers.ensemble:Ensemble",
+    "fastervlm": "gripvlm.pruners.input.fastervlm:FasterVLM",
+    "fastv": "gripvlm.pruners.llm.fastv:FastV",
+    "fopru": "gripvlm.pruners.input.fopru:FoPru",
+    "full": "gripvlm.pruners.baselines.keep_all:Full",
+    "given": "gripvlm.pruners.baselines.given:Given",
+    "grid": "gripvlm.pruners.baselines.grid:Grid",
+    "grip": "gripvlm.grip.pruner:Grip",
+    "hiprune": "gripvlm.pruners.input.hiprune:HiPrune",
+    "hired": "gripvlm.pruners.input.hired:HiRED",
+    "keep_all": "gripvlm.pruners.baselines.keep_all:KeepAll",
+    "mmr": "gripvlm.pruners.wrappers.mmr:MMR",
+    "mustdrop": "gripvlm.pruners.input.mustdrop:MustDrop",
+    "mustdrop_llm": "gripvlm.pruners.llm.mustdrop_llm:MustDropLLM",
+    "norm": "gripvlm.pruners.baselines.norm:Norm",
+    "pool": "gripvlm.pruners.baselines.pool:Pool",
+    "prumerge": "gripvlm.pruners.input.prumerge:PruMerge",
+    "prumerge_plus": "gripvlm.pruners.input.prumerge_plus:PruMergePlus",
+    "ptp": "gripvlm.pruners.llm.ptp:PTP",
+    "ptp_vision": "gripvlm.pruners.input.ptp_vision:PTPVision",
+    "pumer": "gripvlm.pruners.llm.pumer:PuMer",
+    "pyramiddrop": "gripvlm.pruners.llm.pyramiddrop:PyramidDrop",
+    "random": "gripvlm.pruners.baselines.random:Random",
+    "relaxed": "gripvlm.pruners.baselines.relaxed:Relaxed",
+    "sparsevlm": "gripvlm.pruners.llm.sparsevlm:SparseVLM",
+    "split": "gripvlm.pruners.wrappers.split:Split",
+    "spread": "gripvlm.pruners.wrappers.spread:Spread",
+    "svd_prune": "gripvlm.pruners.input.svd_prune:SVDPrune",
+    "tome": "gripvlm.pruners.tower.tome:ToMe",
+    "visionzip": "gripvlm.pruners.input.visionzip:VisionZip",
+    "vispruner": "gripvlm.pruners.input.vispruner:VisPruner",
+    "vscan": "gripvlm.pruners.llm.vscan:VScan",
+    "vscan_vision": "gripvlm.pruners.input.vscan_vision:VScanVision",
 }
 _registered: dict[str, str | Callable[..., Pruner]] = {}
 
@@ -64,7 +64,7 @@ class PrunerRow(NamedTuple):
 
     Attributes:
         needs: fields of `VisualTokens`, without options.
-        layer_needs: fields of `LayerTokens`, for pruners inside the language model.
+        llm_needs: fields of `LLMTokens`, for pruners inside the language model.
         stage: where rows are dropped: "input", "llm" or "vision".
         trained: whether it has weights that were trained for pruning.
         fault: why another package's pruner cannot be had; empty for all others.
@@ -75,7 +75,7 @@ class PrunerRow(NamedTuple):
     stage: str
     source: str
     options: tuple[Option, ...] = ()
-    layer_needs: tuple[str, ...] = ()
+    llm_needs: tuple[str, ...] = ()
     trained: bool = False
     fault: str = ""
 
@@ -124,7 +124,7 @@ def _row(name: str) -> PrunerRow:
         needs = _needs_by_default(made_by)
     needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
     stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
-    inside = tuple(sorted(getattr(made_by, "layer_needs", ())))
+    inside = tuple(sorted(getattr(made_by, "llm_needs", ())))
     trained = bool(getattr(made_by, "trained", False))
     return PrunerRow(name, needs, stage, source, options_of(made_by), inside, trained)
 

@@ -1,7 +1,7 @@
 """Where each visual token lies in the picture the user has: grid cells as boxes in its own pixels.
 
 Worked out from what the image processor says it does (pad to a square, resize, centre crop), so no
-pixel is needed. `tests/test_report.py` checks it against what real image processors do to real pixels.
+pixel is needed. `tests/report/test_report.py` checks it against what real image processors do to real pixels.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from gripvlm.evaluate.arms import ORACLE
-from gripvlm.evaluate.frontier import pareto, usual_budgets
+from gripvlm.eval.frontier import pareto, usual_budgets
+from gripvlm.eval.variants import ORACLE
 from gripvlm.report.blocks import Block, Figures, Text
 from gripvlm.report.points import Cell, Comparison, Point, keep_text
 from gripvlm.report.svg import Axis, Line, Mark, Style, key, nice, panel

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from gripvlm.errors import GripError
-from gripvlm.evaluate.arms import FULL, ORACLE
-from gripvlm.evaluate.kept import unpacked
-from gripvlm.evaluate.results import Results
+from gripvlm.eval.kept import unpacked
+from gripvlm.eval.results import Results
+from gripvlm.eval.variants import FULL, ORACLE
 from gripvlm.report.blocks import Block, Heading, Pictures, Shown, Text
 from gripvlm.report.picture import overlay
 from gripvlm.report.points import Comparison, Point, keep_text

@@ -10,8 +10,8 @@ from typing import Protocol
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from torch import Tensor
 
-from gripvlm import disk
 from gripvlm.report.cells import Geometry, GeometryError
+from gripvlm.utils import disk
 
 __all__ = ["overlay"]
 

@@ -7,9 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from gripvlm import disk
 from gripvlm.errors import GripError
 from gripvlm.report.tables import short, task_order, with_means
+from gripvlm.utils import disk
 
 __all__ = ["ALWAYS", "plot"]
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
-from gripvlm.evaluate.arms import FULL
-from gripvlm.evaluate.estimates import absolute
-from gripvlm.evaluate.results import Results
-from gripvlm.evaluate.scores import Scores, scores_of, was_trained
+from gripvlm.eval.estimates import absolute
+from gripvlm.eval.results import Results
+from gripvlm.eval.scores import Scores, scores_of, was_trained
+from gripvlm.eval.variants import FULL
 from gripvlm.report.tables import with_means
 from gripvlm.tasks.lab_tasks import FAMILIES
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from gripvlm.evaluate.arms import FULL
-from gripvlm.evaluate.estimates import Estimate, differences_from, relative
-from gripvlm.evaluate.frontier import hypervolumes, time_to_accuracy
-from gripvlm.evaluate.results import Results
-from gripvlm.evaluate.scores import Scores
+from gripvlm.eval.estimates import Estimate, differences_from, relative
+from gripvlm.eval.frontier import hypervolumes, time_to_accuracy
+from gripvlm.eval.results import Results
+from gripvlm.eval.scores import Scores
+from gripvlm.eval.variants import FULL
 from gripvlm.report.blocks import Block, Commands, Facts, Heading, Sheet, Text
 from gripvlm.report.figures import ALWAYS, plots, score_text
 from gripvlm.report.points import Cell, Comparison, keep_text

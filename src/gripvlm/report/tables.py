@@ -17,7 +17,7 @@ from gripvlm.errors import GripError
 __all__ = ["by_arm", "markdown", "tables", "task_order", "unreached", "with_means"]
 
 Row = Mapping[str, Any]
-TIMES = ("vision", "pruner", "surgery", "prefill", "decode", "total")
+TIMES = ("vision", "pruner", "overhead", "prefill", "decode", "total")
 MEAN = "mean"
 
 

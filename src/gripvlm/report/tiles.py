@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gripvlm.evaluate.kept import Kept
+from gripvlm.eval.kept import Kept
 from gripvlm.report.cells import Box, Geometry, GeometryError, geometry
 
 __all__ = ["Part", "layout"]

@@ -6,15 +6,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gripvlm import disk
 from gripvlm.errors import GripError
-from gripvlm.evaluate.results import read_results
+from gripvlm.eval.results import read_results
 from gripvlm.report.blocks import Block, Figures, Heading, Pictures, Text
 from gripvlm.report.figures import ALWAYS
 from gripvlm.report.gallery import gallery
 from gripvlm.report.points import Comparison, comparisons
 from gripvlm.report.render import to_html, to_markdown
 from gripvlm.report.sections import commands, sections
+from gripvlm.utils import disk
 
 __all__ = ["report"]
 

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gripvlm.disk import read_text
-from gripvlm.strict_json import BadJSON, parse
 from gripvlm.tasks.base import Sample, Task, TaskError
 from gripvlm.tasks.metrics import get_metric
+from gripvlm.utils.disk import read_text
+from gripvlm.utils.strict_json import BadJSON, parse
 
 __all__ = ["JsonlTask", "read_samples"]
 

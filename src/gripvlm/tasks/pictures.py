@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from gripvlm.disk import regular
 from gripvlm.errors import GripError
+from gripvlm.utils.disk import regular
 
 __all__ = ["TaskError", "open_image"]
 

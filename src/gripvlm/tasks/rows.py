@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from gripvlm.strict_json import BadJSON, read
 from gripvlm.tasks.pictures import TaskError, open_image
+from gripvlm.utils.strict_json import BadJSON, read
 
 __all__ = ["Rows", "Source", "load_rows"]
 

@@ -1,0 +1,1 @@
+"""Runs any pruner on any model: no method and no family is named here."""

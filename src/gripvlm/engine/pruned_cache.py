@@ -1,0 +1,248 @@
+"""A key-value cache that holds a pruned prompt: what a further turn must know of it, and a guard against other uses.
+
+transformers counts the tokens of a further turn against the length of the cache. A pruned cache is shorter than the
+caller's ids, so without a translation the turn would run at the wrong tokens and positions, and nothing would say so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import InputError
+from gripvlm.models.adapter import PER_TOKEN, encoder_arguments
+from gripvlm.models.hooks.proportional import LayerSizes
+from gripvlm.models.hooks.stages import Held
+from gripvlm.models.text import full_mask, padding_token, visual_places
+
+__all__ = ["PrunedPrompt", "mark", "prompt_in", "used"]
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedPrompt:
+    """R prompts of L tokens of which a cache holds l, and the tokens that came after, all of which it holds.
+
+    Attributes:
+        ids: [R, T] the tokens that the cache stands for, as its caller counts them, T >= L. The last decoded token is
+            among them, though its keys are not in the cache yet.
+        full: L.
+        order: [R, l] the columns of the prompt that are left.
+        short: the prompt's per-token inputs as they are left, each [..., R, l].
+        following: [R] or [axes, R], the position of the first token after the prompt.
+        selections: of each row's images, for the record.
+        held: what layers that dropped tokens hold; None where all layers hold the same.
+        sizes: layer -> the sizes of merged tokens, None where all count as one.
+        refusal: why no turn can go on from this cache; empty where one can.
+    """
+
+    ids: Tensor
+    full: int
+    order: Tensor
+    short: Mapping[str, Tensor]
+    following: Tensor
+    selections: Sequence[Sequence[Any]]
+    held: Held | None = None
+    sizes: Mapping[int, LayerSizes | None] | None = None
+    refusal: str = ""
+
+    @property
+    def mask(self) -> Tensor:
+        """[R, l] bool, False at padding."""
+        return self.short["attention_mask"].bool()
+
+    def take(self, rows: Tensor) -> PrunedPrompt:
+        """Of these rows [R'], in this order, as the cache's own `batch_select_indices` does."""
+        short = {name: _rows(value, rows) for name, value in self.short.items()}
+        held = None if self.held is None else self.held.take(rows)
+        sizes = None
+        if self.sizes is not None:
+            sizes = {n: None if s is None else s._replace(sizes=s.sizes[rows]) for n, s in self.sizes.items()}
+        return replace(
+            self,
+            ids=self.ids[rows],
+            order=self.order[rows],
+            short=short,
+            following=self.following[..., rows],
+            selections=[self.selections[row] for row in rows.tolist()],
+            held=held,
+            sizes=sizes,
+        )
+
+    def tokens_in(self, cache: Any) -> int:
+        """How many of the caller's tokens the cache stands for.
+
+        Raises:
+            InputError: it was cropped into the prompt, or its rows are not these.
+        """
+        length = cache.get_seq_length() - self.order.shape[1]
+        if length < 0:
+            raise InputError(
+                f"the cache was cropped to {cache.get_seq_length()} tokens, but a pruned prompt of "
+                f"{self.order.shape[1]} began it: pass the full prompt and no cache"
+            )
+        return self.full + length
+
+    def positions_after(self, mask: Tensor) -> Tensor:
+        """[..., R, t] positions of the tokens after the prompt, `mask` [R, t] bool."""
+        counted = mask.long().cumsum(-1) - 1
+        return (self.following[..., None] + counted).masked_fill(~mask, 0)
+
+    def further(self, model: Any, cache: Any, given: Mapping[str, Any], whole: bool) -> dict[str, Any]:
+        """The arguments of a further turn as `generate` or `forward` must get them.
+
+        Args:
+            cache: holds this prompt.
+            given: what the caller passes; `attention_mask`, where there is one, is of the whole conversation.
+            whole: whether `input_ids` are the whole conversation [R, T'], or what is new in it.
+
+        Raises:
+            InputError: the turn is not a continuation of this prompt.
+        """
+        if self.refusal:
+            raise InputError(self.refusal)
+        ids, have = given["input_ids"], self.tokens_in(cache)
+        if ids.shape[0] != self.ids.shape[0]:
+            raise InputError(f"the cache holds {self.ids.shape[0]} prompts, but input_ids have {ids.shape[0]}")
+        mask = given.get("attention_mask")
+        total = ids.shape[1] if whole else have + ids.shape[1]
+        if whole:
+            self._checked_same(ids, have)
+        if mask is None:
+            mask = full_mask(model, {"input_ids": ids}) if whole else torch.ones_like(ids)
+            mask = mask if whole else torch.nn.functional.pad(mask, (have, 0), value=1)
+        if not isinstance(mask, Tensor) or mask.shape != (ids.shape[0], total):
+            raise InputError(
+                f"attention_mask has shape {tuple(getattr(mask, 'shape', ()))}, expected {(ids.shape[0], total)}: one "
+                "entry for each token of the whole conversation, those in the cache too"
+            )
+        new = ids[:, have:] if whole else ids
+        if new.shape[1] > 1 and bool(visual_places(model, new).any()):  # a loop decodes one by one, and need not wait
+            raise InputError(
+                "a further picture on a pruned cache is not supported: pass the whole conversation with all its "
+                "pictures and no cache, so that each is pruned for this turn"
+            )
+        arguments = {name: value for name, value in given.items() if name not in encoder_arguments(model, given)}
+        arguments.pop("mm_encoder_outputs", None)
+        after = mask[:, self.full :].bool()
+        left = mask[:, : self.full].gather(1, self.order.to(mask.device)) * self.short["attention_mask"].to(mask)
+        arguments["attention_mask"] = torch.cat((left, after.to(left)), -1)
+        positions = torch.cat((self.short["position_ids"], self.positions_after(after)), -1)
+        if not whole:
+            return {**arguments, "position_ids": positions[..., -new.shape[1] :]}
+        arguments["position_ids"] = positions
+        for name in PER_TOKEN.keys() & arguments.keys() - {"attention_mask", "position_ids"}:
+            value = arguments[name]
+            front = value[:, : self.full].gather(1, self.order.to(value.device))
+            fill = padding_token(model) if name == "input_ids" else PER_TOKEN[name]
+            front = front.masked_fill(~self.mask.to(value.device), fill)
+            arguments[name] = torch.cat((front, value[:, self.full :]), -1)
+        return arguments
+
+    def _checked_same(self, ids: Tensor, have: int) -> None:
+        if ids.shape[1] <= have:
+            raise InputError(
+                f"input_ids have {ids.shape[1]} tokens, but the cache already stands for {have}: pass the whole "
+                "conversation, with something new at its end"
+            )
+        known = self.ids[:, :have].to(ids.device)  # of a call that was interrupted, not all that it decoded
+        differ = (ids[:, : known.shape[1]] != known).nonzero()
+        if len(differ):
+            row, column = differ[0].tolist()
+            raise InputError(
+                f"token {column} of sample {row} is {int(ids[row, column])}, but the cache was made with "
+                f"{int(self.ids[row, column])} there: append the new turn to what generate returned, or pass the full "
+                "prompt and no cache"
+            )
+
+
+def _rows(value: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a per-token input [R, l], or of positions [axes, R, l]."""
+    return value[:, rows] if value.ndim == 3 else value[rows]
+
+
+# --- the guard -----------------------------------------------------------------------------------------
+
+_in_use: ContextVar[Any] = ContextVar("gripvlm_cache_in_use", default=None)
+
+
+def mark(cache: Any, prompt: PrunedPrompt) -> None:
+    """Notes in the cache what it holds; from now on it takes no keys but inside `used`."""
+    if not hasattr(cache, "gripvlm_prompt"):
+        kind: Any = type(cache)
+        cache.__class__ = _guarded(kind)
+    cache.gripvlm_prompt = prompt
+
+
+def prompt_in(cache: Any) -> PrunedPrompt | None:
+    """What a cache holds that a pruned prompt filled; None for any other, and for None."""
+    return getattr(cache, "gripvlm_prompt", None)
+
+
+@contextmanager
+def used(cache: Any) -> Iterator[None]:
+    """Inside the block, and in this thread, a marked cache takes keys: its turn was translated."""
+    token = _in_use.set(cache)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
+
+
+@functools.cache
+def _guarded(base: Any) -> type:
+    """A subclass of a cache's class that refuses what would go wrong in silence; named as its base."""
+
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _in_use.get() is not self:
+            images = [image for sample in self.gripvlm_prompt.selections for image in sample]
+            kept, total = sum(image.k for image in images), sum(image.n for image in images)
+            raise InputError(
+                f"this cache holds {kept} of a prompt's {total} visual tokens, so a further turn must be translated: "
+                "go on inside `with gripvlm.prune(...)` for this model, or pass the full prompt and no cache"
+            )
+        return base.update(self, *args, **kwargs)
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        base.reorder_cache(self, beam_idx)
+        self.gripvlm_prompt = self.gripvlm_prompt.take(beam_idx)
+
+    def reset(self: Any) -> None:
+        base.reset(self)
+        del self.gripvlm_prompt
+        self.__class__ = base
+
+    def batch_select_indices(self: Any, indices: Tensor) -> None:
+        base.batch_select_indices(self, indices)
+        self.gripvlm_prompt = self.gripvlm_prompt.take(indices)
+
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        base.batch_repeat_interleave(self, repeats)
+        rows = torch.arange(len(self.gripvlm_prompt.ids)).repeat_interleave(repeats)
+        self.gripvlm_prompt = self.gripvlm_prompt.take(rows.to(self.gripvlm_prompt.ids.device))
+
+    def reduce(self: Any) -> tuple[Any, ...]:
+        return _restored, (base,), vars(self)
+
+    methods = {
+        "update": update,
+        "reset": reset,
+        "reorder_cache": reorder_cache,
+        "batch_select_indices": batch_select_indices,
+        "batch_repeat_interleave": batch_repeat_interleave,
+        "__reduce__": reduce,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), methods)
+
+
+def _restored(base: Any) -> Any:
+    """An empty guarded cache, for copies and pickles."""
+    return object.__new__(_guarded(base))

@@ -1,0 +1,74 @@
+"""The oracle: keep the patches that hold the answer, then cover the rest of the picture evenly.
+
+No pruner can know the evidence; the oracle says what a choice of tokens could reach at most, or nearly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gripvlm.models.encoded import Encoded
+from gripvlm.pruners.baselines.given import Given
+from gripvlm.tasks.base import Sample, TaskError
+
+__all__ = ["oracle", "oracle_order", "spread_order"]
+
+# The plastic number's powers: the best-known additive recurrence in two dimensions.
+_STEP = (0.5698402909980532, 0.7548776662466927)
+
+
+@lru_cache(maxsize=32)
+def spread_order(grid: tuple[int, int]) -> tuple[int, ...]:
+    """All cells of an h x w raster, so ordered that every prefix covers it evenly.
+
+    The points of the low-discrepancy sequence frac(1/2 + i a), a from the plastic number, in turn, on
+    the square of the longer side, so that spacing is the same both ways; each cell comes when a
+    point first falls into it.
+    """
+    h, w = grid
+    side = max(h, w)
+    order: dict[int, None] = {}
+    for i in range(64 * side * side):
+        row, column = (int((0.5 + i * step) % 1.0 * side) for step in _STEP)
+        if row < h and column < w:
+            order[row * w + column] = None
+        if len(order) == h * w:
+            break
+    order.update(dict.fromkeys(range(h * w)))  # cells that no point has hit
+    return tuple(order)
+
+
+def oracle_order(evidence: Sequence[int], grid: tuple[int, int]) -> list[int]:
+    """Every cell once: the evidence in its own order, then the others in `spread_order`."""
+    return list(dict.fromkeys((*evidence, *spread_order(grid))))
+
+
+def oracle(samples: Sequence[Sample], encoded: Encoded, evidence_grid: tuple[int, int] | None) -> Given:
+    """A pruner that keeps the first k cells of each sample's `oracle_order`.
+
+    Args:
+        samples: [B], as encoded, one image each.
+        evidence_grid: the raster that `Sample.evidence` counts in.
+
+    Raises:
+        TaskError: the task marks no evidence, or on another raster than the model's.
+    """
+    if evidence_grid is None:
+        raise TaskError("the oracle needs a task that marks its evidence, such as lab: leave 'oracle' out")
+    scores: list[list[Tensor]] = []
+    for sample, items in zip(samples, encoded.samples, strict=True):
+        if [item.grid for item in items] != [evidence_grid]:
+            found = " + ".join(f"{item.features.shape[0]} in {item.grid}" for item in items)
+            raise TaskError(
+                f"the oracle's evidence is marked on {evidence_grid[0]} x {evidence_grid[1]} cells, but this model "
+                f"has visual tokens {found}: leave 'oracle' out, or use --model lab"
+            )
+        order = torch.tensor(oracle_order(sample.evidence, evidence_grid))
+        rank = torch.empty(len(order))
+        rank[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
+        scores.append([rank])
+    return Given(scores)

@@ -1,0 +1,1 @@
+"""The learned pruner: its scorer, its policies, its training."""

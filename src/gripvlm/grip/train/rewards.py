@@ -1,0 +1,124 @@
+"""Rewards: plain functions `reward(rollout) -> [R] tensor`, higher is better.
+
+What a reward may not do is hide a failure: NaN and infinity stop training with the sample's id.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import GripError, TrainError
+from gripvlm.grip.train.rollout import Rollout
+
+__all__ = [
+    "REWARDS",
+    "Reward",
+    "agreement",
+    "checked",
+    "exact_match",
+    "get_reward",
+    "log_prob",
+    "probability",
+    "reads_logits",
+    "task_score",
+]
+
+Reward: TypeAlias = Callable[[Rollout], Tensor]
+
+
+def log_prob(rollout: Rollout) -> Tensor:
+    """Mean log-probability of the forced answer's tokens (TwigVLM++, arXiv 2503.14075)."""
+    return rollout.log_probs.sum(-1) / rollout.mask.sum(-1)
+
+
+def probability(rollout: Rollout) -> Tensor:
+    """exp of `log_prob`: between 0 and 1, so that no hopeless question outweighs all others."""
+    return log_prob(rollout).exp()
+
+
+def agreement(rollout: Rollout) -> Tensor:
+    """Minus the mean KL divergence from the unpruned model's next-token distribution; needs no labels."""
+    full, pruned = rollout.full_logits.log_softmax(-1), rollout.logits.log_softmax(-1)
+    kl = (full.exp() * (full - pruned)).sum(-1)
+    return -(kl * rollout.mask).sum(-1) / rollout.mask.sum(-1)
+
+
+def exact_match(rollout: Rollout) -> Tensor:
+    """1 where greedy decoding would give the forced answer, told from the teacher-forced logits."""
+    return rollout.exact
+
+
+def task_score(rollout: Rollout) -> Tensor:
+    """The task's own score of the decoded answer; costs a generation."""
+    if lacking := [sample.id for sample in rollout.samples if not sample.answer]:
+        raise TrainError(
+            f"sample {lacking[0]!r} has no answer to be scored against: type --reward agreement, which needs none"
+        )
+    pairs = zip(rollout.tasks, rollout.samples, rollout.decode(), strict=True)
+    return torch.tensor([task.score(said, sample) for task, sample, said in pairs], device=rollout.mask.device)
+
+
+REWARDS: dict[str, Reward] = {
+    "log_prob": log_prob,
+    "probability": probability,
+    "agreement": agreement,
+    "exact_match": exact_match,
+    "task_score": task_score,
+}
+
+
+def reads_logits(reward: Reward) -> bool:
+    """Whether a reward may read `Rollout.logits`; those of a user's own always may."""
+    return reward not in (log_prob, probability, exact_match, task_score)
+
+
+def get_reward(name: str | Reward) -> Reward:
+    """A reward by name, by `module:function`, or as it is.
+
+    Raises:
+        TrainError: neither.
+    """
+    if callable(name):
+        return name
+    if name in REWARDS:
+        return REWARDS[name]
+    module, colon, function = name.partition(":")
+    if colon:
+        try:
+            found = getattr(importlib.import_module(module), function)
+        except (Exception, SystemExit) as error:  # whatever a user's module does
+            raise TrainError(f"no reward {name!r}: {type(error).__name__}: {error}") from error
+        if callable(found):
+            return found
+    raise TrainError(f"unknown reward {name!r}: known are {', '.join(REWARDS)}, or module:function of your own")
+
+
+def checked(reward: Reward, rollout: Rollout) -> Tensor:
+    """The reward's values [R] as float32, or an error that names the sample."""
+    rows = len(rollout.samples)
+    name = getattr(reward, "__name__", type(reward).__name__)
+    try:
+        values = reward(rollout)
+    except GripError:
+        raise
+    except Exception as error:
+        ids = list(dict.fromkeys(sample.id for sample in rollout.samples))
+        raise TrainError(
+            f"reward {name!r} raised {type(error).__name__}: {error} (samples {', '.join(ids)})"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != (rows,):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise TrainError(f"reward {name!r} must return a tensor ({rows},), got {got}: one value for each row")
+    values = values.detach().to(rollout.mask.device, torch.float32)
+    if not bool(values.isfinite().all()):
+        row = int((~values.isfinite()).nonzero()[0])
+        raise TrainError(
+            f"reward {name!r} is {float(values[row])} for sample {rollout.samples[row].id!r}: training stops, as no "
+            "number could stand for it"
+        )
+    return values

@@ -1,0 +1,1 @@
+"""Baselines that read no paper's signal."""

@@ -1,0 +1,1 @@
+"""Pruners that drop before the language model."""

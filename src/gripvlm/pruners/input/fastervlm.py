@@ -1,0 +1,33 @@
+"""FasterVLM: keep what the vision tower's CLS token looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gripvlm.pruners.base import ScorePruner
+from gripvlm.pruners.ops.saliency import looked_at
+from gripvlm.types import VisualTokens
+
+__all__ = ["FasterVLM"]
+
+
+@dataclass(frozen=True)
+class FasterVLM(ScorePruner):
+    """score_j = mean over heads of the CLS token's attention on j, in the block before the last.
+
+    arXiv 2412.01818.
+
+    1. The paper prunes before the projector, which treats rows one by one: the result is the same.
+    2. Towers without a CLS token: the mean attention that j receives.
+    """
+
+    name: ClassVar[str] = "fastervlm"
+    needs: ClassVar[frozenset[str]] = frozenset({"vision_attention"})
+    vision_layers: ClassVar[tuple[int, ...]] = (-2,)
+    source: ClassVar[str] = "FasterVLM, arXiv 2412.01818"
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return looked_at(tokens, -2)

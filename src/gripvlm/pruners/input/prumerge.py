@@ -1,0 +1,95 @@
+"""LLaVA-PruMerge: keep what the CLS token looks at, and let it absorb what resembles it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from gripvlm.errors import PrunerError
+from gripvlm.pruners.base import Pruner, top_k
+from gripvlm.pruners.ops.saliency import keys_of, looked_at
+from gripvlm.types import Merge, Selection, VisualTokens
+
+__all__ = ["PruMerge"]
+
+
+@dataclass(frozen=True)
+class PruMerge(Pruner):
+    """PruMerge (arXiv 2403.15388): tokens with outlying CLS attention a, with their neighbours merged in.
+
+    Block: the last. A kept row becomes x_i + sum of a_j x_j over the `neighbours` other tokens whose
+    keys are most like its own (cosine); one more row holds the sum of a_j x_j over all that are not kept.
+    The paper keeps as many as there are outliers, a_i > Q3 + 1.5 (Q3 - Q1); `count` says how many.
+
+    1. k is exact: the k tokens with the largest a. For the paper's count pass `count` as the budget.
+    2. Weighted means: the weights 1, a_j, ... are divided by their sum.
+    3. The extra row is one of the k. It stands at the strongest token that is not kept.
+    4. Attention and keys are means over heads; the code computes both as one head of full width.
+       Towers without a CLS token: the mean attention received.
+    5. Projected rows are merged; the paper merges before the projector. With k = n nothing is.
+
+    Attributes:
+        neighbours: tokens that a kept row absorbs; they may be kept themselves.
+        extra: whether there is an extra row (from k = 2 on).
+        uniform: share of k that is spread evenly over the image: 0 here, more in PruMerge+.
+    """
+
+    name: ClassVar[str] = "prumerge"
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "vision_attention"})
+    vision_layers: ClassVar[tuple[int, ...]] = (-1,)
+    source: ClassVar[str] = "LLaVA-PruMerge, arXiv 2403.15388 (ICCV 2025)"
+
+    neighbours: int = 32
+    extra: bool = True
+    uniform: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 0 or not 0 <= self.uniform <= 1:
+            raise PrunerError(f"{self.name}: type neighbours=32, 0 or more, and uniform=0.75, in [0, 1]; got {self}")
+
+    def count(self, tokens: VisualTokens) -> int:
+        """Tokens with outlying attention, at least 1."""
+        attention = looked_at(tokens, -1)
+        low, high = torch.quantile(attention, torch.tensor([0.25, 0.75]).to(attention))
+        return max(1, int((attention > high + 1.5 * (high - low)).sum()))
+
+    def _anchors(self, attention: Tensor, k: int) -> Tensor:
+        """[n] bool: the k rows that are kept for themselves."""
+        kept = torch.zeros_like(attention, dtype=torch.bool)
+        evenly = min(k - 1, int(self.uniform * k + 0.5))
+        kept[top_k(attention, k - evenly)] = True
+        rest = (~kept).nonzero().flatten()
+        kept[rest[torch.arange(evenly, device=rest.device) * rest.numel() // max(1, evenly)]] = True
+        return kept
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        n, k = tokens.n, tokens.keep
+        attention = looked_at(tokens, -1)
+        extra = int(self.extra and 1 < k < n)
+        kept = self._anchors(attention, k - extra)
+        anchors, rest = kept.nonzero().flatten(), (~kept).nonzero().flatten()
+        indices = anchors
+        if extra:
+            indices = torch.cat((anchors, rest[attention[rest].argmax()][None])).sort().values
+        slots = torch.searchsorted(indices, anchors)
+        keys = normalize(keys_of(tokens, -1), dim=-1)
+        alike = keys[anchors] @ keys.T  # [k', n]
+        alike[torch.arange(anchors.numel()), anchors] = -torch.inf
+        size = min(self.neighbours, n - 1)
+        near = torch.sort(alike, dim=1, descending=True, stable=True).indices[:, :size]
+        mass = attention[near]  # [k', size]
+        total = 1 + mass.sum(dim=1, keepdim=True)
+        source = [anchors, near.flatten()]
+        destination = [slots, slots.repeat_interleave(size)]
+        weight = [total[:, 0].reciprocal(), (mass / total).flatten()]
+        if extra:
+            mass = attention[rest].clamp(min=torch.finfo(torch.float32).tiny)
+            source, weight = [*source, rest], [*weight, mass / mass.sum()]
+            hole = int(torch.arange(k).to(slots)[~torch.isin(torch.arange(k).to(slots), slots)])
+            destination = [*destination, torch.full_like(rest, hole)]
+        merge = Merge(torch.cat(source), torch.cat(destination), torch.cat(weight))
+        return Selection(indices, n, attention, merge if k < n else None)

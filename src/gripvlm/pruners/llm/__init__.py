@@ -1,0 +1,1 @@
+"""Pruners that drop inside the language model."""

@@ -1,0 +1,44 @@
+"""FastV: after a few layers of the language model, keep what the prompt's last token looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gripvlm.pruners.base import top_k
+from gripvlm.pruners.llm_base import LLMPruner, Schedule, one_cut
+from gripvlm.types import LLMTokens, Selection
+
+__all__ = ["FastV"]
+
+
+@dataclass(frozen=True)
+class FastV(LLMPruner):
+    """Ranks visual tokens by attention in layer K and drops the lowest before the next (arXiv 2403.06764).
+
+    score_j = mean over heads of the attention of the prompt's last token on token j, in the layer whose
+    output enters layer `layer` (counted from 0): the first `layer` layers see every token.
+
+    1. The paper says "received from all other tokens"; its code takes the last token's row, and so does this.
+    2. `keep` is the average over layers: of 576 tokens with 32 layers, keep=192, 128 and 64 leave 166, 98 and 30.
+    3. Each image has its own budget; the code ranks the tokens of all images together.
+    4. Ties go to the lower index; raster order is kept; kept tokens stay at their positions, as in the code.
+
+    Attributes:
+        layer: rows are dropped before it, 1 or more; the paper's K = 2.
+    """
+
+    name: ClassVar[str] = "fastv"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    llm_needs: ClassVar[frozenset[str]] = frozenset({"last"})
+    source: ClassVar[str] = "FastV, arXiv 2403.06764 (ECCV 2024)"
+
+    layer: int = 2
+
+    def schedule(self, n: int, keep: int, layers: int) -> Schedule:
+        return one_cut(self.name, n, keep, layers, self.layer)
+
+    def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
+        assert tokens.last is not None  # promised by `llm_needs`
+        scores = tokens.last.mean(0)
+        return Selection(top_k(scores, tokens.keep), tokens.n, scores)

@@ -1,0 +1,1 @@
+"""Pruners that merge inside the vision tower."""

@@ -1,0 +1,1 @@
+"""Pruners that change what another pruner chooses."""

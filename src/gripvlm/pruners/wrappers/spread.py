@@ -1,0 +1,62 @@
+"""Spread: a floor of evenly spread tokens under any pruner's choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from gripvlm.errors import PrunerError
+from gripvlm.pruners.baselines.grid import lattice
+from gripvlm.pruners.wrapper_base import Wrapper
+from gripvlm.types import Selection, VisualTokens
+
+__all__ = ["Spread"]
+
+
+@dataclass(frozen=True)
+class Spread(Wrapper):
+    """m = floor(floor x k) tokens of an even lattice (see `grid`), and the inner pruner's choice.
+
+    If the inner pruner ranks, the other k - m are its best among the rest. If it only chooses, it
+    is asked for k - m, then for as many more as lay on the lattice, until the union has k tokens;
+    should a larger choice not contain the smaller one and the union exceed k, its rows with the
+    lower indices fill up.
+
+    1. Ours; every published mixture of this kind has its own rule.
+    2. Rows without a raster are spread over their order, as one line.
+    3. What the inner pruner would merge is dropped: its kept rows are others.
+
+    Attributes:
+        floor: in [0, 1]; 0 is the inner pruner alone, 1 the lattice alone.
+    """
+
+    name: ClassVar[str] = "spread"
+    source: ClassVar[str] = "wrapper: a floor of evenly spread tokens"
+
+    floor: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.floor <= 1:
+            raise PrunerError(f"spread: floor={self.floor} must be in [0, 1]: type spread(norm):floor=0.25")
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        n, k = tokens.n, tokens.keep
+        kept = torch.zeros(n, dtype=torch.bool, device=tokens.features.device)
+        if (evenly := int(self.floor * k + 1e-9)) > 0:
+            kept[lattice(tokens.grid or (1, n), evenly)[0].to(kept.device)] = True
+        asked = k - evenly
+        while (missing := k - int(kept.sum())) > 0:
+            choice = self.inner.select(replace(tokens, keep=max(1, asked)))
+            if choice.scores is not None:
+                order = torch.sort(choice.scores.to(kept.device), descending=True, stable=True).indices
+                kept[order[~kept[order]][:missing]] = True
+                break
+            fresh = choice.indices.to(kept.device)
+            fresh = fresh[~kept[fresh]]
+            if fresh.numel() >= missing:
+                kept[fresh[:missing]] = True
+            asked += missing - fresh.numel()
+        return Selection(kept.nonzero().flatten(), n)

@@ -1,0 +1,1 @@
+"""What every room uses: files, JSON, times, progress, batches."""

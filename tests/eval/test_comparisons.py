@@ -1,0 +1,263 @@
+"""Paired differences, Holm's correction, relative accuracy, frontiers and time to equal accuracy, some by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+
+from gripvlm.eval import ResultsError, interval, read_results
+from gripvlm.eval.estimates import absolute, differences_from, holm, relative, sign_flip
+from gripvlm.eval.frontier import hypervolumes, pareto, time_to_accuracy, usual_budgets
+from gripvlm.eval.scores import Scores, Setting, method_of, scores_of
+from tiny_results import KEEPS, made_up
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return read_results(made_up(tmp_path_factory.mktemp("made") / "r.json"))
+
+
+@pytest.fixture(scope="module")
+def scores(results):
+    return scores_of([results])
+
+
+def by_hand(values, times=None, kept=None, counts=None, trained=()):
+    """Scores of settings {(method, keep): [G, I] sums}, one question a picture and task."""
+    arrays = np.stack([np.atleast_2d(np.asarray(v, dtype=float)) for v in values.values()])
+    _, tasks, pictures = arrays.shape
+    settings = []
+    for s, (method, keep) in enumerate(values):
+        share = keep if kept is None else kept[s]
+        settings.append(Setting(method, keep, (method,), (arrays[s].mean(),), share, 256 * share, method in trained))
+    seconds = np.ones_like(arrays) * (1.0 if times is None else np.asarray(times, dtype=float)[:, None, None])
+    counts = np.ones((tasks, pictures)) if counts is None else counts
+    names = [f"t{g}" for g in range(tasks)], [f"p{i}" for i in range(pictures)]
+    return Scores(tuple(settings), *map(tuple, names), arrays, seconds, counts)
+
+
+def test_means_and_intervals_are_those_of_the_rows(results, scores):
+    """The same pictures are drawn as for the rows' own intervals."""
+    cells = absolute(scores)
+    for row in results.means:
+        if row["pruner"].startswith("random"):
+            continue
+        mean = cells[scores.index(row["pruner"], row["keep"])][-1]
+        assert (mean.value, mean.low, mean.high) == pytest.approx((row["score"], row["ci_low"], row["ci_high"]))
+
+
+def test_seeds_of_a_method_are_averaged_question_by_question(results, scores):
+    setting = scores.settings[scores.index("random", 0.1)]
+    rows = [row["score"] for row in results.means if row["pruner"].startswith("random") and row["keep"] == 0.1]
+    assert setting.arms == ("random:seed=0", "random:seed=1")
+    assert setting.seeds == pytest.approx(rows)
+    assert scores.means[scores.index("random", 0.1)].mean() == pytest.approx(np.mean(rows))
+    assert any(one.seeds[0] != one.seeds[1] for one in scores.settings if one.method == "random")
+
+
+@pytest.mark.parametrize(
+    ("label", "method"),
+    [
+        ("random:seed=3", "random"),
+        ("random", "random"),
+        ("x:a=1,seed=3", "x:a=1"),
+        ("x:seed=-1,a=1", "x:a=1"),
+        ("mmr(random:seed=1)", "mmr(random:seed=1)"),
+        ("mmr(random:seed=1):balance=1", "mmr(random:seed=1):balance=1"),
+        ("fastv:layer=1", "fastv:layer=1"),
+    ],
+)
+def test_a_method_is_a_label_without_its_own_seed(label, method):
+    assert method_of(label) == method
+
+
+def test_a_difference_is_of_the_same_questions():
+    """Pictures differ much, methods by a constant: unpaired the interval would be wide, paired it is a point."""
+    base = np.tile([0.0, 1.0], 20)
+    values = {("full", 1.0): [base + 1], ("a", 0.1): [base + 0.25], ("b", 0.1): [base]}
+    (found,) = differences_from(by_hand(values), "b")
+    assert (found.mean.value, found.mean.low, found.mean.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert found.p == pytest.approx(1 / 10001)
+    (full,) = [d for d in differences_from(by_hand(values), "full") if d.setting == 1]
+    assert full.mean.value == pytest.approx(-0.75)
+    with pytest.raises(ResultsError, match="no method 'c' to compare with: type one of full, a, b"):
+        differences_from(by_hand(values), "c")
+
+
+def test_sign_flips_are_those_of_all_flips():
+    shares = np.array([0.5, -0.2, 0.3, 0.4, 0.1, -0.1, 0.6])
+    all_flips = [abs(np.dot(signs, shares)) for signs in product((-1, 1), repeat=7)]
+    exact = np.mean([one >= abs(shares.sum()) - 1e-12 for one in all_flips])
+    assert sign_flip(shares[None], 0, 40000)[0] == pytest.approx(exact, abs=0.01)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_keeps_the_chance_of_any_false_star_at_five_percent():
+    """Twelve comparisons without any difference, 400 times: uncorrected, almost half would have a star."""
+    rng, wrong, uncorrected = np.random.default_rng(0), 0, 0
+    for seed in range(400):
+        p = sign_flip(rng.normal(size=(12, 30)), seed, 500)
+        wrong += min(holm(p.tolist())) < 0.05
+        uncorrected += p.min() < 0.05
+    assert wrong / 400 < 0.08
+    assert uncorrected / 400 > 0.3
+
+
+def test_relative_accuracy_is_the_mean_of_ratios_not_the_ratio_of_means():
+    ones = np.ones(10)
+    values = {("full", 1.0): [ones, ones * 0.5], ("a", 0.1): [ones * 0.5, ones * 0.5]}
+    found = relative(by_hand(values))
+    assert found[1].value == pytest.approx((0.5 + 1.0) / 2)
+    assert found[0].value == found[0].low == found[0].high == 1
+    assert relative(by_hand({("full", 1.0): [ones * 0], ("a", 0.1): [ones]})) == [None, None]
+
+
+def test_too_few_pictures_give_numbers_without_intervals():
+    """Two tasks with a picture each of their own."""
+    counts = np.eye(2)
+    values = {("full", 1.0): np.eye(2), ("a", 0.1): np.eye(2) / 2, ("b", 0.1): np.eye(2) / 4}
+    made = by_hand(values, counts=counts)
+    assert [(cell.value, cell.low, cell.high) for cell in absolute(made)[1]] == [(0.5, None, None)] * 3
+    assert (relative(made)[1].value, relative(made)[1].low) == (0.5, None)
+    assert [(d.mean.value, d.mean.low) for d in differences_from(made, "b")] == [(0.25, None)]
+    assert (hypervolumes(made)["a"].value, hypervolumes(made)["a"].low) == (pytest.approx(0.5), None)
+    with pytest.raises(ResultsError, match="too few pictures"):
+        time_to_accuracy(made, 0.1)
+
+
+def test_a_full_model_that_mostly_scores_nothing_gives_no_interval():
+    """It gets another one of 8 pictures right in each of 8 tasks: few draws have a score in all of them."""
+    full = np.eye(8)
+    found = relative(by_hand({("full", 1.0): full, ("a", 0.1): full / 2}))
+    assert (found[1].value, found[1].low, found[1].high) == (0.5, None, None)
+
+
+def test_the_usual_budgets_are_the_commonest_then_the_largest():
+    ones = np.ones(8)
+    few, more = frozenset({0.5, 0.25}), frozenset({0.5, 0.25, 0.1})
+    assert usual_budgets([few, more, few]) == few
+    assert usual_budgets([few, more]) == more
+    values = {("full", 1.0): [ones]} | {(m, keep): [ones / 2] for m in "ab" for keep in few}
+    values |= {("odd", keep): [ones / 2] for keep in more}
+    found = hypervolumes(by_hand(values))
+    assert found["odd"] is None
+    assert found["a"].value == found["b"].value == pytest.approx(0.5)
+
+
+def test_a_point_on_the_frontier_is_beaten_by_none():
+    assert pareto([1, 2, 3, 2, 1], [0.5, 0.6, 0.6, 0.7, 0.4]) == [0, 3]
+    assert pareto([1, 1], [0.5, 0.5]) == [0]
+
+
+def test_hypervolume_by_hand():
+    """Half the full score from 1/4 on, all of it from 1/2 on: on a log axis (0.5 + 1) / 2."""
+    ones = np.ones(8)
+    values = {("full", 1.0): [ones], ("a", 0.25): [ones / 2], ("a", 0.5): [ones], ("b", 0.5): [ones]}
+    log, linear = (hypervolumes(by_hand(values), axis=axis) for axis in ("log", "linear"))
+    assert log["a"].value == pytest.approx(0.75)
+    assert linear["a"].value == pytest.approx((0.25 * 0.5 + 0.5 * 1) / 0.75)
+    assert log["b"] is None
+    assert hypervolumes(by_hand(values), floor=0.5)["a"].value == pytest.approx(0.5)
+    worse = {("full", 1.0): [ones], ("a", 0.25): [ones / 2], ("a", 0.5): [ones / 4]}
+    assert hypervolumes(by_hand(worse))["a"].value == pytest.approx(0.5)  # more tokens and worse adds nothing
+    with pytest.raises(ResultsError, match="log or linear"):
+        hypervolumes(by_hand(values), axis="odd")
+
+
+def test_time_to_equal_accuracy_by_hand():
+    ones = np.ones(8)
+    values = {
+        ("full", 1.0): [ones],
+        ("good", 0.5): [ones * 0.9],
+        ("good", 0.1): [ones * 0.7],
+        ("poor", 0.5): [ones * 0.6],
+        ("poor", 0.1): [ones * 0.5],
+        ("ours", 0.1): [ones * 0.95],
+        ("ours", 0.05): [ones * 0.8],
+    }
+    made = by_hand(values, times=[10, 8, 4, 8, 4, 5, 3], trained=("ours",))
+    reference, found = time_to_accuracy(made, 0.1)
+    assert made.settings[reference].method == "good"
+    assert [(one.method, one.ratio, one.reached) for one in found] == [
+        ("ours", pytest.approx(3 / 4), 1.0),
+        ("good", 1.0, 1.0),
+        ("poor", math.inf, 0.0),
+    ]
+    assert made.settings[found[0].setting].keep == 0.05
+    reference, found = time_to_accuracy(made, None, within=0.1)
+    assert (made.settings[reference].method, found[0].method, found[0].ratio) == ("full", "ours", pytest.approx(0.5))
+    with pytest.raises(ResultsError, match=r"no training-free method was measured at keep 0.3: type one of 0.5, 0.1"):
+        time_to_accuracy(made, 0.3)
+
+
+def test_its_interval_holds_what_the_choice_adds():
+    """A setting that is as accurate only by luck: the draws in which it is not reach the slower one, or none."""
+    rng = np.random.default_rng(0)
+    base = (rng.random(60) < 0.6).astype(float)
+    near = np.where(np.arange(60) % 15 == 0, 1 - base, base)
+    near[np.flatnonzero(base == 0)[:2]] = 1.0
+    values = {("full", 1.0): [np.ones(60)], ("good", 0.1): [base], ("ours", 0.1): [near], ("ours", 0.5): [np.ones(60)]}
+    made = by_hand(values, times=[10, 4, 2, 6], trained=("ours",))
+    _, found = time_to_accuracy(made, 0.1)
+    ours = next(one for one in found if one.method == "ours")
+    assert made.means[2] >= made.means[1]
+    assert (ours.ratio, ours.low, ours.high) == (0.5, 0.5, 1.5)
+    assert ours.reached == 1.0
+
+
+def test_runs_that_do_not_belong_together_are_refused(results, tmp_path):
+    other = read_results(made_up(tmp_path / "o.json", weights="other"))
+    with pytest.raises(ResultsError, match="differ in model, weights"):
+        scores_of([results, other])
+    twice = read_results(made_up(tmp_path / "t.json"))
+    with pytest.raises(ResultsError, match=r"both have random:seed=0 at 0.5"):
+        scores_of([results, twice])
+    bare = read_results(made_up(tmp_path / "b.json", answers=False))
+    with pytest.raises(ResultsError, match=r"the answers of .* are not there"):
+        scores_of([bare])
+    more = read_results(made_up(tmp_path / "m.json", arms=(("extra", 0.7),)))
+    together = scores_of([results, more])
+    assert len(together.settings) == 1 + 4 * len(KEEPS)
+    with pytest.raises(ResultsError, match="times of several runs"):
+        time_to_accuracy(together)
+
+
+# --- coverage -------------------------------------------------------------------------------------
+
+
+def covered(trials, pictures, draws, seed):
+    """How often the 95 % interval of a mean over two tasks, and of a paired difference, holds the truth.
+
+    Pictures differ in difficulty, so questions about one are alike; two tasks ask about the same pictures.
+    """
+    rng = np.random.default_rng(seed)
+    names = [str(i) for i in range(pictures) for _ in range(2)]
+    hits = np.zeros(2)
+    for trial in range(trials):
+        ease = np.repeat(rng.beta(3, 1.5, pictures), 2)  # mean 2/3
+        first, second = rng.random((2, 2 * pictures)) < ease, rng.random((2, 2 * pictures)) < ease * 0.9
+        for which, values, truth in ((0, first * 1.0, 2 / 3), (1, first * 1.0 - second, 0.1 * 2 / 3)):
+            low, high = interval([(mine, names) for mine in values], trial, draws)
+            hits[which] += low <= truth <= high
+    return hits / trials
+
+
+def test_intervals_cover_about_as_often_as_they_say():
+    """200 trials; 95 % cover less than 90 % of 200 about once in 1,000 times."""
+    assert all(0.90 <= share <= 0.99 for share in covered(200, 60, 200, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pictures", [40, 160])
+def test_intervals_cover_93_to_97_percent(pictures):
+    """pytest -m slow tests/eval/test_comparisons.py: 3,000 trials, whose own error is 0.4 %."""
+    for share in covered(3000, pictures, 1000, 1):
+        assert 0.93 <= share <= 0.97, share

@@ -1,0 +1,169 @@
+"""Reading results back: the published schema, and every way in which a file can be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from gripvlm.cli import main
+from gripvlm.eval import ResultsError, read_results, samples_path
+from gripvlm.eval.results import read_json
+from gripvlm.eval.schema import checked_result, published, violations
+from places import ROOT
+from tiny_results import made_up
+
+RESULTS = ROOT / "results"
+COMMITTED = ["grip", "grip-shipped", "grip-blind", "lab-grid", "lab-grid-llm", "lab", "ci-slice"]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return made_up(tmp_path_factory.mktemp("good") / "r.json", pictures=5)
+
+
+@pytest.fixture
+def copy(good, tmp_path):
+    """A results file and its answers, to be damaged."""
+    for old in (good, samples_path(good)):
+        (tmp_path / old.name).write_bytes(old.read_bytes())
+    return tmp_path / good.name
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_what_is_committed_follows_the_schema(name):
+    content = json.loads((RESULTS / f"{name}.json").read_text())
+    assert checked_result(content, name) is content
+
+
+@pytest.mark.parametrize("name", ["lab-drop", "ci-slice"])
+def test_the_published_schema_means_what_we_check(name):
+    """The reference implementation of JSON Schema agrees, on good files and on bad ones."""
+    jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
+    reference = jsonschema.Draft202012Validator(published())
+    jsonschema.Draft202012Validator.check_schema(published())
+    content = json.loads((RESULTS / f"{name}.json").read_text())
+    assert not list(reference.iter_errors(content))
+    for change in (
+        lambda c: c["rows"][0].pop("score"),
+        lambda c: c["rows"][0].update(n=0),
+        lambda c: c["rows"][0].update(keep=0),
+        lambda c: c["header"].update(positions="odd"),
+        lambda c: c["header"].update(limit="all"),
+        lambda c: c.update(rows=[]),
+        lambda c: c["rows"][0].update(keep_fraction=1.5),
+        lambda c: c["rows"][0].update(trained=1),
+        lambda c: c["rows"][0].update(keep="64"),
+    ):
+        bad = json.loads(json.dumps(content))
+        change(bad)
+        assert list(reference.iter_errors(bad))
+        assert list(violations(bad, published()))
+
+
+def test_a_keyword_that_is_not_checked_is_no_silent_pass():
+    with pytest.raises(ValueError, match="maxLength"):
+        list(violations("a", {"maxLength": 1}))
+
+
+def test_answers_are_read_packed_or_not(good, copy):
+    plain = read_results(good)
+    assert len(plain.records) == 2 * 13 * 10
+    file = samples_path(copy)
+    with gzip.open(file.with_name(file.name + ".gz"), "wb") as packed:
+        packed.write(file.read_bytes())
+    file.unlink()
+    assert read_results(copy).records == plain.records
+
+
+def test_missing_answers_are_said(copy):
+    samples_path(copy).unlink()
+    result = read_results(copy)
+    assert (result.records, result.missing) == (None, samples_path(copy))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_file_that_is_cut_off_is_said_and_left(copy, share, capsys):
+    content = copy.read_bytes()
+    copy.write_bytes(content[: int(share * len(content))])
+    left = copy.read_bytes()
+    with pytest.raises(ResultsError, match=r"r.json is (cut off|no JSON).*run its evaluation again"):
+        read_results(copy)
+    assert main(["report", str(copy), "--out", str(copy.parent / "page")]) == 2
+    assert "r.json is" in capsys.readouterr().err.replace("\n", " ")
+    assert copy.read_bytes() == left
+    assert not (copy.parent / "page").exists()
+
+
+def test_a_file_that_is_cut_anywhere_is_said_to_be_cut_off(tmp_path):
+    whole = json.dumps({"a": ["some words", False, None, -1.5e-07, {"b": {"c": True}}], "d": "end"}, indent=1)
+    file = tmp_path / "r.json"
+    for length in range(len(whole)):
+        file.write_text(whole[:length])
+        with pytest.raises(ResultsError, match=r"r.json is cut off"):
+            read_json(file)
+    for broken in (whole.replace(":", "=", 1), whole + "}", "no JSON at all, but words"):
+        file.write_text(broken)
+        with pytest.raises(ResultsError, match=r"is no JSON: .* at line"):
+            read_json(file)
+
+
+def test_packed_answers_that_are_cut_off_are_said(copy):
+    file = samples_path(copy)
+    whole = gzip.compress(file.read_bytes())
+    file.unlink()
+    file.with_name(file.name + ".gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ResultsError, match=r"samples.jsonl.gz is cut off or damaged"):
+        read_results(copy)
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda c: c.update(schema="gripvlm.eval/2"),
+            r"written by a newer gripvlm \(schema gripvlm.eval/2.*upg",
+        ),
+        (lambda c: c.update(schema="other/1"), "is no result of an evaluation"),
+        (lambda c: c.update(schema="gripvlm.eval/x"), "is it damaged"),
+        (
+            lambda c: c["rows"].append(c["rows"][3]),
+            r"holds a row twice in 'rows': task lab/reading, pruner random:seed=0",
+        ),
+        (lambda c: c["means"].append(c["means"][0]), "holds a row twice in 'means'"),
+        (lambda c: c["rows"][2].pop("n"), r"rows\[2\] has no 'n'"),
+        (lambda c: c["rows"][2].update(score=float("nan")), r"rows\[2\].score is nan, expected a finite number"),
+        (lambda c: c["rows"][2].update(n=True), r"rows\[2\].n is true, expected integer"),
+        (lambda c: c["header"].update(batch_size=0), "header.batch_size is 0, expected 1"),
+        (lambda c: c["rows"][2].update(score=0.123), r"score 0\.\d+, but the row in .* says 0.123000"),
+        (lambda c: c["rows"].pop(), r"has answers that .* has no row for"),
+    ],
+)
+def test_what_is_wrong_is_named(copy, change, says):
+    edit(copy, change)
+    with pytest.raises(ResultsError, match=says):
+        read_results(copy)
+
+
+def test_answers_that_lack_or_contradict_are_named(copy):
+    file = samples_path(copy)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(ResultsError, match=r"has 9 of the 10 answers of lab/text, mine, keep 0.025"):
+        read_results(copy)
+    file.write_text("".join([*lines, lines[5]]))  # a killed run may write one twice
+    assert len(read_results(copy).records) == len(lines) - 1
+    other = json.loads(lines[5]) | {"prediction": "another"}
+    file.write_text("".join([*lines, json.dumps(other) + "\n"]))
+    with pytest.raises(ResultsError, match="two answers that differ to one question"):
+        read_results(copy)
+    file.write_text("".join([*lines[:9], lines[9][:30] + "\n", *lines[10:]]))
+    with pytest.raises(ResultsError, match=r"line 10 of .* is cut off or damaged"):
+        read_results(copy)

@@ -1,0 +1,361 @@
+"""The scorer by itself and as the pruner `grip`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import gripvlm
+from gripvlm.errors import GripError, InputError, PrunerError
+from gripvlm.grip.pruner import Grip
+from gripvlm.grip.scorer import FORMAT, ModelFingerprint, Scorer, ScorerConfig, ScorerError, coordinates
+from tiny_families import build, make
+from tiny_models import llava_inputs, tiny_llava
+
+WIDTH = 48
+
+
+def scorer_of(model=None, seed: int = 0, **changes) -> Scorer:
+    """A small scorer whose every weight matters: the budget's too, which start at zero."""
+    torch.manual_seed(seed)
+    features = WIDTH if model is None else model.get_input_embeddings().weight.shape[1]
+    config = ScorerConfig(features, **{"width": 32, "blocks": 2, "heads": 2, **changes})
+    scorer = Scorer(config, None if model is None else ModelFingerprint.of(model))
+    with torch.no_grad():
+        for name, weight in scorer.named_parameters():
+            if ".film." in name or name == "score.weight":
+                weight.normal_(std=0.3)
+    return scorer.eval()
+
+
+def one(scorer: Scorer, features, grid, fraction, question):
+    """[n] logits of one image, unpadded."""
+    asked = None if question is None else question[None]
+    return scorer(features[None], coordinates(len(features), grid)[None], torch.tensor([fraction]), question=asked)[0]
+
+
+@torch.no_grad()
+def test_a_padded_batch_equals_its_images_one_by_one():
+    scorer = scorer_of()
+    grids = [(4, 4), None, (3, 7), (1, 1)]
+    sizes, lengths, fractions = [16, 9, 21, 1], [5, 0, 11, 2], [0.25, 0.5, 0.1, 1.0]
+    features = [torch.randn(n, WIDTH) for n in sizes]
+    words = [torch.randn(t, WIDTH) for t in lengths]
+    n, t = max(sizes), max(lengths)
+    wide = torch.full((4, n, WIDTH), 7.0)  # rubbish in the padding must not leak
+    asked = torch.full((4, t, WIDTH), -3.0)
+    places = torch.full((4, n, 2), 5.0)
+    for i in range(4):
+        wide[i, : sizes[i]], asked[i, : lengths[i]] = features[i], words[i]
+        places[i, : sizes[i]] = coordinates(sizes[i], grids[i])
+    valid = torch.arange(n) < torch.tensor(sizes)[:, None]
+    real = torch.arange(t) < torch.tensor(lengths)[:, None]
+    logits = scorer(wide, places, torch.tensor(fractions), valid, asked, real)
+    assert logits.dtype == torch.float32
+    assert (logits[~valid] == -torch.inf).all()
+    for i in range(4):
+        alone = one(scorer, features[i], grids[i], fractions[i], words[i])
+        assert alone.shape == (sizes[i],)
+        assert torch.allclose(logits[i, : sizes[i]], alone, atol=1e-5)
+    assert logits[0, :16].std() > 0.01
+
+
+def test_coordinates_are_centres_in_raster_order():
+    assert torch.equal(coordinates(4, (2, 2)), torch.tensor([[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]))
+    assert torch.equal(coordinates(2, None), torch.tensor([[0.5, 0.25], [0.5, 0.75]]))
+
+
+@torch.no_grad()
+def test_everything_it_is_told_changes_its_mind():
+    scorer, features, words = scorer_of(), torch.randn(12, WIDTH), torch.randn(4, WIDTH)
+    base = one(scorer, features, (3, 4), 0.25, words)
+    for other in (
+        one(scorer, features + torch.randn(12, WIDTH), (3, 4), 0.25, words),
+        one(scorer, features, (4, 3), 0.25, words),
+        one(scorer, features, None, 0.25, words),
+        one(scorer, features, (3, 4), 0.05, words),
+        one(scorer, features, (3, 4), 0.25, torch.randn(4, WIDTH)),
+        one(scorer, features, (3, 4), 0.25, words.flip(0)),
+        one(scorer, features, (3, 4), 0.25, words[:0]),
+    ):
+        assert (base - other).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_budget_starts_without_effect_and_can_be_left_out():
+    features, words = torch.randn(12, WIDTH), torch.randn(4, WIDTH)
+    torch.manual_seed(0)
+    fresh = Scorer(ScorerConfig(WIDTH, 32, 2, 2))
+    assert torch.equal(one(fresh, features, None, 0.5, words), one(fresh, features, None, 0.01, words))
+    blind = scorer_of(budget=False)
+    assert torch.equal(one(blind, features, None, 0.5, words), one(blind, features, None, 0.01, words))
+    assert not any("film" in name or "budget" in name for name in blind.state_dict())
+
+
+def test_the_budget_is_learnt_from_the_first_step():
+    scorer = Scorer(ScorerConfig(WIDTH, 32, 2, 2))
+    one(scorer, torch.randn(6, WIDTH), None, 0.5, torch.randn(3, WIDTH)).square().sum().backward()
+    assert all(block.film.weight.grad.abs().sum() > 0 for block in scorer.blocks)
+
+
+@torch.no_grad()
+def test_without_the_question():
+    scorer, features = scorer_of(question=False), torch.randn(12, WIDTH)
+    plain = one(scorer, features, None, 0.5, None)
+    assert torch.equal(plain, one(scorer, features, None, 0.5, torch.randn(4, WIDTH)))
+    with pytest.raises(InputError, match="reads the question"):
+        one(scorer_of(), features, None, 0.5, None)
+
+
+def test_sizes_that_cannot_be():
+    for sizes in ({"width": 30, "heads": 4}, {"blocks": 0}, {"width": 0}):
+        with pytest.raises(InputError, match="heads must divide width"):
+            ScorerConfig(WIDTH, **sizes)
+
+
+@pytest.mark.parametrize("question", [True, False])
+@pytest.mark.parametrize("budget", [True, False])
+def test_flops_are_those_that_torch_counts(question, budget):
+    scorer = scorer_of(question=question, budget=budget, blocks=3)
+    n, t = 20, 7
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the fused one of CPUs
+    with plain, FlopCounterMode(display=False) as counter:
+        one(scorer, torch.randn(n, WIDTH), (4, 5), 0.5, torch.randn(t, WIDTH) if question else None)
+    assert scorer.flops(n, t) == counter.get_total_flops()
+    assert scorer.parameters_count == sum(weight.numel() for weight in scorer.state_dict().values())
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_saved_and_loaded_it_is_the_same(model, tmp_path):
+    scorer = scorer_of(model)
+    scorer.notes = {"stage": "grpo", "steps": 7}
+    scorer.train()
+    scorer.save_pretrained(tmp_path / "a" / "b")
+    loaded = Scorer.from_pretrained(tmp_path / "a" / "b")
+    assert (loaded.config, loaded.base, loaded.notes) == (scorer.config, scorer.base, scorer.notes)
+    assert not loaded.training
+    assert loaded.state_dict().keys() == scorer.state_dict().keys()
+    assert all(torch.equal(value, scorer.state_dict()[name]) for name, value in loaded.state_dict().items())
+    features, words = torch.randn(9, WIDTH), torch.randn(3, WIDTH)
+    assert torch.equal(one(loaded, features, None, 0.3, words), one(scorer, features, None, 0.3, words))
+    assert {file.name for file in (tmp_path / "a" / "b").iterdir()} == {"scorer.json", "scorer.safetensors"}
+
+
+def test_the_hub_gives_back_what_was_pushed(model, tmp_path, monkeypatch):
+    """Against a stand-in for the hub that keeps files in a folder: there is no network in tests."""
+    import huggingface_hub
+
+    hub, asked = tmp_path / "hub", []
+
+    class Api:
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            asked.append((repo_id, private, exist_ok))
+            (hub / repo_id).mkdir(parents=True)
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+            return f"https://hub/{repo_id}: {commit_message}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, revision: str(hub / name / file))
+    scorer = scorer_of(model)
+    said = scorer.push_to_hub("me/grip", private=True, commit_message="first")
+    assert said == "https://hub/me/grip: first"
+    assert asked == [("me/grip", True, True)]
+    again = Grip.from_pretrained("me/grip", revision="main").module
+    assert again.digest() == scorer.digest()
+    assert again.base == scorer.base
+
+
+def test_a_scorer_without_a_model_loads_and_may_not_prune(model, inputs, tmp_path):
+    scorer_of().save_pretrained(tmp_path)
+    grip = Grip.from_pretrained(tmp_path)
+    assert grip.module.base is None
+    with pytest.raises(PrunerError, match="never trained"):
+        gripvlm.prune_inputs(model, inputs, grip, 4)
+
+
+def broken(folder, what: str) -> None:
+    about = json.loads((folder / "scorer.json").read_text())
+    if what == "format":
+        about["format"] = "gripvlm.grip.scorer/99"
+    elif what == "width":
+        about["scorer"]["width"] = 64
+    (folder / "scorer.json").write_text(
+        "{no" if what == "json" else "[1]" if what == "list" else json.dumps(about), encoding="utf-8"
+    )
+    if what == "damaged":
+        (folder / "scorer.safetensors").write_bytes(b"abc")
+    elif what in ("scorer.json", "scorer.safetensors"):
+        (folder / what).unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("format", f"format 'gripvlm.grip.scorer/99', this gripvlm reads '{FORMAT}'"),
+        ("list", "format None"),
+        ("json", "scorer.json is not JSON"),
+        ("width", "does not fit"),
+        ("damaged", "scorer.safetensors is damaged"),
+        ("scorer.json", "holds no scorer: scorer.json missing"),
+        ("scorer.safetensors", "holds no scorer: scorer.safetensors missing"),
+    ],
+)
+def test_a_bad_folder_is_said_to_be_one(tmp_path, what, said):
+    scorer_of().save_pretrained(tmp_path)
+    broken(tmp_path, what)
+    with pytest.raises(ScorerError) as caught:
+        Scorer.from_pretrained(tmp_path)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "nowhere", "a/b/c", "no one/no*thing"])
+def test_no_such_folder(name):
+    with pytest.raises(ScorerError, match="no scorer"):
+        Scorer.from_pretrained(name)
+
+
+# --- the base model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_same_model_in_another_dtype_passes(model, dtype):
+    ModelFingerprint.of(model).check(copy.deepcopy(model).to(dtype))
+
+
+def test_other_models_are_refused(model):
+    base = ModelFingerprint.of(model)
+    base.check(model)
+    with pytest.raises(ScorerError, match="with other weights"):
+        base.check(tiny_llava(seed=1))
+    with pytest.raises(ScorerError, match="internvl"):
+        base.check(build("internvl"))
+    changed = copy.deepcopy(model)
+    changed.resize_token_embeddings(100)
+    with pytest.raises(ScorerError, match="99 x 48"):
+        base.check(changed)
+    with torch.no_grad():
+        changed = copy.deepcopy(model)
+        changed.get_input_embeddings().weight[98] *= 1.05  # the last row is one of those compared
+    with pytest.raises(ScorerError, match="with other weights"):
+        base.check(changed)
+
+
+def test_another_width_is_refused(model):
+    wide = copy.deepcopy(model)
+    wide.set_input_embeddings(torch.nn.Embedding(99, 64))
+    with pytest.raises(ScorerError, match="99 x 64"):
+        ModelFingerprint.of(model).check(wide)
+
+
+# --- as a pruner --------------------------------------------------------------------------------------------------
+
+
+class Spy(Scorer):
+    """Notes the logits it gives, image by image, without padding."""
+
+    def forward(self, *args, **kwargs):
+        logits = super().forward(*args, **kwargs)
+        self.__dict__.setdefault("seen", []).extend(row[row.isfinite()] for row in logits)
+        return logits
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next"])
+@pytest.mark.parametrize("keep", [3, 0.25])
+def test_grip_keeps_exactly_the_scorers_highest(family, keep):
+    model = build(family)
+    batch = make(family_of(family), [1, 2], [7, 9])
+    spy = scorer_of(model)
+    spy.__class__ = Spy
+    with gripvlm.prune(model, Grip(module=spy), keep=keep) as record:
+        model.generate(**batch.inputs, max_new_tokens=2, do_sample=False)
+    chosen = [selection for sample in record.selections for selection in sample]
+    assert [s.n for s in chosen] == [n for sample in batch.sizes for n in sample]
+    assert len(spy.seen) == len(chosen)
+    for selection, logits in zip(chosen, spy.seen, strict=True):
+        assert selection.k == (keep if isinstance(keep, int) else max(1, int(keep * selection.n + 0.5)))
+        assert len(logits) == selection.n
+        best = sorted(range(selection.n), key=lambda i: (-float(logits[i]), i))[: selection.k]
+        assert selection.indices.tolist() == sorted(best)
+
+
+def family_of(name: str):
+    from tiny_families import TINY
+
+    return TINY[name]
+
+
+@torch.no_grad()
+def test_the_question_reaches_the_scorer(model, inputs):
+    """Grip's logits are the scorer's, given the prompt's own words and the share that is kept."""
+    spy = scorer_of(model)
+    spy.__class__ = Spy
+    gripvlm.prune_inputs(model, inputs, Grip(module=spy), 4)
+    first = [logits.clone() for logits in spy.seen]
+    tokens = gripvlm.visual_tokens(model, inputs)
+    for i, mine in enumerate(token for sample in tokens for token in sample):
+        assert torch.allclose(one(spy, mine.features, (4, 4), 4 / 16, mine.question), first[i], atol=1e-5)
+    spy.seen.clear()
+    gripvlm.prune_inputs(model, inputs, Grip(module=spy), 4, question=[[5, 6, 7], [8, 9]])
+    assert not torch.allclose(spy.seen[0], first[0], atol=1e-3)
+
+
+def test_grip_by_name_and_from_a_folder(model, inputs, tmp_path):
+    folder = tmp_path / "a grip"
+    scorer_of(model).save_pretrained(folder)
+    by_name = gripvlm.get_pruner(f"grip:scorer={folder}")
+    loaded = Grip.from_pretrained(folder)
+    assert isinstance(by_name, Grip)
+    assert by_name.needs == {"features", "question"}
+    assert str(folder) in repr(loaded)
+    kept = []
+    for pruner in (by_name, loaded, f"grip:scorer={folder}"):
+        _, record = gripvlm.prune_inputs(model, inputs, pruner, 5, return_record=True)
+        kept.append([s.indices.tolist() for sample in record.selections for s in sample])
+    assert kept[0] == kept[1] == kept[2]
+    assert gripvlm.Grip is Grip
+
+
+def test_grip_without_the_question_does_not_ask_for_it(model, inputs):
+    grip = Grip(module=scorer_of(model, question=False))
+    assert grip.needs == {"features"}
+    assert gripvlm.prune_inputs(model, inputs, grip, 5)["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+
+
+def test_grip_refuses_another_model_before_anything_runs(model):
+    grip = Grip(module=scorer_of(tiny_llava(seed=1)))
+    with (
+        pytest.raises(ScorerError, match=r"with other weights.*gripvlm train --model"),
+        gripvlm.prune(model, grip, keep=4),
+    ):
+        pytest.fail("the block was entered")
+    with pytest.raises(GripError, match="other weights"):
+        gripvlm.prune_inputs(model, llava_inputs([1], [5]), grip, 4)
+    with pytest.raises(ScorerError, match="type a folder that exists"):
+        gripvlm.get_pruner("grip:scorer=/nowhere/x")
+
+
+def test_a_model_is_compared_once_and_again_when_it_was_written_to(monkeypatch):
+    """The comparison reads dozens of weights, which every call would pay."""
+    vlm, asked, before = tiny_llava(seed=3), [], ModelFingerprint.check
+    monkeypatch.setattr(ModelFingerprint, "check", lambda self, model: asked.append(model) or before(self, model))
+    grip = Grip(module=scorer_of(vlm))
+    for _ in range(3):
+        gripvlm.prune_inputs(vlm, llava_inputs([1], [5]), grip, 4)
+    assert len(asked) == 1
+    with torch.no_grad():
+        vlm.get_input_embeddings().weight.mul_(3.0)
+    with pytest.raises(ScorerError, match="other weights"):
+        gripvlm.prune_inputs(vlm, llava_inputs([1], [5]), grip, 4)
+    with pytest.raises(ScorerError, match="other weights"):
+        gripvlm.prune_inputs(tiny_llava(seed=1), llava_inputs([1], [5]), grip, 4)

@@ -1,0 +1,380 @@
+"""Pruners inside the language model: published schedules, and each against its formula in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_zoo_vision import cls, made, scaled
+from torch import Tensor
+
+import second
+from gripvlm.engine.outputs import checked_selection
+from gripvlm.engine.request import checked_schedule
+from gripvlm.errors import BudgetError, PrunerError
+from gripvlm.pruners import LLMPruner, get_pruner, list_pruners
+from gripvlm.pruners.input.mustdrop import MustDrop
+from gripvlm.pruners.llm.dart import DART
+from gripvlm.pruners.llm.fastv import FastV
+from gripvlm.pruners.llm.mustdrop_llm import MustDropLLM
+from gripvlm.pruners.llm.ptp import PTP
+from gripvlm.pruners.llm.pumer import PuMer
+from gripvlm.pruners.llm.pyramiddrop import PyramidDrop
+from gripvlm.pruners.llm.sparsevlm import SparseVLM, raters
+from gripvlm.pruners.llm.vscan import VScan
+from gripvlm.pruners.llm_base import average
+from gripvlm.pruners.ops.clusters import density_peaks
+from gripvlm.pruners.ops.depths import at_depths
+from gripvlm.pruners.ops.matching import soft_matching
+from gripvlm.types import LLMTokens, Selection, VisualTokens
+from second import falling
+
+IN_LAYERS = sorted(row.name for row in list_pruners() if row.stage == "llm")
+
+
+def entering(h: int, w: int, keep: int, seed: int = 0, words: int = 4, dropped: int = 0, ahead: int = 0) -> LLMTokens:
+    """Random tokens as they enter a layer, after the first `dropped` of the image were dropped.
+
+    The first `ahead` words are ahead of the image and see nothing of it.
+    """
+    known = made(h, w, keep, seed)
+    generator = torch.Generator().manual_seed(seed + 1000)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows = torch.arange(dropped, h * w)
+    n = rows.numel()
+    question = randn(2, words, n).softmax(-1)
+    question[:, :ahead] = 0
+    return LLMTokens(
+        layer=2,
+        keep=keep,
+        rows=rows,
+        input=VisualTokens(known.features, keep, (h, w), vision=known.vision),
+        hidden=randn(n, 6),
+        last=randn(2, n).softmax(-1),
+        question=question,
+        text=randn(words, 6),
+        after=torch.arange(words) >= ahead,
+        words=randn(words, 6),
+        keys=randn(n, 5),
+        key_sizes=randn(n).abs(),
+        text_key_sizes=randn(words).abs(),
+        norm=lambda states: states * torch.tensor([3.0, 1, 1, 0.5, 1, 2]),
+    )
+
+
+def drawn(data, grid: tuple[int, int], seed: int, words: int = 4) -> LLMTokens:
+    """Some words ahead of the image, and at least one after it."""
+    n = grid[0] * grid[1]
+    dropped, ahead = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, words - 1))
+    return entering(*grid, data.draw(st.integers(1, n - dropped)), seed, words, dropped, ahead)
+
+
+def said(tokens: LLMTokens) -> list[int]:
+    """The words after the image."""
+    assert tokens.after is not None
+    return tokens.after.nonzero().flatten().tolist()
+
+
+def agrees(tokens: LLMTokens, selection: Selection | Tensor | tuple, groups: dict[int, list[int]]) -> None:
+    """Each key of `groups` is kept, as the mean of the hidden states of its group."""
+    assert isinstance(selection, Selection)
+    assert tokens.hidden is not None
+    checked_selection("x", selection, tokens.n, tokens.keep, torch.device("cpu"), "here")
+    assert selection.indices.tolist() == sorted(groups)
+    rows, x = tokens.hidden.double()[selection.indices], tokens.hidden.double()
+    if selection.merge is not None:
+        touched = selection.merge.destination.unique()
+        rows[touched] = 0
+        weights = selection.merge.weight.double()[:, None]
+        rows.index_add_(0, selection.merge.destination, weights * x[selection.merge.source])
+    want = torch.stack([x[sorted(groups[i])].mean(0) for i in sorted(groups)])
+    torch.testing.assert_close(rows, want, atol=1e-5, rtol=1e-5)
+
+
+def head_mean(attention: Tensor | None, rows: list[int] | None = None) -> list[float]:
+    """[n] mean over heads and the given query rows."""
+    assert attention is not None
+    values = attention.double().mean(0)
+    return (values if rows is None else values[rows].mean(0)).tolist()
+
+
+GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+# --- what all must do ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", IN_LAYERS)
+@settings(max_examples=30, deadline=None)
+@given(st.data(), st.integers(1, 700), st.sampled_from([5, 12, 28, 32, 80]))
+def test_schedules_pay_for_what_was_asked(name, data, n, layers):
+    keep = data.draw(st.integers(1, n))
+    pruner = get_pruner(name)
+    assert isinstance(pruner, LLMPruner)
+    tokens = VisualTokens(torch.zeros(n, 1), keep)
+    try:
+        plan = checked_schedule(pruner, tokens, layers)
+    except BudgetError as error:
+        least = int(str(error).split("type keep=")[1].split(" ")[0])
+        assert keep < least <= n  # and what it says to type does work
+        checked_schedule(pruner, VisualTokens(torch.zeros(n, 1), least), layers)
+    else:
+        assert average(n, plan, layers) == pytest.approx(keep, abs=0.5)
+
+
+@pytest.mark.parametrize("name", IN_LAYERS)
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([(0, 0), (1, 0), (1, 1), (4, 2), (4, 4)]), st.data())
+def test_exactly_k_and_repeatable(name, grid, seed, words, data):
+    n = grid[0] * grid[1]
+    tokens = entering(*grid, data.draw(st.integers(1, n)), seed, words[0], ahead=words[1])
+    pruner = get_pruner(name)
+    assert isinstance(pruner, LLMPruner)
+    one, two = pruner.select_at_layer(2, tokens), pruner.select_at_layer(2, tokens)
+    assert isinstance(one, Selection)
+    assert isinstance(two, Selection)
+    assert torch.equal(one.indices, two.indices)
+    checked_selection(name, one, n, tokens.keep, torch.device("cpu"), "here")
+    if tokens.keep == n:
+        assert one.indices.tolist() == list(range(n))
+
+
+# --- published schedules -------------------------------------------------------------------------
+
+
+def test_published_schedules():
+    assert [FastV().schedule(576, k, 32) for k in (192, 128, 64)] == [{2: 166}, {2: 98}, {2: 30}]
+    assert [FastV(3).schedule(576, k, 32) for k in (192, 128, 64)] == [{3: 152}, {3: 82}, {3: 11}]
+    assert average(576, {8: 288, 16: 144, 24: 72}, 32) == 270
+    assert PyramidDrop().schedule(576, 270, 32) == {8: 288, 16: 144, 24: 72}
+    assert list(SparseVLM().schedule(576, 192, 32)) == [3, 7, 16]  # what it costs: test_authors_choices.py
+    assert VScan().schedule(576, 64, 32) == {0: 96, 16: 32}
+    assert DART().schedule(576, 192, 32) == {2: 166}
+    assert list(PuMer().schedule(576, 250, 12)) == [3, 6, 9]
+    # wiping everything after layer 24 (TwigVLM): (M K + R (24 - K)) / L with K = 2
+    assert [(576 * 2 + r * 22) / 32 for r in (227, 134, 41)] == pytest.approx([192, 128, 64], abs=0.3)
+
+
+def test_cuts_keep_their_relative_depth():
+    assert at_depths((8, 16, 24), 32, 32) == [8, 16, 24]
+    assert at_depths((8, 16, 24), 32, 28) == [7, 14, 21]
+    assert at_depths((2, 6, 15), 32, 5) == [1, 2, 3]
+    assert at_depths((2, 6, 15), 32, 2) == [1]
+    assert at_depths((2, 5, 8), 12, 32) == [5, 13, 21]
+
+
+# --- what each one computes ----------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.data())
+def test_last_token_rankings(grid, seed, data):
+    tokens = drawn(data, grid, seed)
+    best = {i: [i] for i in falling(head_mean(tokens.last))[: tokens.keep]}
+    for pruner in (FastV(), PyramidDrop(), VScan()):
+        agrees(tokens, pruner.select_at_layer(2, tokens), best)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 16), st.integers(0, 99), st.data())
+def test_density_peaks_follow_the_definition(m, seed, data):
+    clusters = data.draw(st.integers(1, m))
+    x = torch.randn(m, 4, generator=torch.Generator().manual_seed(seed))
+    centres, to = density_peaks(x, clusters)
+    assert (centres.tolist(), to.tolist()) == second.peaks(x, clusters)
+
+
+def test_density_peaks_find_clusters():
+    x = torch.tensor([[0.0, 0], [0.1, 0], [0, 0.1], [9, 9], [9.1, 9], [9, 9.1]])
+    centres, to = density_peaks(x, 2)
+    assert (centres.tolist(), to.tolist()) == ([0, 3], [0, 0, 0, 1, 1, 1])
+    assert density_peaks(1000 * x, 2)[0].tolist() == [0, 3]  # where densities underflow
+
+
+def test_density_counts_as_many_neighbours_as_clusters():
+    """Two clusters, so each row and its nearest: exp(-0.1^2 / 2) for the pair, exp(-1 / 2) for 0, 1 and 2.
+
+    10 is densest, 0 the first of the others, 10 away from it. Over all five rows 2 and 1 would be densest.
+    """
+    x = torch.tensor([[0.0], [1], [2], [10], [10.1]])
+    assert density_peaks(x, 2)[0].tolist() == [0, 3]
+
+
+def test_sparsevlm_raters():
+    """Two tokens, three words: shares by softmax over the words, those above the mean rate."""
+    visual, text = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[2.0, 0], [0, 1], [0, 0]])
+    shares = [
+        (math.exp(2) / (math.exp(2) + 2) + 1 / (2 + math.e)) / 2,
+        (1 / (math.exp(2) + 2) + math.e / (2 + math.e)) / 2,
+        (1 / (math.exp(2) + 2) + 1 / (2 + math.e)) / 2,
+    ]
+    assert [round(share, 3) for share in shares] == [0.499, 0.341, 0.159]
+    assert raters(visual, text).tolist() == [True, True, False]
+    assert raters(visual, text[:1]).tolist() == [True]
+    assert raters(visual, torch.ones(3, 2)).tolist() == [True] * 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.0, 0.3, 1.0]), st.data())
+def test_sparsevlm_follows_the_formula(grid, seed, recycle, data):
+    """Raters are words after the image, chosen over all of its rows, also where the first ones are gone."""
+    tokens = drawn(data, grid, seed)
+    n, k = tokens.n, tokens.keep
+    pruner = SparseVLM(recycle=recycle, cluster=2)
+    assert tokens.hidden is not None
+    assert tokens.words is not None
+    chosen = second.raters(tokens.input.features, tokens.words[said(tokens)])
+    score = head_mean(tokens.question, [said(tokens)[i] for i in chosen])
+    fits = [s for s in range(1, k) if s + (int(recycle * (n - s)) + 1) // 2 + 1 == k] if recycle else []
+    s = max(fits, default=k)
+    groups = second.sparsevlm(score, tokens.hidden, s, int(recycle * (n - s)) + 1, k - s)
+    agrees(tokens, pruner.select_at_layer(2, tokens), groups)
+
+
+def test_sparsevlm_parts_as_published():
+    """300 of 576 at the first cut: 83 of 277 recycled into 9 clusters, and all that is kept adds up."""
+    for n, count in [(576, 300), (300, 200), (200, 110), (576, 66)]:
+        kept, recycled, clusters = SparseVLM().parts(n, count)
+        assert (recycled, clusters) == (int(0.3 * (n - kept)) + 1, (int(0.3 * (n - kept)) + 1) // 10 + 1)
+        assert kept + clusters == count
+    assert SparseVLM().parts(10, 1) == (1, 0, 0)
+
+
+def test_soft_matching_by_hand():
+    keys = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.5, 1], [1, 0.2]])  # even places 0, 2, 4; odd 1, 3
+    # cosines: 0-1 0.995, 2-3 0.894, 4-1 0.9952
+    source, destination = soft_matching(keys, 2)
+    assert sorted(zip(source.tolist(), destination.tolist(), strict=True)) == [(0, 1), (4, 1)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from(["score", "raster"]), st.sampled_from([0.0, 0.1, 1.0]), st.data())
+def test_pumer_follows_the_rule(grid, seed, order, prune, data):
+    tokens = drawn(data, grid, seed)
+    n, k, keys = tokens.n, tokens.keep, tokens.keys
+    assert keys is not None
+    most = k - 1 if order == "score" else k  # in falling order the best token stays
+    merged = min(most, math.floor((n - k) * 0.3 / (prune + 0.3) + 0.5))
+    groups = second.pumer(head_mean(tokens.question, said(tokens)), keys, n - k - merged, merged, order)
+    agrees(tokens, PuMer(prune=prune, order=order).select_at_layer(2, tokens), groups)
+
+
+def test_pumer_never_merges_the_best_token_away():
+    """All keys alike: the pairs that are merged are those ahead in the order of c, but for the first."""
+    tokens = entering(3, 3, 5, words=2)
+    object.__setattr__(tokens, "keys", torch.ones(9, 5))
+    best = falling(head_mean(tokens.question, [0, 1]))
+    found = PuMer(prune=0.0, merge=1.0).select_at_layer(3, tokens)
+    assert best[0] in found.indices.tolist()
+    assert {*range(9)} - {*found.indices.tolist()} == {best[2], best[4], best[6], best[8]}
+    assert PuMer(prune=0.0, merge=1.0).merges(9, 4) == 3  # (7 - 1) // 2 of the 7 that two pruned leave
+    assert PuMer(prune=0.0, merge=1.0, order="raster").merges(9, 4) == 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.5, 1.1, 8.0]), st.sampled_from([0.0, 0.08, 0.5]), st.data())
+def test_mustdrop_filters_by_both_thresholds(grid, seed, ratio, keys, data):
+    """i falls through every value at which a token passes, g = ratio x i, until k are left."""
+    tokens = drawn(data, grid, seed)
+    n, k = tokens.n, tokens.keep
+    assert tokens.question is not None
+    a = tokens.question.double().mean(0)[said(tokens)].tolist()
+    total = [sum(row[v] for row in a) / sum(map(sum, a)) for v in range(n)]
+    peak = [max(row[v] for row in a) for v in range(n)]
+    fixed = set(falling(cls(tokens.input, -1))[: math.ceil(keys * grid[0] * grid[1])])
+    always = {v for v in range(n) if int(tokens.rows[v]) in fixed}
+    kept: set[int] = set()
+    for i in sorted({*peak, *(one / ratio for one in total)}, reverse=True):
+        passes = {v for v in range(n) if total[v] >= ratio * i * (1 - 1e-12) or peak[v] >= i}
+        kept = always & passes if len(always) >= k else always | passes
+        if len(kept) >= k:
+            break
+    pruner = MustDropLLM(ratio=ratio, keys=keys)
+    agrees(tokens, pruner.select_at_layer(2, tokens), {v: [v] for v in kept})
+    assert len(kept) == k
+
+
+def test_mustdrop_begins_in_the_vision_stage():
+    known = made(6, 6, 12)
+    ours, theirs = MustDropLLM().select(known), MustDrop().select(known)
+    assert torch.equal(ours.indices, theirs.indices)
+    assert MustDropLLM().schedule(576, 64, 32)[0] == 96
+    assert list(MustDropLLM().schedule(576, 64, 32)) == [0, 3, 7, 11, 15]
+
+
+@settings(max_examples=20, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.data())
+def test_dart_reads_keys_and_states(grid, seed, data):
+    tokens = drawn(data, grid, seed)
+    assert tokens.norm is not None
+    assert tokens.hidden is not None
+    assert tokens.text is not None
+    assert tokens.key_sizes is not None
+    assert tokens.text_key_sizes is not None
+    mine = said(tokens)
+    chosen = second.dart(
+        tokens.norm(tokens.hidden),
+        tokens.key_sizes.tolist(),
+        tokens.norm(tokens.text)[mine],
+        tokens.text_key_sizes[mine].tolist(),
+        tokens.keep,
+    )
+    agrees(tokens, DART().select_at_layer(2, tokens), {i: [i] for i in chosen})
+
+
+@pytest.mark.parametrize("spec", ["pumer", "mustdrop_llm:keys=0", "sparsevlm:recycle=0"])
+def test_without_text_after_the_image_the_last_token_decides(spec):
+    """Words ahead of it see nothing: their zeros must not leave the choice to the order of the raster."""
+    tokens = entering(3, 4, 5, words=3, ahead=3)
+    score = head_mean(tokens.last)
+    found = get_pruner(spec).select_at_layer(3, tokens)
+    assert found.scores is not None
+    assert falling(found.scores.tolist()) == falling(score)
+    if spec != "pumer":  # which merges too
+        assert found.indices.tolist() == sorted(falling(score)[:5])
+
+
+def test_without_text_after_the_image_dart_and_ptp_go_by_the_image():
+    tokens = entering(3, 4, 7, words=3, ahead=3)
+    assert tokens.norm is not None
+    assert tokens.hidden is not None
+    assert tokens.key_sizes is not None
+    alone = second.dart(tokens.norm(tokens.hidden), tokens.key_sizes.tolist(), tokens.hidden[:0], [], 7)
+    assert DART().select_at_layer(2, tokens).indices.tolist() == alone
+    assert PTP().select_at_layer(2, tokens).indices.tolist() == sorted(falling(cls(tokens.input, -2))[:7])
+
+
+@settings(max_examples=20, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.data())
+def test_ptp_weighs_saliency_and_instruction(grid, seed, alpha, data):
+    n = grid[0] * grid[1]
+    tokens = entering(*grid, data.draw(st.integers(1, n)), seed)
+    assert tokens.question is not None
+    heads = tokens.question.double().mean(0)
+    asked = scaled([max(float(heads[t, j]) for t in range(4)) for j in range(n)])
+    base = scaled(cls(tokens.input, -2))
+    f = [(1 - alpha) * b + alpha * c for b, c in zip(base, asked, strict=True)]
+    agrees(tokens, PTP(alpha).select_at_layer(2, tokens), {i: [i] for i in falling(f)[: tokens.keep]})
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("mustdrop_llm:ratio=0", "ratio=1.1"),
+        ("sparsevlm:recycle=2", "recycle=0.3"),
+        ("pumer:order=rank", "order=score"),
+        ("pumer:prune=0,merge=0", "not both 0"),
+        ("dart:pivots=0", "pivots=4"),
+        ("vscan:first=0.5", "first=1.5"),
+        ("ptp:alpha=2", "alpha=0.5"),
+        ("ptp:windows=0", "windows=4"),
+    ],
+)
+def test_what_they_refuse(spec, says):
+    with pytest.raises(PrunerError, match=says):
+        get_pruner(spec)

@@ -1,0 +1,361 @@
+"""Pruners of the vision tower's attention: each against its formula, in float64 and one step at a time."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import second
+from gripvlm.errors import PrunerError
+from gripvlm.pruners import get_pruner
+from gripvlm.pruners.input.dart_input import DARTInput
+from gripvlm.pruners.input.fastervlm import FasterVLM
+from gripvlm.pruners.input.fopru import FoPru
+from gripvlm.pruners.input.hiprune import HiPrune
+from gripvlm.pruners.input.hired import HiRED
+from gripvlm.pruners.input.mustdrop import MustDrop
+from gripvlm.pruners.input.prumerge import PruMerge
+from gripvlm.pruners.input.prumerge_plus import PruMergePlus
+from gripvlm.pruners.input.ptp_vision import PTPVision
+from gripvlm.pruners.input.visionzip import VisionZip
+from gripvlm.pruners.input.vispruner import VisPruner
+from gripvlm.pruners.input.vscan_vision import VScanVision
+from gripvlm.pruners.ops.apportion import apportion
+from gripvlm.types import Merge, Selection, VisionRows, VisualTokens
+from naive import cosine
+from second import falling
+
+GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+def made(h: int, w: int, k: int, seed: int = 0, image: int = 0) -> VisualTokens:
+    """Random tokens with random attention, keys and rows of the tower."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    vision = {
+        layer: VisionRows(randn(2, h * w).softmax(-1), randn(2, h * w).softmax(-1), randn(h * w, 5))
+        for layer in (0, 5, 8, -2, -1)
+    }
+    return VisualTokens(
+        randn(h * w, 6), k, (h, w), question=randn(3, 6), image=image, vision=vision, patches=randn(h * w, 7)
+    )
+
+
+def attention(values: list[float], layer: int = -2) -> dict[int, VisionRows]:
+    """One head that says just these numbers, as CLS attention and as attention received."""
+    row = torch.tensor([values])
+    return {layer: VisionRows(row, row, torch.zeros(len(values), 2))}
+
+
+def cls(tokens: VisualTokens, layer: int) -> list[float]:
+    rows = tokens.vision[layer].cls
+    assert rows is not None
+    return [sum(float(head[j]) for head in rows.double()) / len(rows) for j in range(tokens.n)]
+
+
+def received(tokens: VisualTokens, layer: int) -> list[float]:
+    return tokens.vision[layer].received.double().mean(0).tolist()
+
+
+def rows_of(tokens: VisualTokens, selection: Selection) -> Tensor:
+    """[k, d] rows that the language model gets, by the definition of a merge."""
+    rows = tokens.features.double()[selection.indices]
+    merge: Merge | None = selection.merge
+    if merge is not None:
+        for slot in set(merge.destination.tolist()):
+            mine = (merge.destination == slot).nonzero().flatten().tolist()
+            rows[slot] = sum(float(merge.weight[m]) * tokens.features[int(merge.source[m])].double() for m in mine)
+    return rows
+
+
+def agrees(tokens: VisualTokens, selection: Selection, expected: dict[int, Tensor]) -> None:
+    """The kept rows are the keys of `expected`, and hold its values."""
+    assert selection.indices.tolist() == sorted(expected)
+    want = torch.stack([expected[i].double() for i in sorted(expected)])
+    torch.testing.assert_close(rows_of(tokens, selection), want, atol=1e-5, rtol=1e-5)
+
+
+def drawn(data, grid: tuple[int, int], seed: int) -> VisualTokens:
+    return made(*grid, data.draw(st.integers(1, grid[0] * grid[1])), seed)
+
+
+# --- FasterVLM ----------------------------------------------------------------------------------
+
+
+def test_fastervlm_ranks_by_cls_attention():
+    tokens = made(4, 4, 5)
+    assert FasterVLM().select(tokens).indices.tolist() == sorted(falling(cls(tokens, -2))[:5])
+    ties = VisualTokens(torch.zeros(4, 2), 2, vision=attention([0.1, 0.3, 0.3, 0.3]))
+    assert FasterVLM().select(ties).indices.tolist() == [1, 2]
+    no_cls = VisualTokens(torch.zeros(3, 2), 1, vision={-2: VisionRows(torch.tensor([[0.1, 0.2, 0.7]]))})
+    assert FasterVLM().select(no_cls).indices.tolist() == [2]
+
+
+# --- VisionZip, VisPruner, PruMerge -------------------------------------------------------------
+
+
+def test_visionzip_published_budgets():
+    assert [VisionZip().counts(k) for k in (192, 128, 64)] == [(162, 30), (108, 20), (54, 10)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.0, 5 / 32, 0.5, 1.0]), st.data())
+def test_visionzip_follows_the_formula(grid, seed, share, data):
+    tokens = drawn(data, grid, seed)
+    n, k, keys = tokens.n, tokens.keep, tokens.vision[-2].keys
+    assert keys is not None
+    few = math.floor(share * k + 0.5)
+    dominant = falling(cls(tokens, -2))[: k - few]
+    rest = [i for i in range(n) if i not in dominant]
+    targets = [rest[i * (len(rest) // few)] for i in range(few)]
+    went: dict[int, list[int]] = {target: [] for target in targets}
+    for i in rest:
+        if targets and i not in targets:
+            went[max(targets, key=lambda t: cosine(keys[i], keys[t]))].append(i)
+    x = tokens.features.double()
+    expected = {i: x[i] for i in dominant}
+    for target, those in went.items():
+        expected[target] = (x[target] + sum(x[i] for i in those) / len(those)) / 2 if those else x[target]
+    agrees(tokens, VisionZip(share).select(tokens), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([1, 3, 8]), st.data())
+def test_vispruner_follows_the_rule(grid, seed, important, step, data):
+    tokens = drawn(data, grid, seed)
+    k, x = tokens.keep, tokens.patches
+    assert x is not None
+    expected = second.vispruner(cls(tokens, -2), x, k, important, step)
+    assert VisPruner(important, step).select(tokens).indices.tolist() == expected
+
+
+def test_vispruner_by_hand():
+    """Order 0..5; 4 repeats 3 and 2 repeats 5: of the even places (2, 4) the more alike goes first."""
+    x = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 1, 0.1], [0.5, 0, 1]])
+    tokens = VisualTokens(x, 4, vision=attention([0.6, 0.5, 0.4, 0.3, 0.2, 0.1]), patches=x)
+    # kept for attention: 0 1; rest 2 3 4 5: even places 2 4, odd 3 5; cos(4, 3) > cos(2, 5): 4, then of 2 3 5 ...
+    # ... even places 2 5, odd 3: cos(2, 3) = 0, cos(5, 3) = 0.32: 5 goes
+    assert VisPruner(step=1).select(tokens).indices.tolist() == [0, 1, 2, 3]
+
+
+def slow_prumerge(tokens: VisualTokens, uniform: float, neighbours: int, extra: bool) -> dict[int, Tensor]:
+    a, n, k = cls(tokens, -1), tokens.n, tokens.keep
+    keys, x = tokens.vision[-1].keys, tokens.features.double()
+    assert keys is not None
+    if k == n:
+        return dict(enumerate(x))
+    more = 1 if extra and 1 < k < n else 0
+    evenly = min(k - more - 1, math.floor(uniform * (k - more) + 0.5))
+    kept = falling(a)[: k - more - evenly]
+    others = [i for i in range(n) if i not in kept]
+    kept += [others[j * len(others) // evenly] for j in range(evenly)]
+    expected = {}
+    for i in kept:
+        near = sorted((j for j in range(n) if j != i), key=lambda j: -cosine(keys[i], keys[j]))[:neighbours]
+        expected[i] = (x[i] + sum(a[j] * x[j] for j in near)) / (1 + sum(a[j] for j in near))
+    if more:
+        dropped = [i for i in range(n) if i not in kept]
+        expected[falling(a, dropped)[0]] = sum(a[i] * x[i] for i in dropped) / sum(a[i] for i in dropped)
+    return expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0, 2, 32]), st.booleans(), st.booleans(), st.data())
+def test_prumerge_follows_the_formula(grid, seed, neighbours, extra, plus, data):
+    tokens = drawn(data, grid, seed)
+    pruner = (PruMergePlus if plus else PruMerge)(neighbours, extra)
+    agrees(tokens, pruner.select(tokens), slow_prumerge(tokens, 0.75 if plus else 0.0, neighbours, extra))
+
+
+def test_prumerge_counts_outliers():
+    values = [0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.9]  # quartiles 0.1175, 0.1525: above 0.205
+    assert PruMerge().count(VisualTokens(torch.zeros(8, 2), 1, vision=attention(values, -1))) == 1
+    assert PruMerge().count(VisualTokens(torch.zeros(8, 2), 1, vision=attention([0.125] * 8, -1))) == 1
+
+
+# --- HiRED, HiPrune, VScan, MustDrop -------------------------------------------------------------
+
+
+def test_hired_spends_where_the_thumbnail_looks():
+    """Thumbnail 4 x 4 over 2 x 2 tiles; of its 8 strongest tokens 4, 2, 2 and 0 lie in the tiles."""
+    early = torch.zeros(16)
+    early[[0, 1, 4, 5, 2, 3, 8]] = torch.tensor([9.0, 8, 7, 6, 5, 4, 3])  # tiles 0, 1, 2
+    early[9] = 2.0  # tile 2
+    tiles = [made(4, 4, 4, seed=i, image=i) for i in range(4)]
+    thumbnail = VisualTokens(torch.zeros(16, 2), 4, (4, 4), vision=attention(early.tolist(), 0))
+    shares = HiRED(layout=(2, 2)).allocate_budget([*tiles, thumbnail])
+    assert shares == [*apportion(10, [4, 2, 2, 0], [16] * 4), 10]  # floor(0.5 x 20) for the thumbnail
+    assert shares == [5, 2, 2, 1, 10]
+    assert HiRED().allocate_budget([*tiles, thumbnail]) == [4] * 5
+    with pytest.raises(PrunerError, match="means 4 tiles and a thumbnail, but this prompt has 3 items"):
+        HiRED(layout=(2, 2)).allocate_budget(tiles[:3])
+    tokens = made(3, 4, 5)
+    assert HiRED().select(tokens).indices.tolist() == sorted(falling(cls(tokens, -2))[:5])
+    assert (HiRED().vision_layers, get_pruner("hired:layout=(1,2)").vision_layers) == ((-2,), (0, -2))
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.data())
+def test_hiprune_follows_the_rule(grid, seed, alpha, data):
+    tokens = drawn(data, grid, seed)
+    chosen = second.hiprune(received(tokens, 8), received(tokens, -2), grid[1], tokens.keep, alpha)
+    assert HiPrune(alpha).select(tokens).indices.tolist() == chosen
+    deep = second.hiprune(received(tokens, 8), received(tokens, -1), grid[1], tokens.keep, alpha)
+    assert HiPrune(alpha, deep=-1).select(tokens).indices.tolist() == deep
+
+
+def test_hiprune_counts_as_python_rounds():
+    """75 x 0.1 / 5 = 1.5 is 2 anchors, 125 x 0.1 / 5 = 2.5 is 2; neighbours as the code takes them."""
+    for keep, anchors in ((74, 1), (75, 2), (125, 2), (126, 3)):
+        middle = torch.zeros(24 * 24)
+        middle[[300, 420, 540]] = torch.tensor([3.0, 2, 1])
+        vision = {8: VisionRows(middle[None]), -2: VisionRows(torch.linspace(1e-3, 0, 576)[None])}
+        kept = HiPrune().select(VisualTokens(torch.zeros(576, 1), keep, (24, 24), vision=vision)).indices.tolist()
+        around = {anchor + step for anchor in (300, 420, 540)[:anchors] for step in (0, -1, 1, -24, 24)}
+        assert kept == [*range(keep - 5 * anchors), *sorted(around)]  # registers are at the top
+    corner = {8: VisionRows(torch.tensor([[0.0, 0, 0, 1, 0, 0, 0, 0, 0]])), -2: VisionRows(torch.zeros(1, 9))}
+    tokens = VisualTokens(torch.zeros(9, 1), 5, (3, 3), vision=corner)
+    assert HiPrune(alpha=1.0).select(tokens).indices.tolist() == [0, 2, 3, 4, 6]  # 2 ends the row above
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([1, 2, 3]), st.data())
+def test_vscan_follows_the_rule(grid, seed, local, size, data):
+    tokens = drawn(data, grid, seed)
+    x = tokens.features.double()
+    went = second.vscan(cls(tokens, 5), cls(tokens, -2), x, grid, tokens.keep, local, size)
+    expected = {i: sum(x[j] for j in those) / len(those) for i, those in went.items()}
+    agrees(tokens, VScanVision(local, size).select(tokens), expected)
+    assert VScanVision(local, size, merge=False).select(tokens).merge is None
+
+
+def test_vscan_quota_is_equal_among_windows():
+    """24 x 24, k = 64: 32 local tokens, two from each of 16 windows."""
+    tokens = made(24, 24, 32)
+    indices = VScanVision(local=1.0).select(tokens).indices
+    window = indices // 24 // 6 * 4 + indices % 24 // 6
+    assert torch.bincount(window).tolist() == [2] * 16
+
+
+def test_mustdrop_merges_uniform_windows():
+    """Rows 0-2 of a 4 x 4 raster: the window at the top left is uniform, and becomes its centre, 5."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    window = [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    x[window] = torch.tensor([1.0, 0, 0, 0]) + 0.01 * torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    values = [0.01 * i for i in range(16)]
+    values[0] = 0.5  # lifts the window's mean to 0.1, above tokens 3 and 7 but not 11..15
+    tokens = VisualTokens(x, 6, (4, 4), vision=attention(values, -1))
+    mean = {5: x[window].double().mean(0)}
+    agrees(tokens, MustDrop(keys=0.0).select(tokens), {i: x[i] for i in range(11, 16)} | mean)
+    agrees(tokens, MustDrop(keys=0.05).select(tokens), {i: x[i] for i in (0, *range(11, 16))})  # 0 is always kept
+    agrees(tokens, MustDrop(tau=2.0, keys=0.0).select(tokens), {i: x[i] for i in (0, *range(11, 16))})
+    nine = VisualTokens(x, 9, (4, 4), vision=attention(values, -1))  # merging would leave 8
+    agrees(nine, MustDrop(keys=0.0).select(nine), {i: x[i] for i in (0, 8, 9, 10, *range(11, 16))})
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(3, 6), st.integers(3, 6), st.integers(0, 99), st.data())
+def test_mustdrop_follows_the_rule(h, w, seed, data):
+    tokens = made(h, w, data.draw(st.integers(1, h * w)), seed)
+    x, a, fixed = tokens.features.double(), cls(tokens, -1), falling(cls(tokens, -1))[: math.ceil(0.08 * h * w)]
+    alike = {}
+    for y0 in range(0, h - 2, 3):
+        for x0 in range(0, w - 2, 3):
+            cells = [(y0 + b) * w + x0 + c for b in range(3) for c in range(3)]
+            pairs = [cosine(x[i], x[j]) for i in cells for j in cells if i < j]
+            assert len(pairs) == 36
+            if not set(cells) & set(fixed):
+                alike[tuple(cells)] = sum(pairs) / 36
+    merged = [
+        cells for cells in sorted(alike, key=lambda c: -alike[c])[: (h * w - tokens.keep) // 8] if alike[cells] >= 0
+    ]
+    value = {i: a[i] for i in range(h * w)}
+    for cells in merged:
+        for i in cells:
+            del value[i]
+        value[cells[4]] = sum(a[i] for i in cells) / 9
+    chosen = sorted(sorted(value), key=lambda i: -value[i])[: tokens.keep]
+    means = {cells[4]: x[list(cells)].mean(0) for cells in merged}
+    agrees(tokens, MustDrop(tau=0.0).select(tokens), {i: means.get(i, x[i]) for i in chosen})
+
+
+# --- DART, PTP -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.integers(1, 4), st.integers(0, 4), st.data())
+def test_dart_follows_the_rule(grid, seed, pivots, words, data):
+    tokens = drawn(data, grid, seed)
+    x, text, k = tokens.features, tokens.question, tokens.keep
+    assert text is not None
+    sizes = [part.abs().sum(1).tolist() for part in (x, text)]
+    expected = second.dart(x, sizes[0], text, sizes[1], k, pivots, words)
+    assert DARTInput(pivots, words).select(tokens).indices.tolist() == expected
+
+
+def scaled(values: list[float]) -> list[float]:
+    low, high = min(values), max(values)
+    return [(one - low) / (high - low) if high > low else 0.0 for one in values]
+
+
+def test_ptp_shares_among_tiles():
+    tiles = [made(3, 3, 4, seed=i, image=i) for i in range(3)]
+    weights = [sum(scaled(cls(tile, -2))) / 9 for tile in tiles]
+    assert PTPVision().allocate_budget(tiles) == apportion(12, weights, [9] * 3)
+    means = [tile.features.double().mean(0) for tile in tiles]
+    towards = [math.exp(cosine(mean, means[2])) for mean in means]
+    assert PTPVision("global_similarity").allocate_budget(tiles) == apportion(12, towards, [9] * 3)
+    best = sorted(falling(cls(tiles[0], -2))[:4])
+    assert PTPVision().select(tiles[0]).indices.tolist() == best
+    with pytest.raises(PrunerError, match="region_rule='mean'"):
+        PTPVision("mean")
+
+
+@settings(max_examples=25, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.integers(2, 3), st.data())
+def test_ptp_windows_follow_the_rule(grid, seed, side, data):
+    tokens = drawn(data, grid, seed)
+    (h, w), b = grid, scaled(cls(tokens, -2))
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i in range(h * w):
+        groups.setdefault((i // w // math.ceil(h / side), i % w // math.ceil(w / side)), []).append(i)
+    means = [sum(b[i] for i in group) / len(group) for group in groups.values()]
+    sizes = [len(group) for group in groups.values()]
+    shares = apportion(tokens.keep, means, sizes, least=int(tokens.keep >= len(groups)))
+    chosen = [i for group, share in zip(groups.values(), shares, strict=True) for i in falling(b, group)[:share]]
+    assert PTPVision(windows=side).select(tokens).indices.tolist() == sorted(chosen)
+
+
+@pytest.mark.parametrize("pruner", [FasterVLM(), FoPru(), PTPVision(), HiRED()])
+def test_one_ranking_serves_every_budget(pruner):
+    sets = [set(pruner.select(made(4, 4, k)).indices.tolist()) for k in range(1, 17)]
+    assert all(few < many for few, many in pairwise(sets))
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("fopru:strategy=column", "strategy='column' is unknown"),
+        ("visionzip:contextual=2", "contextual=2 must be in"),
+        ("vispruner:step=0", "step=8, at least 1"),
+        ("prumerge:uniform=2", "uniform=0.75"),
+        ("hired:layout=(0,2)", "rows and columns"),
+        ("hiprune:alpha=2", "alpha=0.1"),
+        ("mustdrop:keys=3", "keys=0.08"),
+        ("vscan_vision:window=0", "window=6"),
+        ("dart_input:pivots=0", "pivots=4"),
+        ("ptp_vision:windows=0", "windows=4"),
+    ],
+)
+def test_what_they_refuse(spec, says):
+    with pytest.raises(PrunerError, match=says):
+        get_pruner(spec)
