@@ -239,7 +239,7 @@ def gather(
                     image=image,
                     key=item.key,
                     vision=item.vision,
-                    patches=item.states,
+                    patches=item.patches,
                     groups=item.groups,
                 )
             )

@@ -107,7 +107,7 @@ def encode(
         sizes = {name: [item.features.shape[0] for item in made] for name, made in items.items()}
         for name, rows in share_out(model, family.vision, inputs, sizes, asked, notes).items():
             pairs = zip(items[name], rows, strict=True)
-            items[name] = [replace(item, vision=vision, states=states) for item, (vision, states) in pairs]
+            items[name] = [replace(item, vision=vision, patches=patches) for item, (vision, patches) in pairs]
     shared = {name: _share_out(layout, name, made) for name, made in items.items()}
     samples = [tuple(item for name in shared for item in shared[name][b]) for b in range(len(layout.ids))]
     encoded = Encoded(family.model_type, tuple(samples), kinds, asked=asked)
@@ -268,8 +268,8 @@ def _full_positions(model: Any, layout: Layout, spans: Sequence[Sequence[Span]],
     seconds: list[float] = []
     for mine in spans:
         for span in mine:
-            if span.item.patches is not None:
-                told.setdefault(f"{span.item.modality}_grid_thw", []).append(span.item.patches)
+            if span.item.grid_thw is not None:
+                told.setdefault(f"{span.item.modality}_grid_thw", []).append(span.item.grid_thw)
             if span.item.seconds is not None:
                 seconds.append(span.item.seconds)
     if told and inputs.get("mm_token_type_ids") is None:
