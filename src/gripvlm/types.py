@@ -78,6 +78,10 @@ class VisualTokens:
         """Visual tokens of the image before pruning."""
         return self.features.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
 
 @dataclass(frozen=True, eq=False)
 class Merge:
@@ -212,6 +216,10 @@ class LLMTokens:
     def n(self) -> int:
         """Tokens of the image that are left."""
         return int(self.rows.numel())
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
 
     @property
     def sample(self) -> int:

@@ -91,7 +91,7 @@ def test_one_value_whatever_it_was_typed_as():
 
 
 def test_a_count_that_one_image_lacks_says_how_to_keep_all_of_it():
-    with pytest.raises(BudgetError, match=r"has only 9 visual tokens: type keep='<=64' to keep all of images that"):
+    with pytest.raises(BudgetError, match=r"has only 9 visual tokens: pass keep='<=64' to keep all of images that"):
         Budget(64).count(9)
 
 
