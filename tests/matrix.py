@@ -146,7 +146,8 @@ def seen(here: Case, pruner: Pruner, encoded: Any = None) -> list[list[VisualTok
     with torch.no_grad():
         encoded = here.encoded if encoded is None else encoded
         request, prompts = PruneRequest.of(here.model, pruner, 1.0), Prompts.of(here.model, here.inputs)
-        return gather_tokens(request, prompts, encoded, question_embeddings(request, prompts), DeferredChecks())
+        images = prompts.with_images(encoded)
+        return gather_tokens(request, images, question_embeddings(request, prompts), DeferredChecks())
 
 
 def few(most: int) -> list[int]:

@@ -253,7 +253,7 @@ def visual_tokens(
     embeddings = question_embeddings(request, prompts)
     if encoded is None:
         encoded = adapter.encode(prompts, request.family, request.needs)
-    tokens = gather_tokens(request, prompts, encoded, embeddings, checks)
+    tokens = gather_tokens(request, prompts.with_images(encoded), embeddings, checks)
     checks.raise_if_failed()
     return tokens
 

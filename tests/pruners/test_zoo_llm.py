@@ -12,7 +12,8 @@ from test_zoo_vision import cls, made, scaled
 from torch import Tensor
 
 import second
-from gripvlm.engine.outputs import checked_schedule, checked_selection
+from gripvlm.engine.llm_stage import checked_schedule
+from gripvlm.engine.outputs import checked_selection
 from gripvlm.errors import BudgetError, PrunerError
 from gripvlm.pruners import LLMPruner, get_pruner, list_pruners
 from gripvlm.pruners.input.mustdrop import MustDrop

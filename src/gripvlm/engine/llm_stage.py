@@ -12,19 +12,41 @@ import torch
 from torch import Tensor
 
 from gripvlm.engine.outputs import checked_selection
-from gripvlm.errors import InputError
+from gripvlm.errors import InputError, PrunerError
 from gripvlm.models.hooks.attention import last_norm, watch_attention
 from gripvlm.models.hooks.calls import one_run
 from gripvlm.models.hooks.llm_drop import drop_in_layers, no_labels
 from gripvlm.models.hooks.stages import Change, Dropped, Held
 from gripvlm.models.text import questions, words
 from gripvlm.pruners import LLMPruner
+from gripvlm.pruners.llm_base import average
 from gripvlm.types import LLMTokens, Selection, VisualTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LLMStage", "Merged"]
+__all__ = ["LLMStage", "Merged", "checked_schedule"]
+
+
+def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:
+    """Layer -> how many rows of one image it and those after it see, or a `PrunerError` that names the pruner."""
+    schedule = pruner.schedule(tokens.n, tokens.keep, layers)
+
+    def wrong(what: str) -> PrunerError:
+        where = f"image {tokens.image} of sample {tokens.sample}"
+        return PrunerError(f"pruner {pruner.name!r} on {where}: schedule {schedule} {what}")
+
+    if not isinstance(schedule, Mapping) or not all(isinstance(x, int) for pair in schedule.items() for x in pair):
+        raise wrong("must be a dict of ints, layer -> count")
+    if outside := [layer for layer in schedule if not 0 <= layer < layers]:
+        raise wrong(f"names layer {outside[0]}, but there are {layers}, from 0 to {layers - 1}")
+    counts = [tokens.n, *(schedule[layer] for layer in sorted(schedule))]
+    if counts[-1] < 1 or counts != sorted(counts, reverse=True):
+        raise wrong(f"must go down from {tokens.n}, to 1 at least")
+    cost = average(tokens.n, schedule, layers)
+    if abs(cost - tokens.keep) > 0.5:
+        raise wrong(f"pays for {cost:.1f} rows on average over {layers} layers, but the budget is {tokens.keep}")
+    return dict(schedule)
 
 
 class Merged(NamedTuple):

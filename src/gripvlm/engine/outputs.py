@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError, PrunerError
-from gripvlm.pruners import LLMPruner, Pruner
-from gripvlm.pruners.llm_base import average
+from gripvlm.pruners import Pruner
 from gripvlm.types import LLMTokens, Merge, Selection, VisualTokens
 from gripvlm.utils.batching import joined, per_entry
 
@@ -21,7 +20,6 @@ __all__ = [
     "DeferredChecks",
     "check_features",
     "checked_counts",
-    "checked_schedule",
     "checked_selection",
     "checked_selections",
 ]
@@ -97,27 +95,6 @@ def checked_counts(pruner: Pruner, counts: Sequence[int], images: Sequence[Visua
             f"are counts from 1 to {[tokens.n for tokens in images]} with the sum of the budgets {budgets}"
         )
     return counts
-
-
-def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:
-    """Layer -> how many rows of one image it and those after it see, or a `PrunerError` that names the pruner."""
-    schedule = pruner.schedule(tokens.n, tokens.keep, layers)
-
-    def wrong(what: str) -> PrunerError:
-        where = f"image {tokens.image} of sample {tokens.sample}"
-        return PrunerError(f"pruner {pruner.name!r} on {where}: schedule {schedule} {what}")
-
-    if not isinstance(schedule, Mapping) or not all(isinstance(x, int) for pair in schedule.items() for x in pair):
-        raise wrong("must be a dict of ints, layer -> count")
-    if outside := [layer for layer in schedule if not 0 <= layer < layers]:
-        raise wrong(f"names layer {outside[0]}, but there are {layers}, from 0 to {layers - 1}")
-    counts = [tokens.n, *(schedule[layer] for layer in sorted(schedule))]
-    if counts[-1] < 1 or counts != sorted(counts, reverse=True):
-        raise wrong(f"must go down from {tokens.n}, to 1 at least")
-    cost = average(tokens.n, schedule, layers)
-    if abs(cost - tokens.keep) > 0.5:
-        raise wrong(f"pays for {cost:.1f} rows on average over {layers} layers, but the budget is {tokens.keep}")
-    return dict(schedule)
 
 
 # --- selections -------------------------------------------------------------------------------

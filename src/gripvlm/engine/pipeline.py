@@ -1,4 +1,4 @@
-"""The main road: encode, gather tokens, select, drop."""
+"""The main road, `prune_batch`: encode the images, gather the tokens, select, drop."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from gripvlm.engine.llm_stage import LLMStage
+from gripvlm.engine.llm_stage import LLMStage, checked_schedule
 from gripvlm.engine.outputs import (
     DeferredChecks,
     check_features,
     checked_counts,
-    checked_schedule,
     checked_selections,
 )
 from gripvlm.engine.proportional import ProportionalRun
@@ -22,7 +21,7 @@ from gripvlm.engine.request import PruneRequest, checked_encoding, checked_input
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.models.adapter import Shortened, drop, encode
 from gripvlm.models.encoded import Encoded
-from gripvlm.models.prompts import Prompts
+from gripvlm.models.prompts import EncodedPrompts, Prompts
 from gripvlm.models.text import questions
 from gripvlm.models.wrapped import device_of
 from gripvlm.pruners import LLMPruner, Pruner
@@ -101,26 +100,20 @@ def prune_batch(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encod
         encoded = encode(prompts, request.family, request.needs)
         watch.lap("vision")
 
-    images = gather_tokens(request, prompts, encoded, question, checks)
-    at_input, schedules = _tokens_at_input(request, images)
+    images = prompts.with_images(encoded)
+    tokens = gather_tokens(request, images, question, checks)
+    at_input, schedules = _tokens_at_input(request, tokens)
     watch.lap("overhead")
 
     answers = _select(request.pruner, at_input, checks)
     watch.lap("pruner")
 
-    selections = _by_prompt(checked_selections(request.pruner, answers, at_input, checks), images)
-    shortened = drop(prompts, encoded, selections, request.drop)
+    selections = _by_prompt(checked_selections(request.pruner, answers, at_input, checks), tokens)
+    shortened = drop(images, selections, request.drop)
     watch.lap("overhead")
 
     batch = PrunedBatch(prompts, shortened, selections, None, watch, checks)
-    stage = None
-    if isinstance(request.pruner, LLMPruner):
-        stage = LLMStage(request.pruner, prompts.model, shortened.arguments, images)
-        batch.selections = stage.begin(selections, schedules)
-        batch.run = stage = stage if stage.layers_that_drop else None
-    merges = any(selection.merge is not None for sample in selections for selection in sample)
-    if request.proportional_attention and (merges or stage is not None):
-        batch.run = ProportionalRun(prompts.model, shortened.arguments, selections, stage)
+    _prepare_run(request, batch, tokens, schedules)
     return batch
 
 
@@ -132,21 +125,16 @@ def question_embeddings(request: PruneRequest, prompts: Prompts) -> list[Tensor]
 
 
 def gather_tokens(
-    request: PruneRequest,
-    prompts: Prompts,
-    encoded: Encoded,
-    question: Sequence[Tensor] | None,
-    checks: DeferredChecks,
+    request: PruneRequest, images: EncodedPrompts, question: Sequence[Tensor] | None, checks: DeferredChecks
 ) -> list[list[VisualTokens]]:
     """What the pruner sees: a list (prompts) of lists (images, in prompt order) with the count to keep of each."""
-    pruner, spans = request.pruner, prompts.spans(encoded)
-    if not any(spans):
+    pruner = request.pruner
+    if not any(images.spans):
         raise InputError("no prompt has an image: there is nothing to prune")
-    budgets = request.budgets_for([len(images) for images in spans])
-    batch: list[list[VisualTokens]] = [[] for _ in spans]
-    for sample, images in enumerate(spans):
-        for image, span in enumerate(images):
-            item = span.item
+    budgets = request.budgets_for([len(spans) for spans in images.spans])
+    batch: list[list[VisualTokens]] = [[] for _ in images.spans]
+    for sample, spans in enumerate(images.spans):
+        for image, item in enumerate(span.item for span in spans):
             n, where = item.features.shape[0], f"{item.modality} {image} of sample {sample}"
             if "grid" in pruner.needs and item.grid is None:
                 raise PrunerError(
@@ -166,8 +154,8 @@ def gather_tokens(
                 groups=item.groups,
             )
             batch[sample].append(tokens)
-    check_features([tokens for images in batch for tokens in images], checks)
-    return [_with_counts_of_pruner(request, images) for images in batch]
+    check_features([tokens for sample in batch for tokens in sample], checks)
+    return [_with_counts_of_pruner(request, tokens) for tokens in batch]
 
 
 def _with_counts_of_pruner(request: PruneRequest, images: list[VisualTokens]) -> list[VisualTokens]:
@@ -197,6 +185,23 @@ def _tokens_at_input(
         for tokens, plan in zip(images, plans, strict=True):
             at_input.append(replace(tokens, keep=plan.get(0, tokens.n)))
     return at_input, schedules
+
+
+def _prepare_run(
+    request: PruneRequest,
+    batch: PrunedBatch,
+    tokens: list[list[VisualTokens]],
+    schedules: list[list[dict[int, int]]],
+) -> None:
+    """Sets what is left to do inside the language model."""
+    selections, arguments, stage = batch.selections, batch.arguments, None
+    if isinstance(request.pruner, LLMPruner):
+        stage = LLMStage(request.pruner, request.model, arguments, tokens)
+        batch.selections = stage.begin(selections, schedules)
+        batch.run = stage = stage if stage.layers_that_drop else None
+    merges = any(selection.merge is not None for sample in selections for selection in sample)
+    if request.proportional_attention and (merges or stage is not None):
+        batch.run = ProportionalRun(request.model, arguments, selections, stage)
 
 
 def _select(pruner: Pruner, images: list[VisualTokens], checks: DeferredChecks) -> list[Any]:

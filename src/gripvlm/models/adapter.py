@@ -23,7 +23,7 @@ from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family, takes
 from gripvlm.models.hooks.tower_merge import Merged, merge_in_tower
-from gripvlm.models.prompts import Prompts
+from gripvlm.models.prompts import EncodedPrompts, Prompts
 from gripvlm.models.text import full_mask, padding_token
 from gripvlm.models.tower_rows import Asked, share_out, watch_tower
 from gripvlm.types import Selection
@@ -90,8 +90,8 @@ def encoder_arguments(model: PreTrainedModel, given: Mapping[str, Any]) -> list[
 
 
 def locate(model: PreTrainedModel, ids: Tensor, encoded: Encoded) -> list[list[Span]]:
-    """Where each item's placeholders are in the prompts [B, L]: see `Prompts.spans`."""
-    return Prompts.of(model, {"input_ids": ids}).spans(encoded)
+    """Where each item's placeholders are in the prompts [B, L]: a list (prompts) of lists, in prompt order."""
+    return Prompts.of(model, {"input_ids": ids}).with_images(encoded).spans
 
 
 # --- encode -----------------------------------------------------------------------------------
@@ -128,8 +128,8 @@ def encode(prompts: Prompts, family: Family, wanted: Asked) -> Encoded:
             samples[sample] += tuple(own)
     encoded = Encoded(family.model_type, tuple(samples), kinds, asked=wanted)
     # Items were put together modality by modality; spans are in the order in which the prompt has them.
-    in_order = [tuple(span.item for span in spans) for spans in prompts.spans(encoded)]
-    return replace(encoded, samples=tuple(in_order))
+    spans = prompts.with_images(encoded).spans
+    return replace(encoded, samples=tuple(tuple(span.item for span in images) for images in spans))
 
 
 def _expand_groups(outputs: Mapping[str, Any], merged: Merged) -> Tensor:
@@ -198,8 +198,7 @@ def _split_by_prompt(prompts: Prompts, modality: str, items: list[Item]) -> list
 
 
 def drop(
-    prompts: Prompts,
-    encoded: Encoded,
+    images: EncodedPrompts,
     selections: Sequence[Sequence[Selection]],
     options: DropOptions = DropOptions(),  # noqa: B008  it is immutable
 ) -> Shortened:
@@ -210,22 +209,21 @@ def drop(
     bit. `attention_mask` (2D) and `position_ids` are always there. Nothing here waits for an accelerator.
 
     Args:
-        prompts: L columns each.
-        encoded: the images of these prompts.
+        images: prompts of L columns and their images, from `Prompts.with_images`.
         selections: one for each image, in prompt order; taken as they are, without checks.
         options: how the prompt looks afterwards.
 
     Raises:
-        InputError: the prompts' placeholders do not fit `encoded`; "renumbered" positions for M-RoPE; or inputs
-            that M-RoPE positions need are missing.
+        InputError: "renumbered" positions for M-RoPE, or inputs that M-RoPE positions need are missing.
     """
-    model, spans = prompts.model, prompts.spans(encoded)
+    prompts, encoded, spans = images
+    model = prompts.model
     arguments = dict(prompts.inputs)
     arguments["attention_mask"] = mask = full_mask(model, prompts.inputs)
     if arguments.get("position_ids") is None:
         arguments["position_ids"] = _full_positions(prompts, spans, mask.device)
     width = mask.shape[1]
-    length = _length(prompts, spans, selections, options)
+    length = _length(images, selections, options)
     following, ahead = _following(arguments["position_ids"], mask), None
     if length is None:
         order = torch.arange(width, device=mask.device).expand_as(mask)
@@ -244,18 +242,13 @@ def drop(
     return Shortened(arguments, width, order, following, ahead)
 
 
-def _length(
-    prompts: Prompts,
-    spans: Sequence[Sequence[Span]],
-    selections: Sequence[Sequence[Selection]],
-    options: DropOptions,
-) -> int | None:
+def _length(images: EncodedPrompts, selections: Sequence[Sequence[Selection]], options: DropOptions) -> int | None:
     """Columns of the shortened prompts; None where no column changes."""
-    before = prompts.mask.sum(-1).tolist()
+    before = images.prompts.mask.sum(-1).tolist()
     after = list(before)
-    for sample, (images, selected) in enumerate(zip(spans, selections, strict=True)):
-        after[sample] += sum(selection.k - span.real for span, selection in zip(images, selected, strict=True))
-    width = prompts.ids.shape[1]
+    for sample, (spans, selected) in enumerate(zip(images.spans, selections, strict=True)):
+        after[sample] += sum(selection.k - span.real for span, selection in zip(spans, selected, strict=True))
+    width = images.prompts.ids.shape[1]
     length = width if after == before else min(width, max(after) + options.spare_column)
     length += -length % options.pad_to_multiple_of
     return None if after == before and length == width else length

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from gripvlm.models.text import full_mask, placeholder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Prompts"]
+__all__ = ["EncodedPrompts", "Prompts"]
 
 Array = np.ndarray[Any, Any]
 
@@ -68,8 +68,8 @@ class Prompts:
         last = self.ids.shape[1] - 1
         return any(len(columns) and columns[-1] == last for rows in self.placeholders.values() for columns in rows)
 
-    def spans(self, encoded: Encoded) -> list[list[Span]]:
-        """Where each item's placeholders are: a list (prompts) of lists of `Span`, in prompt order.
+    def with_images(self, encoded: Encoded) -> EncodedPrompts:
+        """Finds each item's placeholders.
 
         Raises:
             InputError: the number of placeholders and of encoded rows differ.
@@ -92,7 +92,15 @@ class Prompts:
             located.sort(key=lambda pair: int(pair[1][0]))
             mask = self.mask[sample]
             spans.append([Span(item, torch.from_numpy(at), int(mask[at].sum())) for item, at in located])
-        return spans
+        return EncodedPrompts(self, encoded, spans)
+
+
+class EncodedPrompts(NamedTuple):
+    """Prompts and their encoded images: `spans` are a list (prompts) of lists of `Span`, in prompt order."""
+
+    prompts: Prompts
+    encoded: Encoded
+    spans: list[list[Span]]
 
 
 def _to_host(value: Any) -> Any:

@@ -332,7 +332,8 @@ class Engine:
             [Selection(indices, tokens.n) for indices, tokens in zip(kept[r], batch.tokens[row], strict=True)]
             for r, row in enumerate(rows)
         ]
-        return drop(Prompts.of(unwrapped(self.model), repeated), batch.encoded.take(rows), selections).arguments
+        prompts = Prompts.of(unwrapped(self.model), repeated)
+        return drop(prompts.with_images(batch.encoded.take(rows)), selections).arguments
 
     def _forward(self, batch: Batch, rows: Sequence[int], kept: Kept, width: int) -> Tensor:
         """[R, width, V] float32 logits that predict the last `width` tokens of each row, 0 before its first."""
