@@ -75,7 +75,7 @@ def test_what_is_none(text):
 
 
 def test_a_number_in_place_of_true_is_told_what_to_type():
-    with pytest.raises(BudgetError, match=r"type Budget\(64, at_most=True\), or keep='<=64'"):
+    with pytest.raises(BudgetError, match=r"pass Budget\(64, at_most=True\), or keep='<=64'"):
         Budget(64, at_most=64)
 
 
