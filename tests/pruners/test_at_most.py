@@ -206,6 +206,6 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         assert main([*ask, "--keep", keep]) == 0
         assert f"{said} visual tokens kept" in capsys.readouterr().out
     assert main([*ask, "--keep", "1000"]) == 2
-    assert "type keep='<=1000' to keep all of images that have fewer" in " ".join(capsys.readouterr().err.split())
+    assert "pass keep='<=1000' to keep all of images that have fewer" in " ".join(capsys.readouterr().err.split())
     assert main([*ask, "--keep", "<="]) == 2
     assert "'<=' is no budget" in capsys.readouterr().err
