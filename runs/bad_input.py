@@ -256,12 +256,12 @@ CASES = [
         for keep, says in (
             (0, "keep=0 keeps nothing"),
             (-3, "keep=-3 keeps nothing"),
-            (17, "keep=17, but image 0 of sample 0 has only 16 visual tokens: type keep='<=17' to keep all of"),
+            (17, "keep=17, but image 0 of sample 0 has only 16 visual tokens: pass keep='<=17' to keep all of"),
             (1.5, "keep=1.5 is a fraction above 1"),
             (float("nan"), "keep=nan is no number"),
-            ("half", "'half' is no budget: type a count \\(64\\), a fraction \\(0.1\\)"),
+            ("half", "'half' is no budget: use a count \\(64\\), a fraction \\(0.1\\)"),
             (True, "keep=True is a bool"),
-            (None, "pruner 'random' needs a budget: type keep=64"),
+            (None, "pruner 'random' needs a budget: pass keep=64"),
         )
     ),
     Case("less than the first layers cost", "prune(model, 'fastv', keep=4)",

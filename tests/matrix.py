@@ -12,14 +12,14 @@ from torch import Tensor
 
 import gripvlm
 from gripvlm.engine.outputs import DeferredChecks
-from gripvlm.engine.pipeline import gather
+from gripvlm.engine.pipeline import gather_tokens, question_embeddings
+from gripvlm.engine.request import PruneRequest
 from gripvlm.errors import BudgetError
 from gripvlm.grip.fingerprint import ModelFingerprint
 from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.models import FAMILIES
 from gripvlm.models.grids import unknown
-from gripvlm.models.layout import Layout
-from gripvlm.models.text import questions
+from gripvlm.models.prompts import Prompts
 from gripvlm.pruners import LLMPruner, Pruner, get_pruner
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.pruners.registry import _BUILT_IN, _load
@@ -145,9 +145,9 @@ def seen(here: Case, pruner: Pruner, encoded: Any = None) -> list[list[VisualTok
     """What the pruner sees of a batch, all rows in the budget."""
     with torch.no_grad():
         encoded = here.encoded if encoded is None else encoded
-        layout, family = Layout.of(here.model, here.inputs), FAMILIES[here.name]
-        texts = questions(here.model, layout.inputs, None) if "question" in pruner.needs else None
-        return gather(here.model, family, layout, pruner, 1.0, texts, encoded, DeferredChecks())[1]
+        request, prompts = PruneRequest.of(here.model, pruner, 1.0), Prompts.of(here.model, here.inputs)
+        images = prompts.with_images(encoded)
+        return gather_tokens(request, images, question_embeddings(request, prompts), DeferredChecks())
 
 
 def few(most: int) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,19 +22,17 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import gripvlm
-from gripvlm.engine import pipeline as path
+from gripvlm.engine import pipeline
 from gripvlm.engine.outputs import DeferredChecks
-from gripvlm.engine.request import checked_pruner
+from gripvlm.engine.pipeline import PrunedBatch, prune_batch
+from gripvlm.engine.request import PruneRequest, checked_pruner
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.grip.pruner import Grip
 from gripvlm.grip.scorer import Scorer, ScorerConfig
-from gripvlm.models import adapter as seam
-from gripvlm.models.families import family_of
-from gripvlm.models.layout import Layout
+from gripvlm.models.prompts import Prompts
 from gripvlm.pruners import Pruner
 from gripvlm.types import Selection, VisualTokens
-from gripvlm.utils import batching as ragged
-from gripvlm.utils.batching import in_one_storage, padded
+from gripvlm.utils import batching
 from on_device import NEVER_WAIT
 from tiny_models import IMAGE, build
 
@@ -93,13 +92,17 @@ class Event:
 def accelerator(monkeypatch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A LLaVA that is on an accelerator, and inputs for it."""
     real = copy.deepcopy(build("llava"))
-    layout = Layout.of(real, {**TEXT, "pixel_values": torch.empty(2, 3, 32, 32)})
+    on_host = Prompts.of(real, {**TEXT, "pixel_values": torch.empty(2, 3, 32, 32)})
     monkeypatch.setattr(torch.Tensor, "pin_memory", page_locked)
-    monkeypatch.setattr(ragged, "_PINS", frozenset({WAITS}))
+    monkeypatch.setattr(batching, "_PINS", frozenset({WAITS}))
     monkeypatch.setattr(torch, "Event", Event)
     # Read before the encoder starts, when there is nothing to wait for:
-    monkeypatch.setattr(Layout, "of", classmethod(lambda cls, model, inputs: layout))
-    monkeypatch.setattr(path, "questions", lambda model, inputs, question: list(torch.empty(2, 3, 32, device=WAITS)))
+    monkeypatch.setattr(
+        Prompts, "of", classmethod(lambda cls, model, inputs: replace(on_host, model=model, inputs=inputs))
+    )
+    monkeypatch.setattr(
+        pipeline, "questions", lambda model, inputs, question: list(torch.empty(2, 3, 32, device=WAITS))
+    )
     with FakeTensorMode(allow_non_fake_inputs=True), NoCopies(), NoNumbers():
         model = moved(real)
         # What the encoder is asked is transformers' own; its answer is on the accelerator.
@@ -126,12 +129,9 @@ def moved(module: torch.nn.Module) -> Any:
     return module
 
 
-def run(model: Any, inputs: dict[str, Any], pruner: Pruner, keep: Any) -> tuple[dict[str, Any], Any]:
+def run(model: Any, inputs: dict[str, Any], pruner: Pruner, keep: Any) -> PrunedBatch:
     with torch.no_grad():
-        arguments, record, _, _ = path.pruned(
-            model, family_of(model), inputs, pruner, keep, "original", None, None, False, False, None
-        )
-    return arguments, record
+        return prune_batch(PruneRequest.of(model, pruner, keep), inputs)
 
 
 def grip() -> Grip:
@@ -140,20 +140,22 @@ def grip() -> Grip:
 
 @pytest.mark.parametrize("name", NEVER_WAIT)
 @pytest.mark.parametrize("keep", [5, [3, 7]], ids=["even", "ragged"])
-def test_nothing_waits(name, keep, request):
+def test_nothing_waits(name, keep, request, monkeypatch):
+    monkeypatch.setattr(Grip, "check", lambda self, model: None)  # this scorer is untrained
     pruner = grip() if name == "grip" else checked_pruner(name)
     model, inputs = request.getfixturevalue("accelerator")
     if name == "grip":
         moved(pruner.module)
-    arguments, record = run(model, inputs, pruner, 1.0 if name == "keep_all" else keep)
+    batch = run(model, inputs, pruner, 1.0 if name == "keep_all" else keep)
+    arguments, kept = batch.arguments, sum(s.k for images in batch.selections for s in images)
     assert arguments["input_ids"].device.type == arguments["position_ids"].device.type == WAITS
     if name != "keep_all":
         assert arguments["input_ids"].shape == (2, 11 if keep == 5 else 13)
-        assert record.kept == 10
+        assert kept == 10
     rows = arguments["mm_encoder_outputs"]["image"].pooler_output
-    assert sum(len(one) for one in rows) == record.kept
+    assert sum(len(one) for one in rows) == kept
     with pytest.raises(DataDependentOutputException):
-        record.deferred.settle()  # here it waits: what was not checked above is checked now
+        batch.checks.raise_if_failed()  # here it waits: what was not checked above is checked now
 
 
 def test_the_fixture_would_notice(accelerator):
@@ -186,16 +188,16 @@ def test_rows_that_nobody_vouches_for_are_checked_before_they_are_used(accelerat
         run(*accelerator, Own(), 5)
 
 
-def test_doubts_are_settled_in_order_and_once():
+def test_checks_are_read_in_order_and_once():
     seen = []
-    deferred = DeferredChecks()
+    checks = DeferredChecks()
     meta = [torch.ones((), dtype=torch.bool, device="meta") for _ in range(2)]
     for name, flag in zip("ab", meta, strict=True):
-        deferred.add(flag, lambda name=name: seen.append(name))
+        checks.add(flag, lambda name=name: seen.append(name))
     assert not seen  # not on a CPU: later
-    deferred._open = [(torch.tensor(name == "b"), look) for name, (_, look) in zip("ab", deferred._open, strict=True)]
-    deferred.settle()
-    deferred.settle()
+    checks._pending = [(torch.tensor(name == "b"), look) for name, (_, look) in zip("ab", checks._pending, strict=True)]
+    checks.raise_if_failed()
+    checks.raise_if_failed()
     assert seen == ["b"]
 
 
@@ -204,8 +206,8 @@ def test_what_is_wrong_is_raised_when_the_block_ends(monkeypatch):
     model = build("llava")
     inputs = {**TEXT, "pixel_values": torch.randn(2, 3, 32, 32)}
 
-    def later(self: DeferredChecks, wrong: torch.Tensor, look: Any) -> None:
-        self._open.append((wrong, look))
+    def later(self: DeferredChecks, failed: torch.Tensor, explain: Any) -> None:
+        self._pending.append((failed, explain))
 
     monkeypatch.setattr(DeferredChecks, "add", later)
     with torch.no_grad(), gripvlm.pruned_run(model, inputs, "norm", 4) as (arguments, _):
@@ -242,21 +244,7 @@ def test_a_pruner_that_stumbles_over_nan_is_not_blamed():
         def select(self, tokens: VisualTokens) -> Selection:
             raise PrunerError("NaN upsets me")
 
-    deferred = DeferredChecks()
-    deferred._open = [(torch.tensor(True), lambda: (_ for _ in ()).throw(InputError("the encoder made NaN")))]
+    checks = DeferredChecks()
+    checks._pending = [(torch.tensor(True), lambda: (_ for _ in ()).throw(InputError("the encoder made NaN")))]
     with pytest.raises(InputError, match="the encoder"):
-        path._chosen(Stumbles(), [VisualTokens(torch.zeros(4, 2), 2)], deferred)
-
-
-def test_the_seam_uses_views_of_what_was_encoded():
-    """No copy of unpruned rows: the encoder's rows are read in place."""
-    model = build("llava")
-    inputs = {**TEXT, "pixel_values": torch.randn(2, 3, 32, 32)}
-    with torch.no_grad():
-        encoded = gripvlm.encode(model, inputs)
-    features = [item.features for sample in encoded.samples for item in sample]
-    whole, starts = in_one_storage(features)
-    assert starts == [0, 16]
-    assert whole.data_ptr() == features[0].data_ptr()
-    assert padded(features).data_ptr() == features[0].data_ptr()
-    assert seam.locate(model, IDS, encoded)[0][0].positions.tolist() == list(range(3, 19))
+        pipeline._select(Stumbles(), [VisualTokens(torch.zeros(4, 2), 2)], checks)

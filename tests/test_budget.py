@@ -51,7 +51,7 @@ def test_count(keep, n, count):
         (True, "bool"),
         (False, "bool"),
         (np.True_, "bool"),
-        ("many", r"type a count \(64\), a fraction \(0.1\)"),
+        ("many", r"use a count \(64\), a fraction \(0.1\)"),
         (b"64", "bytes"),
         (64.0, "did you mean the int 64"),
         (np.float32(64), "did you mean the int 64"),

@@ -128,7 +128,7 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_prune_is_the_function_whatever_is_imported_first(first):
     printed = run(
         f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import gripvlm, {first}\n"
-        "from gripvlm.engine.block import prune\n"
+        "from gripvlm.api import prune\n"
         "print(gripvlm.prune is prune, callable(gripvlm.prune), 'transformers' in sys.modules)"
     )
     assert printed == "True True False"

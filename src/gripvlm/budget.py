@@ -12,7 +12,7 @@ from gripvlm.errors import BudgetError
 
 __all__ = ["Budget", "Keep"]
 
-_TYPE_THIS = "type a count such as keep=64 or a fraction such as keep=0.1"
+_EXAMPLES = "pass a count such as keep=64 or a fraction such as keep=0.1"
 _AT_MOST = ("<=", "≤")
 
 
@@ -49,21 +49,18 @@ class Budget:
         else:
             number = _validated(value)
         if not isinstance(at_most, bool):
-            raise BudgetError(f"at_most={at_most!r} is no bool: type Budget(64, at_most=True), or keep='<=64'")
+            raise BudgetError(f"at_most={at_most!r} is no bool: pass Budget(64, at_most=True), or keep='<=64'")
         object.__setattr__(self, "value", number)
         object.__setattr__(self, "at_most", at_most)
 
     @classmethod
     def of(cls, keep: Keep) -> Budget:
-        """`keep` as a `Budget`: an int, a float in (0, 1], a NumPy number, a string, or a `Budget` itself."""
+        """`keep` as a `Budget`, itself if it is one."""
         return keep if isinstance(keep, Budget) else cls(keep)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """A budget from a command line: `"64"` a count, `"0.1"` a fraction, `"10%"` a percentage, `"<=64"` at most.
-
-        As in Python, `"1"` is one token and `"1.0"` all of them.
-        """
+        """A budget from a command line. As in Python, `"1"` is one token and `"1.0"` all of them."""
         return cls(text)
 
     @property
@@ -114,7 +111,7 @@ class Budget:
             return max(1, int(exact.to_integral_value(ROUND_FLOOR if self.at_most else ROUND_HALF_UP)))
         if self.value > n and not self.at_most:
             raise BudgetError(
-                f"keep={self.value}, but {where} has only {n} visual tokens: type keep='<={self.value}' to keep all of "
+                f"keep={self.value}, but {where} has only {n} visual tokens: pass keep='<={self.value}' to keep all of "
                 f"images that have fewer, keep={n} or less, or a fraction such as keep=0.5"
             )
         return min(self.value, n)
@@ -153,29 +150,29 @@ def _read(text: str) -> tuple[int | float, bool]:
         raise BudgetError(f"{text!r} is no budget: {error}") from None
     except (ValueError, ArithmeticError):
         raise BudgetError(
-            f"{text!r} is no budget: type a count (64), a fraction (0.1) or a percentage (10%), or at most so many "
+            f"{text!r} is no budget: use a count (64), a fraction (0.1) or a percentage (10%), or at most so many "
             "('<=64', '<=10%')"
         ) from None
 
 
 def _validated(keep: object) -> int | float:
-    """`keep` as a positive int or a float in (0, 1], or a `BudgetError` that says what to type."""
+    """`keep` as a positive int or a float in (0, 1], or a `BudgetError` that says what to pass."""
     if isinstance(keep, bool) or type(keep).__name__ in ("bool_", "bool"):
-        raise BudgetError(f"keep={keep} is a bool, not a budget: {_TYPE_THIS}")
+        raise BudgetError(f"keep={keep} is a bool, not a budget: {_EXAMPLES}")
     if isinstance(keep, numbers.Integral):
         number = int(keep)
         if number < 1:
-            raise BudgetError(f"keep={number} keeps nothing: {_TYPE_THIS}")
+            raise BudgetError(f"keep={number} keeps nothing: {_EXAMPLES}")
         return number
     if isinstance(keep, numbers.Real):
         # A NumPy float32 prints as the decimal that was meant; its exact value does not.
         share = float(str(keep)) if hasattr(keep, "dtype") else float(keep)
         if not math.isfinite(share):
-            raise BudgetError(f"keep={share} is no number to keep: {_TYPE_THIS}")
+            raise BudgetError(f"keep={share} is no number to keep: {_EXAMPLES}")
         if share <= 0:
-            raise BudgetError(f"keep={share} keeps nothing: {_TYPE_THIS}")
+            raise BudgetError(f"keep={share} keeps nothing: {_EXAMPLES}")
         if share > 1:
-            hint = f"did you mean the int {int(share)}?" if share.is_integer() else _TYPE_THIS
+            hint = f"did you mean the int {int(share)}?" if share.is_integer() else _EXAMPLES
             raise BudgetError(f"keep={share} is a fraction above 1: {hint}")
         return share
-    raise BudgetError(f"keep={keep!r} is a {type(keep).__name__}: {_TYPE_THIS}")
+    raise BudgetError(f"keep={keep!r} is a {type(keep).__name__}: {_EXAMPLES}")

@@ -18,12 +18,12 @@ __all__ = ["LLMTokens", "Merge", "Selection", "VisionRows", "VisualTokens", "siz
 class VisionRows:
     """What one block of the vision tower says about each of an image's n rows.
 
-    A row that is made of several patches gets their mean. Float32, on the model's device. Rows with
-    no patch behind them (newline rows) get zeros.
+    A row that is made of several patches gets their mean. Float32, on the model's device. Rows with no patch behind
+    them (newline rows) get zeros.
 
     Attributes:
-        received: [H, n] attention that the row gets, head by head: the mean over all queries that
-            see it (its image, tile or window), CLS included where there is one.
+        received: [H, n] attention that the row gets, head by head: the mean over all queries that see it (its image,
+            tile or window), CLS included where there is one.
         cls: [H, n] attention of the CLS query; None where the tower has no CLS token.
         keys: [n, d_h] keys, the mean over heads, as attention takes them (after rotary positions).
         patch_received: [H, n] attention received from patches alone, the mean over them: without the CLS query.
@@ -44,22 +44,22 @@ class VisualTokens:
     """The visual tokens of one image, as a pruner sees them.
 
     Attributes:
-        features: [n, d] rows as the language model would receive them (after the projector), on the
-            model's device and in its dtype.
+        features: [n, d] rows as the language model would receive them (after the projector), on the model's device
+            and in its dtype.
         keep: k, the rows to keep, 1 <= k <= n.
         grid: (h, w) with h * w == n when the rows are a plain raster of the image, else None.
         question: [t, d] token embeddings of the question (t may be 0); None unless in `needs`.
         sample: the prompt's position in the batch.
         image: the image's position in its prompt.
-        key: a number that depends on the image's pixels alone, so that it is the same in any batch
-            and on any device (0 where a family gives none).
-        vision: layer -> `VisionRows`, one for each of the pruner's `vision_layers`, under the number as
-            it stands there; empty unless "vision_attention" is in `needs`. What patches give to one another is
-            in it with "vision_given".
-        patches: [n, d_v] what the vision tower made of each row before the projector; a row of several
-            patches has their mean. None unless in `needs`.
-        groups: [n] LongTensor, for each row the one it was merged into inside the vision tower, itself if it
-            stands for its group; features are then the group's. None but for a `TowerPruner`.
+        key: a number that depends on the image's pixels alone, so that it is the same in any batch and on any device
+            (0 where a family gives none).
+        vision: layer -> `VisionRows`, one for each of the pruner's `vision_layers`, under the number as it stands
+            there; empty unless "vision_attention" is in `needs`. With "vision_given" it has what patches give to one
+            another.
+        patches: [n, d_v] what the vision tower made of each row before the projector; a row of several patches has
+            their mean. None unless in `needs`.
+        groups: [n] LongTensor, for each row the one it was merged into inside the vision tower, itself if it stands
+            for its group; features are then the group's. None but for a `TowerPruner`.
     """
 
     features: Tensor
@@ -78,6 +78,10 @@ class VisualTokens:
         """Visual tokens of the image before pruning."""
         return self.features.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
 
 @dataclass(frozen=True, eq=False)
 class Merge:
@@ -86,8 +90,7 @@ class Merge:
     Attributes:
         source: [m] LongTensor of original rows, 0..n-1.
         destination: [m] LongTensor of slots in the kept rows, 0..k-1.
-        weight: [m] floats; the weights of one destination sum to 1. A slot that is no destination
-            keeps its own row unchanged.
+        weight: [m] floats; the weights of one destination sum to 1. A slot that is no destination keeps its own row.
     """
 
     source: Tensor
@@ -98,9 +101,8 @@ class Merge:
 def sizes_after(indices: Tensor, n: int, merge: Merge | None, before: Tensor | None = None) -> Tensor:
     """[k] float32: how many tokens each kept row stands for.
 
-    A kept row's size is that of its sources together, whatever their weights; of a row that goes to several
-    slots each has an equal share, so that sizes add up to the rows that are in any. Rows dropped without a
-    merge are in none.
+    A kept row's size is that of its sources together, whatever their weights. A row that goes to several slots is
+    shared equally, so that sizes add up to the rows that are in any slot; rows dropped without a merge are in none.
 
     Args:
         indices: [k] kept rows.
@@ -125,15 +127,15 @@ class Selection:
     """The kept rows of one image.
 
     Attributes:
-        indices: [k] LongTensor, ascending and unique, rows of `VisualTokens.features`. Where rows are
-            dropped inside the language model, those that are left in its last layer.
+        indices: [k] LongTensor, ascending and unique, rows of `VisualTokens.features`. Where rows are dropped inside
+            the language model, those that are left in its last layer.
         n: the rows there were.
         scores: [n] what the rows were ranked by (higher is kept), or None.
         merge: what the kept rows absorb, or None.
-        layers: one LongTensor for each layer of the language model, the rows that it sees; empty where
-            all rows are dropped before the first layer.
-        sound: whether indices are right by construction, as `top_k` makes them: an accelerator may then use
-            them before they are checked.
+        layers: one LongTensor for each layer of the language model, the rows that it sees; empty where all rows are
+            dropped before the first layer.
+        sound: whether indices are right by construction, as `top_k` makes them: an accelerator may then use them
+            before they are checked.
     """
 
     indices: Tensor
@@ -177,13 +179,11 @@ class LLMTokens:
         layer: the layer that they enter, 1 or more; rows dropped now are dropped before it.
         keep: the rows to keep, 1 <= keep <= n.
         rows: [n] LongTensor, ascending: which of the image's original rows they are.
-        input: what was known before the language model: `input.features[rows]`, the grid, the vision
-            tower's rows.
+        input: what was known before the language model: `input.features[rows]`, the grid, the vision tower's rows.
         hidden: [n, d] hidden states that enter the layer.
-        last: [H, n] what the prompt's last token looks at in the layer before: its attention weights
-            on these tokens, head by head.
-        question: [H, t, n] the same for each of the prompt's t text tokens (those that are not special
-            tokens), in order. Under causal attention those ahead of the image do not see it: zeros.
+        last: [H, n] attention weights of the prompt's last token on these tokens in the layer before, head by head.
+        question: [H, t, n] the same for each of the prompt's t text tokens (those that are not special tokens), in
+            order. Under causal attention those ahead of the image do not see it: zeros.
         text: [t, d] hidden states of these text tokens that enter the layer; also with "question".
         after: [t] bool, which of these text tokens come after the image; with "question" or "text".
         words: [t, d] embeddings of these text tokens, as they entered the first layer.
@@ -212,6 +212,10 @@ class LLMTokens:
     def n(self) -> int:
         """Tokens of the image that are left."""
         return int(self.rows.numel())
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
 
     @property
     def sample(self) -> int:

@@ -86,7 +86,7 @@ def test_a_compiled_model_is_used_again():
 
 @pytest.mark.parametrize("wrong", [0, -8, 2.5, True, "64"])
 def test_what_is_no_multiple_is_refused(wrong):
-    with pytest.raises(InputError, match=r"pad_to_multiple_of=.*type an int of 1 or more, such as 64"):
+    with pytest.raises(InputError, match=r"pad_to_multiple_of=.*pass an int of 1 or more, such as 64"):
         gripvlm.prune_inputs(build("llava"), inputs(3), "norm", 3, pad_to_multiple_of=wrong)
     with (
         pytest.raises(InputError, match="pad_to_multiple_of"),

@@ -86,8 +86,8 @@ def test_cdpruner_follows_the_paper_with_clips_text_tower(keep):
     other = 0
     for question, items, selections in zip(QUESTIONS, encoded.samples, record.selections, strict=True):
         for item, selection in zip(items, selections, strict=True):
-            cosines = slow_cosines(clip, item.states, question)
-            found = pruner.clip.cosine(item.states, QUESTIONS.index(question))
+            cosines = slow_cosines(clip, item.patches, question)
+            found = pruner.clip.cosine(item.patches, QUESTIONS.index(question))
             assert found.tolist() == pytest.approx(cosines, abs=1e-5)
             assert selection.indices.tolist() == slow_choice(item.features, cosines, keep)
             other += selection.indices.tolist() != slow_choice(item.features, [-one for one in cosines], keep)

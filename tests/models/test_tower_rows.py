@@ -55,8 +55,8 @@ def test_every_row_has_its_attention_keys_and_states(name, attention):
                 assert (rows.cls is not None) == (name in CLS)
                 assert rows.cls is None or rows.cls.shape == (2, n)
                 assert float(rows.received.sum()) > 0
-            assert item.states.shape[0] == n
-            assert item.states.shape[1] in (width, 32)
+            assert item.patches.shape[0] == n
+            assert item.patches.shape[1] in (width, 32)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +71,7 @@ def test_rows_do_not_depend_on_the_batch_or_on_the_attention_implementation(name
             for a, b in zip(alone.samples[0], other.samples[sample], strict=True):
                 torch.testing.assert_close(a.vision[-1].received, b.vision[-1].received, atol=2e-5, rtol=2e-4)
                 torch.testing.assert_close(a.vision[0].keys, b.vision[0].keys, atol=2e-5, rtol=2e-4)
-                torch.testing.assert_close(a.states, b.states, atol=1e-4, rtol=1e-3)
+                torch.testing.assert_close(a.patches, b.patches, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +100,7 @@ def test_a_row_is_traced_to_the_patches_it_is_made_of(name, monkeypatch):
             changed = gripvlm.encode(model, batch.inputs, [Looks()]).samples[0]
         for a, b in zip(plain, changed, strict=True):
             features = (a.features - b.features).abs().amax(-1) > 1e-4
-            states = (a.states - b.states).abs().amax(-1) > 1e-4
+            states = (a.patches - b.patches).abs().amax(-1) > 1e-4
             assert torch.equal(features, states), (name, patch)
             tried |= set(states.nonzero().flatten().tolist())
     assert len(tried) >= 2

@@ -75,7 +75,7 @@ def test_what_is_none(text):
 
 
 def test_a_number_in_place_of_true_is_told_what_to_type():
-    with pytest.raises(BudgetError, match=r"type Budget\(64, at_most=True\), or keep='<=64'"):
+    with pytest.raises(BudgetError, match=r"pass Budget\(64, at_most=True\), or keep='<=64'"):
         Budget(64, at_most=64)
 
 
@@ -91,7 +91,7 @@ def test_one_value_whatever_it_was_typed_as():
 
 
 def test_a_count_that_one_image_lacks_says_how_to_keep_all_of_it():
-    with pytest.raises(BudgetError, match=r"has only 9 visual tokens: type keep='<=64' to keep all of images that"):
+    with pytest.raises(BudgetError, match=r"has only 9 visual tokens: pass keep='<=64' to keep all of images that"):
         Budget(64).count(9)
 
 
@@ -206,6 +206,6 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         assert main([*ask, "--keep", keep]) == 0
         assert f"{said} visual tokens kept" in capsys.readouterr().out
     assert main([*ask, "--keep", "1000"]) == 2
-    assert "type keep='<=1000' to keep all of images that have fewer" in " ".join(capsys.readouterr().err.split())
+    assert "pass keep='<=1000' to keep all of images that have fewer" in " ".join(capsys.readouterr().err.split())
     assert main([*ask, "--keep", "<="]) == 2
     assert "'<=' is no budget" in capsys.readouterr().err

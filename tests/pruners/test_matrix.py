@@ -87,7 +87,7 @@ def test_selections_at_every_budget(spec, name):
         for sample, mine in enumerate(together):
             for tokens, selection in mine:
                 sound(selection, tokens.n, tokens.keep)
-                checked_selection(spec, selection, tokens.n, tokens.keep, tokens.features.device, "here")
+                checked_selection(spec, selection, tokens, "here")
             if k not in few(most):
                 continue
             single, its = alone[sample]

@@ -225,7 +225,7 @@ def test_matching_by_hand():
 
 def test_groups_become_a_selection():
     tokens = VisualTokens(torch.zeros(6, 2), 3, groups=torch.tensor([1, 1, 4, 3, 4, 4]))
-    selection = checked_selection("tome", ToMe().select(tokens), 6, 3, torch.device("cpu"), "here")
+    selection = checked_selection("tome", ToMe().select(tokens), tokens, "here")
     assert selection.indices.tolist() == [1, 3, 4]
     assert selection.merge is not None
     assert selection.merge.source.tolist() == [0, 1, 2, 4, 5]
@@ -247,7 +247,7 @@ def test_towers_whose_rows_need_every_patch_are_refused(name):
 
 def test_what_else_is_refused(monkeypatch):
     model, inputs = build("llava"), make(TINY["llava"], [1, 2], [7, 9]).inputs
-    with pytest.raises(BudgetError, match=r"'tome' merges all images of a batch together.*type one keep"):
+    with pytest.raises(BudgetError, match=r"'tome' merges all images of a batch together.*pass one keep"):
         gripvlm.prune_inputs(model, inputs, "tome", [4, 5])
     with pytest.raises(InputError, match="TinyTower has no blocks"):
         gripvlm.prune_inputs(tiny_llava_own_tower(), inputs, "tome", 4)

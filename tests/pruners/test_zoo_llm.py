@@ -12,8 +12,8 @@ from test_zoo_vision import cls, made, scaled
 from torch import Tensor
 
 import second
+from gripvlm.engine.llm_stage import checked_schedule
 from gripvlm.engine.outputs import checked_selection
-from gripvlm.engine.request import checked_schedule
 from gripvlm.errors import BudgetError, PrunerError
 from gripvlm.pruners import LLMPruner, get_pruner, list_pruners
 from gripvlm.pruners.input.mustdrop import MustDrop
@@ -85,7 +85,7 @@ def agrees(tokens: LLMTokens, selection: Selection | Tensor | tuple, groups: dic
     """Each key of `groups` is kept, as the mean of the hidden states of its group."""
     assert isinstance(selection, Selection)
     assert tokens.hidden is not None
-    checked_selection("x", selection, tokens.n, tokens.keep, torch.device("cpu"), "here")
+    checked_selection("x", selection, tokens, "here")
     assert selection.indices.tolist() == sorted(groups)
     rows, x = tokens.hidden.double()[selection.indices], tokens.hidden.double()
     if selection.merge is not None:
@@ -139,7 +139,7 @@ def test_exactly_k_and_repeatable(name, grid, seed, words, data):
     assert isinstance(one, Selection)
     assert isinstance(two, Selection)
     assert torch.equal(one.indices, two.indices)
-    checked_selection(name, one, n, tokens.keep, torch.device("cpu"), "here")
+    checked_selection(name, one, tokens, "here")
     if tokens.keep == n:
         assert one.indices.tolist() == list(range(n))
 

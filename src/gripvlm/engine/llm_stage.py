@@ -1,103 +1,159 @@
-"""Runs a `LLMPruner`: asks it at each layer of its schedule, and notes what every layer saw."""
+"""Runs an `LLMPruner`: asks it before each layer of its schedule, and notes which tokens every layer sees."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gripvlm.engine.outputs import checked_selection
-from gripvlm.errors import InputError
+from gripvlm.errors import InputError, PrunerError
 from gripvlm.models.hooks.attention import last_norm, watch_attention
 from gripvlm.models.hooks.calls import one_run
 from gripvlm.models.hooks.llm_drop import drop_in_layers, no_labels
 from gripvlm.models.hooks.stages import Change, Dropped, Held
 from gripvlm.models.text import questions, words
 from gripvlm.pruners import LLMPruner
-from gripvlm.types import LLMTokens, Merge, Selection, VisualTokens
+from gripvlm.pruners.llm_base import average
+from gripvlm.types import LLMTokens, Selection, VisualTokens
 
-__all__ = ["LLMStage", "Merged"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-Place = tuple[int, int, int]  # layer, row of the batch, image
-Merged = tuple[int, Tensor, Selection]  # row of the batch, places of an image's tokens, what is kept of them
+__all__ = ["LLMStage", "Merged", "checked_schedule"]
+
+
+def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:
+    """Layer -> how many rows of one image it and those after it see, or a `PrunerError` that names the pruner."""
+    schedule = pruner.schedule(tokens.n, tokens.keep, layers)
+
+    def wrong(what: str) -> PrunerError:
+        where = f"image {tokens.image} of sample {tokens.sample}"
+        return PrunerError(f"pruner {pruner.name!r} on {where}: schedule {schedule} {what}")
+
+    if not isinstance(schedule, Mapping) or not all(isinstance(x, int) for pair in schedule.items() for x in pair):
+        raise wrong("must be a dict of ints, layer -> count")
+    if outside := [layer for layer in schedule if not 0 <= layer < layers]:
+        raise wrong(f"names layer {outside[0]}, but there are {layers}, from 0 to {layers - 1}")
+    counts = [tokens.n, *(schedule[layer] for layer in sorted(schedule))]
+    if counts[-1] < 1 or counts != sorted(counts, reverse=True):
+        raise wrong(f"must go down from {tokens.n}, to 1 at least")
+    cost = average(tokens.n, schedule, layers)
+    if abs(cost - tokens.keep) > 0.5:
+        raise wrong(f"pays for {cost:.1f} rows on average over {layers} layers, but the budget is {tokens.keep}")
+    return dict(schedule)
+
+
+class Merged(NamedTuple):
+    """Tokens of one image that are merged before a layer: their row of the batch, their places [n], and into what."""
+
+    row: int
+    places: Tensor
+    selection: Selection
+
+
+@dataclass(frozen=True, eq=False)
+class _LayerInput:
+    """What enters a layer, and what was observed in the layer before.
+
+    Attributes:
+        layer: the layer that it enters.
+        hidden: [R, L, d] hidden states; the R / B rows of a prompt follow one another.
+        repeat: R / B.
+        observed: name of a need -> what `watch_attention` noted for it.
+        text: [R, L] bool, the text tokens; None if nobody reads them.
+    """
+
+    layer: int
+    hidden: Tensor
+    repeat: int
+    observed: Mapping[str, Tensor]
+    text: Tensor | None
 
 
 class LLMStage:
     """The dropping inside the language model for one batch of prompts, from its prefill to its last token.
 
-    The choice is made in the first prefill and stays: without a cache, every later step runs the prompt anew
-    and drops the same tokens. Rows that `generate` repeats (beams, several returned sequences) choose alike.
+    The choice is made in the first prefill and stays: without a cache, every later step runs the prompt anew and
+    drops the same tokens. Rows that `generate` repeats (beams, several returned sequences) drop the same.
 
     Args:
-        model: a supported model whose layers may drop.
         pruner: what is asked.
-        inputs: the prompts as the model will get them.
-        batch: what was known of each prompt's images before, `keep` being the budget.
-        first: what each image keeps at the input.
-        schedules: layer -> count, one for each image.
+        model: a supported model whose layers may drop.
+        arguments: the prompts as the model will get them.
+        batch: the images of each prompt as they were before any drop, with their budgets.
 
     Attributes:
-        merged: told at each cut, in every prefill, what each row merges; places are those in the prompt.
+        layers_that_drop: ascending, 1 or more; known after `begin`.
+        merges: layer -> what each row merges before it, with places in the prompt.
+        dropped: the latest prompt's state, for `ProportionalRun`.
     """
 
     def __init__(
         self,
-        model: Any,
         pruner: LLMPruner,
-        inputs: Mapping[str, Any],
+        model: PreTrainedModel,
+        arguments: Mapping[str, Any],
         batch: Sequence[Sequence[VisualTokens]],
-        first: Sequence[Sequence[Selection]],
-        schedules: Sequence[Sequence[Mapping[int, int]]],
     ) -> None:
-        self.model, self.pruner, self.batch, self.first, self.schedules = model, pruner, batch, first, schedules
-        self.inputs, self.needs = inputs, pruner.llm_needs
-        self.words = words(model, inputs)
-        self.embedded = questions(model, inputs, None) if "words" in self.needs else []
+        self.pruner, self.model, self.arguments, self.batch = pruner, model, arguments, batch
         self.layers = len(model.get_decoder().layers)
-        self.cuts = sorted(
-            {
-                cut
-                for mine, kept in zip(schedules, first, strict=True)
-                for plan, selection in zip(mine, kept, strict=True)
-                for cut in _losing(plan, selection.k)
-            }
-        )
-        if self.cuts:
-            no_labels(model, (), inputs)
-        self.chosen: dict[Place, Selection] = {}
-        self.left: dict[tuple[int, int], Tensor] = {}
-        self.history: dict[tuple[int, int], dict[int, Tensor]] = {}
-        self.done = False
-        self.seconds = 0.0
+        self.layers_that_drop: list[int] = []
+        self.merges: dict[int, list[Merged]] = {}
         self.dropped = Dropped()
-        self.seen: dict[str, dict[int, list[Tensor]]] = {}
-        self.merged: Callable[[int, int, list[Merged]], None] | None = None
+        self._is_text = words(model, arguments)
+        self._text_embeddings = questions(model, arguments, None) if "words" in pruner.llm_needs else []
+        self._observed: dict[str, dict[int, list[Tensor]]] = {}
+        self._done = False  # whether every layer has chosen, so that nothing needs to be observed any more
+
+    def begin(
+        self, selections: Sequence[Sequence[Selection]], schedules: Sequence[Sequence[Mapping[int, int]]]
+    ) -> list[list[Selection]]:
+        """Starts from what each image keeps at the input; `schedules` are layer -> count, one for each image."""
+        self._first, self._schedules = selections, schedules
+        self._selected: dict[tuple[int, int], dict[int, Selection]] = {}  # (sample, image) -> layer -> what it chose
+        self._rows: dict[tuple[int, int], dict[int, Tensor]] = {}  # (sample, image) -> layer -> rows left from there on
+        losing = set()
+        for sample, images in enumerate(selections):
+            for image, selection in enumerate(images):
+                self._selected[sample, image] = {}
+                self._rows[sample, image] = {0: selection.indices}
+                left = selection.k
+                for layer, count in sorted(schedules[sample][image].items()):
+                    if layer > 0 and count < left:
+                        losing.add(layer)
+                        left = count
+        self.layers_that_drop = sorted(losing)
+        if losing:
+            no_labels(self.model, (), self.arguments)
+        return self.selections()
 
     @contextmanager
     def block(self) -> Iterator[None]:
-        """Inside, the model's language model drops; nothing is opened where nothing is to be dropped."""
-        if not self.cuts:
+        """Inside, the model's language model drops; nothing is hooked where nothing is to be dropped."""
+        if not self.layers_that_drop:
             yield
             return
-        decoder, before = self.model.get_decoder(), [cut - 1 for cut in self.cuts]
-        queries: dict[str, Any] = {
-            "last": lambda length: None if self.done else [length - 1],
-            "question": lambda length: None if self.done else self._places(length),
-            "keys": lambda length: None if self.done else "keys",
-            "key_sizes": lambda length: None if self.done else "key_sizes",
+        decoder, before = self.model.get_decoder(), [layer - 1 for layer in self.layers_that_drop]
+        queries = {
+            "last": lambda length: None if self._done else [length - 1],
+            "question": lambda length: None if self._done else self._text_columns(length),
+            "keys": lambda length: None if self._done else "keys",
+            "key_sizes": lambda length: None if self._done else "key_sizes",
         }
+        choose = {layer: partial(self._choose, layer) for layer in self.layers_that_drop}
+        evict = self.pruner.evict_after_prefill(self.layers)
         with ExitStack() as stack:
-            choose, forget = {cut: self._at(cut) for cut in self.cuts}, self.pruner.evict_after_prefill(self.layers)
-            with one_run(self.model.base_model, self.inputs):
-                self.dropped = stack.enter_context(drop_in_layers(self.model, choose, forget))
-                for name in sorted(self.needs & queries.keys()):
-                    self.seen[name] = stack.enter_context(watch_attention(decoder, before, queries[name]))
+            with one_run(self.model.base_model, self.arguments):
+                self.dropped = stack.enter_context(drop_in_layers(self.model, choose, evict))
+                # In a fixed order: hooks act in the order in which they were put on.
+                for name in sorted(self.pruner.llm_needs & queries.keys()):
+                    self._observed[name] = stack.enter_context(watch_attention(decoder, before, queries[name]))
             yield
 
     def held(self) -> tuple[Held | None, None]:
@@ -105,142 +161,137 @@ class LLMStage:
         return (None if self.dropped.held is None else self.dropped.held()), None
 
     def selections(self) -> list[list[Selection]]:
-        """What was kept of each image, layer by layer; of the first of the rows that a prompt was repeated to."""
-        rows = max((row for row, _ in self.left), default=-1) + 1
-        repeat = max(1, rows // len(self.batch))
+        """What was kept of each image, layer by layer."""
         return [
-            [self._selection(sample * repeat, image) for image in range(len(mine))]
-            for sample, mine in enumerate(self.batch)
+            [self._selection(sample, image) for image in range(len(images))]
+            for sample, images in enumerate(self._first)
         ]
 
-    def _selection(self, row: int, image: int) -> Selection:
-        first = self.first[row // max(1, self._repeat)][image]
-        history = self.history.get((row, image), {})
-        seen, left = [], first.indices
+    def _selection(self, sample: int, image: int) -> Selection:
+        first, rows_from = self._first[sample][image], self._rows[sample, image]
+        left, layers = first.indices, []
         for layer in range(self.layers):
-            left = history.get(layer, left)
-            seen.append(left)
-        asked = next((self.chosen[cut, row, image] for cut in self.cuts if (cut, row, image) in self.chosen), None)
-        scores = asked.scores if asked is not None and asked.n == first.n else first.scores
-        return replace(first, indices=left, scores=scores, layers=tuple(seen))
+            left = rows_from.get(layer, left)
+            layers.append(left)
+        # The scores of the first choice that had all rows to choose from; later ones rank fewer rows.
+        chosen = next((choice for _, choice in sorted(self._selected[sample, image].items())), None)
+        scores = chosen.scores if chosen is not None and chosen.n == first.n else first.scores
+        return replace(first, indices=left, scores=scores, layers=tuple(layers))
 
-    @property
-    def _repeat(self) -> int:
-        rows = max((row for row, _ in self.left), default=-1) + 1
-        return rows // len(self.batch)
+    # --- what is left of the prompt at present ----------------------------------------------------
 
-    def _order(self, rows: int, length: int) -> Tensor:
-        """[B, l] places in the prompt of the tokens that are left, [B or B * r of them]."""
-        order = self.dropped.order
-        device = self.words.device
+    def _columns(self, rows: int, length: int) -> Tensor:
+        """[rows, length] columns of the prompt that the tokens left at present are from."""
+        order, device = self.dropped.order, self._is_text.device
         return torch.arange(length, device=device).expand(rows, -1) if order is None else order.to(device)
 
     def _text(self, rows: int, length: int) -> Tensor:
-        """[B, l] bool: the text tokens among those that are left."""
-        text = self.words.repeat_interleave(rows // self.words.shape[0], 0)
+        """[rows, length] bool: the text tokens among those that are left."""
+        is_text = self._is_text.repeat_interleave(rows // self._is_text.shape[0], 0)
+        text = is_text.gather(-1, self._columns(rows, length))
         real = self.dropped.real
-        found = text.gather(-1, self._order(rows, length))
-        return found if real is None else found & real.to(found.device)
+        return text if real is None else text & real.to(text.device)
 
-    def _places(self, length: int) -> list[int]:
-        """Where any prompt has a text token, at present."""
+    def _text_columns(self, length: int) -> list[int]:
+        """Where any prompt has a text token at present."""
         order = self.dropped.order
-        rows = self.words.shape[0] if order is None else order.shape[0]
+        rows = self._is_text.shape[0] if order is None else order.shape[0]
         return self._text(rows, length).any(0).nonzero().flatten().tolist()
 
-    def _at(self, cut: int) -> Any:
-        """The choice before layer `cut`, as `drop_in_layers` asks for it."""
+    # --- the choice before one layer --------------------------------------------------------------
 
-        def choose(hidden: Tensor, visual: Tensor) -> tuple[Tensor, Change]:
-            began = time.perf_counter()
-            keep, repeat = visual.clone(), hidden.shape[0] // len(self.batch)
-            noted = {name: found.pop(cut - 1)[-1] for name, found in self.seen.items() if found.get(cut - 1)}
-            text = self._text(*hidden.shape[:2]) if self.needs & {"question", "text"} and not self.done else None
-            merges: list[Merged] = []
-            if hidden.shape[0] % len(self.batch):
-                raise _another_prompt(f"{hidden.shape[0]} prompts", f"{len(self.batch)}")
-            for row in range(hidden.shape[0]):
-                places, start = visual[row].nonzero().flatten(), 0
-                if cut == self.cuts[0]:
-                    kept = sum(selection.k for selection in self.first[row // repeat])
-                    if kept != places.numel():
-                        raise _another_prompt(f"{places.numel()} visual tokens in row {row}", f"{kept}")
-                for image, known in enumerate(self.batch[row // repeat]):
-                    if cut == self.cuts[0]:
-                        self.left[row, image] = self.first[row // repeat][image].indices
-                    rows = self.left[row, image]
-                    mine = places[start : start + rows.numel()]
-                    start += rows.numel()
-                    count = min(rows.numel(), self.schedules[row // repeat][image].get(cut, rows.numel()))
-                    if count == rows.numel():
-                        continue
-                    if (cut, row, image) not in self.chosen:
-                        tokens = self._tokens(cut, count, rows, known, row, mine, hidden, noted, text)
-                        self.chosen[cut, row, image] = self._ask(cut, tokens)
-                    pick = self.chosen[cut, row, image]
-                    keep[row, mine] = False
-                    keep[row, mine[pick.indices]] = True
-                    self.left[row, image] = rows[pick.indices.to(rows.device)]
-                    self.history.setdefault((row, image), {})[cut] = self.left[row, image]
-                    if pick.merge is not None:
-                        merges.append((row, mine, pick))
-            if self.merged is not None:
-                order = self._order(*hidden.shape[:2])
-                moved = [(row, order[row, mine.to(order.device)], pick) for row, mine, pick in merges]
-                self.merged(cut, hidden.shape[0], moved)
-            self.done = self.done or cut == self.cuts[-1]
-            self.seconds += time.perf_counter() - began
-            return keep, partial(_merged, merges=merges)
+    def _choose(self, layer: int, hidden: Tensor, visual: Tensor) -> tuple[Tensor, Change]:
+        """[R, L] bool, the visual tokens that go on, and how the hidden states merge: as `drop_in_layers` asks."""
+        rows, length = hidden.shape[:2]
+        if rows % len(self.batch):
+            raise _another_prompt(f"{rows} prompts", f"{len(self.batch)}")
+        observed = {name: seen.pop(layer - 1)[-1] for name, seen in self._observed.items() if seen.get(layer - 1)}
+        reads_text = bool(self.pruner.llm_needs & {"question", "text"}) and not self._done
+        text = self._text(rows, length) if reads_text else None
+        entering = _LayerInput(layer, hidden, rows // len(self.batch), observed, text)
+        keep, merged = visual.clone(), []
+        for row in range(rows):
+            for image, places in enumerate(self._places_by_image(entering, row, visual[row])):
+                selection = self._select(entering, row, image, places)
+                if selection is None:
+                    continue
+                keep[row, places] = False
+                keep[row, places[selection.indices]] = True
+                if selection.merge is not None:
+                    merged.append(Merged(row, places, selection))
+        columns = self._columns(rows, length)
+        self.merges[layer] = [m._replace(places=columns[m.row, m.places.to(columns.device)]) for m in merged]
+        self._done = self._done or layer == self.layers_that_drop[-1]
+        return keep, partial(_merge_hidden, merges=merged)
 
-        return choose
+    def _places_by_image(self, entering: _LayerInput, row: int, visual: Tensor) -> Sequence[Tensor]:
+        """The places of each image's tokens in this row, whose visual tokens `visual` [L] marks."""
+        sample, places = row // entering.repeat, visual.nonzero().flatten()
+        counts = [self._left(entering.layer, sample, image).numel() for image in range(len(self.batch[sample]))]
+        if places.numel() != sum(counts):
+            raise _another_prompt(f"{places.numel()} visual tokens in row {row}", f"{sum(counts)}")
+        return places.split(counts) if counts else ()
+
+    def _left(self, layer: int, sample: int, image: int) -> Tensor:
+        """[n] the image's original rows that enter this layer."""
+        rows_from = self._rows[sample, image]
+        return rows_from[max(earlier for earlier in rows_from if earlier < layer)]
+
+    def _select(self, entering: _LayerInput, row: int, image: int, places: Tensor) -> Selection | None:
+        """What this image keeps before the layer; None for all of it."""
+        layer, sample = entering.layer, row // entering.repeat
+        left = self._left(layer, sample, image)
+        count = self._schedules[sample][image].get(layer, left.numel())
+        if count >= left.numel():
+            return None
+        chosen = self._selected[sample, image]
+        if layer not in chosen:
+            tokens = self._tokens(entering, row, image, places, count)
+            chosen[layer] = self._ask(tokens)
+            self._rows[sample, image][layer] = left[chosen[layer].indices.to(left.device)]
+        return chosen[layer]
 
     @torch.no_grad()
-    def _ask(self, cut: int, tokens: LLMTokens) -> Selection:
-        answer = self.pruner.select_at_layer(cut, tokens)
+    def _ask(self, tokens: LLMTokens) -> Selection:
+        answer = self.pruner.select_at_layer(tokens.layer, tokens)
         if isinstance(answer, Tensor):
             answer = Selection(answer, tokens.n)
         elif isinstance(answer, tuple) and len(answer) == 2:
             answer = Selection(answer[0], tokens.n, merge=answer[1])
-        where = f"image {tokens.image} of sample {tokens.sample} before layer {cut}"
-        return checked_selection(self.pruner.name, answer, tokens.n, tokens.keep, tokens.rows.device, where)
+        where = f"image {tokens.image} of sample {tokens.sample} before layer {tokens.layer}"
+        return checked_selection(self.pruner.name, answer, tokens, where)
 
     @torch.no_grad()
-    def _tokens(
-        self,
-        cut: int,
-        count: int,
-        rows: Tensor,
-        known: VisualTokens,
-        row: int,
-        mine: Tensor,
-        hidden: Tensor,
-        noted: Mapping[str, Tensor],
-        text: Tensor | None,
-    ) -> LLMTokens:
-        """What the pruner sees of the image whose tokens lie at the places `mine` of this row."""
-        asked: dict[str, Any] = {}
-        if "hidden" in self.needs:
-            asked["hidden"] = hidden[row, mine]
-        if "last" in self.needs:
-            asked["last"] = noted["last"][row, :, 0, mine]
-        if "keys" in self.needs:
-            asked["keys"] = noted["keys"][row, mine]
-        if "key_sizes" in self.needs:
-            sizes = noted["key_sizes"][row].to(hidden.device)
-            asked["key_sizes"] = sizes[mine]
-        if "words" in self.needs:
-            asked["words"] = self.embedded[row // (hidden.shape[0] // len(self.batch))].to(hidden.device)
-        if "norm" in self.needs:
-            asked["norm"] = last_norm(self.model)
-        if text is not None:
-            said = text[row].nonzero().flatten().to(hidden.device)
-            asked["text"], asked["after"] = hidden[row, said], said > mine[-1]
-            if "question" in self.needs:
-                own = text[row, text.any(0)]  # which of the places that were watched are this prompt's
-                asked["question"] = noted["question"][row][:, own][..., mine]
-            if "key_sizes" in self.needs:
-                asked["text_key_sizes"] = sizes[said]
-        return LLMTokens(cut, count, rows, known, **asked)
+    def _tokens(self, entering: _LayerInput, row: int, image: int, places: Tensor, count: int) -> LLMTokens:
+        """What the pruner sees of the image whose tokens lie at these places of the row."""
+        needs, hidden, observed = self.pruner.llm_needs, entering.hidden, entering.observed
+        sample = row // entering.repeat
+        fields: dict[str, Any] = {}
+        if "hidden" in needs:
+            fields["hidden"] = hidden[row, places]
+        if "last" in needs:
+            fields["last"] = observed["last"][row, :, 0, places]
+        if "keys" in needs:
+            fields["keys"] = observed["keys"][row, places]
+        if "key_sizes" in needs:
+            key_sizes = observed["key_sizes"][row].to(hidden.device)
+            fields["key_sizes"] = key_sizes[places]
+        if "words" in needs:
+            fields["words"] = self._text_embeddings[sample].to(hidden.device)
+        if "norm" in needs:
+            fields["norm"] = last_norm(self.model)
+        if entering.text is not None:
+            text = entering.text[row]
+            text_places = text.nonzero().flatten().to(hidden.device)
+            fields["text"], fields["after"] = hidden[row, text_places], text_places > places[-1]
+            if "question" in needs:
+                # Queries were noted wherever any prompt has text; these are this prompt's among them.
+                own = text[entering.text.any(0)]
+                fields["question"] = observed["question"][row][:, own][..., places]
+            if "key_sizes" in needs:
+                fields["text_key_sizes"] = key_sizes[text_places]
+        rows = self._left(entering.layer, sample, image)
+        return LLMTokens(entering.layer, count, rows, self.batch[sample][image], **fields)
 
 
 def _another_prompt(got: str, expected: str) -> InputError:
@@ -250,26 +301,19 @@ def _another_prompt(got: str, expected: str) -> InputError:
     )
 
 
-def _losing(plan: Mapping[int, int], left: int) -> Iterator[int]:
-    """The layers after the first at which an image of `left` rows loses some."""
-    for cut in sorted(plan):
-        if cut > 0 and plan[cut] < left:
-            left = plan[cut]
-            yield cut
-
-
-def _merged(hidden: Tensor, merges: Sequence[Merged]) -> Tensor:
+def _merge_hidden(hidden: Tensor, merges: Sequence[Merged]) -> Tensor:
     """Hidden states [B, L, d] in which kept tokens absorb others, as their selections say."""
     if not merges:
         return hidden
-    hidden = hidden.clone()
-    for row, mine, pick in merges:
-        merge: Merge = pick.merge  # type: ignore[assignment]
-        states = hidden[row, mine]
+    hidden = hidden.clone()  # autograd may need what the layer before returned
+    for row, places, selection in merges:
+        merge = selection.merge
+        assert merge is not None
+        states = hidden[row, places]
         source, slot = merge.source.to(states.device), merge.destination.to(states.device)
         weight = merge.weight.to(states.device, torch.float32)[:, None]
-        sums = torch.zeros(pick.k, states.shape[1], dtype=torch.float32, device=states.device)
+        sums = torch.zeros(selection.k, states.shape[1], dtype=torch.float32, device=states.device)
         sums = sums.index_add(0, slot, states[source].float() * weight)
         slots = slot.unique()
-        hidden[row, mine[pick.indices[slots]]] = sums[slots].to(hidden.dtype)
+        hidden[row, places[selection.indices[slots]]] = sums[slots].to(hidden.dtype)
     return hidden

@@ -1,4 +1,4 @@
-"""What pruners return, checked: shapes at once, values without making an accelerator wait."""
+"""What pruners return, checked for all of them alike: types and sizes at once, values without making a device wait."""
 
 from __future__ import annotations
 
@@ -6,70 +6,75 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.pruners import Pruner
-from gripvlm.types import Selection, VisualTokens
-from gripvlm.utils.batching import in_one_storage, onto
+from gripvlm.types import LLMTokens, Merge, Selection, VisualTokens
+from gripvlm.utils.batching import joined, per_entry
 
-__all__ = ["DeferredChecks", "checked_features", "checked_selection", "checked_selections"]
+__all__ = [
+    "DeferredChecks",
+    "check_features",
+    "checked_counts",
+    "checked_selection",
+    "checked_selections",
+]
 
-TOLERANCE = 1e-3
-"""Of the sum of weights that go to one kept row."""
+_TOLERANCE = 1e-3
+"""By how much the weights that go to one kept row may miss a sum of 1; bfloat16 weights miss it by a little."""
 
 
 class DeferredChecks:
-    """Whether values are as they must be, asked of a device and read later, all in one go; on a CPU at once."""
+    """Checks of values on a device, read together once the device is done; on a CPU each is read at once."""
 
     def __init__(self) -> None:
-        self._open: list[tuple[Tensor, Callable[[], object]]] = []
+        self._pending: list[tuple[Tensor, Callable[[], None]]] = []
 
-    def add(self, wrong: Tensor, look: Callable[[], object]) -> None:
-        """`wrong` is a bool of no dimensions; where it is True, `look` finds what is wrong and raises."""
-        self._open.append((wrong, look))
-        if wrong.device.type == "cpu":
-            self.settle()
+    def add(self, failed: Tensor, explain: Callable[[], None]) -> None:
+        """`failed` is a bool without dimensions; where it is True, `explain` finds what is wrong and raises."""
+        self._pending.append((failed, explain))
+        if failed.device.type == "cpu":
+            self.raise_if_failed()
 
-    def settle(self) -> None:
-        """Waits for the device, and raises for the first that is wrong."""
-        now, self._open = self._open, []
-        if not now:
+    def raise_if_failed(self) -> None:
+        """Waits for the device, and raises for the first check that failed."""
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        device = now[0][0].device
-        for wrong, (_, look) in zip(torch.stack([flag.to(device) for flag, _ in now]).tolist(), now, strict=True):
-            if wrong:
-                look()
+        device = pending[0][0].device
+        flags = torch.stack([failed.to(device) for failed, _ in pending]).tolist()
+        for failed, (_, explain) in zip(flags, pending, strict=True):
+            if failed:
+                explain()
 
     @contextmanager
-    def at_the_end(self) -> Iterator[None]:
-        """Settles when the block ends, or fails."""
-        with self.as_cause():
-            yield
-        self.settle()
-
-    @contextmanager
-    def as_cause(self) -> Iterator[None]:
-        """Where the block fails: what is wrong here is the cause and is raised instead; else the block's own error."""
+    def explaining_errors(self) -> Iterator[None]:
+        """Where the block raises: a check that failed before is the cause, so its error is raised instead."""
         try:
             yield
         except Exception:
-            self.settle()
+            self.raise_if_failed()
             raise
 
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Raises for a check that failed when the block ends, however it ends."""
+        with self.explaining_errors():
+            yield
+        self.raise_if_failed()
 
-def checked_features(images: Sequence[VisualTokens], deferred: DeferredChecks) -> None:
-    """Queues a check that features are not NaN."""
-    rows = [tokens.features.detach() for tokens in images]
-    found = in_one_storage(rows)
-    sums = [found[0].sum(dtype=torch.float32)] if found else [one.sum(dtype=torch.float32) for one in rows]
 
-    def look() -> None:
+def check_features(images: Sequence[VisualTokens], checks: DeferredChecks) -> None:
+    """Schedules a NaN check on the visual features."""
+    # A sum is NaN where any of its terms is, and is far cheaper than looking at each. (It is NaN for inf - inf too:
+    # then no image turns out to have NaN, and nothing is raised.)
+    total = joined([tokens.features.detach() for tokens in images]).sum(dtype=torch.float32)
+
+    def explain() -> None:
         for tokens in images:
             if bool(tokens.features.isnan().any()):
                 raise InputError(
@@ -77,128 +82,147 @@ def checked_features(images: Sequence[VisualTokens], deferred: DeferredChecks) -
                     "pixels (a corrupt image), or load the model in bfloat16 or float32, if float16 overflows"
                 )
 
-    deferred.add(torch.stack(sums).isnan().any(), look)
+    checks.add(total.isnan(), explain)
+
+
+def checked_counts(pruner: Pruner, counts: Sequence[int], images: Sequence[VisualTokens]) -> list[int]:
+    """The counts that a pruner gives to a sample's images, with the same sum as their budgets."""
+    counts, budgets = list(counts), [tokens.keep for tokens in images]
+    fits = len(counts) == len(images) and all(1 <= k <= tokens.n for k, tokens in zip(counts, images, strict=True))
+    if not fits or sum(counts) != sum(budgets):
+        raise PrunerError(
+            f"pruner {pruner.name!r} allots {counts} to the {len(images)} images of sample {images[0].sample}: allowed "
+            f"are counts from 1 to {[tokens.n for tokens in images]} with the sum of the budgets {budgets}"
+        )
+    return counts
+
+
+# --- selections -------------------------------------------------------------------------------
 
 
 def checked_selections(
-    pruner: Pruner, raw: Sequence[Any], images: Sequence[VisualTokens], deferred: DeferredChecks
+    pruner: Pruner, answers: Sequence[Any], images: Sequence[VisualTokens], checks: DeferredChecks
 ) -> list[Selection]:
-    """One selection an image, on its device; what its values are, is in `deferred`.
+    """One selection for each image, on its device; checks of the values are scheduled.
 
     Raises:
         PrunerError: it names the pruner and the image.
     """
-    if len(raw) != len(images):
-        raise PrunerError(f"pruner {pruner.name!r} returned {len(raw)} selections for {len(images)} images")
-    names = [f"image {tokens.image} of sample {tokens.sample}" for tokens in images]
-    found = [
-        _shaped(pruner.name, selection, tokens.n, tokens.keep, tokens.features.device, where)
-        for selection, tokens, where in zip(raw, images, names, strict=True)
-    ]
+    if len(answers) != len(images):
+        raise PrunerError(f"pruner {pruner.name!r} returned {len(answers)} selections for {len(images)} images")
+    where = [f"pruner {pruner.name!r} on image {tokens.image} of sample {tokens.sample}" for tokens in images]
+    selections = [_with_right_shape(*each) for each in zip(answers, images, where, strict=True)]
 
-    def look() -> None:
-        for selection, where in zip(found, names, strict=True):
-            _valued(pruner.name, selection, where)
+    def explain() -> None:
+        for selection, prefix in zip(selections, where, strict=True):
+            _check_values(selection, prefix)
 
-    deferred.add(_odd(found), look)
-    if not all(selection.sound for selection in found):
-        deferred.settle()  # rows that are not there must not be asked of an accelerator
-    return found
+    checks.add(_any_wrong_value(selections), explain)
+    if not all(selection.sound for selection in selections):
+        # An index that is out of range would take the whole device down when rows are read by it.
+        checks.raise_if_failed()
+    return selections
 
 
-def _odd(found: Sequence[Selection]) -> Tensor:
-    """A bool: whether any selection has indices out of range or order, NaN scores, or a wrong merge."""
-    device = found[0].indices.device
-    indices, spread = _along([one.indices for one in found], [(one.n, 0) for one in found], device)
-    odd = ((indices < 0) | (indices >= spread[0])).any() | ((indices + spread[2]).diff() <= 0).any()
-    if scores := [one.scores.to(device) for one in found if one.scores is not None]:
-        odd = odd | torch.cat(scores).isnan().any()
-    slots = itertools.accumulate((one.k for one in found), initial=0)
-    merging = [(one, one.merge, slot) for one, slot in zip(found, slots, strict=False) if one.merge is not None]
-    if not merging:
-        return odd
-    source, spread = _along([merge.source for _, merge, _ in merging], [(one.n, 0) for one, *_ in merging], device)
-    odd = odd | ((source < 0) | (source >= spread[0])).any()
-    own = [(one.k, slot) for one, _, slot in merging]
-    slot, spread = _along([merge.destination for _, merge, _ in merging], own, device)
-    odd = odd | ((slot < 0) | (slot >= spread[0])).any()
-    slot = slot.clamp(min=0).minimum(spread[0] - 1) + spread[1]
-    weight = torch.cat([merge.weight.to(device, torch.float32) for _, merge, _ in merging])
-    sums = torch.zeros(sum(one.k for one in found), device=device).index_add(0, slot, weight)
-    return odd | (~((sums[slot] - 1).abs() <= TOLERANCE)).any()
+def checked_selection(name: str, answer: Any, tokens: VisualTokens | LLMTokens, where: str) -> Selection:
+    """The selection of `tokens.keep` of `tokens`, checked at once, or a `PrunerError` that names pruner and place."""
+    prefix = f"pruner {name!r} on {where}"
+    selection = _with_right_shape(answer, tokens, prefix)
+    _check_values(selection, prefix)
+    return selection
 
 
-def _along(parts: Sequence[Tensor], numbers: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[M] all parts [m_i] in one line; [3, M] beside each entry its part's two numbers, and the first summed up."""
-    starts = itertools.accumulate((first for first, _ in numbers), initial=0)
-    told = np.array([(*pair, start) for pair, start in zip(numbers, starts, strict=False)], dtype=np.int64).T
-    spread = np.repeat(told, [len(part) for part in parts], axis=1)
-    return torch.cat([part.to(device) for part in parts]), onto(spread, device)
-
-
-def checked_selection(name: str, selection: Any, n: int, k: int, device: torch.device, where: str) -> Selection:
-    """The selection of k of n rows, on `device`, or a `PrunerError` that names the pruner and `where`."""
-    found = _shaped(name, selection, n, k, device, where)
-    _valued(name, found, where)
-    return found
-
-
-def _shaped(name: str, selection: Any, n: int, k: int, device: torch.device, where: str) -> Selection:
-    """The selection on `device`, of the right types and sizes."""
-    wrong = partial(_wrong, name, where)
+def _with_right_shape(selection: Any, tokens: VisualTokens | LLMTokens, prefix: str) -> Selection:
+    """The selection on its image's device, known to be of the right types and sizes."""
+    n, k, device = tokens.n, tokens.keep, tokens.device
     if not isinstance(selection, Selection):
-        raise wrong(f"select() returned a {type(selection).__name__}, expected a Selection")
+        raise PrunerError(f"{prefix}: select() returned a {type(selection).__name__}, expected a Selection")
     scores = selection.scores
     if scores is not None:
         if not isinstance(scores, Tensor) or scores.shape != (n,):
-            got: object = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise wrong(f"scores must be a tensor ({n},), got {got}")
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise PrunerError(f"{prefix}: scores must be a tensor ({n},), got {got}")
         scores = scores.to(device)
     indices = selection.indices
     if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype != torch.long:
-        got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else indices
-        raise wrong(f"indices must be a LongTensor [k], got {got}")
+        raise PrunerError(f"{prefix}: indices must be a LongTensor [k], got {_described(indices)}")
     if indices.device.type == "meta":
-        raise wrong(f"indices are on the meta device, which holds no data: make them on {device}")
+        raise PrunerError(f"{prefix}: indices are on the meta device, which holds no data: make them on {device}")
     if indices.numel() != k:
-        raise wrong(f"returned {indices.numel()} indices, but the budget is exactly {k} of {n}")
+        raise PrunerError(f"{prefix}: returned {indices.numel()} indices, but the budget is exactly {k} of {n}")
     if selection.n != n:
-        raise wrong(f"says n={selection.n}, but there are {n} visual tokens")
-    merge = selection.merge
-    if merge is not None:
-        for part, whole in (("source", True), ("destination", True), ("weight", False)):
-            one = getattr(merge, part)
-            if not isinstance(one, Tensor) or one.ndim != 1 or (whole and one.dtype != torch.long):
-                got = f"{one.dtype} {tuple(one.shape)}" if isinstance(one, Tensor) else type(one).__name__
-                raise wrong(f"merge.{part} must be a {'LongTensor' if whole else 'tensor of floats'} [m], got {got}")
-        if len({merge.source.numel(), merge.destination.numel(), merge.weight.numel()}) != 1:
-            raise wrong("merge.source, merge.destination and merge.weight differ in length")
+        raise PrunerError(f"{prefix}: says n={selection.n}, but there are {n} visual tokens")
+    if selection.merge is not None:
+        _check_merge_shape(selection.merge, prefix)
     return replace(selection, indices=indices.to(device), scores=scores)
 
 
-def _valued(name: str, selection: Selection, where: str) -> None:
+def _check_merge_shape(merge: Merge, prefix: str) -> None:
+    for name, kind in (("source", "LongTensor"), ("destination", "LongTensor"), ("weight", "tensor of floats")):
+        part = getattr(merge, name)
+        if not isinstance(part, Tensor) or part.ndim != 1 or (kind == "LongTensor" and part.dtype != torch.long):
+            raise PrunerError(f"{prefix}: merge.{name} must be a {kind} [m], got {_described(part)}")
+    if len({merge.source.numel(), merge.destination.numel(), merge.weight.numel()}) != 1:
+        raise PrunerError(f"{prefix}: merge.source, merge.destination and merge.weight differ in length")
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _any_wrong_value(selections: Sequence[Selection]) -> Tensor:
+    """A bool on the device: whether `_check_values` would raise for any selection.
+
+    All images together, in a number of operations that does not grow with them.
+    """
+    indices = [selection.indices for selection in selections]
+    sizes = [selection.n for selection in selections]
+    starts = list(itertools.accumulate(sizes[:-1], initial=0))
+    every, device = joined(indices), indices[0].device
+    # Numbered through all images, indices must ascend; with the range check that is ascending in each of them.
+    wrong = ((every < 0) | (every >= per_entry(sizes, indices))).any()
+    wrong = wrong | ((every + per_entry(starts, indices)).diff() <= 0).any()
+    if scores := [selection.scores.to(device) for selection in selections if selection.scores is not None]:
+        wrong = wrong | joined(scores).isnan().any()
+    if any(selection.merge is not None for selection in selections):
+        wrong = wrong | _any_wrong_merge(selections, device)
+    return wrong
+
+
+def _any_wrong_merge(selections: Sequence[Selection], device: torch.device) -> Tensor:
+    merging = [(s, s.merge) for s in selections if s.merge is not None]
+    sources = [merge.source.to(device) for _, merge in merging]
+    slots = [merge.destination.to(device) for _, merge in merging]
+    counts = [selection.k for selection, _ in merging]
+    source, slot, count = joined(sources), joined(slots), per_entry(counts, slots)
+    wrong = ((source < 0) | (source >= per_entry([s.n for s, _ in merging], sources))).any()
+    wrong = wrong | ((slot < 0) | (slot >= count)).any()
+    # Clamped, so that a slot out of range, which is noted already, does not reach another image's sums.
+    starts = list(itertools.accumulate(counts[:-1], initial=0))
+    slot = slot.clamp(min=0).minimum(count - 1) + per_entry(starts, slots)
+    weight = joined([merge.weight.to(device, torch.float32) for _, merge in merging])
+    sums = torch.zeros(sum(counts), device=device).index_add(0, slot, weight)
+    return wrong | (~((sums[slot] - 1).abs() <= _TOLERANCE)).any()  # written so that NaN is wrong
+
+
+def _check_values(selection: Selection, prefix: str) -> None:
     """Raises where the values of a selection that has the right shape are wrong; waits for the device."""
-    wrong, n, k = partial(_wrong, name, where), selection.n, selection.k
-    scores, indices, merge = selection.scores, selection.indices, selection.merge
+    scores, indices, merge, n, k = selection.scores, selection.indices, selection.merge, selection.n, selection.k
     if scores is not None and bool(scores.isnan().any()):
-        raise wrong(f"{int(scores.isnan().sum())} of {n} scores are NaN")
-    if int(indices.min()) < 0 or int(indices.max()) >= n:
-        raise wrong(f"indices reach {int(indices.min())}..{int(indices.max())}, allowed 0..{n - 1}")
+        raise PrunerError(f"{prefix}: {int(scores.isnan().sum())} of {n} scores are NaN")
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= n:
+        raise PrunerError(f"{prefix}: indices reach {low}..{high}, allowed 0..{n - 1}")
     if bool((indices.diff() <= 0).any()):
-        raise wrong("indices must be ascending, without duplicates: end with indices.sort().values")
+        raise PrunerError(f"{prefix}: indices must be ascending, without duplicates: end with indices.sort().values")
     if merge is None:
         return
-    source, destination = merge.source.to(indices.device), merge.destination.to(indices.device)
+    source, slot = merge.source.to(indices.device), merge.destination.to(indices.device)
     if bool(((source < 0) | (source >= n)).any()):
-        raise wrong(f"merge.source leaves the rows 0..{n - 1}")
-    if bool(((destination < 0) | (destination >= k)).any()):
-        raise wrong(f"merge.destination leaves the kept slots 0..{k - 1}")
-    sums = torch.zeros(k, device=indices.device).index_add(
-        0, destination, merge.weight.to(indices.device, torch.float32)
-    )
-    if not bool(((sums[destination] - 1).abs() <= TOLERANCE).all()):
-        raise wrong("merge.weight must sum to 1 over each destination")
-
-
-def _wrong(name: str, where: str, what: str) -> PrunerError:
-    return PrunerError(f"pruner {name!r} on {where}: {what}")
+        raise PrunerError(f"{prefix}: merge.source leaves the rows 0..{n - 1}")
+    if bool(((slot < 0) | (slot >= k)).any()):
+        raise PrunerError(f"{prefix}: merge.destination leaves the kept slots 0..{k - 1}")
+    weight = merge.weight.to(indices.device, torch.float32)
+    sums = torch.zeros(k, device=indices.device).index_add(0, slot, weight)
+    if not bool(((sums[slot] - 1).abs() <= _TOLERANCE).all()):
+        raise PrunerError(f"{prefix}: merge.weight must sum to 1 over each destination")

@@ -1,274 +1,217 @@
-"""The one path that every pruning takes: encode, choose, check, drop; and the record of it."""
+"""The main road, `prune_batch`: encode the images, gather the tokens, select, drop."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from gripvlm.engine.llm_stage import LLMStage
-from gripvlm.engine.outputs import DeferredChecks, checked_features, checked_selections
-from gripvlm.engine.proportional import ProportionalRun
-from gripvlm.engine.request import (
-    PIXELS,
-    Keeps,
-    checked_budgets,
-    checked_merging,
-    checked_multiple,
-    checked_needs,
-    checked_positions,
-    checked_schedule,
+from gripvlm.engine.llm_stage import LLMStage, checked_schedule
+from gripvlm.engine.outputs import (
+    DeferredChecks,
+    check_features,
+    checked_counts,
+    checked_selections,
 )
-from gripvlm.errors import GripError, InputError, PrunerError
-from gripvlm.models import adapter as seam
-from gripvlm.models.encoded import Encoded, Span
-from gripvlm.models.families import Family
-from gripvlm.models.hooks.proportional import checked_sizes
-from gripvlm.models.layout import Layout
-from gripvlm.models.text import Question, questions
+from gripvlm.engine.proportional import ProportionalRun
+from gripvlm.engine.request import PruneRequest, checked_encoding, checked_inputs
+from gripvlm.errors import InputError, PrunerError
+from gripvlm.models.adapter import Shortened, drop, encode
+from gripvlm.models.encoded import Encoded
+from gripvlm.models.prompts import EncodedPrompts, Prompts
+from gripvlm.models.text import questions
 from gripvlm.models.wrapped import device_of
-from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
+from gripvlm.pruners import LLMPruner, Pruner
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.timing import Stopwatch
 
-__all__ = ["Pruned", "Record", "gather", "pruned"]
+__all__ = ["PrunedBatch", "drop", "gather_tokens", "prune_batch", "question_embeddings"]
+
+Run: TypeAlias = LLMStage | ProportionalRun
 
 
-@dataclass(repr=False)
-class Record:
-    """What happened in the latest call.
-
-    Attributes:
-        selections: a list (samples) of lists (images, in prompt order) of `Selection`; the list of
-            a prompt without images is empty. Where a pruner drops inside the language model,
-            `selection.counts` says how many rows each layer saw.
-        calls: how many calls were recorded so far.
-        watch, deferred: the clock that `seconds` are read from, and what is not checked yet.
-    """
-
-    selections: list[list[Selection]] = field(default_factory=list)
-    calls: int = 0
-    watch: Stopwatch | None = field(default=None, repr=False)
-    deferred: DeferredChecks = field(default_factory=DeferredChecks, repr=False)
-
-    def __str__(self) -> str:
-        """`64 of 576 visual tokens kept (11 %), vision 41 ms, pruner 1 ms, overhead 2 ms`.
-
-        Like `seconds`, this may wait for the accelerator.
-        """
-        if not self.total:
-            return "nothing pruned yet" if not self.calls else "no image in the latest call, so nothing pruned"
-        times = "".join(
-            f", {name} {1000 * took:.{0 if took >= 0.01 else 1}f} ms" for name, took in self.seconds.items()
-        )
-        share = 100 * self.paid / self.total
-        return f"{self.paid:.6g} of {self.total} visual tokens kept ({share:.3g} %){times}"
-
-    def __repr__(self) -> str:
-        return f"Record(calls={self.calls}, kept={self.kept}, total={self.total})"
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """{"vision", "pruner", "overhead"}: time in the vision encoder and projector, in the pruner, and in all else
-        that pruning adds; empty before the first call. Inside the language model the pruner's time is part of the
-        prefill's. On an accelerator reading this waits until it is done.
-        """
-        none = {} if self.watch is None else dict.fromkeys(("vision", "pruner", "overhead"), 0.0)
-        return none | ({} if self.watch is None else self.watch.seconds())
-
-    @property
-    def kept(self) -> int:
-        """Visual tokens kept (to the last layer) in the latest call, all images of all samples together."""
-        return sum(selection.k for sample in self.selections for selection in sample)
-
-    @property
-    def paid(self) -> float:
-        """The same, averaged over the language model's layers: what `keep` asks for."""
-        return sum(selection.paid for sample in self.selections for selection in sample)
-
-    @property
-    def total(self) -> int:
-        """Visual tokens there were in the latest call."""
-        return sum(selection.n for sample in self.selections for selection in sample)
-
-
-class Pruned(NamedTuple):
-    """What one pruning came to.
+@dataclass(eq=False)
+class PrunedBatch:
+    """A batch of prompts, ready to run.
 
     Attributes:
-        arguments: for `generate` or `forward`.
-        record: what was kept.
-        run: what is left to do inside the language model while it runs, None where there is nothing.
-        shortened: how the prompts became shorter.
+        prompts: as they were.
+        shortened: as they are now; `shortened.arguments` are for `generate` or `forward`.
+        selections: a list (prompts) of lists (images) of what is kept. Where rows are dropped inside the language
+            model, complete once the prompt has run.
+        run: what is left to do inside the language model while it runs; None where there is nothing.
+        watch: the times of the steps.
+        checks: of values on the device, not yet read.
     """
 
-    arguments: dict[str, Any]
-    record: Record
-    run: LLMStage | ProportionalRun | None
-    shortened: seam.Shortened
+    prompts: Prompts
+    shortened: Shortened
+    selections: list[list[Selection]]
+    run: Run | None
+    watch: Stopwatch
+    checks: DeferredChecks
 
     @property
-    def dropped(self) -> bool:
-        """Whether any image has fewer rows than it had, or merged ones."""
-        return any(s.k < s.n or s.merge is not None for sample in self.record.selections for s in sample)
+    def arguments(self) -> dict[str, Any]:
+        """For `generate` or `forward`."""
+        return self.shortened.arguments
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the model runs as it would without pruning: no row dropped or merged, no column added."""
+        order, full = self.shortened.order, self.shortened.full
+        changed = any(s.k < s.n or s.merge is not None for images in self.selections for s in images)
+        return self.run is None and order.shape[1] == full and not changed
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, run the model on the arguments, once. Checks that failed are raised when the block ends."""
+        with self.checks.enforced(), nullcontext() if self.run is None else self.run.block():
+            try:
+                yield
+            finally:
+                if self.run is not None:
+                    self.selections = self.run.selections()
 
 
-def pruned(
-    model: Any,
-    family: Family,
-    inputs: Mapping[str, Any],
-    pruner: Pruner,
-    keep: Keeps,
-    positions: str,
-    question: Question,
-    encoded: Encoded | None,
-    spare_column: bool,
-    proportional_attention: bool = False,
-    pad_to_multiple_of: int | None = None,
-) -> Pruned:
-    """Encode, choose, check, drop: the whole of gripvlm in one function; and what is left to do in the layers.
+def prune_batch(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encoded | None = None) -> PrunedBatch:
+    """Prunes the images of a batch of prompts.
 
-    All that must be read from an accelerator is read before the encoder starts. What is asked of it then is not
-    waited for: whether all values were right is in the record's `deferred`, to be settled when the model has run.
+    Args:
+        inputs: what the model's processor returned.
+        encoded: the images, if they are encoded already.
+
+    Raises:
+        GripError: the inputs, or what the pruner returned, cannot be used.
     """
-    checked_positions(positions)
-    multiple = checked_multiple(pad_to_multiple_of)
-    if proportional_attention:
-        checked_sizes(model)
-    asked = checked_needs(family, [pruner])
-    if isinstance(pruner, TowerPruner):
-        if not any(inputs.get(name) is not None for name in PIXELS):
-            raise InputError(
-                f"pruner {pruner.name!r} merges inside the vision tower, so an encoding of all rows does not serve it: "
-                "leave the pixels in the inputs"
-            )
-        encoded, asked = None, asked._replace(merging=checked_merging(model, family, pruner, keep))
-    watch, deferred = Stopwatch(device_of(model)), DeferredChecks()
-    layout = Layout.of(model, inputs)
-    texts = questions(model, layout.inputs, question) if "question" in pruner.needs else None
+    inputs = checked_inputs(request.model, request.family, inputs, encoded)
+    encoded = checked_encoding(request, inputs, encoded)
+    watch, checks = Stopwatch(device_of(request.model)), DeferredChecks()
+    # All that has to be read from an accelerator is read before the encoder starts. From then on nothing waits, so
+    # that the prefill is queued while the encoder still runs; values are checked when the model has run.
+    prompts = Prompts.of(request.model, inputs)
+    question = question_embeddings(request, prompts)
     watch.lap("overhead")
+
     if encoded is None:
-        done = seam.encode(model, family, inputs, asked, layout)
+        encoded = encode(prompts, request.family, request.needs)
         watch.lap("vision")
-    else:
-        done = encoded
-    spans, batch = gather(model, family, layout, pruner, keep, texts, done, deferred)
-    schedules: list[list[dict[int, int]]] = []
-    at_input = batch
-    if isinstance(pruner, LLMPruner):
-        layers = len(model.get_decoder().layers)
-        schedules = [[checked_schedule(pruner, tokens, layers) for tokens in sample] for sample in batch]
-        at_input = [
-            [replace(tokens, keep=plan.get(0, tokens.n)) for tokens, plan in zip(*pair, strict=True)]
-            for pair in zip(batch, schedules, strict=True)
-        ]
-    flat = [tokens for sample in at_input for tokens in sample]
+
+    images = prompts.with_images(encoded)
+    tokens = gather_tokens(request, images, question, checks)
+    at_input, schedules = _tokens_at_input(request, tokens)
     watch.lap("overhead")
-    raw = _chosen(pruner, flat, deferred)
+
+    answers = _select(request.pruner, at_input, checks)
     watch.lap("pruner")
-    checked = iter(checked_selections(pruner, raw, flat, deferred))
-    selections = [[next(checked) for _ in sample] for sample in at_input]
-    arguments, shortened = seam.shorten(
-        model, inputs, done, layout, spans, selections, positions, spare_column, pad_to_multiple_of=multiple
-    )
+
+    selections = _by_prompt(checked_selections(request.pruner, answers, at_input, checks), tokens)
+    shortened = drop(images, selections, request.drop)
     watch.lap("overhead")
-    kept, run = selections, None
-    if isinstance(pruner, LLMPruner):
-        run = LLMStage(model, pruner, arguments, batch, selections, schedules)
-        kept = run.selections()
-        run = run if run.cuts else None
-    record = Record(kept, 1, watch, deferred)
-    if proportional_attention and (run is not None or any(s.merge is not None for mine in selections for s in mine)):
-        return Pruned(arguments, record, ProportionalRun(model, arguments, selections, run), shortened)
-    return Pruned(arguments, record, run, shortened)
+
+    batch = PrunedBatch(prompts, shortened, selections, None, watch, checks)
+    _prepare_run(request, batch, tokens, schedules)
+    return batch
 
 
-def _chosen(pruner: Pruner, images: list[VisualTokens], deferred: DeferredChecks) -> list[Any]:
-    """What the pruner makes of all images of a batch."""
-    together = getattr(pruner, "select_batch", None)  # an object of the caller's own may do without
-    with deferred.as_cause():
-        return list(together(images)) if together is not None else [pruner.select(tokens) for tokens in images]
+def question_embeddings(request: PruneRequest, prompts: Prompts) -> list[Tensor] | None:
+    """[t, d] embeddings of each prompt's question; None where the pruner does not read it."""
+    if "question" not in request.pruner.needs:
+        return None
+    return questions(request.model, prompts.host, request.question)
 
 
-def gather(
-    model: Any,
-    family: Family,
-    layout: Layout,
-    pruner: Pruner,
-    keep: Keeps,
-    texts: list[Tensor] | None,
-    encoded: Encoded,
-    deferred: DeferredChecks,
-) -> tuple[list[list[Span]], list[list[VisualTokens]]]:
-    """Where each image lies in its prompt, and what the pruner sees of it; `texts` are the prompts' questions."""
-    if encoded.model_type != family.model_type:
-        raise InputError(f"encoded by a {encoded.model_type} model, but this one is {family.model_type}")
-    wanted = checked_needs(family, [pruner])
-    have = encoded.asked
-    lacking = {*wanted.layers} - {*have.layers}
-    if lacking or wanted.patches > have.patches or wanted.given > have.given or wanted.keys > have.keys:
-        raise InputError(
-            f"images were encoded without what pruner {pruner.name!r} reads of the vision tower: type "
-            f"gripvlm.encode(model, inputs, pruners=[{_as_typed(pruner)}])"
-        )
-    spans = layout.spans(encoded)
-    if not any(spans):
+def gather_tokens(
+    request: PruneRequest, images: EncodedPrompts, question: Sequence[Tensor] | None, checks: DeferredChecks
+) -> list[list[VisualTokens]]:
+    """What the pruner sees: a list (prompts) of lists (images, in prompt order) with the count to keep of each."""
+    pruner = request.pruner
+    if not any(images.spans):
         raise InputError("no prompt has an image: there is nothing to prune")
-    budgets = checked_budgets(pruner, keep, spans)
-    batch: list[list[VisualTokens]] = [[] for _ in spans]
-    for sample, mine in enumerate(spans):
-        text = None if texts is None else texts[sample]
-        for image, (span, budget) in enumerate(zip(mine, budgets[sample], strict=True)):
-            item = span.item
-            where = f"{item.modality} {image} of sample {sample}"
+    budgets = request.budgets_for([len(spans) for spans in images.spans])
+    batch: list[list[VisualTokens]] = [[] for _ in images.spans]
+    for sample, spans in enumerate(images.spans):
+        for image, item in enumerate(span.item for span in spans):
+            n, where = item.features.shape[0], f"{item.modality} {image} of sample {sample}"
             if "grid" in pruner.needs and item.grid is None:
                 raise PrunerError(
-                    f"pruner {pruner.name!r} needs rows in a plain raster, but the "
-                    f"{item.features.shape[0]} rows of {where} are none: use a pruner without grid"
+                    f"pruner {pruner.name!r} needs rows in a plain raster, but the {n} rows of {where} are none: use "
+                    "a pruner without grid"
                 )
-            keeps = budget.count(item.features.shape[0], where)
-            batch[sample].append(
-                VisualTokens(
-                    features=item.features,
-                    keep=keeps,
-                    grid=item.grid,
-                    question=text,
-                    sample=sample,
-                    image=image,
-                    key=item.key,
-                    vision=item.vision,
-                    patches=item.states,
-                    groups=item.groups,
-                )
+            tokens = VisualTokens(
+                features=item.features,
+                keep=budgets[sample][image].count(n, where),
+                grid=item.grid,
+                question=None if question is None else question[sample],
+                sample=sample,
+                image=image,
+                key=item.key,
+                vision=item.vision,
+                patches=item.patches,
+                groups=item.groups,
             )
-    checked_features([tokens for sample in batch for tokens in sample], deferred)
-    return spans, [_allotted(model, pruner, mine) for mine in batch]
+            batch[sample].append(tokens)
+    check_features([tokens for sample in batch for tokens in sample], checks)
+    return [_with_counts_of_pruner(request, tokens) for tokens in batch]
 
 
-def _as_typed(pruner: Pruner) -> str:
-    """How to name it in a call: by its name where that makes it, else as the object at hand."""
-    try:
-        get_pruner(pruner.name)
-    except GripError:
-        return "pruner"
-    return repr(pruner.name)
-
-
-def _allotted(model: Any, pruner: Pruner, images: list[VisualTokens]) -> list[VisualTokens]:
-    """A sample's images with the budgets that the pruner moves between them; their sum is what was asked."""
-    if not images or not hasattr(pruner, "allocate_budget"):  # an object of the caller's own may do without
+def _with_counts_of_pruner(request: PruneRequest, images: list[VisualTokens]) -> list[VisualTokens]:
+    """A prompt's images with the counts that the pruner moves between them; their sum is that of the budgets."""
+    pruner = request.pruner
+    if not images or not hasattr(pruner, "allocate_budget"):  # an object that is no `Pruner` may have none
         return images
     if isinstance(pruner, LLMPruner):
-        counts = list(pruner.allocate_budget_over(images, len(model.get_decoder().layers)))
+        counts = pruner.allocate_budget_over(images, len(request.model.get_decoder().layers))
     else:
-        counts = list(pruner.allocate_budget(images))
-    asked = [tokens.keep for tokens in images]
-    fits = len(counts) == len(images) and all(1 <= k <= tokens.n for k, tokens in zip(counts, images, strict=True))
-    if not fits or sum(counts) != sum(asked):
-        raise PrunerError(
-            f"pruner {pruner.name!r} allots {counts} to the {len(images)} images of sample {images[0].sample}: allowed "
-            f"are counts from 1 to {[tokens.n for tokens in images]} with the sum of the budgets {asked}"
-        )
+        counts = pruner.allocate_budget(images)
+    counts = checked_counts(pruner, counts, images)
     return [replace(tokens, keep=k) for tokens, k in zip(images, counts, strict=True)]
+
+
+def _tokens_at_input(
+    request: PruneRequest, batch: list[list[VisualTokens]]
+) -> tuple[list[VisualTokens], list[list[dict[int, int]]]]:
+    """All images with the count to keep at the input; and the schedule of each, for pruners inside the LLM."""
+    pruner = request.pruner
+    if not isinstance(pruner, LLMPruner):
+        return [tokens for images in batch for tokens in images], []
+    layers = len(request.model.get_decoder().layers)
+    schedules = [[checked_schedule(pruner, tokens, layers) for tokens in images] for images in batch]
+    at_input = []
+    for images, plans in zip(batch, schedules, strict=True):
+        for tokens, plan in zip(images, plans, strict=True):
+            at_input.append(replace(tokens, keep=plan.get(0, tokens.n)))
+    return at_input, schedules
+
+
+def _prepare_run(
+    request: PruneRequest,
+    batch: PrunedBatch,
+    tokens: list[list[VisualTokens]],
+    schedules: list[list[dict[int, int]]],
+) -> None:
+    """Sets what is left to do inside the language model."""
+    selections, arguments, stage = batch.selections, batch.arguments, None
+    if isinstance(request.pruner, LLMPruner):
+        stage = LLMStage(request.pruner, request.model, arguments, tokens)
+        batch.selections = stage.begin(selections, schedules)
+        batch.run = stage = stage if stage.layers_that_drop else None
+    merges = any(selection.merge is not None for sample in selections for selection in sample)
+    if request.proportional_attention and (merges or stage is not None):
+        batch.run = ProportionalRun(request.model, arguments, selections, stage)
+
+
+def _select(pruner: Pruner, images: list[VisualTokens], checks: DeferredChecks) -> list[Any]:
+    """What the pruner returns for all images of a batch, unchecked."""
+    select_batch = getattr(pruner, "select_batch", None)  # an object that is no `Pruner` may have none
+    # A pruner that stumbles over NaN of the encoder is not to blame: the failed check is raised in place of its error.
+    with checks.explaining_errors():
+        return list(select_batch(images)) if select_batch else [pruner.select(tokens) for tokens in images]
+
+
+def _by_prompt(selections: Sequence[Selection], batch: list[list[VisualTokens]]) -> list[list[Selection]]:
+    rest = iter(selections)
+    return [[next(rest) for _ in images] for images in batch]

@@ -1,21 +1,24 @@
-"""Size-aware attention for what pruners merged: the sizes of a batch of prompts, and the block they count in."""
+"""The sizes of merged tokens over a run, for proportional attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gripvlm.engine.llm_stage import LLMStage, Merged
+from gripvlm.engine.llm_stage import LLMStage
 from gripvlm.errors import InputError
 from gripvlm.models.hooks.calls import one_run
 from gripvlm.models.hooks.proportional import LayerSizes, proportional_attention
 from gripvlm.models.hooks.stages import Held
 from gripvlm.models.text import visual_places
 from gripvlm.types import Selection, sizes_after
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["ProportionalRun"]
 
@@ -27,66 +30,71 @@ class ProportionalRun:
         model: a supported model for which `checked_sizes` passes.
         arguments: the prompts as the model will get them.
         selections: what each image keeps at the input.
-        run: the dropping inside the language model, where there is any.
+        stage: the dropping inside the language model, where there is any.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         arguments: Mapping[str, Any],
         selections: list[list[Selection]],
-        run: LLMStage | None,
+        stage: LLMStage | None,
     ) -> None:
-        if run is not None and run.pruner.evict_after_prefill(run.layers) is not None:
+        if stage is not None and stage.pruner.evict_after_prefill(stage.layers) is not None:
             raise InputError(
-                f"proportional_attention knows the sizes of what each layer saw, but {run.pruner.name!r} drops from "
+                f"proportional_attention knows the sizes of what each layer saw, but {stage.pruner.name!r} drops from "
                 "the cache after that: leave proportional_attention out"
             )
-        self.model, self.arguments, self.first, self.run = model, arguments, selections, run
+        self.model, self.arguments, self.stage = model, arguments, stage
+        self._first = selections
+        self._in_layers: Mapping[int, LayerSizes | None] = {}
         places = visual_places(model, arguments["input_ids"])
-        base = torch.ones(places.shape, device=places.device)
-        for row, mine, sample in zip(base, places, selections, strict=True):
-            if sample:
-                row[mine] = torch.cat([sizes_after(s.indices, s.n, s.merge) for s in sample]).to(base.device)
-        self.known: Mapping[int, LayerSizes | None] = {}
-        self.stages: dict[int, Tensor] = {0: base}  # layer -> [rows, L] sizes, by place in the prompt, from there on
+        sizes = torch.ones(places.shape, device=places.device)
+        for row, own, images in zip(sizes, places, selections, strict=True):
+            if images:
+                row[own] = torch.cat([sizes_after(s.indices, s.n, s.merge) for s in images]).to(sizes.device)
+        self._from: dict[int, Tensor] = {0: sizes}  # layer -> [rows, L] sizes, by column of the prompt, from there on
 
     @contextmanager
     def block(self) -> Iterator[None]:
         """Inside, the model's language model attends by size, and drops what it has to."""
         with ExitStack() as stack:
             with one_run(self.model.base_model, self.arguments):
-                if self.run is not None:
-                    self.run.merged = self._merged
-                    stack.enter_context(self.run.block())
-                self.known = stack.enter_context(proportional_attention(self.model, self._sizes))
+                if self.stage is not None:
+                    stack.enter_context(self.stage.block())
+                self._in_layers = stack.enter_context(proportional_attention(self.model, self._sizes))
             yield
 
     def held(self) -> tuple[Held | None, Mapping[int, LayerSizes | None]]:
         """What the layers' caches hold once the prompt has run, and the sizes in each layer."""
-        return (None if self.run is None else self.run.held()[0]), dict(self.known)
+        return (None if self.stage is None else self.stage.held()[0]), dict(self._in_layers)
 
     def selections(self) -> list[list[Selection]]:
         """What was kept of each image, layer by layer."""
-        return self.first if self.run is None else self.run.selections()
-
-    def _merged(self, cut: int, rows: int, merges: Sequence[Merged]) -> None:
-        sizes = self._before(cut - 1, rows).clone()
-        for row, places, pick in merges:
-            own = places[pick.indices.to(places.device)]
-            sizes[row, own] = sizes_after(pick.indices, pick.n, pick.merge, sizes[row, places]).to(sizes.device)
-        self.stages[cut] = sizes
-
-    def _before(self, layer: int, rows: int) -> Tensor:
-        """[rows, L] sizes that hold in this layer, for the prompt's rows or as often as `generate` repeats them."""
-        sizes = self.stages[max(cut for cut in self.stages if cut <= layer)]
-        return sizes.repeat_interleave(rows // sizes.shape[0], 0)
+        return self._first if self.stage is None else self.stage.selections()
 
     def _sizes(self, layer: int, rows: int, total: int) -> LayerSizes:
-        sizes = self._before(layer, rows)
-        order = None if self.run is None else self.run.dropped.order
+        """The sizes that hold in a layer, as `proportional_attention` asks for them."""
+        sizes = self._by_column(layer, rows)
+        order = None if self.stage is None else self.stage.dropped.order
         if order is None:
             return LayerSizes(sizes, 0)
         order = order.to(sizes.device)
         sizes = torch.nn.functional.pad(sizes, (0, max(0, total - sizes.shape[1])), value=1.0)
         return LayerSizes(sizes.gather(1, order), total - order.shape[1])
+
+    def _by_column(self, layer: int, rows: int) -> Tensor:
+        """[rows, L] sizes of the prompt's tokens in this layer, as often as `generate` repeats each prompt."""
+        for merging, merges in sorted(({} if self.stage is None else self.stage.merges).items()):
+            if merging <= layer and merging not in self._from:
+                sizes = _repeated(self._from[max(self._from)], rows).clone()
+                for row, places, selection in merges:
+                    kept = places[selection.indices.to(places.device)]
+                    after = sizes_after(selection.indices, selection.n, selection.merge, sizes[row, places])
+                    sizes[row, kept] = after.to(sizes.device)
+                self._from[merging] = sizes
+        return _repeated(self._from[max(earlier for earlier in self._from if earlier <= layer)], rows)
+
+
+def _repeated(sizes: Tensor, rows: int) -> Tensor:
+    return sizes.repeat_interleave(rows // sizes.shape[0], 0)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,12 @@ from gripvlm.models.hooks.proportional import LayerSizes
 from gripvlm.models.hooks.stages import Held
 from gripvlm.models.text import full_mask, padding_token, visual_places
 
-__all__ = ["PrunedPrompt", "mark", "prompt_in", "used"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gripvlm.engine.pipeline import PrunedBatch
+
+__all__ = ["PrunedPrompt", "in_use", "mark", "prompt_in"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +57,24 @@ class PrunedPrompt:
     sizes: Mapping[int, LayerSizes | None] | None = None
     refusal: str = ""
 
-    @property
-    def mask(self) -> Tensor:
-        """[R, l] bool, False at padding."""
-        return self.short["attention_mask"].bool()
+    @classmethod
+    def of(cls, batch: PrunedBatch, ids: Tensor, refusal: str = "") -> PrunedPrompt:
+        """What a cache holds once a batch has run and the caller's tokens [B * r, T] are `ids`."""
+        prompts, shortened = batch.prompts.inputs["input_ids"], batch.shortened
+        short = {name: batch.arguments[name] for name in PER_TOKEN if isinstance(batch.arguments.get(name), Tensor)}
+        positions = short["position_ids"]  # may be one row for all prompts
+        short["position_ids"] = positions.expand(*positions.shape[:-2], *short["input_ids"].shape)
+        selections = [list(images) for images in batch.selections]
+        prompt = cls(prompts, shortened.full, shortened.order, short, shortened.following, selections)
+        if (repeat := len(ids) // len(prompts)) > 1:
+            prompt = prompt.take(torch.arange(len(prompts)).repeat_interleave(repeat).to(prompts.device))
+        held, sizes = (None, None) if batch.run is None else batch.run.held()
+        return replace(prompt, ids=ids, held=held, sizes=sizes, refusal=refusal)
 
     def take(self, rows: Tensor) -> PrunedPrompt:
         """Of these rows [R'], in this order, as the cache's own `batch_select_indices` does."""
-        short = {name: _rows(value, rows) for name, value in self.short.items()}
+        # Positions of M-RoPE are [axes, R, l].
+        short = {name: v[:, rows] if v.ndim == 3 else v[rows] for name, v in self.short.items()}
         held = None if self.held is None else self.held.take(rows)
         sizes = None
         if self.sizes is not None:
@@ -89,12 +104,9 @@ class PrunedPrompt:
             )
         return self.full + length
 
-    def positions_after(self, mask: Tensor) -> Tensor:
-        """[..., R, t] positions of the tokens after the prompt, `mask` [R, t] bool."""
-        counted = mask.long().cumsum(-1) - 1
-        return (self.following[..., None] + counted).masked_fill(~mask, 0)
-
-    def further(self, model: Any, cache: Any, given: Mapping[str, Any], whole: bool) -> dict[str, Any]:
+    def further_arguments(
+        self, model: PreTrainedModel, cache: Any, given: Mapping[str, Any], *, whole: bool
+    ) -> dict[str, Any]:
         """The arguments of a further turn as `generate` or `forward` must get them.
 
         Args:
@@ -107,51 +119,61 @@ class PrunedPrompt:
         """
         if self.refusal:
             raise InputError(self.refusal)
-        ids, have = given["input_ids"], self.tokens_in(cache)
+        ids, count = given["input_ids"], self.tokens_in(cache)
         if ids.shape[0] != self.ids.shape[0]:
             raise InputError(f"the cache holds {self.ids.shape[0]} prompts, but input_ids have {ids.shape[0]}")
-        mask = given.get("attention_mask")
-        total = ids.shape[1] if whole else have + ids.shape[1]
         if whole:
-            self._checked_same(ids, have)
-        if mask is None:
-            mask = full_mask(model, {"input_ids": ids}) if whole else torch.ones_like(ids)
-            mask = mask if whole else torch.nn.functional.pad(mask, (have, 0), value=1)
-        if not isinstance(mask, Tensor) or mask.shape != (ids.shape[0], total):
-            raise InputError(
-                f"attention_mask has shape {tuple(getattr(mask, 'shape', ()))}, expected {(ids.shape[0], total)}: one "
-                "entry for each token of the whole conversation, those in the cache too"
-            )
-        new = ids[:, have:] if whole else ids
+            self._check_same(ids, count)
+        new = ids[:, count:] if whole else ids
         if new.shape[1] > 1 and bool(visual_places(model, new).any()):  # a loop decodes one by one, and need not wait
             raise InputError(
                 "a further picture on a pruned cache is not supported: pass the whole conversation with all its "
                 "pictures and no cache, so that each is pruned for this turn"
             )
-        arguments = {name: value for name, value in given.items() if name not in encoder_arguments(model, given)}
-        arguments.pop("mm_encoder_outputs", None)
+        mask = self._whole_mask(model, given, count, whole=whole)
         after = mask[:, self.full :].bool()
-        left = mask[:, : self.full].gather(1, self.order.to(mask.device)) * self.short["attention_mask"].to(mask)
-        arguments["attention_mask"] = torch.cat((left, after.to(left)), -1)
-        positions = torch.cat((self.short["position_ids"], self.positions_after(after)), -1)
+        short_mask = self.short["attention_mask"].to(mask)
+        front = mask[:, : self.full].gather(1, self.order.to(mask.device)) * short_mask
+        counted = after.long().cumsum(-1) - 1
+        later = (self.following[..., None] + counted).masked_fill(~after, 0)
+        positions = torch.cat((self.short["position_ids"], later), -1)
+
+        visual = {*encoder_arguments(model, given), "mm_encoder_outputs"}
+        arguments = {name: value for name, value in given.items() if name not in visual}
+        arguments["attention_mask"] = torch.cat((front, after.to(front)), -1)
         if not whole:
             return {**arguments, "position_ids": positions[..., -new.shape[1] :]}
         arguments["position_ids"] = positions
         for name in PER_TOKEN.keys() & arguments.keys() - {"attention_mask", "position_ids"}:
             value = arguments[name]
-            front = value[:, : self.full].gather(1, self.order.to(value.device))
             fill = padding_token(model) if name == "input_ids" else PER_TOKEN[name]
-            front = front.masked_fill(~self.mask.to(value.device), fill)
+            front = value[:, : self.full].gather(1, self.order.to(value.device))
+            front = front.masked_fill(~short_mask.bool().to(value.device), fill)
             arguments[name] = torch.cat((front, value[:, self.full :]), -1)
         return arguments
 
-    def _checked_same(self, ids: Tensor, have: int) -> None:
-        if ids.shape[1] <= have:
+    def _whole_mask(self, model: PreTrainedModel, given: Mapping[str, Any], count: int, *, whole: bool) -> Tensor:
+        """[R, T'] the mask of the whole conversation, `count` tokens of which are in the cache."""
+        ids, mask = given["input_ids"], given.get("attention_mask")
+        if mask is None and whole:
+            return full_mask(model, {"input_ids": ids})
+        if mask is None:
+            return torch.nn.functional.pad(torch.ones_like(ids), (count, 0), value=1)
+        expected = (ids.shape[0], ids.shape[1] if whole else count + ids.shape[1])
+        if not isinstance(mask, Tensor) or mask.shape != expected:
             raise InputError(
-                f"input_ids have {ids.shape[1]} tokens, but the cache already stands for {have}: pass the whole "
+                f"attention_mask has shape {tuple(getattr(mask, 'shape', ()))}, expected {expected}: one entry for "
+                "each token of the whole conversation, those in the cache too"
+            )
+        return mask
+
+    def _check_same(self, ids: Tensor, count: int) -> None:
+        if ids.shape[1] <= count:
+            raise InputError(
+                f"input_ids have {ids.shape[1]} tokens, but the cache already stands for {count}: pass the whole "
                 "conversation, with something new at its end"
             )
-        known = self.ids[:, :have].to(ids.device)  # of a call that was interrupted, not all that it decoded
+        known = self.ids[:, :count].to(ids.device)  # of a call that was interrupted, not all that it decoded
         differ = (ids[:, : known.shape[1]] != known).nonzero()
         if len(differ):
             row, column = differ[0].tolist()
@@ -162,18 +184,13 @@ class PrunedPrompt:
             )
 
 
-def _rows(value: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a per-token input [R, l], or of positions [axes, R, l]."""
-    return value[:, rows] if value.ndim == 3 else value[rows]
-
-
 # --- the guard -----------------------------------------------------------------------------------------
 
-_in_use: ContextVar[Any] = ContextVar("gripvlm_cache_in_use", default=None)
+_cache_in_use: ContextVar[Any] = ContextVar("gripvlm_cache_in_use", default=None)
 
 
 def mark(cache: Any, prompt: PrunedPrompt) -> None:
-    """Notes in the cache what it holds; from now on it takes no keys but inside `used`."""
+    """Notes in the cache what it holds; from now on it takes no keys but inside `in_use`."""
     if not hasattr(cache, "gripvlm_prompt"):
         kind: Any = type(cache)
         cache.__class__ = _guarded(kind)
@@ -186,13 +203,13 @@ def prompt_in(cache: Any) -> PrunedPrompt | None:
 
 
 @contextmanager
-def used(cache: Any) -> Iterator[None]:
+def in_use(cache: Any) -> Iterator[None]:
     """Inside the block, and in this thread, a marked cache takes keys: its turn was translated."""
-    token = _in_use.set(cache)
+    token = _cache_in_use.set(cache)
     try:
         yield
     finally:
-        _in_use.reset(token)
+        _cache_in_use.reset(token)
 
 
 @functools.cache
@@ -200,7 +217,7 @@ def _guarded(base: Any) -> type:
     """A subclass of a cache's class that refuses what would go wrong in silence; named as its base."""
 
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _in_use.get() is not self:
+        if _cache_in_use.get() is not self:
             images = [image for sample in self.gripvlm_prompt.selections for image in sample]
             kept, total = sum(image.k for image in images), sum(image.n for image in images)
             raise InputError(

@@ -1,61 +1,133 @@
-"""Every check of what a caller passes (what a pruner returns: `selections.py`). `prune.py` calls them, once each."""
+"""What a caller hands in, checked here and nowhere else: a `PruneRequest` once, and the inputs of each call."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from torch import Tensor
 
 from gripvlm.budget import Budget, Keep
-from gripvlm.errors import BudgetError, InputError, PrunerError, UnsupportedModelError
-from gripvlm.models import adapter as seam
-from gripvlm.models.encoded import Encoded, Span
-from gripvlm.models.families import FAMILIES, Family, family_of
-from gripvlm.models.grids import unknown
-from gripvlm.models.hooks.attention import blocks_of
-from gripvlm.models.hooks.llm_drop import checked_layers
+from gripvlm.engine.pruner_checks import checked_needs, checked_pair, checked_pruner
+from gripvlm.errors import BudgetError, GripError, InputError
+from gripvlm.models.adapter import PER_TOKEN, DropOptions, encoder_arguments
+from gripvlm.models.encoded import Encoded
+from gripvlm.models.families import Family, family_of
+from gripvlm.models.hooks.proportional import checked_sizes
 from gripvlm.models.hooks.tower_merge import checked_tower
 from gripvlm.models.renamed import cache_in
-from gripvlm.models.text import placeholder
+from gripvlm.models.text import Question, placeholder
 from gripvlm.models.tower_rows import Asked, Merging
-from gripvlm.models.wrapped import device_of
-from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
-from gripvlm.pruners.base import NEEDS
-from gripvlm.pruners.llm_base import LLM_NEEDS, average
-from gripvlm.pruners.options import options_of
-from gripvlm.types import VisualTokens
+from gripvlm.models.wrapped import device_of, unwrapped
+from gripvlm.pruners import Pruner, TowerPruner, get_pruner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import Unpack
 
 __all__ = [
-    "ENCODED",
-    "PIXELS",
     "Keeps",
-    "checked_budgets",
+    "PruneRequest",
+    "checked_budget",
+    "checked_encoding",
     "checked_imageless",
     "checked_inputs",
-    "checked_merging",
-    "checked_multiple",
     "checked_needs",
     "checked_positions",
     "checked_pruner",
-    "checked_schedule",
-    "one_budget",
+    "has_pixels",
 ]
 
 Keeps: TypeAlias = Keep | Sequence[Keep | Sequence[Keep]] | None
 """One budget, one for each sample, or one list for each sample with one for each image."""
 
-ENCODED = ("mm_encoder_outputs", "inputs_embeds")
-PIXELS = ("pixel_values", "pixel_values_videos")
+_NOT_IDS = ("mm_encoder_outputs", "inputs_embeds")
+_PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+class PruneOptions(TypedDict, total=False):
+    """The options of a `PruneRequest`, as in `gripvlm.prune`."""
+
+    positions: str
+    question: Question
+    proportional_attention: bool
+    pad_to_multiple_of: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class PruneRequest:
+    """What is to be pruned and how: everything a caller decides before the inputs are there.
+
+    Attributes:
+        model: the transformers model, out of its wrappers.
+        family: its row in the table of families.
+        pruner: what selects.
+        budgets: one for all images, or for each sample one or a list with one per image.
+        question: see `gripvlm.prune_inputs`.
+        proportional_attention: see `gripvlm.prune`.
+        drop: how the shortened prompts look.
+        needs: what the pruner wants of the vision tower.
+    """
+
+    model: PreTrainedModel
+    family: Family
+    pruner: Pruner
+    budgets: Budget | Sequence[Budget | Sequence[Budget]]
+    question: Question
+    proportional_attention: bool
+    drop: DropOptions
+    needs: Asked
+
+    @classmethod
+    def of(cls, model: Any, pruner: str | Pruner, keep: Keeps = None, **options: Unpack[PruneOptions]) -> PruneRequest:
+        """Checks and parses everything.
+
+        Raises:
+            GripError: it says what was given, what is allowed and what to do.
+        """
+        model = unwrapped(model)
+        family = family_of(model)
+        chosen = checked_pruner(pruner)
+        needs = checked_pair(chosen, model, family)
+        positions = options.get("positions", "original")
+        checked_positions(positions)
+        multiple = _checked_multiple(options.get("pad_to_multiple_of"))
+        proportional = options.get("proportional_attention", False)
+        if proportional:
+            checked_sizes(model)
+        budgets = _parsed(chosen, keep)
+        if isinstance(chosen, TowerPruner):
+            checked_tower(model, family)
+            needs = needs._replace(merging=_merging(chosen, budgets))
+        drop = DropOptions(positions, multiple)
+        return cls(model, family, chosen, budgets, options.get("question"), proportional, drop, needs)
+
+    def budgets_for(self, images: Sequence[int]) -> list[list[Budget]]:
+        """One budget for each image of prompts that have so many images."""
+        if isinstance(self.budgets, Budget):
+            return [[self.budgets] * count for count in images]
+        if len(self.budgets) != len(images):
+            raise BudgetError(f"keep has {len(self.budgets)} entries for {len(images)} samples")
+        budgets = []
+        for sample, (count, given) in enumerate(zip(images, self.budgets, strict=True)):
+            each = [given] * count if isinstance(given, Budget) else list(given)
+            if len(each) != count:
+                raise BudgetError(f"keep[{sample}] has {len(each)} entries for the {count} images of that sample")
+            budgets.append(each)
+        return budgets
+
+
+# --- options ----------------------------------------------------------------------------------
 
 
 def checked_positions(positions: str) -> None:
     if positions not in ("original", "renumbered"):
-        raise InputError(f"positions={positions!r}: type 'original' or 'renumbered'")
+        raise InputError(f"positions={positions!r}: pass 'original' or 'renumbered'")
 
 
-def checked_multiple(pad_to_multiple_of: Any) -> int:
+def _checked_multiple(pad_to_multiple_of: Any) -> int:
     if pad_to_multiple_of is None:
         return 1
     try:
@@ -63,150 +135,46 @@ def checked_multiple(pad_to_multiple_of: Any) -> int:
     except TypeError:
         multiple = 0
     if multiple < 1:
-        raise InputError(f"pad_to_multiple_of={pad_to_multiple_of!r}: type an int of 1 or more, such as 64, or None")
+        raise InputError(f"pad_to_multiple_of={pad_to_multiple_of!r}: pass an int of 1 or more, such as 64, or None")
     return multiple
 
 
-def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
-    """The pruner, known to have what a pruner has, and to serve `model` where one is given."""
-    chooser = get_pruner(pruner)
-    name = getattr(chooser, "name", None)
-    if not isinstance(name, str):
-        raise PrunerError(f"a {type(chooser).__name__} has no name: give it name = 'snake_case'")
-    if not isinstance(getattr(chooser, "needs", None), frozenset):
-        raise PrunerError(f"pruner {name!r} states no needs: give it needs = frozenset({{'features'}})")
-    if unknown := sorted(chooser.needs - NEEDS):
-        raise PrunerError(f"pruner {name!r} needs {unknown}, but known are {sorted(NEEDS)}")
-    stage = getattr(chooser, "stage", "input")
-    if stage not in ("input", "llm", "vision"):
-        raise PrunerError(f"pruner {name!r} drops rows at stage {stage!r}: known are 'input', 'llm' and 'vision'")
-    if stage == "vision" and not isinstance(chooser, TowerPruner):
-        raise PrunerError(f"pruner {name!r} merges at stage 'vision', so it must be a gripvlm.pruners.TowerPruner")
-    if stage != "vision" and "groups" in chooser.needs:
-        raise PrunerError(f"pruner {name!r} needs groups, which only a gripvlm.pruners.TowerPruner has")
-    if stage == "vision" and (wrong := sorted(chooser.needs & {"vision_attention", "patches"})):
-        raise PrunerError(f"pruner {name!r} merges inside the vision tower, which then has no {wrong[0]} for each row")
-    if stage == "llm" and not isinstance(chooser, LLMPruner):
-        raise PrunerError(f"pruner {name!r} drops rows at stage 'llm', so it must be a gripvlm.LLMPruner")
-    if stage == "llm" and (unknown := sorted(chooser.llm_needs - LLM_NEEDS)):  # type: ignore[attr-defined]
-        raise PrunerError(f"pruner {name!r} needs {unknown} of the layers, but known are {sorted(LLM_NEEDS)}")
-    if "vision_attention" in chooser.needs and not getattr(chooser, "vision_layers", ()):
-        raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
-    if model is not None:
-        _checked_pair(chooser, model)
-    return chooser
+def checked_budget(pruner: Pruner, keep: Any) -> Budget:
+    """`keep` as a `Budget`; where it is None, the pruner's own, if it has one."""
+    if keep is None:
+        keep = getattr(pruner, "default_keep", None)
+    if keep is None:
+        raise BudgetError(f"pruner {pruner.name!r} needs a budget: pass keep=64 (tokens an image) or keep=0.1")
+    return Budget.of(keep)
 
 
-def _checked_pair(pruner: Pruner, model: Any) -> None:
-    """Refuses, before any picture is encoded, a pruner that this model cannot serve."""
-    asked = checked_needs(family_of(model), [pruner])
-    if asked.layers:
-        tower = model.get_encoder("image")
-        blocks = len(blocks_of(tower))
-        if wrong := [layer for layer in asked.layers if not -blocks <= layer < blocks]:
-            options = ", ".join(str(option) for option in options_of(type(pruner)))
-            raise InputError(
-                f"pruner {pruner.name!r} reads a block of the vision tower by its number, but there is no layer "
-                f"{wrong[0]} in this {type(tower).__name__}: it has {blocks}, from 0 to {blocks - 1}; the pruner's "
-                f"options are {options or 'none'}"
-            )
-    if isinstance(pruner, LLMPruner):
-        checked_layers(model)
-    if hasattr(pruner, "check"):  # an object of the caller's own may do without
-        pruner.check(model)
+def _parsed(pruner: Pruner, keep: Keeps) -> Budget | list[Budget | list[Budget]]:
+    if not isinstance(keep, (list, tuple)):
+        return checked_budget(pruner, keep)
+    budgets: list[Budget | list[Budget]] = []
+    for given in keep:
+        if isinstance(given, (list, tuple)):
+            budgets.append([checked_budget(pruner, image) for image in given])
+        else:
+            budgets.append(checked_budget(pruner, given))
+    return budgets
 
 
-def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
-    """What these pruners together want of the vision tower.
-
-    Raises:
-        UnsupportedModelError: the family cannot supply what one of them needs: its rows cannot be traced to
-            its tower's patches, never are a plain raster, or its layers cannot drop.
-    """
-    layers: dict[int, None] = {}
-    patches = given = keys = False
-    for pruner in pruners:
-        wanted = sorted(pruner.needs & {"vision_attention", "patches"})
-        if wanted and family.vision is None:
-            having = ", ".join(sorted(name for name, row in FAMILIES.items() if row.vision is not None))
-            raise UnsupportedModelError(
-                f"pruner {pruner.name!r} needs {' and '.join(wanted)} of the vision tower, which gripvlm cannot yet "
-                f"bring back to {family.model_type}'s rows; it can for {having}: use another pruner or model"
-            )
-        if "grid" in pruner.needs and family.grid is unknown:
-            having = ", ".join(sorted(name for name, row in FAMILIES.items() if row.grid is not unknown))
-            raise UnsupportedModelError(
-                f"pruner {pruner.name!r} needs a grid, rows in a plain raster, but {family.model_type} joins tiles and "
-                f"breaks them into lines; rasters have {having}: use another pruner or model"
-            )
-        if getattr(pruner, "stage", "input") == "llm" and not family.layers:
-            having = ", ".join(sorted(name for name, row in FAMILIES.items() if row.layers))
-            raise UnsupportedModelError(
-                f"pruner {pruner.name!r} drops inside the language model's layers, but {family.model_type}'s share or "
-                f"carry state that still holds the dropped tokens; they can be dropped there in {having}: use another "
-                "model, or drop at the input with a pruner such as divprune"
-            )
-        if "vision_attention" in wanted:
-            layers.update(dict.fromkeys(pruner.vision_layers))
-            given |= "vision_given" in pruner.needs
-        patches |= "patches" in wanted
-        keys |= "key" in pruner.needs
-    return Asked(tuple(layers), patches, given, keys=keys)
-
-
-def checked_merging(model: Any, family: Family, pruner: TowerPruner, keep: Keeps) -> Merging:
-    """How this pruner merges inside this model's vision tower, to the same count in all images.
-
-    Raises:
-        UnsupportedModelError: the tower's tokens cannot get fewer.
-        BudgetError: one budget for each sample or image.
-    """
-    checked_tower(model, family)
-    if isinstance(keep, (list, tuple)):
+def _merging(pruner: TowerPruner, budgets: Any) -> Merging:
+    """How this pruner merges inside the vision tower, to the same count in all images."""
+    if not isinstance(budgets, Budget):
         raise BudgetError(
-            f"pruner {pruner.name!r} merges all images of a batch together, so all have the same count: type one keep, "
-            f"such as keep=64, not {keep}"
+            f"pruner {pruner.name!r} merges all images of a batch together, so all have the same count: pass one keep, "
+            "such as keep=64, not a list"
         )
-    budget = one_budget(pruner, keep)
-    return Merging(lambda n: budget.count(n, "each image"), pruner.plan, pruner.match, pruner.proportional)
+    return Merging(lambda n: budgets.count(n, "each image"), pruner.plan, pruner.match, pruner.proportional)
 
 
-def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:
-    """The rows of one image that each layer sees, or a `PrunerError` that names the pruner."""
-    where = f"image {tokens.image} of sample {tokens.sample}"
-    plan = pruner.schedule(tokens.n, tokens.keep, layers)
-
-    def wrong(what: str) -> PrunerError:
-        return PrunerError(f"pruner {pruner.name!r} on {where}: schedule {plan} {what}")
-
-    if not isinstance(plan, Mapping) or not all(isinstance(x, int) for pair in plan.items() for x in pair):
-        raise wrong("must be a dict of ints, layer -> count")
-    if outside := [layer for layer in plan if not 0 <= layer < layers]:
-        raise wrong(f"names layer {outside[0]}, but there are {layers}, from 0 to {layers - 1}")
-    counts = [tokens.n, *(plan[layer] for layer in sorted(plan))]
-    if counts[-1] < 1 or counts != sorted(counts, reverse=True):
-        raise wrong(f"must go down from {tokens.n}, to 1 at least")
-    if abs(average(tokens.n, plan, layers) - tokens.keep) > 0.5:
-        paid = average(tokens.n, plan, layers)
-        raise wrong(f"pays for {paid:.1f} rows on average over {layers} layers, but the budget is {tokens.keep}")
-    return dict(plan)
+# --- the inputs of one call -------------------------------------------------------------------
 
 
-def checked_imageless(model: Any, given: Mapping[str, Any]) -> None:
-    """Raises where a call without any image has placeholders for one: transformers would take them for words."""
-    ids = given.get("input_ids")
-    cache = cache_in(given)
-    filled = cache is not None and cache.get_seq_length() > 0
-    if not isinstance(ids, Tensor) or filled or any(given.get(name) is not None for name in ENCODED):
-        return
-    for modality in ("image", "video"):
-        if getattr(model.config, f"{modality}_token_id", None) is None:
-            continue
-        if count := int((ids == placeholder(model, modality)).sum()):
-            raise InputError(
-                f"the prompts have {count} {modality} placeholder tokens, but the call has no pixels: pass everything "
-                "the processor returns"
-            )
+def has_pixels(inputs: Mapping[str, Any]) -> bool:
+    return any(inputs.get(name) is not None for name in _PIXELS)
 
 
 def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encoded: Encoded | None) -> dict[str, Any]:
@@ -214,7 +182,7 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
     if not isinstance(inputs, Mapping):
         raise InputError(f"inputs are a {type(inputs).__name__}: pass what the processor returns")
     given = {name: value for name, value in inputs.items() if value is not None}
-    device_of(model)  # it has weights somewhere
+    device_of(model)  # raises for a model without weights
     if "inputs_embeds" in given:
         raise InputError("inputs_embeds hide where the images are: pass input_ids and pixel_values")
     ids = given.get("input_ids")
@@ -229,56 +197,88 @@ def checked_inputs(model: Any, family: Family, inputs: Mapping[str, Any], encode
             "logits_to_keep as a tensor names columns of the full prompt, some of which go: pass a number, counted "
             "from the end"
         )
-    if encoded is None and not any(name in given for name in PIXELS):
+    if encoded is None and not has_pixels(given):
         raise InputError("no image: inputs have no pixel_values; without images call the model without gripvlm")
     if "pixel_values_videos" in given and "video" not in family.modalities:
         raise InputError(
             f"videos are not supported for {family.model_type}: leave pixel_values_videos out, or pass frames as images"
         )
-    for name in ("attention_mask", "labels"):
-        if name not in given:
-            continue
-        if not isinstance(given[name], Tensor):
-            kind = type(given[name]).__name__
-            what = (
-                "the model makes its own masks from that, also where layers differ" if name != "labels" else "or none"
-            )
-            raise InputError(f"{name} is a {kind}: pass a tensor like input_ids, {tuple(ids.shape)}; {what}")
-        if given[name].shape != ids.shape:
-            raise InputError(
-                f"{name} has shape {tuple(given[name].shape)}, expected that of input_ids, {tuple(ids.shape)}"
-            )
-    visual = seam.encoder_arguments(model, given)
-    for name, value in given.items():
-        if name in seam.PER_TOKEN or name in visual or not isinstance(value, Tensor):
-            continue
-        if value.shape[:2] == ids.shape:
-            raise InputError(
-                f"{name} has one entry a prompt token, which gripvlm does not know how to shorten: "
-                "leave it out, or pass it after prune_inputs"
-            )
+    _check_per_token(model, given)
     return given
 
 
-def one_budget(pruner: Pruner, keep: Any) -> Budget:
-    if keep is None:
-        keep = getattr(pruner, "default_keep", None)
-    if keep is None:
-        raise BudgetError(f"pruner {pruner.name!r} needs a budget: type keep=64 (tokens an image) or keep=0.1")
-    return Budget.of(keep)
+def _check_per_token(model: Any, given: Mapping[str, Any]) -> None:
+    """Inputs with one entry per prompt token: those that can be shortened, and no others."""
+    shape = given["input_ids"].shape
+    for name in ("attention_mask", "labels"):
+        value = given.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            hint = (
+                "or none" if name == "labels" else "the model makes its own masks from that, also where layers differ"
+            )
+            raise InputError(
+                f"{name} is a {type(value).__name__}: pass a tensor like input_ids, {tuple(shape)}; {hint}"
+            )
+        if value is not None and value.shape != shape:
+            raise InputError(f"{name} has shape {tuple(value.shape)}, expected that of input_ids, {tuple(shape)}")
+    known = {*PER_TOKEN, *encoder_arguments(model, given)}
+    for name, value in given.items():
+        if name not in known and isinstance(value, Tensor) and value.shape[:2] == shape:
+            raise InputError(
+                f"{name} has one entry a prompt token, which gripvlm does not know how to shorten: leave it out, or "
+                "pass it after prune_inputs"
+            )
 
 
-def checked_budgets(pruner: Pruner, keep: Keeps, spans: Sequence[Sequence[Span]]) -> list[list[Budget]]:
-    """One budget an image, whatever form `keep` came in."""
-    if not isinstance(keep, (list, tuple)):
-        budget = one_budget(pruner, keep)
-        return [[budget] * len(mine) for mine in spans]
-    if len(keep) != len(spans):
-        raise BudgetError(f"keep has {len(keep)} entries for {len(spans)} samples")
-    budgets = []
-    for sample, (mine, asked) in enumerate(zip(spans, keep, strict=True)):
-        each = list(asked) if isinstance(asked, (list, tuple)) else [asked] * len(mine)
-        if len(each) != len(mine):
-            raise BudgetError(f"keep[{sample}] has {len(each)} entries for the {len(mine)} images of that sample")
-        budgets.append([one_budget(pruner, one) for one in each])
-    return budgets
+def checked_encoding(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encoded | None) -> Encoded | None:
+    """The caller's encoding of the images, known to hold what the pruner reads; None where they are to be encoded."""
+    pruner, needs = request.pruner, request.needs
+    if needs.merging is not None:
+        if not has_pixels(inputs):
+            raise InputError(
+                f"pruner {pruner.name!r} merges inside the vision tower, so an encoding of all rows does not serve it: "
+                "leave the pixels in the inputs"
+            )
+        return None
+    if encoded is None:
+        return None
+    if encoded.model_type != request.family.model_type:
+        raise InputError(f"encoded by a {encoded.model_type} model, but this one is {request.family.model_type}")
+    has = encoded.asked
+    lacking = {*needs.layers} - {*has.layers}
+    if lacking or needs.patches > has.patches or needs.given > has.given or needs.keys > has.keys:
+        raise InputError(
+            f"images were encoded without what pruner {pruner.name!r} reads of the vision tower: use "
+            f"gripvlm.encode(model, inputs, pruners=[{_as_argument(pruner)}])"
+        )
+    return encoded
+
+
+def _as_argument(pruner: Pruner) -> str:
+    """How to name a pruner in a call: by its name where that makes it, else as the object at hand."""
+    try:
+        get_pruner(pruner.name)
+    except GripError:
+        return "pruner"
+    return repr(pruner.name)
+
+
+def checked_imageless(model: Any, given: Mapping[str, Any]) -> None:
+    """Raises where a call without pixels has images all the same, and would run unpruned or wrong."""
+    for name in _NOT_IDS:
+        if given.get(name) is not None:
+            raise InputError(
+                f"{name} do not say where images are, so this call would run unpruned: pass input_ids and "
+                "pixel_values, or leave the gripvlm.prune block"
+            )
+    ids, cache = given.get("input_ids"), cache_in(given)
+    if not isinstance(ids, Tensor) or (cache is not None and cache.get_seq_length() > 0):
+        return
+    for modality in ("image", "video"):
+        if getattr(model.config, f"{modality}_token_id", None) is None:
+            continue
+        if count := int((ids == placeholder(model, modality)).sum()):
+            raise InputError(  # transformers would take the placeholders for words
+                f"the prompts have {count} {modality} placeholder tokens, but the call has no pixels: pass everything "
+                "the processor returns"
+            )

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gripvlm.errors import GripError
 from gripvlm.models.renamed import cache_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Block", "Call", "Switch", "inside"]
 
@@ -29,7 +32,7 @@ class Block(Protocol):
     def run_forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any: ...
 
 
-_own: ContextVar[tuple[Block, ...]] = ContextVar("gripvlm_blocks", default=())
+_own_blocks: ContextVar[tuple[Block, ...]] = ContextVar("gripvlm_blocks", default=())
 _call: ContextVar[Call | None] = ContextVar("gripvlm_call", default=None)
 _lock = threading.RLock()
 
@@ -40,23 +43,27 @@ class Call:
 
     Attributes:
         length: of the prompts that it runs on.
-        ahead: [B] or [axes, B], added to the positions of later tokens; see `seam.Shortened`.
+        ahead: [B] or [axes, B], added to the positions of later tokens; see `adapter.Shortened`.
         prefilled: whether a forward has ended, so that the cache holds the whole prompt.
     """
 
-    model: Any
+    model: PreTrainedModel
     length: int = 0
     ahead: Tensor | None = None
     prefilled: bool = False
 
     def forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward inside the run."""
-        output = original(*args, **self.moved(kwargs))
+        output = original(*args, **self._with_positions_ahead(kwargs))
         self.prefilled = True
         return output
 
-    def moved(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of one forward, with later tokens at their positions after the full prompt."""
+    def _with_positions_ahead(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of one forward, with later tokens at their positions after the full prompt.
+
+        `generate` counts on from the last position that it is given, which is too low where the prompt's last row
+        was dropped.
+        """
         positions = kwargs.get("position_ids")
         if self.ahead is None or positions is None:
             return kwargs
@@ -79,20 +86,20 @@ def inside(call: Call) -> Iterator[None]:
 class Switch:
     """The blocks that are open for one model, in any thread, and what stands for its methods meanwhile."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.blocks: list[Block] = []
         self.before = {name: vars(model).get(name) for name in ("generate", "forward")}
         self.entries = {name: _Entry(self, name, getattr(model, name)) for name in self.before}
 
     @classmethod
-    def opened(cls, model: Any, block: Block) -> Switch:
+    def opened(cls, model: PreTrainedModel, block: Block) -> Switch:
         """The model's own where a block is open already, else a new one; this block is open in it from now on."""
-        with _lock:  # of two threads at once, one makes it and the other finds it
+        with _lock:  # of two threads at once, the first makes it and the second finds it
             entries = (vars(model).get(name) for name in ("generate", "forward"))
             known = (entry.switch for entry in entries if isinstance(entry, _Entry) and entry.switch.model is model)
             switch = next(known, None) or cls(model)
-            if any(own in switch.blocks for own in _own.get()):
+            if any(own in switch.blocks for own in _own_blocks.get()):
                 raise GripError(
                     "this model is already inside a gripvlm.prune block: leave that block first, or prune another model"
                 )
@@ -100,12 +107,12 @@ class Switch:
                 for name, entry in switch.entries.items():
                     setattr(model, name, entry)
             switch.blocks.append(block)
-            _own.set((*_own.get(), block))
+            _own_blocks.set((*_own_blocks.get(), block))
         return switch
 
     def close(self, block: Block) -> None:
         with _lock:
-            _own.set(tuple(own for own in _own.get() if own is not block))
+            _own_blocks.set(tuple(own for own in _own_blocks.get() if own is not block))
             self.blocks.remove(block)
             if self.blocks:
                 return
@@ -117,15 +124,15 @@ class Switch:
                 else:
                     setattr(self.model, name, self.before[name])
 
-    def chosen(self) -> Block | None:
+    def block_of_caller(self) -> Block | None:
         """The block of this thread, or the only one there is."""
-        for block in reversed(_own.get()):
+        for block in reversed(_own_blocks.get()):
             if block in self.blocks:
                 return block
         if len(self.blocks) > 1:
             raise GripError(
                 f"{len(self.blocks)} gripvlm.prune blocks are open for this model in other threads, none in this one: "
-                "type `with gripvlm.prune(...):` in this thread too"
+                "use `with gripvlm.prune(...):` in this thread too"
             )
         return self.blocks[0] if self.blocks else None
 
@@ -136,20 +143,17 @@ class _Entry:
     def __init__(self, switch: Switch, name: str, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
         self.switch, self.name, self.original = switch, name, original
-        self.parameters = [
-            parameter.name
-            for parameter in inspect.signature(original).parameters.values()
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ]
+        parameters = inspect.signature(original).parameters.values()
+        self.parameters = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _call.get()
         if call is not None and call.model is self.switch.model:
-            return (
-                call.forward(self.original, args, kwargs) if self.name == "forward" else self.original(*args, **kwargs)
-            )
-        if (block := self.switch.chosen()) is None:
+            if self.name == "forward":
+                return call.forward(self.original, args, kwargs)
+            return self.original(*args, **kwargs)
+        if (block := self.switch.block_of_caller()) is None:
             return self.original(*args, **kwargs)
         kwargs.update(zip(self.parameters, args, strict=False))
         if self.name == "forward":

@@ -22,9 +22,9 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
+from gripvlm.api import prune
 from gripvlm.budget import Budget
-from gripvlm.engine.block import prune
-from gripvlm.engine.request import checked_positions, checked_pruner, one_budget
+from gripvlm.engine.request import checked_budget, checked_positions, checked_pruner
 from gripvlm.errors import GripError, InputError
 from gripvlm.eval.answering import make_inputs, question_ids
 from gripvlm.models.loading import load_model, quiet
@@ -85,7 +85,7 @@ class GripVLM(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise GripError(f"--batch_size {batch_size}: type a number, 1 or more")
         self.pruner = checked_pruner(str(pruner).strip("'\""))
-        self.keep = one_budget(self.pruner, None if keep is None else Budget(str(keep)))
+        self.keep = checked_budget(self.pruner, None if keep is None else Budget(str(keep)))
         self.positions, self.max_new_tokens = positions, int(max_new_tokens)
         checked_positions(positions)
         self.batch_size = int(batch_size)

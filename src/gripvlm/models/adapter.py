@@ -1,10 +1,9 @@
-"""The seam: encode images once, drop rows and placeholders, hand transformers its own arguments.
+"""`encode` images once, then `drop` rows and placeholders: transformers runs on its own arguments.
 
-transformers takes visual features that are encoded beforehand (`mm_encoder_outputs`) and scatters
-them, in order, over the prompt's placeholder tokens. So pruning is: fewer rows, as many fewer
-placeholders, and position ids that say where the kept ones were. No forward is copied or patched.
-
-This is the only file that calls transformers' private helpers or applies a merge.
+transformers takes visual features that are encoded beforehand (`mm_encoder_outputs`) and scatters them, in order,
+over the prompt's placeholder tokens. So pruning is: fewer rows, as many fewer placeholders, and position ids that say
+where the kept rows were. This file calls the two private helpers with which `generate` itself prepares encoder
+outputs and positions.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +23,16 @@ from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family, takes
 from gripvlm.models.hooks.tower_merge import Merged, merge_in_tower
-from gripvlm.models.layout import Layout
+from gripvlm.models.prompts import EncodedPrompts, Prompts
 from gripvlm.models.text import full_mask, padding_token
-from gripvlm.models.tower_rows import NOTHING, Asked, share_out, watch_tower
+from gripvlm.models.tower_rows import Asked, share_out, watch_tower
+from gripvlm.types import Selection
 from gripvlm.utils.batching import onto, rows_of, shifted
 
-__all__ = ["PER_TOKEN", "Shortened", "encode", "encoder_arguments", "locate", "shorten"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-SECONDS = "second_per_grid_ts"
-"""Qwen2.5-VL: seconds between two temporal patches of each video, of which its positions are made."""
+__all__ = ["PER_TOKEN", "DropOptions", "Shortened", "drop", "encode", "encoder_arguments", "locate"]
 
 PER_TOKEN: dict[str, int] = {
     "input_ids": 0,
@@ -42,28 +42,32 @@ PER_TOKEN: dict[str, int] = {
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
 }
-"""Inputs with one entry a prompt token, and what fills their padding (input_ids: the pad token)."""
+"""Inputs with one entry per prompt token, and what fills their padding (`input_ids`: the pad token)."""
+
+_SECONDS = "second_per_grid_ts"
+"""Qwen2.5-VL: seconds between two temporal patches of each video, from which its positions are made."""
 
 
-class _MergeLike(Protocol):
-    source: Tensor
-    destination: Tensor
-    weight: Tensor
+class DropOptions(NamedTuple):
+    """How a prompt looks once rows are dropped.
 
+    Attributes:
+        positions: "original" or "renumbered", see `gripvlm.prune_inputs`.
+        pad_to_multiple_of: pad to a length that is a multiple of this.
+        spare_column: leave a column of padding. `generate` throws away a mask of ones, and without a cache
+            transformers then takes gaps in the positions for packed sequences.
+    """
 
-class Chosen(Protocol):
-    """The part of a selection that overhead needs."""
-
-    @property
-    def indices(self) -> Tensor: ...
-    @property
-    def merge(self) -> Any: ...
+    positions: str = "original"
+    pad_to_multiple_of: int = 1
+    spare_column: bool = False
 
 
 class Shortened(NamedTuple):
-    """How prompts of L columns became prompts of l.
+    """What `drop` made of prompts of L columns.
 
     Attributes:
+        arguments: for `generate` or `forward`.
         full: L.
         order: [B, l] the columns of the full prompt that are left.
         following: [B], or [axes, B] for M-RoPE, the position of the first token after the prompt.
@@ -71,168 +75,183 @@ class Shortened(NamedTuple):
             ends a prompt and its last row was dropped; else None.
     """
 
+    arguments: dict[str, Any]
     full: int
     order: Tensor
     following: Tensor
     ahead: Tensor | None
 
 
+def encoder_arguments(model: PreTrainedModel, given: Mapping[str, Any]) -> list[str]:
+    """The inputs that only the vision encoder reads, found as transformers finds them."""
+    functions = [getattr(model.base_model, f"get_{modality}_features", None) for modality in ("image", "video")]
+    names = {name for function in functions if function is not None for name in takes(function)}
+    return [name for name in given if name in names and name not in PER_TOKEN]
+
+
+def locate(model: PreTrainedModel, ids: Tensor, encoded: Encoded) -> list[list[Span]]:
+    """Where each item's placeholders are in the prompts [B, L]: a list (prompts) of lists, in prompt order."""
+    return Prompts.of(model, {"input_ids": ids}).with_images(encoded).spans
+
+
 # --- encode -----------------------------------------------------------------------------------
 
 
-def encode(
-    model: Any, family: Family, inputs: Mapping[str, Any], asked: Asked = NOTHING, layout: Layout | None = None
-) -> Encoded:
-    """Runs the vision encoder and projector once over all of `inputs`' pixels, noting what is `asked` of the tower.
-
-    `layout` is that of `inputs`, where it is known already.
-    """
-    layout = Layout.of(model, inputs) if layout is None else layout
+def encode(prompts: Prompts, family: Family, wanted: Asked) -> Encoded:
+    """Runs the vision encoder and projector once over all pixels, noting what is `wanted` of the tower."""
+    model = prompts.model
     with ExitStack() as stack:
-        merged = None if asked.merging is None else stack.enter_context(merge_in_tower(model, asked.merging))
-        notes = stack.enter_context(watch_tower(model, asked)) if asked.layers or asked.patches else None
-        filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
-    groups = None if merged is None else _spread(filled["mm_encoder_outputs"], merged())
+        merged = None if wanted.merging is None else stack.enter_context(merge_in_tower(model, wanted.merging))
+        notes = stack.enter_context(watch_tower(model, wanted)) if wanted.layers or wanted.patches else None
+        filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(prompts.inputs))
+    outputs = filled["mm_encoder_outputs"]
+    groups = None if merged is None else _expand_groups(outputs, merged())
     items: dict[str, list[Item]] = {}
     kinds: dict[str, Output] = {}
-    for modality, output in filled["mm_encoder_outputs"].items():
-        items[modality] = _items(model, family, layout.inputs, modality, output, asked.keys)
+    for modality, output in outputs.items():
+        items[modality] = _items(prompts, family, modality, output)
+        if wanted.keys:
+            keys = content_keys(prompts.host, modality, len(items[modality]))
+            items[modality] = [replace(item, key=key) for item, key in zip(items[modality], keys, strict=True)]
+        if groups is not None:
+            items[modality] = [replace(item, groups=g) for item, g in zip(items[modality], groups, strict=True)]
         extras = {name: getattr(output, name) for name in family.extras}
         kinds[modality] = Output(type(output), isinstance(output.pooler_output, Tensor), extras)
-    if groups is not None:
-        items = {
-            name: [replace(one, groups=g) for one, g in zip(made, groups, strict=True)] for name, made in items.items()
-        }
     if notes is not None:
         sizes = {name: [item.features.shape[0] for item in made] for name, made in items.items()}
-        for name, rows in share_out(model, family.vision, inputs, sizes, asked, notes).items():
+        for name, rows in share_out(model, family.vision, prompts.inputs, sizes, wanted, notes).items():
             pairs = zip(items[name], rows, strict=True)
-            items[name] = [replace(item, vision=vision, states=states) for item, (vision, states) in pairs]
-    shared = {name: _share_out(layout, name, made) for name, made in items.items()}
-    samples = [tuple(item for name in shared for item in shared[name][b]) for b in range(len(layout.ids))]
-    encoded = Encoded(family.model_type, tuple(samples), kinds, asked=asked)
-    in_order = [tuple(span.item for span in spans) for spans in layout.spans(encoded)]
-    return replace(encoded, samples=tuple(in_order))
+            items[name] = [replace(item, vision=vision, patches=patches) for item, (vision, patches) in pairs]
+    samples: list[tuple[Item, ...]] = [() for _ in prompts.ids]
+    for modality, made in items.items():
+        for sample, own in enumerate(_split_by_prompt(prompts, modality, made)):
+            samples[sample] += tuple(own)
+    encoded = Encoded(family.model_type, tuple(samples), kinds, asked=wanted)
+    # Items were put together modality by modality; spans are in the order in which the prompt has them.
+    spans = prompts.with_images(encoded).spans
+    return replace(encoded, samples=tuple(tuple(span.item for span in images) for images in spans))
 
 
-def _spread(outputs: Mapping[str, Any], merged: Merged) -> Tensor:
+def _expand_groups(outputs: Mapping[str, Any], merged: Merged) -> Tensor:
     """Gives every row what the tower made of its group, so that a merged image has as many rows as any other.
 
     Returns:
-        [b, n] the row that each stands in for its group.
+        [b, n] the row that stands for each row's group.
     """
     (output,) = outputs.values()
-    rows = [one[rank.to(one.device)] for one, rank in zip(output.pooler_output, merged.rank, strict=True)]
+    rows = [image[rank.to(image.device)] for image, rank in zip(output.pooler_output, merged.rank, strict=True)]
     output.pooler_output = torch.stack(rows) if isinstance(output.pooler_output, Tensor) else rows
     return merged.groups
 
 
-def _items(
-    model: Any, family: Family, inputs: Mapping[str, Any], modality: str, output: Any, keyed: bool
-) -> list[Item]:
+def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list[Item]:
     """One `Item` for each entry of the encoder's output, or for each part of a joined one."""
-    rows = list(output.pooler_output)
+    host, rows = prompts.host, list(output.pooler_output)
     if family.joined is not None:
-        one = family.joined(model, inputs)
-        rows = [part for row in rows for part in row.split(one) if part.shape[0]]  # none: a prompt without images
-    sizes = [row.shape[0] for row in rows]
+        size = family.joined(prompts.model, host)
+        # An entry of no rows is a prompt without images.
+        rows = [part for row in rows for part in row.split(size) if part.shape[0]]
     planes = getattr(output, "deepstack_features", None) or ()
-    grids = family.grid(model, inputs, modality, sizes)
-    keys = content_keys(inputs, modality, len(rows)) if keyed else [0] * len(rows)
-    told = inputs.get(f"{modality}_grid_thw")
-    patches = [None] * len(rows) if told is None else [(t, h, w) for t, h, w in told.tolist()]
-    seconds = inputs.get(SECONDS) if modality == "video" else None
-    seconds = [None] * len(rows) if seconds is None else [float(value) for value in seconds]
+    grids = family.grid(prompts.model, host, modality, [row.shape[0] for row in rows])
+    thw = host.get(f"{modality}_grid_thw")
+    seconds = host.get(_SECONDS) if modality == "video" else None
     return [
-        Item(modality, row, tuple(plane[i] for plane in planes), grids[i], keys[i], patches[i], seconds=seconds[i])
+        Item(
+            modality=modality,
+            features=row,
+            deepstack=tuple(plane[i] for plane in planes),
+            grid=grids[i],
+            key=0,
+            grid_thw=None if thw is None else tuple(thw[i].tolist()),
+            seconds=None if seconds is None else float(seconds[i]),
+        )
         for i, row in enumerate(rows)
     ]
 
 
-def _share_out(layout: Layout, modality: str, items: list[Item]) -> list[list[Item]]:
+def _split_by_prompt(prompts: Prompts, modality: str, items: list[Item]) -> list[list[Item]]:
     """The items of each prompt: they follow one another, as many as fill its placeholders."""
-    counts = [len(columns) for columns in layout.places[modality]]
     samples: list[list[Item]] = []
     rest = list(items)
-    for sample, wanted in enumerate(counts):
-        mine: list[Item] = []
-        while rest and sum(item.features.shape[0] for item in mine) < wanted:
-            mine.append(rest.pop(0))
-        have = sum(item.features.shape[0] for item in mine)
-        if have != wanted:
+    for sample, columns in enumerate(prompts.placeholders[modality]):
+        own: list[Item] = []
+        rows = 0
+        while rest and rows < len(columns):
+            own.append(rest.pop(0))
+            rows += own[-1].features.shape[0]
+        if rows != len(columns):
             raise InputError(
-                f"sample {sample} has {wanted} {modality} placeholder tokens, which its "
-                f"{modality}s' {have} visual tokens do not fill: make the inputs with the model's "
-                "own processor, one image for each image in the text"
+                f"sample {sample} has {len(columns)} {modality} placeholder tokens, which its {modality}s' {rows} "
+                "visual tokens do not fill: make the inputs with the model's own processor, one image for each image "
+                "in the text"
             )
-        samples.append(mine)
+        samples.append(own)
     if rest:
         raise InputError(
-            f"{len(rest)} of {len(items)} {modality}s have no placeholder tokens in the prompts: "
-            "the text needs one image token for each image"
+            f"{len(rest)} of {len(items)} {modality}s have no placeholder tokens in the prompts: the text needs one "
+            "image token for each image"
         )
     return samples
 
 
-def locate(model: Any, ids: Tensor, encoded: Encoded) -> list[list[Span]]:
-    """Where each item's placeholders are in the prompts [B, L]: see `Layout.spans`."""
-    return Layout.of(model, {"input_ids": ids}).spans(encoded)
+# --- drop -------------------------------------------------------------------------------------
 
 
-# --- overhead ------------------------------------------------------------------------------------
+def drop(
+    images: EncodedPrompts,
+    selections: Sequence[Sequence[Selection]],
+    options: DropOptions = DropOptions(),  # noqa: B008  it is immutable
+) -> Shortened:
+    """Arguments for `generate` or `forward` in which only the selected rows are left.
 
+    Inputs with one entry per token lose the placeholders of dropped rows and are padded again on the side they were
+    padded on. Where nothing is dropped or padded they stay as they are, so that the run is the unpruned one bit for
+    bit. `attention_mask` (2D) and `position_ids` are always there. Nothing here waits for an accelerator.
 
-def shorten(
-    model: Any,
-    inputs: Mapping[str, Any],
-    encoded: Encoded,
-    layout: Layout,
-    spans: Sequence[Sequence[Span]],
-    chosen: Sequence[Sequence[Chosen]],
-    positions: str,
-    spare_column: bool = False,
-    pad_to_multiple_of: int = 1,
-) -> tuple[dict[str, Any], Shortened]:
-    """Arguments for `generate` or `forward` in which only the chosen rows are left, and how they were made.
+    Args:
+        images: prompts of L columns and their images, from `Prompts.with_images`.
+        selections: one for each image, in prompt order; taken as they are, without checks.
+        options: how the prompt looks afterwards.
 
-    Per-token inputs lose the placeholders of dropped rows and are padded again on the side they
-    were padded on, to a multiple of `pad_to_multiple_of`. Where nothing is dropped or padded they stay as
-    they are, so that the run is the unpruned one bit for bit. `attention_mask` (2D) and `position_ids` are
-    always there. Nothing here waits for an accelerator.
-
-    `spare_column` leaves a column of padding after dropping. `generate` throws away a mask of ones,
-    and without a cache transformers then takes gaps in the positions for packed sequences.
+    Raises:
+        InputError: "renumbered" positions for M-RoPE, or inputs that M-RoPE positions need are missing.
     """
-    arguments = dict(inputs)
-    arguments["attention_mask"] = mask = full_mask(model, inputs)
+    prompts, encoded, spans = images
+    model = prompts.model
+    arguments = dict(prompts.inputs)
+    arguments["attention_mask"] = mask = full_mask(model, prompts.inputs)
     if arguments.get("position_ids") is None:
-        arguments["position_ids"] = _full_positions(model, layout, spans, mask.device)
-    picks = [pick.indices for mine in chosen for pick in mine]
-    real = layout.mask.sum(-1)
-    left = [
-        int(count) + sum(pick.indices.numel() - span.real for span, pick in zip(mine, sample, strict=True))
-        for count, mine, sample in zip(real, spans, chosen, strict=True)
-    ]
-    length, width = mask.shape[1], mask.shape[1]
-    fewer = left != real.tolist()
-    if fewer:
-        length = min(width, max(left) + spare_column)
-    length += -length % pad_to_multiple_of
-    following = _following(arguments["position_ids"], mask)
-    last, ahead = arguments["position_ids"][..., -1], None
-    if fewer or length != width:
-        order = _compact(model, arguments, _kept(mask, spans, picks), length, layout.right)
-        following = _renumber(model, arguments, positions, following)
-        if positions == "original" and not layout.right and layout.ends_in_image:
-            ahead = last - arguments["position_ids"][..., -1]
-            if ahead.ndim == 2:
-                ahead = torch.cat((torch.zeros_like(ahead[:-3]), ahead[-3:]))  # the text row only counts tokens
-    else:
+        arguments["position_ids"] = _full_positions(prompts, spans, mask.device)
+    width = mask.shape[1]
+    length = _length(images, selections, options)
+    following, ahead = _following(arguments["position_ids"], mask), None
+    if length is None:
         order = torch.arange(width, device=mask.device).expand_as(mask)
+    else:
+        last = arguments["position_ids"][..., -1]
+        keep = _kept_columns(mask, spans, selections)
+        order = _take_columns(model, arguments, keep, length, prompts.padded_right)
+        following = _renumber(model, arguments, options.positions, following)
+        if options.positions == "original" and not prompts.padded_right and prompts.end_in_image:
+            ahead = last - arguments["position_ids"][..., -1]
+            if ahead.ndim == 2:  # M-RoPE: only t, h, w; the text row, where there is one, merely counts tokens
+                ahead = torch.cat((torch.zeros_like(ahead[:-3]), ahead[-3:]))
     for name in encoder_arguments(model, arguments):
         arguments.pop(name)
-    arguments["mm_encoder_outputs"] = _visual_outputs(encoded, spans, chosen)
-    return arguments, Shortened(width, order, following, ahead)
+    arguments["mm_encoder_outputs"] = _encoder_outputs(encoded, spans, selections)
+    return Shortened(arguments, width, order, following, ahead)
+
+
+def _length(images: EncodedPrompts, selections: Sequence[Sequence[Selection]], options: DropOptions) -> int | None:
+    """Columns of the shortened prompts; None where no column changes."""
+    before = images.prompts.mask.sum(-1).tolist()
+    after = list(before)
+    for sample, (spans, selected) in enumerate(zip(images.spans, selections, strict=True)):
+        after[sample] += sum(selection.k - span.real for span, selection in zip(spans, selected, strict=True))
+    width = images.prompts.ids.shape[1]
+    length = width if after == before else min(width, max(after) + options.spare_column)
+    length += -length % options.pad_to_multiple_of
+    return None if after == before and length == width else length
 
 
 def _following(positions: Tensor, mask: Tensor) -> Tensor:
@@ -243,77 +262,75 @@ def _following(positions: Tensor, mask: Tensor) -> Tensor:
     return after
 
 
-def _kept(mask: Tensor, spans: Sequence[Sequence[Span]], picks: Sequence[Tensor]) -> Tensor:
-    """[B, L] bool: the prompts' text, and the placeholders of the picked rows [k] of each image."""
+def _kept_columns(mask: Tensor, spans: Sequence[Sequence[Span]], selections: Sequence[Sequence[Selection]]) -> Tensor:
+    """[B, L] bool: the prompts' text, and the placeholders of the selected rows of each image."""
     keep = mask.to(torch.bool, memory_format=torch.contiguous_format, copy=True)
-    flat = [span.positions + row * keep.shape[1] for row, mine in enumerate(spans) for span in mine]
-    starts = [0, *itertools.accumulate(len(one) for one in flat)]
-    places = onto(torch.cat(flat), keep.device)
-    rows = shifted([pick.to(keep.device) for pick in picks], starts[:-1])
+    # All images as one index into the flattened batch: a fixed number of operations however many images there are.
+    flat = [span.positions + row * keep.shape[1] for row, images in enumerate(spans) for span in images]
+    starts = [0, *itertools.accumulate(len(columns) for columns in flat)]
+    columns = onto(torch.cat(flat), keep.device)
+    rows = shifted([s.indices.to(keep.device) for selected in selections for s in selected], starts[:-1])
     line = keep.view(-1)
-    line.index_fill_(0, places, False)
-    line.index_fill_(0, places.index_select(0, rows), True)
+    line.index_fill_(0, columns, False)
+    line.index_fill_(0, columns.index_select(0, rows), True)
     return keep
 
 
-def _full_positions(model: Any, layout: Layout, spans: Sequence[Sequence[Span]], device: torch.device) -> Tensor:
-    """Position ids of the full prompt, as the model itself would make them; made on the host.
+def _full_positions(prompts: Prompts, spans: Sequence[Sequence[Span]], device: torch.device) -> Tensor:
+    """Position ids of the full prompt, [B, L] or [axes, B, L] for M-RoPE, as the model itself would make them.
 
-    [B, L], or [axes, B, L] for M-RoPE, which needs to know the items' patches; those are the
-    encoded items' own, so that an encoding serves any prompts it fits.
+    M-RoPE needs the items' grids. They are taken from the encoded items, not from the inputs, so that one encoding
+    serves any prompts it fits.
     """
-    inputs = dict(layout.inputs)
+    model, inputs = prompts.model, dict(prompts.host)
     inputs["attention_mask"] = full_mask(model, inputs)
-    told: dict[str, list[tuple[int, int, int]]] = {}
-    seconds: list[float] = []
-    for mine in spans:
-        for span in mine:
-            if span.item.patches is not None:
-                told.setdefault(f"{span.item.modality}_grid_thw", []).append(span.item.patches)
-            if span.item.seconds is not None:
-                seconds.append(span.item.seconds)
-    if told and inputs.get("mm_token_type_ids") is None:
+    grids: dict[str, list[Any]] = {}
+    for item in (span.item for images in spans for span in images):
+        if item.grid_thw is not None:
+            grids.setdefault(f"{item.modality}_grid_thw", []).append(item.grid_thw)
+        if item.seconds is not None:
+            grids.setdefault(_SECONDS, []).append(item.seconds)
+    if grids and inputs.get("mm_token_type_ids") is None:
         raise InputError(
-            "mm_token_type_ids are missing, without which this model's positions are wrong: pass "
-            "everything the processor returns"
+            "mm_token_type_ids are missing, without which this model's positions are wrong: pass everything the "
+            "processor returns"
         )
-    grids = {name: torch.tensor(rows) for name, rows in told.items()}
-    if seconds:
-        grids[SECONDS] = torch.tensor(seconds)
-    made: Tensor = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs | grids)
+    inputs |= {name: torch.tensor(values) for name, values in grids.items()}
+    # Made on the host, from the host's copies: on an accelerator this helper would wait many times.
+    positions: Tensor = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
     deltas = getattr(model.base_model, "rope_deltas", None)
-    if isinstance(deltas, Tensor):  # the model just noted them, on the host
+    if isinstance(deltas, Tensor):  # the helper has just left them on the host
         model.base_model.rope_deltas = onto(deltas, device)
-    return onto(made, device)
+    return onto(positions, device)
 
 
-def _compact(model: Any, arguments: dict[str, Any], keep: Tensor, length: int, right: bool) -> Tensor:
-    """Leaves the entries that `keep` [B, L] marks in every per-token input, padded to `length`.
+def _take_columns(
+    model: PreTrainedModel, arguments: dict[str, Any], keep: Tensor, length: int, padded_right: bool
+) -> Tensor:
+    """Leaves the columns that `keep` [B, L] marks in every per-token argument, padded to `length`.
 
     Returns:
         [B, length] the columns that are left; some are dropped ones, which the mask hides.
     """
+    present = [name for name in PER_TOKEN if arguments.get(name) is not None]
     if (more := length - keep.shape[1]) > 0:
-        side = (0, more) if right else (more, 0)
+        side = (0, more) if padded_right else (more, 0)
         keep = pad(keep, side, value=False)
-        for name in PER_TOKEN.keys() & {name for name, value in arguments.items() if value is not None}:
-            arguments[name] = pad(arguments[name], side)
-    # A stable sort puts the kept ones side by side, in order, and the rest where padding belongs.
-    order = torch.sort(keep.int(), dim=-1, descending=right, stable=True).indices
-    order = order[:, :length] if right else order[:, -length:]
+        arguments.update({name: pad(arguments[name], side) for name in present})
+    # A stable sort puts the kept columns side by side, in order, and the others where padding belongs.
+    order = torch.sort(keep.int(), dim=-1, descending=padded_right, stable=True).indices
+    order = order[:, :length] if padded_right else order[:, -length:]
     real = keep.gather(-1, order)
-    for name, fill in PER_TOKEN.items():
-        if (value := arguments.get(name)) is None:
-            continue
-        if name == "input_ids":
-            fill = padding_token(model)
-        value = value.expand(*value.shape[:-2], *keep.shape)  # positions may be one row for all
+    for name in present:
+        fill = padding_token(model) if name == "input_ids" else PER_TOKEN[name]
+        value = arguments[name]
+        value = value.expand(*value.shape[:-2], *keep.shape)  # positions may be one row for all prompts
         index = order.expand(*value.shape[:-1], length)  # M-RoPE positions are [axes, B, L]
         arguments[name] = value.gather(-1, index).masked_fill(~real, fill)
     return order
 
 
-def _renumber(model: Any, arguments: dict[str, Any], positions: str, following: Tensor) -> Tensor:
+def _renumber(model: PreTrainedModel, arguments: dict[str, Any], positions: str, following: Tensor) -> Tensor:
     """Position ids after dropping: as they were, or counted anew.
 
     Args:
@@ -332,69 +349,64 @@ def _renumber(model: Any, arguments: dict[str, Any], positions: str, following: 
         return following
     if positions == "renumbered":
         raise InputError(
-            "positions='renumbered' is not defined for models with M-RoPE, whose positions are "
-            "coordinates in the image: leave positions='original'"
+            "positions='renumbered' is not defined for models with M-RoPE, whose positions are coordinates in the "
+            "image: leave positions='original'"
         )
+    if hasattr(model.base_model, "rope_deltas"):  # what a caller's own decoding loop adds to the tokens it counts
+        model.base_model.rope_deltas = (following[-1] - mask.sum(-1))[:, None]
     if now.shape[0] == 4:  # text row + t, h, w: the text row only counts tokens
         arguments["position_ids"] = torch.cat((counted[None], now[1:]))
-    if hasattr(model.base_model, "rope_deltas"):  # what a manual decoding loop adds to the tokens it counts
-        model.base_model.rope_deltas = (following[-1] - mask.sum(-1))[:, None]
-    return torch.cat((mask.sum(-1)[None], following[1:])) if now.shape[0] == 4 else following
+        return torch.cat((mask.sum(-1)[None], following[1:]))
+    return following
 
 
-def encoder_arguments(model: Any, given: Mapping[str, Any]) -> list[str]:
-    """The inputs that only the vision encoder reads, found as transformers finds them."""
-    functions = [getattr(model.base_model, f"get_{modality}_features", None) for modality in ("image", "video")]
-    names = {name for function in functions if function is not None for name in takes(function)}
-    return [name for name in given if name in names and name not in PER_TOKEN]
-
-
-def _visual_outputs(
-    encoded: Encoded, spans: Sequence[Sequence[Span]], chosen: Sequence[Sequence[Chosen]]
+def _encoder_outputs(
+    encoded: Encoded, spans: Sequence[Sequence[Span]], selections: Sequence[Sequence[Selection]]
 ) -> dict[str, Any]:
-    """modality -> a fresh output of the encoder's own class that holds the chosen rows."""
+    """modality -> a fresh output of the encoder's own class that holds the selected rows."""
+    items = [span.item for images in spans for span in images]
+    selected = [selection for sample in selections for selection in sample]
     outputs = {}
     for modality, made in encoded.outputs.items():
-        pairs = [
-            (span.item, pick)
-            for mine, picks in zip(spans, chosen, strict=True)
-            for span, pick in zip(mine, picks, strict=True)
-            if span.item.modality == modality
-        ]
+        pairs = [pair for pair in zip(items, selected, strict=True) if pair[0].modality == modality]
         if not pairs:
             continue
-        picks = [pick for _, pick in pairs]
-        rows = _rows([item.features for item, _ in pairs], picks)
-        output = made.kind(pooler_output=_contain(rows, picks, made.one_tensor), **made.extras)
+        own = [selection for _, selection in pairs]
+        rows = _selected_rows([item.features for item, _ in pairs], own)
+        output = made.kind(pooler_output=_in_container(rows, own, made.one_tensor), **made.extras)
         depth = len(pairs[0][0].deepstack)
         if depth:
-            planes = [_rows([item.deepstack[layer] for item, _ in pairs], picks) for layer in range(depth)]
-            output.deepstack_features = [_contain(plane, picks, False) for plane in planes]
+            planes = [_selected_rows([item.deepstack[layer] for item, _ in pairs], own) for layer in range(depth)]
+            output.deepstack_features = [_in_container(plane, own, False) for plane in planes]
         outputs[modality] = output
     return outputs
 
 
-def _contain(rows: Tensor, picks: Sequence[Chosen], as_tensor: bool) -> Any:
+def _in_container(rows: Tensor, selections: Sequence[Selection], one_tensor: bool) -> Any:
     """Rows [K, d] in the container the model's forward expects: a list, or one tensor."""
-    counts = [pick.indices.numel() for pick in picks]
-    if not as_tensor:
+    counts = [selection.k for selection in selections]
+    if not one_tensor:
         return list(rows.split(counts))
     if len(set(counts)) == 1:
         return rows.unflatten(0, (len(counts), counts[0]))
-    return rows[None]  # only the total number of rows is read
+    return rows[None]  # forward only reads the total number of rows
 
 
-def _rows(features: Sequence[Tensor], picks: Sequence[Chosen]) -> Tensor:
-    """[K, d]: the chosen rows of all images, merged where a selection says so."""
-    rows = rows_of(features, [pick.indices for pick in picks])
-    if all(pick.merge is None for pick in picks):
+def _selected_rows(features: Sequence[Tensor], selections: Sequence[Selection]) -> Tensor:
+    """[K, d]: the selected rows of all images, merged where a selection says so."""
+    rows = rows_of(features, [selection.indices for selection in selections])
+    starts = itertools.accumulate((selection.k for selection in selections), initial=0)
+    merges = [
+        (image, selection.merge, start)
+        for image, selection, start in zip(features, selections, starts, strict=False)
+        if selection.merge is not None
+    ]
+    if not merges:
         return rows
-    starts = [0, *itertools.accumulate(pick.indices.numel() for pick in picks)]
-    some = [i for i, pick in enumerate(picks) if pick.merge is not None]
-    merges: list[_MergeLike] = [picks[i].merge for i in some]
-    source = rows_of([features[i] for i in some], [merge.source for merge in merges]).float()
-    destination = shifted([merge.destination.to(rows.device) for merge in merges], [starts[i] for i in some])
-    weight = torch.cat([merge.weight.to(rows.device, torch.float32) for merge in merges])[:, None]
+    source = rows_of([image for image, _, _ in merges], [merge.source for _, merge, _ in merges]).float()
+    slots = [merge.destination.to(rows.device) for _, merge, _ in merges]
+    destination = shifted(slots, [start for _, _, start in merges])
+    weight = torch.cat([merge.weight.to(rows.device, torch.float32) for _, merge, _ in merges])[:, None]
     sums = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device).index_add(0, destination, source * weight)
     merged = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device).index_fill(0, destination, True)
     return torch.where(merged[:, None], sums.to(rows.dtype), rows)

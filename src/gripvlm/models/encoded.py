@@ -27,9 +27,9 @@ class Item:
         deepstack: further planes [n, d], one for each layer they are added at; mostly none.
         grid: (h, w) of a plain raster, else None.
         key: a number from the pixels alone (see `VisualTokens.key`).
-        patches: (t, h, w) before merging, for families whose positions are made from it, else None.
+        grid_thw: (t, h, w) before merging, for families whose positions are made from it, else None.
         vision: layer as asked -> what that block of the vision tower says about each row; mostly empty.
-        states: [n, d_v] what the tower made of each row before the projector, where asked for.
+        patches: [n, d_v] what the tower made of each row before the projector, where asked for.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
         seconds: between two temporal patches of a video, for families whose positions are made from it, else None.
     """
@@ -39,9 +39,9 @@ class Item:
     deepstack: tuple[Tensor, ...]
     grid: Grid
     key: int
-    patches: tuple[int, int, int] | None = None
+    grid_thw: tuple[int, int, int] | None = None
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
-    states: Tensor | None = None
+    patches: Tensor | None = None
     groups: Tensor | None = None
     seconds: float | None = None
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gripvlm.api import encode, prune_inputs, visual_tokens
+from gripvlm.engine.pipeline import drop
 from gripvlm.errors import GripError, InputError, TrainError
 from gripvlm.eval import make_inputs, question_ids
 from gripvlm.grip.pruner import ScorerInputs
@@ -26,7 +27,8 @@ from gripvlm.grip.train.data import picture_of
 from gripvlm.grip.train.prefix import Prefix, shared_length
 from gripvlm.models import adapter as seam
 from gripvlm.models.encoded import Encoded
-from gripvlm.pruners import Pruner
+from gripvlm.models.prompts import Prompts
+from gripvlm.models.wrapped import unwrapped
 from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.types import Selection, VisualTokens
 
@@ -144,19 +146,6 @@ def about(sample: Sample, error: GripError) -> str:
     said = str(error)
     named = said if repr(sample.id) in said else f"sample {sample.id!r}: {said}"
     return named if "--on-bad" in said else f"{named}: mend it, or type --on-bad skip"
-
-
-class _Chosen(Pruner):
-    """Hands out subsets that were chosen elsewhere."""
-
-    name: ClassVar[str] = "rollout"
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __init__(self, kept: Kept) -> None:
-        self.kept = kept
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return Selection(self.kept[tokens.sample][tokens.image], tokens.n, sound=True)
 
 
 class Engine:
@@ -338,12 +327,13 @@ class Engine:
     def pruned(self, batch: Batch, inputs: dict[str, Any], rows: Sequence[int], kept: Kept) -> dict[str, Any]:
         """Arguments for the model's forward: `rows` of `inputs` with only `kept` tokens left."""
         index = torch.tensor(rows, device=inputs["input_ids"].device)
-        keeps = [[len(indices) for indices in mine] for mine in kept]
         repeated = {name: value[index] for name, value in inputs.items()}
-        arguments: dict[str, Any] = prune_inputs(
-            self.model, repeated, _Chosen(kept), keeps, encoded=batch.encoded.take(rows)
-        )
-        return arguments
+        selections = [
+            [Selection(indices, tokens.n) for indices, tokens in zip(kept[r], batch.tokens[row], strict=True)]
+            for r, row in enumerate(rows)
+        ]
+        prompts = Prompts.of(unwrapped(self.model), repeated)
+        return drop(prompts.with_images(batch.encoded.take(rows)), selections).arguments
 
     def _forward(self, batch: Batch, rows: Sequence[int], kept: Kept, width: int) -> Tensor:
         """[R, width, V] float32 logits that predict the last `width` tokens of each row, 0 before its first."""

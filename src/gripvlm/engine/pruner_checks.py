@@ -1,0 +1,114 @@
+"""What a pruner object must have, and what a model must supply for it: checked before any image is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from gripvlm.errors import InputError, PrunerError, UnsupportedModelError
+from gripvlm.models.families import FAMILIES, Family, family_of
+from gripvlm.models.grids import unknown
+from gripvlm.models.hooks.attention import blocks_of
+from gripvlm.models.hooks.llm_drop import checked_layers
+from gripvlm.models.tower_rows import Asked
+from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
+from gripvlm.pruners.base import NEEDS
+from gripvlm.pruners.llm_base import LLM_NEEDS
+from gripvlm.pruners.options import options_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["checked_needs", "checked_pair", "checked_pruner"]
+
+
+def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
+    """The pruner, known to have what a pruner has, and to serve `model` where one is given."""
+    chosen = get_pruner(pruner)
+    name, needs, stage = (getattr(chosen, key, None) for key in ("name", "needs", "stage"))
+    stage = "input" if stage is None else stage
+    if not isinstance(name, str):
+        raise PrunerError(f"a {type(chosen).__name__} has no name: give it name = 'snake_case'")
+    if not isinstance(needs, frozenset):
+        raise PrunerError(f"pruner {name!r} states no needs: give it needs = frozenset({{'features'}})")
+    if unread := sorted(needs - NEEDS):
+        raise PrunerError(f"pruner {name!r} needs {unread}, but known are {sorted(NEEDS)}")
+    if "vision_attention" in needs and not getattr(chosen, "vision_layers", ()):
+        raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
+    if stage not in ("input", "llm", "vision"):
+        raise PrunerError(f"pruner {name!r} drops rows at stage {stage!r}: known are 'input', 'llm' and 'vision'")
+    if stage == "vision" and not isinstance(chosen, TowerPruner):
+        raise PrunerError(f"pruner {name!r} merges at stage 'vision', so it must be a gripvlm.pruners.TowerPruner")
+    if stage == "llm" and not isinstance(chosen, LLMPruner):
+        raise PrunerError(f"pruner {name!r} drops rows at stage 'llm', so it must be a gripvlm.LLMPruner")
+    if stage != "vision" and "groups" in needs:
+        raise PrunerError(f"pruner {name!r} needs groups, which only a gripvlm.pruners.TowerPruner has")
+    if stage == "vision" and (wrong := sorted(needs & {"vision_attention", "patches"})):
+        raise PrunerError(f"pruner {name!r} merges inside the vision tower, which then has no {wrong[0]} for each row")
+    if isinstance(chosen, LLMPruner) and (unread := sorted(chosen.llm_needs - LLM_NEEDS)):
+        raise PrunerError(f"pruner {name!r} needs {unread} of the layers, but known are {sorted(LLM_NEEDS)}")
+    if model is not None:
+        checked_pair(chosen, model, family_of(model))
+    return chosen
+
+
+def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> Asked:
+    """What the pruner wants of this model's vision tower, known to be there."""
+    needs = checked_needs(family, [pruner])
+    if needs.layers:
+        tower = model.get_encoder("image")
+        blocks = len(blocks_of(tower))
+        if wrong := [layer for layer in needs.layers if not -blocks <= layer < blocks]:
+            options = ", ".join(str(option) for option in options_of(type(pruner)))
+            raise InputError(
+                f"pruner {pruner.name!r} reads a block of the vision tower by its number, but there is no layer "
+                f"{wrong[0]} in this {type(tower).__name__}: it has {blocks}, from 0 to {blocks - 1}; the pruner's "
+                f"options are {options or 'none'}"
+            )
+    if isinstance(pruner, LLMPruner):
+        checked_layers(model)
+    if hasattr(pruner, "check"):  # an object that is no `Pruner` may have none
+        pruner.check(model)
+    return needs
+
+
+def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
+    """What these pruners together want of the vision tower.
+
+    Raises:
+        UnsupportedModelError: the family cannot supply what one of them needs: its rows cannot be traced to its
+            tower's patches, never are a plain raster, or its layers cannot drop.
+    """
+    layers: dict[int, None] = {}
+    patches = given = keys = False
+    for pruner in pruners:
+        wanted = sorted(pruner.needs & {"vision_attention", "patches"})
+        if wanted and family.vision is None:
+            raise UnsupportedModelError(
+                f"pruner {pruner.name!r} needs {' and '.join(wanted)} of the vision tower, which gripvlm cannot yet "
+                f"bring back to {family.model_type}'s rows; it can for "
+                f"{_families(lambda row: row.vision is not None)}: use another pruner or model"
+            )
+        if "grid" in pruner.needs and family.grid is unknown:
+            raise UnsupportedModelError(
+                f"pruner {pruner.name!r} needs a grid, rows in a plain raster, but {family.model_type} joins tiles and "
+                f"breaks them into lines; rasters have {_families(lambda row: row.grid is not unknown)}: use another "
+                "pruner or model"
+            )
+        if getattr(pruner, "stage", "input") == "llm" and not family.layers:
+            raise UnsupportedModelError(
+                f"pruner {pruner.name!r} drops inside the language model's layers, but {family.model_type}'s share or "
+                "carry state that still holds the dropped tokens; they can be dropped there in "
+                f"{_families(lambda row: row.layers)}: use another model, or drop at the input with a pruner such as "
+                "divprune"
+            )
+        if "vision_attention" in wanted:
+            layers.update(dict.fromkeys(pruner.vision_layers))
+            given |= "vision_given" in pruner.needs
+        patches |= "patches" in wanted
+        keys |= "key" in pruner.needs
+    return Asked(tuple(layers), patches, given, keys=keys)
+
+
+def _families(supports: Callable[[Family], bool]) -> str:
+    return ", ".join(sorted(name for name, row in FAMILIES.items() if supports(row)))
