@@ -7,14 +7,14 @@ import pickle
 
 import pytest
 import torch
-from test_llm_stage import stages_of
 from test_llm_drop import masking
+from test_llm_stage import stages_of
 from transformers import DynamicCache
 
 import gripvlm
 from gripvlm.errors import InputError
 from gripvlm.models import FAMILIES
-from gripvlm.models.renamed import cache_argument, cache_of
+from gripvlm.models.compat import cache_argument, cache_of
 from tiny_families import TINY, build, make
 from tiny_families.base import IMAGE
 from tiny_families.reference import full_positions, masked, teacher_forced

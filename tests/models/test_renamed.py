@@ -13,9 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import gripvlm
 from gripvlm.engine.generate import Options
 from gripvlm.models import FAMILIES
-from gripvlm.models.families import takes
-from gripvlm.models.hooks.attention import before_attention
-from gripvlm.models.renamed import CACHE, cache_argument, cache_in, cache_of
+from gripvlm.models.compat import CACHE, cache_argument, cache_in, cache_of, takes
+from gripvlm.models.hooks.calls import attention_hook
 from tiny_families import TINY, build, make
 
 MODEL = {
@@ -130,11 +129,12 @@ def test_everything_that_attention_is_told_is_known(name):
     class Listens:
         modules: ClassVar[dict[int, int]] = {id(module): 0 for module in model.modules()}
 
-        def look(self, module, query, key, mask, options):
-            told.update((option, type(module).__name__) for option, value in options.items() if value is not None)
-            return mask
+        def before_attention(self, call):
+            told.update(
+                (option, type(call.module).__name__) for option in call.options if call.options[option] is not None
+            )
 
-    with before_attention(Listens()):
+    with attention_hook(Listens()):
         model.generate(**batch.inputs, max_new_tokens=2, do_sample=False)
     assert told, f"{name}: no attention went through transformers' attention functions"
     unknown = {option: module for option, module in told.items() if option not in ATTENTION | NO_MATTER}

@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from gripvlm.cli import main
 from gripvlm.models import Family, family_of
-from gripvlm.models.versions import NEWEST_TESTED, OLDEST, installed, mention_newer, newer_than_tested
+from gripvlm.models.compat import NEWEST_TESTED, OLDEST, installed, mention_newer, newer_than_tested
 from tiny_models import tiny_llava
 from touching import HERE, touches
 

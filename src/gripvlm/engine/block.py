@@ -32,10 +32,10 @@ from gripvlm.engine.request import (
 from gripvlm.engine.switch import Call, Switch, inside
 from gripvlm.errors import GripError, InputError
 from gripvlm.models.adapter import PER_TOKEN
+from gripvlm.models.compat import cache_in, cache_of
 from gripvlm.models.families import family_of
 from gripvlm.models.hooks.llm_drop import drop_in_layers
 from gripvlm.models.hooks.proportional import checked_sizes, proportional_attention
-from gripvlm.models.renamed import cache_in, cache_of
 from gripvlm.models.text import Question
 from gripvlm.models.wrapped import device_of, unwrapped
 from gripvlm.pruners import LLMPruner, Pruner, TowerPruner
@@ -332,7 +332,7 @@ class PruneBlock:
         self._noted([list(sample) for sample in prompt.selections], Stopwatch(device_of(self._model)), DeferredChecks())
         with inside(Call(self._model)), used(cache), ExitStack() as stack:
             if prompt.held is not None:
-                stack.enter_context(drop_in_layers(self._model, {}, held=prompt.held))
+                stack.enter_context(drop_in_layers(self._model, {}, contents=prompt.held))
             if prompt.sizes is not None:
                 stack.enter_context(proportional_attention(self._model, None, prompt.sizes))
             yield

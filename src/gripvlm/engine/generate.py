@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gripvlm.engine.callbacks import FullPrompt
 from gripvlm.errors import InputError
+from gripvlm.models.compat import installed
 from gripvlm.models.families import Family, chunkable
-from gripvlm.models.versions import installed
 
 __all__ = ["Options", "with_prompt"]
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from gripvlm.engine.outputs import checked_selection
 from gripvlm.errors import InputError
-from gripvlm.models.hooks.attention import last_norm, watch_attention
+from gripvlm.models.hooks.attention import capture_attention, last_norm
 from gripvlm.models.hooks.calls import one_run
-from gripvlm.models.hooks.llm_drop import drop_in_layers, no_labels
-from gripvlm.models.hooks.stages import Change, Dropped, Held
+from gripvlm.models.hooks.llm_drop import CacheContents, DropState, MergeStates, drop_in_layers, no_labels
 from gripvlm.models.text import questions, words
 from gripvlm.pruners import LLMPruner
 from gripvlm.types import LLMTokens, Merge, Selection, VisualTokens
@@ -75,7 +74,7 @@ class LLMStage:
         self.history: dict[tuple[int, int], dict[int, Tensor]] = {}
         self.done = False
         self.seconds = 0.0
-        self.dropped = Dropped()
+        self.dropped = DropState()
         self.seen: dict[str, dict[int, list[Tensor]]] = {}
         self.merged: Callable[[int, int, list[Merged]], None] | None = None
 
@@ -97,12 +96,12 @@ class LLMStage:
             with one_run(self.model.base_model, self.inputs):
                 self.dropped = stack.enter_context(drop_in_layers(self.model, choose, forget))
                 for name in sorted(self.needs & queries.keys()):
-                    self.seen[name] = stack.enter_context(watch_attention(decoder, before, queries[name]))
+                    self.seen[name] = stack.enter_context(capture_attention(decoder, before, queries[name]))
             yield
 
-    def held(self) -> tuple[Held | None, None]:
+    def held(self) -> tuple[CacheContents | None, None]:
         """What the layers' caches hold once the prompt has run, and the sizes in each layer, which are all 1."""
-        return (None if self.dropped.held is None else self.dropped.held()), None
+        return (None if self.dropped.contents is None else self.dropped.contents()), None
 
     def selections(self) -> list[list[Selection]]:
         """What was kept of each image, layer by layer; of the first of the rows that a prompt was repeated to."""
@@ -151,7 +150,7 @@ class LLMStage:
     def _at(self, cut: int) -> Any:
         """The choice before layer `cut`, as `drop_in_layers` asks for it."""
 
-        def choose(hidden: Tensor, visual: Tensor) -> tuple[Tensor, Change]:
+        def choose(hidden: Tensor, visual: Tensor) -> tuple[Tensor, MergeStates]:
             began = time.perf_counter()
             keep, repeat = visual.clone(), hidden.shape[0] // len(self.batch)
             noted = {name: found.pop(cut - 1)[-1] for name, found in self.seen.items() if found.get(cut - 1)}

@@ -206,7 +206,7 @@ def gather(
     if encoded.model_type != family.model_type:
         raise InputError(f"encoded by a {encoded.model_type} model, but this one is {family.model_type}")
     wanted = checked_needs(family, [pruner])
-    have = encoded.asked
+    have = encoded.tower_request
     lacking = {*wanted.layers} - {*have.layers}
     if lacking or wanted.patches > have.patches or wanted.given > have.given or wanted.keys > have.keys:
         raise InputError(

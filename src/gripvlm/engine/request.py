@@ -11,15 +11,15 @@ from torch import Tensor
 from gripvlm.budget import Budget, Keep
 from gripvlm.errors import BudgetError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import adapter as seam
+from gripvlm.models.compat import cache_in
 from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.families import FAMILIES, Family, family_of
 from gripvlm.models.grids import unknown
 from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.hooks.llm_drop import checked_layers
 from gripvlm.models.hooks.tower_merge import checked_tower
-from gripvlm.models.renamed import cache_in
 from gripvlm.models.text import placeholder
-from gripvlm.models.tower_rows import Asked, Merging
+from gripvlm.models.tower_rows import TowerMerging, TowerRequest
 from gripvlm.models.wrapped import device_of
 from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
 from gripvlm.pruners.base import NEEDS
@@ -116,7 +116,7 @@ def _checked_pair(pruner: Pruner, model: Any) -> None:
         pruner.check(model)
 
 
-def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
+def checked_needs(family: Family, pruners: Iterable[Pruner]) -> TowerRequest:
     """What these pruners together want of the vision tower.
 
     Raises:
@@ -151,10 +151,10 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
             given |= "vision_given" in pruner.needs
         patches |= "patches" in wanted
         keys |= "key" in pruner.needs
-    return Asked(tuple(layers), patches, given, keys=keys)
+    return TowerRequest(tuple(layers), patches, given, keys=keys)
 
 
-def checked_merging(model: Any, family: Family, pruner: TowerPruner, keep: Keeps) -> Merging:
+def checked_merging(model: Any, family: Family, pruner: TowerPruner, keep: Keeps) -> TowerMerging:
     """How this pruner merges inside this model's vision tower, to the same count in all images.
 
     Raises:
@@ -168,7 +168,7 @@ def checked_merging(model: Any, family: Family, pruner: TowerPruner, keep: Keeps
             f"such as keep=64, not {keep}"
         )
     budget = one_budget(pruner, keep)
-    return Merging(lambda n: budget.count(n, "each image"), pruner.plan, pruner.match, pruner.proportional)
+    return TowerMerging(lambda n: budget.count(n, "each image"), pruner.plan, pruner.match, pruner.proportional)
 
 
 def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:

@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gripvlm.errors import InputError
+from gripvlm.models.compat import takes
 from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
-from gripvlm.models.families import Family, takes
-from gripvlm.models.hooks.tower_merge import Merged, merge_in_tower
+from gripvlm.models.families import Family
+from gripvlm.models.hooks.tower_merge import MergedRows, merge_in_tower
 from gripvlm.models.layout import Layout
 from gripvlm.models.text import full_mask, padding_token
-from gripvlm.models.tower_rows import NOTHING, Asked, share_out, watch_tower
+from gripvlm.models.tower_rows import FEATURES_ONLY, TowerRequest, capture_tower, split_by_item
 from gripvlm.utils.batching import onto, rows_of, shifted
 
 __all__ = ["PER_TOKEN", "Shortened", "encode", "encoder_arguments", "locate", "shorten"]
@@ -81,7 +82,11 @@ class Shortened(NamedTuple):
 
 
 def encode(
-    model: Any, family: Family, inputs: Mapping[str, Any], asked: Asked = NOTHING, layout: Layout | None = None
+    model: Any,
+    family: Family,
+    inputs: Mapping[str, Any],
+    asked: TowerRequest = FEATURES_ONLY,
+    layout: Layout | None = None,
 ) -> Encoded:
     """Runs the vision encoder and projector once over all of `inputs`' pixels, noting what is `asked` of the tower.
 
@@ -90,7 +95,7 @@ def encode(
     layout = Layout.of(model, inputs) if layout is None else layout
     with ExitStack() as stack:
         merged = None if asked.merging is None else stack.enter_context(merge_in_tower(model, asked.merging))
-        notes = stack.enter_context(watch_tower(model, asked)) if asked.layers or asked.patches else None
+        capture = stack.enter_context(capture_tower(model, asked)) if asked.layers or asked.patches else None
         filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(inputs))
     groups = None if merged is None else _spread(filled["mm_encoder_outputs"], merged())
     items: dict[str, list[Item]] = {}
@@ -103,19 +108,19 @@ def encode(
         items = {
             name: [replace(one, groups=g) for one, g in zip(made, groups, strict=True)] for name, made in items.items()
         }
-    if notes is not None:
+    if capture is not None:
         sizes = {name: [item.features.shape[0] for item in made] for name, made in items.items()}
-        for name, rows in share_out(model, family.vision, inputs, sizes, asked, notes).items():
+        for name, rows in split_by_item(family.vision, capture, inputs, sizes).items():
             pairs = zip(items[name], rows, strict=True)
             items[name] = [replace(item, vision=vision, patches=patches) for item, (vision, patches) in pairs]
     shared = {name: _share_out(layout, name, made) for name, made in items.items()}
     samples = [tuple(item for name in shared for item in shared[name][b]) for b in range(len(layout.ids))]
-    encoded = Encoded(family.model_type, tuple(samples), kinds, asked=asked)
+    encoded = Encoded(family.model_type, tuple(samples), kinds, tower_request=asked)
     in_order = [tuple(span.item for span in spans) for spans in layout.spans(encoded)]
     return replace(encoded, samples=tuple(in_order))
 
 
-def _spread(outputs: Mapping[str, Any], merged: Merged) -> Tensor:
+def _spread(outputs: Mapping[str, Any], merged: MergedRows) -> Tensor:
     """Gives every row what the tower made of its group, so that a merged image has as many rows as any other.
 
     Returns:
