@@ -110,7 +110,7 @@ def _batch_of(question: Tensor | Sequence[Any]) -> list[Any]:
     return [question] if single else list(question)
 
 
-def _question(table: nn.Module, question: Tensor | Sequence[int]) -> Tensor:
+def _question(table: nn.Embedding, question: Tensor | Sequence[int]) -> Tensor:
     """[t, d] from ids [t] (negative ones are padding) or embeddings [t, d]."""
     vocabulary, width = table.weight.shape
     if not isinstance(question, Tensor):
@@ -130,5 +130,5 @@ def _question(table: nn.Module, question: Tensor | Sequence[int]) -> Tensor:
     return _embed(table, ids)
 
 
-def _embed(table: nn.Module, ids: Tensor) -> Tensor:
+def _embed(table: nn.Embedding, ids: Tensor) -> Tensor:
     return table(onto(ids, device_of(table)))

@@ -7,7 +7,6 @@ gets their mean. So one rule serves attention, keys and hidden states alike.
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import InputError
+from gripvlm.models.compat import takes
 from gripvlm.models.hooks.attention import blocks_of, capture_attention, feature_block
 from gripvlm.models.hooks.calls import forward_hooks
 from gripvlm.types import VisionRows
@@ -105,10 +105,13 @@ class _ByTile(VisionRule):
                 f"the vision tower saw {tiles.shape[0]} {items.modality}s or tiles, but {len(items.counts)} came out "
                 "of it: make the inputs with the model's own processor"
             )
-        return [_square_blocks(_without_cls(tile, n), n) for tile, n in zip(tiles, items.counts, strict=True)]
+        if self.has_cls(items, tiles.shape[-1]):
+            tiles = tiles[..., 1:]
+        return [_square_blocks(tile, n) for tile, n in zip(tiles, items.counts, strict=True)]
 
     def has_cls(self, items: TowerItems, length: int) -> bool:
-        return not _fills_square_blocks(length, items.counts[0])
+        # Without one, a row is made of a square block of patches.
+        return not any(length == items.counts[0] * step * step for step in range(1, length + 1))
 
 
 class _ByGrid(VisionRule):
@@ -153,9 +156,9 @@ class _Packed(VisionRule):
             )
         patches = (vision.image_size // vision.patch_size) ** 2
         features = list(tiles[..., -patches:].transpose(1, 2).split(counts))  # [tiles, patches, c] of each image
-        options = {"image_newline": tiles.new_zeros(tiles.shape[1])}
+        options: dict[str, Any] = {"image_newline": tiles.new_zeros(tiles.shape[1])}
         # LLaVA-NeXT's method needs the strategy to count patches, LLaVA-OneVision's does not take it.
-        if "vision_feature_select_strategy" in inspect.signature(base.pack_image_features).parameters:
+        if "vision_feature_select_strategy" in takes(base.pack_image_features):
             options["vision_feature_select_strategy"] = "default"
         rows, _ = base.pack_image_features(features, sizes, **options)
         return [image.T for image in rows]
@@ -182,7 +185,7 @@ class _Packed(VisionRule):
 by_tile, by_grid, in_one_row, packed = _ByTile(), _ByGrid(), _InOneRow(), _Packed()
 
 
-def merged_rows(tower: nn.Module, calls: Sequence[Tensor], grids: Tensor) -> list[Tensor]:
+def merged_rows(tower: PreTrainedModel, calls: Sequence[Tensor], grids: Tensor) -> list[Tensor]:
     """Maps of a tower with `<modality>_grid_thw`, for each row of each of its items.
 
     Args:
@@ -207,7 +210,7 @@ def merged_rows(tower: nn.Module, calls: Sequence[Tensor], grids: Tensor) -> lis
     return list(rows.split((counts // block).tolist(), dim=-1))
 
 
-def _window_order(tower: nn.Module, grids: Tensor) -> Tensor:
+def _window_order(tower: PreTrainedModel, grids: Tensor) -> Tensor:
     """[rows] the row that the tower's order has at each place; older transformers have it as a method."""
     if hasattr(tower, "get_window_index"):
         return torch.as_tensor(tower.get_window_index(grids)[0])
@@ -222,11 +225,6 @@ def _single_call(maps: list[Tensor]) -> Tensor:
     return maps[0]
 
 
-def _without_cls(tile: Tensor, n: int) -> Tensor:
-    """[c, patches] of [c, (CLS +) patches], where n rows are made of them."""
-    return tile if _fills_square_blocks(tile.shape[-1], n) else tile[:, 1:]
-
-
 def _square_blocks(tile: Tensor, n: int) -> Tensor:
     """[c, n] means over square blocks of a square raster; the map itself where n is its length."""
     length = tile.shape[-1]
@@ -238,31 +236,32 @@ def _square_blocks(tile: Tensor, n: int) -> Tensor:
     return nn.functional.avg_pool2d(tile.unflatten(-1, (side, side)), side // rows).flatten(1)
 
 
-def _fills_square_blocks(length: int, n: int) -> bool:
-    """Whether n rows are made of so many patches, in square blocks."""
-    return any(length == n * step * step for step in range(1, length + 1))
-
-
 # --- capturing --------------------------------------------------------------------------------------------------------
+
+# What `capture_attention` is asked for, and how each of its results becomes a map [b, c, L].
+QUERIES: dict[str, Any] = {"received": "received", "cls": [0], "keys": "keys", "given": "to_first"}
+AS_MAP: dict[str, Callable[[Tensor], Tensor]] = {
+    "received": lambda weights: weights,
+    "cls": lambda weights: weights[:, :, 0],
+    "keys": lambda keys: keys.transpose(1, 2),
+    "given": lambda to_cls: (1 - to_cls) / (to_cls.shape[-1] - 1),
+}
 
 
 @dataclass
 class TowerCapture:
-    """What one run of the tower gave: maps [b, c, L] of each call, by block; `blocks` is how many there are."""
+    """One run of the tower: kind (as in `QUERIES`) -> block -> the map of each call; the states of patches."""
 
     model: PreTrainedModel
     request: TowerRequest
     blocks: int
-    received: dict[int, list[Tensor]] = field(default_factory=dict)
-    cls: dict[int, list[Tensor]] = field(default_factory=dict)
-    keys: dict[int, list[Tensor]] = field(default_factory=dict)
-    given: dict[int, list[Tensor]] = field(default_factory=dict)
+    attention: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
     patches: list[Tensor] = field(default_factory=list)
 
 
 @contextmanager
 def capture_tower(model: PreTrainedModel, request: TowerRequest) -> Iterator[TowerCapture]:
-    """Inside the block, the vision tower's attention, keys and states are captured; complete when it has ended."""
+    """Inside the block, the vision tower's attention, keys and states are captured."""
     tower = model.get_encoder("image")
     capture = TowerCapture(model, request, len(blocks_of(tower)))
 
@@ -271,24 +270,15 @@ def capture_tower(model: PreTrainedModel, request: TowerRequest) -> Iterator[Tow
         capture.patches.append((hidden if hidden.ndim == 3 else hidden[None]).transpose(1, 2))
 
     with ExitStack() as stack:
-        received, cls, keys, to_first = (
-            stack.enter_context(capture_attention(tower, layers, queries))
-            for layers, queries in (
-                (request.layers, "received"),
-                (request.layers, [0]),
-                (request.layers, "keys"),
-                (request.layers if request.given else (), "to_first"),
-            )
-        )
+        for kind, queries in QUERIES.items() if request.layers else ():
+            if kind != "given" or request.given:
+                capture.attention[kind] = stack.enter_context(capture_attention(tower, request.layers, queries))
         if request.patches:
             stack.enter_context(forward_hooks(after={feature_block(model): keep_state}))
         yield capture
-    for block in received:
-        capture.received[block] = received[block]
-        capture.cls[block] = [rows[:, :, 0] for rows in cls[block]]
-        capture.keys[block] = [rows.transpose(1, 2) for rows in keys[block]]
-    for block, calls in to_first.items():
-        capture.given[block] = [(1 - weight) / (weight.shape[-1] - 1) for weight in calls]
+    for kind, blocks in capture.attention.items():
+        for block, calls in blocks.items():
+            blocks[block] = [AS_MAP[kind](call) for call in calls]
 
 
 # --- from the tower's calls to items ----------------------------------------------------------------------------------
@@ -304,7 +294,7 @@ class ItemRows(NamedTuple):
 def split_by_item(
     rule: VisionRule | None, capture: TowerCapture, inputs: Mapping[str, Any], counts: Mapping[str, list[int]]
 ) -> dict[str, list[ItemRows]]:
-    """modality -> what was captured for each item, in the items' rows; used once for each capture.
+    """modality -> what was captured for each item, in the items' rows. Uses the capture up.
 
     Args:
         counts: modality -> the rows of each item, in the order in which the tower ran.
@@ -327,24 +317,24 @@ def split_by_item(
 
 def _rows_in_block(rule: VisionRule, capture: TowerCapture, items: TowerItems, block: int) -> list[VisionRows]:
     """The rows of each item in one block of the tower."""
-    if block not in capture.received:
+    if block not in capture.attention["received"]:
         tower = type(capture.model.get_encoder("image")).__name__
         raise InputError(
-            f"the attention of block {block} of the vision tower, a {tower}, cannot be read: it does not go through "
+            f"the attention of block {block} of the vision tower, a {tower}, cannot be read, as it does not go through "
             "transformers' attention functions: use a pruner of features only"
         )
-    calls = _next_calls(capture.received[block], items)
-    received = rule.rescale(rule.rows(items, calls), items.counts)
-    keys = [rows.T for rows in rule.rows(items, _next_calls(capture.keys[block], items))]
-    length = calls[0].shape[-1]
+    maps = {kind: _next_calls(blocks[block], items) for kind, blocks in capture.attention.items()}
+    received = rule.rescale(rule.rows(items, maps["received"]), items.counts)
+    keys = [rows.T for rows in rule.rows(items, maps["keys"])]
+    length = maps["received"][0].shape[-1]
     if not rule.has_cls(items, length):
         return [VisionRows(r, None, k) for r, k in zip(received, keys, strict=True)]
-    cls = rule.rows(items, _next_calls(capture.cls[block], items))
+    cls = rule.rows(items, maps["cls"])
     if not capture.request.given:
         return [VisionRows(*rows) for rows in zip(received, cls, keys, strict=True)]
-    given = rule.rows(items, _next_calls(capture.given[block], items))
     # `received` is the mean over all queries: without the CLS query's share it is the mean over patches.
     among = [(length * r - c) / (length - 1) for r, c in zip(received, cls, strict=True)]
+    given = rule.rows(items, maps["given"])
     return [VisionRows(*rows) for rows in zip(received, cls, keys, among, given, strict=True)]
 
 

@@ -23,7 +23,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -96,7 +96,7 @@ class _Run:
 
 @dataclass(eq=False)
 class _Block:
-    """What one open block wants of modules; `key` names what it does, for `is_open`."""
+    """What one open block wants of modules; `key` names what it does, for `is_open`; `hooks`: what was set for it."""
 
     before: Mapping[nn.Module, Before] = field(default_factory=dict)
     after: Mapping[nn.Module, After] = field(default_factory=dict)
@@ -104,6 +104,7 @@ class _Block:
     key: Any = None
     run: _Run | None = None
     open: bool = True
+    hooks: list[tuple[str, nn.Module | None]] = field(default_factory=list)
 
     def concerns(self, module: nn.Module) -> bool:
         in_attention = self.attention is not None and id(module) in self.attention.modules
@@ -133,23 +134,16 @@ def one_run(root: nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
         _run.set(outer)
 
 
-@contextmanager
 def forward_hooks(
     before: Mapping[Any, Before] | None = None, after: Mapping[Any, After] | None = None, key: Any = None
-) -> Iterator[None]:
-    """Inside the block, these act before and after the forward of their modules, in this block's calls.
-
-    They change outputs before other hooks see them: transformers' own record what comes out of a layer.
-    """
-    with _opened(_Block(before or {}, after or {}, key=key)):
-        yield
+) -> AbstractContextManager[None]:
+    """Inside the block, these act before and after the forward of their modules, in this block's calls."""
+    return _opened(_Block(before or {}, after or {}, key=key))
 
 
-@contextmanager
-def attention_hook(hook: AttentionHook, first: bool = False) -> Iterator[None]:
+def attention_hook(hook: AttentionHook, first: bool = False) -> AbstractContextManager[None]:
     """Inside the block, `hook` acts before the attention calls of its modules; `first`: ahead of other hooks."""
-    with _opened(_Block(attention=hook), first):
-        yield
+    return _opened(_Block(attention=hook), first)
 
 
 def is_open(key: Any) -> bool:
@@ -198,7 +192,8 @@ def _acting(module: nn.Module) -> list[_Block]:
 
 def _own_run(root: nn.Module) -> _Run | None:
     """The run on this root whose blocks this context has open."""
-    return next((b.run for b in _own.get() if b.open and b.run is not None and b.run.root is root), None)
+    runs = (block.run for block in _own.get() if block.open and block.run is not None)
+    return next((run for run in runs if run.root is root), None)
 
 
 def _begin_forward(root: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -280,64 +275,61 @@ def _remove_copied_hooks(module: nn.Module) -> None:
 
 # --- what stands on modules and on transformers, once each, for as long as any block needs it ------------------------
 
-_hooks: dict[tuple[str, int], tuple[int, Any]] = {}  # (kind, id of a module) -> how many blocks need it, its handle
-_attention_blocks = 0
-_original: Callable[..., Any] | None = None  # AttentionInterface.get_interface
-_replacement: Callable[..., Any] | None = None
-_stance: Any = None
-
-
-def _hooks_of(block: _Block) -> Iterator[tuple[str, nn.Module]]:
-    yield from (("before", module) for module in block.before)
-    yield from (("after", module) for module in block.after)
+_hooks: dict[tuple[str, int], tuple[int, ExitStack]] = {}  # (kind, id of a module) -> blocks that need it, its handle
 
 
 def _set_hooks(block: _Block) -> None:
     """Sets what this block needs and no other has set; under the lock."""
-    global _attention_blocks, _original, _replacement, _stance
-    if _stance is None and "torch._dynamo" in sys.modules:
-        # Compiled code does not notice hooks that come after it: it would run on as if there were none.
-        _stance = torch.compiler.set_stance("force_eager")
-    for kind, module in _hooks_of(block):
-        count, handle = _hooks.get((kind, id(module)), (0, None))
-        if not count and kind == "before":
-            handle = module.register_forward_pre_hook(_before, with_kwargs=True)
-        elif not count:
-            handle = module.register_forward_hook(_after, with_kwargs=True, prepend=True)
-        _hooks[kind, id(module)] = count + 1, handle
+    block.hooks += [("before", module) for module in block.before]
+    block.hooks += [("after", module) for module in block.after]
     if block.attention is not None:
-        from transformers.modeling_utils import AttentionInterface  # not imported by `import gripvlm`
+        block.hooks.append(("attention", None))
+    if "torch._dynamo" in sys.modules:
+        # Compiled code does not notice hooks that come after it: it would run on as if there were none.
+        block.hooks.append(("eager", None))
+    for kind, module in block.hooks:
+        count, handle = _hooks.get((kind, id(module))) or (0, _set(kind, module))
+        _hooks[kind, id(module)] = count + 1, handle
 
-        if not _attention_blocks:
-            _original = AttentionInterface.get_interface
-            AttentionInterface.get_interface = _replacement = _with_hooks(_original)
-        _attention_blocks += 1
+
+def _set(kind: str, module: Any) -> ExitStack:
+    """Whose `close` removes it."""
+    handle = ExitStack()
+    if kind == "before":
+        handle.callback(module.register_forward_pre_hook(_before, with_kwargs=True).remove)
+    elif kind == "after":
+        # Ahead of other hooks: transformers' own record what comes out of a layer.
+        handle.callback(module.register_forward_hook(_after, with_kwargs=True, prepend=True).remove)
+    elif kind == "attention":
+        handle.enter_context(_attention_replaced())
+    else:
+        handle.enter_context(torch.compiler.set_stance("force_eager"))
+    return handle
 
 
 def _remove_hooks(block: _Block) -> None:
     """Removes what no block needs any more; under the lock."""
-    global _attention_blocks, _stance
-    for kind, module in _hooks_of(block):
+    for kind, module in block.hooks:
         count, handle = _hooks.pop((kind, id(module)))
         if count > 1:
             _hooks[kind, id(module)] = count - 1, handle
         else:
-            handle.remove()
-    if block.attention is not None:
-        from transformers.modeling_utils import AttentionInterface
+            handle.close()
 
-        _attention_blocks -= 1
-        # If somebody else has wrapped the replacement, it stays inside theirs and lets every call pass.
-        if not _attention_blocks and AttentionInterface.get_interface is _replacement:
-            AttentionInterface.get_interface = _original
-    if not _blocks and _stance is not None:
-        _stance.__exit__(None, None, None)
-        _stance = None
+
+@contextmanager
+def _attention_replaced() -> Iterator[None]:
+    from transformers.modeling_utils import AttentionInterface  # here, as `import gripvlm` must not wait for it
+
+    original = AttentionInterface.get_interface
+    AttentionInterface.get_interface = replacement = _with_hooks(original)
+    yield
+    # If somebody else has wrapped the replacement, it stays inside theirs and lets every call pass.
+    if AttentionInterface.get_interface is replacement:
+        AttentionInterface.get_interface = original
 
 
 def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`AttentionInterface.get_interface`, whose functions let the hooks of a call's own blocks act first."""
-
     @functools.wraps(original)
     def get_interface(self: Any, implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         attend = original(self, implementation, default)
