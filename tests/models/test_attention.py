@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 import gripvlm
 from gripvlm.errors import InputError
 from gripvlm.models.hooks.attention import capture_attention
-from gripvlm.models.tower_rows import merged_rows
+from gripvlm.models.vision_rules import merged_rows
 from tiny_families import TINY, build, make
 
 CLOSE = {"atol": 5e-6, "rtol": 1e-5}

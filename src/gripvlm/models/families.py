@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.models.compat import installed, mention_newer, takes
 from gripvlm.models.grids import GridRule, from_coordinates, from_patches, from_pixels, from_shapes, square, unknown
-from gripvlm.models.tower_rows import VisionRule, by_grid, by_tile, in_one_row, packed
+from gripvlm.models.vision_rules import VisionRule, by_grid, by_tile, in_one_row, packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ class Family:
     Attributes:
         model_type: as in the model's `config.json`.
         grid: the rule for the height and width of each visual item, in rows (`models/grids.py`).
-        vision: the rule for which patches of the vision tower become which row (`models/tower_rows.py`). None where
+        vision: the rule for which patches of the vision tower become which row (`models/vision_rules.py`). None where
             it is not known: pruners that read the tower's attention or patches are then refused.
         modalities: what its encoders take; `config.<modality>_token_id` is the placeholder.
         joined: where the encoder joins all items of a prompt, the rule for the rows of one of them.

@@ -153,11 +153,12 @@ def drop_in_layers(
         dropper.mask, dropper.stages, dropper.boolean = contents.mask, dict(contents.stages), contents.boolean
     root = model.base_model  # not the model: a LoRA wrapper calls the model's forward past its hooks
     before: dict[Any, Before] = {model: no_labels, root: dropper.begin}
-    before |= {layer: dropper.before(i) for i, layer in enumerate(layers) if i >= min(changed, default=len(layers))}
     after: dict[Any, After] = {root: dropper.end}
+    for index in range(min(changed, default=len(layers)), len(layers)):
+        before[layers[index]] = functools.partial(dropper.before_layer, index)
     if hasattr(decoder, "_deepstack_process"):
         before[decoder] = dropper.take_planes
-        after |= {layer: dropper.add_plane(i) for i, layer in enumerate(layers)}
+        after |= {layer: functools.partial(dropper.add_plane, index) for index, layer in enumerate(layers)}
     with forward_hooks(before, after, key):
         yield dropper.state
 
@@ -303,31 +304,26 @@ class _Dropper:
 
     # --- each layer -----------------------------------------------------------------------------------------------
 
-    def before(self, index: int) -> Before:
-        """The hook before layer `index`."""
-
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0]
-            if self.prefill and index in self.choose:
-                if self.running:
-                    self._choose(index, hidden)
-                elif index not in self.stages:
-                    raise InputError("the language model's layers run without their model: call model(**arguments)")
-                hidden = self.stages[index].of(hidden)
-            evicted = not self.prefill and self.evict_from is not None and index >= self.evict_from
-            stage = self.stages[max(self.stages)] if evicted else self._stage_of(index)
-            if stage is None:
-                return None
-            self.current = stage
-            kwargs = {**kwargs, "attention_mask": self._narrow(kwargs.get("attention_mask"), stage, hidden)}
-            if self.prefill:  # a decoded token keeps its own positions
-                rotary = kwargs["position_embeddings"]
-                kwargs["position_embeddings"] = tuple(_take(part, stage.order, -2) for part in rotary)
-                if kwargs.get("position_ids") is not None:
-                    kwargs["position_ids"] = _take(kwargs["position_ids"], stage.order, -1)
-            return (hidden, *args[1:]), kwargs
-
-        return hook
+    def before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0]
+        if self.prefill and index in self.choose:
+            if self.running:
+                self._choose(index, hidden)
+            elif index not in self.stages:
+                raise InputError("the language model's layers run without their model: call model(**arguments)")
+            hidden = self.stages[index].of(hidden)
+        evicted = not self.prefill and self.evict_from is not None and index >= self.evict_from
+        stage = self.stages[max(self.stages)] if evicted else self._stage_of(index)
+        if stage is None:
+            return None
+        self.current = stage
+        kwargs = {**kwargs, "attention_mask": self._narrow(kwargs.get("attention_mask"), stage, hidden)}
+        if self.prefill:  # a decoded token has its own positions already
+            rotary = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = tuple(_take(part, stage.order, -2) for part in rotary)
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = _take(kwargs["position_ids"], stage.order, -1)
+        return (hidden, *args[1:]), kwargs
 
     def _stage_of(self, index: int) -> Stage | None:
         """What layer `index` sees of the prompt in its prefill; None for all of it."""
@@ -394,20 +390,16 @@ class _Dropper:
         self.planes, self.plane_places = tuple(planes), places
         return args, {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
 
-    def add_plane(self, index: int) -> After:
-        """The hook after layer `index`: each token that is left gets its own row of the layer's plane, if any."""
-
-        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            if not self.prefill or index >= len(self.planes):
-                return None
-            visual, plane, stage = self.plane_places, self.planes[index], self._stage_of(index)
-            if stage is not None:
-                row = (visual.flatten().cumsum(0) - 1).view(visual.shape)
-                left = visual.gather(-1, stage.order) & stage.real
-                visual, plane = left, plane[row.gather(-1, stage.order)[left]]
-            return self.decoder._deepstack_process(output, visual, plane)
-
-        return hook
+    def add_plane(self, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """After layer `index`: each token that is left gets its own row of the layer's plane, if it has one."""
+        if not self.prefill or index >= len(self.planes):
+            return None
+        visual, plane, stage = self.plane_places, self.planes[index], self._stage_of(index)
+        if stage is not None:
+            row = (visual.flatten().cumsum(0) - 1).view(visual.shape)
+            left = visual.gather(-1, stage.order) & stage.real
+            visual, plane = left, plane[row.gather(-1, stage.order)[left]]
+        return self.decoder._deepstack_process(output, visual, plane)
 
 
 def _additive(sees: Tensor, like: Tensor) -> Tensor:
