@@ -61,6 +61,7 @@ def _minor(version: str) -> tuple[int, int]:
 
 def takes(function: Callable[..., Any]) -> frozenset[str]:
     """The names of a function's parameters; those of a class's method are read once."""
+    # Bound methods are new objects at every access, so what is remembered goes by the function below them.
     plain = getattr(function, "__func__", None)
     return frozenset(inspect.signature(function).parameters) if plain is None else _parameters(plain)
 

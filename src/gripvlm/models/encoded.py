@@ -98,6 +98,7 @@ class Encoded:
         """Several encodings by one model, as one batch; shares all memory."""
         if len({part.model_type for part in parts}) != 1:
             raise InputError("Encoded.cat takes at least one encoding, all made by one model")
+        # Of the tower, the batch has what every part has.
         requests = [part.tower_request for part in parts]
         common = TowerRequest(
             layers=tuple(layer for layer in requests[0].layers if all(layer in other.layers for other in requests)),

@@ -141,6 +141,7 @@ def family_of(model: PreTrainedModel) -> Family:
     name = config.model_type
     if name not in FAMILIES:
         raise _not_supported(name, hasattr(config, "vision_config"))
+    # By the signature and not the version: a model's own code may be older than its transformers.
     if "mm_encoder_outputs" not in takes(model.forward):
         raise UnsupportedModelError(
             f"this {type(model).__name__} takes no mm_encoder_outputs: gripvlm needs "

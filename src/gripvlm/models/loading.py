@@ -79,6 +79,7 @@ def _load(name: str, source: str | Path, dtype: str, attention: str | None) -> t
     import gripvlm.lab  # noqa: F401  (a folder may hold the lab's own tower)
     from gripvlm.models import FAMILIES
 
+    # The configuration and the processor first: they are small, and most mistakes show in them.
     config = AutoConfig.from_pretrained(source)
     if config.model_type not in FAMILIES:
         raise UnsupportedModelError(
@@ -150,6 +151,7 @@ def _faults(folder: Path) -> list[str]:
         read(folder / "config.json")
     except BadJSON:
         faults.append("a config.json that is not JSON")
+    # transformers 5 writes the image processor into the processor's file, older versions into one of its own.
     whole = folder / "processor_config.json"
     inside = whole.is_file() and "image_processor" in whole.read_text(encoding="utf-8", errors="replace")
     if not inside and not (folder / "preprocessor_config.json").is_file():

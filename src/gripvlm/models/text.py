@@ -46,6 +46,7 @@ def _token_ids(model: PreTrainedModel, name: str) -> list[int]:
 
 def padding_token(model: PreTrainedModel) -> int:
     """An id to pad with, never one that an encoder takes for a placeholder."""
+    # An encoder's rows go to every placeholder in the ids: padding must be none of them.
     taken = {token for name in (*VISUAL, "audio") for token in _token_ids(model, name)}
     candidates = [*_token_ids(model, "pad"), *range(len(taken) + 1)]
     return next(token for token in candidates if token not in taken)
@@ -121,7 +122,7 @@ def _question(table: nn.Embedding, question: Tensor | Sequence[int]) -> Tensor:
         return question.to(device_of(table), table.weight.dtype)
     if question.ndim != 1:
         raise InputError(f"question ids have shape {tuple(question.shape)}: pass (t,)")
-    ids = question.cpu()
+    ids = question.cpu()  # checked on the host: an id outside the table takes an accelerator down
     ids = ids[ids >= 0]
     if ids.numel() and int(ids.max()) >= vocabulary:
         raise InputError(

@@ -83,6 +83,7 @@ def capture_attention(
     if isinstance(queries, str) and queries not in NAMED_QUERIES:
         names = ", ".join(NAMED_QUERIES)
         raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or one of {names}")
+    # Not the layers themselves but every module in them: which one calls the attention function differs by model.
     capture = _AttentionCapture(modules_of(root, layers), queries)
     with attention_hook(capture):
         yield capture.calls
@@ -99,6 +100,7 @@ def blocks_of(root: nn.Module) -> nn.ModuleList:
         raise InputError(
             f"a {type(root).__name__} has no blocks whose attention could be read: use a pruner of features only"
         )
+    # A stem may have numbered parts as well (the lab's has), but fewer of them than there are blocks.
     return max(lists, key=len)
 
 
@@ -130,6 +132,7 @@ def _weights(call: AttentionCall, queries: Sequence[int] | str) -> Tensor:
     """[B, H, r, L] weights of the requested queries; [B, H, L] received on average, or given to the first key."""
     _check_readable(call)
     length = call.query.shape[2]
+    # Grouped-query attention: each key head serves several query heads that follow one another.
     keys = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1).transpose(2, 3).float()
     every = torch.arange(length, device=call.query.device)
     if queries == "to_first":

@@ -156,6 +156,7 @@ def _opened(block: _Block, first: bool = False) -> Iterator[None]:
     global _blocks
     block.run = _run.get()
     with _lock:
+        # Hooks first: a thread that sees the block may rely on them.
         _set_hooks(block)
         _blocks = (block, *_blocks) if first else (*_blocks, block)
     _own.set((block, *_own.get()) if first else (*_own.get(), block))
@@ -175,6 +176,7 @@ def _opened(block: _Block, first: bool = False) -> Iterator[None]:
 
 def _acting(module: nn.Module) -> list[_Block]:
     """The blocks that serve whoever runs this module now, in order."""
+    # Own blocks come first: a thread that has one never acts for another's run.
     blocks = [block for block in _own.get() if block.open and block.concerns(module)]
     run = _served.get()
     if run is not None and not blocks:
@@ -218,6 +220,7 @@ def _end_forward(root: nn.Module, output: Any) -> None:
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
     """The one hook before a module's forward."""
+    # A copy of a module brings its hooks along, but `_hooks` knows only the original, by its id.
     if ("before", id(module)) not in _hooks:
         return _remove_copied_hooks(module)
     if kwargs is None:  # torch notes `with_kwargs` after the hook: another thread is just setting it

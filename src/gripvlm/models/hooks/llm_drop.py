@@ -151,7 +151,8 @@ def drop_in_layers(
     dropper = _Dropper(model, decoder, dict(choose), evict_from)
     if contents is not None:
         dropper.mask, dropper.stages, dropper.boolean = contents.mask, dict(contents.stages), contents.boolean
-    root = model.base_model  # not the model: a LoRA wrapper calls the model's forward past its hooks
+    # The base model, as a LoRA wrapper calls the model's own forward past its hooks. Labels reach the model only.
+    root = model.base_model
     before: dict[Any, Before] = {model: no_labels, root: dropper.begin}
     after: dict[Any, After] = {root: dropper.end}
     for index in range(min(changed, default=len(layers)), len(layers)):
@@ -318,7 +319,9 @@ class _Dropper:
             return None
         self.current = stage
         kwargs = {**kwargs, "attention_mask": self._narrow(kwargs.get("attention_mask"), stage, hidden)}
-        if self.prefill:  # a decoded token has its own positions already
+        if self.prefill:
+            # The decoder computes rotary embeddings once for all layers, at the prompt's full length. In decoding it
+            # does so for the new token alone, whose position is right in every layer.
             rotary = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = tuple(_take(part, stage.order, -2) for part in rotary)
             if kwargs.get("position_ids") is not None:
@@ -342,7 +345,7 @@ class _Dropper:
         if not isinstance(answer, Tensor) or answer.shape != visual.shape or answer.dtype != torch.bool:
             got = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
             raise InputError(f"the choice before layer {index} must be bool {tuple(visual.shape)}, got {got}")
-        keep = real & (answer.to(hidden.device) | ~visual)
+        keep = real & (answer.to(hidden.device) | ~visual)  # text stays, whatever the answer has at its places
         length = int(keep.sum(-1).max())
         # A stable sort puts the kept ones at the end, in order, and dropped ones where padding belongs.
         previous = torch.sort(keep.int(), dim=-1, stable=True).indices[:, -length:]
@@ -361,6 +364,7 @@ class _Dropper:
                 return None
             mask = torch.ones(batch, 1, full, full, dtype=torch.bool, device=hidden.device).tril()
         self.boolean = mask.dtype == torch.bool
+        # Rows and columns of transformers' own mask, which is not causal where images attend in both directions.
         mask = mask.expand(batch, *mask.shape[1:])
         mask = mask.gather(2, stage.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         mask = mask.gather(3, stage.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))

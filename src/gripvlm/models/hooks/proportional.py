@@ -77,7 +77,7 @@ def proportional_attention(
     checked_sizes(model)
     decoder = model.get_decoder()
     hook = _SizeBias(modules_of(decoder, range(len(blocks_of(decoder)))), sizes_of, dict(known or {}))
-    root = model.base_model  # not the model: a LoRA wrapper calls the model's forward past its hooks
+    root = model.base_model  # see `drop_in_layers`
     # first: hooks that capture attention then see the weights that count
     with forward_hooks({root: hook.begin}, {root: hook.end}), attention_hook(hook, first=True):
         yield hook.known
@@ -113,6 +113,7 @@ class _SizeBias:
         layer = self.modules[id(call.module)]
         if self.prefill and self.sizes_of is not None and layer not in self.known:  # else backward runs it again
             given = self.sizes_of(layer, call.query.shape[0], self.total)
+            # None: the call stays as it is, and so goes to the same kernel as the unpruned model's.
             self.known[layer] = given if bool((given.sizes != 1).any()) else None
         known = self.known.get(layer)
         if known is None:
@@ -133,6 +134,7 @@ def add_sizes(call: AttentionCall, sizes: Tensor) -> None:
         if not call.causal:
             call.mask = bias.to(call.query.dtype)
             return
+        # The function would have hidden what comes after each query; with a mask given, that is up to the mask.
         mask = torch.ones(length, total, dtype=torch.bool, device=call.query.device).tril(total - length)
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise InputError(
@@ -144,5 +146,6 @@ def add_sizes(call: AttentionCall, sizes: Tensor) -> None:
     if mask.dtype == torch.bool:
         call.mask = torch.where(mask, bias.to(call.query.dtype), lowest)
         return
+    # Summed in float32 and rounded once; the lowest number and not -inf, which would make an all-hidden row NaN.
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     call.mask = (mask.float() + bias).masked_fill(hidden, lowest).to(call.query.dtype)

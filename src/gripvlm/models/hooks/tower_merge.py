@@ -133,6 +133,7 @@ class _TowerRun:
         batch, tokens = hidden.shape[:2]
         self.runs += 1
         self.special = max(self.unused, int(tokens == self.length_with_cls))
+        # The budget counts rows, which the projector will see; the plan counts tokens, which the blocks see.
         left = self.merging.count(tokens - self.unused) + self.unused
         self.plan = self.merging.plan(tokens, left, self.blocks, self.special)
         self.sizes = torch.ones(batch, tokens, device=hidden.device)
@@ -179,6 +180,7 @@ class _TowerRun:
         sums = (hidden.float() * self.sizes[..., None]).scatter_add(
             1, destination[..., None].expand(-1, -1, width), gone
         )
+        # A token that absorbed nothing keeps its states bit for bit: s * h / s may differ in the last digit.
         changed = (total != self.sizes)[..., None]
         merged = torch.where(changed, (sums / total[..., None]).to(hidden.dtype), hidden)
         rank = stays.long().cumsum(1) - 1  # of those that stay
