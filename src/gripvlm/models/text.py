@@ -118,10 +118,10 @@ def _question(table: nn.Embedding, question: Tensor | Sequence[int]) -> Tensor:
         question = torch.tensor(list(question), dtype=torch.long)
     if question.is_floating_point():
         if question.ndim != 2 or question.shape[1] != width:
-            raise InputError(f"question embeddings have shape {tuple(question.shape)}: pass (t, {width})")
+            raise InputError(f"question embeddings have shape {tuple(question.shape)}, expected (t, {width})")
         return question.to(device_of(table), table.weight.dtype)
     if question.ndim != 1:
-        raise InputError(f"question ids have shape {tuple(question.shape)}: pass (t,)")
+        raise InputError(f"question ids have shape {tuple(question.shape)}, expected (t,)")
     ids = question.cpu()  # checked on the host: an id outside the table takes an accelerator down
     ids = ids[ids >= 0]
     if ids.numel() and int(ids.max()) >= vocabulary:

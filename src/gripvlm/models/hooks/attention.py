@@ -38,17 +38,17 @@ class _AttentionCapture:
     queries: Queries
     calls: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    @torch.no_grad()
     def before_attention(self, call: AttentionCall) -> None:
         queries = self.queries(call.query.shape[2]) if callable(self.queries) else self.queries
         if queries is None:
             return
-        if queries == "keys":
-            value = call.key.float().mean(1)
-        elif queries == "key_sizes":
-            value = call.key.float().abs().sum((1, 3))
-        else:
-            value = _weights(call, queries)
+        with torch.no_grad():
+            if queries == "keys":
+                value = call.key.float().mean(1)
+            elif queries == "key_sizes":
+                value = call.key.float().abs().sum((1, 3))
+            else:
+                value = _weights(call, queries)
         self.calls.setdefault(self.modules[id(call.module)], []).append(value)
 
 

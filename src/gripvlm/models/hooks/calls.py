@@ -278,7 +278,8 @@ def _remove_copied_hooks(module: nn.Module) -> None:
 
 # --- what stands on modules and on transformers, once each, for as long as any block needs it ------------------------
 
-_hooks: dict[tuple[str, int], tuple[int, ExitStack]] = {}  # (kind, id of a module) -> blocks that need it, its handle
+_hooks: dict[tuple[str, int], tuple[int, Callable[[], None]]] = {}
+"""(kind, id of a module) -> how many blocks need it, and what removes it."""
 
 
 def _set_hooks(block: _Block) -> None:
@@ -291,33 +292,30 @@ def _set_hooks(block: _Block) -> None:
         # Compiled code does not notice hooks that come after it: it would run on as if there were none.
         block.hooks.append(("eager", None))
     for kind, module in block.hooks:
-        count, handle = _hooks.get((kind, id(module))) or (0, _set(kind, module))
-        _hooks[kind, id(module)] = count + 1, handle
+        count, remove = _hooks.get((kind, id(module))) or (0, _set(kind, module))
+        _hooks[kind, id(module)] = count + 1, remove
 
 
-def _set(kind: str, module: Any) -> ExitStack:
-    """Whose `close` removes it."""
-    handle = ExitStack()
+def _set(kind: str, module: Any) -> Callable[[], None]:
+    """Sets it, and returns what removes it."""
     if kind == "before":
-        handle.callback(module.register_forward_pre_hook(_before, with_kwargs=True).remove)
-    elif kind == "after":
+        return module.register_forward_pre_hook(_before, with_kwargs=True).remove
+    if kind == "after":
         # Ahead of other hooks: transformers' own record what comes out of a layer.
-        handle.callback(module.register_forward_hook(_after, with_kwargs=True, prepend=True).remove)
-    elif kind == "attention":
-        handle.enter_context(_attention_replaced())
-    else:
-        handle.enter_context(torch.compiler.set_stance("force_eager"))
-    return handle
+        return module.register_forward_hook(_after, with_kwargs=True, prepend=True).remove
+    stack = ExitStack()
+    stack.enter_context(_attention_replaced() if kind == "attention" else torch.compiler.set_stance("force_eager"))
+    return stack.close
 
 
 def _remove_hooks(block: _Block) -> None:
     """Removes what no block needs any more; under the lock."""
     for kind, module in block.hooks:
-        count, handle = _hooks.pop((kind, id(module)))
+        count, remove = _hooks.pop((kind, id(module)))
         if count > 1:
-            _hooks[kind, id(module)] = count - 1, handle
+            _hooks[kind, id(module)] = count - 1, remove
         else:
-            handle.close()
+            remove()
 
 
 @contextmanager
