@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "runs")]
 import bad_training  # noqa: E402
 
 import gripvlm  # noqa: E402
-from gripvlm.models.renamed import cache_argument, cache_of  # noqa: E402
+from gripvlm.models.compat import cache_argument, cache_of  # noqa: E402
 from gripvlm.pruners import Pruner, Selection  # noqa: E402
 from tiny_families import TINY, build, make  # noqa: E402
 from tiny_models import tiny_llama  # noqa: E402
@@ -283,7 +283,7 @@ CASES = [
     Case("an empty question", "ask --question ' '", empty_question, "GripError: the question is empty: type"),
     Case("no text in the prompt", "question=[] or a prompt of one image", no_words, "works: pruners that read"),
     Case("the question as text", "question='what is it?'", lambda: pruned(Asks(), question="what is it?"),
-         "InputError: question is text, which only the tokenizer can read: type question=tokenizer"),
+         "InputError: question is text, which only the tokenizer can read: pass question=tokenizer"),
     Case("a pruner that scores NaN", "Selection(..., scores=nan)",
          lambda: pruned(Says(lambda t: Selection(ascending(t), t.n, torch.full((t.n,), torch.nan)))),
          "PrunerError: pruner 'mine' on image 0 of sample 0: 16 of 16 scores are NaN"),

@@ -15,7 +15,7 @@ from gripvlm.eval import make_inputs
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Engine, TrainConfig
 from gripvlm.grip.train.grpo import Grpo
-from gripvlm.models.renamed import CACHE
+from gripvlm.models.compat import CACHE
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks import Sample, Task
 from gripvlm.utils.timing import device_time

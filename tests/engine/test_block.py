@@ -15,7 +15,7 @@ from transformers.generation import MaxLengthCriteria, RepetitionPenaltyLogitsPr
 
 import gripvlm
 from gripvlm.errors import GripError, InputError
-from gripvlm.models.renamed import cache_argument, cache_of
+from gripvlm.models.compat import cache_argument, cache_of
 from tiny_families import TINY, build, make
 from tiny_families.base import IMAGE
 from tiny_families.reference import masked

@@ -10,8 +10,8 @@ import gripvlm
 from gripvlm.engine.generate import CHUNKS_SINCE
 from gripvlm.errors import InputError
 from gripvlm.models import FAMILIES
+from gripvlm.models.compat import installed
 from gripvlm.models.families import chunkable
-from gripvlm.models.versions import installed
 from tiny_families import TINY, build, make
 from tiny_families.reference import masked
 

@@ -12,8 +12,8 @@ from test_llm_drop import masking
 import gripvlm
 from gripvlm.errors import BudgetError, GripError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import FAMILIES
+from gripvlm.models.compat import cache_of
 from gripvlm.models.hooks.llm_drop import drop_in_layers
-from gripvlm.models.renamed import cache_of
 from gripvlm.models.text import words
 from gripvlm.pruners import LLMPruner, top_k
 from gripvlm.pruners.llm.fastv import FastV

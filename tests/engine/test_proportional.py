@@ -15,8 +15,8 @@ import gripvlm
 from gripvlm.engine.generate import CHUNKS_SINCE
 from gripvlm.errors import InputError, UnsupportedModelError
 from gripvlm.models import FAMILIES
-from gripvlm.models.hooks.attention import watch_attention
-from gripvlm.models.versions import installed
+from gripvlm.models.compat import installed
+from gripvlm.models.hooks.attention import capture_attention
 from gripvlm.pruners import LLMPruner, Pruner
 from gripvlm.types import Merge, Selection, VisualTokens, sizes_after
 from tiny_families import TINY, build, make
@@ -229,11 +229,11 @@ def test_who_watches_sees_the_weights_that_count():
     encoded, arguments, _ = alike(model, inputs)
     whole = gripvlm.prune_inputs(model, arguments, "keep_all", encoded=encoded)
     places = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
-    with torch.no_grad(), watch_attention(model.get_decoder(), [0, 3], [-1]) as full:
+    with torch.no_grad(), capture_attention(model.get_decoder(), [0, 3], [-1]) as full:
         model(**whole)
     way = (model, arguments, Joins(), counts(encoded))
     with torch.no_grad(), gripvlm.pruned_run(*way, encoded=encoded, proportional_attention=True) as (short, _):  # noqa: SIM117
-        with watch_attention(model.get_decoder(), [0, 3], [-1]) as seen:
+        with capture_attention(model.get_decoder(), [0, 3], [-1]) as seen:
             model(**short)
     mine = (short["input_ids"][0] == IMAGE).nonzero().flatten()
     for layer in (0, 3):
@@ -336,9 +336,7 @@ def test_other_attention_and_caches_are_refused(model, inputs, monkeypatch):
 
 
 def test_layers_that_were_not_given_their_sizes_are_an_error(model, inputs, monkeypatch):
-    monkeypatch.setattr(
-        "gripvlm.models.hooks.proportional._Biaser.look", lambda self, module, query, key, mask, options: mask
-    )
+    monkeypatch.setattr("gripvlm.models.hooks.proportional._SizeBias.before_attention", lambda self, call: None)
     with (
         gripvlm.prune(model, "pool", 4, proportional_attention=True),
         pytest.raises(InputError, match=r"attention of layer 0 .* does not go through transformers' attention"),

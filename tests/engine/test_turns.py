@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import gripvlm
 from gripvlm.errors import InputError
 from gripvlm.models import FAMILIES
-from gripvlm.models.renamed import cache_argument, cache_of
+from gripvlm.models.compat import cache_argument, cache_of
 from tiny_families import TINY, build, make
 from tiny_families.base import IMAGE
 from tiny_families.reference import full_positions, masked, teacher_forced

@@ -10,7 +10,7 @@ from gripvlm.grip.train import prefix
 from gripvlm.grip.train.prefix import Prefix, shared_length
 from gripvlm.grip.train.rollout import Engine
 from gripvlm.models import adapter as seam
-from gripvlm.models.renamed import cache_in
+from gripvlm.models.compat import cache_in
 from gripvlm.models.text import full_mask
 from tiny_families import TINY, build, make
 from tiny_train import asked, tiny_vlm

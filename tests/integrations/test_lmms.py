@@ -159,7 +159,7 @@ def test_what_it_cannot_do_is_refused(lm, grip_vlm):
         ({"pretrained": "lab", "keeps": 3}, "'keeps', which gripvlm does not know"),
         ({"pretrained": "lab", "pruner": "gird", "keep": 3}, "grid"),
         ({"pretrained": "lab", "pruner": "grid"}, "needs a budget"),
-        ({"pretrained": "lab", "pruner": "grid", "keep": 3, "dtype": "int8"}, "type one of auto, float32"),
+        ({"pretrained": "lab", "pruner": "grid", "keep": 3, "dtype": "int8"}, "use one of auto, float32"),
         ({"pretrained": "lab", "batch_size": "auto"}, "type a number"),
     ):
         with pytest.raises(GripError, match=complaint):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import gripvlm
 from gripvlm.engine.generate import CHUNKS_SINCE
 from gripvlm.errors import InputError
-from gripvlm.models.versions import installed
+from gripvlm.models.compat import installed
 from tiny_models import BUILDERS, build, hidden_from, make, single
 
 FAMILIES = sorted(BUILDERS)

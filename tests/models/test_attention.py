@@ -11,7 +11,8 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import gripvlm
 from gripvlm.errors import InputError
-from gripvlm.models.hooks.attention import merged_rows, watch_attention
+from gripvlm.models.hooks.attention import capture_attention
+from gripvlm.models.vision_rules import merged_rows
 from tiny_families import TINY, build, make
 
 CLOSE = {"atol": 5e-6, "rtol": 1e-5}
@@ -25,7 +26,7 @@ def test_rows_of_the_vision_tower_equal_eager_weights(name):
     eager, model = build(name, "eager").get_encoder("image"), build(name, "sdpa").get_encoder("image")
     with torch.no_grad():
         weights = eager(**pixels, output_attentions=True).attentions
-        with watch_attention(model, [0, -1], [0, -2]) as rows, watch_attention(model, [1], "received") as received:
+        with capture_attention(model, [0, -1], [0, -2]) as rows, capture_attention(model, [1], "received") as received:
             model(**pixels)
     last = len(weights) - 1
     assert set(rows) == {0, last}
@@ -42,7 +43,7 @@ def test_rows_of_the_language_model_equal_eager_weights(name):
     with torch.no_grad():
         for inputs in (batch, gripvlm.prune_inputs(model, batch, "random", keep=5)):
             weights = eager(**inputs, output_attentions=True).attentions
-            with watch_attention(model.get_decoder(), [1, 2], [-1, -3]) as seen:
+            with capture_attention(model.get_decoder(), [1, 2], [-1, -3]) as seen:
                 logits = model(**inputs).logits
             for layer in (1, 2):
                 (rows,) = seen[layer]
@@ -52,7 +53,7 @@ def test_rows_of_the_language_model_equal_eager_weights(name):
 
 def test_decoding_makes_one_call_a_token():
     model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
-    with watch_attention(model.get_decoder(), [2], [-1]) as seen:
+    with capture_attention(model.get_decoder(), [2], [-1]) as seen:
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
     length = inputs["input_ids"].shape[1]
     assert [tuple(rows.shape) for rows in seen[2]] == [(1, 4, 1, length + step) for step in range(3)]
@@ -74,7 +75,7 @@ def test_windows_are_watched_call_by_call(monkeypatch):
     with torch.no_grad():
         build("qwen2_5_vl", "eager").get_encoder("image")(inputs["pixel_values"], **told)
         tower = build("qwen2_5_vl", "sdpa").get_encoder("image")
-        with watch_attention(tower, [0, 1], "received") as seen:
+        with capture_attention(tower, [0, 1], "received") as seen:
             tower(inputs["pixel_values"], **told)
     assert len(seen[1]) == 2  # layer 1 attends in the whole image: two images
     assert len(seen[0]) > 4  # layer 0 in windows
@@ -91,7 +92,7 @@ def test_windowed_towers_come_back_in_the_order_of_the_rows(monkeypatch):
     rows = {}
     for size in (16, 4096):  # 2 x 2 rows a window; one window
         monkeypatch.setattr(tower, "window_size", size)
-        with torch.no_grad(), watch_attention(tower, [1], "received") as seen:
+        with torch.no_grad(), capture_attention(tower, [1], "received") as seen:
             tower(inputs["pixel_values"], grid_thw=grids)
         rows[size] = merged_rows(tower, seen[1], grids)
     assert [row.shape[-1] for row in rows[16]] == [h * w // 4 for _, h, w in grids.tolist()]
@@ -105,9 +106,9 @@ def test_windowed_towers_come_back_in_the_order_of_the_rows(monkeypatch):
 def test_nothing_is_left_behind_also_after_an_exception():
     before = AttentionInterface.get_interface
     model = build("llava")
-    with watch_attention(model.get_decoder(), [0], [-1]):
+    with capture_attention(model.get_decoder(), [0], [-1]):
         assert AttentionInterface.get_interface is not before
-    with pytest.raises(KeyError), watch_attention(model.get_decoder(), [0], [-1]):
+    with pytest.raises(KeyError), capture_attention(model.get_decoder(), [0], [-1]):
         raise KeyError
     assert AttentionInterface.get_interface is before
 
@@ -118,13 +119,13 @@ def test_two_models_in_two_threads_see_their_own():
     expected, got, barrier = [], {}, threading.Barrier(2)
     before = AttentionInterface.get_interface
     for model in models:
-        with torch.no_grad(), watch_attention(model.get_decoder(), [1], [-1]) as seen:
+        with torch.no_grad(), capture_attention(model.get_decoder(), [1], [-1]) as seen:
             model(**inputs)
             build("llava", seed=3)(**inputs)  # not watched
         expected.append(seen[1])
 
     def work(index: int) -> None:
-        with torch.no_grad(), watch_attention(models[index].get_decoder(), [1], [-1]) as seen:
+        with torch.no_grad(), capture_attention(models[index].get_decoder(), [1], [-1]) as seen:
             barrier.wait(timeout=30)
             models[index](**inputs)
             barrier.wait(timeout=30)
@@ -147,7 +148,7 @@ def test_what_is_refused_and_what_it_says():
         ([-5], [0], "no layer -5"),
         ([0], "all", "give positions, such as"),
     ):
-        with pytest.raises(InputError, match=says), watch_attention(decoder, layers, queries):
+        with pytest.raises(InputError, match=says), capture_attention(decoder, layers, queries):
             pytest.fail("the block opened")
-    with pytest.raises(InputError, match="no query 99 in a call over"), watch_attention(decoder, [0], [99]):
+    with pytest.raises(InputError, match="no query 99 in a call over"), capture_attention(decoder, [0], [99]):
         model(**inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -213,3 +214,14 @@ def test_grids_are_those_of_the_pictures(name):
         assert [item.grid for item in items] == [
             (h // 2, w // 2) for _, h, w in batch.inputs["image_grid_thw"].tolist()
         ]
+
+
+def test_the_page_has_a_line_for_every_row_that_agrees_with_it():
+    """docs/families.md: tower's attention, in-LLM pruners, merging in the tower, videos."""
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    lines = [line.strip("|").split("|") for line in page.split("## ")[0].splitlines() if line.startswith("| `")]
+    page_rows = {cells[0].split("`")[1]: [cell.strip() == "yes" for cell in cells[2:]] for cells in lines}
+    assert page_rows == {
+        name: [row.vision is not None, row.layers, row.merges, "video" in row.modalities]
+        for name, row in FAMILIES.items()
+    }

@@ -9,7 +9,7 @@ import torch
 
 from gripvlm.errors import GripError, InputError, UnsupportedModelError
 from gripvlm.models import FAMILIES
-from gripvlm.models.hooks.attention import watch_attention
+from gripvlm.models.hooks.attention import capture_attention
 from gripvlm.models.hooks.llm_drop import drop_in_layers
 from tiny_families import TINY, build, make
 
@@ -96,7 +96,7 @@ def test_forgetting_after_the_prompt_equals_masking_what_decoded_tokens_see(name
     choose = {2: thin(2), 3: thin(3)}
     with drop_in_layers(model, choose):
         kept = model.generate(**inputs, **GREEDY)
-    with drop_in_layers(model, choose, forget=forget) as dropped:
+    with drop_in_layers(model, choose, evict_from=forget) as dropped:
         ours = model.generate(**inputs, **GREEDY)
     stages = dict(dropped.stages)
     with masking(build(name, "eager"), stages, forget):
@@ -112,7 +112,7 @@ def test_forgetting_after_the_prompt_equals_masking_what_decoded_tokens_see(name
 
 def test_what_forgetting_needs():
     model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
-    said = "no layer 0 to drop before: type 1 to 3"
+    said = "no layer 0 to drop before: use 1 to 3"
     with pytest.raises(InputError, match=said), drop_in_layers(model, {2: thin(2)}, 0):
         pytest.fail("the block opened")
     with drop_in_layers(model, {2: thin(2)}, 1), pytest.raises(InputError, match="leave use_cache=False out"):
@@ -151,7 +151,7 @@ def test_the_choice_may_read_the_attention_of_the_layer_before():
         scores = seen[1][0].mean((1, 2)).masked_fill(~visual, -1)
         return visual & (scores >= scores.topk(5, dim=-1).values[:, -1:])
 
-    with watch_attention(model.get_decoder(), [1], [-1]) as seen, drop_in_layers(model, {2: most_seen}) as dropped:
+    with capture_attention(model.get_decoder(), [1], [-1]) as seen, drop_in_layers(model, {2: most_seen}) as dropped:
         ours = model.generate(**inputs, **GREEDY)
     stages = dict(dropped.stages)
     assert [int((stage & (inputs["input_ids"][b] == 98)).sum()) for b, stage in enumerate(stages[2])] == [5, 5]
@@ -190,7 +190,7 @@ def test_what_else_is_refused():
         model(**batch.inputs)
     for k in (0, 4):
         with (
-            pytest.raises(InputError, match=f"no layer {k} to drop before: type 1 to 3"),
+            pytest.raises(InputError, match=f"no layer {k} to drop before: use 1 to 3"),
             drop_in_layers(model, {k: thin(2)}),
         ):
             pytest.fail("the block opened")

@@ -21,7 +21,7 @@ def test_dtype_and_attention_are_those_named():
 
 
 def test_an_unknown_dtype_is_refused_before_the_model_is_looked_for():
-    with pytest.raises(ModelError, match="dtype 'int8': type one of auto, float32, bfloat16, float16"):
+    with pytest.raises(ModelError, match="dtype 'int8': use one of auto, float32, bfloat16, float16"):
         load_model("no/where", "cpu", "int8")
 
 

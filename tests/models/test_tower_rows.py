@@ -12,7 +12,7 @@ from torch import Tensor
 import gripvlm
 from gripvlm.errors import InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import FAMILIES
-from gripvlm.models.hooks.attention import watch_attention
+from gripvlm.models.hooks.attention import capture_attention
 from gripvlm.pruners import ScorePruner
 from gripvlm.types import VisualTokens
 from tiny_families import TINY, build, make
@@ -169,7 +169,7 @@ def test_attention_among_patches_leaves_the_cls_token_out(name):
     assert name != "llava_next" or float(rows.given[:, -1].abs().max()) == 0  # a newline row
     with pytest.raises(InputError, match=r"pruners=\['fopru'\]"):
         gripvlm.prune_inputs(model, batch.inputs, "fopru", 4, encoded=plain)
-    assert gripvlm.Encoded.cat([plain, encoded]).asked.given is False
+    assert gripvlm.Encoded.cat([plain, encoded]).tower_request.given is False
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
@@ -222,7 +222,7 @@ def test_the_labs_tower_is_read_from_its_own_last_blocks():
     model, _ = tiny_lab()
     tower = model.get_encoder("image")
     pixels = torch.rand(1, 3, 128, 128)
-    with watch_attention(tower, [-1, 0], [0]) as seen:
+    with capture_attention(tower, [-1, 0], [0]) as seen:
         tower(pixels)
     assert sorted(seen) == [0, 1]
     assert seen[1][0].shape[-1] == 257

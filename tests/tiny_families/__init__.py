@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gripvlm.models.compat import installed
 from gripvlm.models.families import FAMILIES
-from gripvlm.models.versions import installed
 from tiny_families.base import Batch, Picture, Tiny, build, make
 from tiny_families.blocks import BLOCKS
 from tiny_families.mrope import MROPE

@@ -17,8 +17,8 @@ from gripvlm.bench.machine import flop_counter
 from gripvlm.budget import Budget
 from gripvlm.errors import BudgetError
 from gripvlm.models.adapter import encoder_arguments
+from gripvlm.models.compat import cache_of
 from gripvlm.models.encoded import Encoded
-from gripvlm.models.renamed import cache_of
 from gripvlm.pruners import Pruner
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.utils.timing import device_time

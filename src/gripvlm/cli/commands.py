@@ -263,7 +263,7 @@ def show_scores(screen: Console, result: Mapping[str, Any]) -> None:
 def env() -> None:
     """Versions and hardware, for a bug report."""
     from gripvlm.eval import environment
-    from gripvlm.models.versions import NEWEST_TESTED, OLDEST, newer_than_tested
+    from gripvlm.models.compat import NEWEST_TESTED, OLDEST, newer_than_tested
 
     screen, found = console(), environment()
     found["versions"]["transformers"] += f" (tested: {OLDEST} to {NEWEST_TESTED})"

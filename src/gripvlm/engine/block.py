@@ -18,9 +18,9 @@ from gripvlm.engine.record import Record
 from gripvlm.engine.request import PruneRequest, checked_imageless, has_pixels
 from gripvlm.engine.switch import Call, Switch, inside
 from gripvlm.errors import GripError, InputError
+from gripvlm.models.compat import cache_in, cache_of
 from gripvlm.models.hooks.llm_drop import drop_in_layers
 from gripvlm.models.hooks.proportional import proportional_attention
-from gripvlm.models.renamed import cache_in, cache_of
 from gripvlm.models.wrapped import device_of
 from gripvlm.pruners import LLMPruner
 from gripvlm.utils.timing import Stopwatch
@@ -200,7 +200,7 @@ class PruneBlock:
         self._record.add([list(images) for images in prompt.selections], Stopwatch(device_of(self._model)))
         with inside(Call(self._model)), in_use(cache), ExitStack() as stack:
             if prompt.held is not None:
-                stack.enter_context(drop_in_layers(self._model, {}, held=prompt.held))
+                stack.enter_context(drop_in_layers(self._model, {}, contents=prompt.held))
             if prompt.sizes is not None:
                 stack.enter_context(proportional_attention(self._model, None, prompt.sizes))
             yield

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
+from gripvlm.models.compat import installed
 from gripvlm.models.families import Family, chunkable
-from gripvlm.models.versions import installed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

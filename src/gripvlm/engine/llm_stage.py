@@ -13,10 +13,9 @@ from torch import Tensor
 
 from gripvlm.engine.outputs import checked_selection
 from gripvlm.errors import InputError, PrunerError
-from gripvlm.models.hooks.attention import last_norm, watch_attention
+from gripvlm.models.hooks.attention import capture_attention, last_norm
 from gripvlm.models.hooks.calls import one_run
-from gripvlm.models.hooks.llm_drop import drop_in_layers, no_labels
-from gripvlm.models.hooks.stages import Change, Dropped, Held
+from gripvlm.models.hooks.llm_drop import CacheContents, DropState, MergeStates, drop_in_layers, no_labels
 from gripvlm.models.text import questions, words
 from gripvlm.pruners import LLMPruner
 from gripvlm.pruners.llm_base import average
@@ -65,7 +64,7 @@ class _LayerInput:
         layer: the layer that it enters.
         hidden: [R, L, d] hidden states; the R / B rows of a prompt follow one another.
         repeat: R / B.
-        observed: name of a need -> what `watch_attention` noted for it.
+        observed: name of a need -> what `capture_attention` noted for it.
         text: [R, L] bool, the text tokens; None if nobody reads them.
     """
 
@@ -105,7 +104,7 @@ class LLMStage:
         self.layers = len(model.get_decoder().layers)
         self.layers_that_drop: list[int] = []
         self.merges: dict[int, list[Merged]] = {}
-        self.dropped = Dropped()
+        self.dropped = DropState()
         self._is_text = words(model, arguments)
         self._text_embeddings = questions(model, arguments, None) if "words" in pruner.llm_needs else []
         self._observed: dict[str, dict[int, list[Tensor]]] = {}
@@ -153,12 +152,12 @@ class LLMStage:
                 self.dropped = stack.enter_context(drop_in_layers(self.model, choose, evict))
                 # In a fixed order: hooks act in the order in which they were put on.
                 for name in sorted(self.pruner.llm_needs & queries.keys()):
-                    self._observed[name] = stack.enter_context(watch_attention(decoder, before, queries[name]))
+                    self._observed[name] = stack.enter_context(capture_attention(decoder, before, queries[name]))
             yield
 
-    def held(self) -> tuple[Held | None, None]:
+    def held(self) -> tuple[CacheContents | None, None]:
         """What the layers' caches hold once the prompt has run, and the sizes in each layer, which are all 1."""
-        return (None if self.dropped.held is None else self.dropped.held()), None
+        return (None if self.dropped.contents is None else self.dropped.contents()), None
 
     def selections(self) -> list[list[Selection]]:
         """What was kept of each image, layer by layer."""
@@ -200,7 +199,7 @@ class LLMStage:
 
     # --- the choice before one layer --------------------------------------------------------------
 
-    def _choose(self, layer: int, hidden: Tensor, visual: Tensor) -> tuple[Tensor, Change]:
+    def _choose(self, layer: int, hidden: Tensor, visual: Tensor) -> tuple[Tensor, MergeStates]:
         """[R, L] bool, the visual tokens that go on, and how the hidden states merge: as `drop_in_layers` asks."""
         rows, length = hidden.shape[:2]
         if rows % len(self.batch):

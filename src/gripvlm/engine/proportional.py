@@ -12,8 +12,8 @@ from torch import Tensor
 from gripvlm.engine.llm_stage import LLMStage
 from gripvlm.errors import InputError
 from gripvlm.models.hooks.calls import one_run
+from gripvlm.models.hooks.llm_drop import CacheContents
 from gripvlm.models.hooks.proportional import LayerSizes, proportional_attention
-from gripvlm.models.hooks.stages import Held
 from gripvlm.models.text import visual_places
 from gripvlm.types import Selection, sizes_after
 
@@ -65,7 +65,7 @@ class ProportionalRun:
                 self._in_layers = stack.enter_context(proportional_attention(self.model, self._sizes))
             yield
 
-    def held(self) -> tuple[Held | None, Mapping[int, LayerSizes | None]]:
+    def held(self) -> tuple[CacheContents | None, Mapping[int, LayerSizes | None]]:
         """What the layers' caches hold once the prompt has run, and the sizes in each layer."""
         return (None if self.stage is None else self.stage.held()[0]), dict(self._in_layers)
 

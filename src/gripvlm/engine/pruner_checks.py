@@ -10,7 +10,7 @@ from gripvlm.models.families import FAMILIES, Family, family_of
 from gripvlm.models.grids import unknown
 from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.hooks.llm_drop import checked_layers
-from gripvlm.models.tower_rows import Asked
+from gripvlm.models.tower_rows import TowerRequest
 from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
 from gripvlm.pruners.base import NEEDS
 from gripvlm.pruners.llm_base import LLM_NEEDS
@@ -52,7 +52,7 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
     return chosen
 
 
-def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> Asked:
+def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> TowerRequest:
     """What the pruner wants of this model's vision tower, known to be there."""
     needs = checked_needs(family, [pruner])
     if needs.layers:
@@ -72,7 +72,7 @@ def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> Aske
     return needs
 
 
-def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
+def checked_needs(family: Family, pruners: Iterable[Pruner]) -> TowerRequest:
     """What these pruners together want of the vision tower.
 
     Raises:
@@ -107,7 +107,7 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> Asked:
             given |= "vision_given" in pruner.needs
         patches |= "patches" in wanted
         keys |= "key" in pruner.needs
-    return Asked(tuple(layers), patches, given, keys=keys)
+    return TowerRequest(tuple(layers), patches, given, keys=keys)
 
 
 def _families(supports: Callable[[Family], bool]) -> str:

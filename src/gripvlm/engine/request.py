@@ -13,13 +13,13 @@ from gripvlm.budget import Budget, Keep
 from gripvlm.engine.pruner_checks import checked_needs, checked_pair, checked_pruner
 from gripvlm.errors import BudgetError, GripError, InputError
 from gripvlm.models.adapter import PER_TOKEN, DropOptions, encoder_arguments
+from gripvlm.models.compat import cache_in
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.families import Family, family_of
 from gripvlm.models.hooks.proportional import checked_sizes
 from gripvlm.models.hooks.tower_merge import checked_tower
-from gripvlm.models.renamed import cache_in
 from gripvlm.models.text import Question, placeholder
-from gripvlm.models.tower_rows import Asked, Merging
+from gripvlm.models.tower_rows import TowerMerging, TowerRequest
 from gripvlm.models.wrapped import device_of, unwrapped
 from gripvlm.pruners import Pruner, TowerPruner, get_pruner
 
@@ -78,7 +78,7 @@ class PruneRequest:
     question: Question
     proportional_attention: bool
     drop: DropOptions
-    needs: Asked
+    needs: TowerRequest
 
     @classmethod
     def of(cls, model: Any, pruner: str | Pruner, keep: Keeps = None, **options: Unpack[PruneOptions]) -> PruneRequest:
@@ -160,14 +160,14 @@ def _parsed(pruner: Pruner, keep: Keeps) -> Budget | list[Budget | list[Budget]]
     return budgets
 
 
-def _merging(pruner: TowerPruner, budgets: Any) -> Merging:
+def _merging(pruner: TowerPruner, budgets: Any) -> TowerMerging:
     """How this pruner merges inside the vision tower, to the same count in all images."""
     if not isinstance(budgets, Budget):
         raise BudgetError(
             f"pruner {pruner.name!r} merges all images of a batch together, so all have the same count: pass one keep, "
             "such as keep=64, not a list"
         )
-    return Merging(lambda n: budgets.count(n, "each image"), pruner.plan, pruner.match, pruner.proportional)
+    return TowerMerging(lambda n: budgets.count(n, "each image"), pruner.plan, pruner.match, pruner.proportional)
 
 
 # --- the inputs of one call -------------------------------------------------------------------
@@ -244,7 +244,7 @@ def checked_encoding(request: PruneRequest, inputs: Mapping[str, Any], encoded: 
         return None
     if encoded.model_type != request.family.model_type:
         raise InputError(f"encoded by a {encoded.model_type} model, but this one is {request.family.model_type}")
-    has = encoded.asked
+    has = encoded.tower_request
     lacking = {*needs.layers} - {*has.layers}
     if lacking or needs.patches > has.patches or needs.given > has.given or needs.keys > has.keys:
         raise InputError(

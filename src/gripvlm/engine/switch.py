@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import GripError
-from gripvlm.models.renamed import cache_in
+from gripvlm.models.compat import cache_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gripvlm.errors import InputError
+from gripvlm.models.compat import takes
 from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
-from gripvlm.models.families import Family, takes
-from gripvlm.models.hooks.tower_merge import Merged, merge_in_tower
+from gripvlm.models.families import Family
+from gripvlm.models.hooks.tower_merge import MergedRows, merge_in_tower
 from gripvlm.models.prompts import EncodedPrompts, Prompts
 from gripvlm.models.text import full_mask, padding_token
-from gripvlm.models.tower_rows import Asked, share_out, watch_tower
+from gripvlm.models.tower_rows import TowerRequest, capture_tower, split_by_item
 from gripvlm.types import Selection
 from gripvlm.utils.batching import onto, rows_of, shifted
 
@@ -97,12 +98,12 @@ def locate(model: PreTrainedModel, ids: Tensor, encoded: Encoded) -> list[list[S
 # --- encode -----------------------------------------------------------------------------------
 
 
-def encode(prompts: Prompts, family: Family, wanted: Asked) -> Encoded:
+def encode(prompts: Prompts, family: Family, wanted: TowerRequest) -> Encoded:
     """Runs the vision encoder and projector once over all pixels, noting what is `wanted` of the tower."""
     model = prompts.model
     with ExitStack() as stack:
         merged = None if wanted.merging is None else stack.enter_context(merge_in_tower(model, wanted.merging))
-        notes = stack.enter_context(watch_tower(model, wanted)) if wanted.layers or wanted.patches else None
+        capture = stack.enter_context(capture_tower(model, wanted)) if wanted.layers or wanted.patches else None
         filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(prompts.inputs))
     outputs = filled["mm_encoder_outputs"]
     groups = None if merged is None else _expand_groups(outputs, merged())
@@ -117,22 +118,22 @@ def encode(prompts: Prompts, family: Family, wanted: Asked) -> Encoded:
             items[modality] = [replace(item, groups=g) for item, g in zip(items[modality], groups, strict=True)]
         extras = {name: getattr(output, name) for name in family.extras}
         kinds[modality] = Output(type(output), isinstance(output.pooler_output, Tensor), extras)
-    if notes is not None:
+    if capture is not None:
         sizes = {name: [item.features.shape[0] for item in made] for name, made in items.items()}
-        for name, rows in share_out(model, family.vision, prompts.inputs, sizes, wanted, notes).items():
+        for name, rows in split_by_item(family.vision, capture, prompts.inputs, sizes).items():
             pairs = zip(items[name], rows, strict=True)
             items[name] = [replace(item, vision=vision, patches=patches) for item, (vision, patches) in pairs]
     samples: list[tuple[Item, ...]] = [() for _ in prompts.ids]
     for modality, made in items.items():
         for sample, own in enumerate(_split_by_prompt(prompts, modality, made)):
             samples[sample] += tuple(own)
-    encoded = Encoded(family.model_type, tuple(samples), kinds, asked=wanted)
+    encoded = Encoded(family.model_type, tuple(samples), kinds, tower_request=wanted)
     # Items were put together modality by modality; spans are in the order in which the prompt has them.
     spans = prompts.with_images(encoded).spans
     return replace(encoded, samples=tuple(tuple(span.item for span in images) for images in spans))
 
 
-def _expand_groups(outputs: Mapping[str, Any], merged: Merged) -> Tensor:
+def _expand_groups(outputs: Mapping[str, Any], merged: MergedRows) -> Tensor:
     """Gives every row what the tower made of its group, so that a merged image has as many rows as any other.
 
     Returns:

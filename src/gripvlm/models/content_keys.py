@@ -1,7 +1,7 @@
 """A number for each image from its pixels alone: the same in any batch and on any device.
 
-Processors pad pixels to the largest image or the largest number of tiles in the batch, so what is
-hashed is the image's own part: found from the shapes, the same way for every family.
+Processors pad pixels to the largest image or the largest number of tiles in the batch, so what is hashed is the
+image's own part: found from the shapes, the same way for every family.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["content_keys"]
-
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+SAMPLES = 4096  # values of an image that are hashed: enough to tell images apart, and a short copy from a device
 
 
 def content_keys(inputs: Mapping[str, Any], modality: str, count: int) -> list[int]:
     """One key for each of `count` items; zeros where the pixels cannot be told apart by item."""
-    pixels = inputs.get(_PIXELS[modality])
+    pixels = inputs.get(PIXELS[modality])
     if not isinstance(pixels, Tensor):
         return [0] * count
     pieces = _pieces(inputs, modality, pixels.detach(), count)
@@ -38,13 +37,14 @@ def _pieces(inputs: Mapping[str, Any], modality: str, pixels: Tensor, count: int
         return []
     sizes = inputs.get("image_sizes")
     if pixels.ndim == 4 and sizes is not None:  # [items, 3, H, W], padded on the right and below
-        return [one[:, : int(h), : int(w)] for one, (h, w) in zip(pixels, sizes, strict=True)]
+        return [image[:, : int(h), : int(w)] for image, (h, w) in zip(pixels, sizes, strict=True)]
     if pixels.ndim == 5 and modality == "image":  # [items, tiles, 3, H, W]
         return [torch.stack([tile for tile in item if bool(tile.any())] or [item[0]]) for item in pixels]
     return list(pixels) if pixels.ndim > 2 else []
 
 
 def _key(pixels: Tensor) -> int:
+    # Not torch's own hash or sum: those depend on the device and on the order of additions.
     flat = pixels.reshape(-1)
-    few = flat[:: max(1, flat.numel() // 4096)].float().cpu()
-    return int.from_bytes(hashlib.blake2b(few.numpy().tobytes(), digest_size=7).digest(), "little")
+    sample = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
+    return int.from_bytes(hashlib.blake2b(sample.numpy().tobytes(), digest_size=7).digest(), "little")

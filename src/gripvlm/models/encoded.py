@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gripvlm.errors import InputError
 from gripvlm.models.grids import Grid
-from gripvlm.models.tower_rows import NOTHING, Asked
+from gripvlm.models.tower_rows import FEATURES_ONLY, TowerRequest
 from gripvlm.types import VisionRows
 from gripvlm.utils.timing import Stopwatch
 
@@ -27,9 +27,9 @@ class Item:
         deepstack: further planes [n, d], one for each layer they are added at; mostly none.
         grid: (h, w) of a plain raster, else None.
         key: a number from the pixels alone (see `VisualTokens.key`).
-        grid_thw: (t, h, w) before merging, for families whose positions are made from it, else None.
-        vision: layer as asked -> what that block of the vision tower says about each row; mostly empty.
-        patches: [n, d_v] what the tower made of each row before the projector, where asked for.
+        grid_thw: (t, h, w) in patches before merging, for families whose positions are made from it, else None.
+        vision: layer as requested -> what that block of the vision tower gave for each row; mostly empty.
+        patches: [n, d_v] what the tower made of each row before the projector, where requested.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
         seconds: between two temporal patches of a video, for families whose positions are made from it, else None.
     """
@@ -69,18 +69,18 @@ class Encoded:
         samples: a tuple (batch) of tuples of `Item`, in prompt order; () for a prompt without any.
         outputs: modality -> `Output`.
         watches: of the encodings it is made of.
-        asked: what of the vision tower was noted on the way.
+        tower_request: what of the vision tower was captured on the way.
     """
 
     model_type: str
     samples: tuple[tuple[Item, ...], ...]
     outputs: Mapping[str, Output]
     watches: tuple[Stopwatch, ...] = ()
-    asked: Asked = NOTHING
+    tower_request: TowerRequest = FEATURES_ONLY
 
     @property
     def seconds(self) -> float:
-        """What encoding took; on an accelerator, this waits until it is done."""
+        """Time that encoding took; on an accelerator, reading this waits until it is done."""
         return sum(watch.seconds()["vision"] for watch in self.watches)
 
     def __len__(self) -> int:
@@ -98,16 +98,21 @@ class Encoded:
         """Several encodings by one model, as one batch; shares all memory."""
         if len({part.model_type for part in parts}) != 1:
             raise InputError("Encoded.cat takes at least one encoding, all made by one model")
-        outputs = {name: kind for part in parts for name, kind in part.outputs.items()}
-        samples = tuple(sample for part in parts for sample in part.samples)
-        common = Asked(
-            tuple(layer for layer in parts[0].asked.layers if all(layer in part.asked.layers for part in parts)),
-            all(part.asked.patches for part in parts),
-            all(part.asked.given for part in parts),
-            keys=all(part.asked.keys for part in parts),
+        # Of the tower, the batch has what every part has.
+        requests = [part.tower_request for part in parts]
+        common = TowerRequest(
+            layers=tuple(layer for layer in requests[0].layers if all(layer in other.layers for other in requests)),
+            patches=all(request.patches for request in requests),
+            given=all(request.given for request in requests),
+            keys=all(request.keys for request in requests),
         )
-        watches = tuple(watch for part in parts for watch in part.watches)
-        return cls(parts[0].model_type, samples, outputs, watches, common)
+        return cls(
+            model_type=parts[0].model_type,
+            samples=tuple(sample for part in parts for sample in part.samples),
+            outputs={name: output for part in parts for name, output in part.outputs.items()},
+            watches=tuple(watch for part in parts for watch in part.watches),
+            tower_request=common,
+        )
 
 
 @dataclass(frozen=True, eq=False)

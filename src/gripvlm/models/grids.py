@@ -1,44 +1,42 @@
-"""Which rows of which family are a plain raster, and how high and wide it is: one rule each.
+"""Which rows of which family are a plain raster of one picture, and how high and wide it is: one rule each.
 
-A rule takes (model, inputs, modality, sizes) and returns one grid an item: (h, w) with h * w == n,
-or None where the item's n rows are no plain raster of one picture.
+A rule gets the model, its inputs, a modality and the rows of each item, and returns one grid an item: (h, w) with
+h * w == n, or None where the item's n rows are no plain raster.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = [
-    "Grid",
-    "GridRule",
-    "from_coordinates",
-    "from_patches",
-    "from_pixels",
-    "from_shapes",
-    "square",
-    "unknown",
-]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
+Inputs: TypeAlias = Mapping[str, Any]
 Grid: TypeAlias = tuple[int, int] | None
-GridRule: TypeAlias = Callable[[Any, Mapping[str, Any], str, list[int]], list[Grid]]
+GridRule: TypeAlias = Callable[["PreTrainedModel", Inputs, str, list[int]], list[Grid]]
 
 
-def from_pixels(model: Any, inputs: Mapping[str, Any], modality: str, sizes: list[int]) -> list[Grid]:
-    """Grids of towers that see each image whole: h / w is the image's own height / width.
+def square(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
+    """Towers whose items are square: n = h * h."""
+    return [_factor(n, 1, 1) for n in sizes]
 
-    Needs no patch size, so it serves any tower whose rows are one square patch (or one square block
-    of them) each. None where n does not factor so (a CLS row kept in front, for instance).
+
+def from_pixels(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
+    """Towers that see each image whole: h / w is the image's own height / width.
+
+    Needs no patch size, so it serves any tower whose rows are one square patch (or one square block of them) each.
+    None where n does not factor so (a CLS row kept in front, for instance).
     """
     shapes = inputs.get("image_sizes")
     if shapes is None:
         shapes = [inputs["pixel_values"].shape[-2:]] * len(sizes)
-    return [_factor(n, int(shape[0]), int(shape[1])) for n, shape in zip(sizes, shapes, strict=True)]
+    return [_factor(n, int(height), int(width)) for n, (height, width) in zip(sizes, shapes, strict=True)]
 
 
-def from_patches(model: Any, inputs: Mapping[str, Any], modality: str, sizes: list[int]) -> list[Grid]:
-    """Grids of towers that are told them, `<modality>_grid_thw` in patches before merging.
+def from_patches(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
+    """Towers that get `<modality>_grid_thw`, in patches before merging.
 
     None for a video of several frames: its rows are one raster after the other.
     """
@@ -47,8 +45,8 @@ def from_patches(model: Any, inputs: Mapping[str, Any], modality: str, sizes: li
     return [(h // merge, w // merge) if t == 1 else None for t, h, w in grids]
 
 
-def from_coordinates(model: Any, inputs: Mapping[str, Any], modality: str, sizes: list[int]) -> list[Grid]:
-    """Grids of towers that are told each patch's (x, y), -1 for padding, and pool square blocks."""
+def from_coordinates(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
+    """Towers that get each patch's (x, y), -1 for padding, and pool square blocks."""
     block = model.config.vision_config.pooling_kernel_size
     grids: list[Grid] = []
     for n, places in zip(sizes, inputs[f"{modality}_position_ids"], strict=True):
@@ -57,19 +55,14 @@ def from_coordinates(model: Any, inputs: Mapping[str, Any], modality: str, sizes
     return grids
 
 
-def from_shapes(model: Any, inputs: Mapping[str, Any], modality: str, sizes: list[int]) -> list[Grid]:
-    """Grids of towers that are told `spatial_shapes` [images, 2] in patches and merge square blocks."""
+def from_shapes(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
+    """Towers that get `spatial_shapes` [images, 2] in patches and merge square blocks, the last ones padded."""
     block = model.config.downsample_factor
     shapes = [(-(-int(h) // block), -(-int(w) // block)) for h, w in inputs["spatial_shapes"]]
     return [(h, w) if h * w == n else None for (h, w), n in zip(shapes, sizes, strict=True)]
 
 
-def square(model: Any, inputs: Mapping[str, Any], modality: str, sizes: list[int]) -> list[Grid]:
-    """Grids of towers whose tiles are square: n = h * h."""
-    return [_factor(n, 1, 1) for n in sizes]
-
-
-def unknown(model: Any, inputs: Mapping[str, Any], modality: str, sizes: list[int]) -> list[Grid]:
+def unknown(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
     """No grid: rows are no plain raster (tiles joined, newline rows in between)."""
     return [None] * len(sizes)
 

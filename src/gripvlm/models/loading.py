@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gripvlm.errors import GripError, UnsupportedModelError
 from gripvlm.utils.strict_json import BadJSON, read
 
-__all__ = ["DTYPES", "ModelError", "chosen_device", "load_model", "quiet"]
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, ProcessorMixin
+
+# torch and transformers are imported inside functions: the CLI checks what was typed before it waits for them.
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 class ModelError(GripError):
@@ -33,7 +36,7 @@ def quiet() -> None:
 
 def load_model(
     name: str, device: str | None = None, dtype: str | None = None, attention: str | None = None
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """(model, processor), in eval mode.
 
     Args:
@@ -44,48 +47,52 @@ def load_model(
 
     Raises:
         ModelError: no such folder or hub id, no network, files that are no VLM, no such device or dtype.
-        UnsupportedModelError: a family that gripvlm doesn't prune; said before weights are loaded.
+        UnsupportedModelError: a family that gripvlm doesn't prune; raised before weights are loaded.
     """
-    import torch
-
     place = chosen_device(device)
     if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r}: type one of {', '.join(DTYPES)}")
+        raise ModelError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if name == "lab":
+        import torch
+
         from gripvlm import lab
 
         model, processor = lab.load()
         if attention is not None:
             model.set_attn_implementation(attention)
-        kind = None if dtype in (None, "auto") else getattr(torch, dtype)
-        return model.to(place, kind).eval(), processor
-
+        return model.to(place, None if dtype in (None, "auto") else getattr(torch, dtype)).eval(), processor
     from safetensors import SafetensorError
+
+    source = _checked_name(name)
+    try:
+        model, processor = _load(name, source, dtype or ("float32" if place.type == "cpu" else "auto"), attention)
+    except GripError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(_advice(name, source, error)) from error
+    return model.to(place).eval(), processor
+
+
+def _load(name: str, source: str | Path, dtype: str, attention: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     import gripvlm.lab  # noqa: F401  (a folder may hold the lab's own tower)
     from gripvlm.models import FAMILIES
 
-    where = _checked_name(name)
-    try:
-        config = AutoConfig.from_pretrained(where)
-        if config.model_type not in FAMILIES:
-            raise UnsupportedModelError(
-                f"{name} is a model of type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
-            )
-        processor = AutoProcessor.from_pretrained(where)
-        if not hasattr(processor, "image_processor"):
-            raise ModelError(_advice(name, where, ValueError("its processor has no image processor.")))
-        kind = dtype or ("float32" if place.type == "cpu" else "auto")
-        model = AutoModelForImageTextToText.from_pretrained(where, dtype=kind, attn_implementation=attention)
-    except GripError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(_advice(name, where, error)) from error
-    return model.to(place).eval(), processor
+    # The configuration and the processor first: they are small, and most mistakes show in them.
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{name} is a model of type {config.model_type!r}; supported are {', '.join(FAMILIES)}"
+        )
+    processor = AutoProcessor.from_pretrained(source)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError("its processor has no image processor.")
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    return model, processor
 
 
-def chosen_device(name: str | None) -> Any:
+def chosen_device(name: str | None) -> torch.device:
     """The device of that name, or the first accelerator there is, or the CPU.
 
     Raises:
@@ -94,8 +101,8 @@ def chosen_device(name: str | None) -> Any:
     import torch
 
     if name is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -112,53 +119,51 @@ def _checked_name(name: str) -> str | Path:
     folder = Path(name).expanduser()
     if name.strip() and folder.is_dir():
         if not (folder / "config.json").exists():
-            raise ModelError(f"the folder {name} has no config.json: type the folder that save_pretrained wrote")
+            raise ModelError(f"the folder {name} has no config.json: use the folder that save_pretrained wrote")
         return folder
     if folder.is_file():
-        raise ModelError(f"{name} is a file: type the folder it lies in")
-    looks_local = name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") != 1 or " " in name
-    if looks_local:
+        raise ModelError(f"{name} is a file: use the folder it lies in")
+    if name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") != 1 or " " in name:
         raise ModelError(
-            f"no model {name!r}: type 'lab', a folder that exists, or a hub id such as llava-hf/llava-1.5-7b-hf"
+            f"no model {name!r}: use 'lab', a folder that exists, or a hub id such as llava-hf/llava-1.5-7b-hf"
         )
     return name
 
 
-def _advice(name: str, where: str | Path, error: BaseException) -> str:
-    if isinstance(where, Path):
-        if lacking := _lacking(where):
-            return (
-                f"the folder {name} has {' and '.join(lacking)}: save the whole model there, "
-                "model.save_pretrained(folder) and processor.save_pretrained(folder), or copy the missing files from "
-                "where it came from"
-            )
-        return f"the model in {name} cannot be loaded: {_first_line(error)}"
-    return (
-        f"{name!r} is no folder here and could not be loaded from the Hub: {_first_line(error)} "
-        "Check the spelling and the network (a gated model needs `hf auth login`), or type a local folder or 'lab'."
-    )
+def _advice(name: str, source: str | Path, error: BaseException) -> str:
+    if not isinstance(source, Path):
+        return (
+            f"{name!r} is no folder here and could not be loaded from the Hub: {_first_line(error)} Check the "
+            "spelling and the network (a gated model needs `hf auth login`), or use a local folder or 'lab'."
+        )
+    if faults := _faults(source):
+        return (
+            f"the folder {name} has {' and '.join(faults)}: save the whole model there, model.save_pretrained(folder) "
+            "and processor.save_pretrained(folder), or copy the missing files from where it came from"
+        )
+    return f"the model in {name} cannot be loaded: {_first_line(error)}"
 
 
-def _lacking(folder: Path) -> list[str]:
-    """What a model folder is without, as one would say it; [] where all the usual files are there."""
-    whole = folder / "processor_config.json"
-    inside = whole.is_file() and "image_processor" in whole.read_text(encoding="utf-8", errors="replace")
-    lacking = []
+def _faults(folder: Path) -> list[str]:
+    """What is wrong with a model folder; [] where all the usual files are there."""
+    faults = []
     try:
         read(folder / "config.json")
     except BadJSON:
-        lacking.append("a config.json that is not JSON")
+        faults.append("a config.json that is not JSON")
+    # transformers 5 writes the image processor into the processor's file, older versions into one of its own.
+    whole = folder / "processor_config.json"
+    inside = whole.is_file() and "image_processor" in whole.read_text(encoding="utf-8", errors="replace")
     if not inside and not (folder / "preprocessor_config.json").is_file():
-        lacking.append("no image processor (preprocessor_config.json, or processor_config.json with one in it)")
-    if not any((folder / file).is_file() for file in _TOKENIZERS):
-        lacking.append("no tokenizer (tokenizer.json)")
+        faults.append("no image processor (preprocessor_config.json, or processor_config.json with one in it)")
+    if not any((folder / file).is_file() for file in TOKENIZERS):
+        faults.append("no tokenizer (tokenizer.json)")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        lacking.append("no weights (model.safetensors)")
-    return lacking
+        faults.append("no weights (model.safetensors)")
+    return faults
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says, without its later paragraphs."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    """An error's first line, without its later paragraphs."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text if len(text) <= 240 else text[:237] + "..."

@@ -2,100 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 from gripvlm.models.wrapped import device_of
 from gripvlm.utils.batching import onto
 
-__all__ = ["Question", "full_mask", "padding_token", "placeholder", "questions", "visual_places", "words"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Question: TypeAlias = Tensor | Sequence[Any] | None
 """Token ids [t], embeddings [t, d], or a batch of either; None for the prompt's own text."""
 
-# Tokens that are no words, as config attributes without their ending "_token_id".
-_SPECIAL = (
-    *("bos", "eos", "pad", "decoder_start"),
-    *("image", "video", "audio", "vision_start", "vision_end", "boi", "eoi"),
-)
+VISUAL = ("image", "video")
+SPECIAL = ("bos", "eos", "pad", "decoder_start", *VISUAL, "audio", "vision_start", "vision_end", "boi", "eoi")
+"""Tokens that are no words, as config attributes without their ending "_token_id"."""
 
 
-def placeholder(model: Any, modality: str) -> int:
+def placeholder(model: PreTrainedModel, modality: str) -> int:
     """The token id that stands for one visual token in the prompt."""
     return int(getattr(model.config, f"{modality}_token_id"))
 
 
-def visual_places(model: Any, ids: Tensor) -> Tensor:
+def visual_places(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """[B, L] bool: the placeholders of images and videos among token ids."""
-    names = [n for n in ("image", "video") if getattr(model.config, f"{n}_token_id", None) is not None]
+    names = [name for name in VISUAL if getattr(model.config, f"{name}_token_id", None) is not None]
     return torch.isin(ids, torch.tensor([placeholder(model, name) for name in names], device=ids.device))
 
 
-def _token_ids(model: Any, name: str) -> list[int]:
+def _token_ids(model: PreTrainedModel, name: str) -> list[int]:
     """All values of `<name>_token_id` in the model's configs, the generation config's first."""
     text = getattr(model.config, "text_config", None)
-    found: list[int] = []
+    ids: list[int] = []
     for config in (getattr(model, "generation_config", None), model.config, text):
         value = getattr(config, f"{name}_token_id", None)
-        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    return found
+        ids += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return ids
 
 
-def padding_token(model: Any) -> int:
+def padding_token(model: PreTrainedModel) -> int:
     """An id to pad with, never one that an encoder takes for a placeholder."""
-    taken = {i for name in ("image", "video", "audio") for i in _token_ids(model, name)}
+    # An encoder's rows go to every placeholder in the ids: padding must be none of them.
+    taken = {token for name in (*VISUAL, "audio") for token in _token_ids(model, name)}
     candidates = [*_token_ids(model, "pad"), *range(len(taken) + 1)]
-    return next(i for i in candidates if i not in taken)
+    return next(token for token in candidates if token not in taken)
 
 
-def full_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+def full_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """[B, L] attention mask: the caller's, or what `generate` would infer from padding."""
     if (mask := inputs.get("attention_mask")) is not None:
         return mask
     ids, pad = inputs["input_ids"], _token_ids(model, "pad")[:1]
+    # As transformers does: a pad token that is the end token as well says nothing about padding.
     if not pad or pad[0] in _token_ids(model, "eos"):
         return torch.ones_like(ids)
     return (ids != pad[0]).long()
 
 
-def words(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+def words(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """[B, L] bool: tokens that are text, no padding and no begin, end or visual tokens."""
     ids = inputs["input_ids"]
-    special = {i for name in _SPECIAL for i in _token_ids(model, name)}
+    special = {token for name in SPECIAL for token in _token_ids(model, name)}
     real = full_mask(model, inputs).to(torch.bool, copy=True)
     return real & ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device))
 
 
-def questions(model: Any, inputs: Mapping[str, Any], question: Question) -> list[Tensor]:
+def questions(model: PreTrainedModel, inputs: Mapping[str, Any], question: Question) -> list[Tensor]:
     """[t, d] embeddings of each prompt's question, on the embedding table's device.
 
     Args:
         inputs: the prompts, ids and mask on the host.
 
     Raises:
-        InputError: text instead of ids, ids outside the vocabulary, a width or a number of
-            questions that does not fit.
+        InputError: text instead of ids, ids outside the vocabulary, a width or a number of questions that does not
+            fit.
     """
-    ids = inputs["input_ids"]
-    table = model.get_input_embeddings()
+    ids, table = inputs["input_ids"], model.get_input_embeddings()
     if question is None:
-        mine = words(model, inputs)
-        return list(_embed(table, ids[mine]).split(mine.sum(-1).tolist()))
-    each = _one_each(question)
-    if len(each) != ids.shape[0]:
-        raise InputError(f"{len(each)} questions for {ids.shape[0]} prompts: pass one for each")
-    return [_question(table, one) for one in each]
+        text = words(model, inputs)
+        return list(_embed(table, ids[text]).split(text.sum(-1).tolist()))
+    batch = _batch_of(question)
+    if len(batch) != ids.shape[0]:
+        raise InputError(f"{len(batch)} questions for {ids.shape[0]} prompts: pass one for each")
+    return [_question(table, single) for single in batch]
 
 
-def _one_each(question: Tensor | Sequence[Any]) -> list[Any]:
+def _batch_of(question: Tensor | Sequence[Any]) -> list[Any]:
     """A batched question as a list over samples; a single one as a list of one."""
-    if isinstance(question, str) or any(isinstance(one, str) for one in _plain(question)):
+    parts = question if isinstance(question, (list, tuple)) else ()
+    if isinstance(question, str) or any(isinstance(part, str) for part in parts):
         raise InputError(
-            "question is text, which only the tokenizer can read: type "
+            "question is text, which only the tokenizer can read: pass "
             "question=tokenizer(text, add_special_tokens=False).input_ids"
         )
     if not isinstance(question, (Tensor, Sequence)):
@@ -105,26 +106,23 @@ def _one_each(question: Tensor | Sequence[Any]) -> list[Any]:
         )
     if isinstance(question, Tensor):
         single = question.ndim == (2 if question.is_floating_point() else 1)
-        return [question] if single else list(question)
-    return [list(question)] if all(isinstance(one, int) for one in question) else list(question)
+    else:
+        single = all(isinstance(part, int) for part in question)
+    return [question] if single else list(question)
 
 
-def _plain(question: Any) -> Iterable[Any]:
-    return question if isinstance(question, (list, tuple)) else ()
-
-
-def _question(table: Any, question: Any) -> Tensor:
+def _question(table: nn.Embedding, question: Tensor | Sequence[int]) -> Tensor:
     """[t, d] from ids [t] (negative ones are padding) or embeddings [t, d]."""
     vocabulary, width = table.weight.shape
     if not isinstance(question, Tensor):
-        question = torch.tensor(question, dtype=torch.long)
+        question = torch.tensor(list(question), dtype=torch.long)
     if question.is_floating_point():
         if question.ndim != 2 or question.shape[1] != width:
             raise InputError(f"question embeddings have shape {tuple(question.shape)}, expected (t, {width})")
         return question.to(device_of(table), table.weight.dtype)
     if question.ndim != 1:
         raise InputError(f"question ids have shape {tuple(question.shape)}, expected (t,)")
-    ids = question.cpu()
+    ids = question.cpu()  # checked on the host: an id outside the table takes an accelerator down
     ids = ids[ids >= 0]
     if ids.numel() and int(ids.max()) >= vocabulary:
         raise InputError(
@@ -133,5 +131,5 @@ def _question(table: Any, question: Any) -> Tensor:
     return _embed(table, ids)
 
 
-def _embed(table: Any, ids: Tensor) -> Tensor:
+def _embed(table: nn.Embedding, ids: Tensor) -> Tensor:
     return table(onto(ids, device_of(table)))

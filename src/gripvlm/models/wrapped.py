@@ -1,19 +1,20 @@
-"""Models as they come: inside a wrapper of torch or peft, or with weights that are elsewhere until they are needed."""
+"""Models inside a wrapper of torch or peft, or with weights that are elsewhere until they are needed."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from gripvlm.errors import InputError, UnsupportedModelError
-from gripvlm.models.families import takes
+from gripvlm.models.compat import takes
 
-__all__ = ["device_of", "unwrapped"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside `torch.compile`, peft's adapters or data-parallel wrappers; else the model itself.
 
     Adapters stay in place: they are layers of the model inside.
@@ -23,23 +24,19 @@ def unwrapped(model: Any) -> Any:
     """
     while (inner := _inside(model)) is not None:
         model = inner
-    for name in ("module", "model", "base_model"):
-        inner = getattr(model, name, None)
-        if (
-            inner is not model
-            and callable(getattr(inner, "generate", None))
-            and _encodes(inner)
-            and not _encodes(model)
-        ):
-            raise UnsupportedModelError(
-                f"a {type(model).__name__} is around the {type(inner).__name__}: pass the model itself, its .{name}"
-            )
+    if not _takes_encoded_images(model):
+        for name in ("module", "model", "base_model"):
+            inner = getattr(model, name, None)
+            if inner is not model and callable(getattr(inner, "generate", None)) and _takes_encoded_images(inner):
+                raise UnsupportedModelError(
+                    f"a {type(model).__name__} is around the {type(inner).__name__}: pass the model itself, its .{name}"
+                )
     return model
 
 
-def _encodes(model: Any) -> bool:
-    """Whether a model takes images that are encoded beforehand."""
-    return "mm_encoder_outputs" in takes(model.forward) if callable(getattr(model, "forward", None)) else False
+def _takes_encoded_images(model: Any) -> bool:
+    forward = getattr(model, "forward", None)
+    return callable(forward) and "mm_encoder_outputs" in takes(forward)
 
 
 def _inside(model: Any) -> Any:
@@ -57,20 +54,19 @@ def _inside(model: Any) -> Any:
             "a FullyShardedDataParallel cuts the weights over processes, so the vision encoder cannot run by itself: "
             "prune a model that is whole in each process (DistributedDataParallel, or no wrapper)"
         )
-    if kind == "OptimizedModule":  # torch.compile; its class is not imported before somebody compiles
+    if kind == "OptimizedModule":  # torch.compile; by name, as importing its class would import torch._dynamo
         return model._orig_mod
-    if isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(type(model), "get_base_model"):
+    if hasattr(model, "peft_config") and hasattr(type(model), "get_base_model"):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise UnsupportedModelError(
                 f"this {kind} puts learned tokens ahead of the prompt, which pruning cannot count: use adapters inside "
                 "the model, such as peft.LoraConfig"
             )
-        inner: Any = model
-        return inner.get_base_model()
+        return model.get_base_model()
     return None
 
 
-def device_of(module: Any) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: where its weights are, or where accelerate brings them when they are needed.
 
     A module without weights computes on the CPU.

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gripvlm.models.compat import cache_argument, cache_of
 from gripvlm.models.encoded import Span
 from gripvlm.models.families import chunkable, family_of
-from gripvlm.models.renamed import cache_argument, cache_of
 
 __all__ = ["SHORTEST", "Prefix", "shared_length"]
 

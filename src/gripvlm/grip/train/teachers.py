@@ -16,7 +16,7 @@ from gripvlm.errors import TrainError
 from gripvlm.grip.train.masking import masked_forward
 from gripvlm.grip.train.rewards import log_prob
 from gripvlm.grip.train.rollout import Batch, Engine
-from gripvlm.models.hooks.attention import watch_attention
+from gripvlm.models.hooks.attention import capture_attention
 from gripvlm.pruners import Pruner, get_pruner
 
 __all__ = ["TEACHERS", "Teacher", "make_teacher"]
@@ -71,7 +71,7 @@ class _Attention:
         width = batch.longest
         queries = list(range(-width - 1, -1))
         arguments = engine.whole(batch)
-        with watch_attention(model.get_decoder(), layers, queries) as seen:
+        with capture_attention(model.get_decoder(), layers, queries) as seen:
             model(**arguments, use_cache=False)
         rows = torch.stack([seen[layer % count][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
         predicts = (batch.inputs["labels"][:, -width:] >= 0).to(rows)

@@ -1,1 +1,1 @@
-"""What a call of a model watches or changes, for that call alone."""
+"""What a call of a model captures or changes, for that call alone."""

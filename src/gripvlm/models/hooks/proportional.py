@@ -1,27 +1,28 @@
-"""Size-aware ("proportional") attention: a token that stands for m tokens is attended to as if all m were there.
+"""Proportional attention: a token that stands for m tokens is attended to as if all m were there.
 
-softmax(q k^T / sqrt(d) + log s), s the size of each key's token: ToMe, arXiv 2210.09461, eq. 1. The logarithms
-join the mask where every transformers model hands its keys to its attention function, so nothing of a model is
-copied, and the bias is as long as the keys really are: in prefill, in decoding, and after tokens were dropped.
+softmax(q k^T / sqrt(d) + log s), s the size of each key's token: ToMe, arXiv 2210.09461, eq. 1. The logarithms join
+the mask where every transformers model hands its keys to its attention function (`calls.py`), so the bias is as long
+as the keys really are: in prefill, in decoding, and after tokens were dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gripvlm.errors import InputError, UnsupportedModelError
+from gripvlm.models.compat import cache_in
 from gripvlm.models.families import family_of
 from gripvlm.models.hooks.attention import blocks_of, modules_of
-from gripvlm.models.hooks.calls import before_attention, hooked
+from gripvlm.models.hooks.calls import AttentionCall, attention_hook, forward_hooks
 from gripvlm.models.hooks.llm_drop import checked_dynamic, checked_keys, ids_of
-from gripvlm.models.renamed import cache_in
 
-__all__ = ["LayerSizes", "Sized", "checked_sizes", "proportional_attention", "with_sizes"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LayerSizes(NamedTuple):
@@ -36,11 +37,11 @@ class LayerSizes(NamedTuple):
     missing: int
 
 
-Sized: TypeAlias = Callable[[int, int, int], LayerSizes]
-"""(layer, rows of the batch, tokens of the prompt) -> `LayerSizes`, asked in every prefill of every layer."""
+SizesOf: TypeAlias = Callable[[int, int, int], LayerSizes]
+"""(layer, rows of the batch, tokens of the prompt) -> `LayerSizes`, called in every prefill of every layer."""
 
 
-def checked_sizes(model: Any) -> None:
+def checked_sizes(model: PreTrainedModel) -> None:
     """Raises an UnsupportedModelError where a bias for each key cannot be carried exactly."""
     family = family_of(model)
     if family.equals == "deletion":
@@ -53,13 +54,13 @@ def checked_sizes(model: Any) -> None:
 
 @contextmanager
 def proportional_attention(
-    model: Any, sized: Sized | None, known: Mapping[int, LayerSizes | None] | None = None
+    model: PreTrainedModel, sizes_of: SizesOf | None, known: Mapping[int, LayerSizes | None] | None = None
 ) -> Iterator[dict[int, LayerSizes | None]]:
     """Inside the block, every query of the language model attends to each key with log(size) added to its score.
 
     Args:
         model: a supported model, under sdpa or eager attention.
-        sized: the sizes of a prompt's tokens. Tokens decoded later have size 1; rows that `generate` repeats
+        sizes_of: the sizes of a prompt's tokens. Tokens decoded later have size 1; rows that `generate` repeats
             follow one another.
         known: what another block yielded, for a further turn on the cache that was filled there.
 
@@ -70,41 +71,37 @@ def proportional_attention(
 
     Raises:
         UnsupportedModelError: see `checked_sizes`.
-        InputError: when the model runs: a cache that is not dynamic, or a layer whose attention does not go
-            through transformers' attention functions.
+        InputError: when the model runs: a cache that is not dynamic, or a layer whose attention does not go through
+            transformers' attention functions.
     """
     checked_sizes(model)
     decoder = model.get_decoder()
-    biaser = _Biaser(modules_of(decoder, range(len(blocks_of(decoder)))), sized, dict(known or {}))
-    root = model.base_model  # a LoRA wrapper calls the model's forward past its hooks
-    with (
-        hooked({root: biaser.begin}, {root: biaser.end}),
-        before_attention(biaser, first=True),  # whoever watches attention sees the weights that count
-    ):
-        yield biaser.known
+    hook = _SizeBias(modules_of(decoder, range(len(blocks_of(decoder)))), sizes_of, dict(known or {}))
+    root = model.base_model  # see `drop_in_layers`
+    # first: hooks that capture attention then see the weights that count
+    with forward_hooks({root: hook.begin}, {root: hook.end}), attention_hook(hook, first=True):
+        yield hook.known
 
 
-class _Biaser:
+class _SizeBias:
     """The sizes of one prompt, from its prefill to its last token."""
 
-    def __init__(self, modules: dict[int, int], sized: Sized | None, known: dict[int, LayerSizes | None]) -> None:
-        self.modules, self.sized = modules, sized
-        self.known = known
-        self.fresh, self.total = True, 0
+    def __init__(self, modules: dict[int, int], sizes_of: SizesOf | None, known: dict[int, LayerSizes | None]) -> None:
+        self.modules, self.sizes_of, self.known = modules, sizes_of, known
+        self.prefill, self.total = False, 0
 
-    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the whole model: how many tokens will there be, and is this a prompt?"""
-        ids = ids_of(args, kwargs)
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before the whole model: is this a new prompt?"""
+        ids, cache = ids_of(args, kwargs), cache_in(kwargs)
         if ids is None:
             raise InputError("proportional_attention needs input_ids, not inputs_embeds: call model(input_ids=...)")
-        cache = cache_in(kwargs)
         checked_dynamic(cache)
         past = 0 if cache is None else cache.get_seq_length()
-        self.fresh, self.total = past == 0, past + ids.shape[1]
-        if self.fresh:
+        self.prefill, self.total = past == 0, past + ids.shape[1]
+        if self.prefill:
             self.known.clear()
 
-    def end(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the whole model: a layer that was not seen was not given its sizes."""
         if unseen := sorted({*self.modules.values()} - {*self.known}):
             raise InputError(
@@ -112,40 +109,43 @@ class _Biaser:
                 "functions, so sizes cannot be added to its scores: leave proportional_attention out"
             )
 
-    def look(self, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Any:
-        layer = self.modules[id(module)]
-        if self.fresh and self.sized is not None and layer not in self.known:  # else backward runs it again
-            asked = self.sized(layer, query.shape[0], self.total)
-            self.known[layer] = asked if bool((asked.sizes != 1).any()) else None
+    def before_attention(self, call: AttentionCall) -> None:
+        layer = self.modules[id(call.module)]
+        if self.prefill and self.sizes_of is not None and layer not in self.known:  # else backward runs it again
+            given = self.sizes_of(layer, call.query.shape[0], self.total)
+            # None: the call stays as it is, and so goes to the same kernel as the unpruned model's.
+            self.known[layer] = given if bool((given.sizes != 1).any()) else None
         known = self.known.get(layer)
         if known is None:
-            return mask
-        sizes, missing = known
-        have, own = key.shape[2], self.total - missing
-        if have > own:
-            raise InputError(f"{have} keys for {own} tokens in layer {layer}: use the default dynamic cache")
-        sizes = torch.nn.functional.pad(sizes, (0, max(0, own - sizes.shape[1])), value=1.0)[:, :own]
-        return with_sizes(module, query, key, mask, options, sizes[:, own - have :])  # sliding layers keep the last
+            return
+        keys, tokens = call.key.shape[2], self.total - known.missing
+        if keys > tokens:
+            raise InputError(f"{keys} keys for {tokens} tokens in layer {layer}: use the default dynamic cache")
+        decoded = max(0, tokens - known.sizes.shape[1])
+        sizes = nn.functional.pad(known.sizes, (0, decoded), value=1.0)[:, :tokens]
+        add_sizes(call, sizes[:, tokens - keys :])  # layers with a sliding window keep the last keys only
 
 
-def with_sizes(module: Any, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any], sizes: Tensor) -> Any:
-    """The mask of an attention call with log(sizes [B, K]) added for each of its K keys."""
-    bias = sizes.to(query.device, torch.float32).log()[:, None, None]  # [B, 1, 1, K]
-    length, total = query.shape[2], key.shape[2]
+def add_sizes(call: AttentionCall, sizes: Tensor) -> None:
+    """Replaces the mask of an attention call by one with log(sizes [B, K]) added for each of its K keys."""
+    bias = sizes.to(call.query.device, torch.float32).log()[:, None, None]  # [B, 1, 1, K]
+    length, total, mask = call.query.shape[2], call.key.shape[2], call.mask
     if mask is None:
-        causal = options.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        if not causal or length == 1:
-            return bias.to(query.dtype)
-        mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(total - length)
+        if not call.causal:
+            call.mask = bias.to(call.query.dtype)
+            return
+        # The function would have hidden what comes after each query; with a mask given, that is up to the mask.
+        mask = torch.ones(length, total, dtype=torch.bool, device=call.query.device).tril(total - length)
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise InputError(
-            f"{type(module).__name__} runs with a mask that takes no bias for each key (flash or flex attention): load "
-            "the model with attn_implementation='sdpa'"
+            f"{type(call.module).__name__} runs with a mask that takes no bias for each key (flash or flex attention): "
+            "load the model with attn_implementation='sdpa'"
         )
     mask = mask[..., :total]
-    least = torch.finfo(query.dtype).min
+    lowest = torch.finfo(call.query.dtype).min
     if mask.dtype == torch.bool:
-        return torch.where(mask, bias.to(query.dtype), least)
+        call.mask = torch.where(mask, bias.to(call.query.dtype), lowest)
+        return
+    # Summed in float32 and rounded once; the lowest number and not -inf, which would make an all-hidden row NaN.
     hidden = mask <= torch.finfo(mask.dtype).min / 2
-    return (mask.float() + bias).masked_fill(hidden, least).to(query.dtype)
+    call.mask = (mask.float() + bias).masked_fill(hidden, lowest).to(call.query.dtype)

@@ -1,21 +1,34 @@
-"""transformers renames arguments: each is read under any of its names, and the next change fails here by name."""
+"""Names that transformers changes, the next of which fails here by name; and a version newer than any tested one."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import transformers
 from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import gripvlm
+from gripvlm.cli import main
 from gripvlm.engine.generate import Options
-from gripvlm.models import FAMILIES
-from gripvlm.models.families import takes
-from gripvlm.models.hooks.attention import before_attention
-from gripvlm.models.renamed import CACHE, cache_argument, cache_in, cache_of
+from gripvlm.models import FAMILIES, family_of
+from gripvlm.models.compat import (
+    CACHE,
+    NEWEST_TESTED,
+    OLDEST,
+    cache_argument,
+    cache_in,
+    cache_of,
+    installed,
+    mention_newer,
+    newer_than_tested,
+    takes,
+)
+from gripvlm.models.hooks.calls import attention_hook
 from tiny_families import TINY, build, make
 
 MODEL = {
@@ -56,9 +69,9 @@ def test_every_name_that_gripvlm_uses_is_one_that_transformers_takes(name):
     model = build(name)
     known = takes(model.forward)
     lacking = sorted(MODEL - known)
-    assert not lacking, f"{name}: forward no longer takes {lacking}; it takes {sorted(known)}: see models/renamed.py"
+    assert not lacking, f"{name}: forward no longer takes {lacking}; it takes {sorted(known)}: see models/compat.py"
     caches = [one for one in CACHE if one in known]
-    assert caches, f"{name}: forward takes no cache as {CACHE}; it takes {sorted(known)}: see models/renamed.py"
+    assert caches, f"{name}: forward takes no cache as {CACHE}; it takes {sorted(known)}: see models/compat.py"
     decoder = takes(model.get_decoder().forward)
     assert set(CACHE) & decoder, f"{name}: the decoder takes no cache as {CACHE}; it takes {sorted(decoder)}"
 
@@ -124,21 +137,21 @@ def test_what_is_read_only_where_there_is_one_is_there(name, path):
 @pytest.mark.parametrize("name", TINY)
 def test_everything_that_attention_is_told_is_known(name):
     """A scale, a cap, a bias or a mask under a new name would be left out of the weights that pruners read."""
-    told: dict[str, str] = {}
+    options: dict[str, str] = {}
     model, batch = build(name), make(TINY[name], [1], [7])
 
-    class Listens:
+    class Reader:
         modules: ClassVar[dict[int, int]] = {id(module): 0 for module in model.modules()}
 
-        def look(self, module, query, key, mask, options):
-            told.update((option, type(module).__name__) for option, value in options.items() if value is not None)
-            return mask
+        def before_attention(self, call):
+            given = [option for option, value in call.options.items() if value is not None]
+            options.update(dict.fromkeys(given, type(call.module).__name__))
 
-    with before_attention(Listens()):
+    with attention_hook(Reader()):
         model.generate(**batch.inputs, max_new_tokens=2, do_sample=False)
-    assert told, f"{name}: no attention went through transformers' attention functions"
-    unknown = {option: module for option, module in told.items() if option not in ATTENTION | NO_MATTER}
-    assert not unknown, f"{name}: attention is told {unknown}: does models/attention.py have to heed it?"
+    assert options, f"{name}: no attention went through transformers' attention functions"
+    unknown = {option: module for option, module in options.items() if option not in ATTENTION | NO_MATTER}
+    assert not unknown, f"{name}: attention is told {unknown}: does models/hooks/attention.py have to heed it?"
 
 
 def test_every_option_of_generate_that_is_read_is_one(model, inputs, monkeypatch):
@@ -149,4 +162,48 @@ def test_every_option_of_generate_that_is_read_is_one(model, inputs, monkeypatch
         model.generate(**inputs, max_length=60, do_sample=False)
     assert read >= {"num_beams", "num_return_sequences", "prefill_chunk_size", "assistant_model", "max_length"}
     known = set(vars(GenerationConfig())) | set(inspect.signature(type(model).generate).parameters)
-    assert read <= known, f"generate no longer takes {sorted(read - known)}: see models/decoding.py"
+    assert read <= known, f"generate no longer takes {sorted(read - known)}: see engine/generate.py"
+
+
+@pytest.fixture
+def version(monkeypatch):
+    """Sets the version that transformers says it is."""
+    mention_newer.cache_clear()
+    yield lambda number: monkeypatch.setattr(transformers, "__version__", number)
+    mention_newer.cache_clear()
+
+
+@pytest.mark.parametrize("number", [OLDEST, NEWEST_TESTED, f"{NEWEST_TESTED.rpartition('.')[0]}.99"])
+def test_a_tested_transformers_is_not_mentioned(number, version, caplog):
+    version(number)
+    family_of(build("llava"))
+    assert newer_than_tested() is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("number", ["5.99.0.dev0", "6.0.0"])
+def test_a_newer_transformers_is_mentioned_once_in_one_line(number, version, caplog):
+    version(number)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            family_of(build("llava"))
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("gripvlm", "WARNING")
+    said = record.getMessage()
+    assert said.startswith(
+        f"transformers {number} is newer than {NEWEST_TESTED}, the newest that this gripvlm was tested"
+    )
+    assert f'pip install "transformers=={NEWEST_TESTED}"' in said
+    assert "\n" not in said
+
+
+def test_env_says_what_is_tested(version, capsys):
+    assert main(["env"]) == 0
+    usual = capsys.readouterr().out
+    assert f"(tested: {OLDEST} to {NEWEST_TESTED})" in usual
+    assert "device" in usual
+    assert "is newer than" not in usual or installed() > tuple(map(int, NEWEST_TESTED.split(".")[:2]))
+    version("6.0.0")
+    assert main(["env"]) == 0
+    assert f"transformers 6.0.0 is newer than {NEWEST_TESTED}" in " ".join(capsys.readouterr().out.split())

@@ -1,8 +1,7 @@
-"""What is installed is locked, what is named is tested, and a transformers newer than that is mentioned once."""
+"""What is installed is locked, and what is named is tested."""
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 import sysconfig
@@ -10,24 +9,20 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
-import transformers
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from gripvlm.cli import main
-from gripvlm.models import Family, family_of
-from gripvlm.models.versions import NEWEST_TESTED, OLDEST, installed, mention_newer, newer_than_tested
-from tiny_models import tiny_llava
-from touching import HERE, touches
+from gripvlm.models import Family
+from gripvlm.models.compat import NEWEST_TESTED, OLDEST
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = HERE.parent
+ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LOCKS = {name: ROOT / "locks" / f"{name}.txt" for name in ("gripvlm", "lmms")}
@@ -118,61 +113,4 @@ def test_the_oldest_and_the_newest_that_we_name_are_those_that_are_tested():
     assert variable("VERSION") == OLDEST
     assert tuple(map(int, OLDEST.split(".")[:2])) == Family.since
     newest = max((locked("gripvlm", place)["transformers"] for place in PLACES), key=Version)
-    assert newest == NEWEST_TESTED, "locks/gripvlm.txt has another transformers than gripvlm/models/versions.py"
-
-
-@pytest.fixture
-def version(monkeypatch):
-    """Sets the version that transformers says it is."""
-    mention_newer.cache_clear()
-    yield lambda number: monkeypatch.setattr(transformers, "__version__", number)
-    mention_newer.cache_clear()
-
-
-@pytest.mark.parametrize("number", [OLDEST, NEWEST_TESTED, f"{NEWEST_TESTED.rpartition('.')[0]}.99"])
-def test_a_tested_transformers_is_not_mentioned(number, version, caplog):
-    version(number)
-    family_of(tiny_llava())
-    assert newer_than_tested() is None
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("number", ["5.99.0.dev0", "6.0.0"])
-def test_a_newer_transformers_is_mentioned_once_in_one_line(number, version, caplog):
-    version(number)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            family_of(tiny_llava())
-    (record,) = caplog.records
-    assert (record.name, record.levelname) == ("gripvlm", "WARNING")
-    said = record.getMessage()
-    assert said.startswith(
-        f"transformers {number} is newer than {NEWEST_TESTED}, the newest that this gripvlm was tested"
-    )
-    assert f'pip install "transformers=={NEWEST_TESTED}"' in said
-    assert "\n" not in said
-
-
-def test_env_says_what_is_tested(version, capsys):
-    assert main(["env"]) == 0
-    usual = capsys.readouterr().out
-    assert f"(tested: {OLDEST} to {NEWEST_TESTED})" in usual
-    assert "device" in usual
-    assert "is newer than" not in usual or installed() > tuple(map(int, NEWEST_TESTED.split(".")[:2]))
-    version("6.0.0")
-    assert main(["env"]) == 0
-    assert f"transformers 6.0.0 is newer than {NEWEST_TESTED}" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize("name", ["families", "sizes", "zoo_models", "matrix", "layered", "static_shapes", "kill"])
-def test_files_that_run_models_are_marked(name, request):
-    """Also those that reach transformers through a module beside them, as test_kill does."""
-    assert touches(HERE / f"test_{name}.py")
-    assert touches(request.path)
-    assert request.node.get_closest_marker("transformers")
-
-
-@pytest.mark.parametrize("name", ["policy", "statistics", "zoo_features", "budget"])
-def test_files_that_run_none_are_not(name):
-    assert not touches(HERE / f"test_{name}.py")
+    assert newest == NEWEST_TESTED, "locks/gripvlm.txt has another transformers than gripvlm/models/compat.py"
