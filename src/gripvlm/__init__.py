@@ -19,7 +19,7 @@ _HOME = {
     "Encoded": "gripvlm.models.encoded",
     "Grip": "gripvlm.grip.pruner",
     "GripError": "gripvlm.errors",
-    "LLMPruner": "gripvlm.pruners.llm_base",
+    "LLMPruner": "gripvlm.pruners.base",
     "LLMTokens": "gripvlm.types",
     "Merge": "gripvlm.types",
     "Pruner": "gripvlm.pruners.base",
@@ -79,9 +79,9 @@ if TYPE_CHECKING:
     from gripvlm.grip.scorer import Scorer as Scorer
     from gripvlm.grip.scorer import ScorerConfig as ScorerConfig
     from gripvlm.models.encoded import Encoded as Encoded
+    from gripvlm.pruners.base import LLMPruner as LLMPruner
     from gripvlm.pruners.base import Pruner as Pruner
     from gripvlm.pruners.base import ScorePruner as ScorePruner
-    from gripvlm.pruners.llm_base import LLMPruner as LLMPruner
     from gripvlm.pruners.registry import get_pruner as get_pruner
     from gripvlm.pruners.registry import list_pruners as list_pruners
     from gripvlm.pruners.registry import pruner_names as pruner_names

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import gripvlm
 from gripvlm.errors import PrunerError
 from gripvlm.pruners import Pruner
-from gripvlm.pruners.input.ptp_vision import region_budgets
+from gripvlm.pruners.input.ptp_vision import PTPVision
 from gripvlm.pruners.llm.ptp import PTP
 from gripvlm.pruners.ops.apportion import nearest
 from gripvlm.types import Selection, VisionRows, VisualTokens
@@ -28,9 +28,9 @@ class Uneven(Pruner):
     name: ClassVar[str] = "uneven"
     wrong: str = ""
 
-    def allocate_budget(self, sample):
-        total = sum(tokens.keep for tokens in sample)
-        counts = [1] * (len(sample) - 1) + [total - len(sample) + 1]
+    def allocate_budget(self, images, num_layers):
+        total = sum(tokens.keep for tokens in images)
+        counts = [1] * (len(images) - 1) + [total - len(images) + 1]
         return {"": counts, "sum": [k + 1 for k in counts], "zero": [0, *counts[1:]], "length": counts[:-1]}[self.wrong]
 
     def select(self, tokens):
@@ -93,10 +93,10 @@ def test_regions_share_what_goes_on_after_the_cut(keep):
     images = [
         VisualTokens(torch.randn(576, 4, generator=noise), keep, vision={-2: VisionRows(received)}) for received in rows
     ]
-    counts = PTP().allocate_budget_over(images, 32)
+    counts = PTP().allocate_budget(images, 32)
     assert sum(counts) == 3 * keep
     after = [PTP().schedule(576, count, 32)[2] for count in counts]
     asked = PTP().schedule(576, keep, 32)[2]
-    shares = region_budgets([replace(tokens, keep=asked) for tokens in images], "mean_saliency", -1)
+    shares = PTPVision().allocate_budget([replace(tokens, keep=asked) for tokens in images], 32)
     assert all(abs(one - other) <= 1 for one, other in zip(after, shares, strict=True))
     assert counts[0] < counts[1] or keep == 37

@@ -182,10 +182,6 @@ def test_choices_inside_the_layers_at_every_count(spec, name):
     for layer, tokens in spy.shown:
         for count in range(1, tokens.n + 1):
             answer = spy.inner.select_at_layer(layer, replace(tokens, keep=count))
-            if isinstance(answer, torch.Tensor):
-                answer = Selection(answer, tokens.n)
-            elif isinstance(answer, tuple):
-                answer = Selection(answer[0], tokens.n, merge=answer[1])
             sound(answer, tokens.n, count)
 
 
@@ -200,7 +196,7 @@ def test_schedules_reach_every_budget_that_they_do_not_refuse(spec, layers):
             try:
                 plan = pruner.schedule(n, keep, layers)
             except BudgetError as error:
-                refused.append((keep, int(str(error).partition("type keep=")[2].split()[0])))
+                refused.append((keep, int(str(error).partition("pass keep=")[2].split()[0])))
                 continue
             counts = [n]
             for layer in range(layers):

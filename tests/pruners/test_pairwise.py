@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from gripvlm.pruners import get_pruner
-from gripvlm.pruners.input.cdpruner import SPENT
+from gripvlm.pruners.input.cdpruner import EPS
 from gripvlm.pruners.ops import pairwise as together
 from gripvlm.types import VisionRows, VisualTokens
 
@@ -47,12 +47,12 @@ def cdpruner(pruner, tokens: VisualTokens) -> list[int]:
     left, chosen = cosine.diagonal().clone(), []
     factor = rows.new_zeros(tokens.keep, tokens.n)
     for step in range(tokens.keep):
-        gain = torch.where(left > SPENT, quality.square() * left, quality - quality.max() - 1)
+        gain = torch.where(left > EPS, quality.square() * left, quality - quality.max() - 1)
         gain[chosen] = -torch.inf
         pick = int(gain.argmax())
         chosen.append(pick)
         part = cosine[pick] - (factor[:step, pick, None] * factor[:step]).sum(dim=0)
-        if left[pick] > SPENT:
+        if left[pick] > EPS:
             factor[step] = part * left[pick].rsqrt()
         left = left - factor[step].square()
     return sorted(chosen)
@@ -126,7 +126,7 @@ def test_many_tokens_as_well(spec):
 
 @pytest.mark.parametrize("side", [1, 3, 4, 9, 256])
 def test_products_are_symmetric_to_the_bit_whatever_the_strips(monkeypatch, side):
-    monkeypatch.setattr(together, "SIDE", side)
+    monkeypatch.setattr(together, "STRIP", side)
     each = [torch.randn(n, 7, generator=torch.Generator().manual_seed(n)) for n in (9, 4, 8)]
     whole = together.products(each)
     assert whole.shape == (3, 9, 9)
@@ -141,7 +141,7 @@ def test_products_are_symmetric_to_the_bit_whatever_the_strips(monkeypatch, side
 
 def test_batches_have_room(monkeypatch):
     images = [image(n, 1, 0, 0) for n in (4, 4, 10, 3, 3, 3)]
-    monkeypatch.setattr(together, "MOST", 100)
+    monkeypatch.setattr(together, "MAX_ELEMENTS", 100)
     assert [[tokens.n for tokens in some] for some in together.batches(images)] == [[4, 4], [10], [3, 3, 3]]
     assert list(together.batches([])) == []
     kept = [replace(tokens, keep=tokens.n) for tokens in images]

@@ -52,7 +52,7 @@ def test_the_list_is_whole_with_a_line_for_each_that_fails(broken, capsys):
         "empty": "AttributeError",
         "odd": "ZeroDivisionError",
     }.items():
-        assert f"pruner '{name}' cannot be had, as grip_plugin_{name}:Mine fails ({said}" in text
+        assert f"pruner '{name}' cannot be loaded, as grip_plugin_{name}:Mine fails ({said}" in text
     rows = {row.name: row for row in list_pruners()}
     assert {name for name, row in rows.items() if row.fault} == {*BROKEN, "no_colon"}
     assert rows["fine"].stage == rows["norm"].stage
@@ -60,7 +60,7 @@ def test_the_list_is_whole_with_a_line_for_each_that_fails(broken, capsys):
 
 @pytest.mark.parametrize("name", [*(name for name in BROKEN if name != "odd"), "no_colon"])
 def test_asked_for_by_name_it_says_so(broken, name):
-    with pytest.raises(PrunerError, match=f"pruner '{name}' cannot be had.*mend or uninstall the package"):
+    with pytest.raises(PrunerError, match=f"pruner '{name}' cannot be loaded.*fix or uninstall the package"):
         get_pruner(name)
 
 

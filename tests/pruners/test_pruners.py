@@ -286,12 +286,12 @@ def test_the_list_says_what_each_needs():
             lambda: get_pruner("random:sead=3"),
             r"'random' has no option 'sead': did you mean 'seed'\? its options are seed=0",
         ),
-        (lambda: get_pruner("grid:seed=3"), "'grid' has no option 'seed': it has none: type 'grid' alone"),
-        (lambda: get_pruner("random:seed=abc"), "takes seed as a whole number, got 'abc': type random:seed=0"),
-        (lambda: get_pruner("random:seed=1.5"), "takes seed as a whole number, got 1.5"),
-        (lambda: get_pruner("random", seed="3"), "takes seed as a whole number, got '3'"),
-        (lambda: get_pruner("random:seed=True"), "takes seed as a whole number, got True"),
-        (lambda: get_pruner("random:3"), "type name:option=value"),
+        (lambda: get_pruner("grid:seed=3"), "'grid' has no option 'seed': it has none: use 'grid' alone"),
+        (lambda: get_pruner("random:seed=abc"), "takes seed as int, got 'abc': use random:seed=0"),
+        (lambda: get_pruner("random:seed=1.5"), "takes seed as int, got 1.5"),
+        (lambda: get_pruner("random", seed="3"), "takes seed as int, got '3'"),
+        (lambda: get_pruner("random:seed=True"), "takes seed as int, got True"),
+        (lambda: get_pruner("random:3"), "use name:option=value"),
         (
             lambda: get_pruner("given"),
             r"'given' needs scores .*Tensor.*from Python, get_pruner\('given', scores=\.\.\.\)",
@@ -350,17 +350,17 @@ def test_options_are_read_as_their_annotations_say(others):
     assert get_pruner("tuned", share=1, rows=[1, 2]).rows == [1, 2]
     assert get_pruner("plain:share=x,more=2") == ("x", {"more": 2})
     row = next(row for row in list_pruners() if row.name == "tuned")
-    assert [str(option) for option in row.options][:2] == ["share (a number)", "mode=soft"]
+    assert [str(option) for option in row.options][:2] == ["share (float)", "mode=soft"]
     assert [option.name for option in row.options if not option.typeable] == ["rows"]
 
 
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("tuned", r"'tuned' needs share \(a number\): type tuned:share=\.\.\."),
-        ("tuned:share=much", "takes share as a number, got 'much'$"),
-        ("tuned:share=1,mode=odd", "takes mode as 'soft' or 'hard', got 'odd': type tuned:mode=soft"),
-        ("tuned:share=1,flag=1", "takes flag as True or False, got 1"),
+        ("tuned", r"'tuned' needs share \(float\): use tuned:share=\.\.\."),
+        ("tuned:share=much", "takes share as float, got 'much'$"),
+        ("tuned:share=1,mode=odd", r"takes mode as Literal\['soft', 'hard'\], got 'odd': use tuned:mode=soft"),
+        ("tuned:share=1,flag=1", "takes flag as bool, got 1"),
         ("tuned:share=1,rows=3", "rows=.*cannot be typed in a name: it is for use from Python"),
     ],
 )

@@ -20,12 +20,12 @@ from gripvlm.pruners.input.cdpruner import CDPruner
 from gripvlm.pruners.input.divprune import DivPrune
 from gripvlm.pruners.input.svd_prune import SVDPrune
 from gripvlm.pruners.ops.apportion import apportion
-from gripvlm.pruners.registry import split_specs
 from gripvlm.pruners.wrappers.ensemble import Ensemble, mid_ranks
 from gripvlm.pruners.wrappers.mmr import MMR
 from gripvlm.pruners.wrappers.split import Split
 from gripvlm.pruners.wrappers.spread import Spread
 from gripvlm.types import Selection, VisualTokens
+from gripvlm.utils.spec import split_specs
 from naive import cosine
 
 
@@ -82,8 +82,8 @@ def test_svd_prune_adaptive_shares_by_count():
     sample = [VisualTokens(flat, 4), VisualTokens(rich, 4)]
     plain, adaptive = SVDPrune(), SVDPrune(adaptive=True)
     counts = [plain.count(flat), plain.count(rich)]
-    assert list(plain.allocate_budget(sample)) == [4, 4]
-    assert adaptive.allocate_budget(sample) == apportion(8, counts, [8, 8])
+    assert list(plain.allocate_budget(sample, 1)) == [4, 4]
+    assert adaptive.allocate_budget(sample, 1) == apportion(8, counts, [8, 8])
     assert plain.count(flat) == 8  # equal rows have equal leverage 1/8: 7/8 < 0.9
 
 
@@ -209,13 +209,13 @@ def test_ensemble_averages_ranks():
 def test_split_shares_one_budget():
     same, mixed = torch.ones(6, 4), torch.eye(4)[[0, 1, 2, 3, 0, 1]]
     sample = [VisualTokens(same, 3, image=0), VisualTokens(mixed, 3, image=1)]
-    assert Split("norm").allocate_budget(sample) == [1, 5]  # equal rows: weight 0, but one row at least
-    assert Split("norm", "tokens").allocate_budget(sample) == [3, 3]
-    assert Split("norm", "scores").allocate_budget([VisualTokens(same, 3), VisualTokens(same * 2, 3)]) == [2, 4]
+    assert Split("norm").allocate_budget(sample, 1) == [1, 5]  # equal rows: weight 0, but one row at least
+    assert Split("norm", "tokens").allocate_budget(sample, 1) == [3, 3]
+    assert Split("norm", "scores").allocate_budget([VisualTokens(same, 3), VisualTokens(same * 2, 3)], 1) == [2, 4]
     assert Split("norm").select(sample[0]).indices.tolist() == [0, 1, 2]
-    assert Norm().allocate_budget(sample) == [3, 3]
+    assert Norm().allocate_budget(sample, 1) == [3, 3]
     with pytest.raises(PrunerError, match="scores >= 0"):
-        Split(Given([[-torch.ones(6)]]), "scores").allocate_budget(sample[:1])
+        Split(Given([[-torch.ones(6)]]), "scores").allocate_budget(sample[:1], 1)
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(0, 5)), min_size=1, max_size=9), st.data())
@@ -256,14 +256,14 @@ def test_wrappers_on_the_command_line():
     ("spec", "says"),
     [
         ("mmr(norm", "cannot read"),
-        ("mmr()", r"type wrapper\(pruner\)"),
+        ("mmr()", r"use wrapper\(pruner\)"),
         ("mmr(norm)x", "cannot read"),
         ("mmr(nrom)", "unknown pruner 'nrom': did you mean 'norm'"),
         ("mmr(norm,grid)", "takes one pruner, got 2"),
-        ("mmr(norm):balance=2", "must be in"),
+        ("mmr(norm):balance=2", "balance=0.5, in"),
         ("norm(grid)", "'norm' has no option 'inner'"),
-        ("ensemble(norm,grid):weights=(1,)", "2 pruners need 2 positive weights"),
-        ("split(norm):by=size", "by='size' is unknown"),
+        ("ensemble(norm,grid):weights=(1,)", "one above 0 for each of the 2 pruners"),
+        ("split(norm):by=size", "by=tokens.scores.variety; got Split"),
         ("mmr(fastv)", "'fastv' drops them at llm"),
         ("cdpruner:theta=1", "theta=0.5"),
         ("svd_prune:energy=0", "energy=0.9"),

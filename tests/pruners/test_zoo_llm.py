@@ -25,10 +25,8 @@ from gripvlm.pruners.llm.pumer import PuMer
 from gripvlm.pruners.llm.pyramiddrop import PyramidDrop
 from gripvlm.pruners.llm.sparsevlm import SparseVLM, raters
 from gripvlm.pruners.llm.vscan import VScan
-from gripvlm.pruners.llm_base import average
-from gripvlm.pruners.ops.clusters import density_peaks
-from gripvlm.pruners.ops.depths import at_depths
-from gripvlm.pruners.ops.matching import soft_matching
+from gripvlm.pruners.ops.merging import density_peaks, soft_matching
+from gripvlm.pruners.ops.schedules import average_tokens, same_depths
 from gripvlm.types import LLMTokens, Selection, VisualTokens
 from second import falling
 
@@ -120,11 +118,11 @@ def test_schedules_pay_for_what_was_asked(name, data, n, layers):
     try:
         plan = checked_schedule(pruner, tokens, layers)
     except BudgetError as error:
-        least = int(str(error).split("type keep=")[1].split(" ")[0])
+        least = int(str(error).split("pass keep=")[1].split(" ")[0])
         assert keep < least <= n  # and what it says to type does work
         checked_schedule(pruner, VisualTokens(torch.zeros(n, 1), least), layers)
     else:
-        assert average(n, plan, layers) == pytest.approx(keep, abs=0.5)
+        assert average_tokens(n, plan, layers) == pytest.approx(keep, abs=0.5)
 
 
 @pytest.mark.parametrize("name", IN_LAYERS)
@@ -150,7 +148,7 @@ def test_exactly_k_and_repeatable(name, grid, seed, words, data):
 def test_published_schedules():
     assert [FastV().schedule(576, k, 32) for k in (192, 128, 64)] == [{2: 166}, {2: 98}, {2: 30}]
     assert [FastV(3).schedule(576, k, 32) for k in (192, 128, 64)] == [{3: 152}, {3: 82}, {3: 11}]
-    assert average(576, {8: 288, 16: 144, 24: 72}, 32) == 270
+    assert average_tokens(576, {8: 288, 16: 144, 24: 72}, 32) == 270
     assert PyramidDrop().schedule(576, 270, 32) == {8: 288, 16: 144, 24: 72}
     assert list(SparseVLM().schedule(576, 192, 32)) == [3, 7, 16]  # what it costs: test_authors_choices.py
     assert VScan().schedule(576, 64, 32) == {0: 96, 16: 32}
@@ -161,11 +159,11 @@ def test_published_schedules():
 
 
 def test_cuts_keep_their_relative_depth():
-    assert at_depths((8, 16, 24), 32, 32) == [8, 16, 24]
-    assert at_depths((8, 16, 24), 32, 28) == [7, 14, 21]
-    assert at_depths((2, 6, 15), 32, 5) == [1, 2, 3]
-    assert at_depths((2, 6, 15), 32, 2) == [1]
-    assert at_depths((2, 5, 8), 12, 32) == [5, 13, 21]
+    assert same_depths((8, 16, 24), 32, 32) == [8, 16, 24]
+    assert same_depths((8, 16, 24), 32, 28) == [7, 14, 21]
+    assert same_depths((2, 6, 15), 32, 5) == [1, 2, 3]
+    assert same_depths((2, 6, 15), 32, 2) == [1]
+    assert same_depths((2, 5, 8), 12, 32) == [5, 13, 21]
 
 
 # --- what each one computes ----------------------------------------------------------------------

@@ -192,12 +192,12 @@ def test_hired_spends_where_the_thumbnail_looks():
     early[9] = 2.0  # tile 2
     tiles = [made(4, 4, 4, seed=i, image=i) for i in range(4)]
     thumbnail = VisualTokens(torch.zeros(16, 2), 4, (4, 4), vision=attention(early.tolist(), 0))
-    shares = HiRED(layout=(2, 2)).allocate_budget([*tiles, thumbnail])
+    shares = HiRED(layout=(2, 2)).allocate_budget([*tiles, thumbnail], 1)
     assert shares == [*apportion(10, [4, 2, 2, 0], [16] * 4), 10]  # floor(0.5 x 20) for the thumbnail
     assert shares == [5, 2, 2, 1, 10]
-    assert HiRED().allocate_budget([*tiles, thumbnail]) == [4] * 5
+    assert HiRED().allocate_budget([*tiles, thumbnail], 1) == [4] * 5
     with pytest.raises(PrunerError, match="means 4 tiles and a thumbnail, but this prompt has 3 items"):
-        HiRED(layout=(2, 2)).allocate_budget(tiles[:3])
+        HiRED(layout=(2, 2)).allocate_budget(tiles[:3], 1)
     tokens = made(3, 4, 5)
     assert HiRED().select(tokens).indices.tolist() == sorted(falling(cls(tokens, -2))[:5])
     assert (HiRED().vision_layers, get_pruner("hired:layout=(1,2)").vision_layers) == ((-2,), (0, -2))
@@ -310,13 +310,13 @@ def scaled(values: list[float]) -> list[float]:
 def test_ptp_shares_among_tiles():
     tiles = [made(3, 3, 4, seed=i, image=i) for i in range(3)]
     weights = [sum(scaled(cls(tile, -2))) / 9 for tile in tiles]
-    assert PTPVision().allocate_budget(tiles) == apportion(12, weights, [9] * 3)
+    assert PTPVision().allocate_budget(tiles, 1) == apportion(12, weights, [9] * 3)
     means = [tile.features.double().mean(0) for tile in tiles]
     towards = [math.exp(cosine(mean, means[2])) for mean in means]
-    assert PTPVision("global_similarity").allocate_budget(tiles) == apportion(12, towards, [9] * 3)
+    assert PTPVision("global_similarity").allocate_budget(tiles, 1) == apportion(12, towards, [9] * 3)
     best = sorted(falling(cls(tiles[0], -2))[:4])
     assert PTPVision().select(tiles[0]).indices.tolist() == best
-    with pytest.raises(PrunerError, match="region_rule='mean'"):
+    with pytest.raises(PrunerError, match="region_rule=mean_saliency"):
         PTPVision("mean")
 
 
@@ -344,8 +344,8 @@ def test_one_ranking_serves_every_budget(pruner):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("fopru:strategy=column", "strategy='column' is unknown"),
-        ("visionzip:contextual=2", "contextual=2 must be in"),
+        ("fopru:strategy=column", "strategy=rank or strategy=row"),
+        ("visionzip:contextual=2", "contextual=0.15625, in"),
         ("vispruner:step=0", "step=8, at least 1"),
         ("prumerge:uniform=2", "uniform=0.75"),
         ("hired:layout=(0,2)", "rows and columns"),

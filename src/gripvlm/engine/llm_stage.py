@@ -197,10 +197,6 @@ class LLMStage:
     @torch.no_grad()
     def _ask(self, cut: int, tokens: LLMTokens) -> Selection:
         answer = self.pruner.select_at_layer(cut, tokens)
-        if isinstance(answer, Tensor):
-            answer = Selection(answer, tokens.n)
-        elif isinstance(answer, tuple) and len(answer) == 2:
-            answer = Selection(answer[0], tokens.n, merge=answer[1])
         where = f"image {tokens.image} of sample {tokens.sample} before layer {cut}"
         return checked_selection(self.pruner.name, answer, tokens.n, tokens.keep, tokens.rows.device, where)
 

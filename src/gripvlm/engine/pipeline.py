@@ -260,10 +260,7 @@ def _allotted(model: Any, pruner: Pruner, images: list[VisualTokens]) -> list[Vi
     """A sample's images with the budgets that the pruner moves between them; their sum is what was asked."""
     if not images or not hasattr(pruner, "allocate_budget"):  # an object of the caller's own may do without
         return images
-    if isinstance(pruner, LLMPruner):
-        counts = list(pruner.allocate_budget_over(images, len(model.get_decoder().layers)))
-    else:
-        counts = list(pruner.allocate_budget(images))
+    counts = list(pruner.allocate_budget(images, len(getattr(model.get_decoder(), "layers", ()))))
     asked = [tokens.keep for tokens in images]
     fits = len(counts) == len(images) and all(1 <= k <= tokens.n for k, tokens in zip(counts, images, strict=True))
     if not fits or sum(counts) != sum(asked):

@@ -22,10 +22,10 @@ from gripvlm.models.text import placeholder
 from gripvlm.models.tower_rows import Asked, Merging
 from gripvlm.models.wrapped import device_of
 from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
-from gripvlm.pruners.base import NEEDS
-from gripvlm.pruners.llm_base import LLM_NEEDS, average
-from gripvlm.pruners.options import options_of
+from gripvlm.pruners.base import LLM_NEEDS, NEEDS
+from gripvlm.pruners.ops.schedules import average_tokens
 from gripvlm.types import VisualTokens
+from gripvlm.utils.spec import options_of
 
 __all__ = [
     "ENCODED",
@@ -186,8 +186,8 @@ def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> di
     counts = [tokens.n, *(plan[layer] for layer in sorted(plan))]
     if counts[-1] < 1 or counts != sorted(counts, reverse=True):
         raise wrong(f"must go down from {tokens.n}, to 1 at least")
-    if abs(average(tokens.n, plan, layers) - tokens.keep) > 0.5:
-        paid = average(tokens.n, plan, layers)
+    if abs(average_tokens(tokens.n, plan, layers) - tokens.keep) > 0.5:
+        paid = average_tokens(tokens.n, plan, layers)
         raise wrong(f"pays for {paid:.1f} rows on average over {layers} layers, but the budget is {tokens.keep}")
     return dict(plan)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +11,6 @@ from torch import Tensor
 from gripvlm.pruners.base import Pruner
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.batching import onto
-
-__all__ = ["Grid", "lattice"]
 
 
 def lattice(grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
@@ -48,11 +45,11 @@ class Grid(Pruner):
     so its choice is known from the image's size alone.
     """
 
-    name: ClassVar[str] = "grid"
-    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
-    source: ClassVar[str] = "baseline: uniform sub-sampling"
+    name = "grid"
+    needs = frozenset({"grid"})
+    source = "baseline: uniform sub-sampling"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        assert tokens.grid is not None  # promised by `needs`
+        assert tokens.grid is not None
         indices, _ = lattice(tokens.grid, tokens.keep)
         return Selection(onto(indices, tokens.features.device), tokens.n, sound=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -11,8 +10,6 @@ from gripvlm.pruners.base import Pruner
 from gripvlm.pruners.baselines.grid import lattice
 from gripvlm.types import Merge, Selection, VisualTokens
 from gripvlm.utils.batching import onto
-
-__all__ = ["Pool"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +25,12 @@ class Pool(Pruner):
     2. An anchor's own cell always belongs to it, so no mean is empty.
     """
 
-    name: ClassVar[str] = "pool"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "grid"})
-    source: ClassVar[str] = "baseline: average pooling"
+    name = "pool"
+    needs = frozenset({"features", "grid"})
+    source = "baseline: average pooling"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        assert tokens.grid is not None  # promised by `needs`
+        assert tokens.grid is not None
         h, w = tokens.grid
         anchors, centres = lattice(tokens.grid, tokens.keep)
         y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")

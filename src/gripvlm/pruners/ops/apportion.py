@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["apportion", "nearest"]
-
 
 def apportion(total: int, weights: Sequence[float], caps: Sequence[int], least: int = 1) -> list[int]:
     """Counts with sum `total`, least <= count_i <= caps_i, near total x weight_i / sum of weights.
