@@ -366,9 +366,9 @@ class Wrong(FastV):
 @pytest.mark.parametrize(
     ("pruner", "says"),
     [
-        (Wrong(answer=torch.arange(5)), r"before layer 2: returned 5 indices, but the budget is exactly 8 of 16"),
+        (Wrong(answer=Selection(torch.arange(5), 16)), r"before layer 2: returned 5 indices, but the budget is exactly 8 of 16"),
         (Wrong(answer="x"), "returned a str"),
-        (Wrong(answer=torch.arange(8).flip(0)), "ascending"),
+        (Wrong(answer=Selection(torch.arange(8).flip(0), 16)), "ascending"),
         (Wrong(answer=Selection(torch.arange(8), 16, torch.full((16,), torch.nan))), "16 of 16 scores are NaN"),
         (Wrong(plan={2: 3}), "pays for 9.5 rows on average over 4 layers, but the budget is 12"),
         (Wrong(plan={2: 17}), "must go down from 16"),
