@@ -366,7 +366,10 @@ class Wrong(FastV):
 @pytest.mark.parametrize(
     ("pruner", "says"),
     [
-        (Wrong(answer=Selection(torch.arange(5), 16)), r"before layer 2: returned 5 indices, but the budget is exactly 8 of 16"),
+        (
+            Wrong(answer=Selection(torch.arange(5), 16)),
+            r"before layer 2: returned 5 indices, but the budget is exactly 8 of 16",
+        ),
         (Wrong(answer="x"), "returned a str"),
         (Wrong(answer=Selection(torch.arange(8).flip(0), 16)), "ascending"),
         (Wrong(answer=Selection(torch.arange(8), 16, torch.full((16,), torch.nan))), "16 of 16 scores are NaN"),

@@ -32,10 +32,10 @@ class KeepAll(Pruner):
             raise self.refused(f"a budget of {tokens.keep} of {tokens.n}")
         return Selection(torch.arange(tokens.n, device=tokens.features.device), tokens.n, sound=True)
 
-    def refused(self, asked: str) -> BudgetError:
-        """What is said to a budget that would drop tokens."""
+    def refused(self, budget: str) -> BudgetError:
+        """The error for a budget that would drop tokens."""
         return BudgetError(
-            f"pruner {self.name!r} keeps every visual token, so {asked} cannot be met: leave keep out (or pass "
+            f"pruner {self.name!r} keeps every visual token, so {budget} cannot be met: leave keep out (or pass "
             "1.0), or choose a pruner that drops tokens, such as divprune"
         )
 
@@ -45,4 +45,4 @@ class Full(KeepAll):
     """`KeepAll` under the name that results give it."""
 
     name = "full"
-    source = "no pruning: keep_all by the name that tables give it"
+    source = "no pruning: alias of keep_all"

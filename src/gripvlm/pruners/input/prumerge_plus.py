@@ -1,4 +1,4 @@
-"""PruMerge+: PruMerge with evenly spread tokens beside the salient ones."""
+"""PruMerge+: evenly spread tokens beside the salient ones, and what resembles them merged in."""
 
 from __future__ import annotations
 
