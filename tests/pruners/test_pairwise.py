@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from gripvlm.pruners import get_pruner
 from gripvlm.pruners.input.cdpruner import EPS
 from gripvlm.pruners.ops import pairwise as together
-from gripvlm.types import VisionRows, VisualTokens
+from gripvlm.types import VisualTokens
 
 METHODS = [
     "divprune",
@@ -22,8 +22,6 @@ METHODS = [
     "cdpruner:theta=0.5",
     "mmr(norm)",
     "mmr(norm):balance=0",
-    "vispruner",
-    "vispruner:important=0.2,step=3",
 ]
 
 
@@ -72,20 +70,7 @@ def mmr(pruner, tokens: VisualTokens) -> list[int]:
     return sorted(chosen)
 
 
-def vispruner(pruner, tokens: VisualTokens) -> list[int]:
-    """With a product of its own in every round."""
-    order = torch.sort(tokens.vision[-2].received.mean(0), descending=True, stable=True).indices
-    first = int(pruner.important * tokens.keep + 1e-9)
-    rest = order[first:] if tokens.keep > first else order[:0]
-    rows = normalize(tokens.patches.float(), dim=-1)
-    while (over := rest.numel() - (tokens.keep - first)) > 0:
-        alike = (rows[rest[::2]] @ rows[rest[1::2]].T).amax(dim=1)
-        stays = torch.sort(alike, descending=True, stable=True).indices[min(pruner.step, over) :]
-        rest = torch.cat((rest[::2][stays], rest[1::2]))
-    return sorted([*order[:first].tolist(), *rest.tolist()])
-
-
-ONE_BY_ONE = {"divprune": divprune, "cdpruner": cdpruner, "mmr": mmr, "vispruner": vispruner}
+ONE_BY_ONE = {"divprune": divprune, "cdpruner": cdpruner, "mmr": mmr}
 
 
 def image(n: int, keep: int, seed: int, repeats: int) -> VisualTokens:
@@ -95,10 +80,7 @@ def image(n: int, keep: int, seed: int, repeats: int) -> VisualTokens:
     rows[n - repeats :] = rows[:repeats]
     if n > 4:
         rows[n // 2] = 0
-    seen = VisionRows(torch.rand(2, n, generator=random))
-    question = torch.randn(2, 6, generator=random)
-    # distinct patches: between copies the order of a product decides
-    return VisualTokens(rows, keep, question=question, vision={-2: seen}, patches=torch.randn(n, 6, generator=random))
+    return VisualTokens(rows, keep, question=torch.randn(2, 6, generator=random))
 
 
 @pytest.mark.parametrize("spec", METHODS)
