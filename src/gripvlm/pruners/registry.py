@@ -246,7 +246,8 @@ def _sources() -> dict[str, Any]:
 def _load(name: str) -> Any:
     """The class or function behind a name."""
     source: Any = _BUILT_IN.get(name) or _registered.get(name)
-    if source is None:  # only now, as looking through all that is installed takes milliseconds
+    # Only now, as looking through all that is installed takes milliseconds.
+    if source is None:
         sources = _sources()
         if name not in sources:
             hint = did_you_mean(name, sources)

@@ -26,6 +26,7 @@ def lattice(grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
         centres [k, 2] float (y, x) in cells, cell (a, b) covering [a, a+1) x [b, b+1).
     """
     h, w = grid
+    # At least ceil(k / w) rows, else one of them would need more points than it has cells.
     rows = min(h, k, max(math.floor(math.sqrt(k * h / w) + 0.5), -(-k // w)))
     points = []
     for i in range(rows):

@@ -32,11 +32,13 @@ class Pool(Pruner):
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.grid is not None
         h, w = tokens.grid
+        # All on the host: sizes alone decide, and nothing has to wait for the device.
         anchors, centres = lattice(tokens.grid, tokens.keep)
         y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
         cells = torch.stack((y.flatten(), x.flatten()), dim=-1)  # [n, 2]
         squared = (cells[:, None] - centres[None]).square().sum(-1)  # [n, k]
         slot = squared.argmin(dim=-1)  # [n]
+        # On a crowded lattice an anchor's own cell may lie nearer to another point: its mean would be empty.
         slot[anchors] = torch.arange(tokens.keep)
         size = torch.bincount(slot, minlength=tokens.keep)
         device = tokens.features.device

@@ -38,5 +38,6 @@ class Random(ScorePruner):
         identity = f"{self.seed}/{tokens.key}/{tokens.image}/{tokens.n}".encode()
         state = int.from_bytes(hashlib.blake2b(identity, digest_size=7).digest(), "little")
         generator = torch.Generator().manual_seed(state)
-        ranks = torch.randperm(tokens.n, generator=generator)  # on the CPU: the same on every device
+        # Drawn on the CPU: generators of devices differ.
+        ranks = torch.randperm(tokens.n, generator=generator)
         return ranks.float().to(tokens.features.device)

@@ -112,6 +112,7 @@ class CDPruner(GreedyPruner):
             pick = torch.where(left > EPS, square * left, spent).argmax(dim=1)
             picks[:, step] = pick
             spent.scatter_(1, pick[:, None], -torch.inf)
+            # One more row of the Cholesky factor: what the pick explains of every token beyond the ones before.
             known = factor[batch, :step, pick]  # [B, step]
             part = cosine[batch, pick] - (known[..., None] * factor[:, :step]).sum(dim=1)
             own = threshold(left.gather(1, pick[:, None]), EPS, torch.inf)

@@ -40,6 +40,7 @@ class DivPrune(GreedyPruner):
         batch = torch.arange(len(images), device=distance.device)
         most = max(tokens.keep for tokens in images)
         picks = torch.empty(len(images), most, dtype=torch.long, device=distance.device)
+        # The paper's first token: the one whose nearest other token is farthest.
         picks[:, 0] = distance.amin(dim=2).masked_fill(padding, -torch.inf).argmax(dim=1)
         nearest = torch.full_like(distance[:, 0], torch.inf).masked_fill(padding, -torch.inf)  # [B, n], to the picked
         for step in range(1, most):

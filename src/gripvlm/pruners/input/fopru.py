@@ -51,6 +51,7 @@ class FoPru(ScorePruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         rows = tokens.vision[-2]
+        # Without a CLS token all that patches give goes to patches, so each gives the same.
         if rows.given is None or rows.patch_received is None:
             took = received_attention(tokens, -2)
             gave = torch.full_like(took, 1 / tokens.n)

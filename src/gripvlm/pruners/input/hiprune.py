@@ -52,6 +52,7 @@ class HiPrune(Pruner):
         deep, k = received_attention(tokens, self.deep), tokens.keep
         anchors = top_k(received_attention(tokens, self.middle), min(k // 5, round(k * self.alpha / 5)))
         kept = torch.zeros_like(deep, dtype=torch.bool)
+        # Clamped, not wrapped or dropped: as the authors' code treats neighbours outside of the raster.
         for step in (0, -1, 1, -tokens.grid[1], tokens.grid[1]):
             kept[(anchors + step).clamp(0, tokens.n - 1)] = True
         fill_best(kept, descending(deep), k - int(kept.sum()))

@@ -53,6 +53,7 @@ class MustDrop(Pruner):
         assert tokens.grid is not None
         scores = cls_attention(tokens, -1)
         merged = self._alike(tokens, top_k(scores, math.ceil(self.keys * tokens.n - 1e-9)))  # [w, 9]
+        # A merged window competes as its centre, with its mean; its other eight tokens are out.
         value = scores.clone()
         value[merged.flatten()] = -torch.inf
         value[merged[:, 4]] = scores[merged].mean(dim=1)

@@ -56,6 +56,7 @@ class PruMerge(Pruner):
     def _anchors(self, attention: Tensor, k: int) -> Tensor:
         """[n] bool: the k rows that are kept for themselves."""
         kept = torch.zeros_like(attention, dtype=torch.bool)
+        # At least one row by attention, whatever `uniform` is.
         evenly = min(k - 1, int(self.uniform * k + 0.5))
         kept[top_k(attention, k - evenly)] = True
         rest = (~kept).nonzero().flatten()
@@ -74,6 +75,7 @@ class PruMerge(Pruner):
         slots = torch.searchsorted(indices, anchors)
         keys = normalize(tower_keys(tokens, -1), dim=-1)
         alike = keys[anchors] @ keys.T  # [k', n]
+        # No row is its own neighbour, but kept rows may be neighbours of each other.
         alike[torch.arange(anchors.numel()), anchors] = -torch.inf
         size = min(self.neighbours, n - 1)
         near = torch.sort(alike, dim=1, descending=True, stable=True).indices[:, :size]

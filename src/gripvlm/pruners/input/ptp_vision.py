@@ -29,6 +29,7 @@ def best_of_regions(scores: Tensor, base: Tensor, k: int, grid: tuple[int, int] 
     region = window_numbers((h, w), (-(-h // windows), -(-w // windows)), scores.device)
     size = torch.bincount(region)
     mass = torch.zeros_like(size, dtype=torch.float).index_add_(0, region, base) / size
+    # With fewer tokens than regions some regions get none.
     quota = torch.tensor(apportion(k, mass.tolist(), size.tolist(), least=int(k >= size.numel())))
     return rank_in_group(scores, region) < quota.to(region.device)[region]
 

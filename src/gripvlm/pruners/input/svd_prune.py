@@ -53,6 +53,7 @@ class SVDPrune(ScorePruner):
         rows = features.float()
         if self.centre:
             rows = rows - rows.mean(dim=0)
+        # The smaller of the two Gram matrices has all directions, and is far cheaper to decompose than F.
         wide = rows.shape[0] <= rows.shape[1]
         values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)  # descending

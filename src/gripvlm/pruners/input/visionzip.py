@@ -55,11 +55,13 @@ class VisionZip(Pruner):
         if not contextual:
             return Selection(kept.nonzero().flatten(), tokens.n, scores)
         rest = (~kept).nonzero().flatten()
+        # Evenly over the image: every s-th of those that are left, as in the code.
         targets = rest[:: rest.numel() // contextual][:contextual].contiguous()
         kept[targets] = True
         source, indices = (~kept).nonzero().flatten(), kept.nonzero().flatten()
         keys = normalize(tower_keys(tokens, -2), dim=-1)
         target = (keys[source] @ keys[targets].T).argmax(dim=1)  # [m - C]
+        # Half the target, half the mean of what went to it; a target that nothing went to stays as it is.
         size = torch.bincount(target, minlength=contextual)
         some = (size > 0).nonzero().flatten()
         slots = torch.searchsorted(indices, targets)

@@ -46,13 +46,15 @@ class VisPruner(Pruner):
         assert tokens.patches is not None
         scores = cls_attention(tokens, -2)
         order = descending(scores)
+        # 1e-9: 0.29 * 100 is 28.999999999999996 in floats, and means 29.
         first = int(self.important * tokens.keep + 1e-9)
         diverse = tokens.keep - first
         rest = order[first:] if diverse else order[:0]
         left = torch.arange(rest.numel(), device=rest.device)
         if left.numel() > diverse:
             rows = normalize(tokens.patches.float(), dim=-1)[rest]
-            cosine = rows @ rows.T  # once: every round needs another part of it
+            # Once for all rounds, each of which needs another part of it.
+            cosine = rows @ rows.T
         while (over := left.numel() - diverse) > 0:
             even, odd = left[::2], left[1::2]
             alike = cosine[even[:, None], odd].amax(dim=1)

@@ -55,7 +55,8 @@ class VScanVision(Pruner):
         near, far = cls_attention(tokens, self.shallow), cls_attention(tokens, -2)
         rank = rank_in_group(near, window_numbers(tokens.grid, (self.window, self.window), near.device))
         order = descending(near)
-        order = order[torch.sort(rank[order], stable=True).indices]  # the best of each window, the second best, ...
+        # The best of each window, then the second best of each, ...: a prefix takes the same number from every window.
+        order = order[torch.sort(rank[order], stable=True).indices]
         part = int(self.local * tokens.keep + 1e-9)
         kept = torch.zeros_like(near, dtype=torch.bool)
         kept[order[:part]] = True

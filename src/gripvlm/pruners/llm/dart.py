@@ -50,6 +50,7 @@ class DART(LLMPruner):
         assert tokens.after is not None
         assert tokens.text_key_sizes is not None
         states, text = tokens.norm(tokens.hidden), tokens.norm(tokens.text[tokens.after])
+        # Pivots by keys of the layer before, likeness by states after the last norm: as in the code.
         image_pivots = top_k(tokens.key_sizes, min(self.pivots, tokens.keep))
         text_pivots = top_k(tokens.text_key_sizes[tokens.after], min(self.text_pivots, text.shape[0]))
         return Selection(least_duplicates(states, image_pivots, text[text_pivots], tokens.keep), tokens.n)

@@ -74,6 +74,7 @@ class PTP(LLMPruner):
         assert tokens.after is not None
         base = saliency(tokens.input)[tokens.rows]
         instruction = torch.zeros_like(base)
+        # Text ahead of the image does not see it: its attention would be all zeros.
         if bool(tokens.after.any()):
             instruction = min_max(tokens.question.float().mean(dim=0).amax(dim=0)).to(base.device)
         scores = (1 - self.alpha) * base + self.alpha * instruction

@@ -63,6 +63,7 @@ class PuMer(LLMPruner):
         assert tokens.keys is not None
         scores = text_attention(tokens).float().mean(dim=(0, 1))
         merges = self.merges(tokens.n, tokens.keep)
+        # In falling order even and odd places alternate by importance: pairs join a strong and a weaker token.
         left = descending(scores)[: tokens.keep + merges]
         if self.order == "raster":
             left = left.sort().values

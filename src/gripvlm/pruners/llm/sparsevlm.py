@@ -23,6 +23,7 @@ def raters(visual: Tensor, text: Tensor) -> Tensor:
         text: [t, d] embeddings, t >= 1.
     """
     share = (visual.float() @ text.float().T).softmax(dim=1).mean(dim=0)
+    # Up to rounding: a single word has exactly the mean, and must rate.
     return share >= share.mean() * (1 - 1e-6)
 
 
@@ -69,6 +70,7 @@ class SparseVLM(LLMPruner):
 
     def parts(self, n: int, count: int) -> tuple[int, int, int]:
         """(tokens kept, tokens recycled, clusters) such that kept + clusters == count."""
+        # From above: the most kept tokens that leave room for the clusters of what they leave.
         for kept in range(count - 1, 0, -1) if self.recycle else ():
             recycled = int(self.recycle * (n - kept)) + 1
             if kept + recycled // self.cluster + 1 == count:
@@ -93,6 +95,7 @@ class SparseVLM(LLMPruner):
         if not clusters:
             return Selection(top_k(scores, kept), tokens.n, scores)
         order = descending(scores)
+        # In raster order, which decides between equal densities.
         pool = order[kept : kept + recycled].sort().values
         centres, nearest = density_peaks(tokens.hidden[pool], clusters)
         indices = torch.cat((order[:kept], pool[centres])).sort().values

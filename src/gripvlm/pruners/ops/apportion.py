@@ -22,10 +22,12 @@ def apportion(total: int, weights: Sequence[float], caps: Sequence[int], least: 
         room = [i for i in heavy if counts[i] < caps[i]]
         mass = sum(wish[i] for i in room)
         extra = {i: min(caps[i] - counts[i], int(left * wish[i] / mass)) if mass > 0 else 0 for i in room}
+        # Shares below one token: single ones, the heaviest first.
         if not any(extra.values()):
             extra = dict.fromkeys(room[:left], 1)
         for i, more in extra.items():
             counts[i] += more
+    # Only `least` can have given too much.
     while sum(counts) > total:
         counts[max(range(len(caps)), key=lambda i: counts[i])] -= 1
     return counts

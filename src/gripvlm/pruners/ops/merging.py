@@ -20,6 +20,7 @@ def soft_matching(keys: Tensor, merges: int, fixed: int = 0) -> tuple[Tensor, Te
     rows = normalize(keys.float(), dim=-1)
     best = (rows[..., ::2, :] @ rows[..., 1::2, :].transpose(-1, -2)).max(dim=-1)
     edges = best.values
+    # The special token stands at place 0, an even one.
     if fixed:
         edges = torch.cat((torch.full_like(edges[..., :1], -torch.inf), edges[..., 1:]), dim=-1)
     # A stable sort: torch.topk breaks ties differently on every device.
@@ -38,13 +39,15 @@ def density_peaks(rows: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     m, d = rows.shape
     # The matrix-product form of cdist rounds so much that a row is not at distance 0 from itself.
     distance = torch.cdist(rows.float(), rows.float(), compute_mode="donot_use_mm_for_euclid_dist") / d**0.5
-    density = -distance.sort(dim=1).values[:, :clusters].square().mean(dim=1)  # its logarithm
+    # Its logarithm: exp of a large distance would be 0 for all.
+    density = -distance.sort(dim=1).values[:, :clusters].square().mean(dim=1)
     place = torch.empty(m, dtype=torch.long, device=rows.device)
     place[descending(density)] = torch.arange(m, device=rows.device)
     delta = distance.masked_fill(place[None] >= place[:, None], torch.inf).amin(dim=1)
     delta = torch.where(place == 0, distance.max(), delta)
     centres = top_k(density + delta.log(), clusters)
     nearest = distance[:, centres].argmin(dim=1)
+    # Also where another centre lies at distance 0.
     nearest[centres] = torch.arange(clusters, device=rows.device)
     return centres, nearest
 

@@ -85,6 +85,7 @@ def _square(rows: Tensor, out: Tensor) -> None:
     for start in range(0, len(rows), STRIP):
         stop = min(start + STRIP, len(rows))
         strip = rows[start:stop] @ rows[start:].T
+        # A product and its mirror image round differently: the larger one stands for both.
         own = strip[:, : stop - start]
         out[start:stop, start:stop] = torch.maximum(own, own.T)
         if stop < len(rows):

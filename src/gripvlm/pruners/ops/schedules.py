@@ -27,6 +27,7 @@ def one_layer_schedule(name: str, n: int, keep: int, num_layers: int, layer: int
         BudgetError: the layers before it alone cost more, or there is no such layer. `name` is the pruner's.
     """
     _check_layers(name, [layer], num_layers)
+    # Whole numbers throughout, so that halves are rounded the same way everywhere.
     count = (2 * (num_layers * keep - layer * n) + (num_layers - layer)) // (2 * (num_layers - layer))
     if count < 1:
         raise _too_few(name, n, keep, num_layers, layer, least_keep(n, num_layers, layer))

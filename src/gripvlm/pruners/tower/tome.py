@@ -47,6 +47,7 @@ class ToMe(TowerPruner):
 
     def plan(self, tokens: int, left: int, blocks: int, fixed: int) -> list[int]:
         merges: list[int] = [0] * blocks
+        # The smallest r that merges enough spreads the loss most evenly over the blocks.
         for r in range(tokens + 1):
             merges = self._merges(r, tokens, left, blocks, fixed)
             if sum(merges) == tokens - left:

@@ -44,6 +44,7 @@ class Ensemble(Wrapper):
 
     def select(self, tokens: VisualTokens) -> Selection:
         weights = self.weights or (1.0,) * len(self.inner)
+        # In float64: equal sums of ranks must stay equal, as ties go to the lower index.
         total = torch.zeros(tokens.n, dtype=torch.float64)
         for inner, weight in zip(self.inners, weights, strict=True):
             choice = inner.select(tokens)

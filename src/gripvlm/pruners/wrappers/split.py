@@ -51,6 +51,7 @@ class Split(Wrapper):
         return float(scores.mean())
 
     def allocate_budget(self, images: Sequence[VisualTokens], num_layers: int) -> list[int]:
+        # At least one token an image: a weight of 0 would leave an image without any.
         total = sum(tokens.keep for tokens in images)
         return apportion(total, [self._weight(tokens) for tokens in images], [tokens.n for tokens in images])
 

@@ -44,6 +44,7 @@ class Spread(Wrapper):
         if (evenly := int(self.floor * k + 1e-9)) > 0:
             kept[lattice(tokens.grid or (1, n), evenly)[0].to(kept.device)] = True
         count = k - evenly  # to ask the inner pruner for
+        # Asks for more until what lay on the lattice already is made up for: a set has no second best.
         while (missing := k - int(kept.sum())) > 0:
             choice = self.inner.select(replace(tokens, keep=max(1, count)))
             if choice.scores is not None:
