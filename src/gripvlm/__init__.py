@@ -20,6 +20,7 @@ _HOME = {
     "Grip": "gripvlm.grip.pruner",
     "GripError": "gripvlm.errors",
     "LLMPruner": "gripvlm.pruners.base",
+    "LLMScorePruner": "gripvlm.pruners.base",
     "LLMTokens": "gripvlm.types",
     "Merge": "gripvlm.types",
     "Pruner": "gripvlm.pruners.base",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from gripvlm.grip.scorer import ScorerConfig as ScorerConfig
     from gripvlm.models.encoded import Encoded as Encoded
     from gripvlm.pruners.base import LLMPruner as LLMPruner
+    from gripvlm.pruners.base import LLMScorePruner as LLMScorePruner
     from gripvlm.pruners.base import Pruner as Pruner
     from gripvlm.pruners.base import ScorePruner as ScorePruner
     from gripvlm.pruners.registry import get_pruner as get_pruner
