@@ -100,13 +100,16 @@ class ScorerInputs:
 
 @lru_cache(maxsize=64)
 def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor:
-    """`coordinates`, kept: a model's images are of few sizes."""
+    """`coordinates`, cached: a model's images are of few sizes."""
     with torch.inference_mode(False):
         return coordinates(n, grid, device)
 
 
 class _Loaded:
-    """A scorer, with what a call would else make anew: copies on other devices, and the models it was compared with."""
+    """A scorer with what is derived from it: copies on other devices, and the models it was compared with.
+
+    Pruners that are made by name, one for each call, share it: a call by name costs no more than one by object.
+    """
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
@@ -147,7 +150,7 @@ class _Loaded:
 
 
 def _version(weights: Iterable[Tensor]) -> int:
-    """Grows with every write to one of them, as torch counts them; it does not for tensors of inference mode."""
+    """Grows with every write to one of them, as torch counts them; tensors made in inference mode have no count."""
     return sum(0 if weight.is_inference() else weight._version for weight in weights)
 
 
@@ -165,7 +168,7 @@ def _load(name: str) -> _Loaded:
     written = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     loaded = _read(str(place), written)
     if _version(loaded.scorer.parameters()) != loaded.version:
-        _read.cache_clear()  # someone trains the one at hand: it is theirs from now on
+        _read.cache_clear()  # a caller changed the weights of the shared one, and keeps it
         loaded = _read(str(place), written)
     return loaded
 

@@ -174,7 +174,7 @@ class LLMPruner(Pruner):
 
 
 class LLMScorePruner(LLMPruner):
-    """An `LLMPruner` that ranks: implement `score_at_layer`, and the highest go on. See `fastv.py`."""
+    """An `LLMPruner` that ranks: implement `score_at_layer`, and the highest stay. See `fastv.py`."""
 
     @abstractmethod
     def score_at_layer(self, layer: int, tokens: LLMTokens) -> Tensor:

@@ -162,7 +162,7 @@ def options_of(kind: Any) -> tuple[Option, ...]:
         return ()
     try:
         hints = get_type_hints(kind)
-    except (NameError, TypeError, AttributeError, SyntaxError):  # a name that is imported for type checkers only
+    except (NameError, TypeError, AttributeError, SyntaxError):  # a type imported for type checkers only
         hints = {}
     options = []
     for field in dataclasses.fields(kind):

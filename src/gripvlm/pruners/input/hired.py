@@ -28,7 +28,7 @@ class HiRED(ScorePruner):
     2. A tile's part is where the tile lies, as in the paper. The code cuts the thumbnail's raster into as many
        contiguous strips as there are tiles, for 2 x 2 tiles a quarter of the height each: of tiles that lie side by
        side, each is given a strip as wide as both.
-    3. How tiles lie is not in the data a pruner gets: say it with `layout`. It works through `allocate_budget`.
+    3. How tiles lie is not in the data a pruner gets: pass `layout`. It works through `allocate_budget`.
     4. Towers without a CLS token: the mean attention received.
 
     Attributes:
@@ -72,7 +72,7 @@ class HiRED(ScorePruner):
 
     def _hits(self, thumbnail: VisualTokens) -> Tensor:
         """[tiles] how many of the thumbnail's strongest tokens lie in the part of each tile."""
-        assert self.layout is not None  # asked with a layout only
+        assert self.layout is not None
         assert thumbnail.grid is not None
         (rows, columns), (h, w) = self.layout, thumbnail.grid
         scores = cls_attention(thumbnail, 0)

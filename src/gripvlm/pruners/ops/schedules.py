@@ -40,7 +40,7 @@ def least_keep(n: int, num_layers: int, layer: int) -> int:
 
 
 def pyramid_schedule(name: str, n: int, keep: int, num_layers: int, drop_layers: Sequence[int]) -> dict[int, int]:
-    """The same share of the tokens goes on at each of several layers, such that the average is `keep`.
+    """The same share of the tokens stays at each of several layers, such that the average is `keep`.
 
     Raises:
         BudgetError: the layers before the first one alone cost more, or there is no such layer.
@@ -71,7 +71,7 @@ def pyramid_schedule(name: str, n: int, keep: int, num_layers: int, drop_layers:
 
 
 def entering_tokens(n: int, keep: int, num_layers: int, layer: int, first: float) -> int:
-    """Tokens that enter the language model where the input drops too: `first` x keep, and fewer go on from `layer` on.
+    """Tokens that enter the language model where the input drops too: `first` x keep, and fewer from `layer` on.
 
     For large budgets all n enter; for small ones fewer than `first` x keep, so that one is left from `layer` on.
     """

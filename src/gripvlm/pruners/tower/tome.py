@@ -59,7 +59,7 @@ class ToMe(TowerPruner):
         )
 
     def _merges(self, r: int, tokens: int, left: int, blocks: int, fixed: int) -> list[int]:
-        """What each block merges where it is asked for r, as far as there are pairs and tokens to lose."""
+        """What each block merges at a rate of r, as far as there are pairs and tokens to lose."""
         merges = []
         for block in range(blocks):
             falls = self.schedule == "decreasing" and blocks > 1

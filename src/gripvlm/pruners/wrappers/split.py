@@ -23,7 +23,7 @@ class Split(Wrapper):
     pruner chooses k_i rows of each. For families whose items are tiles this is a split among tiles.
 
     1. Ours. `by="scores"` is the region rule of PTP (arXiv 2509.15704) with any pruner's scores.
-    2. It works through `allocate_budget`, which is asked before `select`; `select` alone changes nothing.
+    2. It works through `allocate_budget`, which runs before `select`; `select` alone changes nothing.
 
     Attributes:
         by: w_i is "tokens": the image's rows; "scores": the mean of the inner pruner's scores, which
