@@ -72,6 +72,7 @@ class ScorerInputs:
     def of(cls, images: Sequence[VisualTokens], question: bool, owner: Sequence[int] | None = None) -> ScorerInputs:
         """Pads the images; `owner` says which sample each belongs to (by default its own)."""
         device = images[0].features.device
+        # Detached: what a pruner chooses has no gradient, and padding a view must not keep the encoder's graph alive.
         features = padded([tokens.features.detach() for tokens in images])
         shapes = {(tokens.n, tokens.grid): _coordinates(tokens.n, tokens.grid, device) for tokens in images}
         if len(shapes) == 1:
@@ -141,6 +142,7 @@ class _Loaded:
             ScorerError: it is another model.
         """
         assert self.scorer.base is not None
+        # Weakly: a pruner must not keep a model in memory.
         version, weights = self._models.get(model, (-1, []))
         if weights and weights[0] is model.get_input_embeddings().weight and version == _version(weights):
             return
@@ -163,12 +165,14 @@ def _load(name: str) -> _Loaded:
             "(for the lab's model), a folder that exists, or a hub id such as user/grip-llava"
         )
     files = [Path(place).expanduser() / file for file in SCORER_FILES]
-    if not all(file.is_file() for file in files):  # a hub id, or an error that says what is missing
+    # A hub id, or an error that says what is missing.
+    if not all(file.is_file() for file in files):
         return _Loaded(Scorer.from_pretrained(place))
     written = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     loaded = _read(str(place), written)
+    # A caller changed the weights of the shared one: that one is the caller's, and the name gets a fresh one.
     if _version(loaded.scorer.parameters()) != loaded.version:
-        _read.cache_clear()  # a caller changed the weights of the shared one, and keeps it
+        _read.cache_clear()
         loaded = _read(str(place), written)
     return loaded
 
@@ -220,6 +224,7 @@ class Learned(ScorePruner):
 
     def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
         selections = []
+        # In parts: attention among n tokens of many images at once would not fit.
         for start in range(0, len(images), MAX_BATCH):
             part = images[start : start + MAX_BATCH]
             scores = self._scores(part)

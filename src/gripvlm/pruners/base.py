@@ -45,6 +45,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 def top_k_of_each(scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """`top_k` of each row of [B, n] scores, with a count of its own, in two sorts for all rows."""
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    # Counts differ by row, and reading one back would wait for the device: so no slicing until all is sorted.
     ranks = torch.arange(scores.shape[1], device=scores.device)
     dropped = torch.ones_like(order).scatter_(-1, order, (ranks >= onto(list(counts), scores.device)[:, None]).long())
     # A stable sort of kept (0) and dropped (1) places brings the kept ones to the front, in raster order.
@@ -115,9 +116,11 @@ class ScorePruner(Pruner):
 
     def select(self, tokens: VisualTokens) -> Selection:
         scores = self.score(tokens)
+        # Checked here, where the method is still known; what else can be wrong the caller finds for all pruners.
         if not isinstance(scores, Tensor) or scores.shape != (tokens.n,):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise PrunerError(f"pruner {self.name!r}: score() must return a tensor ({tokens.n},), got {got}")
+        # Sound: indices made by top_k may be used on a device before they are checked.
         return Selection(top_k(scores, tokens.keep), tokens.n, scores, sound=True)
 
 
@@ -231,6 +234,7 @@ class TowerPruner(Pruner):
         """The rows that others went into, and those that stayed alone; each stands for its group."""
         assert tokens.groups is not None  # promised by `needs`
         indices, slot, size = tokens.groups.unique(return_inverse=True, return_counts=True)
+        # Nothing was merged: without a merge the rows stay the tower's own, bit for bit.
         if indices.numel() == tokens.n:
             return Selection(indices, tokens.n)
         source = (size[slot] > 1).nonzero().flatten()
@@ -260,6 +264,7 @@ class Wrapper(Pruner):
         pruners = tuple(get_pruner(pruner) for pruner in given)
         # The dataclass is frozen. Names become pruners once, here, so that mmr("norm") == mmr(Norm()).
         object.__setattr__(self, "inner", pruners if self.many else pruners[0])
+        # A wrapper changes which rows enter the language model: there is nothing to change of what drops elsewhere.
         for pruner in pruners:
             if pruner.stage != "input":
                 raise PrunerError(
@@ -282,7 +287,8 @@ class Wrapper(Pruner):
 
     def check(self, model: Any) -> None:
         for pruner in self.inners:
-            if hasattr(pruner, "check"):  # any object with select() will do, and may lack the rest
+            # Any object with select() will do as a pruner, and may lack the rest.
+            if hasattr(pruner, "check"):
                 pruner.check(model)
 
     def allocate_budget(self, images: Sequence[VisualTokens], num_layers: int) -> Sequence[int]:

@@ -97,6 +97,7 @@ def register_pruner(name: str, factory: str | Callable[..., Pruner]) -> None:
     taken = _sources().get(name)
     if taken is not None and taken != factory and _qualified(taken) != _qualified(factory):
         raise PrunerError(f"pruner name {name!r} is taken by {taken}: choose another")
+    # Not loaded yet: a string is imported when it is first used.
     _registered[name] = factory
 
 
@@ -194,6 +195,7 @@ def _from_spec(text: str, options: Mapping[str, Any]) -> Pruner:
         values["inner"] = inner[0] if len(inner) == 1 else inner
     factory = _load(spec.name)
     known = {option.name: option for option in options_of(factory)}
+    # Read by the annotation of the option, so that a folder called 7 stays a name.
     for word, value in spec.options:
         values[word] = known[word].read(value) if word in known else read_value(value)
     return _build(spec.name, factory, {**values, **options})
@@ -202,7 +204,8 @@ def _from_spec(text: str, options: Mapping[str, Any]) -> Pruner:
 def _build(name: str, factory: Callable[..., Pruner], values: Mapping[str, Any]) -> Pruner:
     """The pruner with these options, or a `PrunerError` that says which there are."""
     known = {option.name: option for option in options_of(factory)}
-    if is_dataclass(factory):  # what other classes and functions take is theirs to check
+    # What other classes and functions take they check themselves: a TypeError, below.
+    if is_dataclass(factory):
         for word, value in values.items():
             if word not in known:
                 options = ", ".join(map(str, known.values()))
@@ -259,6 +262,7 @@ def _load(name: str) -> Any:
     try:
         return getattr(import_module(module), attribute)
     except (Exception, SystemExit) as error:
+        # A fault of our own must show its whole trace; one of another package is a line that names it.
         if name in _BUILT_IN:
             raise
         raise PrunerError(_fault(name, error)) from error

@@ -189,11 +189,14 @@ def fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if origin in (None, types.NoneType):
         return value is None
-    if origin in (Any, object) or not isinstance(origin, type):  # also a TypeVar, or a string
+    # A TypeVar or an unresolved string says nothing that could be checked.
+    if origin in (Any, object) or not isinstance(origin, type):
         return True
-    if origin in (int, float):  # True is an int in Python, and no number to a reader
+    # True is an int in Python, and no number to a reader.
+    if origin in (int, float):
         return isinstance(value, numbers.Integral if origin is int else numbers.Real) and not isinstance(value, bool)
-    if isinstance(value, str):  # a Sequence to Python
+    # A text is a Sequence in Python; an option that takes a list does not mean its letters.
+    if isinstance(value, str):
         return origin is str or issubclass(origin, os.PathLike)
     try:
         return isinstance(value, origin)

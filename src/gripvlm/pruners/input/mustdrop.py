@@ -71,6 +71,7 @@ class MustDrop(Pruner):
         group = window_numbers((h, w), (3, 3), tokens.features.device)
         whole = (torch.bincount(group) == 9).nonzero().flatten()
         order = torch.sort(group, stable=True).indices
+        # Windows at the right and bottom edge may be smaller: only whole ones merge.
         cells = order[torch.isin(group[order], whole)].view(-1, 9)
         cells = cells[~torch.isin(cells, fixed).any(dim=1)]
         rows = normalize(tokens.features.float(), dim=-1)[cells]  # [w, 9, d]

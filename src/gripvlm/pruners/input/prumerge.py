@@ -70,6 +70,7 @@ class PruMerge(Pruner):
         kept = self._anchors(attention, k - extra)
         anchors, rest = kept.nonzero().flatten(), (~kept).nonzero().flatten()
         indices = anchors
+        # The row that absorbs what is dropped stands where the strongest dropped token stood.
         if extra:
             indices = torch.cat((anchors, rest[attention[rest].argmax()][None])).sort().values
         slots = torch.searchsorted(indices, anchors)

@@ -74,6 +74,7 @@ class MustDropLLM(LLMPruner):
 
     def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
         attention = text_attention(tokens).float().mean(dim=0)  # [t, n]
+        # The clamp: a text that looks at no token at all has no shares, and must not divide by 0.
         share = attention.sum(dim=0) / attention.sum().clamp(min=torch.finfo(attention.dtype).tiny)
         scores = torch.maximum(share / self.ratio, attention.amax(dim=0))
         saliency = cls_attention(tokens.input, -1)

@@ -41,6 +41,7 @@ class GreedyPruner(Pruner):
 
     def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
         selections = []
+        # One loop over tokens serves all images of a part: sixteen images cost far less than sixteen loops.
         for part in batches(images):
             rows = [normalize(tokens.features.float(), dim=-1) for tokens in part]
             for tokens, picks in zip(part, self.pick(part, rows, products(rows)), strict=True):

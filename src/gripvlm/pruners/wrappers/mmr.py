@@ -60,6 +60,7 @@ class MMR(Wrapper, GreedyPruner):
         """[n] s."""
         scores = self.scores_of(self.inner, tokens)
         finite = scores.isfinite()
+        # Infinite scores would make every finite one 0 or NaN.
         low, high = scores.where(finite, torch.inf).amin(), scores.where(finite, -torch.inf).amax()
         differ = high > low  # a tensor: reading it would wait for the device
         return torch.where(differ, (scores.clamp(low, high) - low) / torch.where(differ, high - low, 1), 1)
