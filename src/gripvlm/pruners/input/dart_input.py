@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gripvlm.pruners.base import Pruner, top_k
-from gripvlm.pruners.ops.ranking import fill_best
+from gripvlm.pruners.ops.ranking import fill_best, mask_of
 from gripvlm.types import Selection, VisualTokens
 
 
@@ -27,8 +27,7 @@ def least_duplicates(rows: Tensor, pivots: Tensor, text: Tensor, k: int) -> Tens
     rows = normalize(rows.float(), dim=-1)
     ends = torch.cat((rows[pivots], normalize(text.float(), dim=-1).to(rows)))
     cosine = rows @ ends.T  # [n, p + t]
-    kept = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
-    kept[pivots] = True
+    kept = mask_of(pivots, rows.shape[0])
     share, over = divmod(k - pivots.numel(), ends.shape[0])
     for i in range(ends.shape[0]):
         fill_best(kept, torch.sort(cosine[:, i], stable=True).indices, share + (i < over))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gripvlm.pruners.base import ScorePruner
+from gripvlm.pruners.base import ScorePruner, top_k
 from gripvlm.pruners.ops.attention import received_attention
-from gripvlm.pruners.ops.ranking import descending, fill_best
+from gripvlm.pruners.ops.ranking import descending
 from gripvlm.types import Selection, VisualTokens
 
 SIGNIFICANCE = ("variance", "received", "given")
@@ -69,9 +69,9 @@ class FoPru(ScorePruner):
         by_row = scores.view(tokens.grid)
         whole, over = divmod(tokens.keep, tokens.grid[1])
         order = descending(by_row.sum(dim=1))
-        kept = torch.zeros_like(by_row, dtype=torch.bool)
-        kept[order[:whole]] = True
+        rows = torch.arange(tokens.n, device=scores.device).view(tokens.grid)
+        indices = rows[order[:whole]].flatten()
         if over:
-            row = int(order[whole])
-            fill_best(kept[row], descending(by_row[row]), over)
-        return Selection(kept.flatten().nonzero().flatten(), tokens.n, scores)
+            row = order[whole]
+            indices = torch.cat((indices, rows[row][top_k(by_row[row], over)]))
+        return Selection(indices.sort().values, tokens.n, scores)

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from gripvlm.pruners.base import Pruner, top_k
 from gripvlm.pruners.ops.attention import cls_attention, tower_keys
+from gripvlm.pruners.ops.ranking import mask_of
 from gripvlm.types import Merge, Selection, VisualTokens
 
 
@@ -55,10 +56,9 @@ class PruMerge(Pruner):
 
     def _anchors(self, attention: Tensor, k: int) -> Tensor:
         """[n] bool: the k rows that are kept for themselves."""
-        kept = torch.zeros_like(attention, dtype=torch.bool)
         # At least one row by attention, whatever `uniform` is.
         evenly = min(k - 1, int(self.uniform * k + 0.5))
-        kept[top_k(attention, k - evenly)] = True
+        kept = mask_of(top_k(attention, k - evenly), attention.numel())
         rest = (~kept).nonzero().flatten()
         kept[rest[torch.arange(evenly, device=rest.device) * rest.numel() // max(1, evenly)]] = True
         return kept

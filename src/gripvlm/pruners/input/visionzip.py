@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from gripvlm.pruners.base import Pruner, top_k
 from gripvlm.pruners.ops.attention import cls_attention, tower_keys
+from gripvlm.pruners.ops.ranking import mask_of
 from gripvlm.types import Merge, Selection, VisualTokens
 
 
@@ -50,8 +51,7 @@ class VisionZip(Pruner):
     def select(self, tokens: VisualTokens) -> Selection:
         scores = cls_attention(tokens, -2)
         dominant, contextual = self.counts(tokens.keep)
-        kept = torch.zeros(tokens.n, dtype=torch.bool, device=scores.device)
-        kept[top_k(scores, dominant)] = True
+        kept = mask_of(top_k(scores, dominant), tokens.n)
         if not contextual:
             return Selection(kept.nonzero().flatten(), tokens.n, scores)
         rest = (~kept).nonzero().flatten()

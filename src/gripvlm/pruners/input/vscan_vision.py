@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from gripvlm.pruners.base import Pruner
 from gripvlm.pruners.ops.attention import cls_attention
 from gripvlm.pruners.ops.merging import mean_merge
-from gripvlm.pruners.ops.ranking import descending, fill_best, rank_in_group, window_numbers
+from gripvlm.pruners.ops.ranking import descending, fill_best, mask_of, rank_in_group, window_numbers
 from gripvlm.types import Selection, VisualTokens
 
 
@@ -58,8 +58,7 @@ class VScanVision(Pruner):
         # The best of each window, then the second best of each, ...: a prefix takes the same number from every window.
         order = order[torch.sort(rank[order], stable=True).indices]
         part = int(self.local * tokens.keep + 1e-9)
-        kept = torch.zeros_like(near, dtype=torch.bool)
-        kept[order[:part]] = True
+        kept = mask_of(order[:part], tokens.n)
         fill_best(kept, descending(far), tokens.keep - part)
         indices, rest = kept.nonzero().flatten(), (~kept).nonzero().flatten()
         if not self.merge:

@@ -11,6 +11,13 @@ def descending(scores: Tensor) -> Tensor:
     return torch.sort(scores, descending=True, stable=True).indices
 
 
+def mask_of(indices: Tensor, n: int) -> Tensor:
+    """[n] bool, True at the indices."""
+    mask = torch.zeros(n, dtype=torch.bool, device=indices.device)
+    mask[indices] = True
+    return mask
+
+
 def fill_best(kept: Tensor, order: Tensor, count: int) -> None:
     """Sets `count` more of the [n] bools `kept`: the first in `order`, [n] indices, that are not set yet."""
     kept[order[~kept[order]][:count]] = True
