@@ -15,10 +15,10 @@ from gripvlm.utils.spec import did_you_mean, join_options, options_of, parse_spe
     [
         ("norm", "norm", None, "", []),
         (" random : seed = 3 ", "random", None, "", [("seed", "3")]),
-        ("mmr(norm):balance=0.5", "mmr", "norm)", "", [("balance", "0.5")]),
-        ("mmr(random:seed=1,k=2)", "mmr", "random:seed=1,k=2)", "", []),
-        ("ensemble(a,b):weights=(1,2),x=3", "ensemble", "a,b)", "", [("weights", "(1,2)"), ("x", "3")]),
-        ("mmr(norm", "mmr", "norm", "", []),
+        ("mmr(norm):balance=0.5", "mmr", "norm", "", [("balance", "0.5")]),
+        ("mmr(random:seed=1,k=2)", "mmr", "random:seed=1,k=2", "", []),
+        ("ensemble(a,b):weights=(1,2),x=3", "ensemble", "a,b", "", [("weights", "(1,2)"), ("x", "3")]),
+        ("mmr(norm", "mmr", "", "", []),
         ("random:3", "random", None, "3", []),
         ("x:a=1,2,b=3", "x", None, "", [("a", "1,2"), ("b", "3")]),  # a comma without `word=` belongs to the value
         ("x:path=C:/data", "x", None, "", [("path", "C:/data")]),

@@ -188,10 +188,10 @@ def _from_spec(text: str, options: Mapping[str, Any]) -> Pruner:
     if spec.argument:
         raise PrunerError(f"cannot read {spec.argument!r} in {text!r}: use name:option=value,option=value")
     values: dict[str, Any] = {}
+    if spec.inner == "":
+        raise PrunerError(f"cannot read {text!r}: use wrapper(pruner):option=value, such as mmr(norm):balance=0.5")
     if spec.inner is not None:
-        if not (spec.inner.endswith(")") and spec.inner[:-1].strip()):
-            raise PrunerError(f"cannot read {text!r}: use wrapper(pruner):option=value, such as mmr(norm):balance=0.5")
-        inner = tuple(get_pruner(one) for one in split_specs(spec.inner[:-1]))
+        inner = tuple(get_pruner(pruner) for pruner in split_specs(spec.inner))
         values["inner"] = inner[0] if len(inner) == 1 else inner
     factory = _load(spec.name)
     known = {option.name: option for option in options_of(factory)}

@@ -43,7 +43,7 @@ class Spec(NamedTuple):
 
     Attributes:
         name: what it names.
-        inner: the text in parentheses after the name; None without parentheses.
+        inner: the text in parentheses after the name; None without parentheses, "" where they do not close.
         argument: the text after the colon, ahead of the options.
         options: (word, text of the value), in order.
     """
@@ -63,6 +63,7 @@ def parse_spec(text: str, takes_argument: bool = False) -> Spec:
     """
     head, _, rest = _partition(text, ":")
     name, opened, inner = head.strip().partition("(")
+    inner = inner[:-1].strip() if inner.endswith(")") else ""
     argument: list[str] = []
     options: list[tuple[str, str]] = []
     for piece in _split(rest, ","):
