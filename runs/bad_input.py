@@ -265,7 +265,7 @@ CASES = [
         )
     ),
     Case("less than the first layers cost", "prune(model, 'fastv', keep=4)",
-         lambda: generated(llava(), inputs(), "fastv", 4), "BudgetError: 4 of 16 visual tokens .*type keep=9 or more"),
+         lambda: generated(llava(), inputs(), "fastv", 4), "BudgetError: 4 of 16 visual tokens .*pass keep=9 or more"),
     Case("an unknown pruner", "'divprun'", lambda: pruned("divprun"),
          "PrunerError: unknown pruner 'divprun': did you mean 'divprune'"),
     Case("an unknown option", "'random:sed=3'", lambda: pruned("random:sed=3"),

@@ -140,7 +140,7 @@ def call(pruner: Pruner, images: Sequence[VisualTokens], layers: int, shown: Seq
     asked = [replace(tokens, keep=keep) for tokens in images]
 
     def at_input() -> None:
-        counts = [pruner.allocate_budget([tokens])[0] for tokens in asked]
+        counts = [pruner.allocate_budget([tokens], layers)[0] for tokens in asked]
         pruner.select_batch([replace(tokens, keep=k) for tokens, k in zip(asked, counts, strict=True)])
 
     def in_layers() -> None:

@@ -165,7 +165,7 @@ def chosen(pruner: Pruner, images: list[list[VisualTokens]], k: int) -> list[lis
     asked = []
     for sample in images:
         mine = [replace(tokens, keep=min(k, tokens.n)) for tokens in sample]
-        counts = list(pruner.allocate_budget(mine))
+        counts = list(pruner.allocate_budget(mine, 1))
         assert sum(counts) == sum(tokens.keep for tokens in mine), (k, counts)
         asked.append([replace(tokens, keep=count) for tokens, count in zip(mine, counts, strict=True)])
     found = iter(pruner.select_batch([tokens for sample in asked for tokens in sample]))
@@ -230,8 +230,8 @@ class Spy(LLMPruner):
     def schedule(self, n: int, keep: int, layers: int) -> Any:
         return self.inner.schedule(n, keep, layers)
 
-    def allocate_budget_over(self, sample: Any, layers: int) -> Any:
-        return self.inner.allocate_budget_over(sample, layers)
+    def allocate_budget(self, images: Any, num_layers: int) -> Any:
+        return self.inner.allocate_budget(images, num_layers)
 
     def select(self, tokens: VisualTokens) -> Selection:
         return self.inner.select(tokens)
@@ -249,7 +249,7 @@ def feasible(here: Case, pruner: LLMPruner) -> Iterator[int]:
             for sample in images:
                 for n, count in zip(
                     [tokens.n for tokens in sample],
-                    pruner.allocate_budget_over([replace(tokens, keep=min(k, tokens.n)) for tokens in sample], layers),
+                    pruner.allocate_budget([replace(tokens, keep=min(k, tokens.n)) for tokens in sample], layers),
                     strict=True,
                 ):
                     pruner.schedule(n, count, layers)

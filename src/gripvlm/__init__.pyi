@@ -12,9 +12,10 @@ from gripvlm.grip.pruner import Grip as Grip
 from gripvlm.grip.scorer import Scorer as Scorer
 from gripvlm.grip.scorer import ScorerConfig as ScorerConfig
 from gripvlm.models.encoded import Encoded as Encoded
+from gripvlm.pruners.base import LLMPruner as LLMPruner
+from gripvlm.pruners.base import LLMScorePruner as LLMScorePruner
 from gripvlm.pruners.base import Pruner as Pruner
 from gripvlm.pruners.base import ScorePruner as ScorePruner
-from gripvlm.pruners.llm_base import LLMPruner as LLMPruner
 from gripvlm.pruners.registry import get_pruner as get_pruner
 from gripvlm.pruners.registry import list_pruners as list_pruners
 from gripvlm.pruners.registry import pruner_names as pruner_names

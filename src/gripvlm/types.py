@@ -226,14 +226,3 @@ class LLMTokens:
     def image(self) -> int:
         """The image's position in its prompt."""
         return self.input.image
-
-    @property
-    def asked(self) -> Tensor:
-        """[H, r, n], r >= 1: `question`, of the text after the image alone; where there is none, `last`.
-
-        Text ahead of the image does not see it: a ranking by its attention would be all ties.
-        """
-        assert self.question is not None  # a pruner that asks for this names "question" and "last"
-        assert self.after is not None
-        assert self.last is not None
-        return self.question[:, self.after] if bool(self.after.any()) else self.last[:, None]

@@ -262,7 +262,7 @@ def test_no_command_shows_help(capsys):
         ([*ASK, "--pruner", "oracle"], "type `gripvlm eval --pruners oracle`"),
         ([*ASK, "--pruner", "blind"], "`gripvlm eval` measures it by itself"),
         ([*ASK, "--pruner", "grid,norm"], "type one name; `gripvlm eval --pruners grid,norm` compares"),
-        ([*ASK, "--pruner", "random:seed=abc"], "type random:seed=0"),
+        ([*ASK, "--pruner", "random:seed=abc"], "use random:seed=0"),
         ([*ASK, "--pruner", "random:sead=3"], "did you mean 'seed'? its options are seed=0"),
         ([*ASK[:-1], "an <image> of what?"], "holds <image>"),
         ([*ASK, "--device", "gpu"], "type cpu, cuda"),

@@ -43,7 +43,7 @@ def test_forgetting_equals_masking_what_decoded_tokens_see(name, options):
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_mustdrops_decoding_stage_shortens_the_cache(name):
     """Of 4 layers, all but the first: they write the answer from what the last cut kept."""
-    assert MustDropLLM(cuts=(2, 6, 15), decode=True).evict_after_prefill(32) == 1
+    assert MustDropLLM(layers=(2, 6, 15), decode=True).evict_after_prefill(32) == 1
     assert MustDropLLM(decode=True).evict_after_prefill(32) == 2
     assert MustDropLLM().evict_after_prefill(32) is None
     model, inputs = build(name), make(TINY[name], IMAGES, WORDS).inputs

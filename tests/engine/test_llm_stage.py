@@ -17,7 +17,7 @@ from gripvlm.models.hooks.llm_drop import drop_in_layers
 from gripvlm.models.text import words
 from gripvlm.pruners import LLMPruner, top_k
 from gripvlm.pruners.llm.fastv import FastV
-from gripvlm.pruners.llm_base import average, geometric_cuts, one_cut
+from gripvlm.pruners.ops.schedules import average_tokens, one_layer_schedule, pyramid_schedule
 from gripvlm.types import LLMTokens, Merge, Selection
 from tiny_families import TINY, build, make
 from tiny_families.base import IMAGE, VIDEO
@@ -39,15 +39,16 @@ class Steps(LLMPruner):
     cuts: tuple[int, ...] = (1, 3)
 
     def schedule(self, n: int, keep: int, layers: int) -> dict[int, int]:
-        return geometric_cuts(self.name, n, keep, layers, self.cuts)
+        return pyramid_schedule(self.name, n, keep, layers, self.cuts)
 
-    def select_at_layer(self, layer: int, tokens: LLMTokens) -> torch.Tensor:
+    def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
         assert tokens.hidden.shape[0] == tokens.keys.shape[0] == tokens.last.shape[1] == tokens.n
         assert tokens.question.shape[1] == tokens.text.shape[0]
         assert (tokens.question.sum((0, 2))[tokens.after] > 0).all()
         assert torch.allclose(tokens.question[:, -1], tokens.last, atol=1e-6)  # a word is last here
         assert tokens.input.features[tokens.rows].shape[0] == tokens.n
-        return top_k(tokens.question.mean((0, 1)) + 1e-3 * tokens.hidden.norm(dim=-1).float(), tokens.keep)
+        scores = tokens.question.mean((0, 1)) + 1e-3 * tokens.hidden.norm(dim=-1).float()
+        return Selection(top_k(scores, tokens.keep), tokens.n)
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Noting(Steps):
     cuts: tuple[int, ...] = (2,)
     seen: list[LLMTokens] = field(default_factory=list)
 
-    def select_at_layer(self, layer: int, tokens: LLMTokens) -> torch.Tensor:
+    def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
         self.seen.append(tokens)
-        return torch.arange(tokens.keep)
+        return Selection(torch.arange(tokens.keep), tokens.n)
 
 
 def stages_of(ids, mask, selections) -> dict[int, torch.Tensor]:
@@ -178,11 +179,11 @@ def test_keeping_everything_is_the_untouched_model_bit_for_bit(name):
 def test_schedules_by_hand():
     """The numbers of the paper's comparison: 576 tokens, 32 layers, two of them see everything."""
     assert [FastV().schedule(576, keep, 32)[2] for keep in (192, 128, 64, 576)] == [166, 98, 30, 576]
-    assert abs(average(576, {2: 166}, 32) - 192) < 0.5
-    assert one_cut("x", 10, 5, 4, 1) == {1: 3}  # (20 - 10) / 3 = 3.33
-    assert geometric_cuts("x", 576, 270, 32, (8, 16, 24)) == {8: 288, 16: 144, 24: 72}  # PyramidDrop's halves
+    assert abs(average_tokens(576, {2: 166}, 32) - 192) < 0.5
+    assert one_layer_schedule("x", 10, 5, 4, 1) == {1: 3}  # (20 - 10) / 3 = 3.33
+    assert pyramid_schedule("x", 576, 270, 32, (8, 16, 24)) == {8: 288, 16: 144, 24: 72}  # PyramidDrop's halves
     with pytest.raises(
-        BudgetError, match=r"30 of 576 visual .* 32 layers .* through the first 2; type keep=37 or more"
+        BudgetError, match=r"30 of 576 visual .* 32 layers .* through the first 2; pass keep=37 or more"
     ):
         FastV().schedule(576, 30, 32)
     with pytest.raises(BudgetError, match="drops before layer 32, but this language model has 32 layers"):
@@ -195,13 +196,13 @@ def test_schedules_are_as_near_as_whole_rows_allow(n, cuts):
     for layers in (4, 5, 24):
         for keep in range(1, n + 1):
             try:
-                plan = geometric_cuts("x", n, keep, layers, cuts)
+                plan = pyramid_schedule("x", n, keep, layers, cuts)
             except BudgetError:
                 continue
             counts = [n, *(plan[cut] for cut in cuts)]
             assert counts == sorted(counts, reverse=True)
             assert counts[-1] >= 1
-            assert abs(average(n, plan, layers) - keep) <= 0.5
+            assert abs(average_tokens(n, plan, layers) - keep) <= 0.5
 
 
 WAYS = [
@@ -282,13 +283,13 @@ class TwoStages(Steps):
     llm_needs: ClassVar[frozenset[str]] = frozenset()
 
     def schedule(self, n: int, keep: int, layers: int) -> dict[int, int]:
-        return {0: n // 2} | one_cut(self.name, n // 2, keep, layers, 2)
+        return {0: n // 2} | one_layer_schedule(self.name, n // 2, keep, layers, 2)
 
     def select(self, tokens):
         return Selection(torch.arange(tokens.n - tokens.keep, tokens.n), tokens.n)
 
     def select_at_layer(self, layer, tokens):
-        return torch.arange(tokens.keep)
+        return Selection(torch.arange(tokens.keep), tokens.n)
 
 
 def test_a_schedule_may_begin_at_the_input():
@@ -312,7 +313,7 @@ class Absorbs(FastV):
     def select_at_layer(self, layer, tokens):
         n = tokens.n
         merge = Merge(torch.arange(n), torch.zeros(n, dtype=torch.long), torch.full((n,), 1 / n))
-        return torch.arange(tokens.keep), merge
+        return Selection(torch.arange(tokens.keep), n, merge=merge)
 
 
 def test_states_may_be_merged_on_the_way():
@@ -365,9 +366,12 @@ class Wrong(FastV):
 @pytest.mark.parametrize(
     ("pruner", "says"),
     [
-        (Wrong(answer=torch.arange(5)), r"before layer 2: returned 5 indices, but the budget is exactly 8 of 16"),
+        (
+            Wrong(answer=Selection(torch.arange(5), 16)),
+            r"before layer 2: returned 5 indices, but the budget is exactly 8 of 16",
+        ),
         (Wrong(answer="x"), "returned a str"),
-        (Wrong(answer=torch.arange(8).flip(0)), "ascending"),
+        (Wrong(answer=Selection(torch.arange(8).flip(0), 16)), "ascending"),
         (Wrong(answer=Selection(torch.arange(8), 16, torch.full((16,), torch.nan))), "16 of 16 scores are NaN"),
         (Wrong(plan={2: 3}), "pays for 9.5 rows on average over 4 layers, but the budget is 12"),
         (Wrong(plan={2: 17}), "must go down from 16"),
@@ -395,7 +399,7 @@ def test_what_is_refused_and_what_it_says():
     with gripvlm.prune(model, "random", keep=4), pytest.raises(GripError, match="already inside"):  # noqa: SIM117
         with gripvlm.prune(model, "fastv", keep=KEEP):
             pytest.fail("the inner block opened")
-    with gripvlm.prune(model, "fastv", keep=4), pytest.raises(BudgetError, match="type keep=9 or more"):
+    with gripvlm.prune(model, "fastv", keep=4), pytest.raises(BudgetError, match="pass keep=9 or more"):
         model.generate(**inputs, max_new_tokens=1)
-    with gripvlm.prune(model, "fastv:layer=4", keep=8), pytest.raises(BudgetError, match="type a layer from 1 to 3"):
+    with gripvlm.prune(model, "fastv:layer=4", keep=8), pytest.raises(BudgetError, match="pass a layer from 1 to 3"):
         model.generate(**inputs, max_new_tokens=1)

@@ -395,5 +395,5 @@ def test_a_pruner_inside_the_language_model_is_scored_by_what_the_layers_pay(tmp
     records = [json.loads(line) for line in samples_path(out).read_text().splitlines()[1:]]
     layers = {json.dumps(r.get("layers")) for r in records if r.get("pruner") == "fastv:layer=1"}
     assert layers == {"[[256, 144]]"}
-    with pytest.raises(BudgetError, match="type keep=129 or more"):
+    with pytest.raises(BudgetError, match="pass keep=129 or more"):
         run(pruners=["fastv:layer=1"], keeps=[0.1], tasks=[Letters()])

@@ -123,7 +123,7 @@ def test_bench_notes_the_row_and_measures_the_rest(tiny):
 
 
 def test_bench_that_reaches_nothing_says_so(tiny):
-    with pytest.raises(BudgetError, match=r"fastv:layer=1 at 10%: 2 of 16 .*type keep=\d+ or more"):
+    with pytest.raises(BudgetError, match=r"fastv:layer=1 at 10%: 2 of 16 .*pass keep=\d+ or more"):
         small(tiny, ["fastv:layer=1"], [Budget(0.1)])
 
 

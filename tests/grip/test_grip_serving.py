@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_it_computes_in_the_features_type_unless_told():
         (untrained(dtype="float32"), torch.bfloat16, torch.float32),
         (untrained(dtype="bfloat16"), torch.float32, torch.bfloat16),
     ]:
-        serving = pruner._serving(torch.zeros(1, dtype=features))
+        serving = pruner.scorer_for(torch.zeros(1, dtype=features))
         assert serving.score.weight.dtype == expected
         assert pruner.module.score.weight.dtype == torch.float32  # the scorer itself is not rounded
         assert [one.k for one in pruner.select_batch(images(features))] == [5, 5, 9]
@@ -49,16 +50,16 @@ def test_bfloat16_keeps_nearly_the_same_tokens():
 
 def test_a_copy_follows_the_weights():
     pruner = untrained(dtype="bfloat16")
-    first = pruner._serving(torch.zeros(1))
-    assert pruner._serving(torch.zeros(1)) is first
+    first = pruner.scorer_for(torch.zeros(1))
+    assert pruner.scorer_for(torch.zeros(1)) is first
     with torch.no_grad():
         pruner.module.score.bias += 1
     bias = pruner.module.score.bias.item()
-    assert pruner._serving(torch.zeros(1)).score.bias.item() == pytest.approx(bias, abs=0.02)
+    assert pruner.scorer_for(torch.zeros(1)).score.bias.item() == pytest.approx(bias, abs=0.02)
 
 
 def test_other_types_are_refused():
-    with pytest.raises(PrunerError, match="dtype='int8': type dtype=float32, dtype=bfloat16 or dtype=auto"):
+    with pytest.raises(PrunerError, match="dtype='int8': pass dtype=float32, dtype=bfloat16 or dtype=auto"):
         untrained(dtype="int8")
     with pytest.raises(PrunerError, match="dtype='int8'"):
         get_pruner("grip:dtype=int8")
@@ -117,9 +118,9 @@ def test_inference_mode_leaves_nothing_behind():
 
 def test_two_forms_are_kept_side_by_side():
     pruner = untrained()
-    half, plain = (pruner._serving(torch.zeros(1, dtype=t)) for t in (torch.bfloat16, torch.float32))
-    assert pruner._serving(torch.zeros(1, dtype=torch.bfloat16)) is half
-    assert pruner._serving(torch.zeros(1)) is plain is pruner.module
+    half, plain = (pruner.scorer_for(torch.zeros(1, dtype=t)) for t in (torch.bfloat16, torch.float32))
+    assert pruner.scorer_for(torch.zeros(1, dtype=torch.bfloat16)) is half
+    assert pruner.scorer_for(torch.zeros(1)) is plain is pruner.module
 
 
 def test_a_model_that_was_written_to_is_compared_again():
@@ -139,7 +140,20 @@ def test_a_model_that_was_written_to_is_compared_again():
 
 def test_wrong_names_and_types_say_what_there_is():
     with pytest.raises(
-        ScorerError, match=r"no scorer 'lab-smal': did you mean 'lab-small'\? type one of lab, lab-blind"
+        ScorerError, match=r"no scorer 'lab-smal': did you mean 'lab-small'\? pass one of lab, lab-blind"
     ):
         get_pruner("grip:scorer=lab-smal")
     assert Grip.from_pretrained("lab", dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_a_pruner_can_be_copied_and_sent_to_another_process():
+    pruner = untrained(dtype="bfloat16")
+    expected = [one.indices.tolist() for one in pruner.select_batch(images())]
+    for other in (copy.deepcopy(pruner), pickle.loads(pickle.dumps(pruner))):
+        assert other.module is not pruner.module
+        assert other.weights == pruner.weights
+        assert [one.indices.tolist() for one in other.select_batch(images())] == expected
+        with torch.no_grad():  # its copies follow its own weights
+            other.module.score.weight.neg_()
+        assert [one.indices.tolist() for one in other.select_batch(images())] != expected
+    assert [one.indices.tolist() for one in pruner.select_batch(images())] == expected

@@ -192,7 +192,7 @@ def test_scorers_that_were_trained_otherwise_are_refused(tmp_path):
         scorer.save_pretrained(tmp_path)
         with pytest.raises(PrunerError, match=rf"trained by {said}: type grip:scorer=.*"):
             get_pruner(f"relaxed:scorer={tmp_path}")
-    with pytest.raises(PrunerError, match=r"'relaxed' needs scorer \(text\): type relaxed:scorer=\.\.\."):
+    with pytest.raises(PrunerError, match=r"'relaxed' needs scorer \(str\): use relaxed:scorer=\.\.\."):
         get_pruner("relaxed")
 
 

@@ -154,9 +154,9 @@ def test_mustdrop(run):
     cls = torch.zeros(1, n)
     cls[0, always] = 1.0
     pruner = get_pruner("mustdrop_llm", ratio=seen["g"] / seen["i"], keys=len(always) / n)
-    assert {cut["before_layer"] for cut in run["cuts"]} <= {*pruner.cuts} == {3, 7, 11, 15}
+    assert {cut["before_layer"] for cut in run["cuts"]} <= {*pruner.layers} == {3, 7, 11, 15}
     left = list(range(n))
-    for cut in pruner.cuts:
+    for cut in pruner.layers:
         length = start + len(left) + text
         looks = cases.looks(run["seed"], cut - 1, length)[:, :, start : start + len(left)]
         after = looks[:, -text:].mean(dim=0)
@@ -186,7 +186,7 @@ def test_sparsevlm(run):
     image, words = prompt[start : start + n], torch.cat((prompt[:start], prompt[start + n :]))
     assert second.raters(image, words[start:]) == run["raters"]
     pruner = SparseVLM()
-    assert [cut["before_layer"] for cut in run["cuts"]] == list(pruner.cuts)
+    assert [cut["before_layer"] for cut in run["cuts"]] == list(pruner.layers)
     hidden = image
     for cut in run["cuts"]:
         m, keep = cut["n"], len(cut["kept"]) + len(cut["groups"])
@@ -247,7 +247,7 @@ def test_hired(run):
     for tokens, kept in zip(every, run["kept"], strict=True):
         assert top_k(pruner.score(tokens), len(kept)).tolist() == kept
     spread = [VisualTokens(t.features, budget // 5, t.grid, image=t.image, vision=t.vision) for t in every]
-    ours = pruner.allocate_budget([*spread[1:], spread[0]])
+    ours = pruner.allocate_budget([*spread[1:], spread[0]], 32)
     assert ours[-1] == len(run["kept"][0])
 
 

@@ -42,7 +42,7 @@ from matrix import (
     seen,
     sound,
 )
-from tiny_families import TINY, build
+from tiny_families import TINY, build, make
 
 BOTH = ("sdpa", "eager")
 
@@ -182,10 +182,6 @@ def test_choices_inside_the_layers_at_every_count(spec, name):
     for layer, tokens in spy.shown:
         for count in range(1, tokens.n + 1):
             answer = spy.inner.select_at_layer(layer, replace(tokens, keep=count))
-            if isinstance(answer, torch.Tensor):
-                answer = Selection(answer, tokens.n)
-            elif isinstance(answer, tuple):
-                answer = Selection(answer[0], tokens.n, merge=answer[1])
             sound(answer, tokens.n, count)
 
 
@@ -200,7 +196,7 @@ def test_schedules_reach_every_budget_that_they_do_not_refuse(spec, layers):
             try:
                 plan = pruner.schedule(n, keep, layers)
             except BudgetError as error:
-                refused.append((keep, int(str(error).partition("type keep=")[2].split()[0])))
+                refused.append((keep, int(str(error).partition("pass keep=")[2].split()[0])))
                 continue
             counts = [n]
             for layer in range(layers):
@@ -231,6 +227,29 @@ HAVE = {
     "layers": [name for name in FAMILIES if FAMILIES[name].layers],
 }
 HAVE["patches"] = HAVE["vision_attention"]
+
+
+PROMPTS = [1, 2, 0], [7, 9, 5]  # pictures and words of each prompt; the last has no picture
+
+
+def generated(name: str, spec: str, attention: str = "sdpa", **only: int) -> list[list[list[int]]]:
+    """What is kept of each image in the block around `generate`."""
+    model, batch = build(name, attention), make(TINY[name], *PROMPTS, **only)
+    keep = 0.4 if get_pruner(spec).stage == "input" else 0.75
+    with gripvlm.prune(model, spec, keep=keep) as record:
+        model.generate(**batch.inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    for sample in record.selections:  # a pruner may move its budget between the images of a prompt
+        counts = sum(gripvlm.Budget.of(keep).count(selection.n) for selection in sample)
+        assert abs(sum(s.paid for s in sample) - counts) <= (keep == 0.75) * 0.5 * len(sample)
+    return [[selection.indices.tolist() for selection in sample] for sample in record.selections]
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.partition(":")[0] not in ("given", "grip", "relaxed")])
+def test_every_pruner_around_generate(spec):
+    """A ragged batch, one prompt without any picture, is like its prompts alone, and sdpa like eager."""
+    together = generated("llava", spec)
+    assert together == [generated("llava", spec, only=i)[0] for i in range(3)]
+    assert together == generated("llava", spec, "eager")
 
 
 @pytest.mark.parametrize(("spec", "name"), refused_pairs())

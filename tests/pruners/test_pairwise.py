@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from gripvlm.pruners import get_pruner
-from gripvlm.pruners.input.cdpruner import SPENT
+from gripvlm.pruners.input.cdpruner import EPS
 from gripvlm.pruners.ops import pairwise as together
-from gripvlm.types import VisionRows, VisualTokens
+from gripvlm.types import VisualTokens
 
 METHODS = [
     "divprune",
@@ -22,8 +22,6 @@ METHODS = [
     "cdpruner:theta=0.5",
     "mmr(norm)",
     "mmr(norm):balance=0",
-    "vispruner",
-    "vispruner:important=0.2,step=3",
 ]
 
 
@@ -47,12 +45,12 @@ def cdpruner(pruner, tokens: VisualTokens) -> list[int]:
     left, chosen = cosine.diagonal().clone(), []
     factor = rows.new_zeros(tokens.keep, tokens.n)
     for step in range(tokens.keep):
-        gain = torch.where(left > SPENT, quality.square() * left, quality - quality.max() - 1)
+        gain = torch.where(left > EPS, quality.square() * left, quality - quality.max() - 1)
         gain[chosen] = -torch.inf
         pick = int(gain.argmax())
         chosen.append(pick)
         part = cosine[pick] - (factor[:step, pick, None] * factor[:step]).sum(dim=0)
-        if left[pick] > SPENT:
+        if left[pick] > EPS:
             factor[step] = part * left[pick].rsqrt()
         left = left - factor[step].square()
     return sorted(chosen)
@@ -72,20 +70,7 @@ def mmr(pruner, tokens: VisualTokens) -> list[int]:
     return sorted(chosen)
 
 
-def vispruner(pruner, tokens: VisualTokens) -> list[int]:
-    """With a product of its own in every round."""
-    order = torch.sort(tokens.vision[-2].received.mean(0), descending=True, stable=True).indices
-    first = int(pruner.important * tokens.keep + 1e-9)
-    rest = order[first:] if tokens.keep > first else order[:0]
-    rows = normalize(tokens.patches.float(), dim=-1)
-    while (over := rest.numel() - (tokens.keep - first)) > 0:
-        alike = (rows[rest[::2]] @ rows[rest[1::2]].T).amax(dim=1)
-        stays = torch.sort(alike, descending=True, stable=True).indices[min(pruner.step, over) :]
-        rest = torch.cat((rest[::2][stays], rest[1::2]))
-    return sorted([*order[:first].tolist(), *rest.tolist()])
-
-
-ONE_BY_ONE = {"divprune": divprune, "cdpruner": cdpruner, "mmr": mmr, "vispruner": vispruner}
+ONE_BY_ONE = {"divprune": divprune, "cdpruner": cdpruner, "mmr": mmr}
 
 
 def image(n: int, keep: int, seed: int, repeats: int) -> VisualTokens:
@@ -95,10 +80,7 @@ def image(n: int, keep: int, seed: int, repeats: int) -> VisualTokens:
     rows[n - repeats :] = rows[:repeats]
     if n > 4:
         rows[n // 2] = 0
-    seen = VisionRows(torch.rand(2, n, generator=random))
-    question = torch.randn(2, 6, generator=random)
-    # distinct patches: between copies the order of a product decides
-    return VisualTokens(rows, keep, question=question, vision={-2: seen}, patches=torch.randn(n, 6, generator=random))
+    return VisualTokens(rows, keep, question=torch.randn(2, 6, generator=random))
 
 
 @pytest.mark.parametrize("spec", METHODS)
@@ -126,7 +108,7 @@ def test_many_tokens_as_well(spec):
 
 @pytest.mark.parametrize("side", [1, 3, 4, 9, 256])
 def test_products_are_symmetric_to_the_bit_whatever_the_strips(monkeypatch, side):
-    monkeypatch.setattr(together, "SIDE", side)
+    monkeypatch.setattr(together, "STRIP", side)
     each = [torch.randn(n, 7, generator=torch.Generator().manual_seed(n)) for n in (9, 4, 8)]
     whole = together.products(each)
     assert whole.shape == (3, 9, 9)
@@ -141,7 +123,7 @@ def test_products_are_symmetric_to_the_bit_whatever_the_strips(monkeypatch, side
 
 def test_batches_have_room(monkeypatch):
     images = [image(n, 1, 0, 0) for n in (4, 4, 10, 3, 3, 3)]
-    monkeypatch.setattr(together, "MOST", 100)
+    monkeypatch.setattr(together, "MAX_ELEMENTS", 100)
     assert [[tokens.n for tokens in some] for some in together.batches(images)] == [[4, 4], [10], [3, 3, 3]]
     assert list(together.batches([])) == []
     kept = [replace(tokens, keep=tokens.n) for tokens in images]

@@ -63,35 +63,6 @@ def test_a_prefill_that_would_take_too_long_is_left_out_with_the_reason(measured
         assert all(row["seconds"][0] > 0 for row in cell["pruners"].values())
 
 
-def test_the_tables_show_what_was_measured(measured, monkeypatch):
-    table, (_, found) = script("methods_table"), measured
-    monkeypatch.setattr(table, "result", lambda name: found["first"] if name == "pruner-speed" else None)
-    page = table.page()
-    cells = found["first"]["cells"]
-    row = next(line for line in page.splitlines() if line.startswith("| `divprune` | keep"))
-    assert f"| - | {table.share(cells[0]['pruners']['divprune']['ratio'])} % |" in row  # no score, and a time
-    row = next(line for line in page.splitlines() if line.startswith("| `fastv` | ") and "looks" not in line)
-    assert f"{table.share(cells[0]['pruners']['fastv']['ratio'])} %" in row
-    assert f"{cells[1]['pruners']['fastv']['seconds'][0]:.2g} s" in row
-    assert f"The prefill at n = 18, batch 2 was not measured: {cells[1]['prefill']['why']}." in page
-    assert found["first"]["command"] in page
-    monkeypatch.setattr(table, "result", lambda name: None)
-    assert "Time of each pruner" not in table.page()
-
-
-def test_scores_are_the_means_of_the_results(monkeypatch):
-    table = script("methods_table")
-    row = {"keep": 0.125, "score": 0.4833, "ci_low": 0.44, "ci_high": 0.53}
-    means = [row | {"pruner": "norm:x=1"}, row | {"pruner": "norm", "score": 0.5}, row | {"pruner": "mmr(norm)"}]
-    means += [row | {"pruner": "norm", "keep": 0.25, "score": 0.9}]
-    monkeypatch.setattr(table, "result", lambda name: {"means": means})
-    assert table.score("norm", "input") == "50.0 [44-53]"
-    assert table.score("mmr", "input") == "48.3 [44-53] `(norm)`"
-    assert table.score("grid", "input") == "-"
-    assert table.score("norm", "llm") == "-"
-    assert table.share([0.0123, 0.005, 0.5]) == "1.2 [0.5-50]"
-
-
 def test_a_built_in_name_is_found_without_looking_through_all_that_is_installed(monkeypatch):
     """That takes milliseconds, which every `prune_inputs` with a name would pay."""
     from gripvlm.errors import PrunerError

@@ -296,7 +296,7 @@ def _one_pruner(text: str) -> str:
 
 def split_pruners(text: str) -> list[str]:
     """Names and specs at commas; none at all is an error (see `split_specs`)."""
-    from gripvlm.pruners.registry import split_specs
+    from gripvlm.utils.spec import split_specs
 
     return split_specs(text) or _split(text)
 

@@ -18,7 +18,7 @@ from gripvlm.models.hooks.calls import one_run
 from gripvlm.models.hooks.llm_drop import CacheContents, DropState, MergeStates, drop_in_layers, no_labels
 from gripvlm.models.text import questions, words
 from gripvlm.pruners import LLMPruner
-from gripvlm.pruners.llm_base import average
+from gripvlm.pruners.ops.schedules import average_tokens
 from gripvlm.types import LLMTokens, Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> di
     counts = [tokens.n, *(schedule[layer] for layer in sorted(schedule))]
     if counts[-1] < 1 or counts != sorted(counts, reverse=True):
         raise wrong(f"must go down from {tokens.n}, to 1 at least")
-    cost = average(tokens.n, schedule, layers)
+    cost = average_tokens(tokens.n, schedule, layers)
     if abs(cost - tokens.keep) > 0.5:
         raise wrong(f"pays for {cost:.1f} rows on average over {layers} layers, but the budget is {tokens.keep}")
     return dict(schedule)
@@ -253,10 +253,6 @@ class LLMStage:
     @torch.no_grad()
     def _ask(self, tokens: LLMTokens) -> Selection:
         answer = self.pruner.select_at_layer(tokens.layer, tokens)
-        if isinstance(answer, Tensor):
-            answer = Selection(answer, tokens.n)
-        elif isinstance(answer, tuple) and len(answer) == 2:
-            answer = Selection(answer[0], tokens.n, merge=answer[1])
         where = f"image {tokens.image} of sample {tokens.sample} before layer {tokens.layer}"
         return checked_selection(self.pruner.name, answer, tokens, where)
 

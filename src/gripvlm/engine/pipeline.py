@@ -163,10 +163,7 @@ def _with_counts_of_pruner(request: PruneRequest, images: list[VisualTokens]) ->
     pruner = request.pruner
     if not images or not hasattr(pruner, "allocate_budget"):  # an object that is no `Pruner` may have none
         return images
-    if isinstance(pruner, LLMPruner):
-        counts = pruner.allocate_budget_over(images, len(request.model.get_decoder().layers))
-    else:
-        counts = pruner.allocate_budget(images)
+    counts = pruner.allocate_budget(images, len(getattr(request.model.get_decoder(), "layers", ())))
     counts = checked_counts(pruner, counts, images)
     return [replace(tokens, keep=k) for tokens, k in zip(images, counts, strict=True)]
 

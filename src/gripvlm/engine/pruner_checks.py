@@ -12,9 +12,8 @@ from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.hooks.llm_drop import checked_layers
 from gripvlm.models.tower_rows import TowerRequest
 from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
-from gripvlm.pruners.base import NEEDS
-from gripvlm.pruners.llm_base import LLM_NEEDS
-from gripvlm.pruners.options import options_of
+from gripvlm.pruners.base import LLM_NEEDS, NEEDS
+from gripvlm.utils.spec import options_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

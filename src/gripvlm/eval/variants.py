@@ -14,8 +14,8 @@ from gripvlm.budget import Budget, Keep
 from gripvlm.engine.request import checked_pruner
 from gripvlm.errors import GripError
 from gripvlm.pruners import Pruner, get_pruner
-from gripvlm.pruners.options import outside
 from gripvlm.tasks.base import Sample
+from gripvlm.utils.spec import parse_spec
 
 __all__ = ["BLIND", "FULL", "ORACLE", "Arm", "digest", "fingerprint", "make_arms"]
 
@@ -97,10 +97,10 @@ def _seeded(pruner: str | Pruner, seeds: Sequence[int]) -> list[str | Pruner]:
         return [pruner]
     if not isinstance(pruner, str):
         return [dataclasses.replace(chooser, seed=seed) for seed in seeds] if chooser.seed == default[0] else [pruner]
-    head, *options = outside(pruner.strip(), ":")
-    if any(option.partition("=")[0].strip() == "seed" for option in ":".join(options).split(",")):
+    options = dict(parse_spec(pruner).options)
+    if "seed" in options:
         return [pruner]
-    return [f"{head}:{','.join([*options, f'seed={seed}'])}" for seed in seeds]
+    return [f"{pruner.strip()}{',' if options else ':'}seed={seed}" for seed in seeds]
 
 
 def _trained(pruner: Pruner | None) -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,29 +19,20 @@ from gripvlm.grip.scorer import SCORER_FILES, Scorer, coordinates
 from gripvlm.pruners.base import ScorePruner, top_k_of_each
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.batching import onto, padded
+from gripvlm.utils.spec import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["SHIPPED", "SHIPPED_NAMES", "Grip", "Learned", "ScorerInputs", "place_of"]
 
 SHIPPED = Path(__file__).parents[1] / "lab" / "data" / "grip"
 """Scorers for the lab VLM that come with the package, one folder each: `question`, `blind` and `small`."""
 
-_passed: WeakKeyDictionary[Any, tuple[Any, ...]] = (
-    WeakKeyDictionary()
-)  # model -> what it was last found to be right for
-
-_copies: WeakKeyDictionary[Scorer, dict[Any, tuple[Any, Scorer]]] = WeakKeyDictionary()
-"""Scorer -> (device, type) -> what its weights were, and the scorer in that form."""
-
-_lock = threading.RLock()  # of what is kept here for all threads
-
-KEPT = 8
-"""Scorers of folders that stay in memory."""
-
-TOGETHER = 32
-"""Images in one run of the scorer."""
-
-
 SHIPPED_NAMES = {"lab": "question", "lab-blind": "blind", "lab-small": "small"}
+
+MAX_BATCH = 32
+"""Images in one run of the scorer."""
 
 
 def place_of(name: str | Path) -> str | Path:
@@ -74,95 +63,128 @@ class ScorerInputs:
         return logits.masked_fill(~self.valid, -torch.inf)
 
     def _read(self, kept: Tensor) -> tuple[Any, ...]:
-        """What the scorer takes; masks only where they say something."""
-        valid, asked = (None if even else m for even, m in zip(self.even, (self.valid, self.asked), strict=True))
+        """What the scorer takes. A mask that hides nothing is left out: attention has faster kernels without one."""
+        valid = None if self.even[0] else self.valid
+        asked = None if self.even[1] else self.asked
         return self.features, self.places, kept / self.sizes, valid, self.question, asked
 
     @classmethod
     def of(cls, images: Sequence[VisualTokens], question: bool, owner: Sequence[int] | None = None) -> ScorerInputs:
         """Pads the images; `owner` says which sample each belongs to (by default its own)."""
         device = images[0].features.device
+        # Detached: what a pruner chooses has no gradient, and padding a view must not keep the encoder's graph alive.
         features = padded([tokens.features.detach() for tokens in images])
-        kinds = {(tokens.n, tokens.grid): _coordinates(tokens.n, tokens.grid, device) for tokens in images}
-        one = next(iter(kinds.values()))
-        places = one.expand(len(images), -1, -1)
-        if len(kinds) > 1:
-            places = padded([kinds[tokens.n, tokens.grid] for tokens in images])
+        shapes = {(tokens.n, tokens.grid): _coordinates(tokens.n, tokens.grid, device) for tokens in images}
+        if len(shapes) == 1:
+            places = next(iter(shapes.values())).expand(len(images), -1, -1)
+        else:
+            places = padded([shapes[tokens.n, tokens.grid] for tokens in images])
         sizes = onto([tokens.n for tokens in images], device)
         words, asked, lengths = None, None, {0}
         if question:
-            texts = [features.new_zeros(0, features.shape[-1]) if t.question is None else t.question for t in images]
+            empty = features.new_zeros(0, features.shape[-1])
+            texts = [empty if tokens.question is None else tokens.question.detach() for tokens in images]
             lengths = {len(text) for text in texts}
-            words = padded([text.detach() for text in texts])
+            words = padded(texts)
             asked = torch.arange(words.shape[1], device=device) < onto([len(text) for text in texts], device)[:, None]
         return cls(
-            features,
-            places,
-            torch.arange(features.shape[1], device=device) < sizes[:, None],
-            words,
-            asked,
-            onto(list(range(len(images)) if owner is None else owner), device),
-            sizes,
-            (len({tokens.n for tokens in images}) == 1, len(lengths) == 1),
+            features=features,
+            places=places,
+            valid=torch.arange(features.shape[1], device=device) < sizes[:, None],
+            question=words,
+            asked=asked,
+            owner=onto(list(range(len(images)) if owner is None else owner), device),
+            sizes=sizes,
+            even=(len({tokens.n for tokens in images}) == 1, len(lengths) == 1),
         )
 
 
 @lru_cache(maxsize=64)
 def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor:
-    """`coordinates`, kept: a model's images are of few sizes."""
+    """`coordinates`, cached: a model's images are of few sizes."""
     with torch.inference_mode(False):
         return coordinates(n, grid, device)
 
 
-def _loaded(name: str) -> tuple[Scorer, str]:
-    """A scorer and its digest; that of a folder is read anew when its files were written to, or its weights."""
+class _Loaded:
+    """A scorer with what is derived from it: copies on other devices, and the models it was compared with.
+
+    Pruners that are made by name, one for each call, share it: a call by name costs no more than one by object.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.digest = scorer.digest()
+        self.version = _version(scorer.parameters())
+        self._copies: dict[tuple[torch.device, torch.dtype], tuple[int, Scorer]] = {}
+        self._models: WeakKeyDictionary[Any, tuple[int, list[Tensor]]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Loaded, (self.scorer,)  # copies and models stay behind
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Scorer:
+        """The scorer itself where it is there already, else a copy with its present weights."""
+        weight = self.scorer.score.weight
+        if (weight.device, weight.dtype) == (device, dtype):
+            return self.scorer
+        version, scorer = self._copies.get((device, dtype), (-1, self.scorer))
+        if version != (now := _version(self.scorer.parameters())):
+            # Outside inference mode, whose tensors could not be used by a later call that records gradients.
+            with torch.inference_mode(False):
+                scorer = copy.deepcopy(self.scorer).to(device, dtype)
+            self._copies[device, dtype] = now, scorer
+        return scorer
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Compares the model with the scorer's own: milliseconds, so only once, and when its weights were written to.
+
+        Raises:
+            ScorerError: it is another model.
+        """
+        assert self.scorer.base is not None
+        # Weakly: a pruner must not keep a model in memory.
+        version, weights = self._models.get(model, (-1, []))
+        if weights and weights[0] is model.get_input_embeddings().weight and version == _version(weights):
+            return
+        self.scorer.base.check(model)
+        weights = compared(model)
+        self._models[model] = _version(weights), weights
+
+
+def _version(weights: Iterable[Tensor]) -> int:
+    """Grows with every write to one of them, as torch counts them; tensors made in inference mode have no count."""
+    return sum(0 if weight.is_inference() else weight._version for weight in weights)
+
+
+def _load(name: str) -> _Loaded:
+    """The scorer of a name; all pruners of one folder share it until its files or its weights are written to."""
     place = place_of(name)
     if place == name and "/" not in name and not Path(name).expanduser().is_dir():
-        near = difflib.get_close_matches(name, SHIPPED_NAMES, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ScorerError(
-            f"no scorer {name!r}: {hint}type one of {', '.join(SHIPPED_NAMES)} (for the lab's model), a folder that "
-            "exists, or a hub id such as user/grip-llava"
+            f"no scorer {name!r}: {did_you_mean(name, SHIPPED_NAMES, count=1)}pass one of {', '.join(SHIPPED_NAMES)} "
+            "(for the lab's model), a folder that exists, or a hub id such as user/grip-llava"
         )
     files = [Path(place).expanduser() / file for file in SCORER_FILES]
-    if not all(file.is_file() for file in files):  # a hub id, or an error that says what is missing
-        scorer = Scorer.from_pretrained(place)
-        return scorer, scorer.digest()
-    written = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    with _lock:
-        known = _scorers.pop(str(place), None)
-        if known is None or known.written != written or known.stamps != _stamps(known.scorer):
-            with torch.inference_mode(False):
-                scorer = Scorer.from_pretrained(place)
-            known = _Known(scorer, scorer.digest(), written, _stamps(scorer))
-        _scorers[str(place)] = known  # the latest is the last
-        while len(_scorers) > KEPT:
-            del _scorers[next(iter(_scorers))]
-    return known.scorer, known.digest
+    # A hub id, or an error that says what is missing.
+    if not all(file.is_file() for file in files):
+        return _Loaded(Scorer.from_pretrained(place))
+    written = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    loaded = _read(str(place), written)
+    # A caller changed the weights of the shared one: that one is the caller's, and the name gets a fresh one.
+    if _version(loaded.scorer.parameters()) != loaded.version:
+        _read.cache_clear()
+        loaded = _read(str(place), written)
+    return loaded
 
 
-class _Known(NamedTuple):
-    """A scorer of a folder, when its files were written, and its weights as they were read."""
-
-    scorer: Scorer
-    digest: str
-    written: list[tuple[int, int]]
-    stamps: list[tuple[int, int]]
+@lru_cache(maxsize=8)
+def _read(place: str, written: tuple[tuple[int, int], ...]) -> _Loaded:
+    """The scorer of a folder whose files were last written to then."""
+    with torch.inference_mode(False):
+        return _Loaded(Scorer.from_pretrained(place))
 
 
-_scorers: dict[str, _Known] = {}  # folder -> what was read of it
-
-
-def _stamps(scorer: Scorer) -> list[tuple[int, int]]:
-    return [_stamp(weight) for weight in scorer.parameters()]
-
-
-def _stamp(weight: Tensor) -> tuple[int, int]:
-    """Changes when the weight is written to or replaced; what was made in inference mode keeps no count of writes."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Learned(ScorePruner):
     """score = scorer(features, place, question, k / n): a trained scorer, however it was trained.
 
@@ -170,6 +192,7 @@ class Learned(ScorePruner):
         scorer: a name for `Scorer.from_pretrained`.
         dtype: what the scorer computes in: "float32", "bfloat16", or "auto", bfloat16 where the features are and
             float32 elsewhere.
+        module: the scorer itself; by default that of the name.
         weights: a short hash of the scorer's weights, for results files.
     """
 
@@ -182,73 +205,48 @@ class Learned(ScorePruner):
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise PrunerError(f"{self.name}: dtype={self.dtype!r}: type dtype=float32, dtype=bfloat16 or dtype=auto")
-        if self.module is None:
-            module, weights = _loaded(self.scorer)
-            object.__setattr__(self, "module", module)
-        else:
-            weights = self._scorer.digest()
-        object.__setattr__(self, "weights", weights)
+            raise PrunerError(f"{self.name}: dtype={self.dtype!r}: pass dtype=float32, dtype=bfloat16 or dtype=auto")
+        self._loaded = _load(self.scorer) if self.module is None else _Loaded(self.module)
+        self.module, self.weights = self._loaded.scorer, self._loaded.digest
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"features", "question"} if self._scorer.config.question else {"features"})
+        return frozenset({"features", "question"} if self._loaded.scorer.config.question else {"features"})
 
-    @property
-    def _scorer(self) -> Scorer:
-        assert self.module is not None
-        return self.module
-
-    def check(self, model: Any) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """Refuses a model that the scorer was not trained for."""
-        if self._scorer.base is None:
+        if self._loaded.scorer.base is None:
             raise PrunerError(f"this {self.name} scorer was never trained: train one with `gripvlm train`")
-        base, table = self._scorer.base, model.get_input_embeddings().weight
-        mine = (base.model_type, base.sketch, tuple(base.weights.items()))
-        with _lock:
-            known = _passed.get(model)
-            if known is None or known[:2] != (mine, id(table)) or known[3] != [_stamp(weight) for weight in known[2]]:
-                base.check(model)  # milliseconds: once, and when weights that it compares were written to
-                weights = compared(model)
-                _passed[model] = (mine, id(table), weights, [_stamp(weight) for weight in weights])
+        self._loaded.check(model)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return self._scores([tokens])[0, : tokens.n]
 
     def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        found = []
-        for start in range(0, len(images), TOGETHER):
-            part = images[start : start + TOGETHER]
+        selections = []
+        # In parts: attention among n tokens of many images at once would not fit.
+        for start in range(0, len(images), MAX_BATCH):
+            part = images[start : start + MAX_BATCH]
             scores = self._scores(part)
             chosen = top_k_of_each(scores, [tokens.keep for tokens in part])
             for tokens, row, indices in zip(part, scores, chosen, strict=True):
-                found.append(Selection(indices, tokens.n, row[: tokens.n], sound=True))
-        return found
+                selections.append(Selection(indices, tokens.n, row[: tokens.n], sound=True))
+        return selections
 
     @torch.no_grad()
     def _scores(self, images: Sequence[VisualTokens]) -> Tensor:
         """[I, n] logits of all images from one run of the scorer, -inf at padding."""
-        seen = ScorerInputs.of(images, self._scorer.config.question)
-        kept = onto([tokens.keep for tokens in images], seen.sizes.device)
-        return seen.score(self._serving(seen.features), kept)
+        inputs = ScorerInputs.of(images, self._loaded.scorer.config.question)
+        kept = onto([tokens.keep for tokens in images], inputs.features.device)
+        return inputs.score(self.scorer_for(inputs.features), kept)
 
-    def _serving(self, features: Tensor) -> Scorer:
+    def scorer_for(self, features: Tensor) -> Scorer:
         """The scorer on the features' device, in the type it computes in."""
         half = features.dtype == torch.bfloat16 if self.dtype == "auto" else self.dtype == "bfloat16"
-        scorer, dtype = self._scorer, torch.bfloat16 if half else torch.float32
-        weight = scorer.score.weight
-        if (weight.device, weight.dtype) == (features.device, dtype):
-            return scorer
-        with _lock:
-            forms, state = _copies.setdefault(scorer, {}), _stamps(scorer)
-            kept = forms.get((features.device, dtype))
-            if kept is None or kept[0] != state:
-                with torch.inference_mode(False):
-                    kept = forms[features.device, dtype] = (state, copy.deepcopy(scorer).to(features.device, dtype))
-        return kept[1]
+        return self._loaded.to(features.device, torch.bfloat16 if half else torch.float32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Grip(Learned):
     """score = scorer(features, place, question, k / n): Huang et al., "GRIP-VLM", arXiv 2605.13375.
 
@@ -264,8 +262,8 @@ class Grip(Learned):
         weights: a short hash of the scorer's weights, for results files.
     """
 
-    name: ClassVar[str] = "grip"
-    source: ClassVar[str] = "Huang et al. 2026, arXiv 2605.13375"
+    name = "grip"
+    source = "Huang et al. 2026, arXiv 2605.13375"
 
     scorer: str = "lab"
 

@@ -1,19 +1,19 @@
-"""Pruners by name. Strings only: nothing is imported until it is asked for."""
+"""Pruners by name. Strings only: no method is imported before it is used."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner
-from gripvlm.pruners.options import Option, made, options_of, outside, parsed
+from gripvlm.utils.spec import Option, did_you_mean, fits, options_of, parse_spec, read_value, split_specs
 
-__all__ = ["PrunerRow", "get_pruner", "list_pruners", "pruner_names", "register_pruner", "split_specs"]
+__all__ = ["PrunerRow", "get_pruner", "list_pruners", "pruner_names", "register_pruner"]
 
 ENTRY_POINTS = "gripvlm.pruners"
 
@@ -63,11 +63,11 @@ class PrunerRow(NamedTuple):
     """One line of `list_pruners`.
 
     Attributes:
-        needs: fields of `VisualTokens`, without options.
+        needs: fields of `VisualTokens`, with default options.
         llm_needs: fields of `LLMTokens`, for pruners inside the language model.
-        stage: where rows are dropped: "input", "llm" or "vision".
+        stage: where tokens are dropped: "input", "llm" or "vision".
         trained: whether it has weights that were trained for pruning.
-        fault: why another package's pruner cannot be had; empty for all others.
+        fault: why another package's pruner cannot be loaded; empty for all others.
     """
 
     name: str
@@ -78,14 +78,6 @@ class PrunerRow(NamedTuple):
     llm_needs: tuple[str, ...] = ()
     trained: bool = False
     fault: str = ""
-
-
-def _same(old: object, new: object) -> bool:
-    """Equal, or one class defined anew under its own name, as a notebook cell does when it runs again."""
-    return old == new or all(
-        isinstance(one, type) and (one.__module__, one.__qualname__) == (old.__module__, old.__qualname__)  # type: ignore[attr-defined]
-        for one in (old, new)
-    )
 
 
 def register_pruner(name: str, factory: str | Callable[..., Pruner]) -> None:
@@ -102,9 +94,16 @@ def register_pruner(name: str, factory: str | Callable[..., Pruner]) -> None:
     """
     if not name.isidentifier():
         raise PrunerError(f"pruner name {name!r} must be snake_case, such as 'my_pruner'")
-    if (taken := _sources().get(name)) is not None and not _same(taken, factory):
+    taken = _sources().get(name)
+    if taken is not None and taken != factory and _qualified(taken) != _qualified(factory):
         raise PrunerError(f"pruner name {name!r} is taken by {taken}: choose another")
+    # Not loaded yet: a string is imported when it is first used.
     _registered[name] = factory
+
+
+def _qualified(factory: object) -> object:
+    """The module and name of a class: a notebook cell that runs again defines the same one anew."""
+    return (factory.__module__, factory.__qualname__) if isinstance(factory, type) else factory
 
 
 def pruner_names() -> list[str]:
@@ -118,30 +117,43 @@ def list_pruners() -> list[PrunerRow]:
 
 
 def _row(name: str) -> PrunerRow:
-    made_by = _load(name)
-    needs = getattr(made_by, "needs", ())
-    if isinstance(needs, property):  # it depends on the object's options
-        needs = _needs_by_default(made_by)
-    needs = tuple(sorted(needs)) if isinstance(needs, frozenset) else ()
-    stage, source = getattr(made_by, "stage", ""), getattr(made_by, "source", "")
-    inside = tuple(sorted(getattr(made_by, "llm_needs", ())))
-    trained = bool(getattr(made_by, "trained", False))
-    return PrunerRow(name, needs, stage, source, options_of(made_by), inside, trained)
+    factory = _load(name)
+    needs = getattr(factory, "needs", ())
+    if isinstance(needs, property):  # it depends on the options
+        needs = _default_needs(factory)
+    return PrunerRow(
+        name,
+        tuple(sorted(needs)) if isinstance(needs, frozenset) else (),
+        getattr(factory, "stage", ""),
+        getattr(factory, "source", ""),
+        options_of(factory),
+        tuple(sorted(getattr(factory, "llm_needs", ()))),
+        bool(getattr(factory, "trained", False)),
+    )
+
+
+def _default_needs(factory: Any) -> frozenset[str]:
+    """What a pruner needs without any options; nothing for a wrapper or a trained one, which need what they hold."""
+    try:
+        return frozenset() if getattr(factory, "trained", False) else factory().needs
+    except TypeError:
+        return frozenset()
 
 
 def _foreign_row(name: str) -> PrunerRow:
-    """That of a pruner that is not ours, whatever its package does."""
+    """The row of another package's pruner."""
     try:
         row = _row(name)
         return row._replace(stage=str(row.stage), source=str(row.source))
     except (Exception, SystemExit) as error:  # noqa: BLE001  it runs other people's code, which may raise anything
-        fault = str(error) if isinstance(error, PrunerError) else _fault(name, _sources()[name], error)
+        fault = str(error) if isinstance(error, PrunerError) else _fault(name, error)
         return PrunerRow(name, (), "", "", fault=fault)
 
 
-def _fault(name: str, source: object, error: BaseException) -> str:
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"pruner {name!r} cannot be had, as {source} fails ({said}): mend or uninstall the package that brings it"
+def _fault(name: str, error: BaseException) -> str:
+    cause = " ".join(f"{type(error).__name__}: {error}".split())
+    source = _sources()[name]
+    return f"pruner {name!r} cannot be loaded, as {source} fails ({cause}): fix or uninstall the package that brings it"
 
 
 def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
@@ -157,28 +169,75 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
         PrunerError: an unknown name (the nearest known ones are listed), an unknown option, a value
             that does not fit the option's annotation, or an object without `select`.
     """
-    if not isinstance(pruner, str):
-        if isinstance(pruner, type):
-            raise PrunerError(f"got the class {pruner.__name__}: pass an object, {pruner.__name__}()")
-        if not callable(getattr(pruner, "select", None)):
-            raise PrunerError(
-                f"got a {type(pruner).__name__}, which has no select(): pass a pruner's name "
-                f"({', '.join(pruner_names())}) or an object with select(tokens) -> Selection"
-            )
-        if options:
-            raise PrunerError(f"options {sorted(options)} go with a name, not with a pruner object")
-        return pruner
-    name, inner, spec = _parts(pruner)
-    factory = _load(name)
-    return made(name, factory, inner | parsed(pruner, spec, options_of(factory)) | options)
+    if isinstance(pruner, str):
+        return _from_spec(pruner, options)
+    if isinstance(pruner, type):
+        raise PrunerError(f"got the class {pruner.__name__}: pass an object, {pruner.__name__}()")
+    if not callable(getattr(pruner, "select", None)):
+        raise PrunerError(
+            f"got a {type(pruner).__name__}, which has no select(): pass a pruner's name "
+            f"({', '.join(pruner_names())}) or an object with select(tokens) -> Selection"
+        )
+    if options:
+        raise PrunerError(f"options {sorted(options)} go with a name, not with a pruner object")
+    return pruner
 
 
-def _needs_by_default(made_by: Any) -> frozenset[str]:
-    """What a pruner needs without any options; nothing for a wrapper or a trained one, which need what they hold."""
+def _from_spec(text: str, options: Mapping[str, Any]) -> Pruner:
+    spec = parse_spec(text)
+    if spec.argument:
+        raise PrunerError(f"cannot read {spec.argument!r} in {text!r}: use name:option=value,option=value")
+    values: dict[str, Any] = {}
+    if spec.inner == "":
+        raise PrunerError(f"cannot read {text!r}: use wrapper(pruner):option=value, such as mmr(norm):balance=0.5")
+    if spec.inner is not None:
+        inner = tuple(get_pruner(pruner) for pruner in split_specs(spec.inner))
+        values["inner"] = inner[0] if len(inner) == 1 else inner
+    factory = _load(spec.name)
+    known = {option.name: option for option in options_of(factory)}
+    # Read by the annotation of the option, so that a folder called 7 stays a name.
+    for word, value in spec.options:
+        values[word] = known[word].read(value) if word in known else read_value(value)
+    return _build(spec.name, factory, {**values, **options})
+
+
+def _build(name: str, factory: Callable[..., Pruner], values: Mapping[str, Any]) -> Pruner:
+    """The pruner with these options, or a `PrunerError` that says which there are."""
+    known = {option.name: option for option in options_of(factory)}
+    # What other classes and functions take they check themselves: a TypeError, below.
+    if is_dataclass(factory):
+        for word, value in values.items():
+            if word not in known:
+                options = ", ".join(map(str, known.values()))
+                takes = f"its options are {options}" if known else f"it has none: use {name!r} alone"
+                hint = did_you_mean(word, known, count=1, cutoff=0.5)
+                raise PrunerError(f"pruner {name!r} has no option {word!r}: {hint}{takes}")
+            _check_value(name, known[word], value)
+    for option in known.values():
+        if option.required and option.name not in values:
+            _check_typeable(name, option)
+            raise PrunerError(f"pruner {name!r} needs {option}: use {name}:{option.name}=...")
     try:
-        return frozenset() if getattr(made_by, "trained", False) else made_by().needs
-    except TypeError:
-        return frozenset()
+        return factory(**values)
+    except TypeError as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in values.items()) or "no options"
+        raise PrunerError(f"pruner {name!r} cannot be made with {given}: {error}") from error
+
+
+def _check_value(name: str, option: Option, value: Any) -> None:
+    if not fits(value, option.kind):
+        _check_typeable(name, option)
+        kind = inspect.formatannotation(option.kind)
+        example = f": use {name}:{option.name}={option.default}" if not option.required else ""
+        raise PrunerError(f"pruner {name!r} takes {option.name} as {kind}, got {value!r}{example}")
+
+
+def _check_typeable(name: str, option: Option) -> None:
+    if not option.typeable:
+        raise PrunerError(
+            f"pruner {name!r} needs {option}, which cannot be typed in a name: it is for use from Python, "
+            f"get_pruner({name!r}, {option.name}=...)"
+        )
 
 
 def _sources() -> dict[str, Any]:
@@ -188,44 +247,22 @@ def _sources() -> dict[str, Any]:
 
 
 def _load(name: str) -> Any:
+    """The class or function behind a name."""
     source: Any = _BUILT_IN.get(name) or _registered.get(name)
-    if source is None:  # looking through all that is installed takes milliseconds
+    # Only now, as looking through all that is installed takes milliseconds.
+    if source is None:
         sources = _sources()
         if name not in sources:
-            near = difflib.get_close_matches(name, sources, n=3, cutoff=0.6)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            hint = did_you_mean(name, sources)
             raise PrunerError(f"unknown pruner {name!r}: {hint}known are {', '.join(sorted(sources))}")
         source = sources[name]
     if not isinstance(source, str):
         return source
     module, _, attribute = source.partition(":")
-    if name in _BUILT_IN:
-        return getattr(import_module(module), attribute)
     try:
         return getattr(import_module(module), attribute)
     except (Exception, SystemExit) as error:
-        raise PrunerError(_fault(name, source, error)) from error
-
-
-def split_specs(text: str) -> list[str]:
-    """Names and specs at commas; a comma in parentheses or between one spec's options separates nothing.
-
-    `"grid,random:seed=3,x=1,mmr(norm)"` gives grid, random:seed=3,x=1 and mmr(norm).
-    """
-    specs: list[str] = []
-    for piece in filter(None, outside(text, ",")):
-        if specs and len(outside(specs[-1], ":")) > 1 and re.match(r"\w+\s*=", piece):
-            specs[-1] += f",{piece}"
-        else:
-            specs.append(piece)
-    return specs
-
-
-def _parts(pruner: str) -> tuple[str, dict[str, Any], str]:
-    """("mmr", {"inner": a pruner}, "balance=1") from "mmr(norm):balance=1"."""
-    head, *spec = outside(pruner, ":")
-    name, opened, inside = head.partition("(")
-    if opened and not (inside.endswith(")") and inside[:-1].strip()):
-        raise PrunerError(f"cannot read {pruner!r}: type wrapper(pruner):option=value, such as mmr(norm):balance=0.5")
-    inner = tuple(get_pruner(one) for one in split_specs(inside[:-1]))
-    return name.strip(), {"inner": inner[0] if len(inner) == 1 else inner} if inner else {}, ":".join(spec)
+        # A fault of our own must show its whole trace; one of another package is a line that names it.
+        if name in _BUILT_IN:
+            raise
+        raise PrunerError(_fault(name, error)) from error

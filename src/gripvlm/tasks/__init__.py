@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from gripvlm.tasks.lab_tasks import FAMILIES, LabTask
 from gripvlm.tasks.metrics import METRICS
 from gripvlm.tasks.pictures import open_image
 from gripvlm.tasks.table_task import HubTask
+from gripvlm.utils.spec import join_options, parse_spec
 
 __all__ = [
     "METRICS",
@@ -58,7 +58,7 @@ def get_tasks(names: str | Task | Sequence[str | Task]) -> list[Task]:
         TaskError: an unknown name or option, the nearest known ones are listed; or one task from two places.
     """
     tasks: dict[str, Task] = {}
-    for name in [names] if isinstance(names, (str, Task)) else _whole(names):
+    for name in [names] if isinstance(names, (str, Task)) else join_options(names):
         for task in [name] if isinstance(name, Task) else _named(name.strip()):
             before = tasks.setdefault(task.name, task)
             if getattr(before, "source", None) != getattr(task, "source", None):
@@ -66,18 +66,6 @@ def get_tasks(names: str | Task | Sequence[str | Task]) -> list[Task]:
     if not tasks:
         raise TaskError(f"no task given: type one of {', '.join(task_names())}, hf:REPO or jsonl:PATH")
     return list(tasks.values())
-
-
-def _whole(names: Sequence[str | Task]) -> list[str | Task]:
-    """Names with their options, where these were cut off at commas."""
-    joined: list[str | Task] = []
-    for name in names:
-        before = joined[-1] if joined else None
-        if isinstance(name, str) and isinstance(before, str) and ":" in before and re.match(r"\s*\w+=", name):
-            joined[-1] = f"{before},{name.strip()}"
-        else:
-            joined.append(name)
-    return joined
 
 
 def _named(name: str) -> list[Task]:
@@ -117,14 +105,18 @@ def _read_options(kind: str, text: str) -> tuple[str, dict[str, str]]:
 
     The six have options only, the others a path or a name before them.
     """
-    pieces = re.split(r",(?=\s*\w+=)", text) if text else []
-    head = pieces.pop(0) if kind in ("jsonl", "custom", "hf") else ""
+    spec = parse_spec(f"{kind}:{text}", takes_argument=kind in ("jsonl", "custom", "hf"))
+    if spec.argument and kind not in ("jsonl", "custom", "hf"):
+        raise _no_option(kind, spec.argument)
     options: dict[str, str] = {}
-    for piece in pieces:
-        key, _, value = (part.strip() for part in piece.partition("="))
+    for key, value in spec.options:
         if key not in _OPTIONS[kind] or not value:
-            raise TaskError(f"{kind} has no option {piece.strip()!r}: type name=value with {', '.join(_OPTIONS[kind])}")
+            raise _no_option(kind, f"{key}={value}")
         if key in options:
             raise TaskError(f"{kind} is given {key}= twice: type it once")
         options[key] = value
-    return head, options
+    return spec.argument, options
+
+
+def _no_option(kind: str, option: str) -> TaskError:
+    return TaskError(f"{kind} has no option {option!r}: type name=value with {', '.join(_OPTIONS[kind])}")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import ScorePruner
 from gripvlm.types import VisualTokens
-
-__all__ = ["Given"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +22,9 @@ class Given(ScorePruner):
         scores: a list over the batch of lists over each prompt's images of tensors [n].
     """
 
-    name: ClassVar[str] = "given"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    source: ClassVar[str] = "the caller's own scores"
+    name = "given"
+    needs = frozenset()
+    source = "the caller's own scores"
 
     scores: Sequence[Sequence[Tensor]]
 

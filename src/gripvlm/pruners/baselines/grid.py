@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +11,6 @@ from torch import Tensor
 from gripvlm.pruners.base import Pruner
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.batching import onto
-
-__all__ = ["Grid", "lattice"]
 
 
 def lattice(grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
@@ -29,6 +26,7 @@ def lattice(grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
         centres [k, 2] float (y, x) in cells, cell (a, b) covering [a, a+1) x [b, b+1).
     """
     h, w = grid
+    # At least ceil(k / w) rows, else one of them would need more points than it has cells.
     rows = min(h, k, max(math.floor(math.sqrt(k * h / w) + 0.5), -(-k // w)))
     points = []
     for i in range(rows):
@@ -48,11 +46,11 @@ class Grid(Pruner):
     so its choice is known from the image's size alone.
     """
 
-    name: ClassVar[str] = "grid"
-    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
-    source: ClassVar[str] = "baseline: uniform sub-sampling"
+    name = "grid"
+    needs = frozenset({"grid"})
+    source = "baseline: uniform sub-sampling"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        assert tokens.grid is not None  # promised by `needs`
+        assert tokens.grid is not None
         indices, _ = lattice(tokens.grid, tokens.keep)
         return Selection(onto(indices, tokens.features.device), tokens.n, sound=True)

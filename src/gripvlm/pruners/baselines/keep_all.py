@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from gripvlm.errors import BudgetError
 from gripvlm.pruners.base import Pruner
 from gripvlm.types import Selection, VisualTokens
-
-__all__ = ["Full", "KeepAll"]
 
 
 @dataclass(frozen=True)
@@ -25,20 +22,20 @@ class KeepAll(Pruner):
         BudgetError: a budget below n.
     """
 
-    name: ClassVar[str] = "keep_all"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    source: ClassVar[str] = "no pruning"
-    default_keep: ClassVar[float | None] = 1.0
+    name = "keep_all"
+    needs = frozenset()
+    source = "no pruning"
+    default_keep = 1.0
 
     def select(self, tokens: VisualTokens) -> Selection:
         if tokens.keep < tokens.n:
             raise self.refused(f"a budget of {tokens.keep} of {tokens.n}")
         return Selection(torch.arange(tokens.n, device=tokens.features.device), tokens.n, sound=True)
 
-    def refused(self, asked: str) -> BudgetError:
-        """What is said to a budget that would drop tokens."""
+    def refused(self, budget: str) -> BudgetError:
+        """The error for a budget that would drop tokens."""
         return BudgetError(
-            f"pruner {self.name!r} keeps every visual token, so {asked} cannot be met: leave keep out (or type "
+            f"pruner {self.name!r} keeps every visual token, so {budget} cannot be met: leave keep out (or pass "
             "1.0), or choose a pruner that drops tokens, such as divprune"
         )
 
@@ -47,5 +44,5 @@ class KeepAll(Pruner):
 class Full(KeepAll):
     """`KeepAll` under the name that results give it."""
 
-    name: ClassVar[str] = "full"
-    source: ClassVar[str] = "no pruning: keep_all by the name that tables give it"
+    name = "full"
+    source = "no pruning: alias of keep_all"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from gripvlm.pruners.base import ScorePruner
 from gripvlm.types import VisualTokens
-
-__all__ = ["Norm"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +18,8 @@ class Norm(ScorePruner):
     matters. Computed in float32 whatever the model's dtype.
     """
 
-    name: ClassVar[str] = "norm"
-    source: ClassVar[str] = "folk baseline: largest L2 norm"
+    name = "norm"
+    source = "folk baseline: largest L2 norm"
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return tokens.features.float().norm(dim=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -11,8 +10,6 @@ from gripvlm.pruners.base import Pruner
 from gripvlm.pruners.baselines.grid import lattice
 from gripvlm.types import Merge, Selection, VisualTokens
 from gripvlm.utils.batching import onto
-
-__all__ = ["Pool"]
 
 
 @dataclass(frozen=True)
@@ -28,18 +25,20 @@ class Pool(Pruner):
     2. An anchor's own cell always belongs to it, so no mean is empty.
     """
 
-    name: ClassVar[str] = "pool"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "grid"})
-    source: ClassVar[str] = "baseline: average pooling"
+    name = "pool"
+    needs = frozenset({"features", "grid"})
+    source = "baseline: average pooling"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        assert tokens.grid is not None  # promised by `needs`
+        assert tokens.grid is not None
         h, w = tokens.grid
+        # All on the host: sizes alone decide, and nothing has to wait for the device.
         anchors, centres = lattice(tokens.grid, tokens.keep)
         y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
         cells = torch.stack((y.flatten(), x.flatten()), dim=-1)  # [n, 2]
         squared = (cells[:, None] - centres[None]).square().sum(-1)  # [n, k]
         slot = squared.argmin(dim=-1)  # [n]
+        # On a crowded lattice an anchor's own cell may lie nearer to another point: its mean would be empty.
         slot[anchors] = torch.arange(tokens.keep)
         size = torch.bincount(slot, minlength=tokens.keep)
         device = tokens.features.device

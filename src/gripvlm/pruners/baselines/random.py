@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gripvlm.pruners.base import ScorePruner
 from gripvlm.types import VisualTokens
-
-__all__ = ["Random"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,9 @@ class Random(ScorePruner):
         seed: any int; one seed is one draw per image.
     """
 
-    name: ClassVar[str] = "random"
-    needs: ClassVar[frozenset[str]] = frozenset({"key"})
-    source: ClassVar[str] = "baseline; UniPruneBench, arXiv 2511.02650"
+    name = "random"
+    needs = frozenset({"key"})
+    source = "baseline; UniPruneBench, arXiv 2511.02650"
 
     seed: int = 0
 
@@ -41,5 +38,6 @@ class Random(ScorePruner):
         identity = f"{self.seed}/{tokens.key}/{tokens.image}/{tokens.n}".encode()
         state = int.from_bytes(hashlib.blake2b(identity, digest_size=7).digest(), "little")
         generator = torch.Generator().manual_seed(state)
-        ranks = torch.randperm(tokens.n, generator=generator)  # on the CPU: the same on every device
+        # Drawn on the CPU: generators of devices differ.
+        ranks = torch.randperm(tokens.n, generator=generator)
         return ranks.float().to(tokens.features.device)

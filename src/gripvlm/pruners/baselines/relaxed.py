@@ -11,7 +11,7 @@ from gripvlm.grip.pruner import Learned
 __all__ = ["Relaxed"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Relaxed(Learned):
     """The k highest of a scorer's logits, as Grip's, trained by `gripvlm train relaxed`.
 
@@ -35,10 +35,10 @@ class Relaxed(Learned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        notes = self._scorer.notes
+        notes = self._loaded.scorer.notes
         if notes.get("stage") != "relaxed":
             raise PrunerError(
                 f"pruner 'relaxed' takes a scorer of `gripvlm train relaxed`, but {self.scorer} was trained by "
                 f"{notes.get('stage', 'nothing')}: type grip:scorer={self.scorer}, or name another folder"
             )
-        object.__setattr__(self, "relaxation", notes["config"]["relaxation"])
+        self.relaxation = notes["config"]["relaxation"]

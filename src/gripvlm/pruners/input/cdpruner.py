@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, threshold
 
-from gripvlm.errors import PrunerError
-from gripvlm.pruners.base import Pruner
-from gripvlm.pruners.ops.pairwise import batches, products, unit_rows
-from gripvlm.types import Selection, VisualTokens
+from gripvlm.pruners.ops.pairwise import GreedyPruner, padding_of
+from gripvlm.types import VisualTokens
 from gripvlm.utils.batching import padded
 
-__all__ = ["CDPruner", "TextTower"]
-
 RELEVANCE = ("default", "positive", "negative", "none")
-SPENT = 1e-5  # of a unit variance: less than this is rounding
+EPS = 1e-5  # of a unit variance: less than this is rounding
 
 
 class TextTower(Protocol):
@@ -33,7 +29,7 @@ class TextTower(Protocol):
 
 
 @dataclass(frozen=True)
-class CDPruner(Pruner):
+class CDPruner(GreedyPruner):
     """Conditional DPP (arXiv 2506.10967): greedy argmax_S det L_S, L = diag(r) C diag(r).
 
     C_ij = cos(x_i, x_j), r_i = (c_i - min c) / (max c - min c) + 1e-6, c_i the relevance of token i
@@ -59,16 +55,16 @@ class CDPruner(Pruner):
         clip: CLIP's text tower with the questions of the batch; from Python only.
     """
 
-    name: ClassVar[str] = "cdpruner"
-    source: ClassVar[str] = "CDPruner, arXiv 2506.10967 (NeurIPS 2025); without `clip`, question embeddings stand in"
+    name = "cdpruner"
+    source = "CDPruner, arXiv 2506.10967 (NeurIPS 2025); without `clip`, question embeddings stand in"
 
     relevance: str = "default"
     theta: float | None = None
     clip: TextTower | None = None
 
     def __post_init__(self) -> None:
-        if self.relevance not in RELEVANCE or (self.theta is not None and not 0 <= self.theta < 1):
-            raise PrunerError(f"cdpruner: type relevance={'|'.join(RELEVANCE)} and theta=0.5, in [0, 1); got {self}")
+        valid = self.relevance in RELEVANCE and (self.theta is None or 0 <= self.theta < 1)
+        self.require(valid, f"relevance={'|'.join(RELEVANCE)} and theta=0.5, in [0, 1)")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -81,7 +77,7 @@ class CDPruner(Pruner):
     def cosine(self, rows: Tensor, tokens: VisualTokens) -> Tensor | None:
         """[n] mean cosine of [n, d] unit rows, or of their patches, with the question; None without one."""
         if self.clip is not None:
-            assert tokens.patches is not None  # promised by `needs`
+            assert tokens.patches is not None
             return self.clip.cosine(tokens.patches, tokens.sample).to(rows)
         if tokens.question is None or not tokens.question.shape[0]:
             return None
@@ -96,40 +92,30 @@ class CDPruner(Pruner):
             far = self.relevance == "negative" or (self.relevance == "default" and self.clip is not None)
             cosine = -cosine if far else cosine
             low, high = cosine.aminmax()
-            told = high > low
-            quality = torch.where(told, (cosine - low) / torch.where(told, high - low, 1) + 1e-6, 1)
+            differ = high > low  # a tensor: reading it would wait for the device
+            quality = torch.where(differ, (cosine - low) / torch.where(differ, high - low, 1) + 1e-6, 1)
         return quality if self.theta is None else (quality * (self.theta / (2 - 2 * self.theta))).exp()
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return self.select_batch([tokens])[0]
-
-    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        return [selection for some in batches(images) for selection in self._select(some)]
-
-    def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        rows = unit_rows(images)
-        cosine = products(rows)  # [B, n, n]
-        qualities = [self.quality(*pair) for pair in zip(rows, images, strict=True)]
-        quality = padded(qualities, 0.0)
+    def pick(self, images: Sequence[VisualTokens], rows: Sequence[Tensor], cosine: Tensor) -> Tensor:
+        each = [self.quality(*pair) for pair in zip(rows, images, strict=True)]
+        quality = padded(each, 0.0)  # [B, n], r
         square = quality.square()
-        worst = quality - torch.stack([one.amax() for one in qualities])[:, None] - 1  # below every gain
-        worst = worst.masked_fill(
-            padded([torch.zeros_like(one, dtype=torch.bool) for one in qualities], True), -torch.inf
-        )
-        left = cosine.diagonal(dim1=1, dim2=2).clone()  # [B, n], d_i^2; 0 at padding and, to rounding, once taken
-        most, row = max(tokens.keep for tokens in images), torch.arange(len(images), device=cosine.device)
-        factor = cosine.new_zeros(len(images), most, cosine.shape[1])
-        chosen = torch.empty(len(images), most, dtype=torch.long, device=cosine.device)
+        # Once everything is explained relevance decides: r, lowered below every gain, which are not negative.
+        spent = quality - torch.stack([one.amax() for one in each])[:, None] - 1
+        spent = spent.masked_fill(padding_of(images), -torch.inf)
+        left = cosine.diagonal(dim1=1, dim2=2).clone()  # [B, n], d_i^2; 0 at padding and, to rounding, once picked
+        batch = torch.arange(len(images), device=cosine.device)
+        most = max(tokens.keep for tokens in images)
+        factor = cosine.new_zeros(len(images), most, cosine.shape[1])  # rows of the Cholesky factor
+        picks = torch.empty(len(images), most, dtype=torch.long, device=cosine.device)
         for step in range(most):
-            pick = torch.where(left > SPENT, square * left, worst).argmax(dim=1)
-            chosen[:, step] = pick
-            worst.scatter_(1, pick[:, None], -torch.inf)
-            known = factor[row, :step, pick]  # [B, step]
-            part = cosine[row, pick] - (known[..., None] * factor[:, :step]).sum(dim=1)
-            own = threshold(left.gather(1, pick[:, None]), SPENT, torch.inf)
+            pick = torch.where(left > EPS, square * left, spent).argmax(dim=1)
+            picks[:, step] = pick
+            spent.scatter_(1, pick[:, None], -torch.inf)
+            # One more row of the Cholesky factor: what the pick explains of every token beyond the ones before.
+            known = factor[batch, :step, pick]  # [B, step]
+            part = cosine[batch, pick] - (known[..., None] * factor[:, :step]).sum(dim=1)
+            own = threshold(left.gather(1, pick[:, None]), EPS, torch.inf)
             factor[:, step] = part * own.rsqrt()  # 0 where nothing was left
             left -= factor[:, step].square()
-        return [
-            Selection(picks[: tokens.keep].sort().values, tokens.n, sound=True)
-            for picks, tokens in zip(chosen, images, strict=True)
-        ]
+        return picks

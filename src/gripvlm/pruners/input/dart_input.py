@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner, top_k
+from gripvlm.pruners.ops.ranking import fill_best, mask_of
 from gripvlm.types import Selection, VisualTokens
 
-__all__ = ["DARTInput", "least_duplicates"]
 
+def least_duplicates(rows: Tensor, pivots: Tensor, text: Tensor, k: int) -> Tensor:
+    """[k] indices: the pivots, then for each pivot its share of the rows that are least like it.
 
-def least_duplicates(
-    states: Tensor, sizes: Tensor, text: Tensor, text_sizes: Tensor, k: int, pivots: int, text_pivots: int
-) -> Tensor:
-    """[k] indices: the `pivots` rows with the largest sizes, then for each pivot its share of the least similar others.
+    One after the other, the image's pivots in the order of rows and then the text's, each adds the remaining rows with
+    the smallest cosine to it: all the same number, one more for the first ones where it does not divide.
 
-    Pivots are rows of `states` [n, d], by `sizes` [n], and the `text_pivots` rows of `text` [t, d] with the largest
-    of `text_sizes` [t]. One after the other, in the order of rows and the image's first, each adds the remaining
-    tokens with the smallest cosine to it: all the same number, one more for the first ones where it does not divide.
+    Args:
+        rows: [n, d] of the image.
+        pivots: [p] indices of the image's pivots, p <= k.
+        text: [t, d] the text's pivots.
     """
-    own = top_k(sizes, min(pivots, k))
-    words = top_k(text_sizes, min(text_pivots, text.shape[0]))
-    rows = normalize(states.float(), dim=-1)
-    ends = torch.cat((rows[own], normalize(text.float(), dim=-1)[words].to(rows)))
-    alike = rows @ ends.T  # [n, p]
-    kept = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
-    kept[own] = True
-    quota, over = divmod(k - own.numel(), ends.shape[0])
-    for pivot in range(ends.shape[0]):
-        order = torch.sort(alike[:, pivot], stable=True).indices
-        kept[order[~kept[order]][: quota + (pivot < over)]] = True
+    rows = normalize(rows.float(), dim=-1)
+    ends = torch.cat((rows[pivots], normalize(text.float(), dim=-1).to(rows)))
+    cosine = rows @ ends.T  # [n, p + t]
+    kept = mask_of(pivots, rows.shape[0])
+    share, over = divmod(k - pivots.numel(), ends.shape[0])
+    for i in range(ends.shape[0]):
+        fill_best(kept, torch.sort(cosine[:, i], stable=True).indices, share + (i < over))
     return kept.nonzero().flatten()
 
 
@@ -58,20 +53,19 @@ class DARTInput(Pruner):
         text_pivots: text pivots.
     """
 
-    name: ClassVar[str] = "dart_input"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "question"})
-    source: ClassVar[str] = "DART, arXiv 2502.11494 (EMNLP 2025); at the input"
+    name = "dart_input"
+    needs = frozenset({"features", "question"})
+    source = "DART, arXiv 2502.11494 (EMNLP 2025); at the input"
 
     pivots: int = 4
     text_pivots: int = 4
 
     def __post_init__(self) -> None:
-        if self.pivots < 1 or self.text_pivots < 0:
-            raise PrunerError(f"dart_input: type pivots=4, at least 1, and text_pivots=4, 0 or more; got {self}")
+        self.require(self.pivots >= 1 and self.text_pivots >= 0, "pivots=4, at least 1, and text_pivots=4, 0 or more")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        assert tokens.question is not None  # promised by `needs`
-        rows = tokens.features
-        sizes, text_sizes = (part.float().abs().sum(dim=1) for part in (rows, tokens.question))
-        chosen = least_duplicates(rows, sizes, tokens.question, text_sizes, tokens.keep, self.pivots, self.text_pivots)
-        return Selection(chosen, tokens.n)
+        assert tokens.question is not None
+        sizes, text_sizes = (part.float().abs().sum(dim=1) for part in (tokens.features, tokens.question))
+        pivots = top_k(sizes, min(self.pivots, tokens.keep))
+        words = top_k(text_sizes, min(self.text_pivots, tokens.question.shape[0]))
+        return Selection(least_duplicates(tokens.features, pivots, tokens.question[words], tokens.keep), tokens.n)

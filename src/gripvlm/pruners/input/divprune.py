@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from gripvlm.pruners.base import Pruner
-from gripvlm.pruners.ops.pairwise import batches, cosines
-from gripvlm.types import Selection, VisualTokens
-from gripvlm.utils.batching import padded
-
-__all__ = ["DivPrune"]
+from gripvlm.pruners.ops.pairwise import GreedyPruner, padding_of
+from gripvlm.types import VisualTokens
 
 
 @dataclass(frozen=True)
-class DivPrune(Pruner):
+class DivPrune(GreedyPruner):
     """Max-min diversity (arXiv 2503.02175): find S, |S| = k, with large min_{i, j in S} d(i, j).
 
     d(i, j) = 1 - cos(x_i, x_j) over the projected rows. Greedy: the first token is
@@ -32,32 +28,24 @@ class DivPrune(Pruner):
     4. Raster order is restored at the end.
     """
 
-    name: ClassVar[str] = "divprune"
-    source: ClassVar[str] = "DivPrune, arXiv 2503.02175 (CVPR 2025)"
+    name = "divprune"
+    source = "DivPrune, arXiv 2503.02175 (CVPR 2025)"
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return self.select_batch([tokens])[0]
-
-    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        return [selection for some in batches(images) for selection in self._select(some)]
-
-    def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        distance = cosines(images).neg_().add_(1)  # [B, n, n]
-        empty = padded([torch.zeros_like(tokens.features[:, 0], dtype=torch.bool) for tokens in images], True)
-        if any(tokens.n < empty.shape[1] for tokens in images):
-            distance.masked_fill_(empty[:, None], torch.inf)
+    def pick(self, images: Sequence[VisualTokens], rows: Sequence[Tensor], cosine: Tensor) -> Tensor:
+        distance = cosine.neg_().add_(1)  # [B, n, n], in place: it may be half a gigabyte
+        padding = padding_of(images)
+        if any(tokens.n < padding.shape[1] for tokens in images):
+            distance.masked_fill_(padding[:, None], torch.inf)
         distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        row = torch.arange(len(images), device=distance.device)
+        batch = torch.arange(len(images), device=distance.device)
         most = max(tokens.keep for tokens in images)
-        chosen = torch.empty(len(images), most, dtype=torch.long, device=distance.device)
-        chosen[:, 0] = distance.amin(dim=2).masked_fill(empty, -torch.inf).argmax(dim=1)
-        nearest = torch.full_like(distance[:, 0], torch.inf).masked_fill(empty, -torch.inf)  # [B, n], to the chosen
+        picks = torch.empty(len(images), most, dtype=torch.long, device=distance.device)
+        # The paper's first token: the one whose nearest other token is farthest.
+        picks[:, 0] = distance.amin(dim=2).masked_fill(padding, -torch.inf).argmax(dim=1)
+        nearest = torch.full_like(distance[:, 0], torch.inf).masked_fill(padding, -torch.inf)  # [B, n], to the picked
         for step in range(1, most):
-            last = chosen[:, step - 1]
-            nearest = torch.minimum(nearest, distance[row, last])
-            nearest.scatter_(1, last[:, None], -torch.inf)  # never chosen twice; stays the minimum from here on
-            chosen[:, step] = nearest.argmax(dim=1)
-        return [
-            Selection(picks[: tokens.keep].sort().values, tokens.n, sound=True)
-            for picks, tokens in zip(chosen, images, strict=True)
-        ]
+            last = picks[:, step - 1]
+            nearest = torch.minimum(nearest, distance[batch, last])
+            nearest.scatter_(1, last[:, None], -torch.inf)  # never picked twice; stays the minimum from here on
+            picks[:, step] = nearest.argmax(dim=1)
+        return picks

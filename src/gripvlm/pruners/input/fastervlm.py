@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from gripvlm.pruners.base import ScorePruner
-from gripvlm.pruners.ops.saliency import looked_at
+from gripvlm.pruners.ops.attention import cls_attention
 from gripvlm.types import VisualTokens
-
-__all__ = ["FasterVLM"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +21,10 @@ class FasterVLM(ScorePruner):
     2. Towers without a CLS token: the mean attention that j receives.
     """
 
-    name: ClassVar[str] = "fastervlm"
-    needs: ClassVar[frozenset[str]] = frozenset({"vision_attention"})
-    vision_layers: ClassVar[tuple[int, ...]] = (-2,)
-    source: ClassVar[str] = "FasterVLM, arXiv 2412.01818"
+    name = "fastervlm"
+    needs = frozenset({"vision_attention"})
+    vision_layers = (-2,)
+    source = "FasterVLM, arXiv 2412.01818"
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return looked_at(tokens, -2)
+        return cls_attention(tokens, -2)

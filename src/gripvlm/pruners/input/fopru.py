@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import ScorePruner, top_k
-from gripvlm.pruners.ops.saliency import received
+from gripvlm.pruners.ops.attention import received_attention
+from gripvlm.pruners.ops.ranking import descending
 from gripvlm.types import Selection, VisualTokens
-
-__all__ = ["FoPru"]
 
 SIGNIFICANCE = ("variance", "received", "given")
 
@@ -37,20 +34,16 @@ class FoPru(ScorePruner):
         significance: "variance" for the rule above, "received" for u and "given" for v.
     """
 
-    name: ClassVar[str] = "fopru"
-    vision_layers: ClassVar[tuple[int, ...]] = (-2,)
-    source: ClassVar[str] = "FoPru, arXiv 2411.14164"
+    name = "fopru"
+    vision_layers = (-2,)
+    source = "FoPru, arXiv 2411.14164"
 
     strategy: str = "rank"
     significance: str = "variance"
 
     def __post_init__(self) -> None:
-        if self.significance not in SIGNIFICANCE:
-            raise PrunerError(
-                f"fopru: significance={self.significance!r} is unknown: type significance={'|'.join(SIGNIFICANCE)}"
-            )
-        if self.strategy not in ("rank", "row"):
-            raise PrunerError(f"fopru: strategy={self.strategy!r} is unknown: type strategy=rank or strategy=row")
+        self.require(self.significance in SIGNIFICANCE, f"significance={'|'.join(SIGNIFICANCE)}")
+        self.require(self.strategy in ("rank", "row"), "strategy=rank or strategy=row")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -58,8 +51,9 @@ class FoPru(ScorePruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         rows = tokens.vision[-2]
+        # Without a CLS token all that patches give goes to patches, so each gives the same.
         if rows.given is None or rows.patch_received is None:
-            took = received(tokens, -2)
+            took = received_attention(tokens, -2)
             gave = torch.full_like(took, 1 / tokens.n)
         else:
             took, gave = rows.patch_received.float().mean(dim=0), rows.given.float().mean(dim=0)
@@ -70,14 +64,14 @@ class FoPru(ScorePruner):
     def select(self, tokens: VisualTokens) -> Selection:
         if self.strategy == "rank":
             return super().select(tokens)
-        assert tokens.grid is not None  # promised by `needs`
+        assert tokens.grid is not None
         scores = self.score(tokens)
-        h, w = tokens.grid
-        whole, over = divmod(tokens.keep, w)
-        order = torch.sort(scores.view(h, w).sum(dim=1), descending=True, stable=True).indices
-        mask = torch.zeros(h, w, dtype=torch.bool, device=scores.device)
-        mask[order[:whole]] = True
+        by_row = scores.view(tokens.grid)
+        whole, over = divmod(tokens.keep, tokens.grid[1])
+        order = descending(by_row.sum(dim=1))
+        rows = torch.arange(tokens.n, device=scores.device).view(tokens.grid)
+        indices = rows[order[:whole]].flatten()
         if over:
-            following = order[whole]
-            mask[following, top_k(scores.view(h, w)[following], over)] = True
-        return Selection(mask.flatten().nonzero().flatten(), tokens.n, scores)
+            row = order[whole]
+            indices = torch.cat((indices, rows[row][top_k(by_row[row], over)]))
+        return Selection(indices.sort().values, tokens.n, scores)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner, top_k
-from gripvlm.pruners.ops.saliency import received
+from gripvlm.pruners.ops.attention import received_attention
+from gripvlm.pruners.ops.ranking import descending, fill_best
 from gripvlm.types import Selection, VisualTokens
-
-__all__ = ["HiPrune"]
 
 
 @dataclass(frozen=True)
@@ -35,29 +32,28 @@ class HiPrune(Pruner):
         deep: -2, the block before the last, whose output LLaVA reads; -1 for Qwen2.5-VL.
     """
 
-    name: ClassVar[str] = "hiprune"
-    needs: ClassVar[frozenset[str]] = frozenset({"vision_attention", "grid"})
-    source: ClassVar[str] = "HiPrune, arXiv 2508.00553 (ACL Findings 2026)"
+    name = "hiprune"
+    needs = frozenset({"vision_attention", "grid"})
+    source = "HiPrune, arXiv 2508.00553 (ACL Findings 2026)"
 
     alpha: float = 0.1
     middle: int = 8
     deep: int = -2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise PrunerError(f"hiprune: alpha={self.alpha} must be in [0, 1]: type alpha=0.1")
+        self.require(0 <= self.alpha <= 1, "alpha=0.1, in [0, 1]")
 
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.middle, self.deep)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        assert tokens.grid is not None  # promised by `needs`
-        deep, k = received(tokens, self.deep), tokens.keep
-        anchors = top_k(received(tokens, self.middle), min(k // 5, round(k * self.alpha / 5)))
+        assert tokens.grid is not None
+        deep, k = received_attention(tokens, self.deep), tokens.keep
+        anchors = top_k(received_attention(tokens, self.middle), min(k // 5, round(k * self.alpha / 5)))
         kept = torch.zeros_like(deep, dtype=torch.bool)
+        # Clamped, not wrapped or dropped: as the authors' code treats neighbours outside of the raster.
         for step in (0, -1, 1, -tokens.grid[1], tokens.grid[1]):
             kept[(anchors + step).clamp(0, tokens.n - 1)] = True
-        order = torch.sort(deep, descending=True, stable=True).indices
-        kept[order[~kept[order]][: k - int(kept.sum())]] = True
+        fill_best(kept, descending(deep), k - int(kept.sum()))
         return Selection(kept.nonzero().flatten(), tokens.n, deep)

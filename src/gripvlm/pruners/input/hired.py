@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,10 +11,8 @@ from torch import Tensor
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import ScorePruner, top_k
 from gripvlm.pruners.ops.apportion import apportion
-from gripvlm.pruners.ops.saliency import looked_at
+from gripvlm.pruners.ops.attention import cls_attention
 from gripvlm.types import VisualTokens
-
-__all__ = ["HiRED"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class HiRED(ScorePruner):
     2. A tile's part is where the tile lies, as in the paper. The code cuts the thumbnail's raster into as many
        contiguous strips as there are tiles, for 2 x 2 tiles a quarter of the height each: of tiles that lie side by
        side, each is given a strip as wide as both.
-    3. How tiles lie is not in the data a pruner gets: say it with `layout`. It works through `allocate_budget`.
+    3. How tiles lie is not in the data a pruner gets: pass `layout`. It works through `allocate_budget`.
     4. Towers without a CLS token: the mean attention received.
 
     Attributes:
@@ -39,45 +36,46 @@ class HiRED(ScorePruner):
         layout: (rows, columns) of tiles, in raster order, followed by the thumbnail; None for no tiles.
     """
 
-    name: ClassVar[str] = "hired"
-    needs: ClassVar[frozenset[str]] = frozenset({"vision_attention"})
-    source: ClassVar[str] = "HiRED, arXiv 2408.10945 (AAAI 2025)"
+    name = "hired"
+    needs = frozenset({"vision_attention"})
+    source = "HiRED, arXiv 2408.10945 (AAAI 2025)"
 
     alpha: float = 0.5
     layout: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1 or (self.layout is not None and (len(self.layout) != 2 or min(self.layout) < 1)):
-            raise PrunerError(f"hired: type alpha=0.5, in [0, 1], and layout=(2,2), rows and columns; got {self}")
+        tiles = self.layout is None or (len(self.layout) == 2 and min(self.layout) >= 1)
+        self.require(0 <= self.alpha <= 1 and tiles, "alpha=0.5, in [0, 1], and layout=(2,2), rows and columns")
 
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return (-2,) if self.layout is None else (0, -2)
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return looked_at(tokens, -2)
+        return cls_attention(tokens, -2)
 
-    def allocate_budget(self, sample: Sequence[VisualTokens]) -> list[int]:
+    def allocate_budget(self, images: Sequence[VisualTokens], num_layers: int) -> list[int]:
         if self.layout is None:
-            return [tokens.keep for tokens in sample]
+            return list(super().allocate_budget(images, num_layers))
         rows, columns = self.layout
-        *tiles, thumbnail = sample
+        *tiles, thumbnail = images
         if len(tiles) != rows * columns or thumbnail.grid is None:
             raise PrunerError(
                 f"hired: layout={self.layout} means {rows * columns} tiles and a thumbnail, but this prompt has "
-                f"{len(sample)} items: type the layout of this prompt's tiles"
+                f"{len(images)} items: pass the layout of this prompt's tiles"
             )
-        budget, caps = sum(tokens.keep for tokens in sample), [tokens.n for tokens in tiles]
+        budget, caps = sum(tokens.keep for tokens in images), [tokens.n for tokens in tiles]
         least, most = max(1, budget - sum(caps)), min(thumbnail.n, budget - len(tiles))
+        # The thumbnail takes what the tiles have no room for, and leaves one for each.
         own = min(most, max(least, int(self.alpha * budget)))
         return [*apportion(budget - own, self._hits(thumbnail).tolist(), caps), own]
 
     def _hits(self, thumbnail: VisualTokens) -> Tensor:
         """[tiles] how many of the thumbnail's strongest tokens lie in the part of each tile."""
-        assert self.layout is not None  # asked with a layout only
+        assert self.layout is not None
         assert thumbnail.grid is not None
         (rows, columns), (h, w) = self.layout, thumbnail.grid
-        scores = looked_at(thumbnail, 0)
+        scores = cls_attention(thumbnail, 0)
         strong = top_k(scores, int((1 - self.alpha) * thumbnail.n))
         tile = strong // w * rows // h * columns + strong % w * columns // w
         return torch.bincount(tile, minlength=rows * columns)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner, top_k
-from gripvlm.pruners.ops.saliency import looked_at, mean_into, windows
+from gripvlm.pruners.ops.attention import cls_attention
+from gripvlm.pruners.ops.merging import mean_merge
+from gripvlm.pruners.ops.ranking import descending, window_numbers
 from gripvlm.types import Selection, VisualTokens
-
-__all__ = ["MustDrop"]
 
 
 @dataclass(frozen=True)
@@ -40,22 +38,22 @@ class MustDrop(Pruner):
         keys: share of all tokens that is always kept.
     """
 
-    name: ClassVar[str] = "mustdrop"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "grid", "vision_attention"})
-    vision_layers: ClassVar[tuple[int, ...]] = (-1,)
-    source: ClassVar[str] = "MustDrop (vision stage), arXiv 2411.10803"
+    name = "mustdrop"
+    needs = frozenset({"features", "grid", "vision_attention"})
+    vision_layers = (-1,)
+    source = "MustDrop (vision stage), arXiv 2411.10803"
 
     tau: float = 0.8
     keys: float = 0.08
 
     def __post_init__(self) -> None:
-        if not 0 <= self.keys <= 1:
-            raise PrunerError(f"mustdrop: keys={self.keys} must be in [0, 1]: type keys=0.08")
+        self.require(0 <= self.keys <= 1, "keys=0.08, in [0, 1]")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        assert tokens.grid is not None  # promised by `needs`
-        scores = looked_at(tokens, -1)
+        assert tokens.grid is not None
+        scores = cls_attention(tokens, -1)
         merged = self._alike(tokens, top_k(scores, math.ceil(self.keys * tokens.n - 1e-9)))  # [w, 9]
+        # A merged window competes as its centre, with its mean; its other eight tokens are out.
         value = scores.clone()
         value[merged.flatten()] = -torch.inf
         value[merged[:, 4]] = scores[merged].mean(dim=1)
@@ -63,19 +61,21 @@ class MustDrop(Pruner):
         own = merged[torch.isin(merged[:, 4], indices)]
         slot = torch.searchsorted(indices, own[:, 4:5].contiguous()).expand(-1, 8)
         others = own[:, [0, 1, 2, 3, 5, 6, 7, 8]]
-        merge = mean_into(tokens.keep, indices, others.flatten(), slot.flatten())
+        merge = mean_merge(indices, others.flatten(), slot.flatten())
         return Selection(indices, tokens.n, scores, merge)
 
     def _alike(self, tokens: VisualTokens, fixed: Tensor) -> Tensor:
         """[w, 9] rows of the windows to merge, the most alike first."""
         assert tokens.grid is not None
         h, w = tokens.grid
-        group = windows((h, w), (3, 3), tokens.features.device)
+        group = window_numbers((h, w), (3, 3), tokens.features.device)
         whole = (torch.bincount(group) == 9).nonzero().flatten()
         order = torch.sort(group, stable=True).indices
+        # Windows at the right and bottom edge may be smaller: only whole ones merge.
         cells = order[torch.isin(group[order], whole)].view(-1, 9)
         cells = cells[~torch.isin(cells, fixed).any(dim=1)]
         rows = normalize(tokens.features.float(), dim=-1)[cells]  # [w, 9, d]
+        # |sum of 9 unit rows|^2 - 9 is twice the sum of the 36 pairs' cosines.
         alike = (rows.sum(dim=1).square().sum(-1) - rows.square().sum((1, 2))) / 72
-        best = torch.sort(alike, descending=True, stable=True).indices[: (tokens.n - tokens.keep) // 8]
+        best = descending(alike)[: (tokens.n - tokens.keep) // 8]  # each merge saves 8
         return cells[best[alike[best] >= self.tau]]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner, top_k
-from gripvlm.pruners.ops.saliency import keys_of, looked_at
+from gripvlm.pruners.ops.attention import cls_attention, tower_keys
+from gripvlm.pruners.ops.ranking import mask_of
 from gripvlm.types import Merge, Selection, VisualTokens
-
-__all__ = ["PruMerge"]
 
 
 @dataclass(frozen=True)
@@ -38,46 +35,48 @@ class PruMerge(Pruner):
         uniform: share of k that is spread evenly over the image: 0 here, more in PruMerge+.
     """
 
-    name: ClassVar[str] = "prumerge"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "vision_attention"})
-    vision_layers: ClassVar[tuple[int, ...]] = (-1,)
-    source: ClassVar[str] = "LLaVA-PruMerge, arXiv 2403.15388 (ICCV 2025)"
+    name = "prumerge"
+    needs = frozenset({"features", "vision_attention"})
+    vision_layers = (-1,)
+    source = "LLaVA-PruMerge, arXiv 2403.15388 (ICCV 2025)"
 
     neighbours: int = 32
     extra: bool = True
     uniform: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.neighbours < 0 or not 0 <= self.uniform <= 1:
-            raise PrunerError(f"{self.name}: type neighbours=32, 0 or more, and uniform=0.75, in [0, 1]; got {self}")
+        valid = self.neighbours >= 0 and 0 <= self.uniform <= 1
+        self.require(valid, "neighbours=32, 0 or more, and uniform=0.75, in [0, 1]")
 
     def count(self, tokens: VisualTokens) -> int:
         """Tokens with outlying attention, at least 1."""
-        attention = looked_at(tokens, -1)
+        attention = cls_attention(tokens, -1)
         low, high = torch.quantile(attention, torch.tensor([0.25, 0.75]).to(attention))
         return max(1, int((attention > high + 1.5 * (high - low)).sum()))
 
     def _anchors(self, attention: Tensor, k: int) -> Tensor:
         """[n] bool: the k rows that are kept for themselves."""
-        kept = torch.zeros_like(attention, dtype=torch.bool)
+        # At least one row by attention, whatever `uniform` is.
         evenly = min(k - 1, int(self.uniform * k + 0.5))
-        kept[top_k(attention, k - evenly)] = True
+        kept = mask_of(top_k(attention, k - evenly), attention.numel())
         rest = (~kept).nonzero().flatten()
         kept[rest[torch.arange(evenly, device=rest.device) * rest.numel() // max(1, evenly)]] = True
         return kept
 
     def select(self, tokens: VisualTokens) -> Selection:
         n, k = tokens.n, tokens.keep
-        attention = looked_at(tokens, -1)
+        attention = cls_attention(tokens, -1)
         extra = int(self.extra and 1 < k < n)
         kept = self._anchors(attention, k - extra)
         anchors, rest = kept.nonzero().flatten(), (~kept).nonzero().flatten()
         indices = anchors
+        # The row that absorbs what is dropped stands where the strongest dropped token stood.
         if extra:
             indices = torch.cat((anchors, rest[attention[rest].argmax()][None])).sort().values
         slots = torch.searchsorted(indices, anchors)
-        keys = normalize(keys_of(tokens, -1), dim=-1)
+        keys = normalize(tower_keys(tokens, -1), dim=-1)
         alike = keys[anchors] @ keys.T  # [k', n]
+        # No row is its own neighbour, but kept rows may be neighbours of each other.
         alike[torch.arange(anchors.numel()), anchors] = -torch.inf
         size = min(self.neighbours, n - 1)
         near = torch.sort(alike, dim=1, descending=True, stable=True).indices[:, :size]
@@ -87,9 +86,11 @@ class PruMerge(Pruner):
         destination = [slots, slots.repeat_interleave(size)]
         weight = [total[:, 0].reciprocal(), (mass / total).flatten()]
         if extra:
+            # Never 0: the weights are divided by their sum.
             mass = attention[rest].clamp(min=torch.finfo(torch.float32).tiny)
             source, weight = [*source, rest], [*weight, mass / mass.sum()]
-            hole = int(torch.arange(k).to(slots)[~torch.isin(torch.arange(k).to(slots), slots)])
-            destination = [*destination, torch.full_like(rest, hole)]
+            every = torch.arange(k, device=slots.device)
+            hole = every[~torch.isin(every, slots)]  # [1] the extra row's slot
+            destination = [*destination, hole.expand_as(rest)]
         merge = Merge(torch.cat(source), torch.cat(destination), torch.cat(weight))
         return Selection(indices, n, attention, merge if k < n else None)

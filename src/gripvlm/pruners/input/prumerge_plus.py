@@ -1,13 +1,10 @@
-"""PruMerge+: PruMerge with evenly spread tokens beside the salient ones."""
+"""PruMerge+: evenly spread tokens beside the salient ones, and what resembles them merged in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from gripvlm.pruners.input.prumerge import PruMerge
-
-__all__ = ["PruMergePlus"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +18,7 @@ class PruMergePlus(PruMerge):
        the paper's may fall on outliers, and then there are fewer.
     """
 
-    name: ClassVar[str] = "prumerge_plus"
-    source: ClassVar[str] = "PruMerge+, arXiv 2403.15388 (ICCV 2025)"
+    name = "prumerge_plus"
+    source = "PruMerge+, arXiv 2403.15388 (ICCV 2025)"
 
     uniform: float = 0.75

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import ScorePruner
 from gripvlm.pruners.ops.apportion import apportion
 from gripvlm.types import VisualTokens
-
-__all__ = ["SVDPrune"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,8 @@ class SVDPrune(ScorePruner):
         adaptive: see 3.
     """
 
-    name: ClassVar[str] = "svd_prune"
-    source: ClassVar[str] = "SVD-Prune, arXiv 2604.11530"
+    name = "svd_prune"
+    source = "SVD-Prune, arXiv 2604.11530"
 
     energy: float = 0.9
     rank: int | None = None
@@ -49,17 +45,19 @@ class SVDPrune(ScorePruner):
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.energy <= 1 or (self.rank is not None and self.rank < 1):
-            raise PrunerError(f"svd_prune: type energy=0.9, in (0, 1], and rank=8, at least 1; got {self}")
+        valid = 0 < self.energy <= 1 and (self.rank is None or self.rank >= 1)
+        self.require(valid, "energy=0.9, in (0, 1], and rank=8, at least 1")
 
     def leverage(self, features: Tensor) -> Tensor:
         """[n] scores of [n, d] rows, summing to 1 (to 0 where all rows are zero)."""
         rows = features.float()
         if self.centre:
             rows = rows - rows.mean(dim=0)
+        # The smaller of the two Gram matrices has all directions, and is far cheaper to decompose than F.
         wide = rows.shape[0] <= rows.shape[1]
         values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)  # descending
+        # Shares are compared up to rounding: energy=1 must be reached by the last direction.
         present = (values > values[0] * 1e-6) & (values > 0)
         reached = values.cumsum(0) >= self.energy * values.sum() * (1 - 1e-6)
         r = self.rank if self.rank is not None else int(reached.long().argmax()) + 1
@@ -72,11 +70,11 @@ class SVDPrune(ScorePruner):
         falling = self.leverage(features).sort(descending=True).values.cumsum(0)
         return int((falling < self.energy * falling[-1] * (1 - 1e-6)).sum()) + 1
 
-    def allocate_budget(self, sample: Sequence[VisualTokens]) -> list[int]:
+    def allocate_budget(self, images: Sequence[VisualTokens], num_layers: int) -> list[int]:
         if not self.adaptive:
-            return [tokens.keep for tokens in sample]
-        total = sum(tokens.keep for tokens in sample)
-        return apportion(total, [float(self.count(one.features)) for one in sample], [one.n for one in sample])
+            return list(super().allocate_budget(images, num_layers))
+        counts = [float(self.count(tokens.features)) for tokens in images]
+        return apportion(sum(tokens.keep for tokens in images), counts, [tokens.n for tokens in images])
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return self.leverage(tokens.features)

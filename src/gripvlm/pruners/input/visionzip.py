@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch.nn.functional import normalize
 
-from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner, top_k
-from gripvlm.pruners.ops.saliency import keys_of, looked_at
+from gripvlm.pruners.ops.attention import cls_attention, tower_keys
+from gripvlm.pruners.ops.ranking import mask_of
 from gripvlm.types import Merge, Selection, VisualTokens
-
-__all__ = ["VisionZip"]
 
 
 @dataclass(frozen=True)
@@ -36,16 +33,15 @@ class VisionZip(Pruner):
         contextual: C / k, in [0, 1].
     """
 
-    name: ClassVar[str] = "visionzip"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "vision_attention"})
-    vision_layers: ClassVar[tuple[int, ...]] = (-2,)
-    source: ClassVar[str] = "VisionZip, arXiv 2412.04467 (CVPR 2025)"
+    name = "visionzip"
+    needs = frozenset({"features", "vision_attention"})
+    vision_layers = (-2,)
+    source = "VisionZip, arXiv 2412.04467 (CVPR 2025)"
 
     contextual: float = 5 / 32
 
     def __post_init__(self) -> None:
-        if not 0 <= self.contextual <= 1:
-            raise PrunerError(f"visionzip: contextual={self.contextual} must be in [0, 1]: type contextual=0.15625")
+        self.require(0 <= self.contextual <= 1, "contextual=0.15625, in [0, 1]")
 
     def counts(self, k: int) -> tuple[int, int]:
         """(D, C) of a budget."""
@@ -53,18 +49,19 @@ class VisionZip(Pruner):
         return k - contextual, contextual
 
     def select(self, tokens: VisualTokens) -> Selection:
-        scores = looked_at(tokens, -2)
+        scores = cls_attention(tokens, -2)
         dominant, contextual = self.counts(tokens.keep)
-        kept = torch.zeros(tokens.n, dtype=torch.bool, device=scores.device)
-        kept[top_k(scores, dominant)] = True
+        kept = mask_of(top_k(scores, dominant), tokens.n)
         if not contextual:
             return Selection(kept.nonzero().flatten(), tokens.n, scores)
         rest = (~kept).nonzero().flatten()
+        # Evenly over the image: every s-th of those that are left, as in the code.
         targets = rest[:: rest.numel() // contextual][:contextual].contiguous()
         kept[targets] = True
         source, indices = (~kept).nonzero().flatten(), kept.nonzero().flatten()
-        keys = normalize(keys_of(tokens, -2), dim=-1)
+        keys = normalize(tower_keys(tokens, -2), dim=-1)
         target = (keys[source] @ keys[targets].T).argmax(dim=1)  # [m - C]
+        # Half the target, half the mean of what went to it; a target that nothing went to stays as it is.
         size = torch.bincount(target, minlength=contextual)
         some = (size > 0).nonzero().flatten()
         slots = torch.searchsorted(indices, targets)

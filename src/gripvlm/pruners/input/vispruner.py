@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch.nn.functional import normalize
 
-from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner
-from gripvlm.pruners.ops.saliency import looked_at
+from gripvlm.pruners.ops.attention import cls_attention
+from gripvlm.pruners.ops.ranking import descending
 from gripvlm.types import Selection, VisualTokens
-
-__all__ = ["VisPruner"]
 
 
 @dataclass(frozen=True)
@@ -34,32 +31,32 @@ class VisPruner(Pruner):
         step: tokens dropped a round; the choice takes (n - k) / step rounds.
     """
 
-    name: ClassVar[str] = "vispruner"
-    needs: ClassVar[frozenset[str]] = frozenset({"vision_attention", "patches"})
-    vision_layers: ClassVar[tuple[int, ...]] = (-2,)
-    source: ClassVar[str] = "VisPruner, arXiv 2412.01818 (ICCV 2025)"
+    name = "vispruner"
+    needs = frozenset({"vision_attention", "patches"})
+    vision_layers = (-2,)
+    source = "VisPruner, arXiv 2412.01818 (ICCV 2025)"
 
     important: float = 0.5
     step: int = 8
 
     def __post_init__(self) -> None:
-        if not 0 <= self.important <= 1 or self.step < 1:
-            raise PrunerError(f"vispruner: type important=0.5, in [0, 1], and step=8, at least 1; got {self}")
+        self.require(0 <= self.important <= 1 <= self.step, "important=0.5, in [0, 1], and step=8, at least 1")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        assert tokens.patches is not None  # promised by `needs`
-        scores = looked_at(tokens, -2)
-        order = torch.sort(scores, descending=True, stable=True).indices
+        assert tokens.patches is not None
+        scores = cls_attention(tokens, -2)
+        order = descending(scores)
+        # 1e-9: 0.29 * 100 is 28.999999999999996 in floats, and means 29.
         first = int(self.important * tokens.keep + 1e-9)
         diverse = tokens.keep - first
         rest = order[first:] if diverse else order[:0]
         left = torch.arange(rest.numel(), device=rest.device)
         if left.numel() > diverse:
             rows = normalize(tokens.patches.float(), dim=-1)[rest]
-            cosine = rows @ rows.T  # once: every round needs another part of it
+            # Once for all rounds, each of which needs another part of it.
+            cosine = rows @ rows.T
         while (over := left.numel() - diverse) > 0:
             even, odd = left[::2], left[1::2]
             alike = cosine[even[:, None], odd].amax(dim=1)
-            order_of_even = torch.sort(alike, descending=True, stable=True).indices
-            left = torch.cat((even[order_of_even[min(self.step, over) :]], odd))
+            left = torch.cat((even[descending(alike)[min(self.step, over) :]], odd))
         return Selection(torch.cat((order[:first], rest[left])).sort().values, tokens.n, scores)

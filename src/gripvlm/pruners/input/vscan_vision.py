@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch.nn.functional import normalize
 
-from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner
-from gripvlm.pruners.ops.saliency import looked_at, mean_into, rank_in_group, windows
+from gripvlm.pruners.ops.attention import cls_attention
+from gripvlm.pruners.ops.merging import mean_merge
+from gripvlm.pruners.ops.ranking import descending, fill_best, mask_of, rank_in_group, window_numbers
 from gripvlm.types import Selection, VisualTokens
-
-__all__ = ["VScanVision"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class VScanVision(Pruner):
         merge: whether tokens that are not kept are merged in, or dropped.
     """
 
-    name: ClassVar[str] = "vscan_vision"
-    needs: ClassVar[frozenset[str]] = frozenset({"features", "grid", "vision_attention"})
-    source: ClassVar[str] = "VScan (first stage), arXiv 2505.22654"
+    name = "vscan_vision"
+    needs = frozenset({"features", "grid", "vision_attention"})
+    source = "VScan (first stage), arXiv 2505.22654"
 
     local: float = 0.5
     window: int = 6
@@ -46,33 +44,25 @@ class VScanVision(Pruner):
     merge: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.local <= 1 or self.window < 1:
-            raise PrunerError(f"{self.name}: type local=0.5, in [0, 1], and window=6, at least 1; got {self}")
+        self.require(0 <= self.local <= 1 <= self.window, "local=0.5, in [0, 1], and window=6, at least 1")
 
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.shallow, -2)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return scan(tokens, self.local, self.window, self.shallow, self.merge)
-
-
-def scan(tokens: VisualTokens, local: float, window: int, shallow: int, merge: bool) -> Selection:
-    """The first stage as a function."""
-    assert tokens.grid is not None  # promised by `needs`
-    near, far = looked_at(tokens, shallow), looked_at(tokens, -2)
-    group = windows(tokens.grid, (window, window), near.device)
-    order = torch.sort(near, descending=True, stable=True).indices
-    place = rank_in_group(near, group)
-    order = order[torch.sort(place[order], stable=True).indices]  # the best of each window, the second best, ...
-    part = int(local * tokens.keep + 1e-9)
-    kept = torch.zeros(tokens.n, dtype=torch.bool, device=near.device)
-    kept[order[:part]] = True
-    order = torch.sort(far, descending=True, stable=True).indices
-    kept[order[~kept[order]][: tokens.keep - part]] = True
-    indices, rest = kept.nonzero().flatten(), (~kept).nonzero().flatten()
-    if not merge:
-        return Selection(indices, tokens.n, far)
-    rows = normalize(tokens.features.float(), dim=-1)
-    slot = (rows[rest] @ rows[indices].T).argmax(dim=1)
-    return Selection(indices, tokens.n, far, mean_into(tokens.keep, indices, rest, slot))
+        assert tokens.grid is not None
+        near, far = cls_attention(tokens, self.shallow), cls_attention(tokens, -2)
+        rank = rank_in_group(near, window_numbers(tokens.grid, (self.window, self.window), near.device))
+        order = descending(near)
+        # The best of each window, then the second best of each, ...: a prefix takes the same number from every window.
+        order = order[torch.sort(rank[order], stable=True).indices]
+        part = int(self.local * tokens.keep + 1e-9)
+        kept = mask_of(order[:part], tokens.n)
+        fill_best(kept, descending(far), tokens.keep - part)
+        indices, rest = kept.nonzero().flatten(), (~kept).nonzero().flatten()
+        if not self.merge:
+            return Selection(indices, tokens.n, far)
+        rows = normalize(tokens.features.float(), dim=-1)
+        slot = (rows[rest] @ rows[indices].T).argmax(dim=1)
+        return Selection(indices, tokens.n, far, mean_merge(indices, rest, slot))

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from gripvlm.errors import PrunerError
+from gripvlm.pruners.base import LLMPruner, top_k
 from gripvlm.pruners.input.dart_input import least_duplicates
-from gripvlm.pruners.llm_base import LLMPruner, Schedule, one_cut
 from gripvlm.types import LLMTokens, Selection
-
-__all__ = ["DART"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +17,7 @@ class DART(LLMPruner):
     L1 norm, over all heads. Each pivot adds an equal share of the tokens: those with the smallest cosine to it, of
     the hidden states after the model's last norm.
 
-    1. `keep` is the average over layers: what goes on after the cut is solved from it.
+    1. `keep` is the average over layers: what goes on from `layer` on is solved from it.
     2. Pivots take their shares in raster order, the image's before the text's. The code goes through a Python set
        of positions, whose order is that of hashes.
     3. Special tokens are no pivots, as they are in the code. Without text after the image, where the code stops, the
@@ -35,32 +31,26 @@ class DART(LLMPruner):
         text_pivots: text pivots.
     """
 
-    name: ClassVar[str] = "dart"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    llm_needs: ClassVar[frozenset[str]] = frozenset({"hidden", "text", "key_sizes", "norm"})
-    source: ClassVar[str] = "DART, arXiv 2502.11494 (EMNLP 2025)"
+    name = "dart"
+    llm_needs = frozenset({"hidden", "text", "key_sizes", "norm"})
+    source = "DART, arXiv 2502.11494 (EMNLP 2025)"
 
     layer: int = 2
     pivots: int = 4
     text_pivots: int = 4
 
     def __post_init__(self) -> None:
-        if self.pivots < 1 or self.text_pivots < 0:
-            raise PrunerError(f"dart: type pivots=4, at least 1, and text_pivots=4, 0 or more; got {self}")
-
-    def schedule(self, n: int, keep: int, layers: int) -> Schedule:
-        return one_cut(self.name, n, keep, layers, self.layer)
+        self.require(self.pivots >= 1 and self.text_pivots >= 0, "pivots=4, at least 1, and text_pivots=4, 0 or more")
 
     def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
-        assert tokens.hidden is not None  # promised by `llm_needs`
+        assert tokens.hidden is not None
         assert tokens.norm is not None
         assert tokens.key_sizes is not None
         assert tokens.text is not None
         assert tokens.after is not None
         assert tokens.text_key_sizes is not None
         states, text = tokens.norm(tokens.hidden), tokens.norm(tokens.text[tokens.after])
-        text_sizes = tokens.text_key_sizes[tokens.after]
-        chosen = least_duplicates(
-            states, tokens.key_sizes, text, text_sizes, tokens.keep, self.pivots, self.text_pivots
-        )
-        return Selection(chosen, tokens.n)
+        # Pivots by keys of the layer before, likeness by states after the last norm: as in the code.
+        image_pivots = top_k(tokens.key_sizes, min(self.pivots, tokens.keep))
+        text_pivots = top_k(tokens.text_key_sizes[tokens.after], min(self.text_pivots, text.shape[0]))
+        return Selection(least_duplicates(states, image_pivots, text[text_pivots], tokens.keep), tokens.n)

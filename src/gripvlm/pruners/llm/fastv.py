@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from gripvlm.pruners.base import top_k
-from gripvlm.pruners.llm_base import LLMPruner, Schedule, one_cut
-from gripvlm.types import LLMTokens, Selection
+from torch import Tensor
 
-__all__ = ["FastV"]
+from gripvlm.pruners.base import LLMScorePruner
+from gripvlm.pruners.ops.attention import last_token_attention
+from gripvlm.types import LLMTokens
 
 
 @dataclass(frozen=True)
-class FastV(LLMPruner):
+class FastV(LLMScorePruner):
     """Ranks visual tokens by attention in layer K and drops the lowest before the next (arXiv 2403.06764).
 
     score_j = mean over heads of the attention of the prompt's last token on token j, in the layer whose
@@ -28,17 +27,10 @@ class FastV(LLMPruner):
         layer: rows are dropped before it, 1 or more; the paper's K = 2.
     """
 
-    name: ClassVar[str] = "fastv"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    llm_needs: ClassVar[frozenset[str]] = frozenset({"last"})
-    source: ClassVar[str] = "FastV, arXiv 2403.06764 (ECCV 2024)"
+    name = "fastv"
+    source = "FastV, arXiv 2403.06764 (ECCV 2024)"
 
     layer: int = 2
 
-    def schedule(self, n: int, keep: int, layers: int) -> Schedule:
-        return one_cut(self.name, n, keep, layers, self.layer)
-
-    def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
-        assert tokens.last is not None  # promised by `llm_needs`
-        scores = tokens.last.mean(0)
-        return Selection(top_k(scores, tokens.keep), tokens.n, scores)
+    def score_at_layer(self, layer: int, tokens: LLMTokens) -> Tensor:
+        return last_token_attention(tokens)

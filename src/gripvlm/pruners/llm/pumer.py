@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from gripvlm.errors import PrunerError
-from gripvlm.pruners.llm_base import LLMPruner, Schedule, geometric_cuts
-from gripvlm.pruners.ops.depths import at_depths
-from gripvlm.pruners.ops.matching import soft_matching
-from gripvlm.pruners.ops.saliency import mean_into
+from gripvlm.pruners.base import LLMPruner
+from gripvlm.pruners.ops.attention import text_attention
+from gripvlm.pruners.ops.merging import mean_merge, soft_matching
+from gripvlm.pruners.ops.ranking import descending
+from gripvlm.pruners.ops.schedules import pyramid_schedule, same_depths
 from gripvlm.types import LLMTokens, Selection
-
-__all__ = ["PuMer"]
 
 
 @dataclass(frozen=True)
 class PuMer(LLMPruner):
     """Text-informed pruning and modality-aware merging (ACL 2023, acl-long.721), inside a language model.
 
-    At each cut, c_j = the attention of the text on token j, the mean over text tokens and heads: the
+    At each of the layers, c_j = the attention of the text on token j, the mean over text tokens and heads: the
     lowest are dropped. The m others, in falling order of c, are matched by bipartite soft matching on
     their keys, even places with odd ones, and the closest pairs become their mean: at most (m - 1) // 2 of
     them, since the token with the highest c is not merged away.
@@ -29,8 +26,8 @@ class PuMer(LLMPruner):
     1. PuMer is for cross-modal encoders and fine-tuned with reduction; this is its reducer, untrained, in a
        decoder. The paper's ViLT reduces in the layers 2, 5 and 8 of 12, between attention and MLP; here after that
        MLP, before the layers 3, 6 and 9, at the same relative depth.
-    2. `keep` is the average over layers, the same share going on at each cut. Of the tokens that have to go at
-       a cut, those dropped and those merged are as prune to merge, as far as pairs go.
+    2. `keep` is the average over layers, the same share going on at each layer. Of the tokens that have to go there,
+       those dropped and those merged are as prune to merge, as far as pairs go.
     3. Text is not merged: the prompt's tokens are not the pruner's. So merging is within the modality.
     4. Text ahead of the image, which does not see it, does not count. Without text after it, the last token.
     5. A merged token stands where its odd one stood; raster order is restored for the kept ones.
@@ -39,37 +36,35 @@ class PuMer(LLMPruner):
         prune, merge: shares of tokens pruned and merged; only their ratio counts.
         order: "score" matches in the order of c as the code does, "raster" in that of the image, where no token
             is protected.
-        cuts: layers of a model of 12.
+        layers: of a model of 12.
     """
 
-    name: ClassVar[str] = "pumer"
-    needs: ClassVar[frozenset[str]] = frozenset()
-    llm_needs: ClassVar[frozenset[str]] = frozenset({"question", "last", "keys"})
-    source: ClassVar[str] = "PuMer, ACL 2023 (acl-long.721); untrained"
+    name = "pumer"
+    llm_needs = frozenset({"question", "last", "keys"})
+    source = "PuMer, ACL 2023 (acl-long.721); untrained"
 
     prune: float = 0.1
     merge: float = 0.3
     order: str = "score"
-    cuts: tuple[int, ...] = (3, 6, 9)
+    layers: tuple[int, ...] = (3, 6, 9)
 
     def __post_init__(self) -> None:
-        if self.order not in ("score", "raster") or min(self.prune, self.merge) < 0 or self.prune + self.merge <= 0:
-            raise PrunerError(
-                f"pumer: type prune=0.1 and merge=0.3, not both 0, and order=score or order=raster; got {self}"
-            )
+        valid = self.order in ("score", "raster") and min(self.prune, self.merge) >= 0 < self.prune + self.merge
+        self.require(valid, "prune=0.1 and merge=0.3, not both 0, and order=score or order=raster")
 
-    def schedule(self, n: int, keep: int, layers: int) -> Schedule:
-        return geometric_cuts(self.name, n, keep, layers, at_depths(self.cuts, 12, layers))
+    def schedule(self, n: int, keep: int, num_layers: int) -> dict[int, int]:
+        return pyramid_schedule(self.name, n, keep, num_layers, same_depths(self.layers, 12, num_layers))
 
     def merges(self, n: int, count: int) -> int:
         """How many of the n - count tokens that go are merged: as pairs allow, and the protected one."""
         return min(count - (self.order == "score"), int((n - count) * self.merge / (self.prune + self.merge) + 0.5))
 
     def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
-        assert tokens.keys is not None  # promised by `llm_needs`
-        scores = tokens.asked.float().mean(dim=(0, 1))
+        assert tokens.keys is not None
+        scores = text_attention(tokens).float().mean(dim=(0, 1))
         merges = self.merges(tokens.n, tokens.keep)
-        left = torch.sort(scores, descending=True, stable=True).indices[: tokens.keep + merges]
+        # In falling order even and odd places alternate by importance: pairs join a strong and a weaker token.
+        left = descending(scores)[: tokens.keep + merges]
         if self.order == "raster":
             left = left.sort().values
         if not merges:
@@ -78,5 +73,5 @@ class PuMer(LLMPruner):
         stays = torch.ones_like(left, dtype=torch.bool)
         stays[source] = False
         indices = left[stays].sort().values
-        merge = mean_into(tokens.keep, indices, left[source], torch.searchsorted(indices, left[destination]))
+        merge = mean_merge(indices, left[source], torch.searchsorted(indices, left[destination]))
         return Selection(indices, tokens.n, scores, merge)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gripvlm.errors import PrunerError
-from gripvlm.pruners.base import top_k
-from gripvlm.pruners.llm_base import LLMPruner, Schedule, geometric_cuts
-from gripvlm.pruners.ops.clusters import density_peaks
-from gripvlm.pruners.ops.depths import at_depths
-from gripvlm.pruners.ops.saliency import mean_into
+from gripvlm.pruners.base import LLMPruner, top_k
+from gripvlm.pruners.ops.attention import text_attention
+from gripvlm.pruners.ops.merging import density_peaks, mean_merge
+from gripvlm.pruners.ops.ranking import descending
+from gripvlm.pruners.ops.schedules import pyramid_schedule, same_depths
 from gripvlm.types import LLMTokens, Selection
-
-__all__ = ["SparseVLM", "raters"]
 
 
 def raters(visual: Tensor, text: Tensor) -> Tensor:
@@ -27,6 +23,7 @@ def raters(visual: Tensor, text: Tensor) -> Tensor:
         text: [t, d] embeddings, t >= 1.
     """
     share = (visual.float() @ text.float().T).softmax(dim=1).mean(dim=0)
+    # Up to rounding: a single word has exactly the mean, and must rate.
     return share >= share.mean() * (1 - 1e-6)
 
 
@@ -40,9 +37,9 @@ class SparseVLM(LLMPruner):
     floor(0.3 p) + 1 are recycled: grouped by density peaks into floor(that / 10) + 1 clusters, and each cluster's
     mean is kept.
 
-    1. `keep` is the average over layers, recycled tokens included, and the same share goes on at each cut. The
-       code's settings for 192, 128 and 64 of 576 keep 300/200/110, 303/110/36 and 66/30/17 at the cuts; with all
-       576 in three layers and what is recycled they cost 206.5, 145.4 and 82.3 a layer. A cut too small for a
+    1. `keep` is the average over layers, recycled tokens included, and the same share goes on at each layer. The
+       code's settings for 192, 128 and 64 of 576 keep 300/200/110, 303/110/36 and 66/30/17 at these three; with all
+       576 before and what is recycled they cost 206.5, 145.4 and 82.3 a layer. A layer with too few tokens for a
        cluster recycles nothing.
     2. A word whose share is the mean, up to rounding, rates too: else a single word, or equal ones, would not. Where
        no text comes after the image, the prompt's last token rates. Special tokens do not.
@@ -51,29 +48,29 @@ class SparseVLM(LLMPruner):
        any two that are nearest to one another); ties go to the lower index.
 
     Attributes:
-        cuts: layers of a model of 32; other depths cut at the same relative ones.
+        layers: of a model of 32; other depths drop at the same relative ones.
         recycle: share of the dropped tokens to recycle; 0 recycles none.
         cluster: recycled tokens a cluster, about.
     """
 
-    name: ClassVar[str] = "sparsevlm"
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
-    llm_needs: ClassVar[frozenset[str]] = frozenset({"hidden", "question", "words", "last"})
-    source: ClassVar[str] = "SparseVLM, arXiv 2410.04417 (ICML 2025)"
+    name = "sparsevlm"
+    needs = frozenset({"features"})
+    llm_needs = frozenset({"hidden", "question", "words", "last"})
+    source = "SparseVLM, arXiv 2410.04417 (ICML 2025)"
 
-    cuts: tuple[int, ...] = (3, 7, 16)
+    layers: tuple[int, ...] = (3, 7, 16)
     recycle: float = 0.3
     cluster: int = 10
 
     def __post_init__(self) -> None:
-        if not 0 <= self.recycle <= 1 or self.cluster < 1:
-            raise PrunerError(f"sparsevlm: type recycle=0.3, in [0, 1], and cluster=10, at least 1; got {self}")
+        self.require(0 <= self.recycle <= 1 <= self.cluster, "recycle=0.3, in [0, 1], and cluster=10, at least 1")
 
-    def schedule(self, n: int, keep: int, layers: int) -> Schedule:
-        return geometric_cuts(self.name, n, keep, layers, at_depths(self.cuts, 32, layers))
+    def schedule(self, n: int, keep: int, num_layers: int) -> dict[int, int]:
+        return pyramid_schedule(self.name, n, keep, num_layers, same_depths(self.layers, 32, num_layers))
 
     def parts(self, n: int, count: int) -> tuple[int, int, int]:
         """(tokens kept, tokens recycled, clusters) such that kept + clusters == count."""
+        # From above: the most kept tokens that leave room for the clusters of what they leave.
         for kept in range(count - 1, 0, -1) if self.recycle else ():
             recycled = int(self.recycle * (n - kept)) + 1
             if kept + recycled // self.cluster + 1 == count:
@@ -82,26 +79,28 @@ class SparseVLM(LLMPruner):
 
     def score(self, tokens: LLMTokens) -> Tensor:
         """[n] what the raters look at."""
-        assert tokens.words is not None  # promised by `llm_needs`
+        assert tokens.words is not None
         assert tokens.after is not None
-        seen = tokens.asked.float()  # [H, r, n]
+        attention = text_attention(tokens).float()  # [H, r, n]
         if bool(tokens.after.any()):
             visual = tokens.input.features
-            seen = seen[:, raters(visual, tokens.words[tokens.after].to(visual.device)).to(seen.device)]
-        return seen.mean(dim=(0, 1))
+            rates = raters(visual, tokens.words[tokens.after].to(visual.device))
+            attention = attention[:, rates.to(attention.device)]
+        return attention.mean(dim=(0, 1))
 
     def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
-        assert tokens.hidden is not None  # promised by `llm_needs`
+        assert tokens.hidden is not None
         scores = self.score(tokens)
         kept, recycled, clusters = self.parts(tokens.n, tokens.keep)
         if not clusters:
             return Selection(top_k(scores, kept), tokens.n, scores)
-        order = torch.sort(scores, descending=True, stable=True).indices
+        order = descending(scores)
+        # In raster order, which decides between equal densities.
         pool = order[kept : kept + recycled].sort().values
         centres, nearest = density_peaks(tokens.hidden[pool], clusters)
         indices = torch.cat((order[:kept], pool[centres])).sort().values
         slots = torch.searchsorted(indices, pool[centres])
         others = torch.ones_like(pool, dtype=torch.bool)
         others[centres] = False
-        merge = mean_into(tokens.keep, indices, pool[others], slots[nearest[others]])
+        merge = mean_merge(indices, pool[others], slots[nearest[others]])
         return Selection(indices, tokens.n, scores, merge)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["apportion", "nearest"]
-
 
 def apportion(total: int, weights: Sequence[float], caps: Sequence[int], least: int = 1) -> list[int]:
     """Counts with sum `total`, least <= count_i <= caps_i, near total x weight_i / sum of weights.
@@ -24,10 +22,12 @@ def apportion(total: int, weights: Sequence[float], caps: Sequence[int], least: 
         room = [i for i in heavy if counts[i] < caps[i]]
         mass = sum(wish[i] for i in room)
         extra = {i: min(caps[i] - counts[i], int(left * wish[i] / mass)) if mass > 0 else 0 for i in room}
+        # Shares below one token: single ones, the heaviest first.
         if not any(extra.values()):
             extra = dict.fromkeys(room[:left], 1)
         for i, more in extra.items():
             counts[i] += more
+    # Only `least` can have given too much.
     while sum(counts) > total:
         counts[max(range(len(caps)), key=lambda i: counts[i])] -= 1
     return counts

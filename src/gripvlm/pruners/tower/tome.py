@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from gripvlm.errors import BudgetError, PrunerError
-from gripvlm.pruners.ops.matching import soft_matching
-from gripvlm.pruners.tower_base import TowerPruner
-
-__all__ = ["ToMe"]
+from gripvlm.errors import BudgetError
+from gripvlm.pruners.base import TowerPruner
+from gripvlm.pruners.ops.merging import soft_matching
 
 SCHEDULES = ("constant", "decreasing")
 
@@ -39,20 +36,18 @@ class ToMe(TowerPruner):
         proportional: False attends to merged tokens as to any other.
     """
 
-    name: ClassVar[str] = "tome"
-    source: ClassVar[str] = "ToMe, arXiv 2210.09461 (ICLR 2023)"
+    name = "tome"
+    source = "ToMe, arXiv 2210.09461 (ICLR 2023)"
 
     schedule: str = "constant"
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise PrunerError(
-                f"tome: schedule={self.schedule!r} is unknown: type schedule=constant or schedule=decreasing"
-            )
+        self.require(self.schedule in SCHEDULES, "schedule=constant or schedule=decreasing")
 
     def plan(self, tokens: int, left: int, blocks: int, fixed: int) -> list[int]:
         merges: list[int] = [0] * blocks
+        # The smallest r that merges enough spreads the loss most evenly over the blocks.
         for r in range(tokens + 1):
             merges = self._merges(r, tokens, left, blocks, fixed)
             if sum(merges) == tokens - left:
@@ -60,11 +55,11 @@ class ToMe(TowerPruner):
         least = tokens - sum(self._merges(tokens, tokens, 1, blocks, fixed)) - fixed
         raise BudgetError(
             f"{left - fixed} of {tokens - fixed} visual tokens is less than pruner 'tome' can reach: each of the "
-            f"tower's {blocks} blocks that count can merge half of its tokens at most; type keep={least} or more"
+            f"tower's {blocks} blocks that count can merge half of its tokens at most; pass keep={least} or more"
         )
 
     def _merges(self, r: int, tokens: int, left: int, blocks: int, fixed: int) -> list[int]:
-        """What each block merges where it is asked for r, as far as there are pairs and tokens to lose."""
+        """What each block merges at a rate of r, as far as there are pairs and tokens to lose."""
         merges = []
         for block in range(blocks):
             falls = self.schedule == "decreasing" and blocks > 1

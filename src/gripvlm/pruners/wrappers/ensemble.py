@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gripvlm.errors import PrunerError
-from gripvlm.pruners.base import top_k
-from gripvlm.pruners.wrapper_base import Wrapper
+from gripvlm.pruners.base import Wrapper, top_k
 from gripvlm.types import Selection, VisualTokens
-
-__all__ = ["Ensemble", "mid_ranks"]
 
 
 def mid_ranks(scores: Tensor) -> Tensor:
@@ -35,28 +30,25 @@ class Ensemble(Wrapper):
         weights: one positive number a pruner; equal by default.
     """
 
-    name: ClassVar[str] = "ensemble"
-    source: ClassVar[str] = "wrapper: rank average"
+    name = "ensemble"
+    source = "wrapper: rank average"
+    many = True
 
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        from gripvlm.pruners.registry import get_pruner
-
-        given = self.inner if isinstance(self.inner, (tuple, list)) else (self.inner,)
-        object.__setattr__(self, "inner", tuple(get_pruner(one) for one in given))
-        weights = tuple(self.weights) if self.weights is not None else (1.0,) * len(given)
-        if len(weights) != len(given) or not all(weight > 0 for weight in weights):
-            raise PrunerError(f"ensemble: {len(given)} pruners need {len(given)} positive weights, got {self.weights}")
-        object.__setattr__(self, "weights", weights)
-        self._refuse_layers()
+        super().__post_init__()
+        count = len(self.inner)
+        valid = self.weights is None or (len(self.weights) == count and all(weight > 0 for weight in self.weights))
+        self.require(valid, f"weights=({', '.join(['1'] * count)}), one above 0 for each of the {count} pruners")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        assert self.weights is not None  # set when made
+        weights = self.weights or (1.0,) * len(self.inner)
+        # In float64: equal sums of ranks must stay equal, as ties go to the lower index.
         total = torch.zeros(tokens.n, dtype=torch.float64)
-        for inner, weight in zip(self.inners, self.weights, strict=True):
+        for inner, weight in zip(self.inners, weights, strict=True):
             choice = inner.select(tokens)
             votes = choice.scores if choice.scores is not None else choice.mask()
             total += weight * mid_ranks(votes.float().cpu()).double()
-        scores = (total / sum(self.weights)).to(tokens.features.device, torch.float32)
+        scores = (total / sum(weights)).to(tokens.features.device, torch.float32)
         return Selection(top_k(scores, tokens.keep), tokens.n, scores)

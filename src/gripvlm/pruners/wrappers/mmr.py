@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gripvlm.errors import PrunerError
-from gripvlm.pruners.ops.pairwise import batches, cosines
-from gripvlm.pruners.wrapper_base import Wrapper, scores_of
-from gripvlm.types import Selection, VisualTokens
+from gripvlm.pruners.base import Wrapper
+from gripvlm.pruners.ops.pairwise import GreedyPruner, padding_of
+from gripvlm.types import VisualTokens
 from gripvlm.utils.batching import padded
-
-__all__ = ["MMR"]
 
 
 @dataclass(frozen=True)
-class MMR(Wrapper):
+class MMR(Wrapper, GreedyPruner):
     """Maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998) over the inner scores.
 
     Repeatedly takes argmax_i balance x s_i - (1 - balance) x max_{j in S} cos(x_i, x_j), where s is
@@ -34,46 +30,37 @@ class MMR(Wrapper):
         balance: 1 is the inner ranking alone, 0 is diversity alone after the first token.
     """
 
-    name: ClassVar[str] = "mmr"
-    extra: ClassVar[frozenset[str]] = frozenset({"features"})
-    source: ClassVar[str] = "wrapper: maximal marginal relevance, SIGIR 1998"
+    name = "mmr"
+    extra_needs = frozenset({"features"})
+    source = "wrapper: maximal marginal relevance, SIGIR 1998"
 
     balance: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.balance <= 1:
-            raise PrunerError(f"mmr: balance={self.balance} must be in [0, 1]: type mmr(norm):balance=0.5")
+        self.require(0 <= self.balance <= 1, "balance=0.5, in [0, 1]")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return self.select_batch([tokens])[0]
-
-    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        return [selection for some in batches(images) for selection in self._select(some)]
+    def pick(self, images: Sequence[VisualTokens], rows: Sequence[Tensor], cosine: Tensor) -> Tensor:
+        scores = padded([self._scaled(tokens) for tokens in images], 0.0)  # [B, n]
+        picked = padding_of(images)
+        value = scores
+        closest = torch.full_like(scores, -torch.inf)  # [B, n], cosine to the nearest picked token
+        batch = torch.arange(len(images), device=cosine.device)
+        most = max(tokens.keep for tokens in images)
+        picks = torch.empty(len(images), most, dtype=torch.long, device=cosine.device)
+        for step in range(most):
+            pick = value.masked_fill(picked, -torch.inf).argmax(dim=1)
+            picks[:, step] = pick
+            picked.scatter_(1, pick[:, None], True)  # picked[batch, pick] = True copies True from the host, and waits
+            closest = torch.maximum(closest, cosine[batch, pick])
+            value = self.balance * scores - (1 - self.balance) * closest
+        return picks
 
     def _scaled(self, tokens: VisualTokens) -> Tensor:
         """[n] s."""
-        scores = scores_of(self, self.inner, tokens)
+        scores = self.scores_of(self.inner, tokens)
         finite = scores.isfinite()
+        # Infinite scores would make every finite one 0 or NaN.
         low, high = scores.where(finite, torch.inf).amin(), scores.where(finite, -torch.inf).amax()
-        told = high > low
-        return torch.where(told, (scores.clamp(low, high) - low) / torch.where(told, high - low, 1), 1)
-
-    def _select(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        each = [self._scaled(tokens) for tokens in images]
-        scaled, cosine = padded(each, 0.0), cosines(images)  # [B, n], [B, n, n]
-        taken = padded([torch.zeros_like(one, dtype=torch.bool) for one in each], True)
-        value = scaled
-        closest = torch.full_like(scaled, -torch.inf)  # [B, n], cosine to the nearest chosen token
-        most, row = max(tokens.keep for tokens in images), torch.arange(len(images), device=cosine.device)
-        chosen = torch.empty(len(images), most, dtype=torch.long, device=cosine.device)
-        for step in range(most):
-            pick = value.masked_fill(taken, -torch.inf).argmax(dim=1)
-            chosen[:, step] = pick
-            taken.scatter_(1, pick[:, None], True)  # taken[row, pick] = True would copy True from the host, and wait
-            closest = torch.maximum(closest, cosine[row, pick])
-            value = self.balance * scaled - (1 - self.balance) * closest
-        return [
-            Selection(picks[: tokens.keep].sort().values, tokens.n, sound=True)
-            for picks, tokens in zip(chosen, images, strict=True)
-        ]
+        differ = high > low  # a tensor: reading it would wait for the device
+        return torch.where(differ, (scores.clamp(low, high) - low) / torch.where(differ, high - low, 1), 1)

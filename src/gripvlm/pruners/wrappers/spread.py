@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
-from gripvlm.errors import PrunerError
+from gripvlm.pruners.base import Wrapper
 from gripvlm.pruners.baselines.grid import lattice
-from gripvlm.pruners.wrapper_base import Wrapper
+from gripvlm.pruners.ops.ranking import descending, fill_best
 from gripvlm.types import Selection, VisualTokens
-
-__all__ = ["Spread"]
 
 
 @dataclass(frozen=True)
@@ -32,31 +29,30 @@ class Spread(Wrapper):
         floor: in [0, 1]; 0 is the inner pruner alone, 1 the lattice alone.
     """
 
-    name: ClassVar[str] = "spread"
-    source: ClassVar[str] = "wrapper: a floor of evenly spread tokens"
+    name = "spread"
+    source = "wrapper: a floor of evenly spread tokens"
 
     floor: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.floor <= 1:
-            raise PrunerError(f"spread: floor={self.floor} must be in [0, 1]: type spread(norm):floor=0.25")
+        self.require(0 <= self.floor <= 1, "floor=0.25, in [0, 1]")
 
     def select(self, tokens: VisualTokens) -> Selection:
         n, k = tokens.n, tokens.keep
         kept = torch.zeros(n, dtype=torch.bool, device=tokens.features.device)
         if (evenly := int(self.floor * k + 1e-9)) > 0:
             kept[lattice(tokens.grid or (1, n), evenly)[0].to(kept.device)] = True
-        asked = k - evenly
+        count = k - evenly  # to ask the inner pruner for
+        # Asks for more until what lay on the lattice already is made up for: a set has no second best.
         while (missing := k - int(kept.sum())) > 0:
-            choice = self.inner.select(replace(tokens, keep=max(1, asked)))
+            choice = self.inner.select(replace(tokens, keep=max(1, count)))
             if choice.scores is not None:
-                order = torch.sort(choice.scores.to(kept.device), descending=True, stable=True).indices
-                kept[order[~kept[order]][:missing]] = True
+                fill_best(kept, descending(choice.scores.to(kept.device)), missing)
                 break
             fresh = choice.indices.to(kept.device)
             fresh = fresh[~kept[fresh]]
             if fresh.numel() >= missing:
                 kept[fresh[:missing]] = True
-            asked += missing - fresh.numel()
+            count += missing - fresh.numel()
         return Selection(kept.nonzero().flatten(), n)

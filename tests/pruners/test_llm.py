@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_zoo_vision import cls, made, scaled
+from test_input import scaled
 from torch import Tensor
 
 import second
 from gripvlm.engine.llm_stage import checked_schedule
 from gripvlm.engine.outputs import checked_selection
-from gripvlm.errors import BudgetError, PrunerError
+from gripvlm.errors import BudgetError
 from gripvlm.pruners import LLMPruner, get_pruner, list_pruners
 from gripvlm.pruners.input.mustdrop import MustDrop
 from gripvlm.pruners.llm.dart import DART
@@ -25,47 +25,13 @@ from gripvlm.pruners.llm.pumer import PuMer
 from gripvlm.pruners.llm.pyramiddrop import PyramidDrop
 from gripvlm.pruners.llm.sparsevlm import SparseVLM, raters
 from gripvlm.pruners.llm.vscan import VScan
-from gripvlm.pruners.llm_base import average
-from gripvlm.pruners.ops.clusters import density_peaks
-from gripvlm.pruners.ops.depths import at_depths
-from gripvlm.pruners.ops.matching import soft_matching
+from gripvlm.pruners.ops.merging import density_peaks
+from gripvlm.pruners.ops.schedules import average_tokens, same_depths
 from gripvlm.types import LLMTokens, Selection, VisualTokens
+from pruner_inputs import GRIDS, cls, entering, image
 from second import falling
 
 IN_LAYERS = sorted(row.name for row in list_pruners() if row.stage == "llm")
-
-
-def entering(h: int, w: int, keep: int, seed: int = 0, words: int = 4, dropped: int = 0, ahead: int = 0) -> LLMTokens:
-    """Random tokens as they enter a layer, after the first `dropped` of the image were dropped.
-
-    The first `ahead` words are ahead of the image and see nothing of it.
-    """
-    known = made(h, w, keep, seed)
-    generator = torch.Generator().manual_seed(seed + 1000)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    rows = torch.arange(dropped, h * w)
-    n = rows.numel()
-    question = randn(2, words, n).softmax(-1)
-    question[:, :ahead] = 0
-    return LLMTokens(
-        layer=2,
-        keep=keep,
-        rows=rows,
-        input=VisualTokens(known.features, keep, (h, w), vision=known.vision),
-        hidden=randn(n, 6),
-        last=randn(2, n).softmax(-1),
-        question=question,
-        text=randn(words, 6),
-        after=torch.arange(words) >= ahead,
-        words=randn(words, 6),
-        keys=randn(n, 5),
-        key_sizes=randn(n).abs(),
-        text_key_sizes=randn(words).abs(),
-        norm=lambda states: states * torch.tensor([3.0, 1, 1, 0.5, 1, 2]),
-    )
 
 
 def drawn(data, grid: tuple[int, int], seed: int, words: int = 4) -> LLMTokens:
@@ -104,11 +70,6 @@ def head_mean(attention: Tensor | None, rows: list[int] | None = None) -> list[f
     return (values if rows is None else values[rows].mean(0)).tolist()
 
 
-GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
-
-# --- what all must do ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", IN_LAYERS)
 @settings(max_examples=30, deadline=None)
 @given(st.data(), st.integers(1, 700), st.sampled_from([5, 12, 28, 32, 80]))
@@ -120,11 +81,11 @@ def test_schedules_pay_for_what_was_asked(name, data, n, layers):
     try:
         plan = checked_schedule(pruner, tokens, layers)
     except BudgetError as error:
-        least = int(str(error).split("type keep=")[1].split(" ")[0])
+        least = int(str(error).split("pass keep=")[1].split(" ")[0])
         assert keep < least <= n  # and what it says to type does work
         checked_schedule(pruner, VisualTokens(torch.zeros(n, 1), least), layers)
     else:
-        assert average(n, plan, layers) == pytest.approx(keep, abs=0.5)
+        assert average_tokens(n, plan, layers) == pytest.approx(keep, abs=0.5)
 
 
 @pytest.mark.parametrize("name", IN_LAYERS)
@@ -144,13 +105,10 @@ def test_exactly_k_and_repeatable(name, grid, seed, words, data):
         assert one.indices.tolist() == list(range(n))
 
 
-# --- published schedules -------------------------------------------------------------------------
-
-
 def test_published_schedules():
     assert [FastV().schedule(576, k, 32) for k in (192, 128, 64)] == [{2: 166}, {2: 98}, {2: 30}]
     assert [FastV(3).schedule(576, k, 32) for k in (192, 128, 64)] == [{3: 152}, {3: 82}, {3: 11}]
-    assert average(576, {8: 288, 16: 144, 24: 72}, 32) == 270
+    assert average_tokens(576, {8: 288, 16: 144, 24: 72}, 32) == 270
     assert PyramidDrop().schedule(576, 270, 32) == {8: 288, 16: 144, 24: 72}
     assert list(SparseVLM().schedule(576, 192, 32)) == [3, 7, 16]  # what it costs: test_authors_choices.py
     assert VScan().schedule(576, 64, 32) == {0: 96, 16: 32}
@@ -161,14 +119,11 @@ def test_published_schedules():
 
 
 def test_cuts_keep_their_relative_depth():
-    assert at_depths((8, 16, 24), 32, 32) == [8, 16, 24]
-    assert at_depths((8, 16, 24), 32, 28) == [7, 14, 21]
-    assert at_depths((2, 6, 15), 32, 5) == [1, 2, 3]
-    assert at_depths((2, 6, 15), 32, 2) == [1]
-    assert at_depths((2, 5, 8), 12, 32) == [5, 13, 21]
-
-
-# --- what each one computes ----------------------------------------------------------------------
+    assert same_depths((8, 16, 24), 32, 32) == [8, 16, 24]
+    assert same_depths((8, 16, 24), 32, 28) == [7, 14, 21]
+    assert same_depths((2, 6, 15), 32, 5) == [1, 2, 3]
+    assert same_depths((2, 6, 15), 32, 2) == [1]
+    assert same_depths((2, 5, 8), 12, 32) == [5, 13, 21]
 
 
 @settings(max_examples=15, deadline=None)
@@ -245,13 +200,6 @@ def test_sparsevlm_parts_as_published():
     assert SparseVLM().parts(10, 1) == (1, 0, 0)
 
 
-def test_soft_matching_by_hand():
-    keys = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.5, 1], [1, 0.2]])  # even places 0, 2, 4; odd 1, 3
-    # cosines: 0-1 0.995, 2-3 0.894, 4-1 0.9952
-    source, destination = soft_matching(keys, 2)
-    assert sorted(zip(source.tolist(), destination.tolist(), strict=True)) == [(0, 1), (4, 1)]
-
-
 @settings(max_examples=25, deadline=None)
 @given(GRIDS, st.integers(0, 99), st.sampled_from(["score", "raster"]), st.sampled_from([0.0, 0.1, 1.0]), st.data())
 def test_pumer_follows_the_rule(grid, seed, order, prune, data):
@@ -300,7 +248,7 @@ def test_mustdrop_filters_by_both_thresholds(grid, seed, ratio, keys, data):
 
 
 def test_mustdrop_begins_in_the_vision_stage():
-    known = made(6, 6, 12)
+    known = image(6, 6, 12)
     ours, theirs = MustDropLLM().select(known), MustDrop().select(known)
     assert torch.equal(ours.indices, theirs.indices)
     assert MustDropLLM().schedule(576, 64, 32)[0] == 96
@@ -360,21 +308,3 @@ def test_ptp_weighs_saliency_and_instruction(grid, seed, alpha, data):
     base = scaled(cls(tokens.input, -2))
     f = [(1 - alpha) * b + alpha * c for b, c in zip(base, asked, strict=True)]
     agrees(tokens, PTP(alpha).select_at_layer(2, tokens), {i: [i] for i in falling(f)[: tokens.keep]})
-
-
-@pytest.mark.parametrize(
-    ("spec", "says"),
-    [
-        ("mustdrop_llm:ratio=0", "ratio=1.1"),
-        ("sparsevlm:recycle=2", "recycle=0.3"),
-        ("pumer:order=rank", "order=score"),
-        ("pumer:prune=0,merge=0", "not both 0"),
-        ("dart:pivots=0", "pivots=4"),
-        ("vscan:first=0.5", "first=1.5"),
-        ("ptp:alpha=2", "alpha=0.5"),
-        ("ptp:windows=0", "windows=4"),
-    ],
-)
-def test_what_they_refuse(spec, says):
-    with pytest.raises(PrunerError, match=says):
-        get_pruner(spec)
