@@ -54,7 +54,7 @@ EVAL = ["eval", "--tasks", "jsonl:q.jsonl"]
         ([*EVAL, "--out", "old.json", "--limit", "3"], "old.samples.jsonl holds 1 answers of another run"),
         ([*EVAL, "--out", "old.json", "--limit", "3"], "limit: 7 then, 3 now"),
         ([*EVAL, "--seeds", "one"], "--seeds one: type whole numbers"),
-        ([*EVAL, "--shard", "3/2", "--out", "new.json"], "type i/n"),
+        ([*EVAL, "--shard", "3/2", "--out", "new.json"], "use i/n"),
         (["bench", "--pruners", "divprun"], "did you mean 'divprune'"),
         (["bench", "--keep", "0"], "'0' is no budget"),
         (["bench", "--out", "alone.json"], "alone.json exists: type --overwrite"),

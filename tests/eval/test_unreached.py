@@ -8,21 +8,19 @@ import re
 import pytest
 import torch
 from test_bench import MACHINE, NEW, PROMPT, prompts
-from test_evaluate import Letters
 
+from eval_cases import Letters
 from gripvlm import Budget
 from gripvlm.bench import architectures, bench
 from gripvlm.bench import runner as bench_runner
 from gripvlm.cli import main
 from gripvlm.errors import BudgetError
-from gripvlm.eval import evaluate, merge, runner
-from gripvlm.eval.regression import compare
-from gripvlm.eval.results import read_results
+from gripvlm.eval import evaluate, read_results, runner
 from gripvlm.pruners import get_pruner
 from gripvlm.report import report
 from tiny_lab import tiny_lab
 
-ARMS, KEEPS = ["norm", "fastv:layer=1"], [0.75, 0.1]
+PRUNERS, KEEPS = ["norm", "fastv:layer=1"], [0.75, 0.1]
 WHY = "visual tokens on average over 2 layers is less than pruner 'fastv' can reach"
 
 
@@ -31,7 +29,7 @@ def lab():
     return tiny_lab()
 
 
-def arms_of(result):
+def settings_of(result):
     return {(row["pruner"], row["keep"]) for row in result["rows"]}
 
 
@@ -40,22 +38,23 @@ REST = {("full", 1.0), ("norm", 0.75), ("norm", 0.1), ("fastv:layer=1", 0.75)}
 
 def test_eval_notes_the_cell_and_measures_the_rest(lab, tmp_path, capsys):
     out = tmp_path / "r.json"
-    result = evaluate(*lab, [Letters()], ARMS, KEEPS, out=out, progress=True)
-    assert arms_of(result) == REST
+    result = evaluate(*lab, [Letters()], PRUNERS, KEEPS, out=out, progress=True)
+    assert settings_of(result) == REST
     (left,) = result["unreached"]
     assert (left["pruner"], left["keep"]) == ("fastv:layer=1", 0.1)
     assert WHY in left["why"]
     assert "keep=26" not in left["why"]  # nobody typed that
     assert f"not measured: fastv:layer=1 at 10%: 26 of 256 {WHY}" in capsys.readouterr().err
     assert read_results(out).unreached == result["unreached"]
-    assert evaluate(*lab, [Letters()], ARMS, KEEPS, out=out)["unreached"] == result["unreached"]  # and goes on from it
-    assert compare(read_results(out), read_results(out)).regressions == ()
+    assert (
+        evaluate(*lab, [Letters()], PRUNERS, KEEPS, out=out)["unreached"] == result["unreached"]
+    )
     page = report([out], tmp_path / "page", pictures=False).with_name("report.md").read_text(encoding="utf-8")
     assert "fastv:layer=1 at 10%: 26 of 256" in page
 
 
 def test_an_image_that_is_too_small_comes_late(lab, tmp_path, monkeypatch):
-    """The first batches have rows; later the arm fails, and what it had said is no row of the results."""
+    """The first batches have rows; later the variant fails, and what it had said is no row of the results."""
     whole, calls = runner.answer, []
 
     def answer(*args, **options):
@@ -68,19 +67,18 @@ def test_an_image_that_is_too_small_comes_late(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "answer", answer)
     out = tmp_path / "r.json"
     result = evaluate(*lab, [Letters()], ["norm"], [0.5, 0.1], out=out, batch_size=2)
-    assert arms_of(result) == {("full", 1.0), ("norm", 0.5)}
+    assert settings_of(result) == {("full", 1.0), ("norm", 0.5)}
     assert len(calls) == 2  # not asked again
     assert "only 9 visual tokens" in read_results(out).unreached[0]["why"]
 
 
-def test_shards_of_such_a_run_are_merged(lab, tmp_path):
-    parts = [tmp_path / f"{n}.json" for n in (1, 2)]
-    for number, part in enumerate(parts, 1):
-        evaluate(*lab, [Letters()], ARMS, KEEPS, out=part, batch_size=2, shard=f"{number}/2")
-    merged = merge(parts, tmp_path / "all.json", tasks=[Letters()])
-    assert arms_of(merged) == REST
-    assert len(merged["unreached"]) == 1
-    assert read_results(tmp_path / "all.json").unreached == merged["unreached"]
+def test_shards_of_such_a_run(lab, tmp_path):
+    out = tmp_path / "r.json"
+    for shard in ("1/2", "2/2", None):
+        result = evaluate(*lab, [Letters()], PRUNERS, KEEPS, out=out, batch_size=2, shard=shard)
+    assert settings_of(result) == REST
+    assert len(result["unreached"]) == 1
+    assert read_results(out).unreached == result["unreached"]
 
 
 def test_nothing_reached_is_an_error_before_anything_is_written(lab, tmp_path):

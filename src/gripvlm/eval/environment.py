@@ -1,4 +1,4 @@
-"""Where a number was measured: versions, hardware, and the commit of gripvlm's own checkout."""
+"""Where and when a number was measured: versions, hardware, the commit of gripvlm's own checkout, the command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,13 +17,13 @@ import torch
 
 import gripvlm
 
-__all__ = ["command_line", "environment", "git_state", "hardware", "versions"]
+__all__ = ["command_line", "environment", "git_state", "hardware", "utc", "versions"]
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:
-    """Python, gripvlm and what it stands on."""
+    """Of Python, gripvlm and the packages it uses."""
     found = {"python": platform.python_version(), "gripvlm": gripvlm.__version__}
     for name in _PACKAGES:
         try:
@@ -72,6 +73,11 @@ def command_line() -> str:
     else:
         words = [path.name or "python", *arguments]
     return shlex.join(words).encode("utf-8", "backslashreplace").decode()  # a name's bytes may be no UTF-8
+
+
+def utc() -> str:
+    """Now, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The oracle: keep the patches that hold the answer, then cover the rest of the picture evenly.
+"""The oracle: keep the patches that hold the answer, then cover the rest of the image evenly.
 
-No pruner can know the evidence; the oracle says what a choice of tokens could reach at most, or nearly.
+No pruner can know the evidence: the oracle is close to an upper bound of what a choice of tokens can reach.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def oracle(samples: Sequence[Sample], encoded: Encoded, evidence_grid: tuple[int
     scores: list[list[Tensor]] = []
     for sample, items in zip(samples, encoded.samples, strict=True):
         if [item.grid for item in items] != [evidence_grid]:
-            found = " + ".join(f"{item.features.shape[0]} in {item.grid}" for item in items)
+            tokens = " + ".join(f"{item.features.shape[0]} in {item.grid}" for item in items)
             raise TaskError(
                 f"the oracle's evidence is marked on {evidence_grid[0]} x {evidence_grid[1]} cells, but this model "
-                f"has visual tokens {found}: leave 'oracle' out, or use --model lab"
+                f"has visual tokens {tokens}: leave 'oracle' out, or use --model lab"
             )
         order = torch.tensor(oracle_order(sample.evidence, evidence_grid))
         rank = torch.empty(len(order))
