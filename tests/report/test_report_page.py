@@ -7,8 +7,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from test_evaluate import run
 
+from eval_cases import run
 from gripvlm import lab
 from gripvlm.cli import main
 from gripvlm.errors import GripError
