@@ -54,11 +54,11 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     With ten answers of which m match: 0.3 for one, 0.6 for two, 0.9 for three, 1 for four or more.
 
     Args:
-        prediction: as the model said it.
+        prediction: the model's answer.
         answers: of all people who were asked, [10] in VQA and TextVQA.
 
     Source: VQA (arXiv 1505.00468, section 3) in the form of its evaluation code, averaged over 9-answer subsets.
     """
-    said = vqa_normalise(prediction)
-    matches = [vqa_normalise(answer) == said for answer in answers]
-    return sum(min(1.0, (sum(matches) - mine) / 3) for mine in matches) / len(matches)
+    text = vqa_normalise(prediction)
+    matches = [vqa_normalise(answer) == text for answer in answers]
+    return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
