@@ -16,15 +16,13 @@ from gripvlm.eval import (
     ResumeError,
     answer,
     make_inputs,
-    oracle,
-    oracle_order,
-    prompt_text,
     question_ids,
     read_results,
     runner,
     samples_path,
-    spread_order,
 )
+from gripvlm.eval.answering import prompt_text
+from gripvlm.eval.oracle import oracle, oracle_order, spread_order
 from gripvlm.eval.records import unpack_masks
 from gripvlm.eval.variants import fingerprint
 from gripvlm.pruners import get_pruner

@@ -19,7 +19,7 @@ from gripvlm.pruners import Pruner
 from gripvlm.types import Selection
 from gripvlm.utils.timing import device_time
 
-__all__ = ["BatchAnswers", "answer", "make_inputs", "prompt_text", "question_ids"]
+__all__ = ["BatchAnswers", "answer", "make_inputs", "question_ids"]
 
 
 @dataclass

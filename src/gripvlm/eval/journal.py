@@ -13,7 +13,7 @@ from gripvlm.eval.records import Key, check_record, key_of
 from gripvlm.utils import disk
 from gripvlm.utils.strict_json import BadJSON, parse
 
-__all__ = ["Journal", "ResumeError", "differences", "read_rows", "samples_path"]
+__all__ = ["Journal", "ResumeError", "samples_path"]
 
 _SHARD = re.compile(r"\.\d+of\d+\.samples\.jsonl")
 

@@ -15,7 +15,7 @@ from gripvlm.models.encoded import Encoded
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks.base import Sample, TaskError
 
-__all__ = ["oracle", "oracle_order", "spread_order"]
+__all__ = ["oracle"]
 
 # The plastic number's powers: the best-known additive recurrence in two dimensions.
 _STEP = (0.5698402909980532, 0.7548776662466927)

@@ -21,7 +21,7 @@ from gripvlm.tasks import Sample, Task
 from gripvlm.types import Selection
 from gripvlm.utils.strict_json import BadJSON
 
-__all__ = ["Key", "TokenMask", "check_record", "key_of", "make_records", "pack_mask", "unpack_masks"]
+__all__ = ["Key", "TokenMask", "unpack_masks"]
 
 Key = tuple[str, str, str, str]
 """(task, pruner, keep, id): what an answer is known by."""

@@ -26,20 +26,7 @@ from gripvlm.tasks.base import Sample, Task, normalise
 from gripvlm.utils import disk
 from gripvlm.utils.strict_json import BadJSON, read
 
-__all__ = [
-    "SCHEMA",
-    "SECONDS",
-    "Results",
-    "ResultsError",
-    "check_result",
-    "evaluation_files",
-    "majority",
-    "make_row",
-    "mean_rows",
-    "read_json",
-    "read_results",
-    "write_result",
-]
+__all__ = ["Results", "ResultsError", "evaluation_files", "read_json", "read_results", "write_result"]
 
 SCHEMA = "gripvlm.evaluate/1"
 SECONDS = ("vision", "pruner", "overhead", "prefill", "decode")

@@ -23,7 +23,7 @@ from gripvlm.eval.answering import BatchAnswers, answer, make_inputs, question_i
 from gripvlm.eval.environment import command_line, git_state, hardware, utc, versions
 from gripvlm.eval.journal import Journal, ResumeError, samples_path
 from gripvlm.eval.oracle import oracle
-from gripvlm.eval.records import Key, make_records
+from gripvlm.eval.records import make_records
 from gripvlm.eval.results import SCHEMA, majority, make_row, mean_rows, write_result
 from gripvlm.eval.stats import ScoresByImage
 from gripvlm.eval.variants import BLIND, FULL, ORACLE, Variant, digest, fingerprint, make_variants
@@ -284,11 +284,13 @@ def _result(plan: Plan, variants: Sequence[Variant], journal: Journal) -> dict[s
             continue
         # The commonest answer is that of the whole task, in a shard too.
         common, majority_score = majority(task, plan.samples[task.name])
-        by_variant = {v.key: _records_of(journal.records, task, v, ids) for v in variants}
-        blind = by_variant.pop((BLIND, ""), None)
-        blind_score = None if blind is None else sum(record["score"] for record in blind) / len(ids)
-        for variant in (v for v in variants if v.key in by_variant):
-            records = by_variant[variant.key]
+        blind_score = None
+        if any(variant.label == BLIND for variant in variants):
+            blind_score = sum(journal.records[task.name, BLIND, "", name]["score"] for name in ids) / len(ids)
+        for variant in variants:
+            if variant.label == BLIND:
+                continue
+            records = [journal.records[task.name, variant.label, variant.keep_text, name] for name in ids]
             head = {
                 "model": journal.config["model"],
                 "task": task.name,
@@ -305,12 +307,6 @@ def _result(plan: Plan, variants: Sequence[Variant], journal: Journal) -> dict[s
             )
     means = mean_rows(rows, scores, plan.seed)
     return {"schema": SCHEMA, "header": dict(journal.config), "rows": rows, "means": means}
-
-
-def _records_of(
-    records: Mapping[Key, dict[str, Any]], task: Task, variant: Variant, ids: Sequence[str]
-) -> list[dict[str, Any]]:
-    return [records[task.name, variant.label, variant.keep_text, name] for name in ids]
 
 
 class _Runner:

@@ -13,19 +13,9 @@ import numpy as np
 from gripvlm.budget import Budget
 from gripvlm.eval.results import Results, ResultsError
 from gripvlm.eval.stats import Estimate, bootstrap, estimate, holm, sign_flip
-from gripvlm.eval.variants import BLIND, FULL, ORACLE, own_options
+from gripvlm.eval.variants import BLIND, FULL, own_options
 
-__all__ = [
-    "Difference",
-    "Scores",
-    "Setting",
-    "absolute",
-    "differences_from",
-    "method_of",
-    "relative",
-    "scores_of",
-    "was_trained",
-]
+__all__ = ["Difference", "Scores", "Setting", "absolute", "differences_from", "relative", "scores_of", "was_trained"]
 
 Array = np.ndarray
 
@@ -56,11 +46,6 @@ class Setting:
     @property
     def full(self) -> bool:
         return self.method == FULL
-
-    @property
-    def heuristic(self) -> bool:
-        """A method that anybody can use without training: no reference and not trained."""
-        return not self.trained and self.method not in (FULL, ORACLE)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Estimate", "bootstrap", "estimate", "holm", "interval", "percentile_ends", "sign_flip"]
+__all__ = ["Estimate", "interval"]
 
 LEVEL = 0.95
 ScoresByImage = tuple[Sequence[float], Sequence[str]]

@@ -17,18 +17,7 @@ from gripvlm.errors import GripError
 from gripvlm.pruners import LLMPruner, Pruner, get_pruner, list_pruners
 from gripvlm.tasks.base import Sample
 
-__all__ = [
-    "BLIND",
-    "FULL",
-    "NOT_IN_ALL",
-    "ORACLE",
-    "Variant",
-    "digest",
-    "fingerprint",
-    "make_variants",
-    "own_options",
-    "supported_pruners",
-]
+__all__ = ["BLIND", "FULL", "ORACLE", "Variant", "make_variants", "supported_pruners"]
 
 FULL, ORACLE, BLIND = "full", "oracle", "blind"
 NOT_IN_ALL = {
