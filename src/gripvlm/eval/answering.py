@@ -127,6 +127,7 @@ def answer(
     Raises:
         GripError: as `gripvlm.prune_inputs`.
     """
+    # The peak is the highest since the last reset, so each batch starts its own count.
     device = model.device
     memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
     if hasattr(memory, "reset_peak_memory_stats"):
@@ -137,6 +138,7 @@ def answer(
         if pruner is not None:
             run = pruned_run(model, inputs, pruner, keep, positions=positions, question=question, encoded=encoded)
             arguments, record = stack.enter_context(run)
+        # Inside the block, where the input is encoded and pruned already: what follows is the language model alone.
         started = device_time(device)
         output = model.generate(
             **arguments,
@@ -150,6 +152,7 @@ def answer(
     if encoded is not None and not seconds["vision"]:
         seconds["vision"] = encoded.seconds
     ended = device_time(device)
+    # A model that ends before its first token has no decoding.
     prefilled = ended if first_token.seconds is None else first_token.seconds
     seconds |= {"prefill": prefilled - started, "decode": ended - prefilled}
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -38,6 +38,7 @@ def hardware(device: torch.device | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        # A container or a scheduler may give this process fewer cores than the machine has.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -58,7 +59,8 @@ def git_state() -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some other project's repository
+        # A checkout that holds an installed gripvlm, in its virtual environment, is some other project's.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
@@ -68,11 +70,13 @@ def command_line() -> str:
     """This process's command, as one would type it."""
     program, *arguments = sys.argv or ["python"]
     path = Path(program)
-    if path.name == "__main__.py":  # python -m package
+    # `python -m gripvlm` has the path of a file here, which nobody types.
+    if path.name == "__main__.py":
         words = ["python", "-m", path.parent.name, *arguments]
     else:
         words = [path.name or "python", *arguments]
-    return shlex.join(words).encode("utf-8", "backslashreplace").decode()  # a name's bytes may be no UTF-8
+    # The bytes of a file name may be no UTF-8, and JSON could not hold them.
+    return shlex.join(words).encode("utf-8", "backslashreplace").decode()
 
 
 def utc() -> str:

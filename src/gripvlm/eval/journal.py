@@ -67,6 +67,7 @@ class Journal:
                 damaged.
         """
         self.path = path
+        # As it will be read back: tuples are lists there, and would differ.
         self.config = json.loads(json.dumps(config))
         self.sessions: list[dict[str, Any]] = []
         self.records: dict[Key, dict[str, Any]] = {}
@@ -96,6 +97,7 @@ class Journal:
     def _read(self, path: Path) -> int:
         """Adds the file's sessions and records; returns the number of bytes of its complete lines."""
         content = disk.read_bytes(path)
+        # A killed run may have left half a line at the end.
         content = content[: content.rfind(b"\n") + 1]
         config: Any = None
         sessions: list[dict[str, Any]] = []
@@ -114,8 +116,10 @@ class Journal:
                 f"{path} holds {len(records)} answers of another run ({differences(config, self.config)}): choose "
                 "another --out, type the same options again to resume it, or type --overwrite to start anew"
             )
+        # A file without answers holds nothing to resume, whatever its configuration.
         if records:
             self.sessions += sessions
+            # Own answers count before those of shards, which are read later.
             self.records = records | self.records
         return len(content)
 
@@ -127,6 +131,7 @@ class Journal:
         """Keeps the records; when this returns they are in the file."""
         if self.path is not None and self._open:
             disk.append(self.path, _lines(records))
+        # After the write: a full disk must not leave answers in memory that the file does not have.
         self.records.update((key_of(record), record) for record in records)
 
     def __enter__(self) -> Journal:
@@ -137,6 +142,7 @@ class Journal:
         if self.path is None:
             return self
         if own:
+            # The half line goes first, or the next line would be written behind it.
             disk.cut(self.path, self._complete_bytes)
             disk.append(self.path, _lines([{"session": self._session}]))
         else:

@@ -30,6 +30,7 @@ def spread_order(grid: tuple[int, int]) -> tuple[int, ...]:
     point first falls into it.
     """
     h, w = grid
+    # On a square, so that an oblong raster is covered with equal spacing both ways.
     side = max(h, w)
     order: dict[int, None] = {}
     for i in range(64 * side * side):
@@ -38,7 +39,8 @@ def spread_order(grid: tuple[int, int]) -> tuple[int, ...]:
             order[row * w + column] = None
         if len(order) == h * w:
             break
-    order.update(dict.fromkeys(range(h * w)))  # cells that no point has hit
+    # The sequence is finite here: cells that no point has hit come last.
+    order.update(dict.fromkeys(range(h * w)))
     return tuple(order)
 
 
@@ -69,6 +71,7 @@ def oracle(samples: Sequence[Sample], encoded: Encoded, evidence_grid: tuple[int
             )
         order = torch.tensor(oracle_order(sample.evidence, evidence_grid))
         rank = torch.empty(len(order))
+        # The first cell of the order gets the highest score: pruners keep the largest.
         rank[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
         scores.append([rank])
     return Given(scores)

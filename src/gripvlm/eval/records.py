@@ -48,6 +48,7 @@ def make_records(
     `k` of the sample's `n` visual tokens were paid for. `kept` has one mask an image (see `pack_mask`), or `layers` the
     counts of each layer where tokens are dropped inside the language model.
     """
+    # A batch is timed as a whole: a sample's own time cannot be told apart.
     seconds = {name: value / len(samples) for name, value in answers.seconds.items()}
     records = []
     for i, sample in enumerate(samples):
@@ -68,6 +69,7 @@ def make_records(
         }
         if any(selection.layers for selection in selections):
             record["layers"] = [selection.counts for selection in selections]
+        # Where each layer has its own tokens, one mask would not say which were kept.
         elif selections:
             record["kept"] = [pack_mask(*pair) for pair in zip(selections, encoded.samples[i], strict=True)]
         records.append(record)
@@ -153,6 +155,7 @@ def check_record(row: Any) -> dict[str, Any]:
 
 def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:
     # `type`, since True is an int for isinstance.
+    # Strict JSON has no NaN, but Python writes and reads it.
     return type(value) in kinds and (type(value) is not float or math.isfinite(value))
 
 

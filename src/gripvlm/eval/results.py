@@ -31,8 +31,10 @@ __all__ = ["Results", "ResultsError", "evaluation_files", "read_json", "read_res
 SCHEMA = "gripvlm.evaluate/1"
 SECONDS = ("vision", "pruner", "overhead", "prefill", "decode")
 _KIND, _VERSION = "gripvlm.evaluate", 1
-_SHOWN = 3  # violations of the schema in one message
-_MAX_LINE = 2**24  # characters: a small .gz may unpack to a line without end
+# Violations of the schema in one message.
+_SHOWN = 3
+# Characters: a small .gz may unpack to a line without end.
+_MAX_LINE = 2**24
 _REQUIRED_OPTIONS = {"model", "weights", "tasks", "arms", "limit", "seed", "batch_size"}
 _SAME_OPTIONS = {*_REQUIRED_OPTIONS, "positions", "dtype"}
 
@@ -47,6 +49,7 @@ class ResultsError(GripError):
 def majority(task: Task, samples: Sequence[Sample]) -> tuple[str, float]:
     """The commonest answer, and the mean score of always giving it."""
     counts = Counter(normalise(sample.answer) for sample in samples)
+    # Of equally common answers the first by alphabet, so that reruns agree.
     common = min(counts, key=lambda answer: (-counts[answer], answer))
     return common, float(np.mean([task.score(common, sample) for sample in samples]))
 
@@ -93,6 +96,7 @@ def mean_rows(
             continue
         low, high = interval([scores[row["task"], pruner, keep] for row in members], seed)
         averaged = ["keep_fraction", "tokens", "score", "majority", "seconds_total", *(f"seconds_{s}" for s in SECONDS)]
+        # One task without the blind score would make the mean that of other tasks.
         if all(row["blind"] is not None for row in members):
             averaged.append("blind")
         peaks = [row["peak_memory"] for row in members if row["peak_memory"] is not None]
@@ -111,6 +115,7 @@ def mean_rows(
 @lru_cache(maxsize=1)
 def _validator() -> Any:
     """Of `results.schema.json` (draft 2020-12), in which a number is a finite one."""
+    # Imported here, since many commands import this file and never check a result.
     from jsonschema import Draft202012Validator, validators
 
     checker = Draft202012Validator.TYPE_CHECKER.redefine("number", _is_finite_number)
@@ -178,6 +183,7 @@ def write_result(target: Path, result: Mapping[str, Any]) -> None:
     Raises:
         ResultsError: a task's own numbers are not what the schema allows.
     """
+    # As a reader will see it: a numpy number or a NaN of a task shows now and not when the file is read.
     check_result(json.loads(json.dumps(result)), str(target))
     disk.write(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
@@ -329,6 +335,7 @@ def _read_answers(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]
             config = row["config"] if isinstance(row["config"], dict) else {}
         elif "session" not in row:
             key = key_of(row)
+            # A killed run may have written part of a batch, and measured all of it again.
             known = records.setdefault(key, row)
             if (known["prediction"], known["score"]) != (row["prediction"], row["score"]):
                 raise ResultsError(
@@ -353,6 +360,7 @@ def _check_answers(results: Results, file: Path) -> None:
             raise ResultsError(
                 f"{file} has {len(answers)} of the {row['n']} answers of {title} in {results.path}: {advice}"
             )
+        # fsum, since the rounding of a plain sum depends on the order of the lines.
         score = math.fsum(record["score"] for record in answers.values()) / len(answers)
         if not math.isclose(score, row["score"], abs_tol=1e-9):
             raise ResultsError(

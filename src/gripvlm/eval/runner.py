@@ -103,6 +103,7 @@ class Plan:
 
     def config(self, model_name: str) -> dict[str, Any]:
         """The configuration that is known before the model; the same for all shards of a run."""
+        # Another version may answer differently: such answers must not be mixed in one file.
         used = {name: text for name, text in versions().items() if name in ("torch", "transformers", "gripvlm")}
         config: dict[str, Any] = {
             "model": model_name,
@@ -234,6 +235,7 @@ def _run(plan: Plan, runner: _Runner, journal: Journal, target: Path | None) -> 
     """Asks what the journal has not, and puts the result together."""
     started = time.monotonic()
     total = len(runner.variants) * sum(len(batch.samples) for batch in plan.batches)
+    # Only while answers are missing: a finished run does not depend on files of shards.
     if plan.shard is None and len(journal.records) < total:
         journal.read_shards()
     reused = len(journal.records)
@@ -241,7 +243,8 @@ def _run(plan: Plan, runner: _Runner, journal: Journal, target: Path | None) -> 
         print(_reused(journal, total), file=sys.stderr)
     if reused == total and target is not None and (old := _finished(target)) is not None:
         result = old | _result(plan, runner.variants, journal) | {"header": old["header"]}
-        if json.loads(json.dumps(result)) != old:  # the statistics have changed since
+        # Only where the statistics have changed since: a finished file is otherwise left as it is.
+        if json.loads(json.dumps(result)) != old:
             write_result(target, result)
         return result
     if reused < total:
@@ -280,7 +283,8 @@ def _result(plan: Plan, variants: Sequence[Variant], journal: Journal) -> dict[s
     scores: dict[tuple[str, str, str], ScoresByImage] = {}
     for task in plan.tasks:
         ids = [name for batch in plan.batches if batch.task is task for name in batch.ids]
-        if not ids:  # a shard without any of its batches
+        # A shard may have no batch of a small task.
+        if not ids:
             continue
         # The commonest answer is that of the whole task, in a shard too.
         common, majority_score = majority(task, plan.samples[task.name])
@@ -324,6 +328,7 @@ class _Runner:
     def run(self, journal: Journal) -> None:
         """Every batch with every variant that the journal does not have yet."""
         total = len(self.variants) * sum(len(batch.samples) for batch in self.plan.batches)
+        # Batches outside, variants inside: an image is encoded once for all variants.
         with Progress("answers", total, show=self.show_progress) as bar:
             for batch in self.plan.batches:
                 bar.about(batch.task.name)
@@ -373,6 +378,7 @@ class _Runner:
         texts = [batch.task.prompt(sample) for sample in batch.samples]
         inputs = make_inputs(self.model, self.processor, texts, [sample.image for sample in batch.samples])
         question = question_ids(self.processor, [sample.question for sample in batch.samples])
+        # All variants' needs at once (attention of the tower, its states), since encoding is not repeated.
         pruners = [variant.pruner for variant in self.variants if variant.pruner is not None]
         return inputs, question, encode(self.model, inputs, pruners)
 
@@ -403,6 +409,7 @@ class _Runner:
         pruned = [variant for variant in self.variants if variant.label not in (FULL, BLIND)]
         if pruned and all(variant.key in self.unreached for variant in pruned):
             raise BudgetError("; ".join(f"{variant.title}: {self.unreached[variant.key]}" for variant in pruned))
+        # The first generation builds caches and picks kernels; its time must not count for the first variant.
         answer(self.model, self.processor, inputs, "keep_all", max_new_tokens=2, encoded=encoded)
 
     def _leave_out(self, variant: Variant, error: BudgetError) -> None:

@@ -155,6 +155,7 @@ def scores_of(results: Sequence[Results], seed: int = 0, draws: int = 2000) -> S
     for number, result in enumerate(results):
         for row in result.rows:
             label, keep = row["pruner"], str(row["keep"])
+            # One row a setting is enough: its other tasks are looked up below.
             if row["task"] != questions.tasks[0] or label == BLIND or (number and label == FULL):
                 continue
             key = method_of(label), keep
@@ -284,6 +285,7 @@ def differences_from(scores: Scores, baseline: str) -> list[Difference]:
         return []
     compared, baselines = (np.array(side) for side in zip(*pairs, strict=True))
     questions = scores.counts.sum(-1)
+    # Each image's share of the mean difference: the shares sum to it, and each may flip its sign.
     shares = ((scores.sums[compared] - scores.sums[baselines]) / questions[:, None]).mean(axis=1)
     p = sign_flip(shares, scores.seed)
     corrected = holm(p.tolist())

@@ -48,7 +48,8 @@ def bootstrap(values: np.ndarray, counts: np.ndarray, seed: int, draws: int = 20
         return none
     rng, usable = np.random.default_rng(seed), []
     flat = values.reshape(-1, images).T
-    for start in range(0, draws, 200):  # in slices, so that memory stays small
+    # In slices, so that memory stays small.
+    for start in range(0, draws, 200):
         size = min(200, draws - start)
         times = rng.multinomial(images, np.full(images, 1 / images), size=size)  # [size, I]
         questions = times @ counts.T  # [size, G]
@@ -79,6 +80,7 @@ def interval(
         groups: one (scores, images) for each task; one group for a single task.
         seed: the same seed and data give the same interval.
     """
+    # Sorted, so that the same data in another order draw the same images.
     names = sorted({image for _, images in groups for image in images})
     place = {name: i for i, name in enumerate(names)}
     sums, counts = np.zeros((2, len(groups), len(names)))
@@ -97,6 +99,7 @@ def sign_flip(shares: np.ndarray, seed: int, draws: int = 10000) -> np.ndarray:
     """
     # By hand: scipy.stats.permutation_test is the same test, but scipy is no dependency and 15 lines are less than it.
     rng = np.random.default_rng(seed)
+    # Sums of the same shares round differently: an equal one must count as equally far.
     observed = np.abs(shares.sum(-1)) - 1e-12
     beyond = np.zeros(len(shares))
     for start in range(0, draws, 500):

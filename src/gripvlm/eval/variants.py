@@ -76,6 +76,7 @@ def make_variants(
     Raises:
         GripError: an unknown pruner, no budget for one that needs it, or two pruners that would have the same rows.
     """
+    # 64 and "64" are one budget; 1 and 1.0 are two (a token, and all of them).
     budgets = [budget.plain for budget in dict.fromkeys(Budget.of(keep) for keep in keeps)]
     full = get_pruner("keep_all")
     variants = [Variant(FULL, 1.0, full, _config(full))]
@@ -116,6 +117,7 @@ def supported_pruners(model: PreTrainedModel, budgets: Sequence[Budget]) -> tupl
 
 def own_options(spec: str) -> tuple[str, list[str]]:
     """("mmr(random:seed=1)", ["balance=1"]) from "mmr(random:seed=1):balance=1": those in brackets are not its own."""
+    # An inner pruner's options are inside brackets, which come before the wrapper's own.
     end = spec.rfind(")") + 1
     name, colon, options = spec[end:].partition(":")
     return spec[:end] + name, [option.strip() for option in options.split(",")] if colon else []
@@ -139,6 +141,7 @@ def _with_seeds(pruner: str | Pruner, seeds: Sequence[int]) -> list[str | Pruner
 
 
 def _is_trained(pruner: Pruner | None) -> bool:
+    # A wrapper is trained where what it wraps is.
     inner = getattr(pruner, "inner", ())
     parts = inner if isinstance(inner, (tuple, list)) else (inner,)
     return bool(getattr(pruner, "trained", False)) or any(_is_trained(part) for part in parts if part is not None)
@@ -196,6 +199,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A short hash of a few numbers of every weight: another checkpoint has another one."""
     weights_hash = hashlib.blake2b(digest_size=8)
     for name, weight in sorted(model.state_dict().items()):
+        # Sixteen numbers of each weight tell checkpoints apart, without reading a large model as a whole.
         values = weight.flatten()[:: max(1, weight.numel() // 16)][:16].float().cpu()
         weights_hash.update(f"{name} {tuple(weight.shape)}".encode() + values.contiguous().numpy().tobytes())
     return weights_hash.hexdigest()

@@ -83,6 +83,7 @@ def _whole(names: Sequence[str | Task]) -> list[str | Task]:
 def _named(name: str) -> list[Task]:
     if name == "lab":
         return [LabTask(family) for family in FAMILIES]
+    # A path may hold colons itself: only the first one ends the task's kind.
     kind, colon, rest = name.partition(":")
     if kind in ("jsonl", "custom") and rest:
         path, options = _read_options(kind, rest)

@@ -153,17 +153,20 @@ class Task:
             return list(self.samples)
         if limit < 1:
             raise TaskError(f"limit={limit} leaves no sample: use 1 or more")
+        # Scores of pairs count only where both questions were asked, so pairs are drawn whole.
         groups: dict[tuple[str, str], list[int]] = {}
         for index, sample in enumerate(self.samples):
             key = (sample.image_id, sample.pair) if sample.pair is not None else ("", f"one {sample.id}")
             groups.setdefault(key, []).append(index)
         drawn: list[int] = []
         members = list(groups.values())
+        # One permutation of everything, cut at the limit: a larger limit then holds the smaller one.
         for group in np.random.default_rng(seed).permutation(len(members)):
             if len(drawn) + len(members[group]) <= limit:
                 drawn += members[group]
             if len(drawn) == limit:
                 break
-        if not drawn:  # a limit of 1 where everything comes in pairs
+        # A limit of 1 where everything comes in pairs: half a pair is better than nothing.
+        if not drawn:
             drawn = members[0][:limit]
         return [self.samples[index] for index in sorted(drawn)]

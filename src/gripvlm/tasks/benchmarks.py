@@ -58,6 +58,7 @@ class Benchmark(TableTask):
         )
         self.part = name.partition("/")[2]
         self._spec = f"{name}:{','.join(f'{key}={value}' for key, value in options.items())}" if options else name
+        # Who names the split means it, for training on it too.
         self.held_out = "split" not in options
         if options.get("split", self.split) != self.split:
             self.name = f"{name}:split={options['split']}"
@@ -206,6 +207,7 @@ class MME(Benchmark):
         summary = pair_accuracy(score for subtask in scores.values() for score in subtask)
         for subtask in self.PERCEPTION + self.COGNITION:
             images = Counter(image for image, _, _ in scores.get(subtask, ()))
+            # Half a pair says nothing about accuracy+, so it does not count for the accuracy beside it either.
             whole = [score for score in scores.get(subtask, ()) if images[score[0]] == 2]
             if whole:
                 accuracy = sum(score for _, _, score in whole) / len(whole)

@@ -66,7 +66,8 @@ def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> 
         row["answer"] = ""
     for key in ("image", "question", "answer"):
         if key == "answer" and not answers and isinstance(row[key], str):
-            continue  # training may take the model's own answer, and reports blank ones itself
+            # Training may take the model's own answer, and reports blank ones itself.
+            continue
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise TaskError(f"{where} needs a text {key!r}, got {row.get(key)!r}: write for instance {_EXAMPLE}")
     if choices and row["answer"] and row["answer"] not in choices:
@@ -122,7 +123,9 @@ class JsonlTask(Task):
                         f"evidence_grid {list(grid)} has patches 0 to {grid[0] * grid[1] - 1}"
                     )
         if not self.answers:
-            return samples  # training decides by itself what a missing picture does
+            # Training decides by itself what a missing picture does.
+            return samples
+        # Before the run and not in the middle of it.
         missing = [
             name for name in dict.fromkeys(s.image_id for s in samples) if not (self.path.parent / name).exists()
         ]

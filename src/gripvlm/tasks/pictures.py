@@ -14,7 +14,8 @@ from gripvlm.utils.disk import regular
 
 __all__ = ["TaskError", "open_image"]
 
-# What Pillow's readers raise for damaged files: of each kind at least one was met by changing bytes at random.
+# What Pillow's readers raise for damaged files. Besides its own errors a broken chunk or tag is a SyntaxError, a
+# resolution of 1/0 an ArithmeticError, and a text that unpacks to too much a ValueError.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, ArithmeticError, LookupError)
 _DAMAGED += (TypeError, AttributeError, NotImplementedError, RuntimeError, MemoryError, Image.DecompressionBombError)
 
@@ -39,12 +40,14 @@ def open_image(path: Path | bytes, name: str | None = None) -> Image.Image:
         if not isinstance(path, bytes):
             regular(path)
         with Image.open(BytesIO(path) if isinstance(path, bytes) else path) as image:
+            # Pillow itself only warns up to twice the limit.
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise TaskError(
                     f"{name} has {image.width} x {image.height} pixels, allowed are {limit} in all: make it smaller, "
                     "or set PIL.Image.MAX_IMAGE_PIXELS"
                 )
+            # In place: the copy would hold a second image of the full size.
             ImageOps.exif_transpose(image, in_place=True)
             return image.convert("RGB")
     except FileNotFoundError:

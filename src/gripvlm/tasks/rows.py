@@ -50,13 +50,15 @@ class Rows:
     """
 
     def __init__(self, table: Any, image: str, source: Source) -> None:
+        # Undecoded: a run of thousands of questions would otherwise decode every image when the columns are read.
         from datasets import Image as ImageFeature
 
         self.image, self.source = image, source
         feature = table.features.get(image)
         if isinstance(feature, ImageFeature):
             table = table.cast_column(image, ImageFeature(decode=False))
-        elif isinstance(getattr(feature, "feature", None), ImageFeature):  # lists of pictures
+        # Some data sets hold lists of images, mostly of one.
+        elif isinstance(getattr(feature, "feature", None), ImageFeature):
             table = table.cast_column(image, type(feature)(ImageFeature(decode=False)))
         self.table = table
         self.folder = source.path.parent if source.path and source.path.is_file() else source.path or Path()
@@ -165,7 +167,8 @@ def _local(datasets: Any, source: Source) -> Any:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _saved_split(datasets.load_from_disk(str(path)), source)
     config = source.config
-    if "config" not in source.chosen:  # a copy without its card has one nameless configuration
+    # A copy without its card has one configuration without a name.
+    if "config" not in source.chosen:
         there = datasets.get_dataset_config_names(str(path))
         config = config if config in there else _only("config", source, there)
     split = source.split or _only("split", source, datasets.get_dataset_split_names(str(path), config))

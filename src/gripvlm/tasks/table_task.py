@@ -59,6 +59,7 @@ class TableTask(Task):
     def samples(self) -> tuple[Sample, ...]:
         rows = load_rows(self.source, self.image)
         rows.has(*self.columns)
+        # Where no column names the image, equal files are the same one: intervals are clustered by it.
         keys = rows.fingerprints() if self.shared_pictures else [f"row {i}" for i in range(len(rows.table))]
         samples = []
         for index, (row, key) in enumerate(zip(rows.texts(), keys, strict=True)):
@@ -129,6 +130,7 @@ class HubTask(TableTask):
 
     def _letter(self, index: int, given: Any, options: Sequence[Any], letters: tuple[str, ...]) -> str:
         text, texts = str(given).strip(), [str(option).strip() for option in options]
+        # The text of an option first: an option may itself be "B" or "1".
         if isinstance(given, str) and text in texts:
             return letters[texts.index(text)]
         if text.isdecimal() and int(text) < len(letters):

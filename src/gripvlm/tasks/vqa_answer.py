@@ -24,9 +24,9 @@ _CONTRACTIONS = re.findall(
     "what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's "
     "won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've",
 )
-_WITHOUT = {
-    word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS for i, letter in enumerate(word) if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the published table has this one the wrong way round
+_WITHOUT = {word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS for i, letter in enumerate(word) if letter == "'"}
+# The published table has this one the wrong way round, and scores depend on it.
+_WITHOUT["somebody'd"] = "somebodyd"
 
 
 def vqa_normalise(answer: str) -> str:
