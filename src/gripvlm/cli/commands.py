@@ -306,7 +306,7 @@ def split_pruners(text: str) -> list[str]:
 
 
 def _known_pruners(names: list[str]) -> None:
-    """Raises for a name or an option that does not exist; `eval`'s own words are known to `make_arms`."""
+    """Raises for a name or an option that does not exist; `make_variants` knows `eval`'s own names."""
     from gripvlm.pruners import get_pruner
 
     for name in names:
