@@ -74,6 +74,24 @@ def test_a_shard_of_another_run_or_a_damaged_one_is_named_and_nothing_is_written
     assert len([*parts.iterdir()]) == 2
 
 
+def test_a_shard_that_runs_again_leaves_the_results_alone(parts, monkeypatch):
+    out = parts / "r.json"
+    run(out, **PLAN)
+    before = {file.name: file.read_bytes() for file in parts.iterdir()}
+    monkeypatch.setattr(runner, "answer", lambda *args, **kwargs: pytest.fail("measured again"))
+    run(out, **PLAN, shard="1/2")
+    after = {file.name: file.read_bytes() for file in parts.iterdir()}
+    del before["r.1of2.samples.jsonl"], after["r.1of2.samples.jsonl"]  # one more session
+    assert after == before
+
+
+def test_overwrite_takes_no_answers_of_shards(parts, monkeypatch):
+    calls, answer = [], runner.answer
+    monkeypatch.setattr(runner, "answer", lambda *args, **kwargs: calls.append(1) or answer(*args, **kwargs))
+    run(parts / "r.json", **PLAN, overwrite=True)
+    assert len(calls) == 1 + 5 * 5  # the rehearsal, and five batches with five variants
+
+
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])
 def test_a_shard_is_i_of_n(text):
     with pytest.raises(GripError, match="i/n"):

@@ -72,7 +72,7 @@ class Journal:
         self.sessions: list[dict[str, Any]] = []
         self.records: dict[Key, dict[str, Any]] = {}
         self._session = dict(session)
-        self._open = False
+        self._open, self._overwrite = False, overwrite
         self._from_shards: list[dict[str, Any]] = []
         self._complete_bytes = 0
         if path is not None and path.exists() and not overwrite:
@@ -86,7 +86,7 @@ class Journal:
         Raises:
             ResumeError: as for the file itself.
         """
-        if self.path is None or not self.path.parent.is_dir():
+        if self.path is None or self._overwrite or not self.path.parent.is_dir():
             return
         name, known = self.path.name.removesuffix(".samples.jsonl"), set(self.records)
         for path in sorted(self.path.parent.iterdir()):

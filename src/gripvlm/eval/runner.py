@@ -189,7 +189,7 @@ def evaluate(
         out: where the JSON goes; the answers go beside it, to `<out>.samples.jsonl`, as they are finished, and the same
             call resumes from them. None keeps everything in memory.
         positions: "original" or "renumbered".
-        overwrite: start anew where `out` or its samples exist.
+        overwrite: start anew where `out` or its samples exist; answers of shards are not taken then.
         blind: also ask every question without the image.
         model_name, command: as the results should say; by default the model's own and `sys.argv`.
         progress: show progress on standard error: a bar, or without a terminal a line now and then.
@@ -241,6 +241,8 @@ def _run(plan: Plan, runner: _Runner, journal: Journal, target: Path | None) -> 
     reused = len(journal.records)
     if runner.show_progress and reused:
         print(_reused(journal, total), file=sys.stderr)
+    # A shard answers only part of what the JSON holds, so it leaves the JSON alone.
+    target = target if plan.shard is None else None
     if reused == total and target is not None and (old := _finished(target)) is not None:
         result = old | _result(plan, runner.variants, journal) | {"header": old["header"]}
         # Only where the statistics have changed since: a finished file is otherwise left as it is.
@@ -272,7 +274,7 @@ def _run(plan: Plan, runner: _Runner, journal: Journal, target: Path | None) -> 
     }
     if journal.path is not None:
         result["samples"] = journal.path.name
-    if target is not None and plan.shard is None:
+    if target is not None:
         write_result(target, result)
     return result
 
