@@ -170,8 +170,8 @@ class MME(Benchmark):
     Source: arXiv 2306.13394, section 2.2, and its calculation.py (`mme_answer`).
     """
 
-    PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark")
-    PERCEPTION += ("artwork", "OCR")
+    PERCEPTION: tuple[str, ...] = ("existence", "count", "position", "color", "posters", "celebrity", "scene")
+    PERCEPTION += ("landmark", "artwork", "OCR")
     COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
     repo, parts = "lmms-lab-encoder/MME", ("perception", "cognition")

@@ -16,8 +16,9 @@ __all__ = ["TaskError", "open_image"]
 
 # What Pillow's readers raise for damaged files. Besides its own errors a broken chunk or tag is a SyntaxError, a
 # resolution of 1/0 an ArithmeticError, and a text that unpacks to too much a ValueError.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, ArithmeticError, LookupError)
-_DAMAGED += (TypeError, AttributeError, NotImplementedError, RuntimeError, MemoryError, Image.DecompressionBombError)
+_DAMAGED: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_DAMAGED += (ArithmeticError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError, MemoryError)
+_DAMAGED += (Image.DecompressionBombError,)
 
 
 class TaskError(GripError):

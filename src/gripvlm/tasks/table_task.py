@@ -66,8 +66,8 @@ class TableTask(Task):
             # Some data sets also hold questions without a picture: there is nothing to prune for them.
             fields = self.fields(index, row) if key else None
             if fields is not None:
-                picture = partial(Rows.picture, rows, index)
-                samples.append(Sample(**{"id": str(index), "picture": picture, "image_id": key} | fields))
+                own: dict[str, Any] = {"id": str(index), "picture": partial(Rows.picture, rows, index), "image_id": key}
+                samples.append(Sample(**own | fields))
         if not samples:
             raise TaskError(f"{self.name}: {self.source} has no questions for it: is this the right data set?")
         return tuple(samples)
