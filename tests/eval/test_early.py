@@ -50,7 +50,10 @@ EVAL = ["eval", "--tasks", "jsonl:q.jsonl"]
         ([*EVAL, "--keep", "10%,many"], "'many' is no budget"),
         (["eval", "--tasks", "jsonl:none.jsonl"], "no file 'none.jsonl'"),
         (["eval", "--tasks", "lab/reeding"], "did you mean 'lab/reading'"),
-        ([*EVAL, "--out", "alone.json"], "alone.json exists, but its alone.samples.jsonl does not: type --overwrite"),
+        (
+            [*EVAL, "--out", "alone.json"],
+            "alone.json exists, but its alone.samples.jsonl does not: pass overwrite=True (--overwrite)",
+        ),
         ([*EVAL, "--out", "old.json", "--limit", "3"], "old.samples.jsonl holds 1 answers of another run"),
         ([*EVAL, "--out", "old.json", "--limit", "3"], "limit: 7 then, 3 now"),
         ([*EVAL, "--seeds", "one"], "--seeds one: type whole numbers"),

@@ -1,4 +1,4 @@
-"""A process that dies, or a disk that fills up, between any two operations on files: the same command goes on.
+"""A process that dies, or a disk that fills up, between any two operations on files: the same command resumes.
 
 Here at 28 places over eval, its shards, train and report; at every one of them (some 250) with
 `pytest -m slow tests/eval/test_faults.py`.

@@ -77,7 +77,7 @@ def test_killed_at_ten_random_moments_the_run_ends_in_the_same_json(tmp_path, se
         counts.append(len(after))
         assert not out.exists()
     assert killed == KILLS, "a run ended before it could be killed"
-    assert 0 < counts[0] < counts[-1], "nothing of a killed run was gone on from"
+    assert 0 < counts[0] < counts[-1], "nothing of a killed run was resumed"
     finished(out)
     assert held(out)[: len(before)] == before
     assert untimed_file(out) == untimed_file(whole)

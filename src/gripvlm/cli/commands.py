@@ -179,7 +179,7 @@ def evaluate_command(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Score pruners at several budgets; Ctrl-C keeps what is done and the same command goes on."""
+    """Score pruners at several budgets; Ctrl-C keeps what is done and the same command resumes."""
     from gripvlm.cli.outputs import checked_json
 
     # What is quickly known first: the imports below take seconds, the model perhaps minutes.

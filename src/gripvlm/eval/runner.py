@@ -142,7 +142,9 @@ def check_resume(out: Path, plan: Plan, model_name: str, overwrite: bool) -> Non
         return
     if not answers.exists():
         if plan.shard is None:
-            raise ResumeError(f"{out} exists, but its {answers.name} does not: type --overwrite, or another --out")
+            raise ResumeError(
+                f"{out} exists, but its {answers.name} does not: pass overwrite=True (--overwrite), or another out"
+            )
         return
     with answers.open("rb") as file:
         first = file.readline()
@@ -442,7 +444,7 @@ def _reused(journal: Journal, total: int) -> str:
         return f"{done} of {total} answers are in {journal.path} already; resuming from there."
     return (
         f"All {total} answers are in {journal.path} already: nothing is measured again, times are those of that run. "
-        "To measure anew, type --overwrite or another --out."
+        "To measure anew, pass overwrite=True (--overwrite) or another out."
     )
 
 
