@@ -295,6 +295,7 @@ def read_results(path: str | Path, answers: bool = True) -> Results:
         raise ResultsError(f"{path} says that its samples are {name!r}: write the name of a file in the same folder")
     if not answers:
         return Results(path, content, None, {})
+    # Published files have their answers packed.
     plain = path.with_name(name)
     file = next((file for file in (plain, path.with_name(f"{name}.gz")) if file.exists()), None)
     if file is None:

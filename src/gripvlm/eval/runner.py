@@ -394,6 +394,7 @@ class _Runner:
         """
         if any(variant.label == ORACLE for variant in self.variants):
             for batch in self.plan.batches:
+                # Before the first batch, not when the run reaches this task.
                 if batch.task.evidence_grid is None:
                     raise GripError(f"task {batch.task.name!r} marks no evidence: leave 'oracle' out")
         batch = self.plan.batches[0]

@@ -238,6 +238,7 @@ def relative(scores: Scores) -> list[Estimate | None]:
     if full is None or not scores.means[full].all():
         return [None] * len(scores.settings)
     drawn = scores.drawn
+    # A ratio to a score of 0 is none.
     usable = np.flatnonzero(drawn[:, full].all(axis=-1))
     if len(usable) <= len(drawn) / 2:
         usable = usable[:0]

@@ -53,6 +53,7 @@ def bootstrap(values: np.ndarray, counts: np.ndarray, seed: int, draws: int = 20
         size = min(200, draws - start)
         times = rng.multinomial(images, np.full(images, 1 / images), size=size)  # [size, I]
         questions = times @ counts.T  # [size, G]
+        # A draw without a question of a group has no mean for it.
         whole = questions.all(axis=1)
         usable.append((times[whole] @ flat).reshape(-1, *values.shape[:2]) / questions[whole][:, None, :])
     means = np.concatenate(usable)

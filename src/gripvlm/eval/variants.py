@@ -132,6 +132,7 @@ def _with_seeds(pruner: str | Pruner, seeds: Sequence[int]) -> list[str | Pruner
     default = next((field.default for field in fields if field.name == "seed" and field.init), None)
     if default is None:
         return [pruner]
+    # An object cannot say whether its seed was chosen: one that is not the default was.
     if not isinstance(pruner, str):
         return [dataclasses.replace(resolved, seed=seed) for seed in seeds] if resolved.seed == default else [pruner]
     name, options = own_options(pruner.strip())

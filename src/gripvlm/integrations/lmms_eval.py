@@ -84,13 +84,16 @@ class GripVLM(lmms):
             raise GripError("no model: type --model_args pretrained=lab, a folder or a hub id")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise GripError(f"--batch_size {batch_size}: type a number, 1 or more")
+        # Quotes keep lmms-eval from splitting a spec at its commas, and arrive here with it.
         self.pruner = checked_pruner(str(pruner).strip("'\""))
+        # lmms-eval has made 64 an int and 0.1 a float; as text they are read as on our own command line.
         self.keep = one_budget(self.pruner, None if keep is None else Budget(str(keep)))
         self.positions, self.max_new_tokens = positions, int(max_new_tokens)
         checked_positions(positions)
         self.batch_size = int(batch_size)
         quiet()
         self._model, self.processor = load_model(pretrained, self._place(device), dtype, attn_implementation)
+        # Again, now that the model is there: the pruner may need what it cannot supply.
         checked_pruner(self.pruner, self._model)
         self.kept = self.seen = 0.0
 
@@ -167,6 +170,7 @@ class GripVLM(lmms):
 
     def _batches(self, requests: Sequence[Any]) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
         """Indices of requests with the same generation settings, and these settings."""
+        # One `generate` call has one set of settings for the whole batch.
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
@@ -206,9 +210,11 @@ class GripVLM(lmms):
 
     def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `generate`: greedy, unless the task samples with a temperature."""
+        # Tasks say "greedy" in two ways: do_sample false, or a temperature of 0.
         sample = bool(settings.get("do_sample", True)) and bool(settings.get("temperature") or 0)
         given = {name: settings[name] for name in _GENERATION if settings.get(name) is not None}
         if not sample:
+            # transformers warns at every call about settings of sampling that greedy decoding does not use.
             given = {name: value for name, value in given.items() if name not in ("temperature", "top_p", "top_k")}
         return given | {
             "max_new_tokens": int(settings.get("max_new_tokens") or self.max_new_tokens),

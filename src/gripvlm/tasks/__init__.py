@@ -59,6 +59,7 @@ def get_tasks(names: str | Task | Sequence[str | Task]) -> list[Task]:
     """
     tasks: dict[str, Task] = {}
     for name in [names] if isinstance(names, (str, Task)) else _whole(names):
+        # The same name from two places would be two tasks with the same rows.
         for task in [name] if isinstance(name, Task) else _named(name.strip()):
             before = tasks.setdefault(task.name, task)
             if getattr(before, "source", None) != getattr(task, "source", None):
@@ -73,6 +74,7 @@ def _whole(names: Sequence[str | Task]) -> list[str | Task]:
     joined: list[str | Task] = []
     for name in names:
         before = joined[-1] if joined else None
+        # The command line splits its list of tasks at every comma.
         if isinstance(name, str) and isinstance(before, str) and ":" in before and re.match(r"\s*\w+=", name):
             joined[-1] = f"{before},{name.strip()}"
         else:

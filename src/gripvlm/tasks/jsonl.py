@@ -70,6 +70,7 @@ def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> 
             continue
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise TaskError(f"{where} needs a text {key!r}, got {row.get(key)!r}: write for instance {_EXAMPLE}")
+    # An answer that is no choice could never be scored as right.
     if choices and row["answer"] and row["answer"] not in choices:
         raise TaskError(f"{where}: the answer {row['answer']!r} is none of the choices {list(choices)}")
     pair = row.get("pair")
@@ -156,6 +157,7 @@ class JsonlTask(Task):
         return self.metric(prediction, sample)
 
     def prompt(self, sample: Sample) -> str:
+        # A question that lists its choices itself needs no second list.
         if all(choice in sample.question for choice in sample.choices):
             return sample.question
         return f"{sample.question}\nAnswer with one of: {', '.join(sample.choices)}."

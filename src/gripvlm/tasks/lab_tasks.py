@@ -50,6 +50,7 @@ class LabTask(Task):
             said_yes = [named_choice(record["prediction"], ("yes", "no")) == "yes" for record, _ in answered]
             return yes_no_summary(said_yes, [sample.answer == "yes" for _, sample in answered])
         if self.family == "perception":
+            # Only some of the questions come in pairs.
             paired = [(record, sample) for record, sample in answered if sample.pair is not None]
             return pair_accuracy([(sample.image_id, sample.pair, record["score"]) for record, sample in paired])
         return {}

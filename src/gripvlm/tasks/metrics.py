@@ -97,6 +97,7 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
 
 def _levenshtein(a: str, b: str) -> int:
     """Insertions, deletions and substitutions that turn `a` into `b`."""
+    # Two rows of the table are enough; a library for this would be one more dependency.
     before = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         row = [i]

@@ -42,6 +42,7 @@ def vqa_normalise(answer: str) -> str:
     """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
+    # Odd, but published: a mark that stands beside a space anywhere is removed everywhere.
     beside = {mark for mark in _MARKS if f"{mark} " in text or f" {mark}" in text}
     text = "".join("" if c in beside else " " if c in _MARKS else c for c in text)
     words = [_NUMBERS.get(word, word) for word in _PERIOD.sub("", text).split()]
