@@ -11,7 +11,7 @@ from eval_cases import Letters, run, untimed_file
 from gripvlm.cli import main
 from gripvlm.errors import GripError
 from gripvlm.eval import ResumeError, read_results, runner, samples_path
-from gripvlm.eval.runner import parse_shard
+from gripvlm.eval.plan import parse_shard
 
 TASKS = [Letters(), Letters("others", 6)]
 PLAN = {"tasks": TASKS, "pruners": ["random", "grid"], "keeps": [0.1], "seeds": [0, 1]}

@@ -197,7 +197,8 @@ def evaluate_command(
 
     from gripvlm.errors import Interrupted
     from gripvlm.eval import evaluate
-    from gripvlm.eval.runner import Plan, check_resume, parse_shard
+    from gripvlm.eval.plan import Plan, parse_shard
+    from gripvlm.eval.runner import check_resume
     from gripvlm.eval.variants import make_variants
     from gripvlm.models.loading import load_model, quiet
 
