@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gripvlm.eval.statistics import interval
+from gripvlm.eval import interval
 
 ROOT = Path(__file__).parent.parent
 Scored = dict[str, tuple[float, str]]

@@ -3,8 +3,7 @@
 # results/lab-grid.json and results/lab-grid-llm.json, their answers, docs/zoo.md and their report in docs/lab-grid/.
 #
 #   bash runs/lab_grid.sh                    all of it; Ctrl-C and repeat: it goes on
-#   SHARD=1/2 bash runs/lab_grid.sh          one machine's half (the other: 2/2); bring the files together in results/
-#   MERGE=2 bash runs/lab_grid.sh            merge two shards and write the report
+#   SHARD=1/2 bash runs/lab_grid.sh          one machine's half (the other: 2/2); bring the files together in results/ and run it without
 #   LIMIT=100 bash runs/lab_grid.sh          100 questions a family; what is committed was made so
 #   LIMIT=2 OUT=.lab/try bash runs/lab_grid.sh     a try
 #   AGAIN=1 LIMIT=100 bash runs/lab_grid.sh  only the methods that changed since, into results/lab-grid*-later.json, which
@@ -31,12 +30,8 @@ fi
 COMMON=(--model lab --tasks lab --seeds 0,1,2 --batch 16 ${LIMIT:+--limit "$LIMIT"} ${OVERWRITE:+--overwrite})
 
 grid() { # NAME KEEPS PRUNERS
-  if [ -n "${MERGE:-}" ]; then
-    local parts=()
-    for i in $(seq "$MERGE"); do parts+=("$OUT/$1-$i-of-$MERGE.json"); done
-    "$PYTHON" -m gripvlm merge "${parts[@]}" --out "$OUT/$1.json" --overwrite
-  elif [ -n "${SHARD:-}" ]; then
-    "$PYTHON" -m gripvlm eval "${COMMON[@]}" --keep "$2" --pruners "$3" --shard "$SHARD" --out "$OUT/$1-${SHARD/\//-of-}.json"
+  if [ -n "${SHARD:-}" ]; then
+    "$PYTHON" -m gripvlm eval "${COMMON[@]}" --keep "$2" --pruners "$3" --shard "$SHARD" --out "$OUT/$1.json"
   else
     "$PYTHON" -m gripvlm eval "${COMMON[@]}" --keep "$2" --pruners "$3" --out "$OUT/$1.json"
   fi

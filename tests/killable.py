@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import test_evaluate  # imported once by the fork server, so that each process starts at once
 import torch
 
+from eval_cases import Letters, run  # imported once by the fork server, so that each process starts at once
 from gripvlm.grip.train import train
 from tiny_train import asked, tiny_config, tiny_vlm
 
@@ -12,10 +12,10 @@ TASKS = (("letters", 40), ("others", 24))
 
 
 def evaluation(out: str) -> None:
-    """4 arms, 64 questions; one thread, since forked threads may hang."""
+    """4 variants, 64 questions; one thread, since forked threads may hang."""
     torch.set_num_threads(1)
-    tasks = [test_evaluate.Letters(name, count) for name, count in TASKS]
-    test_evaluate.run(out, tasks=tasks, pruners=["random", "grid"], keeps=[0.1])
+    tasks = [Letters(name, count) for name, count in TASKS]
+    run(out, tasks=tasks, pruners=["random", "grid"], keeps=[0.1])
 
 
 def training(out: str) -> None:

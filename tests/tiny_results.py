@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gripvlm.eval.assemble import write_result
 from gripvlm.eval.journal import samples_path
-from gripvlm.eval.schema import SCHEMA
-from gripvlm.eval.statistics import mean_rows, row
+from gripvlm.eval.results import SCHEMA, make_row, mean_rows, write_result
 
 ARMS = (("random:seed=0", 0.5), ("random:seed=1", 0.5), ("grid", 0.6), ("mine", 0.75))
 KEEPS = (0.5, 0.1, 0.025)
@@ -53,7 +51,7 @@ def made_up(
     answers: bool = True,
     **changes: Any,
 ) -> Path:
-    """Two questions a picture and task; an arm's score falls with the budget, faster the worse it is."""
+    """Two questions a picture and task; a pruner's score falls with the budget, faster the worse it is."""
     rng = np.random.default_rng(seed)
     hard = {task: rng.random((pictures, 2)) for task in TASKS}
     records, rows, scored = [], [], {}
@@ -84,7 +82,7 @@ def made_up(
             ]
             head = {"model": "m", "task": task, "pruner": arm, "pruner_config": {"name": arm.partition(":")[0]}}
             head |= {"keep": keep, "trained": arm == "mine"}
-            rows.append(row(head, mine, 0.2, 0.5, 0) | {"extras": {}})
+            rows.append(make_row(head, mine, 0.2, 0.5, 0) | {"extras": {}})
             scored[task, arm, str(keep)] = ([r["score"] for r in mine], [r["image_id"] for r in mine])
             records += mine
     result = {"schema": SCHEMA, "header": header(**changes), "rows": rows, "means": mean_rows(rows, scored, 0)}

@@ -98,7 +98,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(capsys, monkeypa
     monkeypatch.setattr(runner, "answer", stopping)
     assert main([*EVAL, "--limit", "2", "--out", "f.json"]) == 130
     printed = capsys.readouterr()
-    assert "8 of 32 answers are in f.samples.jsonl; the same command goes on" in printed.err
+    assert "8 of 32 answers are in f.samples.jsonl; the same command resumes" in printed.err
     assert main([*EVAL, "--limit", "2", "--out", "f.json"]) == 0
     assert len(calls) == 6 + 1 + 16 - 4
     assert main([*EVAL, "--limit", "3", "--out", "f.json"]) == 2
@@ -363,14 +363,3 @@ def test_a_file_that_is_cut_short_is_one_paragraph(capsys, name, said):
 
 def test_commas_inside_a_spec_separate_nothing():
     assert split_pruners("grid, random:seed=3,x=1 ,norm") == ["grid", "random:seed=3,x=1", "norm"]
-
-
-def test_one_file_is_no_merge_and_is_refused_before_torch_is_loaded(tmp_path):
-    code = (
-        "import sys; from gripvlm.cli import main; "
-        f"print(main(['merge', 'a.json', '--out', {str(tmp_path / 'c.json')!r}]), 'torch' in sys.modules)"
-    )
-    root = ROOT  # where a relative PYTHONPATH counts from
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert done.stdout.split() == ["2", "False"]
-    assert "got 1 file: type two or more shards of one run" in " ".join(done.stderr.split())

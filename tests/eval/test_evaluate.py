@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 
 import numpy as np
 import pytest
@@ -11,71 +10,24 @@ import torch
 from PIL import Image
 
 import gripvlm
-from gripvlm.errors import BudgetError, GripError, InputError, PrunerError
+from eval_cases import KEEPS, PRUNERS, Letters, run, untimed
+from gripvlm.errors import BudgetError, GripError, InputError, Interrupted, PrunerError
 from gripvlm.eval import (
-    Interrupted,
     ResumeError,
     answer,
-    evaluate,
     make_inputs,
-    oracle,
-    oracle_order,
-    prompt_text,
+    question_ids,
+    read_results,
     runner,
     samples_path,
-    spread_order,
 )
-from gripvlm.eval.variants import fingerprint, make_arms
+from gripvlm.eval.answering import prompt_text
+from gripvlm.eval.oracle import oracle, oracle_order, spread_order
+from gripvlm.eval.records import unpack_masks
+from gripvlm.eval.variants import fingerprint
 from gripvlm.pruners import get_pruner
-from gripvlm.tasks import Sample, Task, lab_tasks
+from gripvlm.tasks import lab_tasks
 from tiny_lab import tiny_lab, write_sample
-
-
-class Letters(Task):
-    """A task that any text scores on, so that an untrained model's rows differ."""
-
-    name = "letters"
-    max_new_tokens = 4
-    evidence_grid = (16, 16)
-
-    def __init__(self, name="letters", count=10):
-        self.name, self.count = name, count
-
-    @cached_property
-    def samples(self):
-        def picture(i):
-            coarse = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-            return Image.fromarray(coarse).resize((128, 128))
-
-        return tuple(
-            Sample(
-                id=f"{self.name}{i}",
-                picture=lambda i=i: picture(i // 2),
-                question=("read the word.", "is there a big red cat?")[i % 2],
-                answer="abc",
-                family="letters",
-                evidence=(i, i + 1),
-                image_id=str(i // 2),
-            )
-            for i in range(self.count)
-        )
-
-    def score(self, prediction, sample):
-        return sum(map(ord, prediction)) % 3 / 2
-
-
-PRUNERS, KEEPS = ["random:seed=3", "grid", "oracle"], [0.1, 40]
-
-
-def run(out=None, **options):
-    model, processor = tiny_lab()
-    settings = {"batch_size": 4, "out": out, "model_name": "tiny", "command": "test"} | options
-    tasks = settings.pop("tasks", [Letters(), Letters("others", 6)])
-    return evaluate(model, processor, tasks, settings.pop("pruners", PRUNERS), settings.pop("keeps", KEEPS), **settings)
-
-
-def untimed(rows):
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +91,7 @@ def test_scores_are_those_of_generate_inside_a_prune_block(whole):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 9, 17, 30])
-def test_an_interrupted_run_goes_on_to_the_same_rows(whole, tmp_path, monkeypatch, stop):
+def test_an_interrupted_run_resumes_to_the_same_rows(whole, tmp_path, monkeypatch, stop):
     out, calls = tmp_path / "r.json", []
 
     def stopping(*args, **kwargs):
@@ -165,7 +117,7 @@ def test_an_interrupted_run_goes_on_to_the_same_rows(whole, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("share", [0.2, 0.51, 0.77, 0.999])
-def test_a_file_cut_at_any_byte_goes_on_to_the_same_rows(whole, tmp_path, share):
+def test_a_file_cut_at_any_byte_resumes_to_the_same_rows(whole, tmp_path, share):
     out = tmp_path / "r.json"
     content = samples_path(whole[1]).read_bytes()
     samples_path(out).write_bytes(content[: int(share * len(content))])
@@ -212,7 +164,7 @@ def test_a_damaged_line_is_named(whole, tmp_path):
     lines = samples_path(whole[1]).read_text().splitlines(keepends=True)
     lines[6] = lines[6][:40] + "\n"
     samples_path(out).write_text("".join(lines))
-    with pytest.raises(ResumeError, match=r"line 7 .* is damaged.*--overwrite"):
+    with pytest.raises(ResumeError, match=r"line 7 .* damaged.*--overwrite"):
         run(out)
     del lines[6]
     samples_path(out).write_text("".join(lines))
@@ -292,19 +244,32 @@ def test_another_checkpoint_has_another_fingerprint():
     assert changed != before == fingerprint(model)
 
 
-def test_arms_say_every_option_of_a_pruner():
-    arms = make_arms([get_pruner("random", seed=4), "full", "grid", "grid"], [8, 8, 0.5], blind=False)
-    assert [(arm.label, arm.keep) for arm in arms] == [
-        ("full", 1.0),
-        ("random:seed=4", 8),
-        ("random:seed=4", 0.5),
-        ("grid", 8),
-        ("grid", 0.5),
-    ]
-    assert [(a.label, a.keep_text) for a in make_arms(["grid"], [1, 1.0], blind=False)][1:] == [
-        ("grid", "1"),
-        ("grid", "1.0"),
-    ]
+def test_an_image_goes_through_the_vision_encoder_once_for_all_pruners_and_budgets():
+    model, _ = tiny_lab()
+    passes = []
+    hook = model.base_model.vision_tower.register_forward_hook(lambda _, args, out: passes.append(1))
+    try:
+        run(tasks=[Letters(count=8)], pruners=["random", "grid", "norm"], keeps=[0.1, 40, 0.5], seeds=[0, 1])
+    finally:
+        hook.remove()
+    assert len(passes) == 2 + 1  # two batches of four, and the rehearsal
+
+
+def test_what_was_kept_is_recorded(tmp_path):
+    out = tmp_path / "r.json"
+    run(out, tasks=[Letters(count=2)], pruners=["grid", "pool"], keeps=[40])
+    model, processor = tiny_lab()
+    sample = Letters(count=2).samples[1]
+    inputs = make_inputs(model, processor, [sample.question], [sample.image])
+    encoded = gripvlm.encode(model, inputs, [get_pruner("grid")])
+    ids = question_ids(processor, [sample.question])
+    _, record = gripvlm.prune_inputs(model, inputs, "grid", 40, encoded=encoded, question=ids, return_record=True)
+    found = read_results(out)
+    (kept,) = unpack_masks(found.of("letters", "grid", "40")["letters1"]["kept"])
+    assert kept.mask().nonzero().flatten().tolist() == record.selections[0][0].indices.tolist()
+    assert (kept.n, kept.grid, kept.merge) == (256, (16, 16), None)
+    assert unpack_masks(found.of("letters", "pool", "40")["letters1"]["kept"])[0].merge is True
+    assert unpack_masks(found.of("letters", "full", "1.0")["letters1"]["kept"])[0].mask().all()
 
 
 # --- the oracle -----------------------------------------------------------------------------------

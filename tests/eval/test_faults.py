@@ -1,6 +1,6 @@
-"""A process that dies, or a disk that fills up, between any two operations on files: the same command goes on.
+"""A process that dies, or a disk that fills up, between any two operations on files: the same command resumes.
 
-Here at 28 places over eval, train, report and merge; at every one of them (some 250) with
+Here at 28 places over eval, its shards, train and report; at every one of them (some 250) with
 `pytest -m slow tests/eval/test_faults.py`.
 """
 
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from test_evaluate import Letters, run
 
+from eval_cases import Letters, run, untimed_file
 from faulty_disk import Died, installed
 from gripvlm.cli import main
-from gripvlm.eval import ResultsError, merge
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import train
 from gripvlm.report import report
@@ -34,16 +32,13 @@ def vlm():
     return tiny_vlm()
 
 
+SMALL = {"tasks": [Letters(count=4)], "pruners": ["grid"], "keeps": [0.1], "batch_size": 2}
+
+
 def evaluated(folder: Path) -> object:
     """The result without times and sessions."""
-    run(folder / "r.json", tasks=[Letters(count=4)], pruners=["grid"], keeps=[0.1], batch_size=2)
-    result = json.loads((folder / "r.json").read_text())
-    for row in [*result["rows"], *result["means"]]:
-        for name in [name for name in row if name.startswith("seconds")]:
-            del row[name]
-    for name in ("seconds", "finished", "sessions", "git"):
-        del result["header"][name]
-    return result
+    run(folder / "r.json", **SMALL)
+    return untimed_file(folder / "r.json")
 
 
 def trained(folder: Path) -> object:
@@ -68,31 +63,20 @@ def results() -> Path:
     return made_up(Path(tempfile.mkdtemp()) / "r.json", pictures=3)
 
 
-@lru_cache(maxsize=1)
-def shards() -> list[Path]:
-    paths = [Path(tempfile.mkdtemp()) / "r.json" for _ in range(2)]
-    for number, path in enumerate(paths, 1):
-        run(path, tasks=[Letters(count=4)], pruners=["grid"], keeps=[0.1], batch_size=2, shard=f"{number}/2")
-    return paths
+def sharded(folder: Path) -> object:
+    """Two shards, and what puts them together."""
+    for shard in ("1/2", "2/2", None):
+        run(folder / "r.json", **SMALL, shard=shard)
+    return untimed_file(folder / "r.json")
 
 
-def merged(folder: Path) -> object:
-    """Both files; the day aside. One that has finished refuses to write again, as it says."""
-    there = (folder / "m.json").exists()
-    with pytest.raises(ResultsError, match="exists") if there else nullcontext():
-        merge(shards(), folder / "m.json", tasks=[Letters(count=4)], command="merge")
-    result = json.loads((folder / "m.json").read_text())
-    del result["header"]["finished"]
-    return result, (folder / "m.samples.jsonl").read_bytes()
-
-
-RUNS = {"eval": evaluated, "train": trained, "report": reported, "merge": merged}
+RUNS = {"eval": evaluated, "train": trained, "report": reported, "shards": sharded}
 
 
 @lru_cache(maxsize=4)
 def undisturbed(name: str) -> tuple[object, tuple[tuple[str, str], ...]]:
     """(what a run ends in, its operations)."""
-    results(), vlm(), shards()
+    results(), vlm()
     with pytest.MonkeyPatch.context() as patch:
         watched = installed(patch)
         return RUNS[name](Path(tempfile.mkdtemp())), tuple(watched.done)
@@ -123,8 +107,8 @@ def fills_up(name: str, at: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0, 0.15, 0.3, 0.45, 0.6, 0.8, 1])
-@pytest.mark.parametrize("name", ["eval", "report", "merge"])
-def test_a_process_that_dies_is_gone_on_with(name, share, tmp_path):
+@pytest.mark.parametrize("name", ["eval", "report", "shards"])
+def test_a_process_that_dies_resumes(name, share, tmp_path):
     dies(name, round((len(undisturbed(name)[1]) - 1) * share), tmp_path)
 
 
@@ -140,7 +124,7 @@ def test_a_process_that_dies_is_gone_on_with(name, share, tmp_path):
         "curve.png",
     ],
 )
-def test_training_that_dies_in_the_middle_of_a_file_is_gone_on_with(file, tmp_path):
+def test_training_that_dies_in_the_middle_of_a_file_resumes(file, tmp_path):
     done = undisturbed("train")[1]
     writes = [i for i, (name, into) in enumerate(done) if name == "write" and into.removesuffix(".part") == file]
     dies("train", writes[len(writes) // 2], tmp_path)
@@ -148,7 +132,7 @@ def test_training_that_dies_in_the_middle_of_a_file_is_gone_on_with(file, tmp_pa
 
 @pytest.mark.parametrize("share", [0.3, 1])
 @pytest.mark.parametrize("name", RUNS)
-def test_a_full_disk_is_gone_on_with(name, share, tmp_path):
+def test_a_full_disk_resumes(name, share, tmp_path):
     writes = [i for i, done in enumerate(undisturbed(name)[1]) if done[0] == "write"]
     fills_up(name, writes[round((len(writes) - 1) * share)], tmp_path)
 

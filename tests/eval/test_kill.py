@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+from eval_cases import untimed_file
 from gripvlm.eval import read_results, samples_path
 from gripvlm.grip.scorer import Scorer
 from killable import TASKS, evaluation, training
@@ -42,17 +43,6 @@ def held(out):
     file = samples_path(out)
     content = file.read_bytes() if file.exists() else b""
     return [line for line in content[: content.rfind(b"\n") + 1].splitlines() if b'"prediction"' in line]
-
-
-def untimed(path):
-    """The JSON without times, dates and the sessions, which say that it was interrupted."""
-    result = json.loads(path.read_text())
-    for row in [*result["rows"], *result["means"]]:
-        for name in [name for name in row if name.startswith("seconds")]:
-            del row[name]
-    for name in ("seconds", "finished", "sessions", "git"):  # somebody may commit while the test runs
-        del result["header"][name]
-    return result
 
 
 @pytest.fixture
@@ -87,10 +77,10 @@ def test_killed_at_ten_random_moments_the_run_ends_in_the_same_json(tmp_path, se
         counts.append(len(after))
         assert not out.exists()
     assert killed == KILLS, "a run ended before it could be killed"
-    assert 0 < counts[0] < counts[-1], "nothing of a killed run was gone on from"
+    assert 0 < counts[0] < counts[-1], "nothing of a killed run was resumed"
     finished(out)
     assert held(out)[: len(before)] == before
-    assert untimed(out) == untimed(whole)
+    assert untimed_file(out) == untimed_file(whole)
     records = read_results(out).records
     assert len(records) == sum(count for _, count in TASKS) * 4
     assert len(json.loads(out.read_text())["header"]["sessions"]) > 3
@@ -106,7 +96,9 @@ def trained(folder):
 @UNIX
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("work", "name", "ends_in"), [(evaluation, "r.json", untimed), (training, "grip", trained)], ids=["eval", "train"]
+    ("work", "name", "ends_in"),
+    [(evaluation, "r.json", untimed_file), (training, "grip", trained)],
+    ids=["eval", "train"],
 )
 def test_killed_twenty_times_nothing_differs(tmp_path, server, work, name, ends_in):
     """At any time from its start on, also before it has written anything, while it resumes and when it is done."""

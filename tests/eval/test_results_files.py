@@ -9,8 +9,7 @@ import pytest
 
 from gripvlm.cli import main
 from gripvlm.eval import ResultsError, read_results, samples_path
-from gripvlm.eval.results import read_json
-from gripvlm.eval.schema import checked_result, published, violations
+from gripvlm.eval.results import check_result, read_json
 from places import ROOT
 from tiny_results import made_up
 
@@ -34,37 +33,7 @@ def copy(good, tmp_path):
 @pytest.mark.parametrize("name", COMMITTED)
 def test_what_is_committed_follows_the_schema(name):
     content = json.loads((RESULTS / f"{name}.json").read_text())
-    assert checked_result(content, name) is content
-
-
-@pytest.mark.parametrize("name", ["lab-drop", "ci-slice"])
-def test_the_published_schema_means_what_we_check(name):
-    """The reference implementation of JSON Schema agrees, on good files and on bad ones."""
-    jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
-    reference = jsonschema.Draft202012Validator(published())
-    jsonschema.Draft202012Validator.check_schema(published())
-    content = json.loads((RESULTS / f"{name}.json").read_text())
-    assert not list(reference.iter_errors(content))
-    for change in (
-        lambda c: c["rows"][0].pop("score"),
-        lambda c: c["rows"][0].update(n=0),
-        lambda c: c["rows"][0].update(keep=0),
-        lambda c: c["header"].update(positions="odd"),
-        lambda c: c["header"].update(limit="all"),
-        lambda c: c.update(rows=[]),
-        lambda c: c["rows"][0].update(keep_fraction=1.5),
-        lambda c: c["rows"][0].update(trained=1),
-        lambda c: c["rows"][0].update(keep="64"),
-    ):
-        bad = json.loads(json.dumps(content))
-        change(bad)
-        assert list(reference.iter_errors(bad))
-        assert list(violations(bad, published()))
-
-
-def test_a_keyword_that_is_not_checked_is_no_silent_pass():
-    with pytest.raises(ValueError, match="maxLength"):
-        list(violations("a", {"maxLength": 1}))
+    assert check_result(content, name) is content
 
 
 def test_answers_are_read_packed_or_not(good, copy):
@@ -138,10 +107,13 @@ def edit(path, change):
             r"holds a row twice in 'rows': task lab/reading, pruner random:seed=0",
         ),
         (lambda c: c["means"].append(c["means"][0]), "holds a row twice in 'means'"),
-        (lambda c: c["rows"][2].pop("n"), r"rows\[2\] has no 'n'"),
-        (lambda c: c["rows"][2].update(score=float("nan")), r"rows\[2\].score is nan, expected a finite number"),
-        (lambda c: c["rows"][2].update(n=True), r"rows\[2\].n is true, expected integer"),
-        (lambda c: c["header"].update(batch_size=0), "header.batch_size is 0, expected 1"),
+        (lambda c: c["rows"][2].pop("n"), r"rows\[2\]: 'n' is a required property"),
+        (lambda c: c["rows"][2].update(score=float("nan")), r"rows\[2\].score: nan is not of type 'number'"),
+        (lambda c: c["rows"][2].update(n=True), r"rows\[2\].n: True is not of type 'integer'"),
+        (lambda c: c["header"].update(batch_size=0), "header.batch_size: 0 is less than the minimum of 1"),
+        (lambda c: c["rows"][2].update(keep=0), r"rows\[2\].keep: 0 is less than or equal to the minimum of 0"),
+        (lambda c: c["rows"][2].update(keep="64"), r"rows\[2\].keep: '64' does not match"),
+        (lambda c: c.update(rows=[]), "rows: "),
         (lambda c: c["rows"][2].update(score=0.123), r"score 0\.\d+, but the row in .* says 0.123000"),
         (lambda c: c["rows"].pop(), r"has answers that .* has no row for"),
     ],

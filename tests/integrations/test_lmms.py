@@ -23,7 +23,7 @@ from gripvlm.eval import evaluate
 from gripvlm.tasks import JsonlTask, get_tasks
 from gripvlm.tasks.benchmarks import AI2D, MME, OCRBench, ScienceQA
 from gripvlm.tasks.lab_tasks import SAMPLE
-from gripvlm.tasks.metrics import mme_says
+from gripvlm.tasks.metrics import mme_answer
 from gripvlm.tasks.vqa_answer import _CONTRACTIONS, _WITHOUT, vqa_accuracy, vqa_normalise
 from tiny_benchmarks import AI2D_ROWS, OCRBENCH_ROWS, SCIENCEQA_ROWS, TEXTVQA_ROWS, mme_rows, pope_rows, write_all
 
@@ -234,7 +234,7 @@ def test_vqa_accuracy_is_theirs(answers, first):
 @given(st.text(alphabet="yesno. ,It", max_size=8))
 def test_mme_reads_answers_as_they_do(said):
     theirs = utils("mme").parse_pred_ans(said)
-    assert (mme_says(said) or "other") == theirs
+    assert (mme_answer(said) or "other") == theirs
 
 
 def test_numbers_of_whole_benchmarks_are_theirs(tmp_path):

@@ -7,8 +7,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from test_evaluate import run
 
+from eval_cases import run
 from gripvlm import lab
 from gripvlm.cli import main
 from gripvlm.errors import GripError
@@ -110,7 +110,7 @@ def test_the_tables_say_what_the_results_say(page, made):
     row = next(row for row in results.means if row["pruner"] == "mine" and row["keep"] == 0.1)
     cell = f"{100 * row['score']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
     assert re.search(rf"\| mine \| 10 % \| 9\.8 \| 25 \| {re.escape(cell)} \|", page[1])
-    for part in ("Relative accuracy", "Differences from random", "Hypervolume", "Time to equal accuracy", "seed 2"):
+    for part in ("Relative accuracy", "Differences from random", "seed 2"):
         assert part in page[0]
         assert part in page[1]
     starred = re.search(r"\| mine \| \+\S+\* \[", page[1])
@@ -136,7 +136,6 @@ def test_without_answers_what_needs_them_is_left_out_and_said(tmp_path):
     html = (tmp_path / "page" / "index.html").read_text()
     assert "need every answer" in html
     assert "bare.samples.jsonl" in html
-    assert "Hypervolume" not in html
     assert Page(html).tags.count("figure") == 4
 
 
@@ -152,7 +151,6 @@ def test_runs_of_the_same_questions_are_shown_together_without_their_times(made,
     assert {p.method for p in found[0].points} == {"full", "random", "grid", "mine", "extra"}
     report([made, more], tmp_path / "page")
     html = (tmp_path / "page" / "index.html").read_text()
-    assert "measured in several runs, whose times do not compare" in html
     assert "Each file's times are divided by its own full model's" in html
 
 
@@ -212,7 +210,6 @@ def test_budgets_that_one_method_alone_has_colour_nobody(tmp_path):
 def test_few_pictures_give_a_page_without_intervals(tmp_path):
     report([made_up(tmp_path / "r.json", pictures=1)], tmp_path / "page")
     words = (tmp_path / "page" / "report.md").read_text()
-    assert "Left out: there are too few pictures for an interval." in words
     assert "nan" not in words
 
 

@@ -327,7 +327,7 @@ def test_any_data_set(tmp_path):
         _ = task(f"hf:{file},image=a,question=q,answer=q").samples[0].image
     with pytest.raises(TaskError, match="cannot be the picture and a text"):
         task(f"hf:{file},image=q,question=q")
-    with pytest.raises(TaskError, match="has a dict as its 'img': name a column of texts, question="):
+    with pytest.raises(TaskError, match="has no text in 'img': name a column of texts, question="):
         _ = task(f"hf:{file},image=a,question=img,answer=q").samples
 
 

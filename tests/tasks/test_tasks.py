@@ -109,7 +109,7 @@ def test_a_limit_keeps_pairs_whole_and_is_seeded(sample_folder):
     assert any(drawn != task.take(4, seed=seed) for seed in range(2, 6))
     assert task.take(None, 0) == task.take(99, 0) == list(task.samples)
     assert len(task.take(1, 0)) == 1
-    with pytest.raises(TaskError, match="type 1 or more"):
+    with pytest.raises(TaskError, match="use 1 or more"):
         task.take(0, 0)
 
 

@@ -12,9 +12,9 @@ from gripvlm.tasks.metrics import (
     contains_verbatim,
     exact,
     get_metric,
-    mme_says,
+    mme_answer,
     option_letter,
-    pope_says,
+    pope_answer,
     yes_no_summary,
 )
 from gripvlm.tasks.vqa_answer import vqa_accuracy, vqa_normalise
@@ -92,7 +92,7 @@ def test_anls_is_one_minus_the_normalised_distance(said, answers, score):
     ],
 )
 def test_pope_reads_the_first_sentence(said, read):
-    assert pope_says(said) == read
+    assert pope_answer(said) == read
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_pope_reads_the_first_sentence(said, read):
     ],
 )
 def test_mme_reads_the_first_four_letters(said, read):
-    assert mme_says(said) == read
+    assert mme_answer(said) == read
 
 
 @pytest.mark.parametrize(

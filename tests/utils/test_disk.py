@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_evaluate import Letters, run
 
 import gripvlm
+from eval_cases import Letters, run
 from gripvlm.errors import GripError
 from gripvlm.grip.train import train
 from gripvlm.report import report

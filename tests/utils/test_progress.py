@@ -7,8 +7,8 @@ import re
 import threading
 
 import pytest
-from test_evaluate import Letters
 
+from eval_cases import Letters
 from gripvlm import Budget
 from gripvlm.bench import bench
 from gripvlm.eval import evaluate, make_inputs

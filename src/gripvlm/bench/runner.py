@@ -20,8 +20,7 @@ from gripvlm.bench.words import fit_sentences, sentences
 from gripvlm.budget import Budget
 from gripvlm.engine.request import checked_pruner
 from gripvlm.errors import BudgetError, GripError
-from gripvlm.eval.assemble import utc
-from gripvlm.eval.environment import command_line, git_state, hardware, versions
+from gripvlm.eval.environment import command_line, git_state, hardware, utc, versions
 from gripvlm.pruners import Pruner
 from gripvlm.utils import disk
 from gripvlm.utils.progress import Progress

@@ -12,7 +12,7 @@ import typer
 from gripvlm.cli.bench import bench_command
 from gripvlm.cli.commands import app
 from gripvlm.cli.listing import list_command
-from gripvlm.cli.results import compare_command, merge_command, report_command
+from gripvlm.cli.results import report_command
 from gripvlm.cli.training import train_command
 from gripvlm.errors import GripError
 
@@ -22,8 +22,6 @@ app.command(name="list")(list_command)
 app.command(name="bench")(bench_command)
 app.command(name="train")(train_command)
 app.command(name="report")(report_command)
-app.command(name="compare")(compare_command)
-app.command(name="merge")(merge_command)
 
 # typer brings its own copy of click or uses the installed one; this is the right class in both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

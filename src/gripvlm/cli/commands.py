@@ -174,11 +174,12 @@ def evaluate_command(
         str | None, typer.Option(help="Such as 0,1,2: each pruner that has a seed, and none typed, with each of them.")
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="Such as 2/3: the second third of the work, for `gripvlm merge`.")
+        str | None,
+        typer.Option(help="Such as 2/3: only the second third. Afterwards run it once without."),
     ] = None,
     device: Device = None,
 ) -> None:
-    """Score pruners at several budgets; Ctrl-C keeps what is done and the same command goes on."""
+    """Score pruners at several budgets; Ctrl-C keeps what is done and the same command resumes."""
     from gripvlm.cli.outputs import checked_json
 
     # What is quickly known first: the imports below take seconds, the model perhaps minutes.
@@ -194,30 +195,28 @@ def evaluate_command(
     for task in chosen:
         task.take(limit, seed)
 
-    from gripvlm.eval import Interrupted, evaluate
-    from gripvlm.eval.chunks import Shard
-    from gripvlm.eval.runner import check_resume, what_is_asked
-    from gripvlm.eval.variants import make_arms
+    from gripvlm.errors import Interrupted
+    from gripvlm.eval import evaluate
+    from gripvlm.eval.plan import Plan, parse_shard
+    from gripvlm.eval.runner import check_resume
+    from gripvlm.eval.variants import make_variants
     from gripvlm.models.loading import load_model, quiet
 
-    arms = make_arms([name for name in names if name != "all"], budgets, seeds=numbers)
-    part = None if shard is None else Shard.parse(shard)
+    variants = make_variants([name for name in names if name != "all"], budgets, seeds=numbers)
+    part = None if shard is None else parse_shard(shard)
     if part is not None and out is None:
-        raise GripError(
-            f"--shard {shard} without --out leaves nothing to merge: type --out results/part-{part.number}.json"
-        )
+        raise GripError(f"--shard {shard} without --out keeps no answers: type --out results/all.json, in every shard")
     _checked_positions(positions)
     if out is not None:
-        drawn = {task.name: task.take(limit, seed) for task in chosen}
-        config = what_is_asked(model, drawn, None if "all" in names else arms, limit, seed, batch, positions, part)
-        check_resume(out, config, overwrite)
+        known = None if "all" in names else variants
+        check_resume(out, Plan(chosen, known, limit, seed, batch, positions, part), model, overwrite)
 
     quiet()
     vlm, processor = load_model(model, device)
     if "all" in names:
-        from gripvlm.eval.everything import serving
+        from gripvlm.eval.variants import supported_pruners
 
-        every, left = serving(vlm, budgets)
+        every, left = supported_pruners(vlm, budgets)
         names = list(dict.fromkeys([*(name for name in names if name != "all"), *every]))
         print(*(f"not in all: {name}: {why}" for name, why in left.items()), sep="\n", file=sys.stderr)
     try:
@@ -236,14 +235,20 @@ def evaluate_command(
             model_name=model,
             progress=True,
             seeds=numbers,
-            shard=part,
+            shard=shard,
         )
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
     screen = console()
     show_scores(screen, result)
-    if out is not None:
+    if part is not None and out is not None:
+        screen.print(
+            f"answers: {escape(str(out.with_name(result['samples'])))}; with all shards' files in one folder the same "
+            "command without --shard writes the results",
+            soft_wrap=True,
+        )
+    elif out is not None:
         screen.print(
             f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it", soft_wrap=True
         )
@@ -302,7 +307,7 @@ def split_pruners(text: str) -> list[str]:
 
 
 def _known_pruners(names: list[str]) -> None:
-    """Raises for a name or an option that does not exist; `eval`'s own words are known to `make_arms`."""
+    """Raises for a name or an option that does not exist; `make_variants` knows `eval`'s own names."""
     from gripvlm.pruners import get_pruner
 
     for name in names:

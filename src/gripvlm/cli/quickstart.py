@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 import gripvlm
-from gripvlm.eval import Outcome, answer, evaluate, make_inputs, question_ids
+from gripvlm.eval import BatchAnswers, answer, evaluate, make_inputs, question_ids
 from gripvlm.eval.results import Results, read_results
 from gripvlm.eval.variants import FULL
 from gripvlm.models.loading import load_model
@@ -99,7 +99,7 @@ def examples(drawn: Sequence[tuple[Task, Sample]], measured: Results) -> list[Ex
     return found or [Example("The first question", *drawn[0])]
 
 
-def _answers(model: Any, processor: Any, tasks: Sequence[Task], chosen: Sequence[Example]) -> dict[str, Outcome]:
+def _answers(model: Any, processor: Any, tasks: Sequence[Task], chosen: Sequence[Example]) -> dict[str, BatchAnswers]:
     """Name -> answers to the examples and what was kept, with all tokens and with a tenth of them."""
     texts = [one.task.prompt(one.sample) for one in chosen]
     inputs = make_inputs(model, processor, texts, [one.sample.image for one in chosen])
@@ -117,7 +117,7 @@ def _answers(model: Any, processor: Any, tasks: Sequence[Task], chosen: Sequence
     }
 
 
-def _print_examples(screen: Console, chosen: Sequence[Example], outcomes: dict[str, Outcome]) -> None:
+def _print_examples(screen: Console, chosen: Sequence[Example], outcomes: dict[str, BatchAnswers]) -> None:
     for number, one in enumerate(chosen):
         screen.print(f"\n{one.why}:", style="bold", markup=False)
         screen.print(f"  {one.sample.question}  (true: {one.sample.answer})", markup=False)
@@ -146,7 +146,7 @@ def what_it_costs(model: Any) -> str:
     )
 
 
-def _overlays(processor: Any, chosen: Sequence[Example], outcomes: dict[str, Outcome], out: Path) -> list[Path]:
+def _overlays(processor: Any, chosen: Sequence[Example], outcomes: dict[str, BatchAnswers], out: Path) -> list[Path]:
     """One picture for each example and pruner shown."""
     paths = []
     for number, (_, task, sample) in enumerate(chosen):

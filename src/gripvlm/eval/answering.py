@@ -1,4 +1,4 @@
-"""One batch of questions through a model: prompts, inputs, pruned generation, and where the time went."""
+"""One batch of questions through a model: the prompts, the inputs, pruned generation, and where the time went."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from gripvlm.api import Record, pruned_run
 from gripvlm.budget import Keep
@@ -19,20 +19,19 @@ from gripvlm.pruners import Pruner
 from gripvlm.types import Selection
 from gripvlm.utils.timing import device_time
 
-__all__ = ["Outcome", "answer", "make_inputs", "prompt_text", "question_ids"]
+__all__ = ["BatchAnswers", "answer", "make_inputs", "question_ids"]
 
 
 @dataclass
-class Outcome:
-    """What a batch of B samples gave.
+class BatchAnswers:
+    """The answers to a batch of B questions.
 
     Attributes:
         predictions: [B] decoded answers without special tokens.
-        selections: [B] lists of one `Selection` an image; empty lists for a prompt without images.
-        seconds: {"vision", "pruner", "overhead", "prefill", "decode"} of the whole batch. Prefill ends
-            when the first new token's logits are there, dropping inside the language model included;
-            decode is all that follows.
-        peak_memory: bytes on the accelerator at most, None where the device doesn't know.
+        selections: [B] lists of one `Selection` an image; empty lists for prompts without images.
+        seconds: {"vision", "pruner", "overhead", "prefill", "decode"} of the whole batch. Prefill ends when the first
+            new token's logits are there, dropping inside the language model included; decode is all that follows.
+        peak_memory: bytes on the accelerator at most, None where the device does not count them.
     """
 
     predictions: list[str]
@@ -41,21 +40,21 @@ class Outcome:
     peak_memory: int | None = None
 
 
-class _Clock(LogitsProcessor):
-    """Notes when the first new token's logits are there. Changes nothing."""
+class _FirstTokenTime(LogitsProcessor):
+    """Notes when the first new token's logits are there; changes nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.first: float | None = None
+        self.seconds: float | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.first is None:
-            self.first = device_time(self.device)
+        if self.seconds is None:
+            self.seconds = device_time(self.device)
         return scores
 
 
 def prompt_text(processor: Any, question: str, image: int = 1) -> str:
-    """The full prompt of a question about so many images: the processor's chat template where it has one."""
+    """The full prompt of a question about `image` images: the processor's chat template where it has one."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * image + [{"type": "text", "text": question}]
         return processor.apply_chat_template(
@@ -65,7 +64,7 @@ def prompt_text(processor: Any, question: str, image: int = 1) -> str:
 
 
 def make_inputs(
-    model: Any,
+    model: PreTrainedModel,
     processor: Any,
     questions: Sequence[str],
     images: Sequence[Image.Image | Sequence[Image.Image]] | None,
@@ -77,30 +76,29 @@ def make_inputs(
         images: [B], one for each question or a list of at least one; None for prompts without images.
 
     Raises:
-        InputError: a question holds the model's own placeholder of a picture.
+        InputError: a question holds the model's own image placeholder.
     """
-    mark = getattr(processor, "image_token", None)
+    placeholder = getattr(processor, "image_token", None)
     for question in questions:
-        if isinstance(mark, str) and mark and mark in question:
+        if isinstance(placeholder, str) and placeholder and placeholder in question:
             raise InputError(
-                f"the question {question!r} holds {mark}, the model's own placeholder of a picture: leave it out, "
-                "the picture is put in front of the question without it"
+                f"the question {question!r} holds {placeholder}, the model's own placeholder of an image: leave it "
+                "out, the image is put in front of the question without it"
             )
-    each = [[one] if isinstance(one, Image.Image) else list(one) for one in images or [()] * len(questions)]
-    texts = [prompt_text(processor, text, len(mine)) for text, mine in zip(questions, each, strict=True)]
+    by_question = [[item] if isinstance(item, Image.Image) else list(item) for item in images or [()] * len(questions)]
+    texts = [prompt_text(processor, text, len(own)) for text, own in zip(questions, by_question, strict=True)]
     tokenizer = getattr(processor, "tokenizer", processor)
-    start = getattr(tokenizer, "bos_token", None)
+    begin = getattr(tokenizer, "bos_token", None)
     options = {
         "padding": True,
         "padding_side": "left",
         "return_tensors": "pt",
-        "add_special_tokens": not (start and texts[0].startswith(start)),  # a template may have put it there
+        # Some chat templates write the begin token themselves: twice would be another prompt.
+        "add_special_tokens": not (begin and texts[0].startswith(begin)),
     }
     if images is None:
-        inputs = tokenizer(texts, return_token_type_ids=False, **options)
-    else:
-        inputs = processor(text=texts, images=each, **options)
-    return dict(inputs.to(model.device, dtype=model.dtype) if images is not None else inputs.to(model.device))
+        return dict(tokenizer(texts, return_token_type_ids=False, **options).to(model.device))
+    return dict(processor(text=texts, images=by_question, **options).to(model.device, dtype=model.dtype))
 
 
 def question_ids(processor: Any, questions: Sequence[str]) -> list[list[int]]:
@@ -111,7 +109,7 @@ def question_ids(processor: Any, questions: Sequence[str]) -> list[list[int]]:
 
 @torch.no_grad()
 def answer(
-    model: Any,
+    model: PreTrainedModel,
     processor: Any,
     inputs: Mapping[str, Any],
     pruner: str | Pruner | None,
@@ -121,40 +119,44 @@ def answer(
     positions: str = "original",
     question: list[list[int]] | None = None,
     encoded: Encoded | None = None,
-) -> Outcome:
+) -> BatchAnswers:
     """Greedy answers with the visual tokens that `pruner` keeps; None for prompts without images.
 
-    With `encoded` the vision encoder's time is the one measured when it ran, unless the pruner ran it anew.
+    With `encoded`, the vision encoder's time is the one measured when it ran, unless the pruner ran it again.
 
     Raises:
         GripError: as `gripvlm.prune_inputs`.
     """
+    # The peak is the highest since the last reset, so each batch starts its own count.
     device = model.device
     memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
     if hasattr(memory, "reset_peak_memory_stats"):
         memory.reset_peak_memory_stats(device)
-    clock, record = _Clock(device), Record([[] for _ in inputs["input_ids"]])
+    first_token, record = _FirstTokenTime(device), Record([[] for _ in inputs["input_ids"]])
     arguments: dict[str, Any] = dict(inputs)
     with ExitStack() as stack:
         if pruner is not None:
             run = pruned_run(model, inputs, pruner, keep, positions=positions, question=question, encoded=encoded)
             arguments, record = stack.enter_context(run)
-        began = device_time(device)
+        # Inside the block, where the input is encoded and pruned already: what follows is the language model alone.
+        started = device_time(device)
         output = model.generate(
             **arguments,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            logits_processor=LogitsProcessorList([clock]),
+            logits_processor=LogitsProcessorList([first_token]),
         )
     seconds = dict.fromkeys(("vision", "pruner", "overhead"), 0.0) | record.seconds
-    if encoded is not None and not seconds["vision"]:  # a pruner that merges in the tower runs it itself
+    # A pruner that merges inside the vision tower runs the tower itself, and its record says how long that took.
+    if encoded is not None and not seconds["vision"]:
         seconds["vision"] = encoded.seconds
     ended = device_time(device)
-    first = ended if clock.first is None else clock.first
-    seconds |= {"prefill": first - began, "decode": ended - first}
-    new = output[:, arguments["input_ids"].shape[1] :]
+    # A model that ends before its first token has no decoding.
+    prefilled = ended if first_token.seconds is None else first_token.seconds
+    seconds |= {"prefill": prefilled - started, "decode": ended - prefilled}
     tokenizer = getattr(processor, "tokenizer", processor)
+    new_tokens = output[:, arguments["input_ids"].shape[1] :]
+    texts = [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
     peak = memory.max_memory_allocated(device) if hasattr(memory, "max_memory_allocated") else None
-    texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return Outcome(texts, record.selections, seconds, peak)
+    return BatchAnswers(texts, record.selections, seconds, peak)

@@ -1,4 +1,4 @@
-"""Where a number was measured: versions, hardware, and the commit of gripvlm's own checkout."""
+"""Where and when a number was measured: versions, hardware, the commit of gripvlm's own checkout, the command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,13 +17,13 @@ import torch
 
 import gripvlm
 
-__all__ = ["command_line", "environment", "git_state", "hardware", "versions"]
+__all__ = ["command_line", "environment", "git_state", "hardware", "utc", "versions"]
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:
-    """Python, gripvlm and what it stands on."""
+    """Of Python, gripvlm and the packages it uses."""
     found = {"python": platform.python_version(), "gripvlm": gripvlm.__version__}
     for name in _PACKAGES:
         try:
@@ -37,6 +38,7 @@ def hardware(device: torch.device | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        # A container or a scheduler may give this process fewer cores than the machine has.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -57,7 +59,8 @@ def git_state() -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some other project's repository
+        # A checkout that holds an installed gripvlm, in its virtual environment, is some other project's.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
@@ -67,11 +70,18 @@ def command_line() -> str:
     """This process's command, as one would type it."""
     program, *arguments = sys.argv or ["python"]
     path = Path(program)
-    if path.name == "__main__.py":  # python -m package
+    # `python -m gripvlm` has the path of a file here, which nobody types.
+    if path.name == "__main__.py":
         words = ["python", "-m", path.parent.name, *arguments]
     else:
         words = [path.name or "python", *arguments]
-    return shlex.join(words).encode("utf-8", "backslashreplace").decode()  # a name's bytes may be no UTF-8
+    # The bytes of a file name may be no UTF-8, and JSON could not hold them.
+    return shlex.join(words).encode("utf-8", "backslashreplace").decode()
+
+
+def utc() -> str:
+    """Now, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def environment() -> dict[str, Any]:

@@ -1,122 +1,162 @@
-"""The samples file: every finished answer at once on disk, so that a stopped run goes on."""
+"""The samples file: every answer is on disk as soon as it is there, so that a stopped run resumes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gripvlm.errors import GripError
-from gripvlm.eval.schema import checked_record
+from gripvlm.eval.records import Key, check_record, key_of
 from gripvlm.utils import disk
 from gripvlm.utils.strict_json import BadJSON, parse
 
-__all__ = ["Journal", "Key", "ResumeError", "differences", "lines_of", "samples_path"]
+__all__ = ["Journal", "ResumeError", "samples_path"]
 
-Key = tuple[str, str, str, str]
-_KEY = ("task", "pruner", "keep", "id")
+_SHARD = re.compile(r"\.\d+of\d+\.samples\.jsonl")
 
 
 class ResumeError(GripError):
-    """The samples file cannot be gone on from."""
+    """The samples file belongs to another run, or is damaged."""
 
 
-def samples_path(out: Path) -> Path:
-    """`results/F.json` -> `results/F.samples.jsonl`."""
-    return out.with_name(out.name.removesuffix(".json") + ".samples.jsonl")
+def samples_path(out: Path, shard: tuple[int, int] | None = None) -> Path:
+    """`results/F.json` -> `results/F.samples.jsonl`, or `results/F.2of3.samples.jsonl` for the shard (2, 3)."""
+    part = "" if shard is None else f".{shard[0]}of{shard[1]}"
+    return out.with_name(f"{out.name.removesuffix('.json')}{part}.samples.jsonl")
 
 
-def lines_of(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The rows as JSON Lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def read_rows(
+    lines: Iterable[str | bytes], path: Path, error: Callable[[str], GripError]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, content) of each line of a samples file: first the configuration, then sessions and checked answers.
+
+    Raises:
+        GripError: made by `error`, where a line is damaged.
+    """
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse(line)
+            if number == 1:
+                row = {"config": row["config"]}
+            elif "session" not in row:
+                check_record(row)
+        except (BadJSON, KeyError, TypeError) as problem:
+            why = f" (it {problem})" if isinstance(problem, BadJSON) else ""
+            raise error(f"line {number} of {path} is cut off or damaged{why}") from None
+        yield number, row
 
 
 class Journal:
     """Records by (task, pruner, keep, id), kept in memory and, with a path, in a JSON Lines file.
 
-    The first line holds the configuration, each session of work adds one line of its own, all others
-    are records. A record that is written twice counts once. A last line without its end is what a
-    killed run leaves, and is dropped. Whoever enters the block is the only writer (`disk.one_writer`).
+    The first line holds the configuration, each session of work adds one line of its own, all others are records. A
+    record that is written twice counts once. A last line without its end is what a killed run leaves, and is dropped.
+    Whoever enters the block is the only writer (`disk.one_writer`).
     """
 
     def __init__(
         self, path: Path | None, config: Mapping[str, Any], session: Mapping[str, Any], overwrite: bool = False
     ) -> None:
-        """Reads what is there; nothing is written before the block is entered.
+        """Reads the file; nothing is written before the block is entered.
 
         Raises:
-            ResumeError: it belongs to another configuration (the differences are named), or a line
-                in its middle is damaged.
+            ResumeError: it belongs to another configuration (the differences are named), or a line in its middle is
+                damaged.
         """
         self.path = path
+        # As it will be read back: tuples are lists there, and would differ.
         self.config = json.loads(json.dumps(config))
         self.sessions: list[dict[str, Any]] = []
         self.records: dict[Key, dict[str, Any]] = {}
         self._session = dict(session)
-        self._open = False
-        if path is None:
-            return
-        old = b"" if overwrite or not path.exists() else disk.read_bytes(path)
-        whole = old[: old.rfind(b"\n") + 1]
-        self._whole = len(whole)
-        self._read(whole)
+        self._open, self._overwrite = False, overwrite
+        self._from_shards: list[dict[str, Any]] = []
+        self._complete_bytes = 0
+        if path is not None and path.exists() and not overwrite:
+            self._complete_bytes = self._read(path)
 
-    def _read(self, content: bytes) -> None:
-        theirs: Any = None
-        for number, line in enumerate(content.splitlines(), 1):
-            try:
-                row = parse(line)
-                if number == 1:
-                    theirs = row["config"]
-                elif "session" in row:
-                    self.sessions.append(row["session"])
-                else:
-                    self.records[self.key(checked_record(row))] = row
-            except (BadJSON, KeyError, TypeError) as error:
-                why = f" (it {error})" if isinstance(error, BadJSON) else ""
-                raise ResumeError(
-                    f"line {number} of {self.path} is damaged{why}: remove that line to have it measured again, or "
-                    "type --overwrite to start anew"
-                ) from None
-        if not self.records:
-            self.sessions = []
+    def read_shards(self) -> None:
+        """Takes the answers that `--shard` runs of the same configuration left beside the file.
+
+        They are copied into the file when the block is entered.
+
+        Raises:
+            ResumeError: as for the file itself.
+        """
+        if self.path is None or self._overwrite or not self.path.parent.is_dir():
             return
-        if theirs != self.config:
+        name, known = self.path.name.removesuffix(".samples.jsonl"), set(self.records)
+        for path in sorted(self.path.parent.iterdir()):
+            if path.name.startswith(name) and _SHARD.fullmatch(path.name.removeprefix(name)):
+                self._read(path)
+        self._from_shards = [record for key, record in self.records.items() if key not in known]
+
+    def _read(self, path: Path) -> int:
+        """Adds the file's sessions and records; returns the number of bytes of its complete lines."""
+        content = disk.read_bytes(path)
+        # A killed run may have left half a line at the end.
+        content = content[: content.rfind(b"\n") + 1]
+        config: Any = None
+        sessions: list[dict[str, Any]] = []
+        records: dict[Key, dict[str, Any]] = {}
+        advice = "remove that line to have it measured again, or pass overwrite=True (--overwrite) to start anew"
+        rows = read_rows(content.splitlines(), path, lambda text: ResumeError(f"{text}: {advice}"))
+        for number, row in rows:
+            if number == 1:
+                config = row["config"]
+            elif "session" in row:
+                sessions.append(row["session"])
+            else:
+                records[key_of(row)] = row
+        if records and config != self.config:
             raise ResumeError(
-                f"{self.path} holds {len(self.records)} answers of another run ({differences(theirs, self.config)}): "
-                "choose another --out, type the same options again to go on with it, or type --overwrite to start anew"
+                f"{path} holds {len(records)} answers of another run ({differences(config, self.config)}): choose "
+                "another out, use the same options to resume it, or pass overwrite=True (--overwrite) to start anew"
             )
+        # A file without answers holds nothing to resume, whatever its configuration.
+        if records:
+            self.sessions += sessions
+            # Own answers count before those of shards, which are read later.
+            self.records = records | self.records
+        return len(content)
 
-    @staticmethod
-    def key(record: Mapping[str, Any]) -> Key:
-        task, pruner, keep, sample = (str(record[name]) for name in _KEY)
-        return task, pruner, keep, sample
-
-    def has(self, task: str, pruner: str, keep: str, samples: Iterable[str]) -> bool:
-        """Whether every one of these samples is there."""
-        return all((task, pruner, keep, sample) in self.records for sample in samples)
+    def has(self, task: str, pruner: str, keep: str, ids: Iterable[str]) -> bool:
+        """Whether every one of these samples is answered."""
+        return all((task, pruner, keep, name) in self.records for name in ids)
 
     def add(self, records: list[dict[str, Any]]) -> None:
         """Keeps the records; when this returns they are in the file."""
         if self.path is not None and self._open:
-            disk.append(self.path, lines_of(records))
-        for record in records:
-            self.records[self.key(record)] = record
+            disk.append(self.path, _lines(records))
+        # After the write: a full disk must not leave answers in memory that the file does not have.
+        self.records.update((key_of(record), record) for record in records)
 
     def __enter__(self) -> Journal:
-        """Opens the file, or goes on from what is there, with a line that a session began."""
+        """Opens the file, or resumes it, with a line that a session began."""
+        own = len(self.records) > len(self._from_shards)
         self.sessions.append(self._session)
-        if self.path is not None and self.records:
-            disk.cut(self.path, self._whole)
-            disk.append(self.path, lines_of([{"session": self._session}]))
-        elif self.path is not None:
-            disk.write(self.path, lines_of([{"config": self.config}, {"session": self._session}]))
         self._open = True
+        if self.path is None:
+            return self
+        if own:
+            # The half line goes first, or the next line would be written behind it.
+            disk.cut(self.path, self._complete_bytes)
+            disk.append(self.path, _lines([{"session": self._session}]))
+        else:
+            disk.write(self.path, _lines([{"config": self.config}, {"session": self._session}]))
+        self.add(self._from_shards)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._open = False
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def differences(then: Any, now: Any) -> str:
@@ -124,18 +164,18 @@ def differences(then: Any, now: Any) -> str:
     if not isinstance(then, dict):
         return "unknown options"
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return "; ".join(_difference(name, then.get(name), now.get(name)) for name in names)
+    return "; ".join(f"{name}: {_difference(then.get(name), now.get(name))}" for name in names)
 
 
-def _difference(name: str, then: Any, now: Any) -> str:
+def _difference(then: Any, now: Any) -> str:
     """Of lists and dicts only what is in one of them."""
     if isinstance(then, dict) and isinstance(now, dict):
-        then, now = ([f"{key} {value}" for key, value in one.items()] for one in (then, now))
-    if isinstance(then, list) and isinstance(now, list):
-        lost, new = [one for one in then if one not in now], [one for one in now if one not in then]
-        said = [f"{_short(some)} only {when}" for some, when in ((lost, "then"), (new, "now")) if some]
-        return f"{name}: {', '.join(said) or 'in another order'}"
-    return f"{name}: {_short(then)} then, {_short(now)} now"
+        then, now = ([f"{key} {value}" for key, value in options.items()] for options in (then, now))
+    if not (isinstance(then, list) and isinstance(now, list)):
+        return f"{_short(then)} then, {_short(now)} now"
+    lost, new = [value for value in then if value not in now], [value for value in now if value not in then]
+    parts = [f"{_short(values)} only {when}" for values, when in ((lost, "then"), (new, "now")) if values]
+    return ", ".join(parts) or "in another order"
 
 
 def _short(value: Any) -> str:

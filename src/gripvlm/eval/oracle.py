@@ -1,6 +1,6 @@
-"""The oracle: keep the patches that hold the answer, then cover the rest of the picture evenly.
+"""The oracle: keep the patches that hold the answer, then cover the rest of the image evenly.
 
-No pruner can know the evidence; the oracle says what a choice of tokens could reach at most, or nearly.
+No pruner can know the evidence: the oracle is close to an upper bound of what a choice of tokens can reach.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gripvlm.models.encoded import Encoded
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks.base import Sample, TaskError
 
-__all__ = ["oracle", "oracle_order", "spread_order"]
+__all__ = ["oracle"]
 
 # The plastic number's powers: the best-known additive recurrence in two dimensions.
 _STEP = (0.5698402909980532, 0.7548776662466927)
@@ -30,6 +30,7 @@ def spread_order(grid: tuple[int, int]) -> tuple[int, ...]:
     point first falls into it.
     """
     h, w = grid
+    # On a square, so that an oblong raster is covered with equal spacing both ways.
     side = max(h, w)
     order: dict[int, None] = {}
     for i in range(64 * side * side):
@@ -38,7 +39,8 @@ def spread_order(grid: tuple[int, int]) -> tuple[int, ...]:
             order[row * w + column] = None
         if len(order) == h * w:
             break
-    order.update(dict.fromkeys(range(h * w)))  # cells that no point has hit
+    # The sequence is finite here: cells that no point has hit come last.
+    order.update(dict.fromkeys(range(h * w)))
     return tuple(order)
 
 
@@ -62,13 +64,14 @@ def oracle(samples: Sequence[Sample], encoded: Encoded, evidence_grid: tuple[int
     scores: list[list[Tensor]] = []
     for sample, items in zip(samples, encoded.samples, strict=True):
         if [item.grid for item in items] != [evidence_grid]:
-            found = " + ".join(f"{item.features.shape[0]} in {item.grid}" for item in items)
+            tokens = " + ".join(f"{item.features.shape[0]} in {item.grid}" for item in items)
             raise TaskError(
                 f"the oracle's evidence is marked on {evidence_grid[0]} x {evidence_grid[1]} cells, but this model "
-                f"has visual tokens {found}: leave 'oracle' out, or use --model lab"
+                f"has visual tokens {tokens}: leave 'oracle' out, or use --model lab"
             )
         order = torch.tensor(oracle_order(sample.evidence, evidence_grid))
         rank = torch.empty(len(order))
+        # The first cell of the order gets the highest score: pruners keep the largest.
         rank[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
         scores.append([rank])
     return Given(scores)

@@ -1,27 +1,194 @@
-"""Reading results files back: whole, of a version that is known, and with the answers that belong to them."""
+"""The one JSON of an evaluation: its rows, its published schema, and reading it back with its answers."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import math
+import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gripvlm.eval.journal import Journal, Key, samples_path
-from gripvlm.eval.schema import ResultsError, checked_record, checked_result, is_result
+import numpy as np
+
+from gripvlm.errors import GripError
+from gripvlm.eval.journal import read_rows, samples_path
+from gripvlm.eval.records import Key, key_of
+from gripvlm.eval.stats import ScoresByImage, interval
 from gripvlm.eval.variants import BLIND
-from gripvlm.utils.disk import regular
-from gripvlm.utils.strict_json import BadJSON, parse, read
+from gripvlm.tasks.base import Sample, Task, normalise
+from gripvlm.utils import disk
+from gripvlm.utils.strict_json import BadJSON, read
 
-__all__ = ["Results", "evaluation_files", "read_json", "read_results"]
+__all__ = ["Results", "ResultsError", "evaluation_files", "read_json", "read_results", "write_result"]
 
-_ASKED = {"model", "weights", "tasks", "arms", "limit", "seed", "batch_size"}
-_SAME = {*_ASKED, "positions", "dtype", "shard"}
-_LONGEST = 2**24  # characters of a line: what a small .gz unpacks to has no end
+SCHEMA = "gripvlm.evaluate/1"
+SECONDS = ("vision", "pruner", "overhead", "prefill", "decode")
+_KIND, _VERSION = "gripvlm.evaluate", 1
+# Violations of the schema in one message.
+_SHOWN = 3
+# Characters: a small .gz may unpack to a line without end.
+_MAX_LINE = 2**24
+_REQUIRED_OPTIONS = {"model", "weights", "tasks", "arms", "limit", "seed", "batch_size"}
+_SAME_OPTIONS = {*_REQUIRED_OPTIONS, "positions", "dtype"}
+
+
+class ResultsError(GripError):
+    """A results file cannot be read, or is not what it should be."""
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def majority(task: Task, samples: Sequence[Sample]) -> tuple[str, float]:
+    """The commonest answer, and the mean score of always giving it."""
+    counts = Counter(normalise(sample.answer) for sample in samples)
+    # Of equally common answers the first by alphabet, so that reruns agree.
+    common = min(counts, key=lambda answer: (-counts[answer], answer))
+    return common, float(np.mean([task.score(common, sample) for sample in samples]))
+
+
+def make_row(
+    head: Mapping[str, Any], records: Sequence[Mapping[str, Any]], blind: float | None, majority_score: float, seed: int
+) -> dict[str, Any]:
+    """One row of the results: `head` (model, task, pruner, ...) and the means of its records."""
+    scores = [record["score"] for record in records]
+    low, high = interval([(scores, [record["image_id"] for record in records])], seed)
+    peaks = [record["peak_memory"] for record in records if record.get("peak_memory") is not None]
+    times = {f"seconds_{name}": float(np.mean([record["seconds"][name] for record in records])) for name in SECONDS}
+    return {
+        **head,
+        "keep_fraction": float(np.mean([record["k"] / record["n"] for record in records])),
+        "tokens": float(np.mean([record["k"] for record in records])),
+        "score": float(np.mean(scores)),
+        "ci_low": low,
+        "ci_high": high,
+        "n": len(records),
+        "blind": blind,
+        "majority": majority_score,
+        **times,
+        "seconds_total": sum(times.values()),
+        "peak_memory": max(peaks, default=None),
+    }
+
+
+def mean_rows(
+    rows: Sequence[dict[str, Any]], scores: Mapping[tuple[str, str, str], ScoresByImage], seed: int
+) -> list[dict[str, Any]]:
+    """One row for each pruner and keep that several tasks have: the plain mean over tasks, with its own interval.
+
+    Args:
+        rows: of all tasks.
+        scores: (task, pruner, keep) -> scores and images.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["pruner"], str(row["keep"])), []).append(row)
+    means = []
+    for (pruner, keep), members in groups.items():
+        if len(members) < 2:
+            continue
+        low, high = interval([scores[row["task"], pruner, keep] for row in members], seed)
+        averaged = ["keep_fraction", "tokens", "score", "majority", "seconds_total", *(f"seconds_{s}" for s in SECONDS)]
+        # One task without the blind score would make the mean that of other tasks.
+        if all(row["blind"] is not None for row in members):
+            averaged.append("blind")
+        peaks = [row["peak_memory"] for row in members if row["peak_memory"] is not None]
+        means.append(
+            members[0]
+            | {"task": "mean", "ci_low": low, "ci_high": high, "n": sum(row["n"] for row in members), "extras": {}}
+            | {"peak_memory": max(peaks, default=None)}
+            | {name: float(np.mean([row[name] for row in members])) for name in averaged}
+        )
+    return means
+
+
+# --- the schema ---------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _validator() -> Any:
+    """Of `results.schema.json` (draft 2020-12), in which a number is a finite one."""
+    # Imported here, since many commands import this file and never check a result.
+    from jsonschema import Draft202012Validator, validators
+
+    checker = Draft202012Validator.TYPE_CHECKER.redefine("number", _is_finite_number)
+    schema = json.loads(files("gripvlm.eval").joinpath("results.schema.json").read_text(encoding="utf-8"))
+    return validators.extend(Draft202012Validator, type_checker=checker)(schema)
+
+
+def _is_finite_number(checker: object, value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _violation(error: Any) -> str:
+    """`rows[2].n: 0 is less than the minimum of 1`; the end of the message says what is wrong, its start the value."""
+    message = error.message if len(error.message) <= 160 else f"...{error.message[-160:]}"
+    return f"{error.json_path.removeprefix('$').removeprefix('.') or 'the file'}: {message}"
+
+
+def _is_result(content: Any) -> bool:
+    """Whether this is an evaluation's JSON, of any version."""
+    return isinstance(content, dict) and str(content.get("schema", "")).partition("/")[0] == _KIND
+
+
+def check_result(content: Any, where: str) -> dict[str, Any]:
+    """The content, known to be a whole results file of a version that is known here.
+
+    Raises:
+        ResultsError: it is something else, of a newer version, against the schema (up to three places are named), or
+            holds a row twice.
+    """
+    if not _is_result(content):
+        raise ResultsError(f"{where} is no result of an evaluation: use a file that `gripvlm eval --out` wrote")
+    version = re.fullmatch(rf"{re.escape(_KIND)}/(\d+)", content["schema"])
+    if version is None:
+        raise ResultsError(f"{where} has the schema {content['schema']!r}, expected {SCHEMA!r}: is it damaged?")
+    if int(version[1]) > _VERSION:
+        raise ResultsError(
+            f"{where} was written by a newer gripvlm (schema {content['schema']}, this one reads up to {SCHEMA}): "
+            "pip install --upgrade gripvlm"
+        )
+    if wrong := [_violation(error) for error in _validator().iter_errors(content)]:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise ResultsError(
+            f"{where} does not follow the schema {SCHEMA}: {'; '.join(wrong[:_SHOWN])}{more}. Run the evaluation "
+            "again, or restore the file"
+        )
+    tasks, specs = content["header"]["tasks"], content["header"].get("task_specs")
+    if specs is not None and len(specs) != len(tasks):
+        raise ResultsError(
+            f"{where}: header.task_specs has {len(specs)} entries for {len(tasks)} tasks: restore the file"
+        )
+    for part in ("rows", "means"):
+        keys = Counter((row["task"], row["pruner"], str(row["keep"])) for row in content[part])
+        for (task, pruner, keep), count in keys.items():
+            if count > 1:
+                raise ResultsError(
+                    f"{where} holds a row twice in {part!r}: task {task}, pruner {pruner}, keep {keep}. Remove one of "
+                    "them, or run the evaluation again"
+                )
+    return content
+
+
+def write_result(target: Path, result: Mapping[str, Any]) -> None:
+    """Checked against the published schema, then written; never half of it.
+
+    Raises:
+        ResultsError: a task's own numbers are not what the schema allows.
+    """
+    # As a reader will see it: a numpy number or a NaN of a task shows now and not when the file is read.
+    check_result(json.loads(json.dumps(result)), str(target))
+    disk.write(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +197,10 @@ class Results:
 
     Attributes:
         path: the JSON.
-        content: what is in it, checked against the schema.
+        content: its content, checked against the schema.
         records: every answer by (task, pruner, keep, id); None where `missing` says that they are not there.
-        config: what the samples file says it was asked, `{}` without one.
-        missing: the samples file that was looked for and not found, else None.
+        config: the run's configuration in the samples file, `{}` without one.
+        missing: the samples file that was looked for and is not there, else None.
     """
 
     path: Path
@@ -62,8 +229,7 @@ class Results:
     @property
     def questions(self) -> tuple[str, ...]:
         """What makes two runs comparable question by question: model, weights, tasks with their hashes, prompts."""
-        head = self.header
-        return (head["model"], head["weights"], *head["tasks"], head["positions"], str(head.get("shard")))
+        return (self.header["model"], self.header["weights"], *self.header["tasks"], self.header["positions"])
 
     @property
     def task_specs(self) -> dict[str, str]:
@@ -75,19 +241,28 @@ class Results:
         """id -> record of one row; {} without a samples file."""
         return self._by_row.get((task, pruner, keep), {})
 
+    def check_answers(self) -> None:
+        """Passes where the answers are there.
+
+        Raises:
+            ResultsError: they are not.
+        """
+        if self.records is None:
+            raise ResultsError(f"the answers of {self.path} are not there ({self.missing}): copy them beside it")
+
     @cached_property
     def _by_row(self) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
-        found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+        by_row: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
         for (task, pruner, keep, name), record in (self.records or {}).items():
-            found.setdefault((task, pruner, keep), {})[name] = record
-        return found
+            by_row.setdefault((task, pruner, keep), {})[name] = record
+        return by_row
 
 
 def read_json(path: Path) -> Any:
     """The file's JSON.
 
     Raises:
-        ResultsError: it cannot be read, or is cut off, no JSON, or none that can be used.
+        ResultsError: it cannot be read, is cut off, no JSON, or none that can be used.
     """
     try:
         return read(path)
@@ -109,102 +284,98 @@ def read_results(path: str | Path, answers: bool = True) -> Results:
         answers: whether to read them too.
 
     Raises:
-        ResultsError: cut off, damaged, of a newer version, a row or an answer twice, or answers
-            that are not those of the rows.
+        ResultsError: cut off, damaged, of a newer version, a row or an answer twice, or answers that are not those of
+            the rows.
     """
     path = Path(path)
-    content = checked_result(read_json(path), str(path))
+    content = check_result(read_json(path), str(path))
     name = content.get("samples") or samples_path(path).name
+    # A stranger's file may name any path: only one beside the file is read.
     if name in (".", "..") or set(name) & {"/", "\\", "\0"}:
         raise ResultsError(f"{path} says that its samples are {name!r}: write the name of a file in the same folder")
-    named = path.with_name(name)
-    packed = named.with_name(named.name + ".gz")
     if not answers:
         return Results(path, content, None, {})
-    found = next((one for one in (named, packed) if one.exists()), None)
-    if found is None:
-        return Results(path, content, None, {}, missing=named)
-    config, records = _answers(found)
-    result = Results(path, content, records, config)
-    _check(result, found)
-    return result
+    # Published files have their answers packed.
+    plain = path.with_name(name)
+    file = next((file for file in (plain, path.with_name(f"{name}.gz")) if file.exists()), None)
+    if file is None:
+        return Results(path, content, None, {}, missing=plain)
+    config, records = _read_answers(file)
+    results = Results(path, content, records, config)
+    _check_answers(results, file)
+    return results
+
+
+def evaluation_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """(evaluations, other JSON files); for the files of a folder that a shell pattern names."""
+    kinds: dict[bool, list[Path]] = {True: [], False: []}
+    for path in paths:
+        kinds[_is_result(read_json(path))].append(path)
+    return kinds[True], kinds[False]
 
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        regular(path)
+        disk.regular(path)
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            while line := file.readline(_LONGEST):
-                if len(line) == _LONGEST:
-                    raise ResultsError(f"{path} has a line of {_LONGEST} characters or more: no evaluation wrote it")
+            while line := file.readline(_MAX_LINE):
+                if len(line) == _MAX_LINE:
+                    raise ResultsError(f"{path} has a line of {_MAX_LINE} characters or more: no evaluation wrote it")
                 yield line
     except (EOFError, zlib.error, UnicodeDecodeError, OSError) as error:
         raise ResultsError(f"{path} is cut off or damaged ({error}): restore it, or run its evaluation again") from None
 
 
-def _answers(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
+def _read_answers(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     """(config, records). A run that was killed may have written an answer twice; two that differ are an error."""
     config: dict[str, Any] = {}
     records: dict[Key, dict[str, Any]] = {}
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            row = parse(line)
-            if number == 1:
-                config = dict(row["config"])
-                continue
-            if "session" in row:
-                continue
-            key = Journal.key(checked_record(row))
-            said = row["prediction"], row["score"]
-        except (BadJSON, KeyError, TypeError, ValueError) as error:
-            why = f" (it {error})" if isinstance(error, BadJSON) else ""
-            raise ResultsError(
-                f"line {number} of {path} is cut off or damaged{why}: run its evaluation again, which goes on there"
-            ) from None
-        if key in records and (records[key]["prediction"], records[key]["score"]) != said:
-            raise ResultsError(
-                f"{path} holds two answers that differ to one question (task {key[0]}, pruner {key[1]}, keep {key[2]}, "
-                f"id {key[3]}, line {number}): were two runs appended to one file? Remove one of them"
-            )
-        records[key] = row
+    advice = "run its evaluation again, which resumes there"
+    for number, row in read_rows(_lines(path), path, lambda text: ResultsError(f"{text}: {advice}")):
+        if number == 1:
+            config = row["config"] if isinstance(row["config"], dict) else {}
+        elif "session" not in row:
+            key = key_of(row)
+            # A killed run may have written part of a batch, and measured all of it again.
+            known = records.setdefault(key, row)
+            if (known["prediction"], known["score"]) != (row["prediction"], row["score"]):
+                raise ResultsError(
+                    f"{path} holds two answers that differ to one question (task {key[0]}, pruner {key[1]}, keep "
+                    f"{key[2]}, id {key[3]}, line {number}): were two runs appended to one file? Remove one of them"
+                )
+            records[key] = row
     return config, records
 
 
-def _check(result: Results, file: Path) -> None:
-    """The answers are all there and give the rows' scores."""
+def _check_answers(results: Results, file: Path) -> None:
+    """The answers are all there, belong to the rows, and give their scores."""
     advice = "the two files are not of one run; restore them, or run the evaluation again"
-    for row in result.rows:
-        mine = result.of(row["task"], row["pruner"], str(row["keep"]))
-        said = f"{row['task']}, {row['pruner']}, keep {row['keep']}"
-        if len(mine) != row["n"]:
-            raise ResultsError(f"{file} has {len(mine)} of the {row['n']} answers of {said} in {result.path}: {advice}")
-        score = math.fsum(record["score"] for record in mine.values()) / len(mine)
+    unlike = {name for name in _SAME_OPTIONS if results.config.get(name) != results.header.get(name)}
+    if unlike or not results.config.keys() >= _REQUIRED_OPTIONS:
+        raise ResultsError(f"the first line of {file} has other options than {results.path}: {advice}")
+    first: dict[str, tuple[str, set[str]]] = {}
+    for row in results.rows:
+        answers = results.of(row["task"], row["pruner"], str(row["keep"]))
+        title = f"{row['task']}, {row['pruner']}, keep {row['keep']}"
+        if len(answers) != row["n"]:
+            raise ResultsError(
+                f"{file} has {len(answers)} of the {row['n']} answers of {title} in {results.path}: {advice}"
+            )
+        # fsum, since the rounding of a plain sum depends on the order of the lines.
+        score = math.fsum(record["score"] for record in answers.values()) / len(answers)
         if not math.isclose(score, row["score"], abs_tol=1e-9):
             raise ResultsError(
-                f"the answers of {said} in {file} score {score:.6f}, but the row in {result.path} says "
+                f"the answers of {title} in {file} score {score:.6f}, but the row in {results.path} says "
                 f"{row['score']:.6f}: {advice}"
             )
-    unlike = {name for name in _SAME if result.config.get(name) != result.header.get(name)}
-    if unlike or not result.config.keys() >= _ASKED:
-        raise ResultsError(f"the first line of {file} has other options than {result.path}: {advice}")
-    for row in result.rows:
-        first = next(one for one in result.rows if one["task"] == row["task"])
-        here, there = (result.of(one["task"], one["pruner"], str(one["keep"])).keys() for one in (row, first))
-        if lonely := sorted(here ^ there):
-            both = f"{row['pruner']} and {first['pruner']}"
+        pruner, ids = first.setdefault(row["task"], (row["pruner"], set(answers)))
+        if differ := sorted(ids ^ set(answers)):
             raise ResultsError(
-                f"{file} has an answer to {row['task']}, id {lonely[0]}, of one of {both} only: {advice}"
+                f"{file} has an answer to {row['task']}, id {differ[0]}, of one of {row['pruner']} and {pruner} only: "
+                f"{advice}"
             )
-    known = {(row["task"], row["pruner"], str(row["keep"])) for row in result.rows}
-    left = {(one["pruner"], str(one["keep"])) for one in result.unreached}
-    strangers = [k for k in result.records or () if k[:3] not in known and k[1] != BLIND and k[1:3] not in left]
-    if strangers:
-        raise ResultsError(f"{file} has answers that {result.path} has no row for, such as {strangers[0]}: {advice}")
-
-
-def evaluation_files(paths: list[Path]) -> tuple[list[Path], list[Path]]:
-    """(evaluations, other JSON files); for a folder's worth of files that a shell pattern names."""
-    kinds: dict[bool, list[Path]] = {True: [], False: []}
-    for path in paths:
-        kinds[is_result(read_json(path))].append(path)
-    return kinds[True], kinds[False]
+    rows = {(row["task"], row["pruner"], str(row["keep"])) for row in results.rows}
+    unreached = {(row["pruner"], str(row["keep"])) for row in results.unreached}
+    for key in results.records or ():
+        if key[:3] not in rows and key[1] != BLIND and key[1:3] not in unreached:
+            raise ResultsError(f"{file} has answers that {results.path} has no row for, such as {key}: {advice}")

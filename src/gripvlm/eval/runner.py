@@ -11,34 +11,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from gripvlm.api import encode, pruned_run
 from gripvlm.budget import Keep
-from gripvlm.errors import BudgetError, GripError
-from gripvlm.eval.answering import answer, make_inputs, question_ids
-from gripvlm.eval.assemble import assembled, sample_records, utc, write_result
-from gripvlm.eval.chunks import Chunk, Shard, asked_by, make_chunks
-from gripvlm.eval.environment import command_line, git_state, hardware, versions
+from gripvlm.errors import BudgetError, GripError, Interrupted
+from gripvlm.eval.answering import BatchAnswers, answer, make_inputs, question_ids
+from gripvlm.eval.environment import command_line, git_state, hardware, utc, versions
 from gripvlm.eval.journal import Journal, ResumeError, samples_path
 from gripvlm.eval.oracle import oracle
-from gripvlm.eval.schema import SCHEMA
-from gripvlm.eval.variants import BLIND, FULL, ORACLE, Arm, digest, fingerprint, make_arms
+from gripvlm.eval.plan import Batch, Plan, parse_shard
+from gripvlm.eval.records import make_records
+from gripvlm.eval.results import SCHEMA, majority, make_row, mean_rows, write_result
+from gripvlm.eval.stats import ScoresByImage
+from gripvlm.eval.variants import BLIND, FULL, ORACLE, Variant, fingerprint, make_variants
 from gripvlm.models.encoded import Encoded
 from gripvlm.pruners import Pruner
-from gripvlm.tasks import Sample, Task, get_tasks
+from gripvlm.tasks import Task, get_tasks
 from gripvlm.utils.disk import one_writer
 from gripvlm.utils.progress import Progress
 from gripvlm.utils.strict_json import BadJSON, parse, read
 
-__all__ = ["Interrupted", "evaluate"]
+__all__ = ["check_resume", "evaluate"]
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in `evaluate`; its text says what is kept and how to go on."""
+def check_resume(out: Path, plan: Plan, model_name: str, overwrite: bool) -> None:
+    """Refuses files of another run at `out`, as far as is known before the model; reads, never writes.
+
+    Raises:
+        ResumeError: with what differs.
+    """
+    answers = samples_path(out, plan.shard)
+    if overwrite or not (out.exists() or answers.exists()):
+        return
+    if not answers.exists():
+        if plan.shard is None:
+            raise ResumeError(
+                f"{out} exists, but its {answers.name} does not: pass overwrite=True (--overwrite), or another out"
+            )
+        return
+    with answers.open("rb") as file:
+        first = file.readline()
+    try:
+        config = parse(first)["config"]
+    except (BadJSON, KeyError, TypeError):
+        config = None
+    # What depends on the model is taken from the file: the run itself compares it once the model is loaded.
+    if isinstance(config, dict):
+        Journal(answers, config | plan.config(model_name), {})
 
 
 def evaluate(
-    model: Any,
+    model: PreTrainedModel,
     processor: Any,
     tasks: str | Task | Sequence[str | Task],
     pruners: Sequence[str | Pruner],
@@ -55,35 +79,36 @@ def evaluate(
     command: str | None = None,
     progress: bool = False,
     seeds: Sequence[int] = (),
-    shard: str | Shard | None = None,
+    shard: str | None = None,
 ) -> dict[str, Any]:
     """Scores every pruner at every budget on every task.
 
     Args:
         model, processor: a supported transformers model and its processor.
         tasks: names for `get_tasks`, or `Task` objects.
-        pruners: names, specs or objects; `"full"` is always there, `"oracle"` keeps each question's
-            own evidence where the task marks it.
+        pruners: names, specs or objects; `"full"` is always there, `"oracle"` keeps each question's own evidence where
+            the task marks it.
         keeps: budgets, as for `gripvlm.prune`.
         limit: at most so many questions a task, drawn with `seed`.
         seed: of that draw and of the bootstrap. A pruner's own seed is its option.
         batch_size: questions at a time; times are means over a batch.
-        out: where the JSON goes; the answers go beside it, to `<out>.samples.jsonl`, as they are
-            finished, and the same call goes on from them. None keeps everything in memory.
+        out: where the JSON goes; the answers go beside it, to `<out>.samples.jsonl`, as they are finished, and the same
+            call resumes from them. None keeps everything in memory.
         positions: "original" or "renumbered".
-        overwrite: start anew where `out` or its samples exist.
+        overwrite: start anew where `out` or its samples exist; answers of shards are not taken then.
         blind: also ask every question without the image.
         model_name, command: as the results should say; by default the model's own and `sys.argv`.
-        progress: show how far it is on standard error: a bar, or without a terminal a line now and then.
+        progress: show progress on standard error: a bar, or without a terminal a line now and then.
         seeds: a pruner that has a `seed`, and is named without one, is measured with each of these.
-        shard: `"2/3"` asks only the second third of the batches, for `merge`.
+        shard: `"2/3"` asks the second third of the batches only and writes `<out>.2of3.samples.jsonl` but no JSON. The
+            same call without it takes the answers of all shards beside `out`, and asks what is missing.
 
     Returns:
         {"schema", "header", "rows", "means", "samples"}: what is written to `out`, and "unreached": a pruner at a
-        budget that it cannot reach has no row, and why is there. A row has model,
-        task, pruner, pruner_config, keep (asked), keep_fraction (achieved), tokens, score, ci_low,
-        ci_high (95 %, clustered by image), n, blind, majority, seconds_* a sample, peak_memory
-        (bytes, None on a CPU) and extras (F1, accuracy_plus...). `means` are such rows over tasks.
+        budget that it cannot reach has no row, and why is there. A row has model, task, pruner, pruner_config, keep (as
+        requested), keep_fraction (as achieved), tokens, score, ci_low, ci_high (95 %, clustered by image), n, blind,
+        majority, seconds_* a sample, peak_memory (bytes, None on a CPU) and extras (F1, accuracy_plus...). `means` are
+        such rows over tasks.
 
     Raises:
         GripError: something named here is unknown or doesn't fit; raised before anything is written.
@@ -91,212 +116,221 @@ def evaluate(
         BusyError: another process is writing to `out`.
         Interrupted: Ctrl-C; what is finished is kept.
     """
-    if batch_size < 1:
-        raise GripError(f"batch_size={batch_size}: type 1 or more")
-    chosen = get_tasks(tasks)
-    arms = make_arms(pruners, keeps, blind, seeds)
-    drawn = {task.name: task.take(limit, seed) for task in chosen}
-    part = None if shard is None else Shard.parse(shard)
-    chunks = make_chunks(chosen, drawn, batch_size, part)
-    asked = asked_by(chunks)
+    variants = make_variants(pruners, keeps, blind, seeds)
+    part = None if shard is None else parse_shard(shard)
+    plan = Plan(get_tasks(tasks), variants, limit, seed, batch_size, positions, part)
     name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-    device = hardware(model.device)["device"]
-    config = what_is_asked(name, drawn, arms, limit, seed, batch_size, positions, part)
-    config |= {
+    config = plan.config(name) | {
         "weights": fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device,
+        "device": hardware(model.device)["device"],
     }
+    session = {"started": utc(), "command": command or command_line(), "git": git_state()}
     target = Path(out) if out is not None else None
-    with one_writer(target) if target is not None else nullcontext():
+    answers = samples_path(target, part) if target is not None else None
+    # Shards of one run may be at work side by side: each locks its own file.
+    locked = target if part is None else answers
+    with one_writer(locked) if locked is not None else nullcontext():
         if target is not None:
-            check_resume(target, config, overwrite)
-        session = {"started": utc(), "command": command or command_line(), "git": git_state()}
-        journal = Journal(samples_path(target) if target else None, config, session, overwrite)
-        total, had = len(arms) * sum(map(len, asked.values())), len(journal.records)
-        if progress and had:
-            print(_reused(journal, had, total), file=sys.stderr)
-        if had == total and target is not None and (old := _finished(target)) is not None:
-            result = (
-                old
-                | assembled(name, config, arms, chosen, drawn, asked, journal.records, seed)
-                | {"header": old["header"]}
-            )
-            if json.loads(json.dumps(result)) != old:  # the statistics have changed since
-                write_result(target, result)
-            return result
-        runner = _Runner(model, processor, arms, positions, progress)
-        runner.rehearse(chunks[0], {chunk.task.name: chunk.task for chunk in chunks}.values())
-        began = time.monotonic()
-        with journal:
-            try:
-                runner.run(chunks, journal)
-            except KeyboardInterrupt:
-                raise Interrupted(_how_to_go_on(journal, total)) from None
-            reached = [arm for arm in arms if arm.key not in runner.unreached]
-            result = assembled(name, config, reached, chosen, drawn, asked, journal.records, seed)
-        if runner.unreached:
-            result["unreached"] = [
-                {"pruner": arm.label, "keep": arm.keep, "why": runner.unreached[arm.key]}
-                for arm in arms
-                if arm.key in runner.unreached
-            ]
-        result["header"] |= {
-            "command": session["command"],
-            "task_specs": [task.spec for task in chosen],
-            "git": session["git"],
-            "versions": versions(),
-            "hardware": hardware(model.device),
-            "attention": getattr(model.config, "_attn_implementation", None),
-            "finished": utc(),
-            "seconds": round(time.monotonic() - began, 3),
-            "sessions": journal.sessions,
-        }
-        if target is not None:
-            result["samples"] = samples_path(target).name
+            check_resume(target, plan, name, overwrite)
+        journal = Journal(answers, config, session, overwrite)
+        return _run(plan, _Runner(model, processor, plan, progress), journal, target)
+
+
+def _run(plan: Plan, runner: _Runner, journal: Journal, target: Path | None) -> dict[str, Any]:
+    """Asks what the journal has not, and puts the result together."""
+    started = time.monotonic()
+    total = len(runner.variants) * sum(len(batch.samples) for batch in plan.batches)
+    # Only while answers are missing: a finished run does not depend on files of shards.
+    if plan.shard is None and len(journal.records) < total:
+        journal.read_shards()
+    reused = len(journal.records)
+    if runner.show_progress and reused:
+        print(_reused(journal, total), file=sys.stderr)
+    # A shard answers only part of what the JSON holds, so it leaves the JSON alone.
+    target = target if plan.shard is None else None
+    if reused == total and target is not None and (old := _finished(target)) is not None:
+        result = old | _result(plan, runner.variants, journal) | {"header": old["header"]}
+        # Only where the statistics have changed since: a finished file is otherwise left as it is.
+        if json.loads(json.dumps(result)) != old:
             write_result(target, result)
         return result
-
-
-def what_is_asked(
-    model: str,
-    drawn: Mapping[str, Sequence[Sample]],
-    arms: Sequence[Arm] | None,
-    limit: int | None,
-    seed: int,
-    batch_size: int,
-    positions: str,
-    part: Shard | None,
-) -> dict[str, Any]:
-    """The part of a run's configuration that is known before the model; `arms` None where they depend on it."""
-    config: dict[str, Any] = {
-        "model": model,
-        "tasks": [f"{name} ({len(samples)}, {digest(samples)})" for name, samples in drawn.items()],
-        "limit": limit,
-        "seed": seed,
-        "batch_size": batch_size,
-        "positions": positions,
-        "versions": {key: value for key, value in versions().items() if key in ("torch", "transformers", "gripvlm")},
+    if reused < total:
+        runner.rehearse()
+    with journal:
+        try:
+            runner.run(journal)
+        except KeyboardInterrupt:
+            raise Interrupted(_stopped(journal, total)) from None
+        result = _result(plan, [v for v in runner.variants if v.key not in runner.unreached], journal)
+    if runner.unreached:
+        left_out = [variant for variant in runner.variants if variant.key in runner.unreached]
+        result["unreached"] = [{"pruner": v.label, "keep": v.keep, "why": runner.unreached[v.key]} for v in left_out]
+    session = journal.sessions[-1]
+    result["header"] |= {
+        "command": session["command"],
+        "task_specs": [task.spec for task in plan.tasks],
+        "git": session["git"],
+        "versions": versions(),
+        "hardware": hardware(runner.model.device),
+        "attention": getattr(runner.model.config, "_attn_implementation", None),
+        "finished": utc(),
+        "seconds": round(time.monotonic() - started, 3),
+        "sessions": journal.sessions,
     }
-    if arms is not None:
-        config["arms"] = [f"{arm.label} {arm.keep_text} {json.dumps(arm.config, sort_keys=True)}" for arm in arms]
-    return config | ({"shard": str(part)} if part is not None else {})
+    if journal.path is not None:
+        result["samples"] = journal.path.name
+    if target is not None:
+        write_result(target, result)
+    return result
 
 
-def check_resume(target: Path, config: Mapping[str, Any], overwrite: bool) -> None:
-    """Raises ResumeError where what is there belongs to another run, as far as `config` tells; reads, never writes."""
-    answers = samples_path(target)
-    if overwrite or not (target.exists() or answers.exists()):
-        return
-    if not answers.exists():
-        raise ResumeError(f"{target} exists, but its {answers.name} does not: type --overwrite, or another --out")
-    with answers.open("rb") as file:
-        first = file.readline()
-    try:
-        theirs = parse(first)["config"]
-    except (BadJSON, KeyError, TypeError):
-        theirs = {}
-    if isinstance(theirs, dict):
-        rest = {name: value for name, value in theirs.items() if name != "shard"}
-        Journal(answers, {**rest, **config}, {}, overwrite)
+def _result(plan: Plan, variants: Sequence[Variant], journal: Journal) -> dict[str, Any]:
+    """Header, rows and means from complete records."""
+    rows: list[dict[str, Any]] = []
+    scores: dict[tuple[str, str, str], ScoresByImage] = {}
+    for task in plan.tasks:
+        ids = [name for batch in plan.batches if batch.task is task for name in batch.ids]
+        # A shard may have no batch of a small task.
+        if not ids:
+            continue
+        # The commonest answer is that of the whole task, in a shard too.
+        common, majority_score = majority(task, plan.samples[task.name])
+        blind_score = None
+        if any(variant.label == BLIND for variant in variants):
+            blind_score = sum(journal.records[task.name, BLIND, "", name]["score"] for name in ids) / len(ids)
+        for variant in variants:
+            if variant.label == BLIND:
+                continue
+            records = [journal.records[task.name, variant.label, variant.keep_text, name] for name in ids]
+            head = {
+                "model": journal.config["model"],
+                "task": task.name,
+                "pruner": variant.label,
+                "pruner_config": variant.config,
+                "keep": variant.keep,
+                "trained": variant.trained,
+            }
+            row = make_row(head, records, blind_score, majority_score, plan.seed)
+            rows.append(row | {"extras": {"majority_answer": common, **task.summary(records)}})
+            scores[task.name, variant.label, variant.keep_text] = (
+                [record["score"] for record in records],
+                [record["image_id"] for record in records],
+            )
+    means = mean_rows(rows, scores, plan.seed)
+    return {"schema": SCHEMA, "header": dict(journal.config), "rows": rows, "means": means}
 
 
 class _Runner:
-    """The loop over batches and arms.
+    """The loop over batches and variants.
 
-    An arm whose budget cannot be reached (by its method in this model, or with an image this small) is not measured:
+    A variant whose budget cannot be reached (by its method in this model, or with an image this small) is not measured:
     why is in `unreached`, and the rest goes on.
     """
 
-    def __init__(self, model: Any, processor: Any, arms: Sequence[Arm], positions: str, progress: bool = False) -> None:
-        self.model, self.processor, self.arms, self.positions = model, processor, arms, positions
-        self.progress = progress
+    def __init__(self, model: PreTrainedModel, processor: Any, plan: Plan, show_progress: bool) -> None:
+        self.model, self.processor, self.plan, self.show_progress = model, processor, plan, show_progress
+        self.variants = plan.variants or ()
         self.unreached: dict[tuple[str, str], str] = {}
 
-    def leave_out(self, arm: Arm, why: BudgetError) -> None:
-        self.unreached[arm.key] = str(why)
-        if self.progress:
-            print(f"not measured: {arm.named}: {why}", file=sys.stderr)
+    def run(self, journal: Journal) -> None:
+        """Every batch with every variant that the journal does not have yet."""
+        total = len(self.variants) * sum(len(batch.samples) for batch in self.plan.batches)
+        # Batches outside, variants inside: an image is encoded once for all variants.
+        with Progress("answers", total, show=self.show_progress) as bar:
+            for batch in self.plan.batches:
+                bar.about(batch.task.name)
+                todo = [v for v in self.variants if not journal.has(batch.task.name, v.label, v.keep_text, batch.ids)]
+                bar.advance((len(self.variants) - len(todo)) * len(batch.samples), reused=True)
+                for records in self._answers(batch, todo):
+                    journal.add(records)
+                    bar.advance(len(batch.samples))
 
-    def rehearse(self, chunk: Chunk, tasks: Any) -> None:
-        """Every arm once on one batch, before anything is written: mistakes show now, and caches are warm.
+    def _answers(self, batch: Batch, variants: Sequence[Variant]) -> Iterator[list[dict[str, Any]]]:
+        """The records of one batch, variant by variant; the image goes through the vision encoder once."""
+        if not variants:
+            return
+        inputs, question, encoded = self._encode(batch)
+        for variant in variants:
+            if variant.key in self.unreached:
+                continue
+            try:
+                answers = self._answer(batch, variant, inputs, question, encoded)
+            except BudgetError as error:
+                self._leave_out(variant, error)
+                continue
+            yield make_records(batch.task, batch.samples, variant, answers, encoded)
+
+    def _answer(
+        self, batch: Batch, variant: Variant, inputs: Mapping[str, Any], question: list[list[int]], encoded: Encoded
+    ) -> BatchAnswers:
+        limit = batch.task.max_new_tokens
+        if variant.label == BLIND:
+            texts = [batch.task.prompt(sample) for sample in batch.samples]
+            inputs = make_inputs(self.model, self.processor, texts, None)
+            return answer(self.model, self.processor, inputs, None, max_new_tokens=limit)
+        return answer(
+            self.model,
+            self.processor,
+            inputs,
+            _pruner_of(variant, batch, encoded),
+            variant.keep,
+            max_new_tokens=limit,
+            positions=self.plan.positions,
+            question=question,
+            encoded=encoded,
+        )
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch) -> tuple[dict[str, Any], list[list[int]], Encoded]:
+        texts = [batch.task.prompt(sample) for sample in batch.samples]
+        inputs = make_inputs(self.model, self.processor, texts, [sample.image for sample in batch.samples])
+        question = question_ids(self.processor, [sample.question for sample in batch.samples])
+        # All variants' needs at once (attention of the tower, its states), since encoding is not repeated.
+        pruners = [variant.pruner for variant in self.variants if variant.pruner is not None]
+        return inputs, question, encode(self.model, inputs, pruners)
+
+    def rehearse(self) -> None:
+        """Every variant once on the first batch, before anything is written: mistakes show now, and caches are warm.
 
         Raises:
             BudgetError: no pruner reaches any of the budgets.
         """
-        if any(arm.label == ORACLE for arm in self.arms):
-            for task in tasks:
-                if task.evidence_grid is None:
-                    raise GripError(f"task {task.name!r} marks no evidence: leave 'oracle' out")
-        inputs, question, encoded = self._encoded(chunk)
-        for arm in self.arms:
-            if arm.label != BLIND:
-                pruner = self._pruner(arm, chunk, encoded)
-                options: dict[str, Any] = {"positions": self.positions, "question": question, "encoded": encoded}
-                try:
-                    with pruned_run(self.model, inputs, pruner, arm.keep, **options) as (arguments, record):
-                        if any(s.layers for mine in record.selections for s in mine):  # chosen while it runs
-                            self.model.generate(**arguments, max_new_tokens=1, do_sample=False)
-                except BudgetError as why:
-                    self.leave_out(arm, why)
-        wanted = [arm for arm in self.arms if arm.label not in (FULL, BLIND)]
-        if wanted and all(arm.key in self.unreached for arm in wanted):
-            raise BudgetError("; ".join(f"{arm.named}: {self.unreached[arm.key]}" for arm in wanted))
+        if any(variant.label == ORACLE for variant in self.variants):
+            for batch in self.plan.batches:
+                # Before the first batch, not when the run reaches this task.
+                if batch.task.evidence_grid is None:
+                    raise GripError(f"task {batch.task.name!r} marks no evidence: leave 'oracle' out")
+        batch = self.plan.batches[0]
+        inputs, question, encoded = self._encode(batch)
+        options: dict[str, Any] = {"positions": self.plan.positions, "question": question, "encoded": encoded}
+        for variant in self.variants:
+            if variant.label == BLIND:
+                continue
+            pruner = _pruner_of(variant, batch, encoded)
+            try:
+                with pruned_run(self.model, inputs, pruner, variant.keep, **options) as (arguments, record):
+                    # Pruners inside the language model choose while it runs, and may fail only then.
+                    if any(selection.layers for selections in record.selections for selection in selections):
+                        self.model.generate(**arguments, max_new_tokens=1, do_sample=False)
+            except BudgetError as error:
+                self._leave_out(variant, error)
+        pruned = [variant for variant in self.variants if variant.label not in (FULL, BLIND)]
+        if pruned and all(variant.key in self.unreached for variant in pruned):
+            raise BudgetError("; ".join(f"{variant.title}: {self.unreached[variant.key]}" for variant in pruned))
+        # The first generation builds caches and picks kernels; its time must not count for the first variant.
         answer(self.model, self.processor, inputs, "keep_all", max_new_tokens=2, encoded=encoded)
 
-    def run(self, chunks: Sequence[Chunk], journal: Journal) -> None:
-        """All that the journal has not yet."""
-        total = len(self.arms) * sum(len(chunk.samples) for chunk in chunks)
-        with Progress("answers", total, show=self.progress) as bar:
-            for chunk in chunks:
-                bar.about(chunk.task.name)
-                todo = [a for a in self.arms if not journal.has(chunk.task.name, a.label, a.keep_text, chunk.ids)]
-                bar.advance((len(self.arms) - len(todo)) * len(chunk.samples), reused=True)
-                for records in self._chunk(chunk, todo):
-                    journal.add(records)
-                    bar.advance(len(chunk.samples))
+    def _leave_out(self, variant: Variant, error: BudgetError) -> None:
+        self.unreached[variant.key] = str(error)
+        if self.show_progress:
+            print(f"not measured: {variant.title}: {error}", file=sys.stderr)
 
-    def _chunk(self, chunk: Chunk, arms: Sequence[Arm]) -> Iterator[list[dict[str, Any]]]:
-        """The records of one batch, arm by arm; the image goes through the vision encoder once."""
-        if not arms:
-            return
-        inputs, question, encoded = self._encoded(chunk)
-        texts = [chunk.task.prompt(sample) for sample in chunk.samples]
-        for arm in arms:
-            if arm.key in self.unreached:
-                continue
-            if arm.label == BLIND:
-                bare = make_inputs(self.model, self.processor, texts, None)
-                outcome = answer(self.model, self.processor, bare, None, max_new_tokens=chunk.task.max_new_tokens)
-            else:
-                try:
-                    outcome = answer(
-                        self.model,
-                        self.processor,
-                        inputs,
-                        self._pruner(arm, chunk, encoded),
-                        arm.keep,
-                        max_new_tokens=chunk.task.max_new_tokens,
-                        positions=self.positions,
-                        question=question,
-                        encoded=encoded,
-                    )
-                except BudgetError as why:
-                    self.leave_out(arm, why)
-                    continue
-            yield sample_records(chunk, arm, outcome, encoded)
 
-    @torch.no_grad()
-    def _encoded(self, chunk: Chunk) -> tuple[dict[str, Any], list[list[int]], Encoded]:
-        texts = [chunk.task.prompt(sample) for sample in chunk.samples]
-        inputs = make_inputs(self.model, self.processor, texts, [sample.image for sample in chunk.samples])
-        question = question_ids(self.processor, [sample.question for sample in chunk.samples])
-        return inputs, question, encode(self.model, inputs, [arm.pruner for arm in self.arms if arm.pruner is not None])
-
-    def _pruner(self, arm: Arm, chunk: Chunk, encoded: Encoded) -> Pruner:
-        if arm.pruner is not None:
-            return arm.pruner
-        return oracle(chunk.samples, encoded, chunk.task.evidence_grid)
+def _pruner_of(variant: Variant, batch: Batch, encoded: Encoded) -> Pruner:
+    if variant.pruner is not None:
+        return variant.pruner
+    return oracle(batch.samples, encoded, batch.task.evidence_grid)
 
 
 def _finished(target: Path) -> dict[str, Any] | None:
@@ -309,17 +343,18 @@ def _finished(target: Path) -> dict[str, Any] | None:
     return old if whole else None
 
 
-def _reused(journal: Journal, had: int, total: int) -> str:
-    if had < total:
-        return f"{had} of {total} answers are in {journal.path} already; going on from there."
+def _reused(journal: Journal, total: int) -> str:
+    done = len(journal.records)
+    if done < total:
+        return f"{done} of {total} answers are in {journal.path} already; resuming from there."
     return (
         f"All {total} answers are in {journal.path} already: nothing is measured again, times are those of that run. "
-        "To measure anew, type --overwrite or another --out."
+        "To measure anew, pass overwrite=True (--overwrite) or another out."
     )
 
 
-def _how_to_go_on(journal: Journal, total: int) -> str:
+def _stopped(journal: Journal, total: int) -> str:
     if journal.path is None:
         return "Stopped; nothing is kept, because no --out was given."
-    kept = f"{len(journal.records)} of {total} answers are in {journal.path}"
-    return f"Stopped. {kept}; the same command goes on from there."
+    done = f"{len(journal.records)} of {total} answers are in {journal.path}"
+    return f"Stopped. {done}; the same command resumes from there."

@@ -1,4 +1,4 @@
-"""gripvlm inside other people's programs. Nothing here is imported unless such a program asks for it."""
+"""gripvlm inside other programs; nothing here is imported unless such a program does it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["lmms_eval_manifest"]
 
 
 def lmms_eval_manifest() -> Any:
-    """What lmms-eval's entry-point group `lmms_eval.models` is given: the model `gripvlm` (lmms-eval 0.7 and later)."""
+    """The model `gripvlm` for the entry-point group `lmms_eval.models` (lmms-eval 0.7 and later)."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="gripvlm", simple_class_path="gripvlm.integrations.lmms_eval.GripVLM")

@@ -2,13 +2,13 @@
 
     lmms-eval --model gripvlm --model_args pretrained=llava-hf/llava-1.5-7b-hf,pruner=divprune,keep=64 --tasks pope
 
-lmms-eval finds it by the entry point in pyproject.toml; written against and tested with lmms-eval 0.7.3 and the rest of
-locks/lmms.txt (`make test-lmms`). lmms-eval logs an exception and exits with 0, so what stops a run here is a
-SystemExit, which exits with 1.
+lmms-eval finds it by the entry point in pyproject.toml; tested with lmms-eval 0.7.3 and the rest of locks/lmms.txt
+(`make test-lmms`). lmms-eval logs exceptions and exits with 0, so errors here are a SystemExit, which exits with 1.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from PIL import Image
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from gripvlm.api import prune
 from gripvlm.budget import Budget
@@ -31,8 +32,8 @@ from gripvlm.models.loading import load_model, quiet
 
 __all__ = ["GripVLM"]
 
-_SETTINGS = ("num_beams", "temperature", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram_size")
-_READ = {"until", "max_new_tokens", "do_sample", *_SETTINGS}
+_GENERATION = ("num_beams", "temperature", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram_size")
+_USED = {"until", "max_new_tokens", "do_sample", *_GENERATION}
 
 
 class GripVLM(lmms):
@@ -41,20 +42,19 @@ class GripVLM(lmms):
     Args:
         pretrained: lab, a local folder, or a Hugging Face hub id.
         pruner: a name or spec from `gripvlm list`; a spec with commas in quotes. By default nothing is pruned.
-        keep: 64, 0.1 or 10%, as on gripvlm's own command line; at most so many as ≤64, since lmms-eval splits at
-            each =.
+        keep: 64, 0.1 or 10%, as on gripvlm's own command line; at most 64 is ≤64, since lmms-eval splits at each =.
         positions: original or renumbered.
         dtype: auto, float32, bfloat16 or float16.
         device: as PyTorch names it; by default the first accelerator there is, or the process's own under accelerate.
         batch_size: prompts at a time.
-        max_batch_size: not read; lmms-eval hands it to every model.
+        max_batch_size: not used; lmms-eval passes it to every model.
         attn_implementation: as in transformers.
         max_new_tokens: for tasks that name no length.
 
     Every process of `accelerate launch` holds the whole model and answers its share of the questions.
 
     Raises:
-        GripError: a name or a value that is not known; said before the model is loaded.
+        GripError: a name or a value that is not known; raised before the model is loaded.
     """
 
     is_simple = True
@@ -84,13 +84,16 @@ class GripVLM(lmms):
             raise GripError("no model: type --model_args pretrained=lab, a folder or a hub id")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise GripError(f"--batch_size {batch_size}: type a number, 1 or more")
+        # Quotes keep lmms-eval from splitting a spec at its commas, and arrive here with it.
         self.pruner = checked_pruner(str(pruner).strip("'\""))
+        # lmms-eval has made 64 an int and 0.1 a float; as text they are read as on our own command line.
         self.keep = checked_budget(self.pruner, None if keep is None else Budget(str(keep)))
         self.positions, self.max_new_tokens = positions, int(max_new_tokens)
         checked_positions(positions)
         self.batch_size = int(batch_size)
         quiet()
         self._model, self.processor = load_model(pretrained, self._place(device), dtype, attn_implementation)
+        # Again, now that the model is there: the pruner may need what it cannot supply.
         checked_pruner(self.pruner, self._model)
         self.kept = self.seen = 0.0
 
@@ -101,7 +104,7 @@ class GripVLM(lmms):
         Raises:
             SystemExit: a setting that is refused, or a filelock that lmms-eval itself cannot work with.
         """
-        with _stops():
+        with _exit_on_error():
             _check_filelock()
             made: GripVLM = super().create_from_arg_string(arg_string, additional_config)
         return made
@@ -118,27 +121,24 @@ class GripVLM(lmms):
         return str(accelerator.device)
 
     @property
-    def model(self) -> Any:
-        """The transformers model."""
+    def model(self) -> PreTrainedModel:
         return self._model
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer."""
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         return self._model.device
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
         """Refused: pruned prompts are answered, not scored."""
-        raise self._refused(requests, "the log-likelihood of given answers")
+        raise _unsupported(requests, "the log-likelihood of given answers")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
         """Refused: a later round would have to prune anew what an earlier one dropped."""
-        raise self._refused(requests, "several rounds")
+        raise _unsupported(requests, "several rounds")
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers in the order of the requests.
@@ -146,88 +146,93 @@ class GripVLM(lmms):
         Raises:
             SystemExit: a request that cannot be answered.
         """
-        with _stops():
+        with _exit_on_error():
             return self._answers(requests)
 
     def _answers(self, requests: Sequence[Any]) -> list[str]:
         answers: list[str] = [""] * len(requests)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="gripvlm") as bar:
-            for places, settings in self._batches(requests):
-                read = {place: self._read(requests[place]) for place in places}
-                shown = [place for place in places if read[place][1]]
-                for mine in (shown, [place for place in places if place not in shown]):
-                    texts, images = [read[place][0] for place in mine], [read[place][1] for place in mine]
-                    said = self._answer(texts, images, settings) if mine else []
-                    for place, answer in zip(mine, said, strict=True):
-                        answers[place] = answer
-                        self.cache_hook.add_partial("generate_until", requests[place].args[:2], answer)
-                bar.update(len(places))
+            for indices, settings in self._batches(requests):
+                questions = {index: self._question(requests[index]) for index in indices}
+                # The processor takes batches that all have images, or none.
+                with_images = [index for index in indices if questions[index][1]]
+                without = [index for index in indices if not questions[index][1]]
+                for batch in filter(None, (with_images, without)):
+                    texts, images = zip(*(questions[index] for index in batch), strict=True)
+                    for index, text in zip(batch, self._answer(texts, images, settings), strict=True):
+                        answers[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args[:2], text)
+                bar.update(len(indices))
         if self.seen:
             share = f"{100 * self.kept / self.seen:.1f} %"
             logger.info(f"gripvlm: {self.pruner.name} kept {share} of the visual tokens of {len(requests)} prompts")
         return answers
 
     def _batches(self, requests: Sequence[Any]) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
-        """Places of requests with the same generation settings, and these."""
+        """Indices of requests with the same generation settings, and these settings."""
+        # One `generate` call has one set of settings for the whole batch.
         groups: dict[str, list[int]] = {}
-        for place, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(place)
-        for places in groups.values():
-            settings = requests[places[0]].args[1]
-            if ignored := sorted(set(settings) - _READ):
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        for indices in groups.values():
+            settings = requests[indices[0]].args[1]
+            if ignored := sorted(set(settings) - _USED):
                 logger.warning(f"gripvlm does not use the task's generation settings {', '.join(ignored)}")
-            for start in range(0, len(places), self.batch_size):
-                yield places[start : start + self.batch_size], settings
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size], settings
 
-    def _read(self, request: Any) -> tuple[str, list[Image.Image]]:
-        """The text and the pictures of a request."""
-        text, _, visual, number, task, split = request.args
-        pictures = visual(self.task_dict[task][split][number]) or []
-        for picture in pictures:
-            if not isinstance(picture, Image.Image):
+    def _question(self, request: Any) -> tuple[str, list[Image.Image]]:
+        """The text and the images of a request."""
+        text, _, doc_to_visual, number, task, split = request.args
+        images = doc_to_visual(self.task_dict[task][split][number]) or []
+        for image in images:
+            if not isinstance(image, Image.Image):
                 raise InputError(
-                    f"task {task!r} shows a {type(picture).__name__} in question {number}; gripvlm prunes pictures: "
-                    "choose a task of pictures"
+                    f"task {task!r} shows a {type(image).__name__} in question {number}; gripvlm prunes images: choose "
+                    "a task of images"
                 )
-        return text, [picture.convert("RGB") for picture in pictures]
+        return text, [image.convert("RGB") for image in images]
 
     def _answer(
         self, texts: Sequence[str], images: Sequence[list[Image.Image]], settings: Mapping[str, Any]
     ) -> list[str]:
-        """One batch, all with pictures or all without; decoded and cut at the task's stop words."""
+        """One batch, all with images or all without; decoded and cut at the task's stop words."""
         inputs = make_inputs(self.model, self.processor, texts, images if images[0] else None)
         question = question_ids(self.processor, texts)
         pruning = prune(self.model, self.pruner, self.keep, positions=self.positions, question=question)
         with pruning as record, torch.no_grad():
             output = self.model.generate(**inputs, **self._settings(settings))
-        selections = [one for mine in record.selections for one in mine]
-        self.kept += sum(one.paid for one in selections)
-        self.seen += sum(one.n for one in selections)
-        said = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [_cut(text, settings.get("until") or ()).strip() for text in said]
+        for selection in itertools.chain.from_iterable(record.selections):
+            self.kept += selection.paid
+            self.seen += selection.n
+        decoded = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_cut(text, settings.get("until") or ()).strip() for text in decoded]
 
     def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What `generate` is told: greedy, unless the task samples with a temperature."""
+        """Arguments of `generate`: greedy, unless the task samples with a temperature."""
+        # Tasks say "greedy" in two ways: do_sample false, or a temperature of 0.
         sample = bool(settings.get("do_sample", True)) and bool(settings.get("temperature") or 0)
-        given = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
+        given = {name: settings[name] for name in _GENERATION if settings.get(name) is not None}
         if not sample:
+            # transformers warns at every call about settings of sampling that greedy decoding does not use.
             given = {name: value for name, value in given.items() if name not in ("temperature", "top_p", "top_k")}
         return given | {
             "max_new_tokens": int(settings.get("max_new_tokens") or self.max_new_tokens),
             "do_sample": sample,
         }
 
-    def _refused(self, requests: Sequence[Any], what: str) -> SystemExit:
-        tasks = sorted({str(getattr(request, "task_name", "?")) for request in requests})
-        return SystemExit(
-            f"gripvlm answers tasks of the type generate_until; {', '.join(tasks)} asks for {what}: choose its "
-            "generate_until variant"
-        )
+
+def _unsupported(requests: Sequence[Any], what: str) -> SystemExit:
+    tasks = sorted({str(getattr(request, "task_name", "?")) for request in requests})
+    return SystemExit(
+        f"gripvlm answers tasks of the type generate_until; {', '.join(tasks)} asks for {what}: choose its "
+        "generate_until variant"
+    )
 
 
 @contextmanager
-def _stops() -> Iterator[None]:
-    """Ends the process with exit code 1 and one line where gripvlm refuses something."""
+def _exit_on_error() -> Iterator[None]:
+    """Ends the process with exit code 1 and one line for an error of gripvlm's."""
     try:
         yield
     except GripError as error:
@@ -235,10 +240,10 @@ def _stops() -> Iterator[None]:
 
 
 def _check_filelock() -> None:
-    """lmms-eval 0.7.3 reaches into filelock, after the model is loaded, for what filelock 4.3 no longer has."""
-    reach = getattr(evaluator, "_enable_reentrant_filelocks", lambda: None)
+    """lmms-eval 0.7.3 uses, after the model is loaded, a private name that filelock 4.3 no longer has."""
+    enable_reentrant_locks = getattr(evaluator, "_enable_reentrant_filelocks", lambda: None)
     try:
-        reach()
+        enable_reentrant_locks()
     except ImportError as error:
         raise GripError(
             f"lmms-eval {version('lmms_eval')} does not work with filelock {version('filelock')} ({error}): type "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from gripvlm.eval.frontier import pareto, usual_budgets
 from gripvlm.eval.variants import ORACLE
 from gripvlm.report.blocks import Block, Figures, Text
 from gripvlm.report.points import Cell, Comparison, Point, keep_text
@@ -140,6 +139,21 @@ def _over_time(comparison: Comparison, styles: dict[str, Style]) -> str:
     mark = Mark(1.0, full.mean.value, full.mean.low, full.mean.high, _says(full, None))
     blind = None if comparison.blind is None else comparison.blind[-1]
     return panel("mean, and time", _lines(comparison, styles, None, True), x, _scores(low, high), mark, blind)
+
+
+def pareto(cost: Sequence[float], score: Sequence[float]) -> list[int]:
+    """Numbers of the points that no other beats: none costs at most as much and scores more, or less and as much."""
+    found, best = [], float("-inf")
+    for i in sorted(range(len(cost)), key=lambda i: (cost[i], -score[i])):
+        if score[i] > best:
+            found.append(i)
+            best = score[i]
+    return found
+
+
+def usual_budgets(budgets: Collection[frozenset[int | float | str]]) -> frozenset[int | float | str]:
+    """Of the methods' sets of budgets the commonest one; of several as common the largest."""
+    return max(budgets, key=lambda keeps: (sum(keeps == one for one in budgets), len(keeps)))
 
 
 def frontier_text(comparison: Comparison, time: bool) -> str:

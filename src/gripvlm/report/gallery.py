@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from gripvlm.errors import GripError
-from gripvlm.eval.kept import unpacked
+from gripvlm.eval.records import unpack_masks
 from gripvlm.eval.results import Results
 from gripvlm.eval.variants import FULL, ORACLE
 from gripvlm.report.blocks import Block, Heading, Pictures, Shown, Text
@@ -102,7 +102,7 @@ def _records(comparison: Comparison, point: Point, task: str) -> dict[str, dict[
     if point.full:
         return comparison.results[0].of(task, FULL, "1.0")
     setting = comparison.scores.settings[comparison.scores.index(point.method, point.keep) or 0]
-    return comparison.results[point.file].of(task, setting.arms[0], str(point.keep))
+    return comparison.results[point.file].of(task, setting.labels[0], str(point.keep))
 
 
 def choose(comparison: Comparison, shown: Sequence[Point], keep: Any) -> list[Choice]:
@@ -148,7 +148,7 @@ def _question(
     picture, drawn = sample.image, []
     for point in shown:
         record = _records(comparison, point, one.task)[one.id]
-        items = unpacked(record["kept"])
+        items = unpack_masks(record["kept"])
         for part in layout(processor, picture.size, [item.grid for item in items]):
             image = overlay(picture, part.of(items), part.geometry, caption="")
             right = record["score"] >= 1

@@ -11,9 +11,8 @@ import numpy as np
 
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
-from gripvlm.eval.estimates import absolute
 from gripvlm.eval.results import Results
-from gripvlm.eval.scores import Scores, scores_of, was_trained
+from gripvlm.eval.scores import Scores, absolute, scores_of, was_trained
 from gripvlm.eval.variants import FULL
 from gripvlm.report.tables import with_means
 from gripvlm.tasks.lab_tasks import FAMILIES
@@ -140,7 +139,7 @@ def _from_scores(group: list[Results], scores: Scores) -> list[Point]:
     found = []
     for s, (one, cells) in enumerate(zip(scores.settings, absolute(scores), strict=True)):
         parts = tuple(Cell(cell.value, cell.low, cell.high) for cell in cells)
-        command = command_of(group[one.file], one.arms, one.keep)
+        command = command_of(group[one.file], one.labels, one.keep)
         found.append(
             Point(
                 one.method, one.keep, one.kept, one.tokens, one.trained, one.seeds, parts[:-1], parts[-1],

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from gripvlm.eval.estimates import Estimate, differences_from, relative
-from gripvlm.eval.frontier import hypervolumes, time_to_accuracy
 from gripvlm.eval.results import Results
-from gripvlm.eval.scores import Scores
+from gripvlm.eval.scores import Scores, differences_from, relative
+from gripvlm.eval.stats import Estimate
 from gripvlm.eval.variants import FULL
 from gripvlm.report.blocks import Block, Commands, Facts, Heading, Sheet, Text
 from gripvlm.report.figures import ALWAYS, plots, score_text
@@ -19,7 +17,7 @@ from gripvlm.report.tables import short, unreached
 __all__ = ["commands", "sections"]
 
 
-def sections(comparison: Comparison, baseline: str, anchor: str, within: float) -> list[Block]:
+def sections(comparison: Comparison, baseline: str, anchor: str) -> list[Block]:
     """How it was measured, plots, scores and what follows from them."""
     name = comparison.name
     missing = [str(one.missing) for one in comparison.results if one.missing is not None]
@@ -31,14 +29,13 @@ def sections(comparison: Comparison, baseline: str, anchor: str, within: float) 
     if comparison.scores is None:
         blocks.append(
             Text(
-                "Paired differences, relative accuracy, hypervolume and time to equal accuracy are left out: they "
+                "Paired differences and relative accuracy are left out: they "
                 f"need every answer, and {', '.join(f'`{one}`' for one in missing)} is not there."
             )
         )
     else:
         blocks += _seeds(comparison) + _relative(comparison, comparison.scores)
         blocks += _differences(comparison, comparison.scores, baseline)
-        blocks += _volume(comparison, comparison.scores) + _equal_time(comparison, comparison.scores, within)
     return blocks
 
 
@@ -194,66 +191,6 @@ def _differences(comparison: Comparison, scores: Scores, baseline: str) -> list[
         "10,000 flips), so the chance that any star is wrong is at most 5 %."
     )
     return [heading, Text(text), _by_budget(comparison, values)]
-
-
-def _volume(comparison: Comparison, scores: Scores) -> list[Block]:
-    floor = comparison.blind[-1] if comparison.blind is not None else 0.0
-    log, linear = (hypervolumes(scores, floor, axis) for axis in ("log", "linear"))
-    rows = [
-        [method, _percent(one), _percent(linear[method])]
-        for method, one in sorted(log.items(), key=lambda pair: -(pair[1].value if pair[1] else -1.0))
-    ]
-    kind = "the model without the image" if comparison.blind is not None else "0"
-    text = (
-        "Area under a method's frontier of mean score over the share of tokens kept, in percent of the area of a "
-        "method that would score as the full model from the smallest budget on. Reference point: all tokens kept, and "
-        f"the score of {kind} ({100 * floor:.1f} %). On a logarithmic axis each halving of the tokens counts the same; "
-        "on a linear one the large budgets count most. A dash: not measured at every budget that most methods were."
-    )
-    sheet = Sheet(["method", "log axis", "linear axis"], rows)
-    return [Heading(f"Hypervolume: {comparison.name}", 3), Text(text), sheet]
-
-
-def _equal_time(comparison: Comparison, scores: Scores, within: float) -> list[Block]:
-    title = Heading(f"Time to equal accuracy: {comparison.name}", 3)
-    if len(comparison.results) > 1:
-        return [title, Text("Left out: these settings were measured in several runs, whose times do not compare.")]
-    if not len(scores.drawn):
-        return [title, Text("Left out: there are too few pictures for an interval.")]
-    blocks: list[Block] = [title]
-    less = f" less {100 * within:g} points" if within else ""
-    heuristics = [keep for keep in scores.keeps if any(one.heuristic and one.keep == keep for one in scores.settings)]
-    near = comparison.nearest()
-    keeps = [near] if near in heuristics else heuristics[-1:]
-    for keep in [*keeps, None]:
-        number, times = time_to_accuracy(scores, keep, within)
-        reference = scores.settings[number]
-        best = f"the best training-free method at {keep_text(keep)}, `{reference.method}`" if keep is not None else ""
-        score = f"{100 * scores.means[number].mean():.1f} %{less}"
-        text = (
-            f"Time that each method needs to be as accurate as {best or 'the full model'} ({score}), "
-            "at its fastest setting that was measured, divided by that one's time. Below 1 is faster. The interval is "
-            "from a bootstrap over pictures in which the reference, its accuracy and every fastest setting are chosen "
-            "anew; it does not hold what another run of the clock would add. Reached: the share of draws in which any "
-            "setting is as accurate."
-        )
-        rows = [
-            [
-                one.method,
-                "-" if one.setting is None else keep_text(scores.settings[one.setting].keep),
-                f"{_ratio(one.ratio)} [{_ratio(one.low)}, {_ratio(one.high)}]"
-                if one.reached >= 0.005
-                else "not reached",
-                f"{100 * one.reached:.0f} %",
-            ]
-            for one in times
-        ]
-        blocks += [Text(text), Sheet(["method", "at", "time ratio", "reached"], rows, 2)]
-    return blocks
-
-
-def _ratio(value: float) -> str:
-    return "never" if math.isinf(value) else f"{value:.2f}"
 
 
 def _percent(one: Estimate | None) -> str:

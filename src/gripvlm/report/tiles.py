@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gripvlm.eval.kept import Kept
+from gripvlm.eval.records import TokenMask
 from gripvlm.report.cells import Box, Geometry, GeometryError, geometry
 
 __all__ = ["Part", "layout"]
@@ -32,11 +32,11 @@ class Part:
     geometry: Geometry
     start: int
 
-    def of(self, selections: Sequence[Any]) -> Kept:
+    def of(self, selections: Sequence[Any]) -> TokenMask:
         """What of it was kept, from the image's selections (one an item, in order), to hand to `overlay`."""
         kept = torch.cat([selection.mask() for selection in selections])
         merge = next((selection.merge for selection in selections if selection.merge is not None), None)
-        return Kept(kept[self.start : self.start + len(self.geometry.boxes)], merge=merge)
+        return TokenMask(kept[self.start : self.start + len(self.geometry.boxes)], merge=merge)
 
 
 def layout(

@@ -27,7 +27,6 @@ def report(
     *,
     title: str = "Visual-token pruning: results",
     baseline: str = "random",
-    within: float = 0.0,
     pictures: bool = True,
 ) -> Path:
     """Writes `out/index.html` (self-contained), `out/report.md` and its `out/figures/`.
@@ -38,7 +37,6 @@ def report(
         paths: results files; where their samples files are missing, what needs every answer is left
             out, and the page says so.
         baseline: the method that differences are taken from.
-        within: how much of the mean score (0.01 is one point) may be missing for "equal accuracy".
         pictures: whether to draw what was kept for some questions.
 
     Returns:
@@ -57,7 +55,7 @@ def report(
     blocks: list[Block] = [Heading(title, 1), Text(_about(found))]
     for one in found:
         anchor = re.sub(r"[^a-z0-9]+", "-", one.name.lower()).strip("-")
-        blocks += sections(one, baseline, anchor, within)
+        blocks += sections(one, baseline, anchor)
         blocks += gallery(one, anchor) if pictures else []
         blocks += commands(one)
     page, words = to_html(title, blocks), to_markdown(blocks, FOLDER)

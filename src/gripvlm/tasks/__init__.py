@@ -59,6 +59,7 @@ def get_tasks(names: str | Task | Sequence[str | Task]) -> list[Task]:
     """
     tasks: dict[str, Task] = {}
     for name in [names] if isinstance(names, (str, Task)) else join_options(names):
+        # The same name from two places would be two tasks with the same rows.
         for task in [name] if isinstance(name, Task) else _named(name.strip()):
             before = tasks.setdefault(task.name, task)
             if getattr(before, "source", None) != getattr(task, "source", None):
@@ -71,6 +72,7 @@ def get_tasks(names: str | Task | Sequence[str | Task]) -> list[Task]:
 def _named(name: str) -> list[Task]:
     if name == "lab":
         return [LabTask(family) for family in FAMILIES]
+    # A path may hold colons itself: only the first one ends the task's kind.
     kind, colon, rest = name.partition(":")
     if kind in ("jsonl", "custom") and rest:
         path, options = _read_options(kind, rest)

@@ -1,4 +1,4 @@
-"""What a task is: samples, the text that is asked, and a score that is also the training reward."""
+"""A task: samples, the prompt of each, and a score that is also the training reward."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from gripvlm.tasks.pictures import TaskError, open_image
 
 __all__ = ["Sample", "Task", "TaskError", "default_score", "named_choice", "normalise"]
 
-_NOTHING = re.compile(r"(?<=\d),(?=\d)|['\u2019]")  # 1,000 is 1000; don't is dont
+_REMOVED = re.compile(r"(?<=\d),(?=\d)|['\u2019]")  # 1,000 is 1000; don't is dont
 _SPACE = re.compile(r"(?<!\d)[^\w\s-]|[^\w\s-](?!\d)|(?<=\w)-|-(?!\d)|_")  # 3.5, 12:30 and -4 stay whole
 
 
 def normalise(text: str) -> str:
     """An answer as it is compared, the same for every task.
 
-    Lower case; punctuation is gone, except inside numbers (3.5, 12:30) and a number's minus; runs of
-    white space are one space.
+    Lower case; punctuation is gone, except inside numbers (3.5, 12:30) and a number's minus; runs of white space are
+    one space.
     """
-    return " ".join(_SPACE.sub(" ", _NOTHING.sub("", text.casefold())).split())
+    return " ".join(_SPACE.sub(" ", _REMOVED.sub("", text.casefold())).split())
 
 
 def named_choice(prediction: str, choices: Sequence[str]) -> str | None:
     """The one choice that a prediction names, or None where it names none or several.
 
-    The whole prediction equals it, or it is the only choice that occurs in it as whole words ("The
-    answer is a cat." names "cat"). A choice inside a longer one that also occurs does not count.
+    The whole prediction equals it, or it is the only choice that occurs in it as whole words ("The answer is a cat."
+    names "cat"). A choice inside a longer one that also occurs does not count.
     """
-    said = normalise(prediction)
-    wanted = {normalise(choice): choice for choice in choices}
-    if said in wanted:
-        return wanted[said]
-    found = [choice for choice in wanted if choice and f" {choice} " in f" {said} "]
-    longest = [a for a in found if not any(a != b and f" {a} " in f" {b} " for b in found)]
-    return wanted[longest[0]] if len(longest) == 1 else None
+    text = normalise(prediction)
+    originals = {normalise(choice): choice for choice in choices}
+    if text in originals:
+        return originals[text]
+    present = [choice for choice in originals if choice and f" {choice} " in f" {text} "]
+    longest = [a for a in present if not any(a != b and f" {a} " in f" {b} " for b in present)]
+    return originals[longest[0]] if len(longest) == 1 else None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture.
+    """One question about one image.
 
     Attributes:
         id: unique in its task.
         picture: the image's file, or a function that makes it; read when `image` is first asked for.
         question, answer: as text.
-        answers: all that are accepted, or that people gave, where there are several; else ().
         choices: the answers to choose from, () where the answer is free.
-        family: the kind of question, for the report's columns.
+        family: the kind of question, such as "reading".
         pair: the two questions of a yes/no pair share it; None elsewhere.
         evidence: raster indices of the patches that hold the answer, most covered first; may be ().
-        image_id: samples about the same picture share it; intervals are clustered by it.
+        image_id: samples about the same image share it; intervals are clustered by it.
+        answers: all that are accepted, or that people gave, where there are several; else ().
     """
 
     id: str
@@ -78,7 +78,7 @@ class Sample:
 
     @property
     def image(self) -> Image.Image:
-        """The picture, RGB. Read anew at each call, so that a long run holds none of them."""
+        """The image, RGB. Read anew at each call, so that a long run holds none of them."""
         return open_image(self.picture) if isinstance(self.picture, Path) else self.picture().convert("RGB")
 
 
@@ -105,7 +105,7 @@ class Task:
         name: as typed in `--tasks`.
         max_new_tokens: how long an answer may get.
         evidence_grid: (h, w) of the raster that `Sample.evidence` counts in; None without evidence.
-        held_out: its samples are those that scores are published on; training takes them only by their split's name.
+        held_out: scores are published on its samples; training takes them only by their split's name.
     """
 
     name: str = ""
@@ -138,27 +138,35 @@ class Task:
         """
         return {}
 
+    def with_samples(self, records: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Sample]]:
+        """Each record with its sample."""
+        by_id = {sample.id: sample for sample in self.samples}
+        return [(record, by_id[record["id"]]) for record in records]
+
     def take(self, limit: int | None, seed: int) -> list[Sample]:
         """At most `limit` samples: whole pairs, drawn with `seed`, in the task's own order.
 
-        A larger limit with the same seed contains the smaller one's samples, except that an odd
-        place at the end may be filled by a sample without a pair.
+        A larger limit with the same seed contains the smaller one's samples, except that an odd place at the end may be
+        filled by a sample without a pair.
         """
         if limit is None or limit >= len(self.samples):
             return list(self.samples)
         if limit < 1:
-            raise TaskError(f"limit={limit} leaves no sample: type 1 or more")
+            raise TaskError(f"limit={limit} leaves no sample: use 1 or more")
+        # Scores of pairs count only where both questions were asked, so pairs are drawn whole.
         groups: dict[tuple[str, str], list[int]] = {}
         for index, sample in enumerate(self.samples):
-            together = (sample.image_id, sample.pair) if sample.pair is not None else ("", f"one {sample.id}")
-            groups.setdefault(together, []).append(index)
+            key = (sample.image_id, sample.pair) if sample.pair is not None else ("", f"one {sample.id}")
+            groups.setdefault(key, []).append(index)
         drawn: list[int] = []
         members = list(groups.values())
+        # One permutation of everything, cut at the limit: a larger limit then holds the smaller one.
         for group in np.random.default_rng(seed).permutation(len(members)):
             if len(drawn) + len(members[group]) <= limit:
                 drawn += members[group]
             if len(drawn) == limit:
                 break
-        if not drawn:  # a limit of 1 where everything comes in pairs
+        # A limit of 1 where everything comes in pairs: half a pair is better than nothing.
+        if not drawn:
             drawn = members[0][:limit]
         return [self.samples[index] for index in sorted(drawn)]

@@ -6,8 +6,8 @@ benchmark's own code differ, the class says which is followed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from gripvlm.tasks.base import Sample, TaskError
 from gripvlm.tasks.metrics import (
     contains,
     contains_verbatim,
-    mme_says,
+    mme_answer,
     option_letter,
-    pope_says,
+    pair_accuracy,
+    pope_answer,
     yes_no_summary,
 )
 from gripvlm.tasks.rows import Source
 from gripvlm.tasks.table_task import BY_LETTER, TableTask, commonest, lettered
 from gripvlm.tasks.vqa_answer import vqa_accuracy
 
-__all__ = ["AI2D", "BENCHMARKS", "MME", "POPE", "Benchmark", "OCRBench", "ScienceQA", "TextVQA", "benchmark"]
+__all__ = ["BENCHMARKS", "benchmark"]
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
@@ -57,6 +58,7 @@ class Benchmark(TableTask):
         )
         self.part = name.partition("/")[2]
         self._spec = f"{name}:{','.join(f'{key}={value}' for key, value in options.items())}" if options else name
+        # Who names the split means it, for training on it too.
         self.held_out = "split" not in options
         if options.get("split", self.split) != self.split:
             self.name = f"{name}:split={options['split']}"
@@ -69,7 +71,7 @@ class Benchmark(TableTask):
 class POPE(Benchmark):
     """Is this object in the picture? Yes or no; the absent ones drawn at random, from the popular or the likely.
 
-    Source: arXiv 2305.10355. An answer is read as POPE's own code does (`pope_says`), which differs from lmms-eval:
+    Source: arXiv 2305.10355. An answer is read as POPE's own code does (`pope_answer`), which differs from lmms-eval:
     (1) there anything but the bare word is wrong, here what is not "no" is "yes"; (2) its pope_yes_ratio counts the
     true answers, here `yes_share` counts the model's, as POPE defines it.
     """
@@ -78,43 +80,51 @@ class POPE(Benchmark):
     columns = ("question_id", "question", "answer", "image_source", "category")
     suffix, max_new_tokens = SHORT, 128
 
-    def sample(self, index: int, row: Mapping[str, Any], picture: partial, image_id: str) -> Sample | None:
+    def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
         category, answer = str(row["category"]), str(row["answer"]).strip().lower()
         if category not in self.parts or answer not in ("yes", "no"):
             raise self.refused(index, f"has the category {category!r} and the answer {answer!r}")
         if self.part not in ("", category):
             return None
-        return Sample(
-            id=f"{category}/{row['question_id']}",
-            picture=picture,
-            question=row["question"].strip(),
-            answer=answer.capitalize(),
-            family=category,
-            image_id=str(row["image_source"]),
-        )
+        return {
+            "id": f"{category}/{row['question_id']}",
+            "question": row["question"].strip(),
+            "answer": answer.capitalize(),
+            "family": category,
+            "image_id": str(row["image_source"]),
+        }
 
     def score(self, prediction: str, sample: Sample) -> float:
-        return float(pope_says(prediction) == sample.answer.lower())
+        return float(pope_answer(prediction) == sample.answer.lower())
 
     def summary(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """accuracy, f1, precision, recall, yes_share; with several categories also accuracy_ and f1_ of each."""
-        by_id = {sample.id: sample for sample in self.samples}
-        pairs = [(pope_says(record["prediction"]) == "yes", by_id[record["id"]]) for record in records]
-
-        def of(chosen: list[tuple[bool, Sample]]) -> dict[str, float]:
-            said, true = [yes for yes, _ in chosen], [sample.answer == "Yes" for _, sample in chosen]
-            right = sum(a == b for a, b in zip(said, true, strict=True))
-            return {"accuracy": right / len(chosen) if chosen else 0.0, **yes_no_summary(said, true)}
-
-        found = of(pairs)
-        categories = [one for one in self.parts if any(sample.family == one for _, sample in pairs)]
+        answered = [(pope_answer(r["prediction"]) == "yes", sample) for r, sample in self.with_samples(records)]
+        summary = _pope_summary(answered)
+        categories = [part for part in self.parts if any(sample.family == part for _, sample in answered)]
         for category in categories if len(categories) > 1 else []:
-            mine = of([pair for pair in pairs if pair[1].family == category])
-            found |= {f"{name}_{category}": mine[name] for name in ("accuracy", "f1")}
-        return found
+            part = _pope_summary([(said_yes, sample) for said_yes, sample in answered if sample.family == category])
+            summary |= {f"{name}_{category}": part[name] for name in ("accuracy", "f1")}
+        return summary
 
 
-class ScienceQA(Benchmark):
+def _pope_summary(answered: list[tuple[bool, Sample]]) -> dict[str, float]:
+    """Of samples with whether the answer was yes."""
+    said_yes, is_yes = [yes for yes, _ in answered], [sample.answer == "Yes" for _, sample in answered]
+    right = sum(said == true for said, true in zip(said_yes, is_yes, strict=True))
+    return {"accuracy": right / len(answered) if answered else 0.0, **yes_no_summary(said_yes, is_yes)}
+
+
+class _ByLetter(Benchmark):
+    """Options are listed with letters, and the answer is one of them (`option_letter`)."""
+
+    suffix, shared_pictures = BY_LETTER, True
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        return float(option_letter(prediction, len(sample.choices)) == sample.answer)
+
+
+class ScienceQA(_ByLetter):
     """School questions with two to five options, those that have a picture.
 
     Source: arXiv 2209.09513; the options are asked for by letter, as in LLaVA (`option_letter`).
@@ -122,49 +132,33 @@ class ScienceQA(Benchmark):
 
     repo, config = "lmms-lab-encoder/ScienceQA", "ScienceQA-IMG"
     columns = ("question", "choices", "answer", "hint")
-    suffix, shared_pictures = BY_LETTER, True
 
-    def sample(self, index: int, row: Mapping[str, Any], picture: partial, image_id: str) -> Sample | None:
-        if not image_id:
-            return None
+    def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
         options, letters = lettered(row["choices"])
         hint = f"Context: {row['hint']}\n" if row["hint"] else ""
-        return Sample(
-            id=str(index),
-            picture=picture,
-            question=f"{hint}{row['question']}\n{options}",
-            answer=letters[int(row["answer"])],
-            choices=letters,
-            family=str(row.get("subject") or ""),
-            image_id=image_id,
-        )
-
-    def score(self, prediction: str, sample: Sample) -> float:
-        return float(option_letter(prediction, len(sample.choices)) == sample.answer)
+        return {
+            "question": f"{hint}{row['question']}\n{options}",
+            "answer": letters[int(row["answer"])],
+            "choices": letters,
+            "family": str(row.get("subject") or ""),
+        }
 
 
-class AI2D(Benchmark):
+class AI2D(_ByLetter):
     """Questions about diagrams from school books, four options asked for by letter (`option_letter`).
 
     Source: arXiv 1603.07396.
     """
 
     repo, columns = "lmms-lab-encoder/ai2d", ("question", "options", "answer")
-    suffix, shared_pictures = BY_LETTER, True
 
-    def sample(self, index: int, row: Mapping[str, Any], picture: partial, image_id: str) -> Sample | None:
+    def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
         options, letters = lettered(row["options"])
-        return Sample(
-            id=str(index),
-            picture=picture,
-            question=f"{row['question']}\n{options}",
-            answer=letters[int(row["answer"])],
-            choices=letters,
-            image_id=image_id,
-        )
-
-    def score(self, prediction: str, sample: Sample) -> float:
-        return float(option_letter(prediction, len(sample.choices)) == sample.answer)
+        return {
+            "question": f"{row['question']}\n{options}",
+            "answer": letters[int(row["answer"])],
+            "choices": letters,
+        }
 
 
 class MME(Benchmark):
@@ -173,68 +167,55 @@ class MME(Benchmark):
     A subtask's score is 100 x (accuracy + accuracy+), where accuracy+ is the share of pictures with both questions
     right; perception is the sum over ten subtasks (2000 at most), cognition over four (800 at most).
 
-    Source: arXiv 2306.13394, section 2.2, and its calculation.py (`mme_says`).
+    Source: arXiv 2306.13394, section 2.2, and its calculation.py (`mme_answer`).
     """
 
-    PERCEPTION = (
-        "existence",
-        "count",
-        "position",
-        "color",
-        "posters",
-        "celebrity",
-        "scene",
-        "landmark",
-        "artwork",
-        "OCR",
-    )
+    PERCEPTION: tuple[str, ...] = ("existence", "count", "position", "color", "posters", "celebrity", "scene")
+    PERCEPTION += ("landmark", "artwork", "OCR")
     COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
     repo, parts = "lmms-lab-encoder/MME", ("perception", "cognition")
     columns = ("question_id", "question", "answer", "category")
     suffix = SHORT
 
-    def sample(self, index: int, row: Mapping[str, Any], picture: partial, image_id: str) -> Sample | None:
+    def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
         category, answer = str(row["category"]), str(row["answer"]).strip().rstrip(".").lower()
         if category not in self.PERCEPTION + self.COGNITION or answer not in ("yes", "no"):
             raise self.refused(index, f"has the category {category!r} and the answer {answer!r}")
         if self.part and (category in self.PERCEPTION) != (self.part == "perception"):
             return None
-        return Sample(
-            id=f"{category}/{row['question_id']}/{index}",
-            picture=picture,
-            question=row["question"].strip().replace(" Please answer yes or no.", ""),
-            answer=answer.capitalize(),
-            family=category,
-            pair=str(row["question_id"]),
-            image_id=f"{category}/{row['question_id']}",
-        )
+        return {
+            "id": f"{category}/{row['question_id']}/{index}",
+            "question": row["question"].strip().replace(" Please answer yes or no.", ""),
+            "answer": answer.capitalize(),
+            "family": category,
+            "pair": str(row["question_id"]),
+            "image_id": f"{category}/{row['question_id']}",
+        }
 
     def score(self, prediction: str, sample: Sample) -> float:
-        return float(mme_says(prediction) == sample.answer.lower())
+        return float(mme_answer(prediction) == sample.answer.lower())
 
     def summary(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """accuracy_plus, each subtask's score by its name, perception and cognition; from whole pairs only.
 
         A total is there only where all of its subtasks are.
         """
-        by_id = {sample.id: sample for sample in self.samples}
-        pairs: dict[tuple[str, str], list[float]] = {}
-        for record in records:
-            sample = by_id[record["id"]]
-            pairs.setdefault((sample.family, sample.image_id), []).append(record["score"])
-        whole = {key: scores for key, scores in pairs.items() if len(scores) == 2}
-        if not whole:
-            return {}
-        found = {"accuracy_plus": sum(sum(scores) == 2 for scores in whole.values()) / len(whole)}
+        scores: dict[str, list[tuple[str, str | None, float]]] = {}
+        for record, sample in self.with_samples(records):
+            scores.setdefault(sample.family, []).append((sample.image_id, sample.pair, record["score"]))
+        summary = pair_accuracy(score for subtask in scores.values() for score in subtask)
         for subtask in self.PERCEPTION + self.COGNITION:
-            if mine := [scores for (family, _), scores in whole.items() if family == subtask]:
-                accuracy = sum(map(sum, mine)) / (2 * len(mine))
-                found[subtask] = 100 * (accuracy + sum(sum(scores) == 2 for scores in mine) / len(mine))
+            images = Counter(image for image, _, _ in scores.get(subtask, ()))
+            # Half a pair says nothing about accuracy+, so it does not count for the accuracy beside it either.
+            whole = [score for score in scores.get(subtask, ()) if images[score[0]] == 2]
+            if whole:
+                accuracy = sum(score for _, _, score in whole) / len(whole)
+                summary[subtask] = 100 * (accuracy + pair_accuracy(whole)["accuracy_plus"])
         for total, subtasks in (("perception", self.PERCEPTION), ("cognition", self.COGNITION)):
-            if all(subtask in found for subtask in subtasks):
-                found[total] = sum(found[subtask] for subtask in subtasks)
-        return found
+            if all(subtask in summary for subtask in subtasks):
+                summary[total] = sum(summary[subtask] for subtask in subtasks)
+        return summary
 
 
 class OCRBench(Benchmark):
@@ -247,17 +228,15 @@ class OCRBench(Benchmark):
     columns = ("dataset", "question", "question_type", "answer")
     shared_pictures = True
 
-    def sample(self, index: int, row: Mapping[str, Any], picture: partial, image_id: str) -> Sample | None:
+    def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
         answers = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"])
-        return Sample(
-            id=f"{row['dataset']}/{index}",
-            picture=picture,
-            question=row["question"].strip(),
-            answer=answers[0],
-            family=str(row["question_type"]),
-            image_id=image_id,
-            answers=tuple(answers),
-        )
+        return {
+            "id": f"{row['dataset']}/{index}",
+            "question": row["question"].strip(),
+            "answer": answers[0],
+            "family": str(row["question_type"]),
+            "answers": tuple(answers),
+        }
 
     def score(self, prediction: str, sample: Sample) -> float:
         rule = contains_verbatim if sample.id.startswith("HME100k/") else contains
@@ -265,16 +244,14 @@ class OCRBench(Benchmark):
 
     def summary(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """final_score, 1000 x the mean (how many of the 1000 are right), and the accuracy of each kind of question."""
-        families = {sample.id: sample.family for sample in self.samples}
-        kinds: dict[str, list[float]] = {}
-        for record in records:
-            kinds.setdefault(families[record["id"]], []).append(record["score"])
-        scores = [score for mine in kinds.values() for score in mine]
+        by_kind: dict[str, list[float]] = {}
+        for record, sample in self.with_samples(records):
+            by_kind.setdefault(sample.family, []).append(record["score"])
+        scores = [score for kind in by_kind.values() for score in kind]
         if not scores:
             return {}
-        return {"final_score": 1000 * sum(scores) / len(scores)} | {
-            kind: sum(mine) / len(mine) for kind, mine in sorted(kinds.items())
-        }
+        accuracies = {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())}
+        return {"final_score": 1000 * sum(scores) / len(scores)} | accuracies
 
 
 class TextVQA(Benchmark):
@@ -287,18 +264,17 @@ class TextVQA(Benchmark):
     columns = ("image_id", "question_id", "question", "answers")
     suffix, max_new_tokens = SHORT, 32
 
-    def sample(self, index: int, row: Mapping[str, Any], picture: partial, image_id: str) -> Sample | None:
+    def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
         answers = [answer for answer in row["answers"] or [] if answer]
         if not answers:
             raise self.refused(index, "has no answers: the test split keeps them back, type split=validation")
-        return Sample(
-            id=str(row["question_id"]),
-            picture=picture,
-            question=row["question"].capitalize(),
-            answer=commonest(answers),
-            image_id=str(row["image_id"]),
-            answers=tuple(answers),
-        )
+        return {
+            "id": str(row["question_id"]),
+            "question": row["question"].capitalize(),
+            "answer": commonest(answers),
+            "image_id": str(row["image_id"]),
+            "answers": tuple(answers),
+        }
 
     def score(self, prediction: str, sample: Sample) -> float:
         return vqa_accuracy(prediction, sample.accepted)
@@ -317,8 +293,8 @@ BENCHMARKS: Mapping[str, type[Benchmark]] = {
 def benchmark(name: str, options: Mapping[str, str]) -> Benchmark:
     """A benchmark, or part of one, by name: "pope", "pope/random"."""
     kind, slash, part = name.partition("/")
-    found = BENCHMARKS[kind]
-    if slash and part not in found.parts:
-        can = " or ".join(f"{kind}/{one}" for one in found.parts) or kind
-        raise TaskError(f"unknown task {name!r}: type {can}")
-    return found(name, options)
+    cls = BENCHMARKS[kind]
+    if slash and part not in cls.parts:
+        allowed = " or ".join(f"{kind}/{part}" for part in cls.parts) or kind
+        raise TaskError(f"unknown task {name!r}: type {allowed}")
+    return cls(name, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def read_samples(file: Path, images: Path, answers: bool = True) -> list[Sample]
             f"no file {str(file)!r}: type jsonl:PATH with one question a line, such as {_EXAMPLE}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise TaskError(f"{str(file)!r} cannot be read as text: {said}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise TaskError(f"{str(file)!r} cannot be read as text: {reason}") from None
     samples = [_sample(line, f"{file}:{i}", i, images, answers) for i, line in enumerate(lines, 1) if line.strip()]
     if not samples:
         raise TaskError(f"{str(file)!r} has no questions: write one a line, such as {_EXAMPLE}")
@@ -56,39 +57,43 @@ def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> 
         ) from None
     if not isinstance(row, dict):
         raise TaskError(f"{where} is a {type(row).__name__}: write one object a line, such as {_EXAMPLE}")
-    several = row.get("answers") or []
-    if not isinstance(several, list) or not all(isinstance(one, str) and one.strip() for one in several):
-        raise TaskError(f"{where}: answers must be a list of texts, got {several!r}")
-    if several and row.get("answer") is None:
-        row["answer"] = Counter(several).most_common(1)[0][0]
+    accepted = _list_of(row, "answers", where, "texts", lambda text: isinstance(text, str) and text.strip() != "")
+    choices = _list_of(row, "choices", where, "texts", lambda text: isinstance(text, str))
+    evidence = _list_of(row, "evidence", where, "patch indices", lambda patch: type(patch) is int and patch >= 0)
+    if accepted and row.get("answer") is None:
+        row["answer"] = Counter(accepted).most_common(1)[0][0]
     if not answers and row.get("answer") is None:
         row["answer"] = ""
     for key in ("image", "question", "answer"):
         if key == "answer" and not answers and isinstance(row[key], str):
-            continue  # training takes the model's own for none, and says which is blank
+            # Training may take the model's own answer, and reports blank ones itself.
+            continue
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise TaskError(f"{where} needs a text {key!r}, got {row.get(key)!r}: write for instance {_EXAMPLE}")
-    choices = row.get("choices") or []
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise TaskError(f"{where}: choices must be a list of texts, got {choices!r}")
+    # An answer that is no choice could never be scored as right.
     if choices and row["answer"] and row["answer"] not in choices:
-        raise TaskError(f"{where}: the answer {row['answer']!r} is none of the choices {choices}")
-    evidence = row.get("evidence") or []
-    if not isinstance(evidence, list) or not all(type(patch) is int and patch >= 0 for patch in evidence):
-        raise TaskError(f"{where}: evidence must be a list of patch indices, got {evidence!r}")
+        raise TaskError(f"{where}: the answer {row['answer']!r} is none of the choices {list(choices)}")
     pair = row.get("pair")
     return Sample(
         id=str(row.get("id", number)),
         picture=images / row["image"],
         question=row["question"],
         answer=row["answer"],
-        choices=tuple(choices),
+        choices=choices,
         family=str(row.get("family", "custom")),
         pair=None if pair is None else str(pair),
-        evidence=tuple(evidence),
+        evidence=evidence,
         image_id=row["image"],
-        answers=tuple(several),
+        answers=accepted,
     )
+
+
+def _list_of(row: dict[str, Any], key: str, where: str, kind: str, fits: Callable[[Any], bool]) -> tuple[Any, ...]:
+    """The row's list of that name, () where there is none."""
+    values = row.get(key) or []
+    if not isinstance(values, list) or not all(fits(value) for value in values):
+        raise TaskError(f"{where}: {key} must be a list of {kind}, got {values!r}")
+    return tuple(values)
 
 
 class JsonlTask(Task):
@@ -119,7 +124,9 @@ class JsonlTask(Task):
                         f"evidence_grid {list(grid)} has patches 0 to {grid[0] * grid[1] - 1}"
                     )
         if not self.answers:
-            return samples  # training decides by itself what a missing picture does
+            # Training decides by itself what a missing picture does.
+            return samples
+        # Before the run and not in the middle of it.
         missing = [
             name for name in dict.fromkeys(s.image_id for s in samples) if not (self.path.parent / name).exists()
         ]
@@ -150,6 +157,7 @@ class JsonlTask(Task):
         return self.metric(prediction, sample)
 
     def prompt(self, sample: Sample) -> str:
+        # A question that lists its choices itself needs no second list.
         if all(choice in sample.question for choice in sample.choices):
             return sample.question
         return f"{sample.question}\nAnswer with one of: {', '.join(sample.choices)}."

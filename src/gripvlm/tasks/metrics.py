@@ -1,55 +1,41 @@
-"""Scores of one answer by the rules that benchmarks publish; each takes what was said and what is accepted."""
+"""Scores of one answer by the rules that benchmarks publish; each takes a prediction and the accepted answers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from gripvlm.tasks.base import Sample, TaskError, default_score, named_choice, normalise
 from gripvlm.tasks.vqa_answer import vqa_accuracy
 
-__all__ = [
-    "METRICS",
-    "Metric",
-    "anls",
-    "contains",
-    "contains_verbatim",
-    "exact",
-    "get_metric",
-    "mme_says",
-    "option_letter",
-    "pope_says",
-    "yes_no_summary",
-]
-
 Metric: TypeAlias = Callable[[str, Sample], float]
 
-_LETTER = re.compile(r"\(?\s*([A-Za-z])\s*[).:,]*")
-_LEADING = re.compile(r"\(?([A-Z])(?:[.:]|\))")
-_SAID = re.compile(r"[Tt]he answer is:? \(?([A-Z])\b")
+_LETTER_ALONE = re.compile(r"\(?\s*([A-Za-z])\s*[).:,]*")
+_LETTER_FIRST = re.compile(r"\(?([A-Z])(?:[.:]|\))")
+_LETTER_IN_SENTENCE = re.compile(r"[Tt]he answer is:? \(?([A-Z])\b")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 
 
-def pope_says(prediction: str) -> str:
+def pope_answer(prediction: str) -> str:
     """ "no" where the first sentence has the word No, no or not, else "yes": any other answer counts as yes.
 
-    Source: evaluate.py of RUCAIBox/POPE (arXiv 2305.10355), also LLaVA's eval_pope.py: the text up to the first
-    period, without commas, cut at spaces. Departures: (1) cut at any white space.
+    Source: evaluate.py of RUCAIBox/POPE (arXiv 2305.10355), also LLaVA's eval_pope.py: the text up to the first period,
+    without commas, cut at spaces. Departures: (1) cut at any white space.
     """
     words = prediction.partition(".")[0].replace(",", "").split()
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def mme_says(prediction: str) -> str | None:
+def mme_answer(prediction: str) -> str | None:
     """ "yes" or "no" as MME's calculation.py reads them (arXiv 2306.13394), None for anything else.
 
     The whole answer without periods is yes, no, y or n, or one of the two words lies in its first four letters.
     """
-    said = prediction.lower().strip().replace(".", "")
-    if len(said) == 1:
-        return {"y": "yes", "n": "no"}.get(said)
-    return next((word for word in ("yes", "no") if word in said[:4]), None)
+    text = prediction.lower().strip().replace(".", "")
+    if len(text) == 1:
+        return {"y": "yes", "n": "no"}.get(text)
+    return next((word for word in ("yes", "no") if word in text[:4]), None)
 
 
 def option_letter(prediction: str, count: int) -> str | None:
@@ -61,9 +47,9 @@ def option_letter(prediction: str, count: int) -> str | None:
     Source: LLaVA's eval_science_qa.py and lmms-eval's scienceqa and ai2d. Departures: (1) one rule for both; (2) "(B)"
     and "B:" are read like "B."; (3) a letter beyond the options is no answer.
     """
-    said = prediction.strip()
-    found = _LETTER.fullmatch(said) or _LEADING.match(said) or _SAID.search(said)
-    letter = found.group(1).upper() if found else ""
+    text = prediction.strip()
+    match = _LETTER_ALONE.fullmatch(text) or _LETTER_FIRST.match(text) or _LETTER_IN_SENTENCE.search(text)
+    letter = match.group(1).upper() if match else ""
     return letter if letter and ord(letter) - ord("A") < count else None
 
 
@@ -89,10 +75,10 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
 def contains_verbatim(prediction: str, answers: Sequence[str]) -> float:
     """As `contains`, but case counts and spaces don't: OCRBench's rule for the formulas of HME100k."""
 
-    def packed(text: str) -> str:
+    def without_spaces(text: str) -> str:
         return text.strip().replace("\n", " ").replace(" ", "")
 
-    return float(any(packed(answer) in packed(prediction) for answer in answers))
+    return float(any(without_spaces(answer) in without_spaces(prediction) for answer in answers))
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
@@ -102,17 +88,16 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
 
     Source: average normalised Levenshtein similarity (arXiv 1905.13648, equation 1), as DocVQA uses it.
     """
-
-    def distance(answer: str) -> float:
+    distances = []
+    for answer in answers:
         a, b = (" ".join(text.lower().split()) for text in (answer, prediction))
-        return _levenshtein(a, b) / max(len(a), len(b), 1)
-
-    best = min(map(distance, answers))
-    return 1 - best if best < threshold else 0.0
+        distances.append(_levenshtein(a, b) / max(len(a), len(b), 1))
+    return 1 - min(distances) if min(distances) < threshold else 0.0
 
 
 def _levenshtein(a: str, b: str) -> int:
     """Insertions, deletions and substitutions that turn `a` into `b`."""
+    # Two rows of the table are enough; a library for this would be one more dependency.
     before = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         row = [i]
@@ -123,8 +108,8 @@ def _levenshtein(a: str, b: str) -> int:
 
 
 def _letter(prediction: str, sample: Sample) -> float:
-    said = option_letter(prediction, len(sample.choices) or 26)
-    return float(said is not None and said == sample.answer.strip().upper())
+    letter = option_letter(prediction, len(sample.choices) or 26)
+    return float(letter is not None and letter == sample.answer.strip().upper())
 
 
 def _yes_no(prediction: str, sample: Sample) -> float:
@@ -133,10 +118,10 @@ def _yes_no(prediction: str, sample: Sample) -> float:
 
 METRICS: Mapping[str, Metric] = {
     "choice": default_score,
-    "exact": lambda said, sample: exact(said, sample.accepted),
-    "vqa": lambda said, sample: vqa_accuracy(said, sample.accepted),
-    "anls": lambda said, sample: anls(said, sample.accepted),
-    "contains": lambda said, sample: contains(said, sample.accepted),
+    "exact": lambda prediction, sample: exact(prediction, sample.accepted),
+    "vqa": lambda prediction, sample: vqa_accuracy(prediction, sample.accepted),
+    "anls": lambda prediction, sample: anls(prediction, sample.accepted),
+    "contains": lambda prediction, sample: contains(prediction, sample.accepted),
     "letter": _letter,
     "yes_no": _yes_no,
 }
@@ -155,7 +140,7 @@ def get_metric(name: str) -> Metric:
 
 
 def yes_no_summary(said_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict[str, float]:
-    """f1, precision and recall of "yes", and yes_share: of how many questions it is the answer given.
+    """f1, precision and recall of "yes", and yes_share, the share of questions that are answered by yes.
 
     A quotient with nothing below is 0.
     """
@@ -165,3 +150,15 @@ def yes_no_summary(said_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict[str
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
     share = sum(said_yes) / len(said_yes) if said_yes else 0.0
     return {"f1": f1, "precision": precision, "recall": recall, "yes_share": share}
+
+
+def pair_accuracy(scores: Iterable[tuple[Any, Any, float]]) -> dict[str, float]:
+    """{"accuracy_plus": the share of pairs whose two questions are both right} from (image, pair, score).
+
+    Lone questions don't count; {} without any pair.
+    """
+    pairs: dict[tuple[Any, Any], list[float]] = {}
+    for image, pair, score in scores:
+        pairs.setdefault((image, pair), []).append(score)
+    both = [min(pair) for pair in pairs.values() if len(pair) == 2]
+    return {"accuracy_plus": sum(both) / len(both)} if both else {}

@@ -1,4 +1,4 @@
-"""Reading a picture that anybody may have made: it comes back as RGB, or one sentence says why not."""
+"""Reading an image file that anybody may have made: it comes back as RGB, or one sentence says why not."""
 
 from __future__ import annotations
 
@@ -14,23 +14,11 @@ from gripvlm.utils.disk import regular
 
 __all__ = ["TaskError", "open_image"]
 
-_DAMAGED = (
-    OSError,  # not identified, cut off, a checksum
-    SyntaxError,  # a broken chunk or tag
-    ValueError,  # a text that unpacks to too much, a size of nothing
-    EOFError,
-    struct.error,
-    zlib.error,
-    ArithmeticError,  # a resolution of 1/0, a number that no C integer holds
-    LookupError,
-    TypeError,
-    AttributeError,
-    NotImplementedError,
-    RuntimeError,
-    MemoryError,
-    Image.DecompressionBombError,
-)
-"""What Pillow's readers raise for files that are not as they should be."""
+# What Pillow's readers raise for damaged files. Besides its own errors a broken chunk or tag is a SyntaxError, a
+# resolution of 1/0 an ArithmeticError, and a text that unpacks to too much a ValueError.
+_DAMAGED: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_DAMAGED += (ArithmeticError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError, MemoryError)
+_DAMAGED += (Image.DecompressionBombError,)
 
 
 class TaskError(GripError):
@@ -38,35 +26,37 @@ class TaskError(GripError):
 
 
 def open_image(path: Path | bytes, name: str | None = None) -> Image.Image:
-    """The picture as RGB, turned upright as its EXIF says.
+    """The image as RGB, turned upright as its EXIF says.
 
     Args:
-        path: its file, or what such a file holds.
+        path: its file, or the content of such a file.
         name: what messages call it; by default the path.
 
     Raises:
-        TaskError: no such file, not a picture, a damaged one, or one of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels,
-            which is said before they are unpacked: a few kilobytes can hold gigabytes.
+        TaskError: no such file, not an image, a damaged one, or one of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels,
+            which is refused before they are unpacked: a few kilobytes can hold gigabytes.
     """
     name = name or ("a picture" if isinstance(path, bytes) else repr(str(path)))
     try:
         if not isinstance(path, bytes):
             regular(path)
         with Image.open(BytesIO(path) if isinstance(path, bytes) else path) as image:
-            most = Image.MAX_IMAGE_PIXELS
-            if most is not None and image.width * image.height > most:
+            # Pillow itself only warns up to twice the limit.
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
                 raise TaskError(
-                    f"{name} has {image.width} x {image.height} pixels, allowed are {most} in all: make it smaller, or "
-                    "set PIL.Image.MAX_IMAGE_PIXELS"
+                    f"{name} has {image.width} x {image.height} pixels, allowed are {limit} in all: make it smaller, "
+                    "or set PIL.Image.MAX_IMAGE_PIXELS"
                 )
+            # In place: the copy would hold a second image of the full size.
             ImageOps.exif_transpose(image, in_place=True)
             return image.convert("RGB")
     except FileNotFoundError:
         raise TaskError(f"no image {name}: check the path") from None
     except IsADirectoryError:
-        raise TaskError(f"{name} is a folder: type the path of one picture in it") from None
+        raise TaskError(f"{name} is a folder: use the path of one picture in it") from None
     except TaskError:
         raise
     except _DAMAGED as error:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
-        raise TaskError(f"{name} is not a picture that Pillow can read: {said}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+        raise TaskError(f"{name} is not a picture that Pillow can read: {reason}") from None

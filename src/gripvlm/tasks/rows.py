@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image
 
 from gripvlm.tasks.pictures import TaskError, open_image
-from gripvlm.utils.strict_json import BadJSON, read
 
 __all__ = ["Rows", "Source", "load_rows"]
 
@@ -51,13 +50,15 @@ class Rows:
     """
 
     def __init__(self, table: Any, image: str, source: Source) -> None:
+        # Undecoded: a run of thousands of questions would otherwise decode every image when the columns are read.
         from datasets import Image as ImageFeature
 
         self.image, self.source = image, source
         feature = table.features.get(image)
         if isinstance(feature, ImageFeature):
             table = table.cast_column(image, ImageFeature(decode=False))
-        elif isinstance(getattr(feature, "feature", None), ImageFeature):  # lists of pictures
+        # Some data sets hold lists of images, mostly of one.
+        elif isinstance(getattr(feature, "feature", None), ImageFeature):
             table = table.cast_column(image, type(feature)(ImageFeature(decode=False)))
         self.table = table
         self.folder = source.path.parent if source.path and source.path.is_file() else source.path or Path()
@@ -132,7 +133,7 @@ def load_rows(source: Source, image: str = "image") -> Rows:
         table = _local(datasets, source) if source.path else _hub(datasets, source)
     except TaskError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         advice = (
             "check the path, and name what it has with config= and split="
@@ -163,44 +164,38 @@ def _local(datasets: Any, source: Source) -> Any:
         return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
     if not path.is_dir():
         raise TaskError(f"{source.task}: no folder or file {str(path)!r}: check the path")
-    if (path / "state.json").exists():
-        return _saved(datasets.load_from_disk(str(path)), source)
-    if (saved := path / "dataset_dict.json").exists():
-        split = source.split or _only("split", source, _splits(saved))
-        if not (path / split).is_dir():
-            raise TaskError(f"{source.task}: {path} has no split {split!r}: type split= with one of its folders")
-        return datasets.load_from_disk(str(path / split))
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return _saved_split(datasets.load_from_disk(str(path)), source)
     config = source.config
-    if "config" not in source.chosen:  # a copy without its card has one nameless configuration
+    # A copy without its card has one configuration without a name.
+    if "config" not in source.chosen:
         there = datasets.get_dataset_config_names(str(path))
         config = config if config in there else _only("config", source, there)
     split = source.split or _only("split", source, datasets.get_dataset_split_names(str(path), config))
     return datasets.load_dataset(str(path), config, split=split)
 
 
-def _splits(saved: Path) -> list[str]:
-    """The names in what `save_to_disk` writes for several splits."""
-    try:
-        splits = read(saved)["splits"]
-    except (BadJSON, KeyError, TypeError) as error:
-        raise TaskError(f"{saved} {error}: copy the data set anew") from None
-    if not isinstance(splits, list) or not all(isinstance(one, str) for one in splits):
-        raise TaskError(f"{saved} has no list of splits: copy the data set anew")
-    return splits
-
-
-def _saved(table: Any, source: Source) -> Any:
-    """A single saved split, if it is not another one than the task's."""
-    if table.split is not None and source.split and str(table.split) != source.split:
+def _saved_split(saved: Any, source: Source) -> Any:
+    """One split of what `save_to_disk` wrote: several by name, or a single one."""
+    if isinstance(saved, dict):
+        split = source.split or _only("split", source, list(saved))
+        if split not in saved:
+            raise TaskError(
+                f"{source.task}: {source.path} has no split {split!r}: type split= with one of {list(saved)}"
+            )
+        return saved[split]
+    if saved.split is not None and source.split and str(saved.split) != source.split:
         raise TaskError(
             f"{source.task} is scored on the split {source.split!r}, but {source.path} is a saved "
-            f"{str(table.split)!r}: type split={table.split} if you mean it"
+            f"{str(saved.split)!r}: type split={saved.split} if you mean it"
         )
-    return table
+    return saved
 
 
-def _only(what: str, source: Source, there: list[str]) -> str:
-    """The only one, or what stands for it by convention: "default"."""
-    if len(there) == 1 or (what == "config" and "default" in there):
-        return there[0] if len(there) == 1 else "default"
-    raise TaskError(f"{source.task}: {source} has several: type {what}= with one of {', '.join(there)}")
+def _only(what: str, source: Source, names: list[str]) -> str:
+    """The only one, or by convention the config called "default"."""
+    if len(names) == 1:
+        return names[0]
+    if what == "config" and "default" in names:
+        return "default"
+    raise TaskError(f"{source.task}: {source} has several: type {what}= with one of {', '.join(names)}")

@@ -28,11 +28,6 @@ def lettered(options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     return "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)), letters
 
 
-def _shown(value: Any) -> str:
-    """A value as a message has it: short texts as they are, of other things the kind."""
-    return repr(value[:60]) if isinstance(value, str) else f"a {type(value).__name__}"
-
-
 class TableTask(Task):
     """Rows of a data set, one question each.
 
@@ -53,23 +48,29 @@ class TableTask(Task):
     def __init__(self, source: Source) -> None:
         self.source, self.name = source, source.task
 
-    def sample(self, index: int, row: Mapping[str, Any], picture: partial, image_id: str) -> Sample | None:
-        """The question of a row, None where the row is none of this task's."""
+    def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The fields of a row's `Sample`, None where the row is none of this task's.
+
+        By default `id` is the row's number, and `image_id` is the same for equal files.
+        """
         raise NotImplementedError
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
         rows = load_rows(self.source, self.image)
         rows.has(*self.columns)
+        # Where no column names the image, equal files are the same one: intervals are clustered by it.
         keys = rows.fingerprints() if self.shared_pictures else [f"row {i}" for i in range(len(rows.table))]
-        made = [
-            self.sample(index, row, partial(Rows.picture, rows, index), key)
-            for index, (row, key) in enumerate(zip(rows.texts(), keys, strict=True))
-        ]
-        samples = tuple(sample for sample in made if sample is not None)
+        samples = []
+        for index, (row, key) in enumerate(zip(rows.texts(), keys, strict=True)):
+            # Some data sets also hold questions without a picture: there is nothing to prune for them.
+            fields = self.fields(index, row) if key else None
+            if fields is not None:
+                own: dict[str, Any] = {"id": str(index), "picture": partial(Rows.picture, rows, index), "image_id": key}
+                samples.append(Sample(**own | fields))
         if not samples:
             raise TaskError(f"{self.name}: {self.source} has no questions for it: is this the right data set?")
-        return samples
+        return tuple(samples)
 
     def prompt(self, sample: Sample) -> str:
         return sample.question + self.suffix
@@ -107,39 +108,29 @@ class HubTask(TableTask):
     def score(self, prediction: str, sample: Sample) -> float:
         return self.metric(prediction, sample)
 
-    def sample(self, index: int, row: Mapping[str, Any], picture: partial, image_id: str) -> Sample | None:
-        if not image_id:
-            return None
+    def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
         question, given = row[self.question], row[self.answer]
         if not isinstance(question, str) or not question.strip():
-            what = f"{_shown(question)} as its {self.question!r}"
-            raise self.refused(index, f"has {what}: name a column of texts, question=")
+            raise self.refused(index, f"has no text in {self.question!r}: name a column of texts, question=")
         answers, letters = self._answers(index, given), tuple[str, ...]()
         if self.choices:
             options = row[self.choices]
             if not isinstance(options, list) or not options:
-                what = f"{_shown(options)} as its {self.choices!r}"
-                raise self.refused(index, f"has {what}: name a column of lists, choices=")
+                raise self.refused(index, f"has no list in {self.choices!r}: name a column of lists, choices=")
             listed, letters = lettered([str(option) for option in options])
             question, answers = f"{question}\n{listed}", [self._letter(index, given, options, letters)]
-        return Sample(
-            id=str(index),
-            picture=picture,
-            question=question,
-            answer=commonest(answers),
-            choices=letters,
-            image_id=image_id,
-            answers=tuple(answers) if len(answers) > 1 else (),
-        )
+        several = tuple(answers) if len(answers) > 1 else ()
+        return {"question": question, "answer": commonest(answers), "choices": letters, "answers": several}
 
     def _answers(self, index: int, given: Any) -> list[str]:
         answers = [str(one) for one in (given if isinstance(given, list) else [given]) if one is not None]
         if not any(answer.strip() for answer in answers):
-            raise self.refused(index, f"has {_shown(given)} as its {self.answer!r}: name a column of texts, answer=")
+            raise self.refused(index, f"has no text in {self.answer!r}: name a column of texts, answer=")
         return answers
 
     def _letter(self, index: int, given: Any, options: Sequence[Any], letters: tuple[str, ...]) -> str:
         text, texts = str(given).strip(), [str(option).strip() for option in options]
+        # The text of an option first: an option may itself be "B" or "1".
         if isinstance(given, str) and text in texts:
             return letters[texts.index(text)]
         if text.isdecimal() and int(text) < len(letters):

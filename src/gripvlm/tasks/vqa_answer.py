@@ -24,9 +24,9 @@ _CONTRACTIONS = re.findall(
     "what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's "
     "won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've",
 )
-_WITHOUT = {
-    word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS for i, letter in enumerate(word) if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the published table has this one the wrong way round
+_WITHOUT = {word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS for i, letter in enumerate(word) if letter == "'"}
+# The published table has this one the wrong way round, and scores depend on it.
+_WITHOUT["somebody'd"] = "somebodyd"
 
 
 def vqa_normalise(answer: str) -> str:
@@ -42,6 +42,7 @@ def vqa_normalise(answer: str) -> str:
     """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
+    # Odd, but published: a mark that stands beside a space anywhere is removed everywhere.
     beside = {mark for mark in _MARKS if f"{mark} " in text or f" {mark}" in text}
     text = "".join("" if c in beside else " " if c in _MARKS else c for c in text)
     words = [_NUMBERS.get(word, word) for word in _PERIOD.sub("", text).split()]
@@ -54,11 +55,11 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     With ten answers of which m match: 0.3 for one, 0.6 for two, 0.9 for three, 1 for four or more.
 
     Args:
-        prediction: as the model said it.
+        prediction: the model's answer.
         answers: of all people who were asked, [10] in VQA and TextVQA.
 
     Source: VQA (arXiv 1505.00468, section 3) in the form of its evaluation code, averaged over 9-answer subsets.
     """
-    said = vqa_normalise(prediction)
-    matches = [vqa_normalise(answer) == said for answer in answers]
-    return sum(min(1.0, (sum(matches) - mine) / 3) for mine in matches) / len(matches)
+    text = vqa_normalise(prediction)
+    matches = [vqa_normalise(answer) == text for answer in answers]
+    return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)

@@ -1,17 +1,15 @@
-"""Paired differences, Holm's correction, relative accuracy, frontiers and time to equal accuracy, some by hand."""
+"""Intervals, paired differences, Holm's correction and relative accuracy, some by hand."""
 
 from __future__ import annotations
 
-import math
 from itertools import product
 
 import numpy as np
 import pytest
 
 from gripvlm.eval import ResultsError, interval, read_results
-from gripvlm.eval.estimates import absolute, differences_from, holm, relative, sign_flip
-from gripvlm.eval.frontier import hypervolumes, pareto, time_to_accuracy, usual_budgets
-from gripvlm.eval.scores import Scores, Setting, method_of, scores_of
+from gripvlm.eval.scores import Scores, Setting, absolute, differences_from, relative, scores_of
+from gripvlm.eval.stats import holm, sign_flip
 from tiny_results import KEEPS, made_up
 
 
@@ -52,26 +50,10 @@ def test_means_and_intervals_are_those_of_the_rows(results, scores):
 def test_seeds_of_a_method_are_averaged_question_by_question(results, scores):
     setting = scores.settings[scores.index("random", 0.1)]
     rows = [row["score"] for row in results.means if row["pruner"].startswith("random") and row["keep"] == 0.1]
-    assert setting.arms == ("random:seed=0", "random:seed=1")
+    assert setting.labels == ("random:seed=0", "random:seed=1")
     assert setting.seeds == pytest.approx(rows)
     assert scores.means[scores.index("random", 0.1)].mean() == pytest.approx(np.mean(rows))
     assert any(one.seeds[0] != one.seeds[1] for one in scores.settings if one.method == "random")
-
-
-@pytest.mark.parametrize(
-    ("label", "method"),
-    [
-        ("random:seed=3", "random"),
-        ("random", "random"),
-        ("x:a=1,seed=3", "x:a=1"),
-        ("x:seed=-1,a=1", "x:a=1"),
-        ("mmr(random:seed=1)", "mmr(random:seed=1)"),
-        ("mmr(random:seed=1):balance=1", "mmr(random:seed=1):balance=1"),
-        ("fastv:layer=1", "fastv:layer=1"),
-    ],
-)
-def test_a_method_is_a_label_without_its_own_seed(label, method):
-    assert method_of(label) == method
 
 
 def test_a_difference_is_of_the_same_questions():
@@ -83,7 +65,7 @@ def test_a_difference_is_of_the_same_questions():
     assert found.p == pytest.approx(1 / 10001)
     (full,) = [d for d in differences_from(by_hand(values), "full") if d.setting == 1]
     assert full.mean.value == pytest.approx(-0.75)
-    with pytest.raises(ResultsError, match="no method 'c' to compare with: type one of full, a, b"):
+    with pytest.raises(ResultsError, match="no method 'c' to compare with: use one of full, a, b"):
         differences_from(by_hand(values), "c")
 
 
@@ -128,9 +110,6 @@ def test_too_few_pictures_give_numbers_without_intervals():
     assert [(cell.value, cell.low, cell.high) for cell in absolute(made)[1]] == [(0.5, None, None)] * 3
     assert (relative(made)[1].value, relative(made)[1].low) == (0.5, None)
     assert [(d.mean.value, d.mean.low) for d in differences_from(made, "b")] == [(0.25, None)]
-    assert (hypervolumes(made)["a"].value, hypervolumes(made)["a"].low) == (pytest.approx(0.5), None)
-    with pytest.raises(ResultsError, match="too few pictures"):
-        time_to_accuracy(made, 0.1)
 
 
 def test_a_full_model_that_mostly_scores_nothing_gives_no_interval():
@@ -138,79 +117,6 @@ def test_a_full_model_that_mostly_scores_nothing_gives_no_interval():
     full = np.eye(8)
     found = relative(by_hand({("full", 1.0): full, ("a", 0.1): full / 2}))
     assert (found[1].value, found[1].low, found[1].high) == (0.5, None, None)
-
-
-def test_the_usual_budgets_are_the_commonest_then_the_largest():
-    ones = np.ones(8)
-    few, more = frozenset({0.5, 0.25}), frozenset({0.5, 0.25, 0.1})
-    assert usual_budgets([few, more, few]) == few
-    assert usual_budgets([few, more]) == more
-    values = {("full", 1.0): [ones]} | {(m, keep): [ones / 2] for m in "ab" for keep in few}
-    values |= {("odd", keep): [ones / 2] for keep in more}
-    found = hypervolumes(by_hand(values))
-    assert found["odd"] is None
-    assert found["a"].value == found["b"].value == pytest.approx(0.5)
-
-
-def test_a_point_on_the_frontier_is_beaten_by_none():
-    assert pareto([1, 2, 3, 2, 1], [0.5, 0.6, 0.6, 0.7, 0.4]) == [0, 3]
-    assert pareto([1, 1], [0.5, 0.5]) == [0]
-
-
-def test_hypervolume_by_hand():
-    """Half the full score from 1/4 on, all of it from 1/2 on: on a log axis (0.5 + 1) / 2."""
-    ones = np.ones(8)
-    values = {("full", 1.0): [ones], ("a", 0.25): [ones / 2], ("a", 0.5): [ones], ("b", 0.5): [ones]}
-    log, linear = (hypervolumes(by_hand(values), axis=axis) for axis in ("log", "linear"))
-    assert log["a"].value == pytest.approx(0.75)
-    assert linear["a"].value == pytest.approx((0.25 * 0.5 + 0.5 * 1) / 0.75)
-    assert log["b"] is None
-    assert hypervolumes(by_hand(values), floor=0.5)["a"].value == pytest.approx(0.5)
-    worse = {("full", 1.0): [ones], ("a", 0.25): [ones / 2], ("a", 0.5): [ones / 4]}
-    assert hypervolumes(by_hand(worse))["a"].value == pytest.approx(0.5)  # more tokens and worse adds nothing
-    with pytest.raises(ResultsError, match="log or linear"):
-        hypervolumes(by_hand(values), axis="odd")
-
-
-def test_time_to_equal_accuracy_by_hand():
-    ones = np.ones(8)
-    values = {
-        ("full", 1.0): [ones],
-        ("good", 0.5): [ones * 0.9],
-        ("good", 0.1): [ones * 0.7],
-        ("poor", 0.5): [ones * 0.6],
-        ("poor", 0.1): [ones * 0.5],
-        ("ours", 0.1): [ones * 0.95],
-        ("ours", 0.05): [ones * 0.8],
-    }
-    made = by_hand(values, times=[10, 8, 4, 8, 4, 5, 3], trained=("ours",))
-    reference, found = time_to_accuracy(made, 0.1)
-    assert made.settings[reference].method == "good"
-    assert [(one.method, one.ratio, one.reached) for one in found] == [
-        ("ours", pytest.approx(3 / 4), 1.0),
-        ("good", 1.0, 1.0),
-        ("poor", math.inf, 0.0),
-    ]
-    assert made.settings[found[0].setting].keep == 0.05
-    reference, found = time_to_accuracy(made, None, within=0.1)
-    assert (made.settings[reference].method, found[0].method, found[0].ratio) == ("full", "ours", pytest.approx(0.5))
-    with pytest.raises(ResultsError, match=r"no training-free method was measured at keep 0.3: type one of 0.5, 0.1"):
-        time_to_accuracy(made, 0.3)
-
-
-def test_its_interval_holds_what_the_choice_adds():
-    """A setting that is as accurate only by luck: the draws in which it is not reach the slower one, or none."""
-    rng = np.random.default_rng(0)
-    base = (rng.random(60) < 0.6).astype(float)
-    near = np.where(np.arange(60) % 15 == 0, 1 - base, base)
-    near[np.flatnonzero(base == 0)[:2]] = 1.0
-    values = {("full", 1.0): [np.ones(60)], ("good", 0.1): [base], ("ours", 0.1): [near], ("ours", 0.5): [np.ones(60)]}
-    made = by_hand(values, times=[10, 4, 2, 6], trained=("ours",))
-    _, found = time_to_accuracy(made, 0.1)
-    ours = next(one for one in found if one.method == "ours")
-    assert made.means[2] >= made.means[1]
-    assert (ours.ratio, ours.low, ours.high) == (0.5, 0.5, 1.5)
-    assert ours.reached == 1.0
 
 
 def test_runs_that_do_not_belong_together_are_refused(results, tmp_path):
@@ -226,8 +132,54 @@ def test_runs_that_do_not_belong_together_are_refused(results, tmp_path):
     more = read_results(made_up(tmp_path / "m.json", arms=(("extra", 0.7),)))
     together = scores_of([results, more])
     assert len(together.settings) == 1 + 4 * len(KEEPS)
-    with pytest.raises(ResultsError, match="times of several runs"):
-        time_to_accuracy(together)
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+def test_an_interval_is_seeded_and_holds_the_mean():
+    rng = np.random.default_rng(0)
+    scores, images = rng.integers(0, 2, 100).tolist(), [str(i // 2) for i in range(100)]
+    low, high = interval([(scores, images)], 0)
+    assert (low, high) == interval([(scores, images)], 0) != interval([(scores, images)], 1)
+    assert low < np.mean(scores) < high
+
+
+def test_questions_about_one_picture_are_no_new_evidence():
+    scores = np.random.default_rng(1).integers(0, 2, 40).tolist()
+    images = [str(i) for i in range(40)]
+    low, high = interval([(scores, images)], 0)
+    again = interval([(scores * 9, images * 9)], 0)
+    assert again == pytest.approx((low, high))
+    as_if_new = interval([(scores * 9, [f"{i}" for i in range(360)])], 0)
+    assert as_if_new[1] - as_if_new[0] < 0.5 * (high - low)
+
+
+def test_one_picture_gives_no_interval():
+    assert interval([([1.0, 0.0], ["a", "a"])], 0) == (None, None)
+
+
+def test_tasks_with_one_picture_each_give_no_interval():
+    """Draws that hit both would always score the same: a point, as if it were certain."""
+    assert interval([([1.0, 0.0], ["a", "a"]), ([1.0], ["b"])], 0) == (None, None)
+    many = [([1.0], [str(i)]) for i in range(14)]  # almost no draw hits all of them
+    assert interval(many, 0) == (None, None)
+
+
+def test_where_most_draws_miss_a_task_there_is_no_interval():
+    def tasks(count):
+        return [([0.0, 1.0], [f"{i}a", f"{i}b"]) for i in range(count)]
+
+    assert interval(tasks(14), 0) == (None, None)
+    low, high = interval(tasks(2), 0)
+    assert low < 0.5 < high
+
+
+def test_the_mean_of_two_tasks_weighs_them_equally():
+    easy = ([1.0] * 100, [f"a{i}" for i in range(100)])
+    hard = ([0.0, 1.0] * 5, [f"b{i}" for i in range(10)])
+    low, high = interval([easy, hard], 0)
+    assert low < 0.75 < high < 1
 
 
 # --- coverage -------------------------------------------------------------------------------------
@@ -258,6 +210,6 @@ def test_intervals_cover_about_as_often_as_they_say():
 @pytest.mark.slow
 @pytest.mark.parametrize("pictures", [40, 160])
 def test_intervals_cover_93_to_97_percent(pictures):
-    """pytest -m slow tests/eval/test_comparisons.py: 3,000 trials, whose own error is 0.4 %."""
+    """pytest -m slow tests/eval/test_stats.py: 3,000 trials, whose own error is 0.4 %."""
     for share in covered(3000, pictures, 1000, 1):
         assert 0.93 <= share <= 0.97, share

@@ -1,0 +1,166 @@
+"""One answer as a line of the samples file: made from a batch's answers, and checked when it is read back."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gripvlm.errors import GripError
+from gripvlm.eval.answering import BatchAnswers
+from gripvlm.eval.variants import Variant
+from gripvlm.models.encoded import Encoded, Item
+from gripvlm.tasks import Sample, Task
+from gripvlm.types import Selection
+from gripvlm.utils.strict_json import BadJSON
+
+__all__ = ["Key", "TokenMask", "unpack_masks"]
+
+Key = tuple[str, str, str, str]
+"""(task, pruner, keep, id): what an answer is known by."""
+_NUMBER = (int, float)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("task", "pruner", "keep", "id", "image_id", "prediction"), (str,)),
+    **dict.fromkeys(("score", "k"), _NUMBER),
+    "n": (int,),
+    "seconds": (dict,),
+}
+_SECONDS = {"vision", "pruner", "overhead", "prefill", "decode"}
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """The record's key."""
+    return str(record["task"]), str(record["pruner"]), str(record["keep"]), str(record["id"])
+
+
+def make_records(
+    task: Task, samples: Sequence[Sample], variant: Variant, answers: BatchAnswers, encoded: Encoded
+) -> list[dict[str, Any]]:
+    """One record a sample; the batch's seconds are shared out evenly.
+
+    `k` of the sample's `n` visual tokens were paid for. `kept` has one mask an image (see `pack_mask`), or `layers` the
+    counts of each layer where tokens are dropped inside the language model.
+    """
+    # A batch is timed as a whole: a sample's own time cannot be told apart.
+    seconds = {name: value / len(samples) for name, value in answers.seconds.items()}
+    records = []
+    for i, sample in enumerate(samples):
+        selections, prediction = answers.selections[i], answers.predictions[i]
+        record = {
+            "task": task.name,
+            "pruner": variant.label,
+            "keep": variant.keep_text,
+            "id": sample.id,
+            "image_id": sample.image_id,
+            "answer": sample.answer,
+            "prediction": prediction,
+            "score": _finite_score(task, prediction, sample),
+            "k": _plain(sum(selection.paid for selection in selections)),
+            "n": sum(selection.n for selection in selections),
+            "seconds": seconds,
+            "peak_memory": answers.peak_memory,
+        }
+        if any(selection.layers for selection in selections):
+            record["layers"] = [selection.counts for selection in selections]
+        # Where each layer has its own tokens, one mask would not say which were kept.
+        elif selections:
+            record["kept"] = [pack_mask(*pair) for pair in zip(selections, encoded.samples[i], strict=True)]
+        records.append(record)
+    return records
+
+
+def _finite_score(task: Task, prediction: str, sample: Sample) -> float:
+    score = float(task.score(prediction, sample))
+    if not math.isfinite(score):
+        raise GripError(f"task {task.name!r} scores sample {sample.id!r} with {score}: return a finite number")
+    return score
+
+
+def _plain(number: float) -> int | float:
+    """An int where it is one, so that counts look like counts."""
+    return int(number) if number == int(number) else round(number, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMask:
+    """The tokens of one image that were kept, as read back; `gripvlm.report.overlay` draws it like a `Selection`.
+
+    Attributes:
+        kept: [n] bool.
+        grid: (h, w) of its raster, or None.
+        merge: True where the dropped rows were averaged into the kept ones, else None.
+    """
+
+    kept: Tensor
+    grid: tuple[int, int] | None = None
+    merge: object = None
+
+    @property
+    def n(self) -> int:
+        return int(self.kept.numel())
+
+    def mask(self) -> Tensor:
+        return self.kept
+
+
+def pack_mask(selection: Selection, item: Item) -> dict[str, Any]:
+    """{"n", "grid", "mask"}: the mask's bits in row order, the first is the highest of its byte, base64."""
+    bits = np.packbits(selection.mask().cpu().numpy())
+    packed: dict[str, Any] = {
+        "n": selection.n,
+        "grid": None if item.grid is None else list(item.grid),
+        "mask": base64.b64encode(bits.tobytes()).decode(),
+    }
+    return packed | ({"merged": True} if selection.merge is not None else {})
+
+
+def unpack_masks(items: Sequence[Mapping[str, Any]]) -> list[TokenMask]:
+    """The masks of a record's `kept`."""
+    masks = []
+    for item in items:
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(item["mask"]), dtype=np.uint8), count=item["n"])
+        grid = None if item["grid"] is None else (int(item["grid"][0]), int(item["grid"][1]))
+        masks.append(TokenMask(torch.from_numpy(bits.astype(bool)), grid, item.get("merged")))
+    return masks
+
+
+def check_record(row: Any) -> dict[str, Any]:
+    """The line of a samples file, known to be an answer that can be counted and drawn.
+
+    By hand and not by a JSON schema: files have hundreds of thousands of lines.
+
+    Raises:
+        BadJSON: with the first thing that is wrong.
+    """
+    try:
+        wrong = next((name for name, kinds in _FIELDS.items() if not _has_type(row[name], kinds)), "")
+        if not wrong and not all(_has_type(row["seconds"][name], _NUMBER) for name in row["seconds"].keys() | _SECONDS):
+            wrong = "seconds"
+        elif not wrong and not all(_is_mask(item) for item in row.get("kept", ())):
+            wrong = "kept"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadJSON(f"is no answer ({type(error).__name__}: {error})") from None
+    if wrong:
+        text = json.dumps(row[wrong], ensure_ascii=False)
+        raise BadJSON(f"says that {wrong} is {text if len(text) <= 60 else text[:57] + '...'}")
+    return row
+
+
+def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:
+    # `type`, since True is an int for isinstance.
+    # Strict JSON has no NaN, but Python writes and reads it.
+    return type(value) in kinds and (type(value) is not float or math.isfinite(value))
+
+
+def _is_mask(item: Any) -> bool:
+    """Whether it has n bits, and a raster or none."""
+    n, grid = item["n"], item["grid"]
+    has_raster = grid is None or (len(grid) == 2 and all(type(side) is int and side > 0 for side in grid))
+    return has_raster and type(n) is int and 0 < n <= 8 * len(base64.b64decode(item["mask"], validate=True))
