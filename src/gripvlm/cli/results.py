@@ -18,7 +18,6 @@ def report_command(
     results: Annotated[list[Path], typer.Argument(help="Files that `gripvlm eval --out` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for index.html, report.md and their figures.")],
     baseline: Annotated[str, typer.Option(help="The method that differences are taken from.")] = "random",
-    within: Annotated[float, typer.Option(min=0, help="Points that may be missing for equal accuracy.")] = 0.0,
     title: Annotated[str, typer.Option(help="The page's heading.")] = "Visual-token pruning: results",
     pictures: Annotated[bool, typer.Option(help="Draw what was kept for some questions.")] = True,
 ) -> None:
@@ -38,7 +37,7 @@ def report_command(
     from gripvlm.report import report
 
     quiet()
-    page = report(mine, out, title=title, baseline=baseline, within=within / 100, pictures=pictures)
+    page = report(mine, out, title=title, baseline=baseline, pictures=pictures)
     console().print(f"page: {escape(str(page))}, Markdown: {escape(str(page.with_name('report.md')))}", soft_wrap=True)
 
 

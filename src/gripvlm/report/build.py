@@ -1,0 +1,351 @@
+"""`gripvlm report`: results files into one Markdown page with its figures, and the same as one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gripvlm.budget import Budget
+from gripvlm.errors import GripError
+from gripvlm.eval.estimates import Estimate, differences_from, relative
+from gripvlm.eval.kept import unpacked
+from gripvlm.eval.results import Results, read_results
+from gripvlm.eval.variants import FULL, ORACLE
+from gripvlm.report.overlay import layout, overlay
+from gripvlm.report.plots import ALWAYS, Mark, Panel, draw, styles_of
+from gripvlm.report.points import Comparison, Keep, Point, comparisons, frontier
+from gripvlm.report.tables import short, unreached
+from gripvlm.tasks import Sample, get_tasks
+from gripvlm.utils import disk
+
+__all__ = ["Page", "questions_to_show", "report"]
+
+COLOURED = 6  # methods that stand out on a plot
+LOST, WON = 6, 3  # questions with pictures: those that a method loses, and those that it wins
+SIDE = 400  # pixels of a picture's longer side
+NO_MASKS = (
+    "these results do not record which tokens were kept (runs before this was recorded, or methods that drop inside "
+    "the language model); run the evaluation again to see them"
+)
+logger = logging.getLogger(__name__)
+
+
+def report(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    title: str = "Visual-token pruning: results",
+    baseline: str = "random",
+    pictures: bool = True,
+) -> Path:
+    """Writes `out/report.md` with its `out/figures/`, and the same as `out/index.html`, which needs no other file.
+
+    Files of one model on the same questions are shown together; the others one after another.
+
+    Args:
+        paths: results files; where their samples files are missing, what needs every answer is left out, and the page
+            says so.
+        baseline: the method that differences are taken from.
+        pictures: whether to draw what was kept for some questions.
+
+    Returns:
+        The HTML page.
+
+    Raises:
+        ResultsError: a file that cannot be read or is not what it should be; nothing is written.
+        GripError: no file, the full model is not in one of them, or the baseline is in none.
+    """
+    if not paths:
+        raise GripError("no results to report: type one or more files that `gripvlm eval --out` wrote")
+    page = Page(comparisons([read_results(path) for path in paths]), baseline, pictures)
+    methods = {point.method for comparison in page.comparisons for point in comparison.points}
+    if baseline not in methods and baseline not in ALWAYS:
+        raise GripError(f"no method {baseline!r} to compare with: type one of {', '.join(sorted(methods))}")
+    words = page.markdown(title)
+    html = page.html(words, title)
+    target = Path(out)
+    with disk.one_writer(target, folder=True):
+        for name, content in page.files.items():
+            disk.write(target / name, content)
+        disk.write(target / "report.md", words)
+        disk.write(target / "index.html", html)
+    return target / "index.html"
+
+
+class Page:
+    """What `report.md.jinja` asks for, and the files of the figures that it shows.
+
+    Args:
+        comparisons: in their order on the page.
+        baseline: the method that differences are taken from.
+        pictures: whether to draw what was kept for some questions.
+    """
+
+    def __init__(self, comparisons: Sequence[Comparison], baseline: str, pictures: bool) -> None:
+        self.comparisons, self.baseline, self.pictures = comparisons, baseline, pictures
+        self.files: dict[str, bytes] = {}
+
+    def markdown(self, title: str) -> str:
+        # Markdown is not HTML: the filters `text` and `code` escape what comes from files, not Jinja
+        environment = _environment(autoescape=False)
+        environment.filters |= {"text": text, "code": code, "score": score, "short": short, "unreached": unreached}
+        environment.filters["budget"] = lambda keep: Budget.of(keep).words
+        names = {"page": self, "title": title, "full": FULL, "frontier": frontier}
+        words = environment.get_template("report.md.jinja").render(names)
+        return re.sub(r"\n{3,}", "\n\n", words).strip() + "\n"
+
+    def html(self, words: str, title: str) -> str:
+        """The Markdown as one page: styles and figures inside, no script, nothing fetched."""
+        from markdown_it import MarkdownIt
+
+        reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+        tokens = reader.parse(words)
+        links = []
+        for token, content in pairwise(tokens):
+            if token.type == "heading_open":
+                token.attrSet("id", re.sub(r"[^a-z0-9]+", "-", content.content.lower()).strip("-"))
+                links += [(token.attrs["id"], content.content)] if token.tag == "h2" else []
+            for image in (child for child in token.children or () if child.type == "image"):
+                name = str(image.attrs["src"])
+                kind = "svg+xml" if name.endswith(".svg") else "jpeg"
+                image.attrSet("src", f"data:image/{kind};base64,{base64.b64encode(self.files[name]).decode()}")
+        body = reader.renderer.render(tokens, reader.options, {})
+        body = body.replace("<table>", '<div class="sheet"><table>').replace("</table>", "</table></div>")
+        style = files("gripvlm.report").joinpath("page.css").read_text(encoding="utf-8")
+        template = _environment(autoescape=True).get_template("page.html.jinja")
+        return template.render(title=title, style=style, links=links, body=body)
+
+    @property
+    def of_the_lab(self) -> bool:
+        return any(results.header["model"] == "lab" for one in self.comparisons for results in one.results)
+
+    def missing(self, comparison: Comparison) -> list[str]:
+        """What every plot should show and these results have not."""
+        present = {point.method.partition(":")[0] for point in comparison.points}
+        return [name for name in ALWAYS if name not in present]
+
+    def plots(self, comparison: Comparison) -> tuple[list[str], str]:
+        """(paths of the plots: mean over tokens, mean over time, each task; why there are none, or empty)."""
+        several = len(comparison.tasks) > 1
+        panels = [_panel(comparison, "mean over tasks" if several else short(comparison.tasks[0]), "kept", -1)]
+        panels.append(_panel(comparison, "mean, and time", "ratio", -1))
+        if several:
+            panels += [_panel(comparison, short(task), "kept", n) for n, task in enumerate(comparison.tasks)]
+        styles = styles_of(comparison.ranked, COLOURED)
+        names = ["mean", "time", *map(short, comparison.tasks)]
+        try:
+            drawn = [draw([panel], styles, "svg", time=number == 1) for number, panel in enumerate(panels)]
+        except GripError as error:  # no matplotlib: the tables do not need it
+            logger.warning("the report has no plots: %s", error)
+            return [], str(error)
+        return [self._file(svg, comparison.name, name, "svg") for svg, name in zip(drawn, names, strict=False)], ""
+
+    def relative(self, comparison: Comparison) -> list[tuple[str, list[str]]]:
+        """Method and mean of score / full score at each budget; no rows where the full model scores 0 in a task."""
+        assert comparison.scores is not None
+        estimates = zip(comparison.scores.settings, relative(comparison.scores), strict=True)
+        return _by_budget(comparison, {(s.method, s.keep): score(e) for s, e in estimates if e is not None})
+
+    def differences(self, comparison: Comparison) -> tuple[int, list[tuple[str, list[str]]]]:
+        """How many, and method and difference from the baseline at each budget; a star where Holm's p is below 0.05."""
+        assert comparison.scores is not None
+        cells = {}
+        for difference in differences_from(comparison.scores, self.baseline):
+            setting = comparison.scores.settings[difference.setting]
+            cells[setting.method, setting.keep] = score(difference.mean, "+", "\\*" * (difference.p_holm < 0.05))
+        return len(cells), _by_budget(comparison, cells)
+
+    def gallery(self, comparison: Comparison) -> tuple[list[Point], list[Question], str]:
+        """(methods, questions with pictures, why there are none or empty)."""
+        if comparison.scores is None:
+            return [], [], "there are no answers to choose from"
+        methods = methods_to_show(comparison)
+        if not methods:
+            return [], [], NO_MASKS
+        questions = questions_to_show(comparison, methods)
+        if not questions:
+            return [], [], "no question tells these methods from the full model"
+        try:
+            samples, processor = _samples(comparison, questions), _processor(comparison.results[0])
+            for question in questions:
+                self._draw(comparison, question, methods, samples[question.task, question.id], processor)
+        except (GripError, OSError, KeyError) as error:  # the data set or the model is not on this machine
+            return [], [], " ".join(str(error).split())
+        return methods, questions, ""
+
+    def _draw(
+        self, comparison: Comparison, question: Question, methods: Sequence[Point], sample: Sample, processor: Any
+    ) -> None:
+        question.sample = sample
+        for point in methods:
+            answer = point.answers(question.task)[question.id]
+            items = unpacked(answer["kept"])
+            for part in layout(processor, sample.image.size, [item.grid for item in items]):
+                image = overlay(sample.image, part.of(items), part.geometry, caption="")
+                image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+                file = io.BytesIO()
+                image.save(file, "JPEG", quality=82)
+                name = (comparison.name, short(question.task), question.id, point.method, part.name)
+                title = f"{point.method}, {answer['k']} of {answer['n']} tokens {part.name}".strip()
+                question.pictures.append(Picture(title, self._file(file.getvalue(), *name, "jpg"), answer))
+
+    def _file(self, content: bytes, *name: str) -> str:
+        """Keeps a figure for the page's folder; its path as the page writes it."""
+        *words, ending = name
+        path = f"figures/{re.sub(r'[^A-Za-z0-9]+', '-', ' '.join(words)).strip('-')}.{ending}"
+        self.files[path] = content
+        return path
+
+
+def _environment(autoescape: bool) -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("gripvlm", "report")
+    return Environment(
+        loader=loader, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+
+
+def _panel(comparison: Comparison, title: str, cost: str, task: int) -> Panel:
+    """Of one task by number, or of the mean (-1)."""
+    panel = Panel(title, blind=None if comparison.blind is None else comparison.blind[task])
+    for point in comparison.points:
+        cell = point.mean if task < 0 else point.tasks[task]
+        mark = Mark(getattr(point, cost), cell.value, cell.low, cell.high)
+        if point.full:
+            panel.full = mark
+        else:
+            panel.curves.setdefault(point.method, []).append(mark)
+    return panel
+
+
+def _by_budget(comparison: Comparison, cells: dict[tuple[str, Keep], str]) -> list[tuple[str, list[str]]]:
+    """Methods down, budgets across."""
+    rows = [(method, [cells.get((method, keep), "") for keep in comparison.keeps]) for method in comparison.methods]
+    return [row for row in rows if any(row[1])]
+
+
+def score(estimate: Estimate, sign: str = "", star: str = "") -> str:
+    """`83.6 [82.0, 85.1]`, in percent or points."""
+    low, high = estimate.low, estimate.high
+    value = f"{100 * estimate.value:{sign}.1f}{star}"
+    return value if low is None or high is None else f"{value} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def text(value: object) -> str:
+    """What files say as plain words on one line: nothing in it is Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]<>#|~&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(value).split()))
+
+
+def code(value: object) -> str:
+    """A code span; its fence is longer than any run of back ticks in it."""
+    line = re.sub(r"[\r\n]+", " ", str(value)).strip() or " "
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if "`" in line else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+# --- pictures of what was kept ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What one method kept of an image, or of a part of it."""
+
+    title: str
+    path: str
+    answer: dict[str, Any]
+
+    @property
+    def verdict(self) -> str:
+        """VQA scores and the like are also between wrong and right."""
+        value = self.answer["score"]
+        return "right" if value >= 1 else "wrong" if value <= 0 else f"partly right, {value:.2g}"
+
+
+@dataclass
+class Question:
+    """One question to show.
+
+    Attributes:
+        lost: the full model answers it better than the best method.
+        full: the full model's answer.
+        sample: its text and image.
+        pictures: one for each method and part of the image.
+    """
+
+    task: str
+    id: str
+    lost: bool
+    full: str
+    sample: Sample | None = None
+    pictures: list[Picture] = field(default_factory=list)
+
+
+def methods_to_show(comparison: Comparison) -> list[Point]:
+    """At the budget nearest to a tenth: the most accurate whose answers say what was kept, then random and grid.
+
+    Methods that drop inside the language model keep other tokens at each layer, of which there is no one picture.
+    """
+    pruned = comparison.pruned
+    near = min(pruned, key=lambda p: (abs(np.log(max(p.kept, 1e-9) / 0.1)), Budget.of(p.keep).order)).keep
+    able = {}
+    for point in (point for point in pruned if point.keep == near):
+        answers = [answer for task in comparison.tasks for answer in point.answers(task).values()]
+        if all("kept" in answer for answer in answers):
+            able[point.method] = point
+    others = [point for name, point in able.items() if name not in (ORACLE, "random", "grid")]
+    best = sorted(others, key=lambda point: -point.mean.value)[:1]
+    return [*best, *(able[name] for name in ("random", "grid") if name in able)]
+
+
+def questions_to_show(comparison: Comparison, methods: Sequence[Point]) -> list[Question]:
+    """Questions that the first method loses, tasks in turn, then those that it wins and the last method does not."""
+    lost: list[list[Question]] = []
+    won: list[list[Question]] = []
+    for task in comparison.tasks:
+        full, best, last = (point.answers(task) for point in (comparison.points[0], methods[0], methods[-1]))
+        lost.append([])
+        won.append([])
+        for name, answer in best.items():
+            question = Question(task, name, answer["score"] < full[name]["score"], full[name]["prediction"])
+            if question.lost:
+                lost[-1].append(question)
+            elif answer["score"] >= 1 and (len(methods) == 1 or last[name]["score"] < 1):
+                won[-1].append(question)
+    return [*_in_turn(lost)[:LOST], *_in_turn(won)[:WON]]
+
+
+def _in_turn(by_task: list[list[Question]]) -> list[Question]:
+    return [question for turn in zip_longest(*by_task) for question in turn if question is not None]
+
+
+def _samples(comparison: Comparison, questions: Sequence[Question]) -> dict[tuple[str, str], Sample]:
+    specs = comparison.results[0].task_specs
+    tasks = get_tasks([specs[name] for name in dict.fromkeys(question.task for question in questions)])
+    return {(task.name, sample.id): sample for task in tasks for sample in task.samples}
+
+
+def _processor(results: Results) -> Any:
+    name = results.header["model"]
+    if name == "lab":
+        from gripvlm import lab
+
+        return lab.load()[1]
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise GripError(f"the processor of {name} cannot be loaded here ({str(error).splitlines()[0]})") from None
