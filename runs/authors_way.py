@@ -35,8 +35,8 @@ import authors_methods as authors  # noqa: E402
 from pruner_speed import image  # noqa: E402
 
 from gripvlm.api import encode, prune_inputs, pruned_run  # noqa: E402
-from gripvlm.bench.architectures import architecture, random_model  # noqa: E402
-from gripvlm.bench.prompts import random_prompts  # noqa: E402
+from gripvlm.bench.shapes import architecture, random_model  # noqa: E402
+from gripvlm.bench.shapes import random_prompts  # noqa: E402
 from gripvlm.eval import environment  # noqa: E402
 from gripvlm.eval.environment import command_line  # noqa: E402
 from gripvlm.pruners import LLMPruner, get_pruner  # noqa: E402

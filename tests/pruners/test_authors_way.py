@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gripvlm.api import encode, prune_inputs, pruned_run
-from gripvlm.bench.architectures import architecture, random_model
-from gripvlm.bench.prompts import random_prompts
+from gripvlm.bench.shapes import architecture, random_model
+from gripvlm.bench.shapes import random_prompts
 from gripvlm.pruners import get_pruner
 from gripvlm.pruners.ops.clusters import density_peaks
 from gripvlm.types import LLMTokens, VisualTokens
