@@ -157,9 +157,9 @@ def test_runs_of_the_same_questions_are_shown_together_without_their_times(made,
 
 def test_times_are_ratios_to_the_full_model_of_their_own_file(made):
     (one,) = comparisons([read_results(made)])
-    ratios = {p.keep: p.ratio for p in one.points if p.method == "grid"}
+    ratios = {p.keep: p.mean["ratio"] for p in one.points if p.method == "grid"}
     assert ratios == pytest.approx({keep: 0.5 + 0.5 * keep for keep in KEEPS})
-    assert next(p.ratio for p in one.points if p.full) == pytest.approx(1)
+    assert next(p.mean["ratio"] for p in one.points if p.full) == pytest.approx(1)
 
 
 def test_a_baseline_that_was_not_measured_is_said_and_the_rest_is_shown(made, tmp_path):
@@ -186,7 +186,7 @@ def test_the_best_methods_are_coloured_and_the_others_are_a_crowd(tmp_path):
     other = {name for name, style in styles.items() if style == styles["m0"]}
     assert len(styles) == 14
     assert len(other) == 6
-    apart = {(style.marker, style.line) for name, style in styles.items() if name not in other}
+    apart = {(style.marker, style.linestyle) for name, style in styles.items() if name not in other}
     assert len(apart) == 8, "told apart by colour alone"
     report([tmp_path / "r.json"], tmp_path / "page")
     labels = re.findall(r">([^<>]+)</text>", (tmp_path / "page" / "figures" / "r-mean.svg").read_text())
@@ -264,7 +264,7 @@ def test_the_best_method_that_has_masks_is_drawn(tmp_path):
         record |= {"layers": [[256, 8]]} if record["pruner"] == "mine" else {"kept": []}
     samples_path(out).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (one,) = comparisons([read_results(out)])
-    assert max((p for p in one.points if p.keep == 0.1), key=lambda p: p.mean.value).method == "mine"
+    assert max((p for p in one.points if p.keep == 0.1), key=lambda p: p.mean["score"]).method == "mine"
     assert [p.method for p in methods_to_show(one)] == ["other", "random", "grid"]
 
 

@@ -6,7 +6,7 @@ import base64
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import pairwise, zip_longest
@@ -20,13 +20,13 @@ from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 from gripvlm.eval.estimates import Estimate, differences_from, relative
 from gripvlm.eval.kept import unpacked
-from gripvlm.eval.results import Results, read_results
+from gripvlm.eval.results import read_results
 from gripvlm.eval.variants import FULL, ORACLE
 from gripvlm.report.overlay import layout, overlay
-from gripvlm.report.plots import ALWAYS, Mark, Panel, draw, styles_of
+from gripvlm.report.plots import ALWAYS, draw, styles_of
 from gripvlm.report.points import Comparison, Keep, Point, comparisons, frontier
-from gripvlm.report.tables import short, unreached
-from gripvlm.tasks import Sample, get_tasks
+from gripvlm.report.tables import MEAN, Row, short, unreached
+from gripvlm.tasks import get_tasks
 from gripvlm.utils import disk
 
 __all__ = ["Page", "questions_to_show", "report"]
@@ -126,10 +126,6 @@ class Page:
         template = _environment(autoescape=True).get_template("page.html.jinja")
         return template.render(title=title, style=style, links=links, body=body)
 
-    @property
-    def of_the_lab(self) -> bool:
-        return any(results.header["model"] == "lab" for one in self.comparisons for results in one.results)
-
     def missing(self, comparison: Comparison) -> list[str]:
         """What every plot should show and these results have not."""
         present = {point.method.partition(":")[0] for point in comparison.points}
@@ -137,25 +133,24 @@ class Page:
 
     def plots(self, comparison: Comparison) -> tuple[list[str], str]:
         """(paths of the plots: mean over tokens, mean over time, each task; why there are none, or empty)."""
-        several = len(comparison.tasks) > 1
-        panels = [_panel(comparison, "mean over tasks" if several else short(comparison.tasks[0]), "kept", -1)]
-        panels.append(_panel(comparison, "mean, and time", "ratio", -1))
-        if several:
-            panels += [_panel(comparison, short(task), "kept", n) for n, task in enumerate(comparison.tasks)]
         styles = styles_of(comparison.ranked, COLOURED)
-        names = ["mean", "time", *map(short, comparison.tasks)]
+        panels = [(MEAN, "keep_fraction", "mean"), (MEAN, "ratio", "time")]
+        panels += [(task, "keep_fraction", short(task)) for task in comparison.tasks if len(comparison.tasks) > 1]
+        paths = []
         try:
-            drawn = [draw([panel], styles, "svg", time=number == 1) for number, panel in enumerate(panels)]
+            for task, cost, name in panels:
+                svg = draw([point.rows[task] for point in comparison.points], styles, "svg", cost)
+                paths.append(self._file(svg, comparison.name, name, "svg"))
         except GripError as error:  # no matplotlib: the tables do not need it
             logger.warning("the report has no plots: %s", error)
             return [], str(error)
-        return [self._file(svg, comparison.name, name, "svg") for svg, name in zip(drawn, names, strict=False)], ""
+        return paths, ""
 
     def relative(self, comparison: Comparison) -> list[tuple[str, list[str]]]:
         """Method and mean of score / full score at each budget; no rows where the full model scores 0 in a task."""
         assert comparison.scores is not None
         estimates = zip(comparison.scores.settings, relative(comparison.scores), strict=True)
-        return _by_budget(comparison, {(s.method, s.keep): score(e) for s, e in estimates if e is not None})
+        return _by_budget(comparison, {(s.method, s.keep): score(_row(e)) for s, e in estimates if e is not None})
 
     def differences(self, comparison: Comparison) -> tuple[int, list[tuple[str, list[str]]]]:
         """How many, and method and difference from the baseline at each budget; a star where Holm's p is below 0.05."""
@@ -163,7 +158,7 @@ class Page:
         cells = {}
         for difference in differences_from(comparison.scores, self.baseline):
             setting = comparison.scores.settings[difference.setting]
-            cells[setting.method, setting.keep] = score(difference.mean, "+", "\\*" * (difference.p_holm < 0.05))
+            cells[setting.method, setting.keep] = score(_row(difference.mean), "+", "\\*" * (difference.p_holm < 0.05))
         return len(cells), _by_budget(comparison, cells)
 
     def gallery(self, comparison: Comparison) -> tuple[list[Point], list[Question], str]:
@@ -171,34 +166,34 @@ class Page:
         if comparison.scores is None:
             return [], [], "there are no answers to choose from"
         methods = methods_to_show(comparison)
-        if not methods:
-            return [], [], NO_MASKS
-        questions = questions_to_show(comparison, methods)
+        questions = questions_to_show(comparison, methods) if methods else []
         if not questions:
-            return [], [], "no question tells these methods from the full model"
+            return [], [], "no question tells these methods from the full model" if methods else NO_MASKS
         try:
-            samples, processor = _samples(comparison, questions), _processor(comparison.results[0])
+            specs, processor = comparison.results[0].task_specs, _processor(comparison.results[0].header["model"])
+            names = dict.fromkeys(question.task for question in questions)
+            tasks = {task.name: task for task in get_tasks([specs[name] for name in names])}
+            samples = {(name, sample.id): sample for name, task in tasks.items() for sample in task.samples}
             for question in questions:
-                self._draw(comparison, question, methods, samples[question.task, question.id], processor)
+                question.sample = samples[question.task, question.id]
+                for point in methods:
+                    question.pictures += self._pictures(comparison, question, point, processor)
         except (GripError, OSError, KeyError) as error:  # the data set or the model is not on this machine
             return [], [], " ".join(str(error).split())
         return methods, questions, ""
 
-    def _draw(
-        self, comparison: Comparison, question: Question, methods: Sequence[Point], sample: Sample, processor: Any
-    ) -> None:
-        question.sample = sample
-        for point in methods:
-            answer = point.answers(question.task)[question.id]
-            items = unpacked(answer["kept"])
-            for part in layout(processor, sample.image.size, [item.grid for item in items]):
-                image = overlay(sample.image, part.of(items), part.geometry, caption="")
-                image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-                file = io.BytesIO()
-                image.save(file, "JPEG", quality=82)
-                name = (comparison.name, short(question.task), question.id, point.method, part.name)
-                title = f"{point.method}, {answer['k']} of {answer['n']} tokens {part.name}".strip()
-                question.pictures.append(Picture(title, self._file(file.getvalue(), *name, "jpg"), answer))
+    def _pictures(self, comparison: Comparison, question: Question, point: Point, processor: Any) -> Iterator[Picture]:
+        """What the method kept of the question's image, a picture for each part of it."""
+        image, answer = question.sample.image, point.answers(question.task)[question.id]
+        items = unpacked(answer["kept"])
+        for part in layout(processor, image.size, [item.grid for item in items]):
+            drawn = overlay(image, part.of(items), part.geometry, caption="")
+            drawn.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+            file = io.BytesIO()
+            drawn.save(file, "JPEG", quality=82)
+            name = (comparison.name, short(question.task), question.id, point.method, part.name, "jpg")
+            title = f"{point.method}, {answer['k']} of {answer['n']} tokens {part.name}".strip()
+            yield Picture(title, self._file(file.getvalue(), *name), answer)
 
     def _file(self, content: bytes, *name: str) -> str:
         """Keeps a figure for the page's folder; its path as the page writes it."""
@@ -217,30 +212,21 @@ def _environment(autoescape: bool) -> Any:
     )
 
 
-def _panel(comparison: Comparison, title: str, cost: str, task: int) -> Panel:
-    """Of one task by number, or of the mean (-1)."""
-    panel = Panel(title, blind=None if comparison.blind is None else comparison.blind[task])
-    for point in comparison.points:
-        cell = point.mean if task < 0 else point.tasks[task]
-        mark = Mark(getattr(point, cost), cell.value, cell.low, cell.high)
-        if point.full:
-            panel.full = mark
-        else:
-            panel.curves.setdefault(point.method, []).append(mark)
-    return panel
-
-
 def _by_budget(comparison: Comparison, cells: dict[tuple[str, Keep], str]) -> list[tuple[str, list[str]]]:
     """Methods down, budgets across."""
     rows = [(method, [cells.get((method, keep), "") for keep in comparison.keeps]) for method in comparison.methods]
     return [row for row in rows if any(row[1])]
 
 
-def score(estimate: Estimate, sign: str = "", star: str = "") -> str:
+def score(row: Row, sign: str = "", star: str = "") -> str:
     """`83.6 [82.0, 85.1]`, in percent or points."""
-    low, high = estimate.low, estimate.high
-    value = f"{100 * estimate.value:{sign}.1f}{star}"
+    low, high = row["ci_low"], row["ci_high"]
+    value = f"{100 * row['score']:{sign}.1f}{star}"
     return value if low is None or high is None else f"{value} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def _row(estimate: Estimate) -> Row:
+    return {"score": estimate.value, "ci_low": estimate.low, "ci_high": estimate.high}
 
 
 def text(value: object) -> str:
@@ -276,20 +262,13 @@ class Picture:
 
 @dataclass
 class Question:
-    """One question to show.
-
-    Attributes:
-        lost: the full model answers it better than the best method.
-        full: the full model's answer.
-        sample: its text and image.
-        pictures: one for each method and part of the image.
-    """
+    """One question to show: whether the best method loses it, the full model's answer, its sample and pictures."""
 
     task: str
     id: str
     lost: bool
-    full: str
-    sample: Sample | None = None
+    full: dict[str, Any]
+    sample: Any = None
     pictures: list[Picture] = field(default_factory=list)
 
 
@@ -298,54 +277,46 @@ def methods_to_show(comparison: Comparison) -> list[Point]:
 
     Methods that drop inside the language model keep other tokens at each layer, of which there is no one picture.
     """
-    pruned = comparison.pruned
-    near = min(pruned, key=lambda p: (abs(np.log(max(p.kept, 1e-9) / 0.1)), Budget.of(p.keep).order)).keep
-    able = {}
-    for point in (point for point in pruned if point.keep == near):
-        answers = [answer for task in comparison.tasks for answer in point.answers(task).values()]
-        if all("kept" in answer for answer in answers):
-            able[point.method] = point
+
+    def distance(point: Point) -> tuple[float, Any]:
+        return abs(np.log(max(point.mean["keep_fraction"], 1e-9) / 0.1)), Budget.of(point.keep).order
+
+    near = min(comparison.pruned, key=distance).keep
+    able = {point.method: point for point in comparison.pruned if point.keep == near and _has_masks(comparison, point)}
     others = [point for name, point in able.items() if name not in (ORACLE, "random", "grid")]
-    best = sorted(others, key=lambda point: -point.mean.value)[:1]
+    best = sorted(others, key=lambda point: -point.mean["score"])[:1]
     return [*best, *(able[name] for name in ("random", "grid") if name in able)]
+
+
+def _has_masks(comparison: Comparison, point: Point) -> bool:
+    return all("kept" in answer for task in comparison.tasks for answer in point.answers(task).values())
 
 
 def questions_to_show(comparison: Comparison, methods: Sequence[Point]) -> list[Question]:
     """Questions that the first method loses, tasks in turn, then those that it wins and the last method does not."""
-    lost: list[list[Question]] = []
-    won: list[list[Question]] = []
+    by_task = []
     for task in comparison.tasks:
         full, best, last = (point.answers(task) for point in (comparison.points[0], methods[0], methods[-1]))
-        lost.append([])
-        won.append([])
-        for name, answer in best.items():
-            question = Question(task, name, answer["score"] < full[name]["score"], full[name]["prediction"])
-            if question.lost:
-                lost[-1].append(question)
-            elif answer["score"] >= 1 and (len(methods) == 1 or last[name]["score"] < 1):
-                won[-1].append(question)
-    return [*_in_turn(lost)[:LOST], *_in_turn(won)[:WON]]
+        questions = [Question(task, name, best[name]["score"] < full[name]["score"], full[name]) for name in best]
+        won = {name for name in best if best[name]["score"] >= 1 and (len(methods) == 1 or last[name]["score"] < 1)}
+        by_task.append([question for question in questions if question.lost or question.id in won])
+    lost = [[question for question in questions if question.lost] for questions in by_task]
+    rest = [[question for question in questions if not question.lost] for questions in by_task]
+    return [*_in_turn(lost)[:LOST], *_in_turn(rest)[:WON]]
 
 
 def _in_turn(by_task: list[list[Question]]) -> list[Question]:
     return [question for turn in zip_longest(*by_task) for question in turn if question is not None]
 
 
-def _samples(comparison: Comparison, questions: Sequence[Question]) -> dict[tuple[str, str], Sample]:
-    specs = comparison.results[0].task_specs
-    tasks = get_tasks([specs[name] for name in dict.fromkeys(question.task for question in questions)])
-    return {(task.name, sample.id): sample for task in tasks for sample in task.samples}
-
-
-def _processor(results: Results) -> Any:
-    name = results.header["model"]
-    if name == "lab":
+def _processor(model: str) -> Any:
+    if model == "lab":
         from gripvlm import lab
 
         return lab.load()[1]
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(name)
+        return AutoProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise GripError(f"the processor of {name} cannot be loaded here ({str(error).splitlines()[0]})") from None
+        raise GripError(f"the processor of {model} cannot be loaded here ({str(error).splitlines()[0]})") from None

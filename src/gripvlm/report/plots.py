@@ -1,9 +1,8 @@
-"""Score over the share of visual tokens kept, or over time: one panel a task and one for the mean, by matplotlib."""
+"""Score over the share of visual tokens kept, or over time: a panel a task and one for the mean, by matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +11,12 @@ from gripvlm.errors import GripError
 from gripvlm.report.tables import MEAN, Row, short, task_order, with_means
 from gripvlm.utils import disk
 
-__all__ = ["ALWAYS", "Mark", "Panel", "Style", "draw", "plot", "styles_of"]
+__all__ = ["ALWAYS", "draw", "plot", "styles_of"]
 
 ALWAYS = ("full", "random", "grid")
 """What a pruner is measured against, on every plot."""
+COSTS = {"keep_fraction": "visual tokens kept, %", "ratio": "time a question / the full model's"}
+"""What a score may be drawn over: a column of the rows, and the words below the axis."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#8C6D1F")
@@ -25,39 +26,13 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 class Style(NamedTuple):
     """How one method looks; colour, marker and dashes all differ, so that no one of them is needed."""
 
-    colour: str
+    color: str
     marker: str
-    line: str = "-"
+    linestyle: str = "-"
 
 
 _FIXED = {"random": Style("#777777", "x", "--"), "grid": Style("#777777", "+", ":"), "oracle": Style("#000000", "h")}
 _OTHER = Style("#c3cad1", ".")
-
-
-class Mark(NamedTuple):
-    """A point: its cost (share of tokens, or time), its score, and the ends of the interval where there is one."""
-
-    x: float
-    score: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass
-class Panel:
-    """One pair of axes.
-
-    Attributes:
-        title: above it.
-        curves: method -> its points.
-        full: the full model, a line with its band.
-        blind: the score without the image, a dotted line.
-    """
-
-    title: str
-    curves: dict[str, list[Mark]] = field(default_factory=dict)
-    full: Mark | None = None
-    blind: float | None = None
 
 
 def plot(rows: Sequence[Row], path: str | Path) -> Path:
@@ -75,19 +50,9 @@ def plot(rows: Sequence[Row], path: str | Path) -> Path:
         raise GripError(
             f"a plot always shows {', '.join(ALWAYS)}, but {', '.join(missing)} is missing: add it to --pruners"
         )
-    panels = []
-    for task in task_order(rows):
-        panel = Panel(short(task))
-        for row in (row for row in rows if row["task"] == task):
-            mark = Mark(row["keep_fraction"], row["score"], row["ci_low"], row["ci_high"])
-            if row["pruner"] == "full":
-                panel.full, panel.blind = mark, row.get("blind")
-            else:
-                panel.curves.setdefault(row["pruner"], []).append(mark)
-        panels.append(panel)
     target = Path(path)
     styles = styles_of(row["pruner"] for row in rows if row["pruner"] != "full")
-    disk.write(target, draw(panels, styles, target.suffix.removeprefix(".") or "png"))
+    disk.write(target, draw(rows, styles, target.suffix.removeprefix(".") or "png"))
     return target
 
 
@@ -107,15 +72,13 @@ def styles_of(methods: Iterable[str], coloured: int | None = None) -> dict[str, 
     return styles
 
 
-def draw(
-    panels: Sequence[Panel], styles: Mapping[str, Style], kind: str, *, time: bool = False, legend: bool = True
-) -> bytes:
-    """The panels as one picture.
+def draw(rows: Sequence[Row], styles: Mapping[str, Style], kind: str, cost: str = "keep_fraction") -> bytes:
+    """A picture with a panel for each task. Intervals are bars, the full model a line with its band.
 
     Args:
-        styles: of every method in the panels.
+        rows: of `full` and of the methods that have a style.
         kind: png, svg or pdf.
-        time: the cost is time as a share of the full model's, not the share of tokens.
+        cost: what scores are drawn over, a key of `COSTS`.
 
     Raises:
         GripError: matplotlib is missing.
@@ -126,26 +89,25 @@ def draw(
         from matplotlib.figure import Figure
     except ImportError:
         raise GripError("plots need matplotlib: pip install 'gripvlm[plot]'") from None
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.3 * columns + 0.6, 2.9 * lines + (0.9 if legend else 0.4)), layout="constrained")
+    tasks = task_order(rows)
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = Figure(figsize=(3.3 * columns + 0.6, 2.9 * lines + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw_panel(axis, panel, styles, time)
-    for axis in axes[len(panels) :]:
+    for axis, task in zip(axes, tasks, strict=False):
+        _panel(axis, [row for row in rows if row["task"] == task], styles, cost)
+        axis.set_title(short(task), fontsize=11, fontweight="bold" if task == MEAN else "normal", loc="left")
+    for axis in axes[len(tasks) :]:
         axis.set_visible(False)
     for axis in axes[::columns]:
         axis.set_ylabel("score, %")
-    figure.supxlabel("time a question / the full model's" if time else "visual tokens kept, %", fontsize=10)
-    if legend:
-        by_label: dict[str, Any] = {}  # one entry for all that are grey
-        for axis in axes:
-            by_label |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        across = min(3 * columns if columns < 2 else 6, len(by_label))
-        figure.legend(
-            by_label.values(), by_label.keys(), loc="outside upper center", ncols=across, frameon=False, fontsize=9
-        )
+    figure.supxlabel(COSTS[cost], fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    legend = dict(zip(labels, handles, strict=True))  # one entry for all that are grey
+    across = min(3 if columns == 1 else 6, len(legend))
+    place = {"loc": "outside upper center", "ncols": across, "frameon": False, "fontsize": 9}
+    figure.legend(legend.values(), legend.keys(), **place)
     file = BytesIO()
     # text stays text and ids do not change from run to run: small files, and no difference where nothing differs
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gripvlm"}):
@@ -153,43 +115,42 @@ def draw(
     return file.getvalue()
 
 
-def _draw_panel(axis: Any, panel: Panel, styles: Mapping[str, Style], time: bool) -> None:
-    axis.set_title(
-        panel.title, fontsize=11, fontweight="bold" if panel.title.startswith(MEAN) else "normal", loc="left"
-    )
-    if panel.full is not None:
-        axis.axhline(100 * panel.full.score, color="black", linewidth=1.2, label="full", zorder=1)
-        if panel.full.low is not None and panel.full.high is not None:
-            axis.axhspan(100 * panel.full.low, 100 * panel.full.high, color="black", alpha=0.08, linewidth=0)
-        if time:
-            axis.plot([1.0], [100 * panel.full.score], "ks", markersize=5)
-    if panel.blind is not None:
-        axis.axhline(100 * panel.blind, color="black", linewidth=1, linestyle=(0, (1, 3)), label="no image")
-    drawn = sorted((name for name in styles if name in panel.curves), key=lambda name: styles[name] is _OTHER)
-    for place, name in enumerate(drawn):
-        # shares in percent, a little apart so that intervals at one budget are; times differ by themselves
-        nudge = 0.0 if styles[name] is _OTHER else 0.018 * (place - len(drawn) / 2)
-        scale = 1.0 if time else 100 * (1.0 + nudge)
-        _draw_curve(axis, name, sorted(panel.curves[name], key=lambda mark: mark.x), styles[name], scale)
+def _panel(axis: Any, rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> None:
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    if not time:
+    for full in (row for row in rows if row["pruner"] == "full"):
+        axis.axhline(100 * full["score"], color="black", linewidth=1.2, label="full", zorder=1)
+        if full["ci_low"] is not None:
+            axis.axhspan(100 * full["ci_low"], 100 * full["ci_high"], color="black", alpha=0.08, linewidth=0)
+        if full.get("blind") is not None:
+            axis.axhline(100 * full["blind"], color="black", linewidth=1, linestyle=(0, (1, 3)), label="no image")
+        if cost == "ratio":
+            axis.plot([1.0], [100 * full["score"]], "ks", markersize=5)
+    for place, (name, style) in enumerate(styles.items()):
+        points = sorted((row for row in rows if row["pruner"] == name), key=lambda row: row[cost])
+        # shares in percent, a little apart so that intervals at one budget are; times differ by themselves
+        scale = 1.0 if cost == "ratio" else 100.0 if style is _OTHER else 100 + 1.8 * (place - len(styles) / 2)
+        if points:
+            _curve(axis, name, [scale * row[cost] for row in points], points, style)
+    if cost == "keep_fraction":
         axis.set_xscale("log")
-        shares = sorted({round(100 * mark.x, 1) for marks in panel.curves.values() for mark in marks})
-        apart: list[float] = []
-        for share in shares:
-            if not apart or share / apart[-1] > 1.25:
-                apart.append(share)
-        axis.set_xticks(apart, [f"{share:g}" for share in apart])
+        ticks: list[float] = []
+        for share in sorted({round(100 * row[cost], 1) for row in rows if row["pruner"] != "full"}):
+            if not ticks or share / ticks[-1] > 1.25:
+                ticks.append(share)
+        axis.set_xticks(ticks, [f"{share:g}" for share in ticks])
         axis.minorticks_off()
 
 
-def _draw_curve(axis: Any, name: str, marks: Sequence[Mark], style: Style, scale: float) -> None:
-    x, y = [scale * mark.x for mark in marks], [100 * mark.score for mark in marks]
-    options = {"color": style.colour, "marker": style.marker, "linestyle": style.line}
+def _curve(axis: Any, name: str, x: list[float], rows: Sequence[Row], style: Style) -> None:
+    y = [100 * row["score"] for row in rows]
     if style is _OTHER:
-        axis.plot(x, y, linewidth=0.8, markersize=3, label="other methods", zorder=1, **options)
+        axis.plot(x, y, linewidth=0.8, markersize=3, label="other methods", zorder=1, **style._asdict())
         return
-    below = [0.0 if mark.low is None else max(0.0, 100 * (mark.score - mark.low)) for mark in marks]
-    above = [0.0 if mark.high is None else max(0.0, 100 * (mark.high - mark.score)) for mark in marks]
-    axis.errorbar(x, y, [below, above], elinewidth=0.8, capsize=1.5, markersize=5, linewidth=1.3, label=name, **options)
+    known = [
+        row if row["ci_low"] is not None else {**row, "ci_low": row["score"], "ci_high": row["score"]} for row in rows
+    ]
+    below = [max(0.0, 100 * (row["score"] - row["ci_low"])) for row in known]
+    above = [max(0.0, 100 * (row["ci_high"] - row["score"])) for row in known]
+    size = {"elinewidth": 0.8, "capsize": 1.5, "markersize": 5, "linewidth": 1.3}
+    axis.errorbar(x, y, [below, above], label=name, **size, **style._asdict())

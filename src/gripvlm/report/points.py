@@ -15,7 +15,7 @@ from gripvlm.eval.estimates import Estimate, absolute
 from gripvlm.eval.results import Results
 from gripvlm.eval.scores import Scores, method_of, scores_of
 from gripvlm.eval.variants import FULL, ORACLE
-from gripvlm.report.tables import MEAN, Row, by_setting, with_means
+from gripvlm.report.tables import MEAN, Row, averaged, by_setting, with_means
 from gripvlm.tasks.lab_tasks import FAMILIES
 
 __all__ = ["Comparison", "Keep", "Point", "command_of", "comparisons", "frontier"]
@@ -31,26 +31,24 @@ class Point:
 
     Attributes:
         method: the pruner as typed, without its seed.
-        keep: the budget as asked.
-        labels: of its seeds in the file, one for each.
-        seeds: the mean score over tasks of each.
-        kept, tokens: the share and the number of visual tokens, mean over tasks and seeds.
-        tasks: its score in each task.
-        mean: over tasks.
-        ratio: its time a question / the full model's in the same run.
+        rows: task -> row (and "mean" -> row), numbers averaged over seeds, with `ratio`: its time / the full model's.
+        seeds: the label of each seed in the file, and its mean score over tasks.
         results: the file that it was measured in.
     """
 
     method: str
-    keep: Keep
-    labels: tuple[str, ...]
-    seeds: tuple[float, ...]
-    kept: float
-    tokens: float
-    tasks: tuple[Estimate, ...]
-    mean: Estimate
-    ratio: float
+    rows: dict[str, Row]
+    seeds: dict[str, float]
     results: Results
+
+    @property
+    def mean(self) -> Row:
+        return self.rows[MEAN]
+
+    @property
+    def keep(self) -> Keep:
+        """The budget as asked."""
+        return self.mean["keep"]
 
     @property
     def full(self) -> bool:
@@ -66,11 +64,11 @@ class Point:
 
     @property
     def command(self) -> str:
-        return command_of(self.results, self.labels, self.keep)
+        return command_of(self.results, list(self.seeds), self.keep)
 
     def answers(self, task: str) -> dict[str, dict[str, Any]]:
         """id -> answer; of its first seed where it has several."""
-        return self.results.of(task, self.labels[0], str(self.keep))
+        return self.results.of(task, next(iter(self.seeds)), str(self.keep))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +79,12 @@ class Comparison:
         results: the files.
         tasks: names.
         points: `full` first.
-        blind: the score without the image, one a task, then the mean; None where not measured.
         scores: every answer as arrays; None where a samples file is missing.
     """
 
     results: tuple[Results, ...]
     tasks: tuple[str, ...]
     points: tuple[Point, ...]
-    blind: tuple[float, ...] | None
     scores: Scores | None
 
     @property
@@ -98,6 +94,14 @@ class Comparison:
     @property
     def pruned(self) -> list[Point]:
         return [point for point in self.points if not point.full]
+
+    @property
+    def seeded(self) -> list[Point]:
+        return [point for point in self.pruned if len(point.seeds) > 1]
+
+    @property
+    def of_the_lab(self) -> bool:
+        return any(results.header["model"] == "lab" for results in self.results)
 
     @property
     def methods(self) -> list[str]:
@@ -116,16 +120,16 @@ class Comparison:
         usual = max(budgets, key=lambda keeps: (budgets.count(keeps), len(keeps)), default=frozenset())
         total = dict.fromkeys(self.methods, 0.0)
         for point in self.pruned:
-            total[point.method] += point.mean.value if point.keep in usual else 0.0
+            total[point.method] += point.mean["score"] if point.keep in usual else 0.0
         return sorted(total, key=lambda method: -total[method])
 
 
 def frontier(comparison: Comparison, cost: str) -> list[Point]:
-    """The points that no other beats in mean score and `cost` ("kept" or "ratio"), `oracle` apart."""
+    """The points that no other beats in mean score and cost ("keep_fraction" or "ratio"), `oracle` apart."""
     best: list[Point] = []
     able = [point for point in comparison.points if point.method != ORACLE]
-    for point in sorted(able, key=lambda point: (getattr(point, cost), -point.mean.value)):
-        if not best or point.mean.value > best[-1].mean.value:
+    for point in sorted(able, key=lambda point: (point.mean[cost], -point.mean["score"])):
+        if not best or point.mean["score"] > best[-1].mean["score"]:
             best.append(point)
     return best
 
@@ -148,12 +152,9 @@ def _settings(results: Results) -> set[Setting]:
 
 
 def _comparison(group: list[Results]) -> Comparison:
-    first = {row["task"]: row for row in group[0].rows if row["pruner"] == FULL}
     tasks = tuple(dict.fromkeys(row["task"] for row in group[0].rows))
-    if not first:
+    if all(row["pruner"] != FULL for row in group[0].rows):
         raise GripError(f"{group[0].path} has no row of the full model, which every comparison needs: run it again")
-    values = [row["blind"] for row in first.values()]
-    blind = None if None in values else (*values, float(np.mean(values)))
     scores, estimates = None, {}
     if all(results.records is not None for results in group):
         scores = scores_of(group)
@@ -161,7 +162,7 @@ def _comparison(group: list[Results]) -> Comparison:
         estimates = dict(zip(keys, absolute(scores), strict=True))
     points = [point for results in group for point in _points(results, tasks, estimates)]
     full = next(point for point in points if point.full)
-    return Comparison(tuple(group), tasks, (full, *(p for p in points if not p.full)), blind, scores)
+    return Comparison(tuple(group), tasks, (full, *(p for p in points if not p.full)), scores)
 
 
 def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, tuple[Estimate, ...]]) -> list[Point]:
@@ -173,33 +174,23 @@ def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, t
     for (label, keep), by_task in by_setting(with_means([*results.rows, *results.means])).items():
         if any(task not in by_task for task in tasks):
             raise GripError(f"{results.path}: {label} was not measured on every task: run the evaluation again")
+        by_task.setdefault(MEAN, {**by_task[tasks[0]], "task": MEAN})
         seeds.setdefault((method_of(label) if estimates else label, keep), {})[label] = by_task
     points = []
-    for setting, by_label in seeds.items():
-        means = [by_task.get(MEAN, by_task[tasks[0]]) for by_task in by_label.values()]
-        average = {
-            name: float(np.mean([r[name] for r in means])) for name in ("keep_fraction", "tokens", "seconds_total")
-        }
-        *cells, mean = estimates.get(setting) or _from_rows([next(iter(by_label.values()))[t] for t in tasks], means[0])
-        points.append(
-            Point(
-                method=setting[0],
-                keep=means[0]["keep"],
-                labels=tuple(by_label),
-                seeds=tuple(row["score"] for row in means),
-                kept=average["keep_fraction"],
-                tokens=average["tokens"],
-                tasks=tuple(cells),
-                mean=mean,
-                ratio=average["seconds_total"] / float(np.mean(full)),
-                results=results,
-            )
-        )
+    for (method, keep), by_label in seeds.items():
+        rows: dict[str, Row] = {}
+        for number, task in enumerate((*tasks, MEAN)):
+            of_seeds = [by_task[task] for by_task in by_label.values()]
+            row = averaged(of_seeds, pruner=method)
+            row["ratio"] = row["seconds_total"] / float(np.mean(full))
+            if estimates:
+                score = estimates[method, keep][number]
+                row |= {"score": score.value, "ci_low": score.low, "ci_high": score.high}
+            else:
+                row |= {name: of_seeds[0][name] for name in ("ci_low", "ci_high")}
+            rows[task] = row
+        points.append(Point(method, rows, {label: r[MEAN]["score"] for label, r in by_label.items()}, results))
     return points
-
-
-def _from_rows(rows: Sequence[Row], mean: Row) -> list[Estimate]:
-    return [Estimate(row["score"], row["ci_low"], row["ci_high"]) for row in (*rows, mean)]
 
 
 def command_of(results: Results, labels: Sequence[str], keep: Keep) -> str:

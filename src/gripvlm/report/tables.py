@@ -13,13 +13,50 @@ from rich.table import Table
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 
-__all__ = ["by_setting", "markdown", "markdown_row", "short", "tables", "task_order", "unreached", "with_means"]
+__all__ = ["averaged", "by_setting", "markdown", "short", "tables", "task_order", "unreached", "with_means"]
 
 Row = Mapping[str, Any]
 TIMES = ("vision", "pruner", "overhead", "prefill", "decode", "total")
 MEAN = "mean"
 REFERENCES = {"blind": "no image", "majority": "majority"}
 """Columns of the rows that hold for every pruner, and what the tables call them."""
+NUMBERS = ("score", "tokens", "keep_fraction", *REFERENCES, *(f"seconds_{name}" for name in TIMES))
+
+
+def tables(rows: Sequence[Row]) -> Group:
+    """Two tables to print: scores in percent (task x pruner x keep, interval below), and milliseconds a sample."""
+    rows = with_means(rows)
+    tasks = task_order(rows)
+    scores = _sheet("Score, % right (below: 95 % interval)")
+    times = _sheet("Milliseconds a question")
+    for task in tasks:
+        scores.add_column(short(task), justify="right", style="bold" if task == MEAN else "")
+    for name in TIMES:
+        times.add_column(name, justify="right")
+    for pruner, keep, tokens, by_task, milliseconds in _settings(rows):
+        head = [pruner, f"{tokens} ({keep})"]
+        scores.add_row(*head, *(_score(by_task.get(task), below=True) for task in tasks), end_section=pruner == "full")
+        times.add_row(*head, *milliseconds, end_section=pruner == "full")
+    scores.add_section()
+    for name, values in _references(rows, tasks).items():
+        scores.add_row(REFERENCES[name], "0" if name == "blind" else "", *values, style="dim")
+    return Group(scores, times)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same two tables in Markdown, with intervals in brackets and the number of questions."""
+    rows = with_means(rows)
+    tasks = task_order(rows)
+    first = next(iter(by_setting(rows).values()))
+    titles = [f"{short(task)} (n={first[task]['n']})" if task in first else short(task) for task in tasks]
+    scores = [_line(["pruner", "keep", "tokens", *titles]), _line(["---", *["---:"] * (2 + len(tasks))])]
+    times = [_line(["pruner", "keep", *(f"{name} ms" for name in TIMES)]), _line(["---", *["---:"] * 7])]
+    for pruner, keep, tokens, by_task, milliseconds in _settings(rows):
+        scores.append(_line([f"`{pruner}`", keep, tokens, *(_score(by_task.get(task)) for task in tasks)]))
+        times.append(_line([f"`{pruner}`", keep, *milliseconds]))
+    for name, values in _references(rows, tasks).items():
+        scores.append(_line([f"*{REFERENCES[name]}*", "", "", *values]))
+    return "\n".join([*scores, "", *times]) + "\n"
 
 
 def with_means(rows: Sequence[Row]) -> list[Row]:
@@ -32,18 +69,17 @@ def with_means(rows: Sequence[Row]) -> list[Row]:
     tasks = set(task_order(rows))
     if MEAN in tasks or len(tasks) < 2:
         return list(rows)
-    names = ["score", "tokens", "keep_fraction", *REFERENCES, *(f"seconds_{name}" for name in TIMES)]
-    means = []
-    for by_task in by_setting(rows).values():
-        if by_task.keys() != tasks:  # a mean over fewer tasks would not compare
-            continue
-        members = list(by_task.values())
-        mean = {**members[0], "task": MEAN, "ci_low": None, "ci_high": None, "n": sum(row["n"] for row in members)}
-        for name in names:
-            values = [row[name] for row in members if row.get(name) is not None]
-            mean[name] = float(np.mean(values)) if len(values) == len(members) else None
-        means.append(mean)
-    return [*rows, *means]
+    settings = [list(by_task.values()) for by_task in by_setting(rows).values() if by_task.keys() == tasks]
+    return [*rows, *(averaged(members, task=MEAN, n=sum(row["n"] for row in members)) for members in settings)]
+
+
+def averaged(rows: Sequence[Row], **changes: Any) -> dict[str, Any]:
+    """The first row with the mean of every number (None where a row lacks it), without an interval."""
+    mean = {**rows[0], "ci_low": None, "ci_high": None, **changes}
+    for name in NUMBERS:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        mean[name] = float(np.mean(values)) if len(values) == len(rows) else None
+    return mean
 
 
 def task_order(rows: Iterable[Row]) -> list[str]:
@@ -59,58 +95,6 @@ def by_setting(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     return settings
 
 
-def tables(rows: Sequence[Row]) -> Group:
-    """Two tables to print: scores in percent (task x pruner x keep, interval below), and milliseconds a sample."""
-    rows = with_means(rows)
-    tasks = task_order(rows)
-    scores = _sheet("Score, % right (below: 95 % interval)")
-    times = _sheet("Milliseconds a question")
-    for task in tasks:
-        scores.add_column(short(task), justify="right", style="bold" if task == MEAN else "")
-    for name in TIMES:
-        times.add_column(name, justify="right")
-    for (pruner, _), by_task in by_setting(rows).items():
-        row = _summary(by_task)
-        head = [pruner, f"{_count(row['tokens'])} ({Budget.of(row['keep']).short})"]
-        scores.add_row(*head, *(_score(by_task.get(task), "\n") for task in tasks), end_section=pruner == "full")
-        times.add_row(*head, *_milliseconds(row), end_section=pruner == "full")
-    scores.add_section()
-    for name, values in _references(rows, tasks).items():
-        scores.add_row(REFERENCES[name], "0" if name == "blind" else "", *values, style="dim")
-    return Group(scores, times)
-
-
-def _sheet(title: str) -> Table:
-    """An empty table that stays narrow: six families and their mean fit into 80 columns."""
-    sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=0)
-    sheet.add_column("pruner")
-    sheet.add_column("tokens", justify="right", no_wrap=True)
-    return sheet
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The same two tables in Markdown, with intervals in brackets and the number of questions."""
-    rows = with_means(rows)
-    tasks = task_order(rows)
-    settings = by_setting(rows)
-    first = next(iter(settings.values()))
-    titles = [f"{short(task)} (n={first[task]['n']})" if task in first else short(task) for task in tasks]
-    scores = [markdown_row(["pruner", "keep", "tokens", *titles]), markdown_row(["---", *["---:"] * (2 + len(tasks))])]
-    times = [markdown_row(["pruner", "keep", *(f"{name} ms" for name in TIMES)]), markdown_row(["---", *["---:"] * 7])]
-    for (pruner, _), by_task in settings.items():
-        row = _summary(by_task)
-        head = [f"`{pruner}`", Budget.of(row["keep"]).short]
-        scores.append(markdown_row([*head, _count(row["tokens"]), *(_score(by_task.get(task)) for task in tasks)]))
-        times.append(markdown_row([*head, *_milliseconds(row)]))
-    for name, values in _references(rows, tasks).items():
-        scores.append(markdown_row([f"*{REFERENCES[name]}*", "", "", *values]))
-    return "\n".join([*scores, "", *times]) + "\n"
-
-
-def markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 def unreached(result: Mapping[str, Any]) -> list[str]:
     """`fastv at 5%: why`, for each pruner and budget that has no row, since it cannot be reached."""
     entries = result.get("unreached", ())
@@ -122,9 +106,14 @@ def short(task: str) -> str:
     return task.rpartition("/")[2].removesuffix(".jsonl")
 
 
-def _summary(by_task: Mapping[str, Row]) -> Row:
-    """The row that speaks for all tasks: the mean, or of a single task its own."""
-    return by_task.get(MEAN, next(iter(by_task.values())))
+def _settings(rows: Sequence[Row]) -> Iterable[tuple[str, str, str, dict[str, Row], list[str]]]:
+    """Pruner, keep and tokens as text, task -> row, and milliseconds: of the mean, or of a single task its own."""
+    for (pruner, _), by_task in by_setting(rows).items():
+        row = by_task.get(MEAN, next(iter(by_task.values())))
+        tokens = f"{row['tokens']:.{0 if float(row['tokens']).is_integer() else 1}f}"
+        seconds = [row.get(f"seconds_{name}") for name in TIMES]
+        times = ["" if s is None else f"{1000 * s:.{1 if s < 0.0995 else 0}f}" for s in seconds]
+        yield pruner, Budget.of(row["keep"]).short, tokens, by_task, times
 
 
 def _references(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, list[str]]:
@@ -138,21 +127,24 @@ def _references(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, list[str
     }
 
 
-def _count(value: float) -> str:
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:.1f}"
-
-
-def _score(row: Row | None, between: str = "") -> str:
-    """Score in percent and its interval: in brackets, or on a line of its own."""
+def _score(row: Row | None, below: bool = False) -> str:
+    """Score in percent and its interval: in brackets, or on a line below."""
     if row is None:
         return ""
     score = f"{100 * row['score']:.1f}"
     if row.get("ci_low") is None:
         return score
     ends = f"{100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}"
-    return f"{score}{between}[dim not bold]{ends}[/]" if between else f"{score} [{ends}]"
+    return f"{score}\n[dim not bold]{ends}[/]" if below else f"{score} [{ends}]"
 
 
-def _milliseconds(row: Row) -> list[str]:
-    seconds = [row.get(f"seconds_{name}") for name in TIMES]
-    return ["" if s is None else f"{1000 * s:.1f}" if s < 0.0995 else f"{1000 * s:.0f}" for s in seconds]
+def _sheet(title: str) -> Table:
+    """An empty table that stays narrow: six families and their mean fit into 80 columns."""
+    sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=0)
+    sheet.add_column("pruner")
+    sheet.add_column("tokens", justify="right", no_wrap=True)
+    return sheet
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
