@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 import torch
@@ -132,5 +131,4 @@ def test_bench_on_the_command_line(tiny, monkeypatch, capsys):
     assert main([*line, "--pruners", "norm,fastv:layer=1", "--keep", "75%,10%"]) == 0
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
-    assert re.search(r"fastv:layer=1 0.1 +- +-", said)
     assert "fastv:layer=1 0.1 was not measured: " in " ".join(said.split())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,27 +36,18 @@ def bench_command(
     batch: Annotated[str, typer.Option(help="Prompts at a time, such as 1,8.")] = "1",
     prompt: Annotated[str, typer.Option(help="Text tokens a prompt, such as 64 or 64,512.")] = "64",
     new: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
-    pruners: Annotated[
-        str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, separated by commas.")
-    ] = "norm,divprune,grip",
+    pruners: Annotated[str, typer.Option("--pruners", "-p", help="From `gripvlm list`.")] = "norm,divprune,grip",
     keep: Annotated[str, typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}.")] = "50%,10%",
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count; one more warms up.")] = 7,
-    fit: Annotated[
-        int,
-        typer.Option(min=0, help="Also find the largest batch, up to this one, that the accelerator's memory holds."),
-    ] = 0,
+    fit: Annotated[int, typer.Option(min=0, help="Also find the largest batch, up to this, that fits in memory.")] = 0,
     picture: Annotated[int, typer.Option(min=1, help="Width and height of each picture in pixels.")] = 672,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the results.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace it where it exists.")] = False,
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")
+        str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator, if any.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on a CPU, else bfloat16.")
-    ] = None,
-    attention: Annotated[
-        str | None, typer.Option(help="transformers' attn_implementation; by default its choice.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")] = None,
+    attention: Annotated[str | None, typer.Option(help="transformers' attn_implementation.")] = None,
 ) -> None:
     """Time a model unpruned, with each pruner, and with as few tokens from the start; Ctrl-C keeps what is done."""
     from gripvlm.cli.outputs import checked_json
@@ -84,7 +76,7 @@ def bench_command(
     if fit:
         check_limit(chosen_device(device))
     is_random = model.startswith(PREFIX)
-    vlm, prompts = (_random if is_random else _loaded)(model, picture, device, dtype, attention)
+    vlm, prompts = _loaded(model, picture, device, dtype, attention)
     chosen = [(spec, random_pruner(spec, vlm) if is_random else get_pruner(spec)) for spec in specs]
     about = {"name": model, "weights": "random" if is_random else "as loaded", "picture": picture}
     sizes: dict[str, Any] = {"batches": batches, "lengths": lengths, "new": new, "repeats": repeats, "fit": fit}
@@ -108,28 +100,22 @@ def _numbers(text: str, option: str, example: str) -> list[int]:
 
 
 def _loaded(model: str, picture: int, device: str | None, dtype: str | None, attention: str | None) -> Any:
-    """(model, (batch, length) -> inputs)."""
-    from gripvlm.bench import real_prompts
-    from gripvlm.models.loading import load_model
-
-    vlm, processor = load_model(model, device, dtype, attention)
-    return vlm, lambda batch, length: real_prompts(vlm, processor, batch, length, picture)
-
-
-def _random(model: str, picture: int, device: str | None, dtype: str | None, attention: str | None) -> Any:
-    """The same of a shape with random weights."""
+    """(model, (batch, length) -> inputs): one that is loaded, or a shape with random weights."""
     import torch
 
-    from gripvlm.bench import random_model, random_prompts
-    from gripvlm.bench.shapes import architecture
-    from gripvlm.models.loading import chosen_device
+    from gripvlm.bench import random_model, random_prompts, real_prompts
+    from gripvlm.bench.shapes import PREFIX, architecture
+    from gripvlm.models.loading import chosen_device, load_model
 
+    if not model.startswith(PREFIX):
+        vlm, processor = load_model(model, device, dtype, attention)
+        return vlm, partial(real_prompts, vlm, processor, side=picture)
     shape, place = architecture(model), chosen_device(device)
     name = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if name not in ("float32", "bfloat16", "float16"):
         raise GripError(f"--dtype {dtype}: a random model takes float32, bfloat16 or float16")
     vlm = random_model(model, place, getattr(torch, name), attention)
-    return vlm, lambda batch, length: random_prompts(vlm, shape, batch, length, picture)
+    return vlm, partial(random_prompts, vlm, shape, side=picture)
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -137,69 +123,64 @@ def show(result: Mapping[str, Any]) -> None:
     screen = console()
     for batch, prompt in dict.fromkeys((row["batch"], row["prompt"]) for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["batch"], row["prompt"]) == (batch, prompt)]
+        done = [row for row in rows if not row["failed"]]
         where = f"batch {batch}, {prompt} text tokens"
-        times = _sheet(
-            f"{where}: milliseconds a batch, medians", ("kept", *(p.replace("decode_", "a ") for p in PHASES))
-        )
-        bought = _sheet(
-            "Ratios of whole, added share of the unpruned prefill",
-            ("/ full", "quartiles", "/ limit", "added", "KV MB", "peak GB"),
-        )
-        parts = _sheet("Share of the time, % (of what the machine's rates allow, %)", tuple(PARTS))
-        for row in rows:
-            if row["failed"]:
-                times.add_row(escape(row["setting"]), *["-"] * (1 + len(PHASES)))
-                continue
-            milliseconds = (f"{1000 * row['seconds'][phase]['median']:.3g}" for phase in PHASES)
-            times.add_row(escape(row["setting"]), f"{row['kept']:.4g}", *milliseconds)
-            bought.add_row(escape(row["setting"]), *_ratios(row))
-            parts.add_row(escape(row["setting"]), *_parts(row))
-        screen.print(times, bought, parts)
+        if done:
+            screen.print(_sheet(f"{where}: milliseconds a batch, medians", done, _times))
+            screen.print(_sheet("Ratios of whole; added: share of the unpruned prefill", done, _ratios))
+            screen.print(_sheet("Share of the time, % (of the roofline, %)", done, _shares))
         for row in rows:
             if row["failed"]:
                 screen.print(f"{where}: {row['setting']} was not measured: {row['failed']}", markup=False)
     if result["fits"]:
-        largest = _sheet("Largest batch that the device's memory holds", ("text tokens", "batch", "/ full"))
-        for row in result["fits"]:
-            size = str(row["fits"]) if row["fails"] is not None else f"{row['fits']} or more"
-            largest.add_row(escape(row["setting"]), str(row["prompt"]), size, _number(row["to_full"], ".2f"))
-        screen.print(largest)
+        screen.print(_sheet("Largest batch that the device's memory holds", result["fits"], _largest))
 
 
-def _sheet(title: str, columns: Iterable[str]) -> Table:
+def _sheet(
+    title: str, rows: Sequence[Mapping[str, Any]], cells: Callable[[Mapping[str, Any]], dict[str, str]]
+) -> Table:
     """Narrow enough for 80 columns; a long setting continues in a second line."""
     sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0, 0, 0))
     sheet.add_column("setting", min_width=18, max_width=24, overflow="fold")
-    for name in columns:
+    for name in cells(rows[0]):
         sheet.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        sheet.add_row(escape(row["setting"]), *cells(row).values())
     return sheet
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
+def _times(row: Mapping[str, Any]) -> dict[str, str]:
+    seconds = {phase: row["seconds"][phase]["median"] for phase in PHASES}
+    milliseconds = {phase.replace("decode_", "a "): f"{1000 * value:.3g}" for phase, value in seconds.items()}
+    return {"kept": f"{row['kept']:.4g}", **milliseconds}
 
 
-def _ratios(row: Mapping[str, Any]) -> list[str]:
+def _ratios(row: Mapping[str, Any]) -> dict[str, str]:
     full, limit = row["to_full"]["whole"], (row["to_limit"] or {}).get("whole")
     added, peak = row["to_full"]["added"], row["peak_memory"]
-    return [
-        _number(full and full["median"], ".3f"),
-        f"{full['low']:.2f}-{full['high']:.2f}" if full else "-",
-        _number(limit and limit["median"], ".3f"),
-        f"{100 * added['median']:.1f} %" if added and row["kind"] == "pruned" else "-",
-        f"{row['kv_bytes'] / 1e6:.3g}",
-        _number(peak and peak / 1e9, ".3g"),
-    ]
+    return {
+        "/ full": f"{full['median']:.3f}" if full else "-",
+        "quartiles": f"{full['low']:.2f}-{full['high']:.2f}" if full else "-",
+        "/ limit": f"{limit['median']:.3f}" if limit else "-",
+        "added": f"{100 * added['median']:.1f} %" if added and row["kind"] == "pruned" else "-",
+        "KV MB": f"{row['kv_bytes'] / 1e6:.3g}",
+        "peak GB": f"{peak / 1e9:.3g}" if peak else "-",
+    }
 
 
-def _parts(row: Mapping[str, Any]) -> list[str]:
+def _shares(row: Mapping[str, Any]) -> dict[str, str]:
     """Each part's share of the time; in bold the longest, which bounds the rest."""
     seconds = {name: sum(row["seconds"][phase]["median"] for phase in phases) for name, phases in PARTS.items()}
-    whole = sum(seconds.values())
-    cells = []
+    cells = {}
     for name, value in seconds.items():
-        share = f"{100 * value / whole:.0f}"
-        share = f"[bold]{share}[/]" if value == max(seconds.values()) else share
+        share = f"{100 * value / sum(seconds.values()):.0f}"
         reached = row["roofline"].get(name)
-        cells.append(share if reached is None else f"{share} ({100 * reached:.0f})")
+        cells[name] = f"[bold]{share}[/]" if value == max(seconds.values()) else share
+        cells[name] += "" if reached is None else f" ({100 * reached:.0f})"
     return cells
+
+
+def _largest(row: Mapping[str, Any]) -> dict[str, str]:
+    size = str(row["fits"]) if row["fails"] is not None else f"{row['fits']} or more"
+    ratio = "-" if row["to_full"] is None else f"{row['to_full']:.2f}"
+    return {"text tokens": str(row["prompt"]), "batch": size, "/ full": ratio}
