@@ -291,6 +291,14 @@ def test_what_files_say_is_never_markup(words):
     assert unescape(body).count(words) == 4
 
 
+def test_figures_of_one_name_do_not_replace_one_another():
+    page = build.Page([], "random", False)
+    names = [page._file(content, "a", name, "jpg") for content, name in ((b"1", "q/1"), (b"2", "q-1"), (b"1", "q 1"))]
+    assert names == ["figures/a-q-1.jpg", "figures/a-q-1-2.jpg", "figures/a-q-1.jpg"]
+    assert page.files == {"figures/a-q-1.jpg": b"1", "figures/a-q-1-2.jpg": b"2"}
+    assert len(page._file(b"3", "q" * 300, "jpg")) < 200
+
+
 def test_without_matplotlib_the_page_says_what_to_install(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     report([made], tmp_path / "page")

@@ -113,7 +113,7 @@ class Page:
         tokens = reader.parse(words)
         links = []
         for token, content in pairwise(tokens):
-            if token.type == "heading_open":
+            if token.type == "heading_open":  # CommonMark gives headings no id to link to
                 token.attrSet("id", re.sub(r"[^a-z0-9]+", "-", content.content.lower()).strip("-"))
                 links += [(token.attrs["id"], content.content)] if token.tag == "h2" else []
             for image in (child for child in token.children or () if child.type == "image"):
@@ -121,6 +121,7 @@ class Page:
                 kind = "svg+xml" if name.endswith(".svg") else "jpeg"
                 image.attrSet("src", f"data:image/{kind};base64,{base64.b64encode(self.files[name]).decode()}")
         body = reader.renderer.render(tokens, reader.options, {})
+        # a wide table scrolls in a frame of its own; content cannot hold a tag, since it is escaped
         body = body.replace("<table>", '<div class="sheet"><table>').replace("</table>", "</table></div>")
         style = files("gripvlm.report").joinpath("page.css").read_text(encoding="utf-8")
         template = _environment(autoescape=True).get_template("page.html.jinja")
@@ -198,7 +199,12 @@ class Page:
     def _file(self, content: bytes, *name: str) -> str:
         """Keeps a figure for the page's folder; its path as the page writes it."""
         *words, ending = name
-        path = f"figures/{re.sub(r'[^A-Za-z0-9]+', '-', ' '.join(words)).strip('-')}.{ending}"
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", " ".join(words)).strip("-")[:150]
+        path, number = f"figures/{stem}.{ending}", 1
+        # results of the same name, or ids that differ in signs only, must not show one another's pictures
+        while self.files.get(path, content) != content:
+            number += 1
+            path = f"figures/{stem}-{number}.{ending}"
         self.files[path] = content
         return path
 
@@ -296,6 +302,7 @@ def questions_to_show(comparison: Comparison, methods: Sequence[Point]) -> list[
     """Questions that the first method loses, tasks in turn, then those that it wins and the last method does not."""
     by_task = []
     for task in comparison.tasks:
+        # one rule for all results: a person who picks the pictures picks those that please
         full, best, last = (point.answers(task) for point in (comparison.points[0], methods[0], methods[-1]))
         questions = [Question(task, name, best[name]["score"] < full[name]["score"], full[name]) for name in best]
         won = {name for name in best if best[name]["score"] >= 1 and (len(methods) == 1 or last[name]["score"] < 1)}

@@ -96,6 +96,12 @@ class Comparison:
         return [point for point in self.points if not point.full]
 
     @property
+    def blind(self) -> dict[str, float]:
+        """Task (and "mean") -> the score without the image; empty where it was not measured."""
+        scores = {task: self.points[0].rows[task]["blind"] for task in self.tasks}
+        return {} if None in scores.values() else scores | {MEAN: float(np.mean(list(scores.values())))}
+
+    @property
     def seeded(self) -> list[Point]:
         return [point for point in self.pruned if len(point.seeds) > 1]
 
