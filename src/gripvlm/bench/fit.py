@@ -79,9 +79,11 @@ def fits(
                 report(f"fit {setting.name}: {batch}")
                 return _holds(model, inputs, batch, setting, new)
 
-            good, bad = largest(holds, most, max(1, full))  # pruned, as many fit as unpruned, or more
+            # pruned, as many fit as unpruned, or more: the search starts where the unpruned one ended
+            good, bad = largest(holds, most, max(1, full))
             if setting == FULL:
                 full, known = good, bad is not None
+            # a search that ended at its bound knows no edge, so there is nothing to divide
             ratio = good / full if full and known and bad is not None else None
             sizes = {"most": most, "fits": good, "fails": bad, "to_full": ratio}
             yield {"prompt": length, **setting.columns, **sizes}
@@ -108,7 +110,7 @@ def _holds(model: Any, inputs: Mapping[str, Any], batch: int, setting: Setting, 
     free(model)  # what the run before left in pieces
     try:
         _run(model, tiled(inputs, batch), setting, new)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # any other error is a bug, not an edge
         return False
     return True
 

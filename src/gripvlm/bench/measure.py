@@ -82,6 +82,7 @@ class Cell:
     def __init__(self, model: Any, inputs: Mapping[str, Any], keeps: Sequence[Budget], new: int) -> None:
         self.model, self.inputs, self.new = model, dict(inputs), new
         self.forbidden = forbidden(model)
+        # limits are made here, before any clock starts: they stand for a model that got so few tokens for nothing
         encoded = encode(model, inputs)
         self.sizes = [item.features.shape[0] for sample in encoded.samples for item in sample]
         self.received: dict[Budget | None, dict[str, Any]] = {
@@ -129,6 +130,7 @@ class Cell:
         """FLOPs, cache and tokens of one run. Counting costs the host a moment for each operation, so ask it of one
         prompt (`Counts.times`): a vision encoder that works window by window has hundreds of thousands of them a batch.
         """
+        # the encoder is counted by itself too: a pruned run has it in one block with the pruner
         with flop_counter() as meter:
             self._encoder()
             vision = meter.get_total_flops()
@@ -185,6 +187,7 @@ def generated(
 
 def forbidden(model: Any) -> Tensor:
     """Token ids that would end an answer or stand for an image."""
+    # random weights choose any token, and an answer that ended early would be a shorter measurement
     ends = model.generation_config.eos_token_id
     ids = {*(ends if isinstance(ends, list) else [ends])}
     ids |= {getattr(model.config, f"{name}_token_id", None) for name in ("image", "video")}
@@ -204,6 +207,7 @@ def _received(
 
 def _cache_bytes(cache: Any) -> int:
     """Bytes of all keys, values and other states that a cache holds."""
+    # by address: layers may share a tensor, which is in memory once
     held = {
         (value.data_ptr(), value.nbytes)
         for layer in cache.layers

@@ -103,6 +103,7 @@ class Runs:
 
 def measured(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Machine:
     """The machine's rates, each from repeats over about `seconds`."""
+    # so large that starting the kernel is nothing beside it, so small that a CPU repeats it often enough
     large = device.type != "cpu"
     side, count = (8192, 2**28) if large else (768, 2**25)
     matrix = torch.randn(side, side, device=device).to(dtype)
@@ -115,7 +116,8 @@ def measured(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> 
 
 
 def _fastest(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    work()
+    work()  # the first call also allocates and chooses a kernel
+    # the fastest repeat, not the median: what slows one down is another process, not the hardware
     best, ends = float("inf"), device_time(device) + seconds
     while (began := device_time(device)) < ends:
         work()
@@ -128,6 +130,7 @@ def flop_counter() -> FlopCounterMode:
 
     It counts matrix products, convolutions and attention, two for a multiply-add; not sorts, norms and the like.
     """
+    # torch leaves the CPU's kernel out, and refuses keys that have fewer heads than queries
     names = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
     kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None) for name in names]
     custom = {kernel: _attention_flops for kernel in kernels if kernel is not None}
@@ -147,6 +150,7 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
     """{"median", "low", "high"}, the last two quartiles (of the values themselves); None of no values."""
     if not values:
         return None
+    # inclusive: a handful of turns says nothing about times beyond its own least and most
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": statistics.median(values), "low": low, "high": high}
 
@@ -188,6 +192,7 @@ def _shares(
 ) -> dict[str, float]:
     """The least time / the measured time of each phase that the roofline speaks about."""
     machine, weights = hardware
+    # each new token reads all weights and the cache anew
     token = machine.seconds(counts.flops["decode"] / (new - 1), weights.language + counts.kv_bytes)
     least = {
         "vision": machine.seconds(counts.flops["vision"], weights.vision),

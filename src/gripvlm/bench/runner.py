@@ -114,6 +114,7 @@ def bench(
         try:
             for batch, length in pairs:
                 run.cell(batch, length)
+                # long runs are written as they go; the last cell is written below, as finished
                 if fit or (batch, length) != pairs[-1]:
                     run.write(out)
             if fit:
@@ -202,6 +203,7 @@ class _Run:
             BudgetError: no pruner reaches any of the budgets.
             torch.OutOfMemoryError: not even the vision encoder fits.
         """
+        # counting slows each operation down and counts grow with the batch, so one prompt is counted, once a length
         counted = batch > 1 and all((length, setting) in self.counts for setting in runs)
         cell = Cell(self.model, self.prompts(batch, length), self.keeps, self.new)
         one = cell if batch == 1 or counted else Cell(self.model, self.prompts(1, length), self.keeps, self.new)
@@ -213,6 +215,7 @@ class _Run:
                     cell.timed(setting)  # warms up, as counting does for one prompt
                 run.counts = self.counts[length, setting].times(batch)
             self.bar.advance(batch)
+        # where no pruner reaches its budget the command is wrong, and timing the rest would hide it
         pruned = {setting: run for setting, run in runs.items() if setting.kind == "pruned"}
         if pruned and all(run.unreached for run in pruned.values()):
             reasons = [f"{s.spec} at {s.keep.short}: {run.failed}" for s, run in pruned.items() if s.keep is not None]
@@ -234,6 +237,7 @@ def _attempt(model: Any, run: Runs) -> Iterator[None]:
     except BudgetError as error:
         run.failed, run.unreached = str(error), True
     except torch.OutOfMemoryError as error:
+        # a median over the turns before would be of another state of the memory
         run.failed, run.turns = f"out of memory: {_first_line(error)}", {}
         free(model)
 

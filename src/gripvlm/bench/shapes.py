@@ -168,6 +168,7 @@ def random_model(
     shape = architecture(name)
     config = AutoConfig.for_model(shape.model_type, **shape.config)
     torch.manual_seed(seed)
+    # made on the device: the host may not have the memory of all weights
     with device:
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.eval()
@@ -180,6 +181,7 @@ def random_pruner(spec: str, model: Any) -> Pruner:
     """
     if spec not in ("grip", "relaxed"):
         return get_pruner(spec)
+    # the caller's random numbers are what they would be without us
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         width = model.get_input_embeddings().weight.shape[1]
@@ -208,6 +210,7 @@ def real_prompts(model: Any, processor: Any, batch: int, prompt: int, side: int,
             f"--prompt {text} or more"
         )
     words = torch.tensor(question_ids(processor, [QUESTION])[0], device=model.device)
+    # words at the end, after the chat template: nothing in front of the image moves
     more = words.repeat(1 + (prompt - text) // len(words))[: prompt - text].expand(batch, -1)
     for name, fill in {**PER_TOKEN, "attention_mask": 1}.items():
         if (value := inputs.get(name)) is not None:

@@ -170,6 +170,7 @@ def layout(
 
 def _prepared(images: Any, name: str, x: _Axis, y: _Axis) -> tuple[_Axis, _Axis]:
     """Both axes after padding, resizing and cropping, in the order in which transformers does it."""
+    # LLaVA's own processor pads to a square before all else; the others pad at the end
     pads, square_first = getattr(images, "do_pad", False), hasattr(images, "pad_to_square")
     if pads and square_first:
         side = max(x.length, y.length)
@@ -233,6 +234,7 @@ def _tiled(image_size: tuple[int, int], tiles: tuple[int, int], cell: tuple[int,
     """The cells of an image stretched to rows x columns tiles, tile after tile, each a raster of its own."""
     (rows, columns), (h, w) = tiles, cell
     whole = _raster(_Axis(image_size[0]), _Axis(image_size[1]), image_size, (rows * h, columns * w))
+    # tokens come tile by tile, the raster row by row across all tiles
     order = np.arange(len(whole.boxes)).reshape(rows, h, columns, w).swapaxes(1, 2).ravel()
     return Geometry(image_size, whole.grid, tuple(whole.boxes[i] for i in order), whole.seen)
 
@@ -241,6 +243,7 @@ def _tile_counts(images: Any, image_size: tuple[int, int], items: int) -> tuple[
     """(rows, columns) of the tiles of an image that became so many items, the last of them the whole view."""
     width, height = image_size
     if hasattr(images, "crop_to_patches"):
+        # the processor's own function, from its own module: how it chooses a grid of tiles is not ours to repeat
         canvas = sys.modules[type(images).__module__].get_optimal_tiled_canvas
         side = _sizes(images.size)
         tile = (int(side["height"]), int(side["width"]))
@@ -301,6 +304,7 @@ def overlay(
         )
     mask = selection.mask().tolist()
     kept_boxes = [box for box, keep in zip(geometry.boxes, mask, strict=True) if keep]
+    # a whole factor, so that every cell's border falls between pixels as it did before
     factor = max(1, round(LONG_SIDE / max(image.size)))
     size = (image.width * factor, image.height * factor)
     large = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)

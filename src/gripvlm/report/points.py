@@ -173,6 +173,7 @@ def _comparison(group: list[Results]) -> Comparison:
 
 def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, tuple[Estimate, ...]]) -> list[Point]:
     """The file's points. Without answers each seed is a point of its own, with its rows' intervals."""
+    # times are divided within a file: another file may be another machine, or the same on a busier day
     full = [row["seconds_total"] for row in results.rows if row["pruner"] == FULL]
     if not full or min(full) <= 0:
         raise GripError(f"{results.path} has no times of the full model, which times are compared with: run it again")
@@ -180,6 +181,7 @@ def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, t
     for (label, keep), by_task in by_setting(with_means([*results.rows, *results.means])).items():
         if any(task not in by_task for task in tasks):
             raise GripError(f"{results.path}: {label} was not measured on every task: run the evaluation again")
+        # the mean over one task is that task, interval included
         by_task.setdefault(MEAN, {**by_task[tasks[0]], "task": MEAN})
         seeds.setdefault((method_of(label) if estimates else label, keep), {})[label] = by_task
     points = []
@@ -189,6 +191,7 @@ def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, t
             of_seeds = [by_task[task] for by_task in by_label.values()]
             row = averaged(of_seeds, pruner=method)
             row["ratio"] = row["seconds_total"] / float(np.mean(full))
+            # only answers know how seeds vary together by picture; without them one row's interval is all there is
             if estimates:
                 score = estimates[method, keep][number]
                 row |= {"score": score.value, "ci_low": score.low, "ci_high": score.high}
