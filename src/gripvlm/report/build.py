@@ -190,11 +190,11 @@ class Page:
         for part in layout(processor, image.size, [item.grid for item in items]):
             drawn = overlay(image, part.of(items), part.geometry, caption="")
             drawn.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-            file = io.BytesIO()
-            drawn.save(file, "JPEG", quality=82)
+            buffer = io.BytesIO()
+            drawn.save(buffer, "JPEG", quality=82)
             name = (comparison.name, short(question.task), question.id, point.method, part.name, "jpg")
             title = f"{point.method}, {answer['k']} of {answer['n']} tokens {part.name}".strip()
-            yield Picture(title, self._file(file.getvalue(), *name), answer)
+            yield Picture(title, self._file(buffer.getvalue(), *name), answer)
 
     def _file(self, content: bytes, *name: str) -> str:
         """Keeps a figure for the page's folder; its path as the page writes it."""

@@ -318,9 +318,9 @@ def overlay(
         lines = (caption or f"{len(kept_boxes)} of {len(mask)} visual tokens").strip().splitlines()
         drawn = _captioned(drawn, [*lines, *_remarks(selection, geometry, kept_boxes)])
     if path is not None:
-        file = BytesIO()
-        drawn.save(file, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
-        disk.write(path, file.getvalue())
+        buffer = BytesIO()
+        drawn.save(buffer, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
+        disk.write(path, buffer.getvalue())
     return drawn
 
 

@@ -108,11 +108,11 @@ def draw(rows: Sequence[Row], styles: Mapping[str, Style], kind: str, cost: str 
     across = min(3 if columns == 1 else 6, len(legend))
     place = {"loc": "outside upper center", "ncols": across, "frameon": False, "fontsize": 9}
     figure.legend(legend.values(), legend.keys(), **place)
-    file = BytesIO()
+    buffer = BytesIO()
     # text stays text and ids do not change from run to run: small files, and no difference where nothing differs
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gripvlm"}):
-        figure.savefig(file, dpi=160, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return file.getvalue()
+        figure.savefig(buffer, dpi=160, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
 
 
 def _panel(axis: Any, rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> None:
