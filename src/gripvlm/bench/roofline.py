@@ -213,10 +213,10 @@ def _ratios(runs: Runs, other: Runs) -> dict[str, Any]:
     ratios: dict[str, Any] = {phase: _by_turn(runs, other, [phase], phase) for phase in COMPARED}
     if runs.counts is None or other.counts is None:
         return ratios
-    ours, theirs = runs.counts, other.counts
+    counts, base = runs.counts, other.counts
     return ratios | {
-        "flops_prefill": ours.flops["prefill"] / theirs.flops["prefill"],
-        "flops_whole": ours.flops["whole"] / theirs.flops["whole"],
-        "kv_bytes": ours.kv_bytes / theirs.kv_bytes,
+        "flops_prefill": counts.flops["prefill"] / base.flops["prefill"],
+        "flops_whole": counts.flops["whole"] / base.flops["whole"],
+        "kv_bytes": counts.kv_bytes / base.kv_bytes,
         "peak_memory": runs.peak / other.peak if runs.peak and other.peak else None,
     }

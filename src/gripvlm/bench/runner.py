@@ -206,11 +206,11 @@ class _Run:
         # counting slows each operation down and counts grow with the batch, so one prompt is counted, once a length
         counted = batch > 1 and all((length, setting) in self.counts for setting in runs)
         cell = Cell(self.model, self.prompts(batch, length), self.keeps, self.new)
-        one = cell if batch == 1 or counted else Cell(self.model, self.prompts(1, length), self.keeps, self.new)
+        single = cell if batch == 1 or counted else Cell(self.model, self.prompts(1, length), self.keeps, self.new)
         for setting, run in runs.items():
             with _attempt(self.model, run):
                 if not counted:
-                    self.counts[length, setting] = one.counted(setting)
+                    self.counts[length, setting] = single.counted(setting)
                 if batch > 1:
                     cell.timed(setting)  # warms up, as counting does for one prompt
                 run.counts = self.counts[length, setting].times(batch)

@@ -155,8 +155,8 @@ def layout(
     # InternVL's and Idefics3's processors stretch an image to whole tiles, also where it is a single one
     cuts = hasattr(images, "crop_to_patches") or bool(getattr(images, "do_image_splitting", False))
     if len(grids) == 1:
-        one = _tiled(image_size, (1, 1), _plain(grids[0])) if cuts else geometry(processor, image_size, grids[0])
-        return [Part("", one, 0)]
+        whole = _tiled(image_size, (1, 1), _plain(grids[0])) if cuts else geometry(processor, image_size, grids[0])
+        return [Part("", whole, 0)]
     rasters = {_plain(grid) for grid in grids}
     if len(rasters) != 1 or not cuts:
         raise GeometryError(
