@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import subprocess
@@ -276,7 +275,7 @@ def built(options: argparse.Namespace, name: str) -> Any:
 def measure(options: argparse.Namespace, name: str, ends: float) -> None:
     """`gripvlm bench` of one shape: times of all batches."""
     from gripvlm.bench import ARCHITECTURES, bench
-    from gripvlm.bench.architectures import random_pruner
+    from gripvlm.bench.shapes import random_pruner
     from gripvlm.budget import Budget
 
     model = built(options, name)
@@ -296,7 +295,6 @@ def measure(options: argparse.Namespace, name: str, ends: float) -> None:
     result = within(ends - time.monotonic() - 5, work)
     if result is None:
         sys.exit("nothing was measured")
-    print("\n".join(result["sentences"]))
 
 
 def look(options: argparse.Namespace, name: str, ends: float) -> None:
@@ -304,21 +302,19 @@ def look(options: argparse.Namespace, name: str, ends: float) -> None:
     import torch
 
     from gripvlm.bench import ARCHITECTURES
-    from gripvlm.bench.architectures import random_pruner
     from gripvlm.bench.fit import fits
     from gripvlm.bench.measure import FULL, Setting
-    from gripvlm.bench.words import fit_sentences
+    from gripvlm.bench.shapes import random_pruner
     from gripvlm.budget import Budget
     from gripvlm.eval import environment
 
-    model, memory, allowed = built(options, name), "the device's memory", math.inf
+    model = built(options, name)
     if options.memory:
         _, total = torch.cuda.mem_get_info()
-        memory, allowed = f"{options.memory:g} GiB of the device's memory", options.memory * 2**30
-        torch.cuda.set_per_process_memory_fraction(allowed / total)
+        torch.cuda.set_per_process_memory_fraction(options.memory * 2**30 / total)
     result: dict[str, Any] = {"schema": "gripvlm.gpu_fit/1", "environment": environment(), "model": f"random:{name}"}
     result |= {"dtype": options.dtype, "memory_gib": options.memory or None, "new": options.new, "picture": 672}
-    result |= {"finished": False, "fits": [], "tried": [], "sentences": []}
+    result |= {"finished": False, "fits": [], "tried": []}
     file = options.out / f"fit-{name}.json"
 
     def told(what: str) -> None:
@@ -328,14 +324,12 @@ def look(options: argparse.Namespace, name: str, ends: float) -> None:
     def search() -> bool:
         settings = [FULL, Setting("pruned", Budget.parse("11%"), random_pruner("norm", model), "norm")]
         prompts = partial(prompts_of, model, ARCHITECTURES[name])
-        for row in fits(model, prompts, settings, [64], options.new, options.fit, told, allowed):
+        for row in fits(model, prompts, settings, [64], options.new, options.fit, told):
             result["fits"].append(row)
             write(file, result)
         return True
 
     result["finished"] = bool(within(ends - time.monotonic() - 3, search))
-    result["sentences"] = fit_sentences(result["fits"], memory)
-    print("\n".join(result["sentences"]))
     write(file, result)
     sys.exit(0 if result["finished"] else "time was over before all was found")
 

@@ -83,7 +83,7 @@ def timed(name: str, result: dict[str, Any]) -> list[str]:
         )
         head = ["", "prefill", "first token", "end to end", "added, %", "peak, GiB", "cache, MB", "turns"]
         lines += [f"Batch {cell['batch']}, {cell['prompt']} text tokens{cut}:", "", *table(head, rows)]
-    said = [one for one in result["sentences"] if one.startswith("Batch")]
+    said = [one for one in result.get("sentences", ()) if one.startswith("Batch")]
     done = "finished" if result["finished"] else "not finished (`finished: false`): what was asked for and is not here"
     more = [] if result["finished"] else ["had no time left."]
     lines += [*(f"> {sentence}" for sentence in said), "", " ".join([f"The run was {done}", *more]), ""]
@@ -97,7 +97,7 @@ def fitted(name: str, result: dict[str, Any]) -> list[str]:
         rest = "" if own["finished"] else " The time ended before all was found."
         about = own["environment"]["git"]
         commit = f" Commit `{about['commit']}`." if about else ""
-        return [f"> {sentence}{rest}{commit}" for sentence in own["sentences"]] + [""]
+        return [f"> {sentence}{rest}{commit}" for sentence in own.get("sentences", ())] + [""]
     if not result["fits"]:
         return ["The largest batch was looked for and not found in the time there was.", ""]
     rows = [

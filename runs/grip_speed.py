@@ -29,7 +29,7 @@ from rollout_times import Group
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from gripvlm import get_pruner, lab
-from gripvlm.bench.architectures import random_model, random_pruner
+from gripvlm.bench.shapes import random_model, random_pruner
 from gripvlm.eval import environment
 from gripvlm.eval.environment import command_line
 from gripvlm.grip.scorer import Scorer, ScorerConfig

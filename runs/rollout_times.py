@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.api import prune_inputs
-from gripvlm.bench.rows import spread
+from gripvlm.bench.roofline import spread
 from gripvlm.eval import make_inputs
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Engine, TrainConfig

@@ -18,7 +18,7 @@ import torch
 
 import gripvlm
 from gripvlm import lab
-from gripvlm.bench.rows import spread
+from gripvlm.bench.roofline import spread
 from gripvlm.eval import environment, make_inputs
 from gripvlm.eval.environment import command_line
 from gripvlm.models.loading import quiet

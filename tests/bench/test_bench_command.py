@@ -7,9 +7,10 @@ import json
 import pytest
 
 from gripvlm.bench import runner as bench_runner
-from gripvlm.bench.machine import Machine
 from gripvlm.bench.measure import Cell
+from gripvlm.bench.roofline import Machine
 from gripvlm.cli import main
+from gripvlm.cli.bench import PHASES, show
 
 COMMAND = ["bench", "--model", "random:tiny", "--device", "cpu"]
 
@@ -25,7 +26,8 @@ def test_the_command_writes_and_does_not_overwrite(tmp_path, capsys):
     assert main([*COMMAND, *options, "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "batch 1, 8 text tokens" in text
-    assert "What bounds you now is" in text
+    assert "Share of the time, %" in text
+    assert "Ratios of whole" in text
     rows = json.loads(out.read_text())["rows"]
     assert [row["kept"] for row in rows] == [16, 4, 2, 4, 4, 2, 2]
     before = out.read_text()
@@ -34,6 +36,27 @@ def test_the_command_writes_and_does_not_overwrite(tmp_path, capsys):
     assert out.read_text() == before
     assert main([*COMMAND, *options[:-2], "--keep", "4", "--out", str(out), "--overwrite"]) == 0
     assert len(json.loads(out.read_text())["rows"]) == 4
+
+
+def test_what_failed_and_what_fits_is_shown(capsys):
+    """Rows made by hand: a CPU neither runs out of memory nor looks for a largest batch."""
+    middle = {"median": 0.5, "low": 0.4, "high": 0.6}
+    done = {"batch": 1, "prompt": 8, "kind": "pruned", "setting": "norm 0.5", "failed": None, "kept": 8.0}
+    done |= {"seconds": dict.fromkeys(PHASES, middle) | {"prefill": {"median": 2.0}, "decode": middle}}
+    done |= {"to_full": {"whole": middle, "added": {"median": 0.05}}, "to_limit": None, "kv_bytes": 2e6}
+    done |= {"peak_memory": 3e9, "roofline": {"vision": 0.5, "prefill": 0.25, "decode": 0.01}}
+    failed = {"batch": 1, "prompt": 8, "setting": "full", "failed": "out of memory: tried to allocate 9 GiB"}
+    fitted = {"prompt": 8, "setting": "norm 0.5", "fits": 21, "fails": 22, "to_full": 2.1}
+    more = fitted | {"setting": "norm 0.1", "fits": 64, "fails": None, "to_full": None}
+    show({"rows": [failed, done], "fits": [fitted, more]})
+    text = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "norm 0.5 0.500 0.40-0.60 - 5.0 % 2 3" in lines
+    assert "norm 0.5 11 (50) 33 44 (25) 11 (1)" in lines
+    assert "batch 1, 8 text tokens: full was not measured: out of memory: tried to allocate 9 GiB" in " ".join(
+        text.split()
+    )
+    assert lines.index("norm 0.5 8 21 2.10") < lines.index("norm 0.1 8 64 or more -")
 
 
 def test_ctrl_c_in_the_command_is_no_error_text(tmp_path, capsys, monkeypatch):

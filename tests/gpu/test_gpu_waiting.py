@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import gripvlm
-from gripvlm.bench.architectures import random_pruner
+from gripvlm.bench.shapes import random_pruner
 from gripvlm.engine.request import checked_pruner
 from gripvlm.pruners import Pruner
 from gripvlm.types import Selection, VisualTokens

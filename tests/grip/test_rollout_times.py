@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from gripvlm.bench.rows import spread
+from gripvlm.bench.roofline import spread
 from gripvlm.grip.train import Engine
 from places import ROOT
 from tiny_train import asked, tiny_scorer, tiny_vlm

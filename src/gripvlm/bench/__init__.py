@@ -1,17 +1,15 @@
 """What pruning buys on one machine: times, memory and FLOPs of a model with and without it, in one run."""
 
-from gripvlm.bench.architectures import ARCHITECTURES, Architecture, random_model
-from gripvlm.bench.prompts import random_prompts, real_prompts
-from gripvlm.bench.runner import Interrupted, bench
-from gripvlm.bench.words import sentences
+from gripvlm.bench.runner import BenchInterrupted, bench
+from gripvlm.bench.shapes import ARCHITECTURES, Architecture, random_model, random_prompts, random_pruner, real_prompts
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
-    "Interrupted",
+    "BenchInterrupted",
     "bench",
     "random_model",
     "random_prompts",
+    "random_pruner",
     "real_prompts",
-    "sentences",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from gripvlm.api import encode, prune_inputs, pruned_run
-from gripvlm.bench.machine import flop_counter
+from gripvlm.bench.roofline import Counts, flop_counter
 from gripvlm.budget import Budget
 from gripvlm.errors import BudgetError
 from gripvlm.models.adapter import encoder_arguments
@@ -23,10 +23,7 @@ from gripvlm.pruners import Pruner
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.utils.timing import device_time
 
-__all__ = ["FULL", "PHASES", "Cell", "Counts", "Runs", "Setting", "forbidden", "generated"]
-
-PHASES = ("vision", "pruner", "overhead", "other", "prefill", "first_token", "decode", "whole")
-"""Of a run: the first five and decode add up to whole; first_token is whole without decode."""
+__all__ = ["FULL", "Cell", "Setting", "forbidden", "generated"]
 
 
 @dataclass(frozen=True)
@@ -48,46 +45,17 @@ class Setting:
     def name(self) -> str:
         return self.kind if self.keep is None else f"{self.spec or self.kind} {self.keep}"
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What rows know it by."""
+        keep = None if self.keep is None else self.keep.plain
+        return {"kind": self.kind, "setting": self.name, "pruner": self.spec or None, "keep": keep}
+
 
 FULL = Setting("full")
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What is counted, not timed, of a setting's run of B samples.
-
-    Attributes:
-        flops: of vision (the encoder and projector alone), pruning (all that is added before the prompt runs; below
-            zero where merging inside the tower saves more), prefill, decode, whole.
-        kv_bytes: of the cache when the last token is decoded, all samples together.
-        kept, total: visual tokens of all samples, averaged over the layers.
-    """
-
-    flops: dict[str, int]
-    kv_bytes: int
-    kept: float
-    total: int
-
-    def times(self, batch: int) -> Counts:
-        """Of so many prompts alike: all that is counted goes with them."""
-        flops = {part: batch * value for part, value in self.flops.items()}
-        return Counts(flops, batch * self.kv_bytes, batch * self.kept, batch * self.total)
-
-
-@dataclass
-class Runs:
-    """What one setting gave in one cell: turn -> seconds by phase, peaks of memory, counts, why it failed, and whether
-    that is because the pruner, or these images, do not reach the budget.
-    """
-
-    turns: dict[int, dict[str, float]] = field(default_factory=dict)
-    peak: int | None = None
-    counts: Counts | None = None
-    failed: str = ""
-    unreached: bool = False
-
-
-class _First(LogitsProcessor):
+class _FirstToken(LogitsProcessor):
     """Reads a meter when the first new token's logits are there; forbids tokens that end or that stand for images."""
 
     def __init__(self, read: Callable[[], float], forbidden: Tensor) -> None:
@@ -114,6 +82,7 @@ class Cell:
     def __init__(self, model: Any, inputs: Mapping[str, Any], keeps: Sequence[Budget], new: int) -> None:
         self.model, self.inputs, self.new = model, dict(inputs), new
         self.forbidden = forbidden(model)
+        # limits are made here, before any clock starts: they stand for a model that got so few tokens for nothing
         encoded = encode(model, inputs)
         self.sizes = [item.features.shape[0] for sample in encoded.samples for item in sample]
         self.received: dict[Budget | None, dict[str, Any]] = {
@@ -123,8 +92,8 @@ class Cell:
         for keep in keeps:
             try:
                 self.received[keep] = _received(model, inputs, encoded, keep, self.received[None])
-            except BudgetError as why:
-                self.unreached[keep] = why
+            except BudgetError as error:
+                self.unreached[keep] = error
 
     @torch.no_grad()
     def timed(self, setting: Setting) -> tuple[dict[str, float], int | None]:
@@ -136,7 +105,7 @@ class Cell:
         seconds = dict.fromkeys(("vision", "pruner", "overhead"), 0.0)
 
         def read() -> float:
-            return device_time(device)
+            return device_time(device)  # waits until the device is done, so that a phase holds its own work only
 
         with ExitStack() as stack:
             began = read()
@@ -151,21 +120,22 @@ class Cell:
             ready = read()
             first, _ = self._generated(arguments, read)
             ended = read()
-        whole = ended - began
         seconds |= {"other": ready - began - sum(seconds.values()), "prefill": first - ready}
-        seconds |= {"first_token": first - began, "decode": ended - first, "whole": whole}
+        seconds |= {"first_token": first - began, "decode": ended - first, "whole": ended - began}
         peak = memory.max_memory_allocated(device) if hasattr(memory, "max_memory_allocated") else None
         return seconds, peak
 
     @torch.no_grad()
     def counted(self, setting: Setting) -> Counts:
         """FLOPs, cache and tokens of one run. Counting costs the host a moment for each operation, so ask it of one
-        prompt (`Counts.times`): a vision encoder that goes window by window has hundreds of thousands of them a batch.
+        prompt (`Counts.times`): a vision encoder that works window by window has hundreds of thousands of them a batch.
         """
+        # the encoder is counted by itself too: a pruned run has it in one block with the pruner
         with flop_counter() as meter:
             self._encoder()
             vision = meter.get_total_flops()
         total = sum(self.sizes)
+        kept = float(total if setting.keep is None else sum(setting.keep.count(n) for n in self.sizes))
         with flop_counter() as meter, ExitStack() as stack:
             if setting.pruner is None:
                 arguments, record = self._arguments(setting), None
@@ -176,17 +146,10 @@ class Cell:
             before = meter.get_total_flops()
             first, output = self._generated(arguments, meter.get_total_flops)
             whole = meter.get_total_flops()
-        if record is not None:  # complete when the block has ended
+        if record is not None:  # complete only when the block has ended
             kept = record.paid
-        else:
-            kept = float(total if setting.keep is None else sum(setting.keep.count(n) for n in self.sizes))
-        flops = {
-            "vision": vision,
-            "pruning": before - vision,
-            "prefill": int(first) - before,
-            "decode": whole - int(first),
-            "whole": whole,
-        }
+        flops = {"vision": vision, "pruning": before - vision, "prefill": int(first) - before}
+        flops |= {"decode": whole - int(first), "whole": whole}
         return Counts(flops, _cache_bytes(cache_of(output)), kept, total)
 
     def _arguments(self, setting: Setting) -> dict[str, Any]:
@@ -202,7 +165,6 @@ class Cell:
         function(**{n: self.inputs[n] for n in encoder_arguments(self.model, self.inputs) if n in takes})
 
     def _generated(self, arguments: Mapping[str, Any], read: Callable[[], float]) -> tuple[float, Any]:
-        """`read()` when the first token's logits were there, and what `generate` returned."""
         return generated(self.model, arguments, self.new, self.forbidden, read)
 
 
@@ -210,42 +172,42 @@ def generated(
     model: Any, arguments: Mapping[str, Any], new: int, forbidden: Tensor, read: Callable[[], float] = lambda: 0.0
 ) -> tuple[float, Any]:
     """Exactly `new` tokens: `read()` when the first one's logits were there, and what `generate` returned."""
-    clock = _First(read, forbidden)
+    meter = _FirstToken(read, forbidden)
     output = model.generate(
         **arguments,
         max_new_tokens=new,
         do_sample=False,
         num_beams=1,
-        logits_processor=LogitsProcessorList([clock]),
+        logits_processor=LogitsProcessorList([meter]),
         return_dict_in_generate=True,
     )
-    assert clock.first is not None
-    return clock.first, output
+    assert meter.first is not None
+    return meter.first, output
+
+
+def forbidden(model: Any) -> Tensor:
+    """Token ids that would end an answer or stand for an image."""
+    # random weights choose any token, and an answer that ended early would be a shorter measurement
+    ends = model.generation_config.eos_token_id
+    ids = {*(ends if isinstance(ends, list) else [ends])}
+    ids |= {getattr(model.config, f"{name}_token_id", None) for name in ("image", "video")}
+    return torch.tensor(sorted(i for i in ids if i is not None), dtype=torch.long, device=model.device)
 
 
 def _received(
     model: Any, inputs: Mapping[str, Any], encoded: Encoded, keep: Budget, full: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of prompts that have only so many visual tokens, the first of each image, and no gaps in positions.
-
-    M-RoPE positions are coordinates in the image and stay (they cost the same).
-    """
+    """Arguments of prompts that have only so many visual tokens, the first of each image, and no gaps in positions."""
     scores = [[-torch.arange(float(item.features.shape[0])) for item in sample] for sample in encoded.samples]
+    # M-RoPE positions are coordinates in the image and stay; they cost the same
     positions = "renumbered" if full["position_ids"].ndim == 2 else "original"
     arguments: dict[str, Any] = prune_inputs(model, inputs, Given(scores), keep, positions=positions, encoded=encoded)
     return arguments
 
 
-def forbidden(model: Any) -> Tensor:
-    """Token ids that would end an answer or stand for an image."""
-    ends = model.generation_config.eos_token_id
-    found = {*(ends if isinstance(ends, list) else [ends])}
-    found |= {getattr(model.config, f"{name}_token_id", None) for name in ("image", "video")}
-    return torch.tensor(sorted(i for i in found if i is not None), dtype=torch.long, device=model.device)
-
-
 def _cache_bytes(cache: Any) -> int:
     """Bytes of all keys, values and other states that a cache holds."""
+    # by address: layers may share a tensor, which is in memory once
     held = {
         (value.data_ptr(), value.nbytes)
         for layer in cache.layers

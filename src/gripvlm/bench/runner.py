@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gripvlm.bench.fit import check_limit, fits, free
-from gripvlm.bench.machine import Machine, Weights, measured
-from gripvlm.bench.measure import FULL, Cell, Counts, Runs, Setting
-from gripvlm.bench.rows import row
-from gripvlm.bench.words import fit_sentences, sentences
+from gripvlm.bench.measure import FULL, Cell, Setting
+from gripvlm.bench.roofline import Counts, Runs, Weights, measured, row
 from gripvlm.budget import Budget
 from gripvlm.engine.request import checked_pruner
-from gripvlm.errors import BudgetError, GripError
+from gripvlm.errors import BudgetError, GripError, Interrupted
 from gripvlm.eval.environment import command_line, git_state, hardware, utc, versions
 from gripvlm.pruners import Pruner
 from gripvlm.utils import disk
 from gripvlm.utils.progress import Progress
 
-__all__ = ["SCHEMA", "Interrupted", "bench", "settings_of", "turns"]
+__all__ = ["SCHEMA", "BenchInterrupted", "bench", "settings_of", "turns"]
 
 SCHEMA = "gripvlm.bench/1"
 """The number grows when an older reader would misread a file."""
 
+Prompts = Callable[[int, int], Mapping[str, Any]]
+"""(batch, text tokens) -> inputs, all prompts of a batch alike in length."""
 
-class Interrupted(KeyboardInterrupt):
+
+class BenchInterrupted(Interrupted):
     """Ctrl-C in `bench`; its text says what is kept, `result` is what was measured."""
 
     def __init__(self, text: str, result: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ def turns(settings: Sequence[Setting], repeats: int) -> Iterable[tuple[int, Sett
 
 def bench(
     model: Any,
-    prompts: Callable[[int, int], Mapping[str, Any]],
+    prompts: Prompts,
     pruners: Sequence[tuple[str, Pruner]],
     keeps: Sequence[Budget],
     *,
@@ -80,7 +80,7 @@ def bench(
         new: tokens to generate, at least 2.
         repeats: turns that count; one more warms up. FLOPs are counted on one prompt.
         fit: also look for the largest batch, up to this one, that the accelerator's memory holds; 0 does not.
-        out: where the JSON goes, after each cell and at the end.
+        out: where the JSON is written, after each cell and at the end.
         overwrite: replace it where it exists.
         about: what the result should say of the model besides its type, dtype, device and size.
         command: by default `sys.argv`.
@@ -88,12 +88,12 @@ def bench(
 
     Returns:
         {"schema", "command", "started", "environment", "model", "protocol", "machine", "finished", "cells", "rows",
-        "fits", "sentences"}; docs/bench.md says what each means.
+        "fits"}; docs/bench.md says what each means.
 
     Raises:
         GripError: `out` exists; a pruner that does not serve this model; no pruner reaches any of the budgets (one that
             does not reach one of them has a row that says why); `fit` on a CPU.
-        Interrupted: Ctrl-C; what is done is in `out`.
+        BenchInterrupted: Ctrl-C; what is done is in `out`.
     """
     if out is not None and out.exists() and not overwrite:
         raise GripError(f"--out {out} exists: type --overwrite to replace it, or another --out")
@@ -103,163 +103,149 @@ def bench(
         check_limit(model.device)
     for _, pruner in pruners:
         checked_pruner(pruner, model)
-    started, settings = utc(), settings_of(pruners, keeps)
-    machine, weights = measured(model.device, model.dtype), Weights.of(model)
-    cells: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    fitted: list[dict[str, Any]] = []
-    known: dict[tuple[int, Setting], Counts] = {}
-    unreached: set[Setting] = set()
+    settings = settings_of(pruners, keeps)
+    pairs = [(batch, length) for batch in batches for length in lengths]
+    total = sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1)
+    with disk.one_writer(out) if out is not None else nullcontext(), Progress("prompts", total, show=progress) as bar:
+        run = _Run(model, prompts, settings, (new, repeats), bar)
+        run.result["command"] = command or command_line()
+        run.result["model"] |= about or {}
+        try:
+            for batch, length in pairs:
+                run.cell(batch, length)
+                # long runs are written as they go; the last cell is written below, as finished
+                if fit or (batch, length) != pairs[-1]:
+                    run.write(out)
+            if fit:
+                reached = [setting for setting in settings if setting not in run.unreached]
+                run.result["fits"].extend(fits(model, prompts, reached, lengths, new, fit, bar.about))
+        except KeyboardInterrupt:
+            run.write(out)
+            raise BenchInterrupted(run.kept(out, len(pairs) * len(settings)), run.result) from None
+        run.result["finished"] = True
+        run.write(out)
+        return run.result
 
-    def result(finished: bool) -> dict[str, Any]:
-        return {
+
+class _Run:
+    """A benchmark under way: what it measures, and what it has measured so far (`result`, ready to be written)."""
+
+    def __init__(
+        self, model: Any, prompts: Prompts, settings: Sequence[Setting], size: tuple[int, int], bar: Progress
+    ) -> None:
+        self.model, self.prompts, self.settings, self.bar = model, prompts, settings, bar
+        self.new, self.repeats = size
+        self.keeps = [setting.keep for setting in settings if setting.kind == "limit" and setting.keep is not None]
+        self.counts: dict[tuple[int, Setting], Counts] = {}  # of one prompt, by its length
+        self.unreached: set[Setting] = set()
+        started = utc()
+        # measured here and not in a file of its own: shares of the roofline are of this machine, now
+        self.machine, self.weights = measured(model.device, model.dtype), Weights.of(model)
+        self.result: dict[str, Any] = {
             "schema": SCHEMA,
-            "command": command or command_line(),
+            "command": "",
             "started": started,
             "environment": {"versions": versions(), "hardware": hardware(model.device), "git": git_state()},
-            "model": {**_model(model), **(about or {})},
+            "model": _about(model),
             "protocol": {
-                "new": new,
-                "repeats": repeats,
+                "new": self.new,
+                "repeats": self.repeats,
                 "warm_up": 1,
                 "order": "settings forwards in even turns, backwards in odd ones",
                 "spread": "lower and upper quartile",
                 "flops": "torch FlopCounterMode: matrix products, convolutions, attention (whole squares)",
             },
-            "machine": asdict(machine) | {"weights": asdict(weights)},
-            "finished": finished,
-            "cells": cells,
-            "rows": rows,
-            "fits": fitted,
-            "sentences": [*sentences(rows), *fit_sentences(fitted)],
+            "machine": asdict(self.machine) | {"weights": asdict(self.weights)},
+            "finished": False,
+            "cells": [],
+            "rows": [],
+            "fits": [],
         }
 
-    def write(finished: bool) -> dict[str, Any]:
-        found = result(finished)
+    def write(self, out: Path | None) -> None:
         if out is not None:
-            disk.write(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        return found
+            disk.write(out, json.dumps(self.result, indent=1, ensure_ascii=False) + "\n")
 
-    pairs = [(batch, length) for batch in batches for length in lengths]
-    total = sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1)
-    with disk.one_writer(out) if out is not None else nullcontext(), Progress("prompts", total, show=progress) as bar:
-        for batch, length in pairs:
-            bar.about(f"batch {batch}, prompt {length}")
-            runs: dict[Setting, Runs] = {setting: Runs() for setting in settings}
-            try:
-                step = partial(bar.advance, batch)
-                why = _measured(model, prompts, (batch, length), new, repeats, runs, known, step)
-            except KeyboardInterrupt:
-                rows += _rows(runs, batch, length, new, machine, weights)
-                cells.append(_cell(batch, length, runs, repeats, ""))
-                raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
-            rows += _rows(runs, batch, length, new, machine, weights)
-            cells.append(_cell(batch, length, runs, repeats, why))
-            unreached |= {setting for setting, found in runs.items() if found.unreached}
-            if fit or (batch, length) != pairs[-1]:
-                write(False)
+    def kept(self, out: Path | None, planned: int) -> str:
+        if out is None:
+            return "Stopped; nothing is kept, because no --out was given."
+        rows = len(self.result["rows"])
+        return f"Stopped. {rows} of {planned} rows are in {out}, some perhaps with fewer repeats than asked for."
+
+    def cell(self, batch: int, length: int) -> None:
+        """Measures all settings at one batch size and prompt length; what was measured counts also after Ctrl-C."""
+        self.bar.about(f"batch {batch}, prompt {length}")
+        runs = {setting: Runs() for setting in self.settings}
+        failed = ""
         try:
-            if fit:
-                able = [setting for setting in settings if setting not in unreached]
-                fitted.extend(fits(model, prompts, able, lengths, new, fit, bar.about))
-        except KeyboardInterrupt:
-            raise Interrupted(_kept(out, rows, len(pairs) * len(settings)), write(False)) from None
-        return write(True)
+            self._measure(runs, batch, length)
+        except torch.OutOfMemoryError as error:
+            failed = f"out of memory before any setting ran: {_first_line(error)}"
+            free(self.model)
+        finally:
+            self.unreached |= {setting for setting, run in runs.items() if run.unreached}
+            done = sum(len(run.turns) for run in runs.values())
+            about = {"batch": batch, "prompt": length}
+            progress = {"runs_asked": len(runs) * self.repeats, "runs_done": done, "failed": failed or None}
+            self.result["cells"].append(about | progress)
+            limits = {setting.keep: run for setting, run in runs.items() if setting.kind == "limit"}
+            for setting, run in runs.items():
+                if run.turns or run.failed:
+                    shape, hardware = (batch, self.new), (self.machine, self.weights)
+                    numbers = row(run, runs[FULL], limits.get(setting.keep), shape, hardware)
+                    self.result["rows"].append(about | setting.columns | numbers)
+
+    def _measure(self, runs: dict[Setting, Runs], batch: int, length: int) -> None:
+        """Fills `runs`: counts and warm-up first, then the turns.
+
+        Raises:
+            BudgetError: no pruner reaches any of the budgets.
+            torch.OutOfMemoryError: not even the vision encoder fits.
+        """
+        # counting slows each operation down and counts grow with the batch, so one prompt is counted, once a length
+        counted = batch > 1 and all((length, setting) in self.counts for setting in runs)
+        cell = Cell(self.model, self.prompts(batch, length), self.keeps, self.new)
+        single = cell if batch == 1 or counted else Cell(self.model, self.prompts(1, length), self.keeps, self.new)
+        for setting, run in runs.items():
+            with _attempt(self.model, run):
+                if not counted:
+                    self.counts[length, setting] = single.counted(setting)
+                if batch > 1:
+                    cell.timed(setting)  # warms up, as counting does for one prompt
+                run.counts = self.counts[length, setting].times(batch)
+            self.bar.advance(batch)
+        # where no pruner reaches its budget the command is wrong, and timing the rest would hide it
+        pruned = {setting: run for setting, run in runs.items() if setting.kind == "pruned"}
+        if pruned and all(run.unreached for run in pruned.values()):
+            reasons = [f"{s.spec} at {s.keep.short}: {run.failed}" for s, run in pruned.items() if s.keep is not None]
+            raise BudgetError("; ".join(reasons))
+        for turn, setting in turns(list(runs), self.repeats):
+            run = runs[setting]
+            if not run.failed:
+                with _attempt(self.model, run):
+                    run.turns[turn], peak = cell.timed(setting)
+                    run.peak = peak if run.peak is None or peak is None else max(run.peak, peak)
+            self.bar.advance(batch)
 
 
-def _measured(
-    model: Any,
-    prompts: Callable[[int, int], Mapping[str, Any]],
-    shape: tuple[int, int],
-    new: int,
-    repeats: int,
-    runs: dict[Setting, Runs],
-    known: dict[tuple[int, Setting], Counts],
-    step: Callable[[], None],
-) -> str:
-    """Fills `runs`, and `known` with the counts of one prompt; why nothing could be measured, or empty."""
-    keeps = [setting.keep for setting in runs if setting.kind == "limit" and setting.keep is not None]
-    batch, length = shape
-    counted = batch > 1 and all((length, setting) in known for setting in runs)
+@contextmanager
+def _attempt(model: Any, run: Runs) -> Iterator[None]:
+    """A setting that the device's memory does not hold, or whose budget cannot be reached, fails alone."""
     try:
-        cell = Cell(model, prompts(batch, length), keeps, new)
-        one = cell if batch == 1 or counted else Cell(model, prompts(1, length), keeps, new)
+        yield
+    except BudgetError as error:
+        run.failed, run.unreached = str(error), True
     except torch.OutOfMemoryError as error:
+        # a median over the turns before would be of another state of the memory
+        run.failed, run.turns = f"out of memory: {_first_line(error)}", {}
         free(model)
-        return f"out of memory before any setting ran: {_first_line(error)}"
-    for setting, found in runs.items():
-        if not counted:
-            _attempt(model, found, partial(_count, known, one, length, setting))
-        if batch > 1 and not found.failed:
-            _attempt(model, found, partial(cell.timed, setting))  # warms up, as counting does for one prompt
-        if not found.failed:
-            found.counts = known[length, setting].times(batch)
-        step()
-    pruned = {setting: found for setting, found in runs.items() if setting.kind == "pruned"}
-    if pruned and all(found.unreached for found in pruned.values()):
-        raise BudgetError("; ".join(f"{_typed(setting)}: {found.failed}" for setting, found in pruned.items()))
-    for turn, setting in turns(list(runs), repeats):
-        if not runs[setting].failed:
-            _attempt(model, runs[setting], partial(_time, runs[setting], cell, setting, turn))
-        step()
-    return ""
-
-
-def _count(known: dict[tuple[int, Setting], Counts], one: Cell, length: int, setting: Setting) -> None:
-    known[length, setting] = one.counted(setting)
-
-
-def _time(found: Runs, cell: Cell, setting: Setting, turn: int) -> None:
-    found.turns[turn], peak = cell.timed(setting)
-    found.peak = peak if found.peak is None or peak is None else max(found.peak, peak)
-
-
-def _attempt(model: Any, found: Runs, work: Callable[[], Any]) -> None:
-    """Does it, or notes that the device's memory does not hold it or that its budget cannot be reached."""
-    try:
-        work()
-    except BudgetError as why:
-        found.failed, found.unreached = str(why), True
-    except torch.OutOfMemoryError as error:
-        found.failed, found.turns = f"out of memory: {_first_line(error)}", {}
-        free(model)
-
-
-def _typed(setting: Setting) -> str:
-    return f"{setting.spec} at {setting.keep.short}" if setting.keep is not None else setting.name
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _rows(
-    runs: Mapping[Setting, Runs], batch: int, length: int, new: int, machine: Machine, weights: Weights
-) -> list[dict[str, Any]]:
-    """One row a setting that was measured, or that failed."""
-    full, limits = runs[FULL], {setting.keep: found for setting, found in runs.items() if setting.kind == "limit"}
-    return [
-        {"batch": batch, "prompt": length, "kind": setting.kind, "setting": setting.name}
-        | {"pruner": setting.spec or None, "keep": None if setting.keep is None else setting.keep.plain}
-        | row(found, full, limits.get(setting.keep), new, batch, machine, weights)
-        for setting, found in runs.items()
-        if found.turns or found.failed
-    ]
-
-
-def _cell(batch: int, length: int, runs: Mapping[Setting, Runs], repeats: int, why: str) -> dict[str, Any]:
-    asked = len(runs) * repeats
-    done = sum(len(found.turns) for found in runs.values())
-    return {"batch": batch, "prompt": length, "runs_asked": asked, "runs_done": done, "failed": why or None}
-
-
-def _kept(out: Path | None, rows: Sequence[Mapping[str, Any]], planned: int) -> str:
-    if out is None:
-        return "Stopped; nothing is kept, because no --out was given."
-    return f"Stopped. {len(rows)} of {planned} rows are in {out}, some perhaps with fewer repeats than asked for."
-
-
-def _model(model: Any) -> dict[str, Any]:
+def _about(model: Any) -> dict[str, Any]:
     return {
         "type": model.config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,16 @@ from gripvlm.budget import Budget
 from gripvlm.cli.commands import BUDGETS, console, split_pruners
 from gripvlm.errors import GripError
 
-__all__ = ["bench_command"]
+__all__ = ["bench_command", "show"]
+
+PHASES = ("vision", "pruner", "overhead", "other", "prefill", "decode_token", "whole")
+PARTS = {
+    "vision": ("vision",),
+    "pruning": ("pruner", "overhead", "other"),
+    "prefill": ("prefill",),
+    "decode": ("decode",),
+}
+"""Column -> phases of the whole: where the time is spent."""
 
 
 def bench_command(
@@ -26,83 +36,62 @@ def bench_command(
     batch: Annotated[str, typer.Option(help="Prompts at a time, such as 1,8.")] = "1",
     prompt: Annotated[str, typer.Option(help="Text tokens a prompt, such as 64 or 64,512.")] = "64",
     new: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
-    pruners: Annotated[
-        str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, separated by commas.")
-    ] = "norm,divprune,grip",
-    keep: Annotated[
-        str,
-        typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}."),
-    ] = "50%,10%",
+    pruners: Annotated[str, typer.Option("--pruners", "-p", help="From `gripvlm list`.")] = "norm,divprune,grip",
+    keep: Annotated[str, typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}.")] = "50%,10%",
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count; one more warms up.")] = 7,
-    fit: Annotated[
-        int,
-        typer.Option(min=0, help="Also find the largest batch, up to this one, that the accelerator's memory holds."),
-    ] = 0,
+    fit: Annotated[int, typer.Option(min=0, help="Also find the largest batch, up to this, that fits in memory.")] = 0,
     picture: Annotated[int, typer.Option(min=1, help="Width and height of each picture in pixels.")] = 672,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the results.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace it where it exists.")] = False,
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")
+        str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator, if any.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on a CPU, else bfloat16.")
-    ] = None,
-    attention: Annotated[
-        str | None, typer.Option(help="transformers' attn_implementation; by default its choice.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")] = None,
+    attention: Annotated[str | None, typer.Option(help="transformers' attn_implementation.")] = None,
 ) -> None:
     """Time a model unpruned, with each pruner, and with as few tokens from the start; Ctrl-C keeps what is done."""
     from gripvlm.cli.outputs import checked_json
 
-    batches, lengths = numbers(batch, "--batch", "1,8"), numbers(prompt, "--prompt", "64,512")
+    batches, lengths = _numbers(batch, "--batch", "1,8"), _numbers(prompt, "--prompt", "64,512")
     budgets = list(dict.fromkeys(Budget.parse(part) for part in keep.split(",") if part.strip()))
     if not budgets:
         raise GripError(f"--keep {keep!r} names nothing: type one or more budgets, such as 50%,10%")
-    names = list(dict.fromkeys(split_pruners(pruners)))
+    specs = list(dict.fromkeys(split_pruners(pruners)))
     if out is not None:
         checked_json(out)
         if out.exists() and not overwrite:
             raise GripError(f"--out {out} exists: type --overwrite to replace it, or another --out")
 
-    from gripvlm.bench import Interrupted, bench
-    from gripvlm.bench.architectures import random_pruner
+    from gripvlm.bench import BenchInterrupted, bench, random_pruner
     from gripvlm.bench.fit import check_limit
+    from gripvlm.bench.shapes import PREFIX
     from gripvlm.models.loading import chosen_device, quiet
     from gripvlm.pruners import get_pruner
 
     quiet()
-    for name in names:
-        _known(name)
+    for spec in specs:  # before a model of gigabytes is loaded
+        if spec in ("oracle", "blind"):
+            raise GripError(f"--pruners {spec}: it belongs to `gripvlm eval`; type names from `gripvlm list`")
+        get_pruner(spec)
     if fit:
         check_limit(chosen_device(device))
-    vlm, prompts, is_random = _loaded(model, picture, device, dtype, attention)
-    chosen = [(name, random_pruner(name, vlm) if is_random else get_pruner(name)) for name in names]
+    is_random = model.startswith(PREFIX)
+    vlm, prompts = _loaded(model, picture, device, dtype, attention)
+    chosen = [(spec, random_pruner(spec, vlm) if is_random else get_pruner(spec)) for spec in specs]
+    about = {"name": model, "weights": "random" if is_random else "as loaded", "picture": picture}
+    sizes: dict[str, Any] = {"batches": batches, "lengths": lengths, "new": new, "repeats": repeats, "fit": fit}
     try:
-        result = bench(
-            vlm,
-            prompts,
-            chosen,
-            budgets,
-            batches=batches,
-            lengths=lengths,
-            new=new,
-            repeats=repeats,
-            fit=fit,
-            out=out,
-            overwrite=overwrite,
-            about={"name": model, "weights": "random" if is_random else "as loaded", "picture": picture},
-            progress=True,
-        )
-    except Interrupted as stop:
-        _show(stop.result)
+        result = bench(vlm, prompts, chosen, budgets, **sizes, out=out, overwrite=overwrite, about=about, progress=True)
+    except BenchInterrupted as stop:
+        show(stop.result)
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
-    _show(result)
+    show(result)
     if out is not None:
         console().print(f"results: {escape(str(out))}", soft_wrap=True)
 
 
-def numbers(text: str, option: str, example: str) -> list[int]:
+def _numbers(text: str, option: str, example: str) -> list[int]:
     """`1,8` as [1, 8]: whole numbers from 1 up, each once."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and int(part) for part in parts):
@@ -110,96 +99,88 @@ def numbers(text: str, option: str, example: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def _known(spec: str) -> None:
-    """Said before a model of gigabytes is loaded."""
-    from gripvlm.pruners import get_pruner
-
-    if spec in ("oracle", "blind"):
-        raise GripError(f"--pruners {spec}: it belongs to `gripvlm eval`; type names from `gripvlm list`")
-    get_pruner(spec)
-
-
 def _loaded(model: str, picture: int, device: str | None, dtype: str | None, attention: str | None) -> Any:
-    """(model, (batch, length) -> inputs, whether its weights are random)."""
-    from gripvlm.bench import architectures, random_prompts, real_prompts
-    from gripvlm.models.loading import load_model
-
-    if not model.startswith(architectures.PREFIX):
-        vlm, processor = load_model(model, device, dtype, attention)
-        return vlm, lambda batch, length: real_prompts(vlm, processor, batch, length, picture), False
-
-    shape = architectures.architecture(model)
-    place, kind = _place(device, dtype)
-    vlm = architectures.random_model(model, place, kind, attention)
-    return vlm, lambda batch, length: random_prompts(vlm, shape, batch, length, picture), True
-
-
-def _place(device: str | None, dtype: str | None) -> Any:
-    """The device and dtype of a random model."""
+    """(model, (batch, length) -> inputs): one that is loaded, or a shape with random weights."""
     import torch
 
-    from gripvlm.models.loading import chosen_device
+    from gripvlm.bench import random_model, random_prompts, real_prompts
+    from gripvlm.bench.shapes import PREFIX, architecture
+    from gripvlm.models.loading import chosen_device, load_model
 
-    place = chosen_device(device)
+    if not model.startswith(PREFIX):
+        vlm, processor = load_model(model, device, dtype, attention)
+        return vlm, partial(real_prompts, vlm, processor, side=picture)
+    shape, place = architecture(model), chosen_device(device)
     name = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if name not in ("float32", "bfloat16", "float16"):
         raise GripError(f"--dtype {dtype}: a random model takes float32, bfloat16 or float16")
-    return place, getattr(torch, name)
+    vlm = random_model(model, place, getattr(torch, name), attention)
+    return vlm, partial(random_prompts, vlm, shape, side=picture)
 
 
-def _show(result: Mapping[str, Any]) -> None:
-    """Two tables for each batch size and prompt length, and the sentences below."""
+def show(result: Mapping[str, Any]) -> None:
+    """Three tables for each batch size and prompt length, why settings failed, and the largest batches."""
     screen = console()
-    memory = any(row.get("peak_memory") for row in result["rows"])
-    ratios = ("/ full", "quartiles", "/ limit", "KV MB", *(["peak GB"] if memory else []))
-    for cell in dict.fromkeys((row["batch"], row["prompt"]) for row in result["rows"]):
-        mine = [row for row in result["rows"] if (row["batch"], row["prompt"]) == cell]
-        where = f"batch {cell[0]}, {cell[1]} text tokens"
-        times = _sheet(f"{where}: milliseconds a batch, medians", ("kept", *PHASES))
-        bought = _sheet(f"{where}: ratios of whole; KV", ratios)
-        for row in mine:
-            times.add_row(escape(row["setting"]), *_times(row))
-            if not row["failed"]:
-                bought.add_row(escape(row["setting"]), *_ratios(row)[: len(ratios)])
-        screen.print(times, bought)
-    for sentence in result["sentences"]:
-        screen.print(sentence, markup=False)
+    for batch, prompt in dict.fromkeys((row["batch"], row["prompt"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["batch"], row["prompt"]) == (batch, prompt)]
+        done = [row for row in rows if not row["failed"]]
+        where = f"batch {batch}, {prompt} text tokens"
+        if done:
+            screen.print(_sheet(f"{where}: milliseconds a batch, medians", done, _times))
+            screen.print(_sheet("Ratios of whole; added: share of the unpruned prefill", done, _ratios))
+            screen.print(_sheet("Share of the time, % (of the roofline, %)", done, _shares))
+        for row in rows:
+            if row["failed"]:
+                screen.print(f"{where}: {row['setting']} was not measured: {row['failed']}", markup=False)
+    if result["fits"]:
+        screen.print(_sheet("Largest batch that the device's memory holds", result["fits"], _largest))
 
 
-PHASES = {
-    "vision": "vision",
-    "pruner": "pruner",
-    "overhead": "overhead",
-    "other": "other",
-    "prefill": "prefill",
-    "a token": "decode_token",
-    "whole": "whole",
-}
-"""Column -> what it is in the results."""
-
-
-def _sheet(title: str, columns: Iterable[str]) -> Table:
-    """Narrow enough for 80 columns; a long setting goes on in a second line. Why a row is empty is said below."""
+def _sheet(
+    title: str, rows: Sequence[Mapping[str, Any]], cells: Callable[[Mapping[str, Any]], dict[str, str]]
+) -> Table:
+    """Narrow enough for 80 columns; a long setting continues in a second line."""
     sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0, 0, 0))
     sheet.add_column("setting", min_width=18, max_width=24, overflow="fold")
-    for name in columns:
+    for name in cells(rows[0]):
         sheet.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        sheet.add_row(escape(row["setting"]), *cells(row).values())
     return sheet
 
 
-def _times(row: Mapping[str, Any]) -> list[str]:
-    if row["failed"]:
-        return ["-"] * (1 + len(PHASES))
-    return [f"{row['kept']:.4g}", *(f"{1000 * row['seconds'][phase]['median']:.3g}" for phase in PHASES.values())]
+def _times(row: Mapping[str, Any]) -> dict[str, str]:
+    seconds = {phase: row["seconds"][phase]["median"] for phase in PHASES}
+    milliseconds = {phase.replace("decode_", "a "): f"{1000 * value:.3g}" for phase, value in seconds.items()}
+    return {"kept": f"{row['kept']:.4g}", **milliseconds}
 
 
-def _ratios(row: Mapping[str, Any]) -> list[str]:
+def _ratios(row: Mapping[str, Any]) -> dict[str, str]:
     full, limit = row["to_full"]["whole"], (row["to_limit"] or {}).get("whole")
-    peak = row["peak_memory"]
-    return [
-        f"{full['median']:.3f}" if full else "-",
-        f"{full['low']:.2f}-{full['high']:.2f}" if full else "-",
-        f"{limit['median']:.3f}" if limit else "-",
-        f"{row['kv_bytes'] / 1e6:.3g}",
-        f"{peak / 1e9:.3g}" if peak else "-",
-    ]
+    added, peak = row["to_full"]["added"], row["peak_memory"]
+    return {
+        "/ full": f"{full['median']:.3f}" if full else "-",
+        "quartiles": f"{full['low']:.2f}-{full['high']:.2f}" if full else "-",
+        "/ limit": f"{limit['median']:.3f}" if limit else "-",
+        "added": f"{100 * added['median']:.1f} %" if added and row["kind"] == "pruned" else "-",
+        "KV MB": f"{row['kv_bytes'] / 1e6:.3g}",
+        "peak GB": f"{peak / 1e9:.3g}" if peak else "-",
+    }
+
+
+def _shares(row: Mapping[str, Any]) -> dict[str, str]:
+    """Each part's share of the time; in bold the longest, which bounds the rest."""
+    seconds = {name: sum(row["seconds"][phase]["median"] for phase in phases) for name, phases in PARTS.items()}
+    cells = {}
+    for name, value in seconds.items():
+        share = f"{100 * value / sum(seconds.values()):.0f}"
+        reached = row["roofline"].get(name)
+        cells[name] = f"[bold]{share}[/]" if value == max(seconds.values()) else share
+        cells[name] += "" if reached is None else f" ({100 * reached:.0f})"
+    return cells
+
+
+def _largest(row: Mapping[str, Any]) -> dict[str, str]:
+    size = str(row["fits"]) if row["fails"] is not None else f"{row['fits']} or more"
+    ratio = "-" if row["to_full"] is None else f"{row['to_full']:.2f}"
+    return {"text tokens": str(row["prompt"]), "batch": size, "/ full": ratio}

@@ -1,32 +1,42 @@
-"""Score against the share of visual tokens kept, one panel a task and one for the mean."""
+"""Score over the share of visual tokens kept, or over time: a panel a task and one for the mean, by matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gripvlm.errors import GripError
-from gripvlm.report.tables import short, task_order, with_means
+from gripvlm.report.tables import MEAN, Row, short, task_order, with_means
 from gripvlm.utils import disk
 
-__all__ = ["ALWAYS", "plot"]
+__all__ = ["ALWAYS", "draw", "plot", "styles_of"]
 
 ALWAYS = ("full", "random", "grid")
 """What a pruner is measured against, on every plot."""
+COSTS = {"keep_fraction": "visual tokens kept, %", "ratio": "time a question / the full model's"}
+"""What a score may be drawn over: a column of the rows, and the words below the axis."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#8C6D1F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_FIXED = {"random": ("#777777", "x", "--"), "grid": ("#777777", "+", ":"), "oracle": ("#000000", "h", "-")}
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+class Style(NamedTuple):
+    """How one method looks; colour, marker and dashes all differ, so that no one of them is needed."""
+
+    color: str
+    marker: str
+    linestyle: str = "-"
+
+
+_FIXED = {"random": Style("#777777", "x", "--"), "grid": Style("#777777", "+", ":"), "oracle": Style("#000000", "h")}
+_OTHER = Style("#c3cad1", ".")
+
+
+def plot(rows: Sequence[Row], path: str | Path) -> Path:
     """Draws the rows to a file whose ending says the format (png, svg, pdf).
-
-    Intervals are vertical bars, the full model a line with its band, the model without the image a
-    dotted line.
 
     Args:
         rows: `result["rows"] + result["means"]`, with `full`, `random` and `grid` among them.
@@ -40,7 +50,41 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         raise GripError(
             f"a plot always shows {', '.join(ALWAYS)}, but {', '.join(missing)} is missing: add it to --pruners"
         )
+    target = Path(path)
+    styles = styles_of(row["pruner"] for row in rows if row["pruner"] != "full")
+    disk.write(target, draw(rows, styles, target.suffix.removeprefix(".") or "png"))
+    return target
+
+
+def styles_of(methods: Iterable[str], coloured: int | None = None) -> dict[str, Style]:
+    """Method -> style, the references always the same; beyond so many `coloured` ones the others share a light grey."""
+    styles: dict[str, Style] = {}
+    free = 0
+    for name in dict.fromkeys(methods):
+        if name in _FIXED:
+            styles[name] = _FIXED[name]
+        elif coloured is not None and free >= coloured:
+            styles[name] = _OTHER
+        else:
+            # the markers shift by one each round, so that the ninth method is not the first's twin
+            styles[name] = Style(_COLOURS[free % 8], _MARKERS[(free + free // 8) % 8])
+            free += 1
+    return styles
+
+
+def draw(rows: Sequence[Row], styles: Mapping[str, Style], kind: str, cost: str = "keep_fraction") -> bytes:
+    """A picture with a panel for each task. Intervals are bars, the full model a line with its band.
+
+    Args:
+        rows: of `full` and of the methods that have a style.
+        kind: png, svg or pdf.
+        cost: what scores are drawn over, a key of `COSTS`.
+
+    Raises:
+        GripError: matplotlib is missing.
+    """
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -48,59 +92,65 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     tasks = task_order(rows)
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
-    figure = Figure(figsize=(3.3 * columns + 0.4, 2.9 * lines + 0.9), layout="constrained")
+    figure = Figure(figsize=(3.3 * columns + 0.6, 2.9 * lines + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    styles = _styles(rows)
     for axis, task in zip(axes, tasks, strict=False):
-        _panel(axis, [row for row in rows if row["task"] == task], styles)
-        axis.set_title(short(task), fontsize=11, fontweight="bold" if task == "mean" else "normal", loc="left")
+        _panel(axis, [row for row in rows if row["task"] == task], styles, cost)
+        axis.set_title(short(task), fontsize=11, fontweight="bold" if task == MEAN else "normal", loc="left")
     for axis in axes[len(tasks) :]:
         axis.set_visible(False)
     for axis in axes[::columns]:
         axis.set_ylabel("score, %")
-    figure.supxlabel("visual tokens kept, %", fontsize=10)
+    figure.supxlabel(COSTS[cost], fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False, fontsize=9)
-    target, drawn = Path(path), BytesIO()
-    figure.savefig(drawn, dpi=160, format=target.suffix.removeprefix(".") or "png")
-    disk.write(target, drawn.getvalue())
-    return target
+    legend = dict(zip(labels, handles, strict=True))  # one entry for all that are grey
+    across = min(3 if columns == 1 else 6, len(legend))
+    place = {"loc": "outside upper center", "ncols": across, "frameon": False, "fontsize": 9}
+    figure.legend(legend.values(), legend.keys(), **place)
+    buffer = BytesIO()
+    # text stays text and ids do not change from run to run: small files, and no difference where nothing differs
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gripvlm"}):
+        figure.savefig(buffer, dpi=160, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
 
 
-def _styles(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, str]]:
-    """pruner -> (colour, marker, line style), baselines always the same."""
-    names = [name for name in dict.fromkeys(row["pruner"] for row in rows) if name != "full"]
-    free = [name for name in names if name not in _FIXED]
-    found = {name: (_COLOURS[i % 8], _MARKERS[(i + i // 8) % 8], "-") for i, name in enumerate(free)}
-    return {name: _FIXED.get(name) or found[name] for name in names}
-
-
-def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, str, str]]) -> None:
-    full = next((row for row in rows if row["pruner"] == "full"), None)
-    if full is not None:
+def _panel(axis: Any, rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> None:
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    for full in (row for row in rows if row["pruner"] == "full"):
         axis.axhline(100 * full["score"], color="black", linewidth=1.2, label="full", zorder=1)
         if full["ci_low"] is not None:
             axis.axhspan(100 * full["ci_low"], 100 * full["ci_high"], color="black", alpha=0.08, linewidth=0)
         if full.get("blind") is not None:
             axis.axhline(100 * full["blind"], color="black", linewidth=1, linestyle=(0, (1, 3)), label="no image")
-    for place, (name, (colour, marker, line)) in enumerate(styles.items()):
-        points = sorted((row for row in rows if row["pruner"] == name), key=lambda row: row["keep_fraction"])
-        if not points:
-            continue
-        nudge = 1.0 + 0.018 * (place - len(styles) / 2)  # so that intervals at one budget stay apart
-        x = [100 * row["keep_fraction"] * nudge for row in points]
-        y = [100 * row["score"] for row in points]
-        known = [row["ci_low"] is not None for row in points]
-        low = [100 * (row["score"] - row["ci_low"]) if k else 0.0 for row, k in zip(points, known, strict=True)]
-        high = [100 * (row["ci_high"] - row["score"]) if k else 0.0 for row, k in zip(points, known, strict=True)]
-        spread = [[max(0.0, value) for value in side] for side in (low, high)]
-        options = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.3}
-        axis.errorbar(x, y, yerr=spread, elinewidth=0.8, capsize=1.5, label=name, **options)
-    axis.set_xscale("log")
-    ticks = sorted({round(100 * row["keep_fraction"], 1) for row in rows if row["pruner"] != "full"})
-    apart = [tick for i, tick in enumerate(ticks) if i == 0 or tick / ticks[i - 1] > 1.25]
-    axis.set_xticks(apart, [f"{tick:g}" for tick in apart])
-    axis.minorticks_off()
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+        if cost == "ratio":
+            axis.plot([1.0], [100 * full["score"]], "ks", markersize=5)
+    for place, (name, style) in enumerate(styles.items()):
+        points = sorted((row for row in rows if row["pruner"] == name), key=lambda row: row[cost])
+        # shares in percent, a little apart so that intervals at one budget are; times differ by themselves
+        scale = 1.0 if cost == "ratio" else 100.0 if style is _OTHER else 100 + 1.8 * (place - len(styles) / 2)
+        if points:
+            _curve(axis, name, [scale * row[cost] for row in points], points, style)
+    if cost == "keep_fraction":
+        axis.set_xscale("log")
+        ticks: list[float] = []
+        for share in sorted({round(100 * row[cost], 1) for row in rows if row["pruner"] != "full"}):
+            if not ticks or share / ticks[-1] > 1.25:
+                ticks.append(share)
+        axis.set_xticks(ticks, [f"{share:g}" for share in ticks])
+        axis.minorticks_off()
+
+
+def _curve(axis: Any, name: str, x: list[float], rows: Sequence[Row], style: Style) -> None:
+    y = [100 * row["score"] for row in rows]
+    if style is _OTHER:
+        axis.plot(x, y, linewidth=0.8, markersize=3, label="other methods", zorder=1, **style._asdict())
+        return
+    known = [
+        row if row["ci_low"] is not None else {**row, "ci_low": row["score"], "ci_high": row["score"]} for row in rows
+    ]
+    below = [max(0.0, 100 * (row["score"] - row["ci_low"])) for row in known]
+    above = [max(0.0, 100 * (row["ci_high"] - row["score"])) for row in known]
+    size = {"elinewidth": 0.8, "capsize": 1.5, "markersize": 5, "linewidth": 1.3}
+    axis.errorbar(x, y, [below, above], label=name, **size, **style._asdict())

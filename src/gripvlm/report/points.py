@@ -1,4 +1,4 @@
-"""The points of a comparison: one method at one budget, its scores, time as a ratio, and the command that makes it."""
+"""Results files as comparisons of points: one method at one budget, its scores, its time, and what to type for it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ import numpy as np
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 from gripvlm.eval.results import Results
-from gripvlm.eval.scores import Scores, absolute, scores_of, was_trained
-from gripvlm.eval.variants import FULL
-from gripvlm.report.tables import with_means
+from gripvlm.eval.scores import Scores, absolute, method_of, scores_of
+from gripvlm.eval.stats import Estimate
+from gripvlm.eval.variants import FULL, ORACLE
+from gripvlm.report.tables import MEAN, Row, averaged, by_setting, with_means
 from gripvlm.tasks.lab_tasks import FAMILIES
 
-__all__ = ["Cell", "Comparison", "Point", "command_of", "comparisons", "keep_text"]
+__all__ = ["Comparison", "Keep", "Point", "command_of", "comparisons", "frontier"]
 
-
-@dataclass(frozen=True)
-class Cell:
-    """A score and its 95 % interval, None where it is not known."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
+Keep = int | float | str
+Setting = tuple[str, str]
+"""(method, budget as text)."""
 
 
 @dataclass(frozen=True)
@@ -34,33 +30,45 @@ class Point:
     """One method at one budget.
 
     Attributes:
-        method, keep, kept, tokens, trained, seeds: as in `Setting`.
-        cells: one for each task.
-        mean: over tasks.
-        ratio: its time a question / the full model's in the same run.
-        file: the number of its results file in the comparison.
-        command: what to type for it alone.
+        method: the pruner as typed, without its seed.
+        rows: task -> row (and "mean" -> row), numbers averaged over seeds, with `ratio`: its time / the full model's.
+        seeds: the label of each seed in the file, and its mean score over tasks.
+        results: the file that it was measured in.
     """
 
     method: str
-    keep: int | float | str
-    kept: float
-    tokens: float
-    trained: bool
-    seeds: tuple[float, ...]
-    cells: tuple[Cell, ...]
-    mean: Cell
-    ratio: float
-    file: int
-    command: str
+    rows: dict[str, Row]
+    seeds: dict[str, float]
+    results: Results
+
+    @property
+    def mean(self) -> Row:
+        return self.rows[MEAN]
+
+    @property
+    def keep(self) -> Keep:
+        """The budget as asked."""
+        return self.mean["keep"]
 
     @property
     def full(self) -> bool:
         return self.method == FULL
 
     @property
-    def label(self) -> str:
-        return self.method if self.full else f"{self.method} at {keep_text(self.keep)}"
+    def budget(self) -> str:
+        return "all" if self.full else Budget.of(self.keep).words
+
+    @property
+    def name(self) -> str:
+        return self.method if self.full else f"{self.method} at {self.budget}"
+
+    @property
+    def command(self) -> str:
+        return command_of(self.results, list(self.seeds), self.keep)
+
+    def answers(self, task: str) -> dict[str, dict[str, Any]]:
+        """id -> answer; of its first seed where it has several."""
+        return self.results.of(task, next(iter(self.seeds)), str(self.keep))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,131 +79,143 @@ class Comparison:
         results: the files.
         tasks: names.
         points: `full` first.
-        blind: the score without the image, one a task, then the mean; None where not measured.
         scores: every answer as arrays; None where a samples file is missing.
     """
 
     results: tuple[Results, ...]
     tasks: tuple[str, ...]
     points: tuple[Point, ...]
-    blind: tuple[float, ...] | None
     scores: Scores | None
 
     @property
     def name(self) -> str:
-        return " and ".join(one.path.name.removesuffix(".json") for one in self.results)
+        return " and ".join(results.path.name.removesuffix(".json") for results in self.results)
 
     @property
-    def keeps(self) -> list[int | float | str]:
-        found = {p.keep for p in self.points if not p.full}
-        return sorted(found, key=lambda keep: Budget.of(keep).order, reverse=True)
+    def pruned(self) -> list[Point]:
+        return [point for point in self.points if not point.full]
 
-    def nearest(self, keep: float = 0.1) -> int | float | str | None:
-        """The asked budget whose achieved share is nearest to `keep`, on a log scale."""
-        measured = [p for p in self.points if not p.full]
-        near = min(
-            measured, key=lambda p: (abs(np.log(max(p.kept, 1e-9) / keep)), Budget.of(p.keep).order), default=None
-        )
-        return None if near is None else near.keep
+    @property
+    def blind(self) -> dict[str, float]:
+        """Task (and "mean") -> the score without the image; empty where it was not measured."""
+        scores = {task: self.points[0].rows[task]["blind"] for task in self.tasks}
+        return {} if None in scores.values() else scores | {MEAN: float(np.mean(list(scores.values())))}
+
+    @property
+    def seeded(self) -> list[Point]:
+        return [point for point in self.pruned if len(point.seeds) > 1]
+
+    @property
+    def of_the_lab(self) -> bool:
+        return any(results.header["model"] == "lab" for results in self.results)
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(point.method for point in self.pruned))
+
+    @property
+    def keeps(self) -> list[Keep]:
+        """Budgets as asked, the largest first."""
+        return sorted({p.keep for p in self.pruned}, key=lambda keep: Budget.of(keep).order, reverse=True)
+
+    @property
+    def ranked(self) -> list[str]:
+        """Methods, the best first: by mean score over the budgets that most of them have."""
+        budgets = [frozenset(p.keep for p in self.pruned if p.method == method) for method in self.methods]
+        # many budgets of a single method must not make it the best, so a sum over all of its own does not do
+        usual = max(budgets, key=lambda keeps: (budgets.count(keeps), len(keeps)), default=frozenset())
+        total = dict.fromkeys(self.methods, 0.0)
+        for point in self.pruned:
+            total[point.method] += point.mean["score"] if point.keep in usual else 0.0
+        return sorted(total, key=lambda method: -total[method])
 
 
-def keep_text(keep: int | float | str) -> str:
-    """`12.5 %`, `64 tokens`, or `at most 64 tokens`."""
-    return Budget.of(keep).words
+def frontier(comparison: Comparison, cost: str) -> list[Point]:
+    """The points that no other beats in mean score and cost ("keep_fraction" or "ratio"), `oracle` apart."""
+    best: list[Point] = []
+    able = [point for point in comparison.points if point.method != ORACLE]
+    for point in sorted(able, key=lambda point: (point.mean[cost], -point.mean["score"])):
+        if not best or point.mean["score"] > best[-1].mean["score"]:
+            best.append(point)
+    return best
 
 
 def comparisons(results: Sequence[Results]) -> list[Comparison]:
     """The files that go together (same model, questions, positions; no setting twice), in the order given."""
     groups: list[list[Results]] = []
-    for one in results:
-        mine = _settings(one)
+    for new in results:
         for group in groups:
-            if group[0].questions == one.questions and not any(mine & _settings(other) for other in group):
-                group.append(one)
+            if group[0].questions == new.questions and not any(_settings(new) & _settings(old) for old in group):
+                group.append(new)
                 break
         else:
-            groups.append([one])
+            groups.append([new])
     return [_comparison(group) for group in groups]
 
 
-def _settings(one: Results) -> set[tuple[str, str]]:
-    return {(row["pruner"], str(row["keep"])) for row in one.rows if row["pruner"] != FULL}
+def _settings(results: Results) -> set[Setting]:
+    return {setting for setting in by_setting(results.rows) if setting[0] != FULL}
 
 
 def _comparison(group: list[Results]) -> Comparison:
     tasks = tuple(dict.fromkeys(row["task"] for row in group[0].rows))
-    if any(row["pruner"] == FULL for row in group[0].rows) is False:
+    if all(row["pruner"] != FULL for row in group[0].rows):
         raise GripError(f"{group[0].path} has no row of the full model, which every comparison needs: run it again")
-    first = {row["task"]: row for row in group[0].rows if row["pruner"] == FULL}
-    blind = [first[task]["blind"] for task in tasks]
-    known = None if any(one is None for one in blind) else (*blind, float(np.mean(blind)))
-    scores = scores_of(group) if all(one.records is not None for one in group) else None
-    points = _from_scores(group, scores) if scores is not None else _from_rows(group, tasks)
-    return Comparison(tuple(group), tasks, tuple(points), known, scores)
+    scores, estimates = None, {}
+    if all(results.records is not None for results in group):
+        scores = scores_of(group)
+        keys = [(setting.method, str(setting.keep)) for setting in scores.settings]
+        estimates = dict(zip(keys, absolute(scores), strict=True))
+    points = [point for results in group for point in _points(results, tasks, estimates)]
+    full = next(point for point in points if point.full)
+    return Comparison(tuple(group), tasks, (full, *(p for p in points if not p.full)), scores)
 
 
-def _from_scores(group: list[Results], scores: Scores) -> list[Point]:
-    fulls = [_full_seconds(one) for one in group]
-    found = []
-    for s, (one, cells) in enumerate(zip(scores.settings, absolute(scores), strict=True)):
-        parts = tuple(Cell(cell.value, cell.low, cell.high) for cell in cells)
-        command = command_of(group[one.file], one.labels, one.keep)
-        found.append(
-            Point(
-                one.method, one.keep, one.kept, one.tokens, one.trained, one.seeds, parts[:-1], parts[-1],
-                float(scores.times[s]) / fulls[one.file], one.file, command,
-            )
-        )  # fmt: skip
-    return found
+def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, tuple[Estimate, ...]]) -> list[Point]:
+    """The file's points. Without answers each seed is a point of its own, with its rows' intervals."""
+    # times are divided within a file: another file may be another machine, or the same on a busier day
+    full = [row["seconds_total"] for row in results.rows if row["pruner"] == FULL]
+    if not full or min(full) <= 0:
+        raise GripError(f"{results.path} has no times of the full model, which times are compared with: run it again")
+    seeds: dict[Setting, dict[str, dict[str, Row]]] = {}
+    for (label, keep), by_task in by_setting(with_means([*results.rows, *results.means])).items():
+        if any(task not in by_task for task in tasks):
+            raise GripError(f"{results.path}: {label} was not measured on every task: run the evaluation again")
+        # the mean over one task is that task, interval included
+        by_task.setdefault(MEAN, {**by_task[tasks[0]], "task": MEAN})
+        seeds.setdefault((method_of(label) if estimates else label, keep), {})[label] = by_task
+    points = []
+    for (method, keep), by_label in seeds.items():
+        rows: dict[str, Row] = {}
+        for number, task in enumerate((*tasks, MEAN)):
+            of_seeds = [by_task[task] for by_task in by_label.values()]
+            row = averaged(of_seeds, pruner=method)
+            row["ratio"] = row["seconds_total"] / float(np.mean(full))
+            # only answers know how seeds vary together by picture; without them one row's interval is all there is
+            if estimates:
+                score = estimates[method, keep][number]
+                row |= {"score": score.value, "ci_low": score.low, "ci_high": score.high}
+            else:
+                row |= {name: of_seeds[0][name] for name in ("ci_low", "ci_high")}
+            rows[task] = row
+        points.append(Point(method, rows, {label: r[MEAN]["score"] for label, r in by_label.items()}, results))
+    return points
 
 
-def _from_rows(group: list[Results], tasks: tuple[str, ...]) -> list[Point]:
-    found = []
-    for number, one in enumerate(group):
-        seconds, rows = _full_seconds(one), with_means([*one.rows, *one.means])
-        by_key: dict[tuple[str, str], dict[str, Any]] = {}
-        for row in rows:
-            by_key.setdefault((row["pruner"], str(row["keep"])), {})[row["task"]] = row
-        for (label, _), mine in by_key.items():
-            if label == FULL and number:
-                continue
-            if any(task not in mine for task in tasks):
-                raise GripError(f"{one.path}: {label} was not measured on every task: run the evaluation again")
-            mean = mine.get("mean", mine[tasks[0]])
-            cells = [Cell(row["score"], row["ci_low"], row["ci_high"]) for row in (*(mine[t] for t in tasks), mean)]
-            command = command_of(one, (label,), mean["keep"])
-            found.append(
-                Point(
-                    label, mean["keep"], mean["keep_fraction"], mean["tokens"], was_trained(mean), (mean["score"],),
-                    tuple(cells[:-1]), cells[-1], mean["seconds_total"] / seconds, number, command,
-                )
-            )  # fmt: skip
-    return found
-
-
-def _full_seconds(one: Results) -> float:
-    """The full model's time a question in this run, mean over tasks."""
-    seconds = [row["seconds_total"] for row in one.rows if row["pruner"] == FULL]
-    if not seconds or min(seconds) <= 0:
-        raise GripError(f"{one.path} has no times of the full model, which times are compared with: run it again")
-    return float(np.mean(seconds))
-
-
-def command_of(one: Results, arms: Sequence[str], keep: int | float | str) -> str:
-    """What to type to measure these arms at this budget alone; the run's own command where that was a script."""
-    head = one.header
+def command_of(results: Results, labels: Sequence[str], keep: Keep) -> str:
+    """What to type to measure these pruners at this budget alone; the run's own command where that was a script."""
+    head = results.header
     try:
         words = shlex.split(head["command"])
     except ValueError:  # an open quote: no shell has run it
         return head["command"]
-    typed = "eval" in words[:4] and any(word in words[0] for word in ("gripvlm", "__main__", "python"))
-    if not typed:
+    if "eval" not in words[:4] or not any(name in words[0] for name in ("gripvlm", "__main__", "python")):
         return head["command"]
-    tasks = list(one.task_specs.values())
+    tasks = list(results.task_specs.values())
     if tasks == [f"lab/{family}" for family in FAMILIES]:
         tasks = ["lab"]
-    line = ["gripvlm", "eval", "--model", head["model"], "--tasks", ",".join(tasks), "--pruners", ",".join(arms)]
-    line += [] if tuple(arms) == (FULL,) else ["--keep", str(keep)]
+    line = ["gripvlm", "eval", "--model", head["model"], "--tasks", ",".join(tasks), "--pruners", ",".join(labels)]
+    line += [] if tuple(labels) == (FULL,) else ["--keep", str(keep)]
     line += [] if head["limit"] is None else ["--limit", str(head["limit"])]
     line += ["--seed", str(head["seed"]), "--batch", str(head["batch_size"])]
     line += [] if head["positions"] == "original" else ["--positions", head["positions"]]

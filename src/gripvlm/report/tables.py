@@ -9,55 +9,18 @@ import numpy as np
 from rich import box
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 
-__all__ = ["by_arm", "markdown", "tables", "task_order", "unreached", "with_means"]
+__all__ = ["averaged", "by_setting", "markdown", "short", "tables", "task_order", "unreached", "with_means"]
 
 Row = Mapping[str, Any]
 TIMES = ("vision", "pruner", "overhead", "prefill", "decode", "total")
 MEAN = "mean"
-
-
-def with_means(rows: Sequence[Row]) -> list[Row]:
-    """The rows and, where they have none, one `mean` row for each pruner and keep over several tasks.
-
-    A mean made here has no interval; `evaluate(...)["means"]` has them with one.
-    """
-    if not rows:
-        raise GripError("no rows: pass result['rows'] + result['means'] of an evaluation that has finished")
-    if any(row["task"] == MEAN for row in rows) or len({row["task"] for row in rows}) < 2:
-        return list(rows)
-    tasks = {row["task"] for row in rows}
-    means = []
-    for members in by_arm(rows).values():
-        if members.keys() != tasks:
-            continue
-        mine = list(members.values())
-        numbers = ["score", "tokens", "keep_fraction", "majority", "blind", *(f"seconds_{name}" for name in TIMES)]
-        mean: dict[str, Any] = {**mine[0], "task": MEAN, "ci_low": None, "ci_high": None}
-        mean["n"] = sum(row["n"] for row in mine)
-        for name in numbers:
-            values = [row[name] for row in mine if row.get(name) is not None]
-            mean[name] = float(np.mean(values)) if len(values) == len(mine) else None
-        means.append(mean)
-    return [*rows, *means]
-
-
-def task_order(rows: Iterable[Row]) -> list[str]:
-    """Tasks as they come, the mean last."""
-    names = list(dict.fromkeys(row["task"] for row in rows))
-    return [name for name in names if name != MEAN] + [name for name in names if name == MEAN]
-
-
-def by_arm(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """(pruner, keep) -> task -> row, in the order in which they come."""
-    arms: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
-        arms.setdefault((row["pruner"], str(row["keep"])), {})[row["task"]] = row
-    return arms
+REFERENCES = {"blind": "no image", "majority": "majority"}
+"""Columns of the rows that hold for every pruner, and what the tables call them."""
+NUMBERS = ("score", "tokens", "keep_fraction", *REFERENCES, *(f"seconds_{name}" for name in TIMES))
 
 
 def tables(rows: Sequence[Row]) -> Group:
@@ -70,26 +33,109 @@ def tables(rows: Sequence[Row]) -> Group:
         scores.add_column(short(task), justify="right", style="bold" if task == MEAN else "")
     for name in TIMES:
         times.add_column(name, justify="right")
-    for (pruner, _), cells in by_arm(rows).items():
-        first = next(iter(cells.values()))
-        head = [pruner, f"{_number(cells.get(MEAN, first)['tokens'])} ({_keep(first)})"]
-        scores.add_row(*head, *(_cell(cells.get(task)) for task in tasks), end_section=pruner == "full")
-        timed = cells.get(MEAN, first)
-        times.add_row(*head, *(_ms(timed.get(f"seconds_{name}")) for name in TIMES), end_section=pruner == "full")
-    first_rows = next(iter(by_arm(rows).values()))
+    for pruner, keep, tokens, by_task, milliseconds in _settings(rows):
+        head = [pruner, f"{tokens} ({keep})"]
+        scores.add_row(*head, *(_score(by_task.get(task), below=True) for task in tasks), end_section=pruner == "full")
+        times.add_row(*head, *milliseconds, end_section=pruner == "full")
     scores.add_section()
-    for name, text in (("blind", "no image"), ("majority", "majority")):
-        values = [first_rows[task].get(name) if task in first_rows else None for task in tasks]
-        if any(value is not None for value in values):
-            shown = ("" if value is None else f"{100 * value:.1f}" for value in values)
-            scores.add_row(text, "0" if name == "blind" else "", *shown, style="dim")
+    for name, values in _references(rows, tasks).items():
+        scores.add_row(REFERENCES[name], "0" if name == "blind" else "", *values, style="dim")
     return Group(scores, times)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same two tables in Markdown, with intervals in brackets and the number of questions."""
+    rows = with_means(rows)
+    tasks = task_order(rows)
+    first = next(iter(by_setting(rows).values()))
+    titles = [f"{short(task)} (n={first[task]['n']})" if task in first else short(task) for task in tasks]
+    scores = [_line(["pruner", "keep", "tokens", *titles]), _line(["---", *["---:"] * (2 + len(tasks))])]
+    times = [_line(["pruner", "keep", *(f"{name} ms" for name in TIMES)]), _line(["---", *["---:"] * 7])]
+    for pruner, keep, tokens, by_task, milliseconds in _settings(rows):
+        scores.append(_line([f"`{pruner}`", keep, tokens, *(_score(by_task.get(task)) for task in tasks)]))
+        times.append(_line([f"`{pruner}`", keep, *milliseconds]))
+    for name, values in _references(rows, tasks).items():
+        scores.append(_line([f"*{REFERENCES[name]}*", "", "", *values]))
+    return "\n".join([*scores, "", *times]) + "\n"
+
+
+def with_means(rows: Sequence[Row]) -> list[Row]:
+    """The rows and, where they have none, one `mean` row for each pruner and keep over several tasks.
+
+    A mean made here has no interval; `evaluate(...)["means"]` has them with one.
+    """
+    if not rows:
+        raise GripError("no rows: pass result['rows'] + result['means'] of an evaluation that has finished")
+    tasks = set(task_order(rows))
+    if MEAN in tasks or len(tasks) < 2:
+        return list(rows)
+    settings = [list(by_task.values()) for by_task in by_setting(rows).values() if by_task.keys() == tasks]
+    return [*rows, *(averaged(members, task=MEAN, n=sum(row["n"] for row in members)) for members in settings)]
+
+
+def averaged(rows: Sequence[Row], **changes: Any) -> dict[str, Any]:
+    """The first row with the mean of every number (None where a row lacks it), without an interval."""
+    mean = {**rows[0], "ci_low": None, "ci_high": None, **changes}
+    for name in NUMBERS:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        mean[name] = float(np.mean(values)) if len(values) == len(rows) else None
+    return mean
+
+
+def task_order(rows: Iterable[Row]) -> list[str]:
+    """Tasks as they come, the mean last."""
+    return sorted(dict.fromkeys(row["task"] for row in rows), key=lambda name: name == MEAN)
+
+
+def by_setting(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """(pruner, keep) -> task -> row, in the order in which they come."""
+    settings: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        settings.setdefault((row["pruner"], str(row["keep"])), {})[row["task"]] = row
+    return settings
 
 
 def unreached(result: Mapping[str, Any]) -> list[str]:
     """`fastv at 5%: why`, for each pruner and budget that has no row, since it cannot be reached."""
-    left = result.get("unreached", ())
-    return [f"{one['pruner']} at {Budget.of(one['keep']).short}: {one['why']}" for one in left]
+    entries = result.get("unreached", ())
+    return [f"{entry['pruner']} at {Budget.of(entry['keep']).short}: {entry['why']}" for entry in entries]
+
+
+def short(task: str) -> str:
+    """`lab/reading` -> `reading`; a file's task -> its name."""
+    return task.rpartition("/")[2].removesuffix(".jsonl")
+
+
+def _settings(rows: Sequence[Row]) -> Iterable[tuple[str, str, str, dict[str, Row], list[str]]]:
+    """Pruner, keep and tokens as text, task -> row, and milliseconds: of the mean, or of a single task its own."""
+    for (pruner, _), by_task in by_setting(rows).items():
+        row = by_task.get(MEAN, next(iter(by_task.values())))
+        tokens = f"{row['tokens']:.{0 if float(row['tokens']).is_integer() else 1}f}"
+        seconds = [row.get(f"seconds_{name}") for name in TIMES]
+        times = ["" if s is None else f"{1000 * s:.{1 if s < 0.0995 else 0}f}" for s in seconds]
+        yield pruner, Budget.of(row["keep"]).short, tokens, by_task, times
+
+
+def _references(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, list[str]]:
+    """What the model scores without the image, and the commonest answer, by task; only what was measured."""
+    first = next(iter(by_setting(rows).values()))
+    columns = {name: [first.get(task, {}).get(name) for task in tasks] for name in REFERENCES}
+    return {
+        name: ["" if value is None else f"{100 * value:.1f}" for value in values]
+        for name, values in columns.items()
+        if any(value is not None for value in values)
+    }
+
+
+def _score(row: Row | None, below: bool = False) -> str:
+    """Score in percent and its interval: in brackets, or on a line below."""
+    if row is None:
+        return ""
+    score = f"{100 * row['score']:.1f}"
+    if row.get("ci_low") is None:
+        return score
+    ends = f"{100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}"
+    return f"{score}\n[dim not bold]{ends}[/]" if below else f"{score} [{ends}]"
 
 
 def _sheet(title: str) -> Table:
@@ -100,59 +146,5 @@ def _sheet(title: str) -> Table:
     return sheet
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The same two tables in Markdown, with intervals in brackets and the number of questions."""
-    rows = with_means(rows)
-    tasks = task_order(rows)
-    arms = by_arm(rows)
-    first_rows = next(iter(arms.values()))
-    counts = (f"{short(task)} (n={first_rows[task]['n']})" if task in first_rows else short(task) for task in tasks)
-    lines = [_line(["pruner", "keep", "tokens", *counts]), _line(["---", *["---:"] * (2 + len(tasks))])]
-    for (pruner, _), cells in arms.items():
-        first = next(iter(cells.values()))
-        shown = (_cell(cells.get(task)).plain.replace("\n", " [") for task in tasks)
-        closed = (f"{text}]" if "[" in text else text for text in shown)
-        lines.append(_line([f"`{pruner}`", _keep(first), _number(cells.get(MEAN, first)["tokens"]), *closed]))
-    for name, text in (("blind", "no image"), ("majority", "majority")):
-        values = [first_rows[task].get(name) if task in first_rows else None for task in tasks]
-        if any(value is not None for value in values):
-            shown = ("" if value is None else f"{100 * value:.1f}" for value in values)
-            lines.append(_line([f"*{text}*", "", "", *shown]))
-    lines += ["", _line(["pruner", "keep", *(f"{name} ms" for name in TIMES)]), _line(["---", *["---:"] * 7])]
-    for (pruner, _), cells in arms.items():
-        timed = cells.get(MEAN, next(iter(cells.values())))
-        lines.append(_line([f"`{pruner}`", _keep(timed), *(_ms(timed.get(f"seconds_{name}")) for name in TIMES)]))
-    return "\n".join(lines) + "\n"
-
-
-def short(task: str) -> str:
-    """`lab/reading` -> `reading`; a file's task -> its name."""
-    return task.rpartition("/")[2].removesuffix(".jsonl")
-
-
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _keep(row: Row) -> str:
-    return Budget.of(row["keep"]).short
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:.1f}"
-
-
-def _cell(row: Row | None) -> Text:
-    """Score in percent, and below it the interval."""
-    if row is None:
-        return Text("")
-    text = Text(f"{100 * row['score']:.1f}")
-    if row.get("ci_low") is not None:
-        text.append(f"\n{100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}", style="dim not bold")
-    return text
-
-
-def _ms(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    return f"{1000 * seconds:.1f}" if seconds < 0.0995 else f"{1000 * seconds:.0f}"
