@@ -53,14 +53,14 @@ class Stream(io.StringIO):
         self.flushes += 1
 
 
-@pytest.fixture
-def stream(request, monkeypatch):
-    made = Stream(getattr(request, "param", False))
-    monkeypatch.setattr("sys.stderr", made)
-    return made
+def stderr(monkeypatch, terminal: bool = False) -> Stream:
+    stream = Stream(terminal)
+    monkeypatch.setattr("sys.stderr", stream)
+    return stream
 
 
-def test_a_line_every_30_seconds_with_done_rate_and_remaining(stream, monkeypatch):
+def test_a_line_every_30_seconds_with_done_rate_and_remaining(monkeypatch):
+    stream = stderr(monkeypatch)
     clock = Clock(waits=2)
     monkeypatch.setattr(progress, "time", clock)
     bar = Progress("answers", 480)
@@ -89,7 +89,8 @@ def test_work_of_an_earlier_run_does_not_count_for_the_rate(monkeypatch):
     assert bar.line() == "80 of 100 steps (80 %), 20 a minute, 1 min 0 s left"
 
 
-def test_a_step_that_hangs_is_still_reported(stream, monkeypatch):
+def test_a_step_that_hangs_is_still_reported(monkeypatch):
+    stream = stderr(monkeypatch)
     monkeypatch.setattr(progress, "EVERY", 0.01)
     seen = threading.Event()
     stream.write = lambda text: seen.set()
@@ -97,16 +98,17 @@ def test_a_step_that_hangs_is_still_reported(stream, monkeypatch):
         assert seen.wait(10)
 
 
-@pytest.mark.parametrize("stream", [True, False], indirect=True)
-def test_nothing_is_shown_where_show_is_false(stream, monkeypatch):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_is_shown_where_show_is_false(monkeypatch, terminal):
+    stream = stderr(monkeypatch, terminal)
     monkeypatch.setattr(progress, "EVERY", 0.001)
     with Progress("answers", 3, show=False) as bar:
         bar.advance(3)
     assert stream.getvalue() == ""
 
 
-@pytest.mark.parametrize("stream", [True], indirect=True)
-def test_a_terminal_gets_a_bar_and_no_lines(stream, monkeypatch):
+def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch):
+    stream = stderr(monkeypatch, terminal=True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(progress, "EVERY", 0.001)
     with Progress("answers", 8) as bar:
@@ -118,7 +120,7 @@ def test_a_terminal_gets_a_bar_and_no_lines(stream, monkeypatch):
     assert " left: " not in stream.getvalue()
 
 
-def test_the_thread_ends_with_the_block_also_after_an_error(stream):
+def test_the_thread_ends_with_the_block_also_after_an_error():
     with pytest.raises(KeyboardInterrupt), Progress("answers", 8):
         raise KeyboardInterrupt
     assert not [thread for thread in threading.enumerate() if thread.name == "gripvlm progress"]
