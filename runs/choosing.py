@@ -82,7 +82,7 @@ def costs() -> list[dict[str, Any]]:
         hardware, full = result["environment"]["hardware"], result["rows"][0]
         found.append(
             {
-                "file": name,
+                "file": f"results/{name}.json",
                 "model": result["model"]["name"],
                 "parameters": result["model"]["parameters"],
                 "tokens": row["visual_tokens"],

@@ -170,7 +170,7 @@ def measured() -> dict[str, Any]:
         rows[row.name] = shown
     return {
         "written_by": "python runs/methods_table.py",
-        "files": sorted({*GRIDS.values(), "pruner-speed"}),
+        "files": [f"results/{name}.json" for name in sorted({*GRIDS.values(), "pruner-speed"})],
         "questions": asked,
         "advice": choosing.advice(),
         "costs": choosing.costs(),

@@ -90,7 +90,7 @@ def _details(name: str, row: dict[str, Any]) -> str:
 
 
 def _legend(known: dict[str, Any]) -> str:
-    prefill, sources = known["prefill"], ", ".join(f"results/{name}.json" for name in known["files"])
+    prefill, sources = known["prefill"], ", ".join(known["files"])
     return (
         "drops: before the LLM (input), inside the LLM, or by merging in the vision tower. attention: reads the "
         "vision tower's. question: sees it, so that it chooses anew for each. inner: as the pruner in parentheses. "
