@@ -114,7 +114,7 @@ def cost_block() -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     where = costs()[0]["hardware"]
-    files = ", ".join(f"`results/{one['file']}.json`" for one in costs())
+    files = ", ".join(f"`{one['file']}`" for one in costs())
     return "\n".join(
         [
             f"Unpruned -> `grip` at {100 * KEPT:g} % of the tokens, one picture, {where}, no accelerator (the larger",
