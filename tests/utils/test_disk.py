@@ -13,14 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
-from test_evaluate import Letters, run
 
 import gripvlm
 from gripvlm.errors import GripError
+from gripvlm.eval import evaluate
 from gripvlm.grip.train import train
 from gripvlm.report import report
+from gripvlm.tasks import LabTask
 from gripvlm.utils import disk
 from gripvlm.utils.disk import BusyError, one_writer
+from tiny_lab import tiny_lab, write_sample
 from tiny_results import made_up
 from tiny_train import asked, tiny_config, tiny_vlm
 
@@ -44,7 +46,8 @@ def holder(path: Path, folder: bool = False, then: str = "") -> subprocess.Popen
 
 
 def small_eval(out):
-    return run(out, tasks=[Letters(count=2)], pruners=["grid"], keeps=[0.1])
+    task = LabTask("text", write_sample(out.parent / "sample", pictures=1))
+    return evaluate(*tiny_lab(), task, ["grid"], [0.1], out=out, model_name="tiny")
 
 
 def small_training(out):

@@ -7,16 +7,16 @@ import re
 import threading
 
 import pytest
-from test_evaluate import Letters
 
 from gripvlm import Budget
 from gripvlm.bench import bench
 from gripvlm.eval import evaluate, make_inputs
 from gripvlm.grip.train import train
 from gripvlm.pruners import get_pruner
+from gripvlm.tasks import LabTask
 from gripvlm.utils import progress
 from gripvlm.utils.progress import EVERY, Progress, duration
-from tiny_lab import tiny_lab
+from tiny_lab import tiny_lab, write_sample
 from tiny_train import asked, tiny_config, tiny_vlm
 
 
@@ -144,13 +144,14 @@ def test_eval_bench_and_train_say_how_far_they_are(monkeypatch, capsys, tmp_path
     """The three that are long, where standard error is no terminal."""
     monkeypatch.setattr(progress, "EVERY", 0.02)
     model, processor = tiny_lab()
-    evaluate(model, processor, [Letters()], ["norm"], [0.5], progress=True)
-    assert re.search(r"\d+ of 30 answers \(\d+ %\), .*: letters\n", capsys.readouterr().err)
+    task = LabTask("text", write_sample(tmp_path / "sample", pictures=5))
+    evaluate(model, processor, task, ["norm"], [0.5], progress=True)
+    assert re.search(r"\d+ of 30 answers \(\d+ %\), .*: lab/text\n", capsys.readouterr().err)
 
     def prompts(batch, length):
-        return make_inputs(model, processor, ["is there a cat?"] * batch, [Letters().samples[0].image] * batch)
+        return make_inputs(model, processor, ["is there a cat?"] * batch, [task.samples[0].image] * batch)
 
     bench(model, prompts, [("norm", get_pruner("norm"))], [Budget(0.5)], new=2, repeats=2, progress=True)
     assert re.search(r"\d+ of 9 prompts \(\d+ %\), .*: batch 1, prompt 64\n", capsys.readouterr().err)
-    train(tiny_config(out=str(tmp_path)), *tiny_vlm(), asked(8), quiet=False)
-    assert re.search(r"\d+ of \d+ steps of warmup \(\d+ %\), .*\n", capsys.readouterr().err)
+    train(tiny_config(out=str(tmp_path / "grip")), *tiny_vlm(), asked(8), quiet=False)
+    assert re.search(r"\d+ of \d+ steps of \w+ \(\d+ %\), .*\n", capsys.readouterr().err)
