@@ -31,7 +31,7 @@ def ask_command(
     pruner: Annotated[str, typer.Option("--pruner", "-p", help="A name from `gripvlm list`.")] = "divprune",
     keep: Annotated[str | None, typer.Option("--keep", "-k", help=f"{BUDGETS}; by default 10%, with full all.")] = None,
     overlay: Annotated[
-        Path | None, typer.Option(help="Write a picture of what was kept here (.png), in a folder that exists.")
+        Path | None, typer.Option(dir_okay=False, writable=True, help="Picture of what was kept (.png), to be written.")
     ] = None,
     positions: Positions = "original",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
@@ -76,7 +76,7 @@ def ask_command(
         encoded=encoded,
     )
     text, selections, screen = outcome.predictions[0], outcome.selections[0], console()
-    # Inside the language model what is paid is an average over its layers, so not always a whole number.
+    # What is paid inside the language model is an average over its layers, so not always a whole number.
     kept, total = round(sum(s.paid for s in selections), 1), sum(s.n for s in selections)
     screen.print(escape(text or "(an empty answer)"), style="bold")
     screen.print(f"{kept:g} of {total} visual tokens kept ({100 * kept / total:.1f} %) by {escape(chosen.name)}")

@@ -56,22 +56,19 @@ def quickstart_command(
 
 def evaluate_command(
     tasks: Annotated[
-        str,
-        typer.Option("--tasks", "-t", help="From `gripvlm list`, hf:REPO or jsonl:PATH, separated by commas."),
+        str, typer.Option("--tasks", "-t", help="From `gripvlm list`, hf:REPO or jsonl:PATH, separated by commas.")
     ] = "lab",
     pruners: Annotated[
         str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, separated by commas; or all.")
     ] = "random,grid,norm,pool,divprune",
-    keep: Annotated[
-        str,
-        typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}."),
-    ] = "10%",
+    keep: Annotated[str, typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}.")] = "10%",
     model: Model = "lab",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
     seed: Annotated[int, typer.Option(help="Of the questions drawn and of the intervals.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="JSON file for the results; missing folders are made.")
+        Path | None,
+        typer.Option("--out", "-o", dir_okay=False, writable=True, help="Results (.json); missing folders are made."),
     ] = None,
     positions: Positions = "original",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where results exist.")] = False,
@@ -95,13 +92,13 @@ def evaluate_command(
     from gripvlm.pruners import get_pruner
     from gripvlm.tasks import get_tasks
 
+    # For its errors only: evaluate makes the pruners itself, with the model.
     for name in names:
         if name not in ("all", "oracle", "blind"):
             get_pruner(name)
-
     chosen = get_tasks(_split(tasks))
     for task in chosen:
-        task.take(limit, seed)
+        task.take(limit, seed)  # reads the files of a task, which may be missing or damaged
 
     from gripvlm.eval import Interrupted, evaluate
     from gripvlm.eval.chunks import Shard
@@ -122,6 +119,7 @@ def evaluate_command(
 
     quiet()
     vlm, processor = load_model(model, device)
+    # Which pruners a model can serve is known only when it is there.
     if "all" in names:
         from gripvlm.eval.everything import serving
 

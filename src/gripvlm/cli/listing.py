@@ -44,6 +44,7 @@ def list_command() -> None:
     _print(screen, "options are typed as name:option=value, such as random:seed=3; wrappers around others: mmr(norm)")
     _print(screen, "in `eval` also: oracle (each lab question's own evidence); full and no image are always there")
     _print(screen, f"tasks: {', '.join(known['tasks'])}, hf:REPO, jsonl:PATH")
+    # Entry points are read without importing what they name.
     others = {point.name for point in entry_points(group=PLUGINS)} - known["pruners"].keys()
     if others:
         _print_others(screen, others)

@@ -1,4 +1,4 @@
-"""Whether a command can write its output, checked before any work is done."""
+"""Whether a command can write its output, checked before any work is done; what typer can check is in the options."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["checked_folder", "checked_json", "checked_picture"]
 
 def checked_json(path: Path) -> None:
     """`--out` of `eval` and `bench`: a .json file; missing folders will be made."""
-    _check_file(path, "--out", (".json",))
+    _check_suffix(path, "--out", (".json",))
     checked_folder(path.parent, f"--out {path}")
 
 
 def checked_picture(path: Path, source: Path) -> None:
     """`--overlay`: a picture in a folder that exists, and not the picture that the question is about."""
-    _check_file(path, "--overlay", (".png", ".jpg", ".jpeg", ".webp"))
+    _check_suffix(path, "--overlay", (".png", ".jpg", ".jpeg", ".webp"))
     if not path.parent.is_dir():
         make = f"make it first (mkdir -p {path.parent}), or type a name in one that exists"
         raise GripError(f"--overlay {path}: there is no folder {path.parent}: {make}")
@@ -32,19 +32,11 @@ def checked_folder(folder: Path, option: str) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise GripError(f"{option}: {existing} is a file, so nothing can be put in it: type a folder")
-    _check_writable(existing, option)
+    if not os.access(existing, os.W_OK):
+        raise GripError(f"{option}: you may not write to {existing}: type another place")
 
 
-def _check_file(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
-    if path.is_dir():
-        raise GripError(f"{option} {path} is a folder: type a file in it, such as {path / ('results' + suffixes[0])}")
+def _check_suffix(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
     if path.suffix.lower() not in suffixes:
-        example = path.with_suffix(suffixes[0])
+        example = path.with_suffix(suffixes[0]) if path.name else f"results{suffixes[0]}"
         raise GripError(f"{option} {path}: type a name that ends in {' or '.join(suffixes)}, such as {example}")
-    if path.exists():
-        _check_writable(path, f"{option} {path}")
-
-
-def _check_writable(path: Path, option: str) -> None:
-    if not os.access(path, os.W_OK):
-        raise GripError(f"{option}: you may not write to {path}: type another place")

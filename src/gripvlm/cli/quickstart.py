@@ -46,11 +46,13 @@ def run(screen: Console, limit: int, out: Path) -> None:
     start = time.monotonic()
     tasks = get_tasks("lab")
     model, processor = load_model("lab")
+    # 24 questions a family take some twelve seconds on two cores, which is what a first try may cost.
     screen.print(
         f"[bold]gripvlm {gripvlm.__version__}[/] with its own lab model ({_millions(model):.1f} M parameters, "
         f"{model.device}): {limit} questions\nof each of six families, with all visual tokens and with a tenth."
     )
     file = out / "quickstart.json"
+    # Anew each time: what an older version measured must not show here.
     result = evaluate(
         model,
         processor,

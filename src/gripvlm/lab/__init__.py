@@ -28,7 +28,8 @@ def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
 
     if not (MODEL / "config.json").exists():
         raise FileNotFoundError(f"{MODEL} holds no lab model: install gripvlm anew")
-    with _no_progress_bar():  # a few megabytes from this disk
+    # A few megabytes from this disk: a bar would flash up and stay in logs.
+    with _no_progress_bar():
         model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="float32")
     return model.eval(), AutoProcessor.from_pretrained(MODEL)
 
@@ -47,6 +48,7 @@ def _no_progress_bar() -> Iterator[None]:
     try:
         yield
     finally:
-        logging.enable_progress_bar()  # this switch also moves the Hub's
+        # transformers' switch also moves the Hub's, which may have been off.
+        logging.enable_progress_bar()
         if not hub_shown:
             disable_progress_bars()

@@ -53,11 +53,13 @@ def write(path: str | Path, content: str | bytes) -> None:
     part = target.with_name(f"{target.name}.part")
     with _named(path):
         _make(target.parent)
+        # Its name is fixed, so that the next writer takes over what a killed one left; hence the lock.
         file, _ = _locked(part, path)
         try:
             try:
                 os.ftruncate(file, 0)
                 _write_all(file, data)
+                # Before the rename: else a loss of power may leave the new name with no content.
                 os.fsync(file)
                 if target.exists():
                     os.chmod(part, stat.S_IMODE(target.stat().st_mode))
@@ -140,6 +142,7 @@ def one_writer(path: str | Path, folder: bool = False) -> Iterator[None]:
     with _named(path):
         _make(home)
         file, no_lock = _locked(name, path)
+    # Some network disks have none; results there are worth more than a refusal.
     if no_lock:
         warnings.warn(f"{path} is not locked ({no_lock}): start no second run that writes there", stacklevel=3)
     _release_in_children()
@@ -159,6 +162,7 @@ def one_writer(path: str | Path, folder: bool = False) -> Iterator[None]:
         finally:
             if fcntl is not None:
                 os.close(file)
+        # Innermost first; one that now holds a file stays.
         for empty in missing:
             with suppress(OSError):
                 os.rmdir(empty)
@@ -209,6 +213,7 @@ def _make(folder: Path) -> None:
 
 
 def _write_all(file: int, data: bytes) -> None:
+    # os.write may take only a part, for example when the disk fills up.
     left = memoryview(data)
     while left:
         left = left[os.write(file, left) :]

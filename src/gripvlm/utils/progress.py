@@ -64,6 +64,7 @@ class Progress:
     def line(self) -> str:
         """`120 of 480 answers (25 %), 3.4 a second, 1 min 46 s left: lab/science`."""
         share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
+        # Reused work took no time of this run, so neither rate nor remaining time may count it.
         new, seconds = self.done - self._reused, time.monotonic() - self._start
         text = f"{self.done} of {self.total} {self.unit}{share}, "
         if new > 0 and seconds > 0:

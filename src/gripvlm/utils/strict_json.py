@@ -53,6 +53,7 @@ def parse(text: str | bytes) -> Any:
     # Counting brackets is cheap and rules out almost every file; those in strings count too, so it cannot decide.
     if text.count("[") + text.count("{") > DEEPEST and _too_deep(value, DEEPEST):
         raise BadJSON(f"is nested more than {DEEPEST} deep")
+    # Python reads half of a pair without complaint, and fails only when it is written or printed.
     if _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
