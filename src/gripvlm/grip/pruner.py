@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,6 @@ from gripvlm.grip.scorer import SCORER_FILES, Scorer, coordinates
 from gripvlm.pruners.base import ScorePruner, top_k_of_each
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.batching import onto, padded
-from gripvlm.utils.suggest import did_you_mean
 
 __all__ = ["SHIPPED", "SHIPPED_NAMES", "Grip", "Learned", "ScorerInputs", "place_of"]
 
@@ -118,7 +118,8 @@ def _loaded(name: str) -> tuple[Scorer, str]:
     """A scorer and its digest; that of a folder is read anew when its files were written to, or its weights."""
     place = place_of(name)
     if place == name and "/" not in name and not Path(name).expanduser().is_dir():
-        hint = did_you_mean(name, SHIPPED_NAMES)
+        near = difflib.get_close_matches(name, SHIPPED_NAMES, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ScorerError(
             f"no scorer {name!r}: {hint}type one of {', '.join(SHIPPED_NAMES)} (for the lab's model), a folder that "
             "exists, or a hub id such as user/grip-llava"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import numbers
 import os
@@ -14,7 +15,6 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner
-from gripvlm.utils.suggest import did_you_mean
 
 __all__ = ["Option", "made", "options_of", "outside", "parsed"]
 
@@ -112,7 +112,8 @@ def made(name: str, factory: Callable[..., Pruner], values: Mapping[str, Any]) -
         if key not in by_name:
             if anything:
                 continue
-            hint = did_you_mean(key, by_name, cutoff=0.5)
+            near = difflib.get_close_matches(key, by_name, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
             raise PrunerError(f"pruner {name!r} has no option {key!r}: {hint}{takes}")
         option = by_name[key]
         if not option.fits(value):

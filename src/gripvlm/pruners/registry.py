@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from importlib import import_module
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Pruner
 from gripvlm.pruners.options import Option, made, options_of, outside, parsed
-from gripvlm.utils.suggest import did_you_mean
 
 __all__ = ["PrunerRow", "get_pruner", "list_pruners", "pruner_names", "register_pruner", "split_specs"]
 
@@ -192,7 +192,8 @@ def _load(name: str) -> Any:
     if source is None:  # looking through all that is installed takes milliseconds
         sources = _sources()
         if name not in sources:
-            hint = did_you_mean(name, sources, count=3)
+            near = difflib.get_close_matches(name, sources, n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise PrunerError(f"unknown pruner {name!r}: {hint}known are {', '.join(sorted(sources))}")
         source = sources[name]
     if not isinstance(source, str):
