@@ -92,5 +92,5 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, RuntimeError):
-        return "the device ran out of memory: type a smaller --batch (train: --rows or --images), or --device cpu"
+        return "the device ran out of memory: type a smaller batch size, or --device cpu"
     return str(error) or type(error).__name__
