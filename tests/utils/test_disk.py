@@ -83,7 +83,9 @@ def test_a_second_run_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path, wo
 
 @POSIX
 def test_a_child_that_lives_on_holds_no_lock(tmp_path):
-    process = holder(tmp_path / "r.json", then="os.fork() or (time.sleep(60), os._exit(0))")
+    # The parent goes on when its child runs: until then the child has had no chance to let go of the lock.
+    fork = "ends = os.pipe(); os.fork() or (os.write(ends[1], b'x'), time.sleep(60), os._exit(0)); os.read(ends[0], 1)"
+    process = holder(tmp_path / "r.json", then=fork)
     with pytest.raises(BusyError), one_writer(tmp_path / "r.json"):
         pass
     process.kill()
