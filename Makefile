@@ -3,7 +3,9 @@ PYTHON ?= python3
 # Which build of torch this is, for CPUs or for CUDA, is the package index's choice. Another version: make TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-EVERYTHING := -e ".[dev,lab]"
+# What the lab is drawn from, for tests of its recipe.
+ART := examples/lab_vlm/requirements.txt
+EVERYTHING := -e ".[dev]" -r $(ART)
 
 .PHONY: run test lint clean lock test-transformers test-newest test-lmms
 
@@ -29,7 +31,7 @@ fresh = @test -x $(1)/bin/python || { $(PYTHON) -c 'import sys; sys.version_info
 	Python %d.%d, and gripvlm needs 3.10 or later: make PYTHON=python3.12" % sys.version_info[:2])' \
 	&& $(PYTHON) -m venv $(1); }
 
-.venv/.ok: pyproject.toml locks/gripvlm.txt
+.venv/.ok: pyproject.toml locks/gripvlm.txt $(ART)
 	$(call fresh,.venv)
 	$(call install,.venv,locks/gripvlm.txt,$(EVERYTHING))
 	touch $@
@@ -78,7 +80,7 @@ lock:
 	$(call fresh,build/lock)
 	build/lock/bin/python -m pip install --quiet --upgrade uv
 	mkdir -p locks
-	$(call lock,gripvlm,,--all-extras)
+	$(call lock,gripvlm,,--all-extras $(ART))
 	$(call lock,lmms,"$(LMMS)" "filelock<4.3" pytest hypothesis)
 
 clean:

@@ -208,7 +208,7 @@ def corrupt_file() -> Any:
 
 
 def empty_question() -> Any:
-    from gripvlm.cli.commands import ask
+    from gripvlm.cli.ask import ask_command as ask
 
     return ask(Path("cat.png"), " ")
 

@@ -73,7 +73,7 @@ def toml(text: str) -> None:
 CASES: list[tuple[str, str, Any, str]] = [
     ("training without data", "gripvlm train", lambda: check_settings(TrainConfig()), "TrainError: .*--data"),
     ("training on the test split", "train --data lab", lambda: check_settings(TrainConfig(data="lab")),
-     r"TrainError: .*gripvlm\.lab\.dataset"),
+     r"TrainError: .*lab_vlm\.dataset"),
     ("a training picture that is none", "2.png of 10 bytes", lambda: trained("picture"),
      r"TrainError: sample '.*': .*2\.png.*--on-bad skip"),
     ("the same, to be skipped", "--on-bad skip", lambda: trained("picture", on_bad="skip", steps=2, warmup_steps=2),

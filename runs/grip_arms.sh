@@ -107,8 +107,8 @@ FIRST=$(for name in $FIRST; do # those that are asked for, or that one that is a
     case "$(arm "$other" 0) $other" in *"/$name-0 "* | *" $name") echo "$name" && break ;; esac
   done
 done)
-[ -d "$WORK/train" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/train" --split train --pictures 4000
-[ -d "$WORK/val" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/val" --split val --pictures 150
+[ -d "$WORK/train" ] || PYTHONPATH=examples "$PYTHON" -m lab_vlm.dataset "$WORK/train" --split train --pictures 4000
+[ -d "$WORK/val" ] || PYTHONPATH=examples "$PYTHON" -m lab_vlm.dataset "$WORK/val" --split val --pictures 150
 # shellcheck disable=SC2046,SC2086
 each $(pairs $FIRST)
 # shellcheck disable=SC2046,SC2086

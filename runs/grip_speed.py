@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from rollout_times import Group
-from transformers import CLIPImageProcessor, LlavaProcessor
+from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor
 
 from gripvlm import get_pruner, lab
 from gripvlm.bench.shapes import random_model, random_pruner
@@ -34,7 +34,6 @@ from gripvlm.eval import environment
 from gripvlm.eval.environment import command_line
 from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.grip.train import Engine
-from gripvlm.lab.vlm import CHAT_TEMPLATE, build_tokenizer
 from gripvlm.tasks import get_tasks
 
 GROUP = 16
@@ -51,7 +50,8 @@ def loaded(name: str) -> tuple[Engine, Scorer]:
     """A frozen model's engine, and a scorer for it."""
     if name == LAB:
         return Engine(*lab.load()), get_pruner("grip").module
-    model, tokenizer = random_model(name, torch.device("cpu"), torch.float32), build_tokenizer()
+    model, words = random_model(name, torch.device("cpu"), torch.float32), AutoProcessor.from_pretrained(lab.MODEL)
+    tokenizer = words.tokenizer
     model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -63,7 +63,7 @@ def loaded(name: str) -> tuple[Engine, Scorer]:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
-        chat_template=SYSTEM + CHAT_TEMPLATE,
+        chat_template=SYSTEM + words.chat_template,
     )
     return Engine(model, processor), random_pruner("grip", model).module
 

@@ -54,7 +54,7 @@ others() {
 one() { "$1"; }
 
 mkdir -p "$WORK"
-[ -d "$WORK/train" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/train" --split train --pictures 4000
-[ -d "$WORK/val" ] || "$PYTHON" -m gripvlm.lab.dataset "$WORK/val" --split val --pictures 150
+[ -d "$WORK/train" ] || PYTHONPATH=examples "$PYTHON" -m lab_vlm.dataset "$WORK/train" --split train --pictures 4000
+[ -d "$WORK/val" ] || PYTHONPATH=examples "$PYTHON" -m lab_vlm.dataset "$WORK/val" --split val --pictures 150
 each question others
 "$PYTHON" runs/ship_grip.py "$WORK"

@@ -1,4 +1,4 @@
-"""A tiny, untrained model of the lab's architecture and a sample of its questions: nothing is shipped or downloaded."""
+"""A tiny, untrained model of the lab's architecture, with the lab's words, and a sample of questions in its format."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from gripvlm import lab
 from gripvlm.lab.tower import LabVisionConfig
-from gripvlm.lab.vlm import build_model, build_processor
 from tiny_models import TOWER
 
 FAMILIES = ("existence", "perception", "science", "diagram", "reading", "text")
+
+
+def lab_processor() -> LlavaProcessor:
+    """The lab's own, without its model."""
+    return AutoProcessor.from_pretrained(lab.MODEL)
 
 
 @lru_cache(maxsize=1)
@@ -31,7 +37,11 @@ def tiny_lab() -> tuple[Any, Any]:
         stem_channels=[8, 16],
         projection_dim=32,
     )
-    model = build_model(vision, width=32, layers=2)
+    config = AutoConfig.from_pretrained(lab.MODEL)
+    config.vision_config = vision
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
+    config.text_config.update({"hidden_size": 32, "num_hidden_layers": 2, **heads})
+    model = LlavaForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in model.model.language_model.parameters():
@@ -40,7 +50,7 @@ def tiny_lab() -> tuple[Any, Any]:
         model.get_input_embeddings().weight.normal_(generator=generator)
         for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
             linear.weight.normal_(std=0.5, generator=generator)
-    return model.eval(), build_processor()
+    return model.eval(), lab_processor()
 
 
 def write_sample(folder: Path, pictures: int = 4) -> Path:

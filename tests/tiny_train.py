@@ -18,8 +18,8 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig
 from gripvlm.grip.train import Engine, TrainConfig
 from gripvlm.grip.train.loop import Loop
-from gripvlm.lab.vlm import CHAT_TEMPLATE, build_tokenizer
 from gripvlm.tasks import Sample, Task
+from tiny_lab import lab_processor
 from tiny_models import TOWER
 
 
@@ -33,7 +33,7 @@ def tiny_vlm(seed: int = 0) -> tuple[Any, Any]:
     """(model, processor): LLaVA of 4 x 4 visual tokens that speaks the lab's words."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    tokenizer = build_tokenizer()
+    tokenizer = lab_processor().tokenizer
     torch.manual_seed(seed)
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -63,7 +63,8 @@ def tiny_vlm(seed: int = 0) -> tuple[Any, Any]:
 
 def processor_of(model: Any) -> LlavaProcessor:
     """A processor in the lab's words for any LLaVA whose vocabulary holds them, which is told their ids."""
-    tokenizer, vision = build_tokenizer(), model.config.vision_config
+    words, vision = lab_processor(), model.config.vision_config
+    tokenizer = words.tokenizer
     model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -75,7 +76,7 @@ def processor_of(model: Any) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=words.chat_template,
     )
 
 

@@ -252,7 +252,7 @@ def test_no_command_shows_help(capsys):
         ([*ASK, "--pruner", "given"], "scores"),
         ([*ASK, "--overlay", "o.txt"], ".png"),
         ([*ASK, "--overlay", "some/missing/o.png"], "no folder some/missing: make it first"),
-        ([*ASK, "--overlay", "folder.png"], "is a folder"),
+        ([*ASK, "--overlay", "folder.png"], "is a directory"),
         ([*ASK, "--overlay", "./cat.png"], "is the picture itself"),
         ([*ASK, "--pruner", "full", "--keep", "10%"], "'full' keeps every visual token, so --keep 10% cannot be met"),
         (
@@ -285,7 +285,7 @@ def test_no_command_shows_help(capsys):
         (["eval", "--pruners", "grid,gridd"], "'grid'"),
         (["eval", "--keep", "1.5"], "above 1"),
         (["eval", "--limit", "0"], "--limit"),
-        (["eval", "--out", "."], "is a folder"),
+        (["eval", "--out", "."], "is a directory"),
         (["eval", "--out", "results"], "such as results.json"),
         (["eval", "--out", "cat.png/f.json"], "cat.png is a file"),
         (["quickstart", "--out", "cat.png"], "cat.png is a file"),

@@ -46,7 +46,7 @@ def test_the_pruner_of_the_readme_prunes(names):
 
 
 def test_every_command_exists():
-    from gripvlm.cli.commands import app
+    from gripvlm.cli import app
 
     typed = [shlex.split(line, comments=True)[1:] for line in COMMANDS if line.startswith("gripvlm ")]
     assert {"quickstart", "ask", "train", "eval", "list", "env"} <= {words[0] for words in typed}

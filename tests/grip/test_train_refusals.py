@@ -57,7 +57,7 @@ def test_the_shipped_scorers_have_names():
 
 
 def test_the_test_split_is_no_training_data():
-    with pytest.raises(TrainError, match=r"gripvlm\.lab\.dataset"):
+    with pytest.raises(TrainError, match=r"lab_vlm\.dataset"):
         check_settings(tiny_config(data="lab/text"))
 
 

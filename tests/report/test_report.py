@@ -13,14 +13,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from gripvlm.errors import GripError
-from gripvlm.lab.vlm import build_processor
 from gripvlm.report import GeometryError, geometry, markdown, overlay, plot, table
 from gripvlm.types import Merge, Selection
+from tiny_lab import lab_processor
 
 SQUARE = {"height": 336, "width": 336}
 PROCESSORS = {
     "llava-1.5": (CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=SQUARE), (24, 24)),
-    "lab": (build_processor(), (16, 16)),
+    "lab": (lab_processor(), (16, 16)),
     "padded to a square": (
         LlavaImageProcessorPil(size={"shortest_edge": 336}, crop_size=SQUARE, do_pad=True),
         (24, 24),
@@ -130,7 +130,7 @@ def chosen(indices, n):
 
 def test_kept_cells_stay_as_they_are_and_dropped_ones_darken():
     image = Image.new("RGB", (128, 128), (200, 120, 40))
-    cells = geometry(build_processor(), image.size, (16, 16))
+    cells = geometry(lab_processor(), image.size, (16, 16))
     drawn = overlay(image, chosen([0, 17], 256), cells, caption="")
     factor = drawn.width // 128
     assert drawn.size == (128 * factor, 128 * factor)
@@ -158,7 +158,7 @@ def test_cropped_borders_look_unlike_dropped_cells(size):
 
 def test_an_overlay_is_written_with_its_caption(tmp_path):
     image = Image.new("RGB", (128, 96), (90, 160, 90))
-    cells = geometry(build_processor(), image.size, (16, 16))
+    cells = geometry(lab_processor(), image.size, (16, 16))
     bare = overlay(image, chosen([3], 256), cells, caption="")
     path = tmp_path / "new" / "kept.png"
     words = "what is written next to the fish? " * 5 + "unbreakable" * 30 + "\n1 of 256 tokens: yes"
@@ -184,7 +184,7 @@ def test_an_overlay_says_what_a_picture_cannot():
 
 
 def test_the_wrong_image_or_selection_is_refused():
-    cells = geometry(build_processor(), (128, 128), (16, 16))
+    cells = geometry(lab_processor(), (128, 128), (16, 16))
     with pytest.raises(GeometryError, match="geometry is for"):
         overlay(Image.new("RGB", (128, 64)), chosen([0], 256), cells)
     with pytest.raises(GeometryError, match="576 tokens"):

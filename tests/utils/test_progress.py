@@ -8,75 +8,79 @@ import threading
 
 import pytest
 
-from eval_cases import Letters
 from gripvlm import Budget
 from gripvlm.bench import bench
 from gripvlm.eval import evaluate, make_inputs
 from gripvlm.grip.train import train
 from gripvlm.pruners import get_pruner
+from gripvlm.tasks import LabTask
 from gripvlm.utils import progress
 from gripvlm.utils.progress import EVERY, Progress, duration
-from tiny_lab import tiny_lab
+from tiny_lab import tiny_lab, write_sample
 from tiny_train import asked, tiny_config, tiny_vlm
 
 
-class Waiting:
-    """Time that passes when it is waited for; after some turns the work is over."""
-
-    def __init__(self, clock: Clock, turns: int) -> None:
-        self.clock, self.turns, self.asked = clock, turns, []
-
-    def set(self):
-        self.turns = 0
-
-    def wait(self, timeout=None):
-        self.asked.append(timeout)
-        self.clock.now += timeout
-        self.turns -= 1
-        return self.turns < 0
-
-
 class Clock:
-    now = 0.0
+    """Time that passes when it is waited for; after some waits the work is over."""
 
-    def __call__(self) -> float:
+    def __init__(self, waits: int = 0) -> None:
+        self.now, self.waits, self.waited = 0.0, waits, []
+
+    def monotonic(self) -> float:
         return self.now
+
+    def set(self) -> None:
+        self.waits = 0
+
+    def wait(self, timeout: float) -> bool:
+        self.waited.append(timeout)
+        self.now += timeout
+        self.waits -= 1
+        return self.waits < 0
 
 
 class Stream(io.StringIO):
-    flushed = 0
+    """Standard error, which may be a terminal."""
 
     def __init__(self, terminal: bool = False) -> None:
         super().__init__()
-        self.terminal = terminal
+        self.terminal, self.flushes = terminal, 0
 
     def isatty(self) -> bool:
         return self.terminal
 
     def flush(self) -> None:
-        self.flushed += 1
+        self.flushes += 1
 
 
-def test_a_line_every_30_seconds_with_done_rate_and_remaining():
-    clock, stream = Clock(), Stream()
-    waiting = Waiting(clock, turns=2)
-    bar = Progress("answers", 480, stream=stream, clock=clock)
-    bar._ended = waiting
+def stderr(monkeypatch, terminal: bool = False) -> Stream:
+    stream = Stream(terminal)
+    monkeypatch.setattr("sys.stderr", stream)
+    return stream
+
+
+def test_a_line_every_30_seconds_with_done_rate_and_remaining(monkeypatch):
+    stream = stderr(monkeypatch)
+    clock = Clock(waits=2)
+    monkeypatch.setattr(progress, "time", clock)
+    bar = Progress("answers", 480)
+    bar._end = clock
     bar.about("lab/science")
     bar.advance(120)
     with bar:
         bar._thread.join()
-    assert waiting.asked == [EVERY] * 3 == [30.0] * 3
+    assert clock.waited == [EVERY] * 3 == [30.0] * 3
     assert stream.getvalue().splitlines() == [
         "120 of 480 answers (25 %), 4.0 a second, 1 min 30 s left: lab/science",
         "120 of 480 answers (25 %), 2.0 a second, 3 min 0 s left: lab/science",
     ]
-    assert stream.flushed >= 2
+    assert stream.flushes >= 2
 
 
-def test_what_was_there_before_is_no_work_of_this_run():
+def test_work_of_an_earlier_run_does_not_count_for_the_rate(monkeypatch):
     clock = Clock()
-    bar = Progress("steps", 100, 40, stream=Stream(), clock=clock)
+    monkeypatch.setattr(progress, "time", clock)
+    bar = Progress("steps", 100, 40)
     clock.now = 60.0
     assert bar.line() == "40 of 100 steps (40 %), none yet in 1 min 0 s"
     bar.advance(20, reused=True)
@@ -85,25 +89,29 @@ def test_what_was_there_before_is_no_work_of_this_run():
     assert bar.line() == "80 of 100 steps (80 %), 20 a minute, 1 min 0 s left"
 
 
-def test_a_step_that_hangs_is_still_reported():
-    stream, seen = Stream(), threading.Event()
+def test_a_step_that_hangs_is_still_reported(monkeypatch):
+    stream = stderr(monkeypatch)
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    seen = threading.Event()
     stream.write = lambda text: seen.set()
-    with Progress("answers", 9, every=0.01, stream=stream):
+    with Progress("answers", 9):
         assert seen.wait(10)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_nothing_is_shown_where_nothing_is_asked_for(terminal):
-    stream = Stream(terminal)
-    with Progress("answers", 3, show=False, every=0.001, stream=stream) as bar:
+def test_nothing_is_shown_where_show_is_false(monkeypatch, terminal):
+    stream = stderr(monkeypatch, terminal)
+    monkeypatch.setattr(progress, "EVERY", 0.001)
+    with Progress("answers", 3, show=False) as bar:
         bar.advance(3)
     assert stream.getvalue() == ""
 
 
 def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch):
+    stream = stderr(monkeypatch, terminal=True)
     monkeypatch.setenv("TERM", "xterm")
-    stream = Stream(terminal=True)
-    with Progress("answers", 8, every=0.001, stream=stream) as bar:
+    monkeypatch.setattr(progress, "EVERY", 0.001)
+    with Progress("answers", 8) as bar:
         bar.about("[odd] name")
         bar.advance(4)
         bar._bar.refresh()
@@ -113,9 +121,9 @@ def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch):
 
 
 def test_the_thread_ends_with_the_block_also_after_an_error():
-    with pytest.raises(KeyboardInterrupt), Progress("answers", 8, stream=Stream()):
+    with pytest.raises(KeyboardInterrupt), Progress("answers", 8):
         raise KeyboardInterrupt
-    assert not [one for one in threading.enumerate() if one.name == "gripvlm progress"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "gripvlm progress"]
 
 
 @pytest.mark.parametrize(
@@ -136,13 +144,14 @@ def test_eval_bench_and_train_say_how_far_they_are(monkeypatch, capsys, tmp_path
     """The three that are long, where standard error is no terminal."""
     monkeypatch.setattr(progress, "EVERY", 0.02)
     model, processor = tiny_lab()
-    evaluate(model, processor, [Letters()], ["norm"], [0.5], progress=True)
-    assert re.search(r"\d+ of 30 answers \(\d+ %\), .*: letters\n", capsys.readouterr().err)
+    task = LabTask("text", write_sample(tmp_path / "sample", pictures=5))
+    evaluate(model, processor, task, ["norm"], [0.5], progress=True)
+    assert re.search(r"\d+ of 30 answers \(\d+ %\), .*: lab/text\n", capsys.readouterr().err)
 
     def prompts(batch, length):
-        return make_inputs(model, processor, ["is there a cat?"] * batch, [Letters().samples[0].image] * batch)
+        return make_inputs(model, processor, ["is there a cat?"] * batch, [task.samples[0].image] * batch)
 
     bench(model, prompts, [("norm", get_pruner("norm"))], [Budget(0.5)], new=2, repeats=2, progress=True)
     assert re.search(r"\d+ of 9 prompts \(\d+ %\), .*: batch 1, prompt 64\n", capsys.readouterr().err)
-    train(tiny_config(out=str(tmp_path)), *tiny_vlm(), asked(8), quiet=False)
-    assert re.search(r"\d+ of \d+ steps of warmup \(\d+ %\), .*\n", capsys.readouterr().err)
+    train(tiny_config(out=str(tmp_path / "grip")), *tiny_vlm(), asked(8), quiet=False)
+    assert re.search(r"\d+ of \d+ steps of \w+ \(\d+ %\), .*\n", capsys.readouterr().err)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+import gripvlm
+from gripvlm.cli.ask import ask_command
 from gripvlm.cli.bench import bench_command
-from gripvlm.cli.commands import app
+from gripvlm.cli.commands import env_command, evaluate_command, filled, quickstart_command
 from gripvlm.cli.listing import list_command
 from gripvlm.cli.results import report_command
 from gripvlm.cli.training import train_command
@@ -18,13 +20,38 @@ from gripvlm.errors import GripError
 
 __all__ = ["app", "main"]
 
-app.command(name="list")(list_command)
+app = typer.Typer(
+    name="gripvlm",
+    epilog="--debug after any command shows the traceback of an error.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(name="quickstart")(quickstart_command)
+app.command(name="ask")(ask_command)
+app.command(name="eval")(evaluate_command)
+app.command(name="report")(report_command)
 app.command(name="bench")(bench_command)
 app.command(name="train")(train_command)
-app.command(name="report")(report_command)
+app.command(name="list")(list_command)
+app.command(name="env")(env_command)
 
 # typer brings its own copy of click or uses the installed one; this is the right class in both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gripvlm {gripvlm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Prune the visual tokens of vision-language models: try it, ask, evaluate."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,34 +65,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
         code = typer.main.get_command(app)(arguments, prog_name="gripvlm", standalone_mode=False)
-    except _UsageError as error:
+    except (KeyboardInterrupt, typer.Abort):
+        print("Stopped.", file=sys.stderr)
+        return 130
+    except (_UsageError, OSError, GripError, ImportError, MemoryError, RuntimeError) as error:
+        # PyTorch has no class of its own for memory that runs out; any other RuntimeError is a bug of ours.
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+            raise
+        if debug:
+            traceback.print_exc()
+        print(filled(f"Error: {_message(error)}", width=100), file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def _message(error: Exception) -> str:
+    """What is wrong and what to do, for any error that a user can mend."""
+    if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "gripvlm"
         message = error.format_message()  # type: ignore[attr-defined]
         end = "" if message.endswith((".", "!", "?")) else "."
-        return _complain(f"{message}{end} Type `{command} --help` to see what it takes.", debug)
-    except (KeyboardInterrupt, typer.Abort):
-        return _complain("Stopped.", debug=False, code=130)
-    except OSError as error:
-        about = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        return _complain(about or type(error).__name__, debug)
-    except (GripError, ImportError, MemoryError) as error:
-        return _complain(str(error) or type(error).__name__, debug)
-    except RuntimeError as error:  # PyTorch's own for memory that runs out
-        if "out of memory" not in str(error):
-            raise
-        return _complain(
-            "the device ran out of memory: type a smaller --batch (train: --rows or --images), or --device cpu", debug
-        )
-    return code if isinstance(code, int) else 0
-
-
-def _complain(message: str, debug: bool, code: int = 2) -> int:
-    """One paragraph on standard error."""
-    if debug:
-        traceback.print_exc()
-    text = " ".join(message.split())
-    if code == 2:
-        text = f"Error: {text}"
-    print(textwrap.fill(text, width=100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
-    return code
+        return f"{message}{end} Type `{command} --help` to see what it takes."
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError):
+        return "the device ran out of memory: type a smaller batch size, or --device cpu"
+    return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Whether what a command is to write can be written, said before any work is done."""
+"""Whether a command can write its output, checked before any work is done; what typer can check is in the options."""
 
 from __future__ import annotations
 
@@ -9,45 +9,34 @@ from gripvlm.errors import GripError
 
 __all__ = ["checked_folder", "checked_json", "checked_picture"]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+def checked_json(path: Path) -> None:
+    """`--out` of `eval` and `bench`: a .json file; missing folders will be made."""
+    _check_suffix(path, "--out", (".json",))
+    checked_folder(path.parent, f"--out {path}")
 
 
 def checked_picture(path: Path, source: Path) -> None:
-    """`--overlay`: a picture's name, in a folder that exists, and not the picture that is asked about."""
-    if path.suffix.lower() not in PICTURES:
-        raise GripError(f"--overlay {path}: type a name that ends in .png, .jpg or .webp")
-    if path.is_dir():
-        raise GripError(f"--overlay {path} is a folder: type a file in it, such as {path / 'kept.png'}")
-    folder = path.parent
-    if not folder.is_dir():
-        raise GripError(
-            f"--overlay {path}: there is no folder {folder}: make it first (mkdir -p {folder}), or type a name in one "
-            "that exists"
-        )
+    """`--overlay`: a picture in a folder that exists, and not the picture that the question is about."""
+    _check_suffix(path, "--overlay", (".png", ".jpg", ".jpeg", ".webp"))
+    if not path.parent.is_dir():
+        make = f"make it first (mkdir -p {path.parent}), or type a name in one that exists"
+        raise GripError(f"--overlay {path}: there is no folder {path.parent}: {make}")
     if path.exists() and path.samefile(source):
         raise GripError(f"--overlay {path} is the picture itself, which would be lost: type another name")
-    _writable(path if path.exists() else folder, f"--overlay {path}")
-
-
-def checked_json(path: Path) -> None:
-    """`eval --out`: a .json name where a file can be written; missing folders will be made."""
-    if path.is_dir():
-        raise GripError(f"--out {path} is a folder: type a file in it, such as {path / 'results.json'}")
-    if path.suffix.lower() != ".json":
-        raise GripError(f"--out {path}: type a name that ends in .json, such as {path.with_suffix('.json')}")
-    checked_folder(path.parent, f"--out {path}")
-    if path.exists():
-        _writable(path, f"--out {path}")
+    checked_folder(path.parent, f"--overlay {path}")
 
 
 def checked_folder(folder: Path, option: str) -> None:
-    """A folder that exists or can be made."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise GripError(f"{option}: {there} is a file, so nothing can be put in it: type a folder")
-    _writable(there, option)
+    """A folder that exists, or that can be made."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise GripError(f"{option}: {existing} is a file, so nothing can be put in it: type a folder")
+    if not os.access(existing, os.W_OK):
+        raise GripError(f"{option}: you may not write to {existing}: type another place")
 
 
-def _writable(path: Path, option: str) -> None:
-    if not os.access(path, os.W_OK):
-        raise GripError(f"{option}: you may not write to {path}: type another place")
+def _check_suffix(path: Path, option: str, suffixes: tuple[str, ...]) -> None:
+    if path.suffix.lower() not in suffixes:
+        example = path.with_suffix(suffixes[0]) if path.name else f"results{suffixes[0]}"
+        raise GripError(f"{option} {path}: type a name that ends in {' or '.join(suffixes)}, such as {example}")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import textwrap
 import time
-from collections.abc import Sequence
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 import gripvlm
+from gripvlm.cli.commands import filled
+from gripvlm.cli.listing import measured
 from gripvlm.eval import BatchAnswers, answer, evaluate, make_inputs, question_ids
 from gripvlm.eval.results import Results, read_results
 from gripvlm.eval.variants import FULL
@@ -24,8 +23,14 @@ from gripvlm.tasks import Sample, Task, get_tasks
 __all__ = ["run"]
 
 KEEP = 0.1
-COMPARED = ("oracle", "grip", "random", "grid", "norm", "divprune")
-SHOWN = ("grip", "divprune")
+PRUNERS = ("oracle", "grip", "random", "grid", "norm", "divprune")
+GOOD, BAD = "grip", "divprune"
+# What an example shows -> whether full, GOOD and BAD answer it right.
+EXAMPLES = {
+    "A tenth of the tokens is enough": (True, True, True),
+    f"It depends on which tenth: with {BAD}'s the answer is wrong": (True, True, False),
+    "Where pruning fails: a tenth is too few for both": (True, False, False),
+}
 
 
 class Example(NamedTuple):
@@ -38,129 +43,113 @@ class Example(NamedTuple):
 
 def run(screen: Console, limit: int, out: Path) -> None:
     """Examples, the table, what it costs, pictures; everything written goes to `out`."""
-    began = time.monotonic()
+    start = time.monotonic()
     tasks = get_tasks("lab")
     model, processor = load_model("lab")
-    size = sum(weight.numel() for weight in model.parameters())
+    # 24 questions a family take some twelve seconds on two cores, which is what a first try may cost.
     screen.print(
-        f"[bold]gripvlm {gripvlm.__version__}[/] with its own lab model ({size / 1e6:.1f} M parameters, "
+        f"[bold]gripvlm {gripvlm.__version__}[/] with its own lab model ({_millions(model):.1f} M parameters, "
         f"{model.device}): {limit} questions\nof each of six families, with all visual tokens and with a tenth."
     )
+    file = out / "quickstart.json"
+    # Anew each time: what an older version measured must not show here.
     result = evaluate(
         model,
         processor,
         tasks,
-        COMPARED,
+        PRUNERS,
         [KEEP],
         limit=limit,
         batch_size=16,
-        out=out / "quickstart.json",
+        out=file,
         overwrite=True,
         model_name="lab",
         progress=True,
     )
-    drawn = [(task, sample) for task in tasks for sample in task.take(limit, 0)]
-    chosen = examples(drawn, read_results(out / "quickstart.json"))
-    outcomes = _answers(model, processor, tasks, chosen)
-    _print_examples(screen, chosen, outcomes)
+    questions = [(task, sample) for task in tasks for sample in task.take(limit, 0)]
+    shown = examples(questions, read_results(file))
+    outcomes = _answers(model, processor, shown)
+    _print_examples(screen, shown, outcomes)
     screen.print()
     screen.print(table([*result["rows"], *result["means"]]))
-    screen.print(_filled(what_it_costs(model)), markup=False, soft_wrap=True)
+    screen.print(what_it_costs(model), markup=False, soft_wrap=True)
     screen.print("\nWhat was kept, picture by picture:")
-    for path in [*_overlays(processor, chosen, outcomes, out), out / "quickstart.json"]:
+    for path in [*_draw(processor, shown, outcomes, out), file]:
         screen.print(f"  {path}", markup=False, soft_wrap=True)
-    screen.print(f"\n{time.monotonic() - began:.0f} seconds in all. Next, with a model of your own:", style="bold")
+    screen.print(f"\n{time.monotonic() - start:.0f} seconds in all. Next, with a model of your own:", style="bold")
     screen.print("  with gripvlm.prune(model, 'divprune', keep=64):\n      model.generate(**inputs)", markup=False)
     screen.print("and `gripvlm list`, which says which pruner to take at which budget.", markup=False)
 
 
-def examples(drawn: Sequence[tuple[Task, Sample]], measured: Results) -> list[Example]:
-    """For each of three rules the first question that fits, of a family that is not shown yet if there is one."""
-    good, bad = SHOWN
-
-    def right(name: str, keep: float, task: Task, sample: Sample) -> bool:
-        return measured.of(task.name, name, str(keep))[sample.id]["score"] >= 1
-
-    rules = (
-        ("A tenth of the tokens is enough", (True, True, True)),
-        (f"It depends on which tenth: with {bad}'s the answer is wrong", (True, True, False)),
-        ("Where pruning fails: a tenth is too few for both", (True, False, False)),
-    )
-    found: list[Example] = []
-    for why, wanted in rules:
-        seen = {one.task.name for one in found}
-        able = [
-            pair
-            for pair in drawn
-            if tuple(right(*arm, *pair) for arm in ((FULL, 1.0), (good, KEEP), (bad, KEEP))) == wanted
-        ]
-        if able:
-            found.append(Example(why, *min(able, key=lambda pair: pair[0].name in seen)))
-    return found or [Example("The first question", *drawn[0])]
+def examples(questions: Sequence[tuple[Task, Sample]], results: Results) -> list[Example]:
+    """The first question for each of EXAMPLES, of a family that is not shown yet if there is one."""
+    chosen: list[Example] = []
+    for why, wanted in EXAMPLES.items():
+        families = {example.task.name for example in chosen}
+        fitting = [pair for pair in questions if _answered(*pair, results) == wanted]
+        if fitting:
+            chosen.append(Example(why, *min(fitting, key=lambda pair: pair[0].name in families)))
+    return chosen or [Example("The first question", *questions[0])]
 
 
-def _answers(model: Any, processor: Any, tasks: Sequence[Task], chosen: Sequence[Example]) -> dict[str, BatchAnswers]:
-    """Name -> answers to the examples and what was kept, with all tokens and with a tenth of them."""
-    texts = [one.task.prompt(one.sample) for one in chosen]
-    inputs = make_inputs(model, processor, texts, [one.sample.image for one in chosen])
+def _answered(task: Task, sample: Sample, results: Results) -> tuple[bool, ...]:
+    """Whether full, GOOD and BAD answer it right."""
+    settings = ((FULL, 1.0), (GOOD, KEEP), (BAD, KEEP))
+    return tuple(results.of(task.name, name, str(keep))[sample.id]["score"] >= 1 for name, keep in settings)
+
+
+def _answers(model: Any, processor: Any, shown: Sequence[Example]) -> dict[str, BatchAnswers]:
+    """Name -> answers to the examples, with all tokens and with a tenth of them."""
+    texts = [example.task.prompt(example.sample) for example in shown]
+    inputs = make_inputs(model, processor, texts, [example.sample.image for example in shown])
+    question = question_ids(processor, [example.sample.question for example in shown])
+    longest = max(example.task.max_new_tokens for example in shown)
     return {
-        name: answer(
-            model,
-            processor,
-            inputs,
-            chooser,
-            keep,
-            max_new_tokens=max(task.max_new_tokens for task in tasks),
-            question=question_ids(processor, [one.sample.question for one in chosen]),
-        )
-        for name, chooser, keep in [(FULL, "keep_all", 1.0), *((name, name, KEEP) for name in SHOWN)]
+        name: answer(model, processor, inputs, pruner, keep, max_new_tokens=longest, question=question)
+        for name, pruner, keep in ((FULL, "keep_all", 1.0), (GOOD, GOOD, KEEP), (BAD, BAD, KEEP))
     }
 
 
-def _print_examples(screen: Console, chosen: Sequence[Example], outcomes: dict[str, BatchAnswers]) -> None:
-    for number, one in enumerate(chosen):
-        screen.print(f"\n{one.why}:", style="bold", markup=False)
-        screen.print(f"  {one.sample.question}  (true: {one.sample.answer})", markup=False)
+def _print_examples(screen: Console, shown: Sequence[Example], outcomes: Mapping[str, BatchAnswers]) -> None:
+    for number, (why, task, sample) in enumerate(shown):
+        screen.print(f"\n{why}:", style="bold", markup=False)
+        screen.print(f"  {sample.question}  (true: {sample.answer})", markup=False)
         for name, outcome in outcomes.items():
-            said, kept = outcome.predictions[number], outcome.selections[number][0].k
-            good = one.task.score(said, one.sample) >= 1
-            head = f"    {'all' if name == FULL else name}, {kept} tokens"
-            screen.print(f"{head:<26}{'right' if good else 'WRONG'}  {said or '(nothing)'}", markup=False)
+            text, count = outcome.predictions[number], outcome.selections[number][0].k
+            head = f"    {'all' if name == FULL else name}, {count} tokens"
+            verdict = "right" if task.score(text, sample) >= 1 else "WRONG"
+            screen.print(f"{head:<26}{verdict}  {text or '(nothing)'}", markup=False)
     screen.print("\nChosen for what they show; how often each happens is in the table.", style="dim")
+
+
+def _draw(processor: Any, shown: Sequence[Example], outcomes: Mapping[str, BatchAnswers], out: Path) -> list[Path]:
+    """A picture of what was kept, for each example and pruner."""
+    paths = []
+    for number, (_, task, sample) in enumerate(shown):
+        cells = geometry(processor, sample.image.size, task.evidence_grid)
+        for name in (GOOD, BAD):
+            selection = outcomes[name].selections[number][0]
+            pruned = f"{selection.k} of {selection.n} tokens ({name}): {outcomes[name].predictions[number]}"
+            full = f"all {selection.n}: {outcomes[FULL].predictions[number]}   |   true: {sample.answer}"
+            paths.append(out / f"kept-{number + 1}-{name}.png")
+            overlay(sample.image, selection, cells, paths[-1], f"{sample.question}\n{pruned}\n{full}")
+    return paths
 
 
 def what_it_costs(model: Any) -> str:
     """What Grip costs here and why, and what it costs a model of a real size; measured numbers only."""
-    known = json.loads(files("gripvlm.cli").joinpath("measured.json").read_text(encoding="utf-8"))
+    known = measured()
     toy, small = known["costs"]
     module: Any = get_pruner("grip").module  # type: ignore[attr-defined]
-    scorer = sum(weight.numel() for weight in module.parameters())
-    reader = sum(weight.numel() for weight in model.get_decoder().parameters())
-    return (
-        f"Grip's own cost is a toy's here: its scorer has {scorer / 1e6:.1f} M weights, this language model "
-        f"{reader / 1e6:.1f} M, so that pruning adds {100 * toy['added']:.0f} % of the unpruned prefill and a "
-        f"question takes {toy['whole']:.2f} of its time. With a language model of 0.5 B it adds "
+    return filled(
+        f"Grip's own cost is a toy's here: its scorer has {_millions(module):.1f} M weights, this language model "
+        f"{_millions(model.get_decoder()):.1f} M, so that pruning adds {100 * toy['added']:.0f} % of the unpruned "
+        f"prefill and a question takes {toy['whole']:.2f} of its time. With a language model of 0.5 B it adds "
         f"{100 * small['added']:.1f} % and a question takes {small['whole']:.2f}; of a 7 B model's prefill the scorer "
         f"is {100 * known['share_of_7b']:.2g} %, by FLOPs. ({100 * toy['kept'] / toy['tokens']:g} % of the tokens, "
-        f"{toy['hardware']}; results/{toy['file']}.json, {small['file']}.json with random weights, grip-speed.json.)"
+        f"{toy['hardware']}; {toy['file']}, {small['file']} with random weights.)"
     )
 
 
-def _overlays(processor: Any, chosen: Sequence[Example], outcomes: dict[str, BatchAnswers], out: Path) -> list[Path]:
-    """One picture for each example and pruner shown."""
-    paths = []
-    for number, (_, task, sample) in enumerate(chosen):
-        for name in SHOWN:
-            selection = outcomes[name].selections[number][0]
-            cells = geometry(processor, sample.image.size, task.evidence_grid)
-            said = f"{selection.k} of {selection.n} tokens ({name}): {outcomes[name].predictions[number]}"
-            whole = f"all {selection.n}: {outcomes[FULL].predictions[number]}"
-            path = out / f"kept-{number + 1}-{name}.png"
-            told = f"{sample.question}\n{said}\n{whole}   |   true: {sample.answer}"
-            overlay(sample.image, selection, cells, path, told)
-            paths.append(path)
-    return paths
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
+def _millions(module: Any) -> float:
+    return sum(weight.numel() for weight in module.parameters()) / 1e6

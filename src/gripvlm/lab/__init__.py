@@ -1,4 +1,4 @@
-"""The embedded lab: a small trained VLM, its scene generator, its recipe and its weights.
+"""The embedded lab: a small trained VLM and a sample of its questions; examples/lab_vlm is the recipe.
 
 What is measured on it is lab evidence, never a statement about a 7B model. Importing this package registers the
 lab's vision tower with transformers' Auto classes, so that
@@ -27,15 +27,16 @@ def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if not (MODEL / "config.json").exists():
-        raise FileNotFoundError(f"{MODEL} holds no lab model. Train one: bash runs/train_lab.sh")
-    with _no_bar():  # a few megabytes from this disk
+        raise FileNotFoundError(f"{MODEL} holds no lab model: install gripvlm anew")
+    # A few megabytes from this disk: a bar would flash up and stay in logs.
+    with _no_progress_bar():
         model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="float32")
     return model.eval(), AutoProcessor.from_pretrained(MODEL)
 
 
 @contextmanager
-def _no_bar() -> Iterator[None]:
-    """transformers' bars are off inside, and as they were afterwards; its switch also moves the Hub's."""
+def _no_progress_bar() -> Iterator[None]:
+    """transformers' progress bars are off inside, and as they were afterwards."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging
 
@@ -47,6 +48,7 @@ def _no_bar() -> Iterator[None]:
     try:
         yield
     finally:
+        # transformers' switch also moves the Hub's, which may have been off.
         logging.enable_progress_bar()
         if not hub_shown:
             disable_progress_bars()

@@ -56,6 +56,7 @@ class LabVisionEmbeddings(nn.Module):
             raise ValueError(
                 f"{len(widths) - 1} convolutions of stride 2 make patches of {2 ** (len(widths) - 1)} pixels"
             )
+        # No activation before the first convolution, nor after the last: patches go straight to the encoder.
         layers: list[nn.Module] = []
         for a, b, blocks in zip(widths[:-1], widths[1:], config.stem_blocks, strict=True):
             layers += [nn.ReLU()] if layers else []
@@ -100,6 +101,7 @@ class LabVisionModel(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         hidden = self.embeddings(pixel_values.to(self.embeddings.position_embedding.dtype))
+        # As CLIP's tower gives them: embeddings first, then a state a layer. The projector reads the last, normalised.
         states = [hidden]
         for layer in self.encoder.layers:
             hidden = layer(hidden, attention_mask=None)

@@ -1,12 +1,11 @@
-"""How far long work is: a bar on a terminal, elsewhere a plain line now and then, so that a log shows life."""
+"""Progress of long runs: a bar on a terminal, elsewhere a plain line now and then, so that a log shows life."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 __all__ = ["EVERY", "Progress", "duration"]
 
@@ -15,100 +14,87 @@ EVERY = 30.0
 
 
 class Progress:
-    """Context manager that reports progress.
+    """Context manager that reports progress on standard error.
 
-    On a terminal a bar is drawn and removed at the end. Elsewhere `line()` is printed every `every` seconds, by a
-    thread of its own, so that it comes even while one long step runs, and flushed. Both go to standard error.
+    On a terminal a bar is drawn and removed at the end. Elsewhere `line()` is printed every `EVERY` seconds.
 
     Args:
         unit: of what is counted, such as "answers".
-        total: how many there are to be.
+        total: how many there will be.
         done: how many are done already; they do not count as work of this run.
         show: False prints nothing at all.
-        every: seconds between two lines; by default `EVERY`.
-        stream: by default standard error.
-        clock: seconds that only grow.
     """
 
-    def __init__(
-        self,
-        unit: str,
-        total: int,
-        done: int = 0,
-        *,
-        show: bool = True,
-        every: float | None = None,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.unit, self.total, self.done = unit, total, done
-        self.what = ""
-        self._before, self._show, self._every, self._clock = done, show, EVERY if every is None else every, clock
-        self._stream = sys.stderr if stream is None else stream
-        self._began = clock()
-        self._ended = threading.Event()
+    def __init__(self, unit: str, total: int, done: int = 0, *, show: bool = True) -> None:
+        self.unit, self.total, self.done, self.description = unit, total, done, ""
+        self._reused, self._show, self._start = done, show, time.monotonic()
+        self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._bar: Any = None
-        self._task: Any = None
 
     def __enter__(self) -> Progress:
-        self._began = self._clock()
-        if self._show and self._stream.isatty():
-            self._draw()
+        self._start = time.monotonic()
+        if self._show and sys.stderr.isatty():
+            self._bar = self._new_bar()
+            self._bar.start()
         elif self._show:
-            self._thread = threading.Thread(target=self._print_now_and_then, name="gripvlm progress", daemon=True)
+            # A thread of its own, so that a line comes even while one step takes long.
+            self._thread = threading.Thread(target=self._print_lines, name="gripvlm progress", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._ended.set()
+        self._end.set()
         if self._thread is not None:
             self._thread.join()
         if self._bar is not None:
             self._bar.stop()
 
-    def about(self, what: str) -> None:
+    def about(self, description: str) -> None:
         """What is being worked on."""
-        self.what = what
-        if self._bar is not None:
-            self._bar.update(self._task, description=what)
+        self.description = description
+        self._update()
 
     def advance(self, count: int = 1, reused: bool = False) -> None:
-        """So many more are done; `reused` ones were done before and are no work of this run."""
+        """`count` more are done; `reused` ones come from an earlier run and say nothing about this one's speed."""
         self.done += count
-        self._before += count if reused else 0
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done)
+        self._reused += count if reused else 0
+        self._update()
 
     def line(self) -> str:
         """`120 of 480 answers (25 %), 3.4 a second, 1 min 46 s left: lab/science`."""
         share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
-        new, spent = self.done - self._before, self._clock() - self._began
+        # Reused work took no time of this run, so neither rate nor remaining time may count it.
+        new, seconds = self.done - self._reused, time.monotonic() - self._start
         text = f"{self.done} of {self.total} {self.unit}{share}, "
-        if new > 0 and spent > 0:
-            text += f"{_rate(new / spent)}, {duration((self.total - self.done) * spent / new)} left"
+        if new > 0 and seconds > 0:
+            text += f"{_rate(new / seconds)}, {duration((self.total - self.done) * seconds / new)} left"
         else:
-            text += f"none yet in {duration(spent)}"
-        return f"{text}: {self.what}" if self.what else text
+            text += f"none yet in {duration(seconds)}"
+        return f"{text}: {self.description}" if self.description else text
 
-    def _print_now_and_then(self) -> None:
-        while not self._ended.wait(self._every):
-            print(self.line(), file=self._stream, flush=True)
+    def _print_lines(self) -> None:
+        while not self._end.wait(EVERY):
+            print(self.line(), file=sys.stderr, flush=True)
 
-    def _draw(self) -> None:
+    def _update(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=self.description, completed=self.done)
+
+    def _new_bar(self) -> Any:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description:<16}", markup=False), BarColumn(), MofNCompleteColumn())
         left = (TextColumn(f"{self.unit}, time left"), TimeRemainingColumn())
-        self._bar = Bar(*columns, *left, console=Console(file=self._stream), transient=True)
-        self._task = self._bar.add_task(self.what, total=self.total, completed=self.done)
-        self._bar.start()
+        bar = Bar(*columns, *left, console=Console(stderr=True), transient=True)
+        bar.add_task(self.description, total=self.total, completed=self.done)
+        return bar
 
 
 def _rate(value: float) -> str:
-    """`3.4 a second`, `12 a minute`, `5.0 an hour`: whichever says more than one, if any does."""
+    """`3.4 a second`, `12 a minute`, `5.0 an hour`: the first that is at least one."""
     units = (("a second", 1), ("a minute", 60), ("an hour", 3600))
     name, seconds = next((unit for unit in units if value * unit[1] >= 1), units[-1])
     return f"{value * seconds:.{0 if value * seconds >= 10 else 1}f} {name}"
@@ -116,9 +102,7 @@ def _rate(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """`42 s`, `3 min 5 s`, `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -49,7 +49,8 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[tuple[Task, Sample
     if any(isinstance(task, LabTask) and task.folder == SHIPPED for task in tasks):
         raise TrainError(
             "the lab tasks are the test split, and training on it would make every later score worthless: make "
-            "training questions with `python -m gripvlm.lab.dataset FOLDER` and type --data FOLDER/questions.jsonl"
+            "training questions with examples/lab_vlm (`python -m lab_vlm.dataset FOLDER`) and type "
+            "--data FOLDER/questions.jsonl"
         )
     if held := [task.name for task in tasks if task.held_out]:
         raise TrainError(

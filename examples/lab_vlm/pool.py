@@ -1,6 +1,6 @@
 """A pool of rendered scenes on disk, in shards: pictures, patch labels and questions, made once and reused.
 
-    python -m gripvlm.lab.pool OUT --split train --scenes 40000 --workers 2
+    python -m lab_vlm.pool OUT --split train --scenes 40000 --workers 2
 
 Shards that exist are kept, so the command can be interrupted and repeated.
 """
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gripvlm.lab import art
-from gripvlm.lab.compose import compose
-from gripvlm.lab.questions import Question, ask
-from gripvlm.lab.scenes import CHARACTERS, DEVICES, GRID, SIZE, Scene
 from gripvlm.utils import disk
+
+from . import art
+from .compose import compose
+from .questions import Question, ask
+from .scenes import CHARACTERS, DEVICES, GRID, SIZE, Scene
 
 SHARD = 1000
 
@@ -53,22 +54,22 @@ def labels(scene: Scene) -> np.ndarray:
     return table[scene.owners().reshape(-1)].T  # -1 takes the last, all-zero row
 
 
-def make_shard(path: Path, split: str, start: int) -> None:
-    images = np.empty((SHARD, SIZE, SIZE, 3), dtype=np.uint8)
-    planes = np.empty((SHARD, len(HEADS), GRID * GRID), dtype=np.uint8)
+def make_shard(path: Path, split: str, start: int, count: int = SHARD) -> None:
+    images = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
+    planes = np.empty((count, len(HEADS), GRID * GRID), dtype=np.uint8)
     questions: list[list[Question]] = []
-    for i in range(SHARD):
+    for i in range(count):
         seed = start + i
         scene = compose(seed, split)
         images[i], planes[i] = scene.image, labels(scene)
-        asked = ask(scene, split, np.random.default_rng((17, art.SPLITS.index(split), seed)))
-        for q in asked:
-            q.evidence = (q.evidence * 255).astype(np.uint8)
-        questions.append(asked)
+        of_scene = ask(scene, split, np.random.default_rng((17, art.SPLITS.index(split), seed)))
+        for question in of_scene:
+            question.evidence = (question.evidence * 255).astype(np.uint8)
+        questions.append(of_scene)
     disk.write(path, pickle.dumps({"images": images, "labels": planes, "questions": questions}, protocol=5))
 
 
-def _job(job: tuple[Path, str, int]) -> None:
+def _job(job: tuple[Path, str, int, int]) -> None:
     make_shard(*job)
 
 
@@ -83,8 +84,9 @@ def load_shard(path: Path) -> dict:
 
 def build(folder: Path, split: str, scenes: int, workers: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(folder / f"{split}-{s:07d}.pkl", split, s) for s in range(0, scenes, SHARD)]
-    jobs = [j for j in jobs if not j[0].exists()]
+    starts = range(0, scenes, SHARD)
+    jobs = [(folder / f"{split}-{start:07d}.pkl", split, start, min(SHARD, scenes - start)) for start in starts]
+    jobs = [job for job in jobs if not job[0].exists()]
     with multiprocessing.Pool(workers) as pool:
         for done, _ in enumerate(pool.imap_unordered(_job, jobs), 1):
             print(f"pool {split}: {done}/{len(jobs)} shards", flush=True)

@@ -2,8 +2,7 @@
 
 Nothing here is committed art: icons come from the icon fonts inside the `qtawesome` package and from Noto Emoji
 inside `manimgx-fonts`, typefaces from matplotlib and the `font-*` packages, photographs from scikit-image and
-scikit-learn (`pip install gripvlm[lab]`).
-The three splits share no drawing, no typeface and no photograph.
+scikit-learn (requirements.txt). The three splits share no drawing, no typeface and no photograph.
 """
 
 from __future__ import annotations
@@ -238,6 +237,7 @@ _PHOTOS = {
     ),
 }
 SPLITS = ("train", "val", "test")
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
 
 @cache
@@ -247,11 +247,11 @@ def _packaged(spec: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise RuntimeError(
-            f"The lab's scene generator needs the package that provides {package!r}. Type: pip install 'gripvlm[lab]'"
+            f"The lab's scene generator needs the package that provides {package!r}: type pip install -r {REQUIREMENTS}"
         )
     path = Path(next(iter(found.submodule_search_locations))) / relative
     if not path.exists():
-        raise RuntimeError(f"{package!r} is installed but has no {relative!r}; type: pip install -U 'gripvlm[lab]'")
+        raise RuntimeError(f"{package!r} is installed but has no {relative!r}: type pip install -U -r {REQUIREMENTS}")
     return path
 
 
@@ -318,7 +318,7 @@ def icon(
     ImageDraw.Draw(canvas).text((big // 2, big // 2), char, font=face, fill=255)
     canvas = canvas.crop(canvas.getbbox())
     if style != "drawn":
-        from scipy import ndimage  # of the lab extra; answering with the shipped model does not need it
+        from scipy import ndimage
 
         ink = np.pad(np.asarray(canvas) > 127, 1)
         ink = ndimage.binary_fill_holes(ink) if style == "solid" else ink & ~ndimage.binary_erosion(ink, iterations=7)

@@ -1,6 +1,8 @@
-"""Stage 3 of the lab's recipe: put the trained model and a sample of the test split into the package.
+"""Questions of the lab's training or validation split as a folder that `gripvlm train --data` takes.
 
-python -m gripvlm.lab.export OUT --reader reader
+    python -m lab_vlm.dataset OUT --split train --pictures 4000
+
+Artwork, typefaces and backgrounds differ between the splits, and so do the seeds.
 """
 
 from __future__ import annotations
@@ -13,34 +15,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from gripvlm.lab import MODEL, SAMPLE, art
-from gripvlm.lab.compose import compose
-from gripvlm.lab.questions import Question, ask
-from gripvlm.lab.scenes import GRID
-from gripvlm.lab.train_reader import load_tagger
-from gripvlm.lab.vlm import build_model, build_processor
 from gripvlm.utils import disk
 
-PICTURES = 160
-FIRST_SEED = 50_000
-SAMPLE_SHARE = {"existence": 4, "perception": 4, "science": 3, "diagram": 3, "reading": 3, "text": 2}
+from . import art
+from .compose import compose
+from .questions import Question, ask
+from .scenes import GRID
 
+SHARE = {"existence": 4, "perception": 4, "science": 3, "diagram": 3, "reading": 3, "text": 2}
+"""Questions a picture, by family."""
 
-def export_model(out: Path, reader: str, folder: Path) -> None:
-    """Half-precision safetensors whose config asks for float32, as processors without half units need."""
-    model = build_model(load_tagger(out).tower.config)
-    model.load_state_dict(torch.load(out / f"{reader}.pt", weights_only=False)["model"])
-    shutil.rmtree(folder, ignore_errors=True)
-    model.half().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for part in (config, config["text_config"], config["vision_config"]):
-        part["dtype"] = "float32"
-    disk.write(path, json.dumps(config, indent=2) + "\n")
+FIRST = {"train": 300_000, "val": 400_000, "test": 500_000}
+"""Seeds that neither the VLM's own training nor the shipped sample uses."""
 
 
 def pick(questions: list[Question], rng: np.random.Generator) -> list[Question]:
@@ -50,7 +38,7 @@ def pick(questions: list[Question], rng: np.random.Generator) -> list[Question]:
     tokens, so they tell no pruner from another.
     """
     chosen: list[Question] = []
-    for family, count in SAMPLE_SHARE.items():
+    for family, count in SHARE.items():
         pool = [q for q in questions if q.family == family]
         if family == "existence":
             for answer in ("yes", "no"):
@@ -70,9 +58,9 @@ def pick(questions: list[Question], rng: np.random.Generator) -> list[Question]:
 
 
 def write_questions(folder: Path, split: str, first: int, pictures: int, before: str = "") -> int:
-    """`questions.jsonl` and `images/` of scenes first, first + 1, ...; returns how many questions there are.
+    """Writes `questions.jsonl` and `images/` of scenes first, first + 1, ...; returns how many questions there are.
 
-    `before` is put in front of the images' names.
+    `before` is put in front of the images' names, for readers that look beside questions.jsonl.
     """
     (folder / "images").mkdir(parents=True)
     rows: list[str] = []
@@ -84,8 +72,8 @@ def write_questions(folder: Path, split: str, first: int, pictures: int, before:
         Image.fromarray(scene.image).save(buffer, "WEBP", lossless=True, quality=75, method=4 if split == "test" else 0)
         name = f"{i:04d}.webp"
         disk.write(folder / "images" / name, buffer.getvalue())
-        asked = ask(scene, split, np.random.default_rng((17, art.SPLITS.index(split), seed)))
-        for j, q in enumerate(pick(asked, rng)):
+        questions = ask(scene, split, np.random.default_rng((17, art.SPLITS.index(split), seed)))
+        for j, q in enumerate(pick(questions, rng)):
             order = [int(c) for c in np.argsort(-q.evidence, kind="stable") if q.evidence[c] > 0.15]
             row: dict[str, object] = {
                 "id": f"{i:04d}-{j:02d}",
@@ -105,16 +93,18 @@ def write_questions(folder: Path, split: str, first: int, pictures: int, before:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="the training folder, with tower.pt and the reader's checkpoint")
-    parser.add_argument("--reader", default="reader")
-    parser.add_argument("--model-folder", type=Path, default=MODEL)
-    parser.add_argument("--no-sample", action="store_true", help="export the model only")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="a new folder; questions.jsonl and images/ are written there")
+    parser.add_argument("--split", choices=art.SPLITS, default="train")
+    parser.add_argument("--pictures", type=int, default=4000)
     args = parser.parse_args()
-    export_model(args.out, args.reader, args.model_folder)
-    if not args.no_sample:
-        shutil.rmtree(SAMPLE, ignore_errors=True)
-        write_questions(SAMPLE, "test", FIRST_SEED, PICTURES)
+    if args.out.exists():
+        raise SystemExit(f"{args.out} exists: name a new folder, or remove it")
+    part = args.out.with_name(args.out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+    count = write_questions(part, args.split, FIRST[args.split], args.pictures, "images/")
+    part.rename(args.out)
+    print(f"{count} questions about {args.pictures} pictures: {args.out / 'questions.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from gripvlm.lab import art, devices
-from gripvlm.lab.painter import Painter, around
-from gripvlm.lab.scenes import BOARD, CHARACTERS, DEVICES, LABELS, SIZE, SLOT, Part, Scene, Thing
+from . import art, devices
+from .painter import Painter, around
+from .scenes import BOARD, CHARACTERS, DEVICES, LABELS, SIZE, SLOT, Part, Scene, Thing
 
 FOOD = ("leaf", "tree", *art.CATEGORIES["animal"])
 

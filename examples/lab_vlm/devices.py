@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gripvlm.lab import art
-from gripvlm.lab.painter import Painter, around
+from . import art
+from .painter import Painter, around
 
 
 def draw(p: Painter, kind: str, cx: float, cy: float, size: float, state: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gripvlm.lab import art
-from gripvlm.lab.scenes import SIZE, Box, Part, Thing
+from . import art
+from .scenes import SIZE, Box, Part, Thing
 
 
 def around(cx: float, cy: float, w: float, h: float) -> Box:

@@ -1,6 +1,6 @@
 """Stage 1 of the lab's recipe: teach the vision tower to tag every patch with what lies there.
 
-    python -m gripvlm.lab.train_tower POOL OUT --minutes 20
+    python -m lab_vlm.train_tower POOL OUT --minutes 20
 
 From answers alone a small tower stays blind for hours; dense tags teach it in minutes (docs/lab.md). Each patch is
 labelled with its object class, colour, size, character and place in the string, device state, and with what it is
@@ -21,12 +21,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gripvlm.lab.pool import HEADS, load_shard, shards
-from gripvlm.lab.scenes import CHARACTERS, GRID, PATCH, SIZE
 from gripvlm.lab.tower import LabVisionConfig, LabVisionModel
 from gripvlm.utils import disk
 
-MEAN, STD = 0.5, 0.25  # of the processor, too
+from .pool import HEADS, load_shard, shards
+from .scenes import CHARACTERS, GRID, PATCH, SIZE
+from .vlm import MEAN, STD
 
 
 def tower_config(width: int = 160, layers: int = 3) -> LabVisionConfig:
@@ -61,8 +61,13 @@ class Tagger(nn.Module):
         return self.tag(pixels)[1]
 
 
+def normalised(images: np.ndarray) -> torch.Tensor:
+    """uint8 [b, H, W, 3] to float [b, 3, H, W], as the processor does it."""
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+
+
 def augment(images: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """uint8 [b, H, W, 3] to normalised float [b, 3, H, W] with jittered brightness, contrast, tint and noise."""
+    """uint8 [b, H, W, 3] to normalised float [b, 3, H, W] with jittered brightness, contrast and tint."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     b = len(x)
     gain = torch.from_numpy(rng.uniform(0.8, 1.2, (b, 1, 1, 1)).astype(np.float32))
@@ -97,8 +102,8 @@ def tag_accuracy(model: Tagger, shard: dict, scenes: int = 256) -> dict[str, flo
     """Share of tagged patches whose tag is right, per head."""
     model.eval()
     right, total = dict.fromkeys(HEADS, 0.0), dict.fromkeys(HEADS, 0.0)
-    for start in range(0, scenes, 64):
-        pixels = (torch.from_numpy(shard["images"][start : start + 64]).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+    for start in range(0, min(scenes, len(shard["images"])), 64):
+        pixels = normalised(shard["images"][start : start + 64])
         planes = torch.from_numpy(shard["labels"][start : start + 64]).long()
         scores = model(pixels)
         for i, name in enumerate(HEADS):
@@ -145,7 +150,8 @@ def train(pool: Path, out: Path, minutes: float, batch: int = 20, rate: float = 
     while spent < minutes * 60:
         files = shards(pool, "train")
         shard = load_shard(files[rng.integers(len(files))])
-        for rows in rng.permutation(len(shard["images"])).reshape(-1, batch):
+        order = rng.permutation(len(shard["images"]))
+        for rows in np.split(order, range(batch, len(order), batch)):
             done = min(spent / (minutes * 60), 1.0)
             for group in optimiser.param_groups:
                 group["lr"] = rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))

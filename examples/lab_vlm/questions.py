@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gripvlm.lab import art
-from gripvlm.lab.scenes import DEVICES, GRID, Scene
+from . import art
+from .scenes import DEVICES, GRID, Scene
 
 FAMILIES = ("existence", "perception", "science", "diagram", "reading", "text")
 NUMBERS = ("zero", "one", "two", "three", "four")

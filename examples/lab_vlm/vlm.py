@@ -13,10 +13,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gripvlm.lab import art
-from gripvlm.lab.questions import NUMBERS
-from gripvlm.lab.scenes import DEVICES, PATCH, SIZE
 from gripvlm.lab.tower import LabVisionConfig
+
+from . import art
+from .questions import NUMBERS
+from .scenes import DEVICES, PATCH, SIZE
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _WORDS = (
