@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["BudgetError", "GripError", "InputError", "PrunerError", "TrainError", "UnsupportedModelError"]
+__all__ = [
+    "BudgetError",
+    "GripError",
+    "InputError",
+    "Interrupted",
+    "PrunerError",
+    "TrainError",
+    "UnsupportedModelError",
+]
 
 
 class GripError(ValueError):
@@ -27,3 +35,7 @@ class TrainError(GripError):
 
 class UnsupportedModelError(GripError):
     """No family row describes this model, or its transformers version is too old."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by the user; the same command resumes."""

@@ -48,8 +48,8 @@ def evaluated(folder: Path) -> object:
 
 def trained(folder: Path) -> object:
     """Both stages, with a checkpoint after every step: metrics without clocks, and weights."""
-    settings = {"warmup_steps": 1, "steps": 2, "val_questions": 2, "save_minutes": 0.0}
-    train(tiny_config(out=str(folder / "grip"), **settings), *vlm(), asked(4))
+    settings = {"distill_steps": 1, "max_steps": 2, "eval_questions": 2, "save_steps": 1}
+    train(tiny_config(output_dir=str(folder / "grip"), **settings), *vlm(), asked(4))
     lines = [json.loads(line) for line in (folder / "grip" / "metrics.jsonl").read_text().splitlines()]
     weights = Scorer.from_pretrained(folder / "grip").state_dict()
     assert {"curve.png", "config.toml", "environment.json"} <= {file.name for file in (folder / "grip").iterdir()}
@@ -134,9 +134,9 @@ def test_a_process_that_dies_is_gone_on_with(name, share, tmp_path):
         "config.toml",
         "environment.json",
         "metrics.jsonl",
-        "warmup.ckpt",
-        "scorer.safetensors",
-        "scorer.json",
+        "distill.ckpt",
+        "model.safetensors",
+        "config.json",
         "curve.png",
     ],
 )
@@ -163,7 +163,9 @@ def test_the_same_at_every_operation(name, how, tmp_path):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
-    settings = tiny_config(out=str(tmp_path), warmup_steps=0, stage="grpo", steps=2, save_minutes=0.0, val_questions=2)
+    settings = tiny_config(
+        output_dir=str(tmp_path), distill_steps=0, stage="grpo", max_steps=2, save_steps=1, eval_questions=2
+    )
     seen, write = [], disk.write
 
     def counted(path, content):

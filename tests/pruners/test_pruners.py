@@ -32,7 +32,6 @@ NOT_ALONE = {
     "grip",
     "ensemble",
     "mmr",
-    "relaxed",
     "split",
     "spread",
 }  # need scores, all rows, a pruner

@@ -16,7 +16,7 @@ from tiny_families import TINY, build, make
 
 SHALLOW = {"hiprune": "hiprune:middle=0", "vscan": "vscan:shallow=0,window=2", "vscan_vision": "vscan_vision:shallow=0"}
 WRAPPED = ["ensemble(fastervlm,divprune)", "mmr(fopru)", "split(norm)", "spread(visionzip)"]
-NOT_ALONE = {"given", "keep_all", "full", "grip", "relaxed", "ensemble", "mmr", "split", "spread"}
+NOT_ALONE = {"given", "keep_all", "full", "grip", "ensemble", "mmr", "split", "spread"}
 NOT_ALONE |= {"tome"}  # only where the tower can merge: tests/pruners/test_tome.py
 SPECS = [SHALLOW.get(row.name, row.name) for row in list_pruners() if row.name not in NOT_ALONE]
 SPECS += WRAPPED

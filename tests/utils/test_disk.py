@@ -49,7 +49,7 @@ def small_eval(out):
 
 
 def small_training(out):
-    return train(tiny_config(out=str(out), stage="grpo", steps=1, val_questions=2), *tiny_vlm(), asked(4))
+    return train(tiny_config(output_dir=str(out), stage="grpo", max_steps=1, eval_questions=2), *tiny_vlm(), asked(4))
 
 
 @POSIX
@@ -201,7 +201,7 @@ def test_every_write_goes_through_one_place():
         "lab/pool.py: folder.mkdir(parents=True, exist_ok=True)",
         "lab/train_reader.py: save(out / f'{name}-{step}.pt')",  # save_checkpoint
         "lab/train_tower.py: out.mkdir(parents=True, exist_ok=True)",
-        "scorer.py: save(weights)",
+        "grip/scorer.py: save(weights)",
     }
 
 

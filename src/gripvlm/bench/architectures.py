@@ -205,7 +205,7 @@ def random_pruner(spec: str, model: Any) -> Pruner:
 
     Only a bare name does (`grip`): a spec that names a scorer (`grip:scorer=lab`) asks for that one.
     """
-    trained = spec in ("grip", "relaxed")
+    trained = spec == "grip"
     if not trained:
         return get_pruner(spec)
     with torch.random.fork_rng(devices=[]):

@@ -16,7 +16,6 @@ LEFT = {
     "full": "always measured",
     "keep_all": "full by another name",
     "given": "needs scores of your own",
-    "relaxed": "needs a checkpoint: type relaxed:scorer=FOLDER",
     "tome": "its smallest budget depends on the tower: type it by name",
 }
 """Names that `all` does not stand for, and why; wrappers around other pruners are typed by name too."""
