@@ -36,7 +36,7 @@ EVERYTHING = [[torch.arange(16)]] * 4
 def relaxed_config(**changes: Any) -> RelaxedConfig:
     """A run of seconds."""
     own = {name: changes.pop(name) for name in set(changes) & set(RelaxedConfig.__annotations__)}
-    return RelaxedConfig(**tiny_config(**changes).to_dict() | own)
+    return RelaxedConfig(**tiny_config(**changes).to_dict() | {"stage": "relaxed"} | own)
 
 
 # --- relaxed top k ------------------------------------------------------------------------------------------------
@@ -309,6 +309,7 @@ def test_each_is_trained_saved_and_resumed(tmp_path, relaxation):
     assert pruner.module.notes["config"]["relaxation"] == relaxation
     (checkpoint,) = (tmp_path / "one").glob("*.ckpt")
     modules = torch.load(checkpoint, weights_only=True)["modules"]
+    assert {"config.toml", "environment.json", "metrics.jsonl"} <= {path.name for path in (tmp_path / "one").iterdir()}
     assert sorted(modules) == (["denoiser", "scorer"] if relaxation == "diffprune" else ["scorer"])
     again = replace(config, output_dir=str(tmp_path / "two"))
     assert train_relaxed(again, model, processor, asked(6)).digest() == trained.digest()

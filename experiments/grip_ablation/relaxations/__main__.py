@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import logging
 import sys
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -16,8 +15,8 @@ from gripvlm.errors import GripError, Interrupted
 from gripvlm.grip.pruner import place_of
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig
 from gripvlm.grip.train import Engine, Stage
-from gripvlm.grip.train.config import help_of, read_toml, write_toml
-from gripvlm.grip.train.run import check_settings, make_accelerator, run_stage
+from gripvlm.grip.train.config import help_of, read_toml
+from gripvlm.grip.train.run import check_settings, make_accelerator, record_run, run_stage
 from gripvlm.models.loading import load_model
 from gripvlm.tasks import Task
 
@@ -38,16 +37,15 @@ STAGES: dict[str, type[Stage]] = {
 def train_relaxed(config: RelaxedConfig, model: PreTrainedModel, processor: Any, data: Task | None = None) -> Scorer:
     """Trains a scorer through `config.relaxation`; the same call resumes."""
     questions = check_settings(config, data)
-    folder = Path(config.output_dir)
     torch.manual_seed(config.seed)
     base = ModelFingerprint.of(model)
     sizes = ScorerConfig(base.features, config.width, config.blocks, config.heads, config.question, config.budget)
     scorer = Scorer.from_pretrained(place_of(config.init_from)) if config.init_from else Scorer(sizes, base)
     engine = Engine(model, processor, config.rollout_batch_size, bf16=config.bf16)
     stage = STAGES.get(config.relaxation, Relaxed)(config, scorer.to(model.device), engine)
-    write_toml(config, folder / "config.toml")
+    record_run(config)
     scorer = run_stage(stage, questions, make_accelerator(config, model.device), quiet=False)
-    scorer.save_pretrained(folder)
+    scorer.save_pretrained(config.output_dir)
     return scorer
 
 

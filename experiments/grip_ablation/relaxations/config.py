@@ -20,6 +20,7 @@ class RelaxedConfig(TrainConfig):
         TrainError: as `TrainConfig`, or a reward without a gradient.
     """
 
+    stage: str = setting("relaxed", "always relaxed", ("relaxed",))
     relaxation: str = setting("soft_topk", "what takes GRPO's place", RELAXATIONS)
     tau_start: float = setting(1.0, "temperature of the relaxation at the first step", above=0)
     tau_end: float = setting(0.02, "temperature of the relaxation at the last step", above=0)

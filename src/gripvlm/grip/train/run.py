@@ -29,7 +29,7 @@ from gripvlm.utils import disk
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["check_settings", "launched_device", "make_accelerator", "run_stage", "train", "train_on"]
+__all__ = ["check_settings", "launched_device", "make_accelerator", "record_run", "run_stage", "train", "train_on"]
 
 # Settings that the scorer itself has.
 _SIZES = ("width", "blocks", "heads", "question", "budget")
@@ -92,8 +92,7 @@ def train_on(
         for name in _stages_left(config, done):
             stage = (Distill if name == "distill" else Grpo)(config, scorer, engine)
             if accelerator.is_main_process:  # only now, as the stage has refused settings that do not fit the model
-                write_toml(config, folder / _CONFIG)
-                disk.write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+                record_run(config)
             scorer = run_stage(stage, questions, accelerator, quiet=quiet)
         if accelerator.is_main_process:
             scorer.save_pretrained(folder)
@@ -127,6 +126,13 @@ def run_stage(
     if accelerator.is_main_process:
         scorer.save_pretrained(Path(config.output_dir).expanduser() / stage.name)
     return scorer
+
+
+def record_run(config: TrainConfig) -> None:
+    """Makes the run's folder and writes down what runs there."""
+    folder = Path(config.output_dir).expanduser()
+    write_toml(config, folder / _CONFIG)
+    disk.write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
 
 
 def make_accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
