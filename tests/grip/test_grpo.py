@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from gripvlm.grip.policy import PlackettLuce, samples_to_mask
+from gripvlm.grip.policy import PlackettLuce
 from gripvlm.grip.train import Batch
 from gripvlm.grip.train.distill import Distill
-from gripvlm.grip.train.grpo import Grpo, advantages, evidence_share
+from gripvlm.grip.train.grpo import Grpo, advantages
 from gripvlm.models.encoded import Encoded
 from gripvlm.pruners.base import top_k_of_each
 from tiny_train import drawn, tiny_config, tiny_scorer
@@ -174,11 +174,6 @@ def test_groups_without_variance_teach_nothing_and_are_counted(engine, batch):
     assert stage.scorer.score.weight.grad.abs().max() == 0
 
 
-def test_the_evidence_that_was_kept_is_counted(batch):
-    member = samples_to_mask(torch.tensor([[[0, 5], [0, 1]]] * 2 + [[[1, 6], [7, 8]]] * 2), 16)  # marks: 0, 5 and 1, 6
-    assert evidence_share(batch, member, torch.arange(4)) == pytest.approx((1 + 0.5 + 1 + 0) / 4)
-
-
 def test_two_images_a_question_share_reward_and_budget(engine, batch, monkeypatch):
     """Tasks have one picture a question today; the engine and GRPO take more."""
     double = Batch(
@@ -194,12 +189,11 @@ def test_two_images_a_question_share_reward_and_budget(engine, batch, monkeypatc
     )
     stage = grpo(engine, budgets="choices", keep_choices="0.25")
     rollouts = spied(stage, monkeypatch)
-    loss, stats = losses(stage, double)[0]
+    loss, _ = losses(stage, double)[0]
     loss.backward()
     assert double.for_scorer(True).owner.tolist() == [0, 0, 1, 1]
     assert [[len(k) for k in kept] for kept in rollouts[0].subsets] == [[4, 4]] * 8
     assert any(kept[0].tolist() != kept[1].tolist() for kept in rollouts[0].subsets)
-    assert "evidence" not in stats
     assert stage.scorer.score.weight.grad.abs().sum() > 0
 
 

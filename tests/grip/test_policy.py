@@ -403,7 +403,7 @@ REFUSED = [
     (lambda: PlackettLuce(torch.tensor([-torch.inf, 1, 1]), 1).log_prob(torch.tensor([[[0]]])), "masked nor -inf"),
     (lambda: ConditionalBernoulli(LOGITS, 2).kl(PlackettLuce(LOGITS, 2)), "not to a PlackettLuce"),
     (lambda: ConditionalBernoulli(LOGITS, 2).kl(ConditionalBernoulli(LOGITS, 3)), r"with k=\[3, 3\]"),
-    (lambda: PlackettLuce(LOGITS, 1).kl(PlackettLuce(LOGITS.log(), 1, LOGITS > 0), None), "divergence is infinite"),
+    (lambda: PlackettLuce(LOGITS, 1).kl(PlackettLuce(LOGITS.log(), 1, LOGITS > 0), None), "KL is infinite"),
 ]
 
 

@@ -69,7 +69,7 @@ def test_a_run_leaves_everything_in_its_folder(whole):
     }
     assert max(judged["distill"]) == judged["grpo"][0]  # one judge, and the best goes on
     grpo = [line for line in lines(whole) if line["stage"] == "grpo" and "loss" in line]
-    assert set(grpo[0]) >= {"lr", "grad_norm", "reward", "reward_std", "exact", "evidence", "zero_std", "entropy"}
+    assert set(grpo[0]) >= {"lr", "grad_norm", "reward", "reward_std", "exact", "zero_std", "entropy"}
     assert TrainConfig(**read_toml(whole / "config.toml")) == tiny_config(output_dir=str(whole))
     assert not same_weights(whole, whole / "distill")
 

@@ -198,17 +198,6 @@ class Scorer(
             seen.update(name.encode() + weight.half().cpu().contiguous().numpy().tobytes())
         return seen.hexdigest()
 
-    def flops(self, n: int, t: int = 0) -> int:
-        """Multiply-adds times two of one image of n tokens and a question of t."""
-        c, w = self.config, self.config.width
-        visual = 2 * n * w * (c.features + 4 * _PLACES + 1 + c.blocks * 12 * w) + c.blocks * 4 * n * n * w
-        if c.budget:
-            visual += 2 * w * (2 * _BUDGETS + w + c.blocks * 4 * w)
-        if not c.question:
-            return visual
-        visual += c.blocks * (4 * n * w * w + 4 * (t + 1) * w * w + 4 * n * (t + 1) * w)
-        return visual + 2 * t * w * (c.features + 2 * _ORDERS) + (t + 1) * w * (24 * w + 4 * (t + 1))
-
     # --- folders and the hub: `save_pretrained` and `push_to_hub` are PyTorchModelHubMixin's ------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:

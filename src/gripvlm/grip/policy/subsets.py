@@ -78,27 +78,22 @@ class SubsetPolicy:
         Raises:
             InputError: another shape or type, or a row that is no such subset.
         """
-        rows, n = self.logits.shape
-        if (
-            samples.dim() != 3
-            or samples.shape[0] != rows
-            or samples.shape[2] != self.k_max
-            or samples.dtype != torch.int64
-        ):
+        n, shape = self.n, (self.logits.shape[0], samples.shape[1] if samples.dim() == 3 else 0, self.k_max)
+        advice = "pass what sample() returns (or mode()[:, None])"
+        if samples.shape != shape or samples.dtype != torch.int64:
             raise InputError(
-                f"samples are {samples.dtype} {list(samples.shape)}, not int64 [B, G, K] with B={rows}, "
-                f"K={self.k_max}: pass what sample() returns (or mode()[:, None])"
+                f"samples are {samples.dtype} {list(samples.shape)}, not int64 [B, G, K] with B={shape[0]}, "
+                f"K={self.k_max}: {advice}"
             )
         padding, index = self._padding[:, None], samples.clamp(0, n - 1)
         member = samples_to_mask(index.masked_fill(padding, -1), n)
         good = torch.where(padding, samples == -1, (samples == index) & gather_samples(self.valid, index)).all(-1)
-        good &= member.sum(-1) == self.k[:, None]
+        good &= member.sum(-1) == self.k[:, None]  # fewer where an item is named twice
         if not bool(good.all()):
             row, sample = (int(i) for i in (~good).nonzero()[0])
             raise InputError(
-                f"samples[{row}, {sample}] = {samples[row, sample].tolist()} is no subset of this policy: allowed are "
-                f"{int(self.k[row])} different items of 0..{n - 1} that are neither masked nor -inf, then -1: "
-                "pass what sample() returns"
+                f"samples[{row}, {sample}] = {samples[row, sample].tolist()} is no subset of this policy, "
+                f"{int(self.k[row])} different items of 0..{n - 1} that are neither masked nor -inf, then -1: {advice}"
             )
         return samples
 
@@ -107,23 +102,19 @@ class SubsetPolicy:
         return value.to(torch.promote_types(self.logits.dtype, torch.float32))
 
     def _check_comparable(self, other: SubsetPolicy) -> None:
-        """Refuses a reference of other sizes, or one that can never give what this one gives.
+        """Refuses a reference of another kind or size, or one that can never give what this one gives.
 
         Raises:
             InputError: it is one.
         """
-        given = f"a {type(other).__name__}"
-        if isinstance(other, type(self)):
-            same = self.logits.shape == other.logits.shape and bool((self.k == other.k).all())
-            if same and not bool((self.valid & ~other.valid).any()):
-                return
-            given = f"one over {list(other.logits.shape)} with k={other.k.tolist()}"
-            if same:
-                given += " that never samples some item which this one samples: the divergence is infinite"
-        raise InputError(
-            f"the KL of a {type(self).__name__} over {list(self.logits.shape)} with k={self.k.tolist()} is to another "
-            f"of the same shape, k and items, not to {given}: pass kl({type(self).__name__}(logits, k, mask), ...)"
-        )
+        name = type(self).__name__
+        if type(other) is not type(self):
+            raise InputError(f"the KL of a {name} is to another {name}, not to a {type(other).__name__}")
+        if self.logits.shape != other.logits.shape or not bool((self.k == other.k).all()):
+            sizes = [f"{list(policy.logits.shape)} with k={policy.k.tolist()}" for policy in (self, other)]
+            raise InputError(f"the KL of a {name} over {sizes[0]} is to one of the same sizes, not over {sizes[1]}")
+        if bool((self.valid & ~other.valid).any()):
+            raise InputError("the reference never samples some item which this policy samples: the KL is infinite")
 
 
 def samples_to_mask(samples: Tensor, n: int) -> Tensor:

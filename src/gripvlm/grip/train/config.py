@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -79,7 +80,8 @@ def setting(
     return field(default=default, metadata={**known, "stages": stages, "only": only})
 
 
-_DISTILL, _GRPO = ("distill",), ("grpo",)
+# Those that one stage alone reads.
+distill_setting, grpo_setting = partial(setting, stages=("distill",)), partial(setting, stages=("grpo",))
 _OFF_POLICY = ("num_iterations", range(2, 2**63))
 
 
@@ -132,24 +134,19 @@ class TrainConfig:
     keep_low: float = setting(0.015, "smallest share of tokens drawn", above=0, only=("budgets", ("log_uniform",)))
     keep_high: float = setting(0.5, "largest share of tokens drawn", above=0, only=("budgets", ("log_uniform",)))
     # optimiser
-    max_steps: int = setting(1000, "steps of GRPO", at_least=0, stages=_GRPO)
-    learning_rate: float = setting(
-        3e-4, "of GRPO; after 3 % of linear warm-up a cosine to a tenth", above=0, stages=_GRPO
-    )
+    max_steps: int = grpo_setting(1000, "steps of GRPO", at_least=0)
+    learning_rate: float = grpo_setting(3e-4, "of GRPO; after 3 % of linear warm-up a cosine to a tenth", above=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
     weight_decay: float = setting(0.0, "of AdamW", at_least=0)
     ema_decay: float = setting(
         0.0, "of a running average of the weights, such as 0.98; 0 for none", at_least=0, below=1
     )
     # the supervised stage
-    distill_steps: int = setting(400, "steps of distilling; 0 leaves it out", at_least=0, stages=_DISTILL)
-    distill_learning_rate: float = setting(1e-3, "of distilling", above=0, stages=_DISTILL)
-    teacher: str = setting("gradient", "attention, gradient, best_of_n or pruner:NAME", stages=_DISTILL)
-    teacher_layers: str = setting(
-        "",
-        "layers of the attention teacher, such as 2,3; default: the second half",
-        stages=_DISTILL,
-        only=("teacher", ("attention",)),
+    distill_steps: int = distill_setting(400, "steps of distilling; 0 leaves it out", at_least=0)
+    distill_learning_rate: float = distill_setting(1e-3, "of distilling", above=0)
+    teacher: str = distill_setting("gradient", "attention, gradient, best_of_n or pruner:NAME")
+    teacher_layers: str = distill_setting(
+        "", "layers of the attention teacher, such as 2,3; default: the second half", only=("teacher", ("attention",))
     )
     # GRPO
     num_generations: int = setting(16, "G, subsets a question (of the teacher best_of_n too)", at_least=2)
@@ -159,22 +156,15 @@ class TrainConfig:
         "also chooses the best step of each stage",
     )
     pseudo_labels: bool = setting(False, "force the unpruned model's own answers and not the data's")
-    beta: float = setting(0.0, "weight of the KL to the scorer that GRPO started from", at_least=0, stages=_GRPO)
-    epsilon: float = setting(
-        0.2, "clipping of the ratio, per token of the subset", at_least=0, stages=_GRPO, only=_OFF_POLICY
+    beta: float = grpo_setting(0.0, "weight of the KL to the scorer that GRPO started from", at_least=0)
+    epsilon: float = grpo_setting(0.2, "clipping of the ratio, per token of the subset", at_least=0, only=_OFF_POLICY)
+    epsilon_high: float = grpo_setting(0.0, "upper clipping; 0 means epsilon", at_least=0, only=_OFF_POLICY)
+    num_iterations: int = grpo_setting(1, "optimiser steps a group of rollouts; 1 is strictly on-policy", at_least=1)
+    scale_rewards: str = grpo_setting(
+        "batch", "advantages are divided by this standard deviation", ("group", "batch", "budget", "none")
     )
-    epsilon_high: float = setting(0.0, "upper clipping; 0 means epsilon", at_least=0, stages=_GRPO, only=_OFF_POLICY)
-    num_iterations: int = setting(
-        1, "optimiser steps a group of rollouts; 1 is strictly on-policy", at_least=1, stages=_GRPO
-    )
-    scale_rewards: str = setting(
-        "batch",
-        "advantages are divided by this standard deviation",
-        ("group", "batch", "budget", "none"),
-        stages=_GRPO,
-    )
-    entropy_coef: float = setting(0.0, "weight of the policy's entropy per token", at_least=0, stages=_GRPO)
-    temperature: float = setting(1.0, "divides the logits when subsets are drawn", above=0, stages=_GRPO)
+    entropy_coef: float = grpo_setting(0.0, "weight of the policy's entropy per token", at_least=0)
+    temperature: float = grpo_setting(1.0, "divides the logits when subsets are drawn", above=0)
     # running
     save_steps: int = setting(100, "steps between checkpoints; Ctrl-C writes one as well", at_least=1)
     eval_steps: int = setting(100, "steps between validations", at_least=1)

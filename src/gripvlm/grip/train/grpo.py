@@ -28,7 +28,7 @@ from gripvlm.grip.train.rewards import checked_reward, get_reward, needs_of
 from gripvlm.grip.train.rollout import Batch, Engine
 from gripvlm.grip.train.trainer import Stage, Stats
 
-__all__ = ["Grpo", "advantages", "evidence_share"]
+__all__ = ["Grpo", "advantages"]
 
 
 def advantages(rewards: Tensor, scale: str, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -136,14 +136,11 @@ class Grpo(Stage):
                 subsets.append([member[image, g].nonzero().flatten() for image in images[sample]])
         rollout = self.engine.run(batch, rows, subsets, logits="logits" in needs_of(self.reward))
         rewards = checked_reward(self.reward, rollout).view(len(batch), group)
-        stats = {
+        return rewards, {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(-1).mean()),
             "exact": float(rollout.exact.mean()),
         }
-        if (share := evidence_share(batch, member, inputs.owner)) is not None:
-            stats["evidence"] = share
-        return rewards, stats
 
     def surrogate(self, policy: PlackettLuce, samples: Tensor, old: Tensor, advantage: Tensor) -> tuple[Tensor, float]:
         """[I, G] losses of the subsets, and the share of their ratios that lies outside the clipping range."""
@@ -158,23 +155,3 @@ class Grpo(Stage):
 def _sum_by(values: Tensor, owner: Tensor, groups: int) -> Tensor:
     """[groups] sums of values [I] by owner [I]."""
     return values.new_zeros(groups, dtype=torch.float32).index_add(0, owner, values.float())
-
-
-def evidence_share(batch: Batch, member: Tensor, owner: Tensor) -> float | None:
-    """Mean share of each question's marked evidence among the chosen tokens, as far as it could fit.
-
-    Args:
-        member: [I, G, n] bool, the tokens of each subset.
-        owner: [I] the question each image belongs to.
-
-    Returns:
-        None where no question has marks on the grid of its single image.
-    """
-    shares = []
-    for image, sample in enumerate(owner.tolist()):
-        evidence, tokens = batch.samples[sample].evidence, batch.tokens[sample]
-        if not evidence or len(tokens) != 1 or tokens[0].grid != batch.tasks[sample].evidence_grid:
-            continue
-        most = min(len(evidence), int(member[image, 0].sum()))
-        shares.append(float(member[image][:, list(evidence)].sum(-1).float().mean()) / most)
-    return sum(shares) / len(shares) if shares else None

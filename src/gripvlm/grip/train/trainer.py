@@ -343,7 +343,8 @@ class Trainer:
     def _log(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             disk.append(self.metrics, json.dumps({"stage": self.stage.name, **_rounded(line)}) + "\n", new=True)
-            numbers = {f"{self.stage.name}/{name}": value for name, value in _flat(line).items()}
+            scores = {f"eval/{name}": value for name, value in line.get("eval", {}).items()}
+            numbers = {f"{self.stage.name}/{k}": v for k, v in (line | scores).items() if isinstance(v, int | float)}
             self.accelerator.log(numbers, step=self.state.step)
 
     def _save_checkpoint(self) -> None:
@@ -535,14 +536,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     return {key: _rounded(part) for key, part in value.items()} if isinstance(value, dict) else value
-
-
-def _flat(line: dict[str, Any], before: str = "") -> dict[str, float]:
-    """Numbers only, nested names joined by a slash."""
-    numbers: dict[str, float] = {}
-    for key, value in line.items():
-        if isinstance(value, dict):
-            numbers |= _flat(value, f"{before}{key}/")
-        elif isinstance(value, (int, float)):
-            numbers[before + key] = value
-    return numbers
