@@ -36,6 +36,7 @@ def train_command(**options: Any) -> None:
     from gripvlm.models.loading import load_model, quiet
 
     config, explicit = _configuration(options)
+    # Flags only: a file of settings may serve several stages.
     for name, why in config.without_effect(explicit).items():
         raise GripError(f"{_flag(name)} has no effect {why}: leave it out")
     questions, held_out = check_settings(config, explicit=explicit)
@@ -142,6 +143,7 @@ def _signature() -> inspect.Signature:
             metavar=_METAVARS.get(kind, "TEXT"),
         )
         parameters.append(_parameter(field.name, kind, option))
+    # Hidden, so that the error can name the new flag: "no such option" would not help.
     for name in RENAMED.keys() - STAGES:
         kind = hints.get(RENAMED[name], str)
         parameters.append(_parameter(name, bool if kind is bool else str, typer.Option(_flag(name), hidden=True)))

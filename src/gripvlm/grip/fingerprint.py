@@ -95,6 +95,7 @@ class ModelFingerprint:
                 f"{owner}, but the model is {other.name} ({other.model_type}, {other.vocabulary} x {other.features}): "
                 f"{advice}"
             )
+        # 2 %: bfloat16 rounds a number by up to 0.4 %, and other weights differ by far more.
         a, b = torch.tensor(self.sketch), torch.tensor(other.sketch)
         unlike = self.vocabulary != other.vocabulary or bool(((a - b).abs() > 0.02 * a.abs() + 1e-3).any())
         for key in self.weights.keys() & other.weights.keys():
@@ -143,6 +144,7 @@ def _compared_matrices(model: Any) -> dict[str, Tensor]:
 def _values(owner: nn.Module, name: str, weight: Tensor) -> Tensor:
     """A weight's values: accelerate's hooks keep those of offloaded modules beside the model."""
     hook = getattr(owner, "_hf_hook", None)
+    # A module has one hook, or a sequence of them.
     for each in getattr(hook, "hooks", (hook,)):
         offloaded = getattr(each, "weights_map", None)
         if weight.device.type == "meta" and offloaded is not None:

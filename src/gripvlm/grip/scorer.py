@@ -121,6 +121,7 @@ class Scorer(
         # Modules keep these names: they are those of saved weights, and part of `digest`.
         self.enter = nn.Sequential(nn.LayerNorm(config.features), nn.Linear(config.features, width))
         self.place = nn.Linear(4 * _PLACES, width)
+        # Tells visual tokens [0] from words [1], which come through the same projection.
         self.kind = nn.Parameter(torch.zeros(2, width))
         if config.question:
             self.order = nn.Linear(2 * _ORDERS, width)
@@ -132,6 +133,7 @@ class Scorer(
         )
         self.leave = nn.LayerNorm(width)
         self.score = nn.Linear(width, 1)
+        # Logits near 0: a new scorer explores evenly.
         nn.init.normal_(self.score.weight, std=0.02)
 
     def forward(
@@ -202,6 +204,7 @@ class Scorer(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Writes `model.safetensors`, in the scorer's dtype, and `config.json`."""
+        # The mixin saves the same file in place; this one is written beside it and then moved.
         weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
         disk.write(save_directory / SCORER_FILES[0], save(weights))
         about = {
@@ -247,6 +250,7 @@ class Scorer(
                 raise TypeError("notes is no object")
         except (KeyError, TypeError, ValueError) as error:
             raise ScorerError(f"{config_file} is damaged ({type(error).__name__}: {error}): copy it anew") from None
+        # Before a module is made: a damaged file may ask for terabytes.
         if unlike := _unlike(config, {key: tuple(value.shape) for key, value in weights.items()}):
             raise ScorerError(f"{name}: {weights_file.name} does not fit {config_file.name} ({unlike}): copy both anew")
         scorer = cls(config, base)
@@ -318,6 +322,7 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         if film:
             self.film = nn.Linear(width, 4 * width)
+            # The budget changes nothing at first.
             nn.init.zeros_(self.film.weight)
             nn.init.zeros_(self.film.bias)
 

@@ -35,6 +35,7 @@ class PlackettLuce(SubsetPolicy):
             generator: its device is where the noise is drawn, so that a CPU generator gives the same on any device.
         """
         uniform = uniform_noise(self.logits, num_samples, self.n, generator)
+        # Gumbel noise on detached logits: samples have no gradient, their log-probabilities have.
         keys = self._centred(-torch.inf).detach()[:, None] - (-uniform.log()).log()
         return keys.topk(self.k_max, dim=-1).indices.masked_fill(self._padding[:, None], -1)
 
@@ -101,6 +102,7 @@ class PlackettLuce(SubsetPolicy):
             step, and [B, G, n] logits of the items that are not in the sample (`NEG_INF` elsewhere).
         """
         logits = self._centred(NEG_INF)
+        # Padding at the end adds exp(NEG_INF) = 0 to what is left.
         own = gather_samples(logits, samples.clamp_min(0)).masked_fill(self._padding[:, None], NEG_INF)
         spare = logits[:, None].masked_fill(samples_to_mask(samples, self.n), NEG_INF)
         left = _cumulative(torch.cat([own, spare.logsumexp(-1, keepdim=True)], -1))

@@ -50,6 +50,7 @@ class SubsetPolicy:
                 f"not count): pass k={available} or less, or unmask items"
             )
         self.k_max = int(self.k.max())
+        # Rows of a smaller k end in -1.
         self._padding = torch.arange(self.k_max, device=self.k.device) >= self.k[:, None]  # [B, K]
 
     @property
@@ -145,6 +146,7 @@ def uniform_noise(logits: Tensor, num_samples: int, width: int, generator: torch
         )
     dtype = wide_type(logits.device)
     device = logits.device if generator is None else generator.device
+    # The wide type: float32 has a chance of 2^-24 for an exact 0.
     uniform = torch.rand(logits.shape[0], num_samples, width, dtype=dtype, device=device, generator=generator)
     edge = torch.finfo(dtype).eps / 2
     return uniform.to(logits.device).clamp(edge, 1 - edge)

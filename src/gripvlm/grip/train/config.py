@@ -180,6 +180,7 @@ class TrainConfig:
         hints = get_type_hints(type(self))
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
+            # TOML and users write 1 for 1.0. type(), not isinstance: a bool is an int as well.
             if hints[each.name] is float and type(value) is int:
                 value = float(value)
                 object.__setattr__(self, each.name, value)

@@ -45,6 +45,7 @@ _PLACES = 10_000
 def generator(seed: int, *names: object) -> torch.Generator:
     """A stream of random numbers of its own for each (seed, names): nothing to save, nothing to resume."""
     text = "/".join(map(str, (seed, *names)))
+    # Two hashes, 63 bits: with the 32 of one, two of a hundred thousand names would likely share a stream.
     high, low = zlib.crc32(text.encode()), zlib.crc32(text[::-1].encode() + b"gripvlm")
     return torch.Generator().manual_seed((high << 32 | low) & (2**63 - 1))
 
@@ -66,6 +67,7 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[Question]:
             tasks = get_tasks([part.strip() for part in data.split(",")])
     else:
         tasks = [data] if isinstance(data, Task) else data
+    # Scores on questions that were trained on say nothing.
     if any(isinstance(task, LabTask) and task.folder == SHIPPED for task in tasks):
         raise TrainError(
             "the lab tasks are the test split, and training on it would make every later score worthless: make "
@@ -138,6 +140,7 @@ def split(questions: list[Question], share: float) -> tuple[list[Question], list
     Raises:
         TrainError: one side would be empty; with a share for which neither is.
     """
+    # A hash and no draw: pictures that are added later do not move the others to the other side.
     places = [zlib.crc32(f"validation {s.image_id or s.id}".encode()) % _PLACES for _, s in questions]
     train = [q for q, place in zip(questions, places, strict=True) if place >= share * _PLACES]
     held_out = [q for q, place in zip(questions, places, strict=True) if place < share * _PLACES]
@@ -201,12 +204,14 @@ class QuestionStream:
         chosen = []
         for place in range(number * self.images, (number + 1) * self.images):
             epoch, index = divmod(place, len(self._groups))
+            # One epoch is kept; a resumed run makes it anew, from the same numbers.
             if self._order[0] != epoch:
                 shuffled = torch.randperm(len(self._groups), generator=generator(self.seed, "order", epoch))
                 self._order = (epoch, shuffled.tolist())
             group = self._groups[self._order[1][index]]
             draw = torch.randperm(len(group), generator=generator(self.seed, "questions", place))
             chosen += [self.questions[group[i]] for i in draw[: self.per_image].tolist()]
+        # Only now, so that a question that is left out does not change the draw of the others.
         return [pair for pair in chosen if key_of(*pair) not in self.skipped]
 
     def skip(self, pair: Question, reason: str) -> None:

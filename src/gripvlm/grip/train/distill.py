@@ -53,7 +53,9 @@ class Distill(Stage):
         counts = draw_counts(self.config, inputs.sizes, inputs.owner, random)
         targets = nn.utils.rnn.pad_sequence(self.teacher(self.engine, batch, counts, random), batch_first=True)
         logits = inputs.score(self.scorer, counts)
+        # Padding is -inf there, and its target is 0: the product would be NaN.
         log_probs = logits.log_softmax(-1).masked_fill(~inputs.valid, 0.0)
+        # A constant for the scorer; with it the loss is 0 for a perfect imitation.
         entropy = -(targets * targets.clamp(min=1e-12).log()).sum(-1)
         kl = -(targets * log_probs).sum(-1) - entropy
         yield kl.mean(), {"kl_teacher": float(kl.detach().mean())}
@@ -165,6 +167,7 @@ class _BestOfN:
 
 def _draw(attention: Tensor, count: int, around: bool, random: torch.Generator) -> Tensor:
     """[count] indices, ascending: a random subset, or one drawn around the attention [n]."""
+    # Gumbel noise: the top k of log-weights with it are a sample without replacement.
     noise = -torch.empty(attention.shape).exponential_(generator=random).log().to(attention.device)
     score = noise + (attention.clamp(min=1e-9).log() if around else 0.0)
     return score.topk(count).indices.sort().values
@@ -217,6 +220,7 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
         raise UnsupportedModelError(
             f"soft masks are causal, and {model.config.model_type} images attend in both directions: {advice}"
         )
+    # Dropping needs no gradient; only the forward below does.
     with torch.no_grad():
         arguments = engine.whole(batch)
     if torch.is_grad_enabled() and any(bias.requires_grad for bias in biases):

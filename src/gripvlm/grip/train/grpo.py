@@ -45,8 +45,10 @@ def advantages(rewards: Tensor, scale: str, share: Tensor | None = None) -> tupl
     weighted by a Gaussian in the logarithm of the share with a standard deviation of half an octave.
     """
     centred = rewards - rewards.mean(-1)[:, None]
+    # Rewards are float32: a smaller difference is rounding.
     useful = centred.abs().amax(-1) > 1e-6
     if scale == "group":
+        # 1e-4 here and below: a group of nearly equal rewards must not become a large step.
         centred = centred / (rewards.std(-1, keepdim=True) + 1e-4)
     elif scale == "batch" and bool(useful.any()):
         centred = centred / (centred[useful].std() + 1e-4)
@@ -71,6 +73,7 @@ class Grpo(Stage):
         self.reward = get_reward(config.reward)
         self.reference: Scorer | None = None
         if config.beta:
+            # Before the first step; the trainer saves it, so that a resumed run compares with the same scorer.
             self.reference = copy.deepcopy(scorer).eval().requires_grad_(False)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -83,6 +86,7 @@ class Grpo(Stage):
             TrainError: logits that are not finite.
         """
         logits = inputs.score(scorer, counts)
+        # The policy would refuse them as well, without saying what to do.
         if not bool(logits[inputs.valid].isfinite().all()):
             raise TrainError(
                 "the scorer has diverged, its logits are not finite any more: lower --learning-rate, and use another "

@@ -128,9 +128,11 @@ def checked_reward(reward: Reward, rollout: Rollout) -> Tensor:
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
         values = reward(rollout)
+    # Ours says already what to change.
     except GripError:
         raise
     except Exception as error:
+        # A function of a user may raise anything; its author needs the samples to look at.
         ids = list(dict.fromkeys(sample.id for sample in rollout.samples))
         raise TrainError(
             f"reward {name!r} raised {type(error).__name__}: {error} (samples {', '.join(ids)})"

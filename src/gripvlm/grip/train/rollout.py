@@ -193,6 +193,7 @@ class Engine:
         self.processor, self.rollout_batch_size = processor, rollout_batch_size
         self.answer_tokens, self.bf16, self.rollouts = answer_tokens, bf16, 0
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        # Logits at the answer alone, where the model can: a token has as many as the vocabulary, 30 to 150 thousand.
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.ends: list[int] = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
@@ -241,7 +242,9 @@ class Engine:
         firsts = [names.index(name) for name in pictures]  # a question about each picture
         images = dict(zip(pictures, (_image_of(samples[i]) for i in firsts), strict=True))
         once = make_inputs(self.model, self.processor, [texts[i] for i in firsts], list(images.values()))
+        # Pixels go through the tower once; what follows only repeats the rows of its output.
         encoded = encode(self.model, once).take([pictures.index(name) for name in names])
+        # Prompts of all questions. The processor prepares their pixels anew, which nobody reads.
         if len(pictures) < len(samples):
             once = make_inputs(self.model, self.processor, texts, [images[name] for name in names])
         prompts = {k: v for k, v in once.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids")}
@@ -267,6 +270,7 @@ class Engine:
                     f"the answer of sample {sample.id!r} tokenises to nothing: mend it, or type --on-bad-sample skip"
                 )
         answers = [answer + self.end for answer in answers]
+        # The batch is generated whole, also where one answer is lacking: rows are cheap beside the call.
         if any(unlabelled):
             arguments = prune_inputs(self.model, batch.prompts, "keep_all", encoded=batch.encoded)
             length = batch.prompts["input_ids"].shape[1]
@@ -286,6 +290,7 @@ class Engine:
         ]
         length = max(map(len, rows))
         pad_id = int(ids[~mask][0]) if not bool(mask.all()) else int(self.tokenizer.pad_token_id or 0)
+        # Padded on the left, so that answers end in the last column and one slice holds all of them.
         inputs = {
             "input_ids": ids.new_full((len(rows), length), pad_id),
             "attention_mask": ids.new_zeros(len(rows), length),
@@ -324,6 +329,7 @@ class Engine:
             if logits:
                 stored = out.new_empty(len(rows), *out.shape[1:]) if stored is None else stored
                 stored[index] = out
+            # All that most rewards read; the logits of this part may go then.
             hit[index] = out.argmax(-1) == targets[index]
             log_probs[index] = out.log_softmax(-1).gather(-1, targets[index, :, None]).squeeze(-1)
         self.rollouts += len(rows)
@@ -375,6 +381,7 @@ class Engine:
         short = {"logits_to_keep": width + 1} if self._short else {}
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             if batch.prefix_length:
+                # Any pruned row will do: nothing is dropped ahead of the first image.
                 if batch not in self._prefixes:
                     self._prefixes[batch] = Prefix.of(self.model, arguments, batch.prefix_length)
                 arguments = self._prefixes[batch].without(arguments)

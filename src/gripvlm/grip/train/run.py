@@ -84,8 +84,10 @@ def train_on(
     folder = Path(config.output_dir).expanduser()
     accelerator = make_accelerator(config, model.device)
     engine = Engine(model, processor, config.rollout_batch_size, bf16=config.bf16)
+    # The other processes write nothing.
     with disk.one_writer(folder, folder=True) if accelerator.is_main_process else nullcontext():
         _check_folder(config, folder)  # another run may have been there since `check_settings`
+        # A new scorer alone draws from the global generator.
         torch.manual_seed(config.seed)
         scorer, done = _initial_scorer(config, folder, model)
         accelerator.wait_for_everyone()  # all have checked the folder
@@ -109,6 +111,7 @@ def run_stage(
     A stage of another package is trained so too: anything with a `Stage`'s attributes and `losses`.
     """
     config, engine = stage.config, stage.engine
+    # Evenly spaced: files often hold their questions by kind.
     held_out = questions[1][:: max(1, len(questions[1]) // config.eval_questions)][: config.eval_questions]
     evaluator = Evaluator(engine, held_out, get_reward(config.eval_reward or config.reward), config)
     stream = QuestionStream(questions[0], config.per_device_train_batch_size, config.questions_per_image, config.seed)
@@ -213,6 +216,7 @@ def _stages_left(config: TrainConfig, done: str) -> list[str]:
 def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -> tuple[Scorer, str]:
     """The scorer to begin with, and the last stage that is finished ("" for none)."""
     base = ModelFingerprint.of(model)
+    # The last finished stage first.
     for name in ("grpo", "distill") if config.stage == "all" else ():
         if has_scorer(folder / name):
             return _loaded(folder / name, config, model, base), name
@@ -257,6 +261,7 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
         if left := [path.name for pattern in patterns for path in folder.glob(pattern)]:
             raise TrainError(f"{folder} holds {', '.join(sorted(left))} but no {_CONFIG}: use another --output-dir")
         return
+    # Only a checkpoint binds: what failed before it can be mended in the same folder.
     if not begun:
         return
     try:

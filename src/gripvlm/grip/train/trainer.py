@@ -132,6 +132,7 @@ class Trainer:
         self.modules: dict[str, nn.Module] = {"scorer": stage.scorer, **stage.modules()}
         self.eval_scorer = stage.scorer  # what is validated and, in the end, returned
         if self.config.ema_decay:
+            # A copy that the optimiser does not know: it only follows the weights.
             self.modules["average"] = self.eval_scorer = copy.deepcopy(stage.scorer).requires_grad_(False)
         for module in self.modules.values():
             module.to(stage.engine.model.device)
@@ -158,6 +159,7 @@ class Trainer:
         config, state, last = self.config, self.state, self.stage.max_steps
         self._load_checkpoint()
         with self.stop_signal, self._progress() as bar:
+            # The start is a candidate too: a stage that does harm returns what it began with.
             if state.step == 0 and last:
                 self._evaluate()
             while not self._finished():
@@ -167,6 +169,7 @@ class Trainer:
                 bar.advance()
                 if state.step % config.eval_steps == 0 or state.step == last:
                     self._evaluate()
+                # All processes stop at the same step, whichever of them received the signal.
                 if self._any(self.stop_signal.received):
                     self._save_checkpoint()
                     raise Interrupted(
@@ -175,6 +178,7 @@ class Trainer:
                     )
                 if state.step % config.save_steps == 0:
                     self._save_checkpoint()
+            # Out of time between two validations: the last step is a candidate as well.
             if state.last_eval_step < state.step:  # out of time between two validations
                 self._evaluate()
         self._save_checkpoint()
@@ -206,16 +210,20 @@ class Trainer:
         progress = self._set_learning_rate()
         stage.scorer.train()
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        # Which process computes a micro-batch changes nothing in it: its random numbers come from its number.
         micro_batches = [self._losses(m, progress) for m in range(rank, config.gradient_accumulation_steps, ranks)]
         collected: list[Stats] = []
         for iteration in range(stage.num_iterations):
+            # Zeros, not None: a process whose questions were all left out still takes part in the sum.
             self.optimizer.zero_grad(set_to_none=False)
             for losses in micro_batches:
                 loss, stats = next(losses, (None, {}))
                 if loss is None:  # every question of the micro-batch was left out
                     continue
+                # Before backward, so that no weight is touched and the checkpoint before it stands.
                 if not bool(loss.isfinite()):
                     raise self._diverged("loss", float(loss.detach()))
+                # The sum over the micro-batches of all processes is then their mean.
                 (loss / config.gradient_accumulation_steps).backward()
                 collected.append({"loss": float(loss.detach()), **stats})
                 if iteration == stage.num_iterations - 1:
@@ -250,6 +258,7 @@ class Trainer:
 
     def _apply_gradients(self) -> float:
         """An optimiser step on the gradients of all processes; returns their norm before clipping."""
+        # Not DistributedDataParallel: it waits for each process at each backward, and one may have none in a step.
         if self.accelerator.num_processes > 1:
             for weight in self.weights:
                 grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -277,6 +286,7 @@ class Trainer:
         config = self.config
         # In half of the batches the scorer reads the whole prompt, as `gripvlm.prune` has it read, else the question.
         whole = bool(torch.rand((), generator=generator(config.seed, "text", number)) < 0.5)
+        # Again with what is left of the batch after bad questions were taken out.
         while questions := self.data.batch(number):
             try:
                 return self.stage.engine.prepare(questions, pseudo_labels=config.pseudo_labels, whole_prompt=whole)
@@ -287,6 +297,7 @@ class Trainer:
     def _leave_out(self, questions: list[Question], error: GripError) -> None:
         """Finds the bad questions of a batch, one by one, and leaves them out from now on, or stops."""
         reasons = _bad_questions(self.stage.engine, questions, self.config)
+        # A batch may fail where each of its questions alone does not: there is nothing to leave out then.
         if not reasons:  # each can be used alone
             raise error
         for pair, reason in reasons:
@@ -297,6 +308,7 @@ class Trainer:
 
     def _share_left_out(self) -> None:
         """What another process left out in this step is left out here too, and logged."""
+        # In the order of the ranks, so that all processes draw from the same questions from here on.
         for rank, lines in enumerate(self._gather(self.left_out)):
             for name, line in lines:
                 self.data.skipped[name] = line["why"]
@@ -335,6 +347,7 @@ class Trainer:
                 self._log({"step": state.step, **line, "validation": True})
         state.last_eval_step = state.step
         state.evals_without_gain += 1
+        # Of equal steps the earlier one: it was trained less.
         if scores["objective"] > state.best:
             state.best, state.evals_without_gain = scores["objective"], 0
             self.best_weights = copy.deepcopy(self.eval_scorer.state_dict())
@@ -368,6 +381,7 @@ class Trainer:
         if self.checkpoint.exists():
             try:
                 packed, device = BytesIO(disk.read_bytes(self.checkpoint)), self.stage.engine.model.device
+                # weights_only: a file from elsewhere must not run code.
                 content = torch.load(packed, weights_only=True, map_location=device)
                 for name, module in self.modules.items():
                     module.load_state_dict(content["modules"][name])
@@ -457,6 +471,7 @@ class Evaluator:
         return {"objective": _mean([means[f"reward@{keep:g}"] for keep in self.keeps]), **means}
 
     def _prepared(self) -> list[Batch]:
+        # Encoded once: the images are the same at every validation.
         if self.batches is None:
             parts = [self.questions[i : i + self.batch_size] for i in range(0, len(self.questions), self.batch_size)]
             self.batches = [batch for part in parts for batch in self._batches(part)]
@@ -519,6 +534,7 @@ class _StopSignal:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
+            # None stands for a handler that was not set from Python, which cannot be set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
