@@ -21,5 +21,5 @@ def evaluation(out: str) -> None:
 def training(out: str) -> None:
     """Both stages, with a checkpoint after every step."""
     torch.set_num_threads(1)
-    config = tiny_config(out=out, warmup_steps=10, steps=30, save_minutes=0.0, val_every=5)
+    config = tiny_config(output_dir=out, distill_steps=10, max_steps=30, save_steps=1, eval_steps=5)
     train(config, *tiny_vlm(), asked(8))

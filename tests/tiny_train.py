@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig
 from gripvlm.grip.train import Engine, TrainConfig
-from gripvlm.grip.train.loop import Loop
+from gripvlm.grip.train.trainer import Trainer
 from gripvlm.tasks import Sample, Task
 from tiny_lab import lab_processor
 from tiny_models import TOWER
@@ -138,16 +138,16 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "width": 16,
         "blocks": 1,
         "heads": 2,
-        "images": 2,
-        "questions": 2,
+        "per_device_train_batch_size": 2,
+        "questions_per_image": 2,
         "num_generations": 4,
         "keep_low": 0.1,
-        "warmup_steps": 3,
-        "steps": 6,
-        "val_every": 2,
-        "val_keeps": "0.5,0.125",
-        "val_questions": 4,
-        "val_share": 0.3,
+        "distill_steps": 3,
+        "max_steps": 6,
+        "eval_steps": 2,
+        "eval_keeps": "0.5,0.125",
+        "eval_questions": 4,
+        "eval_share": 0.3,
     }
     return TrainConfig(**{**small, **changes})
 
@@ -187,11 +187,11 @@ def pairs(task: Task) -> list[tuple[Task, Sample]]:
 
 def stopping(monkeypatch, at: int, how=lambda: os.kill(os.getpid(), signal.SIGINT), stage: str = "grpo") -> None:
     """Calls `how` in the middle of step `at` of a stage."""
-    before = Loop._one_step
+    before = Trainer._step
 
     def step(self):
-        if self.stage.name == stage and self.step == at - 1:
+        if self.stage.name == stage and self.state.step == at - 1:
             how()
         return before(self)
 
-    monkeypatch.setattr(Loop, "_one_step", step)
+    monkeypatch.setattr(Trainer, "_step", step)

@@ -43,11 +43,11 @@ def evaluated(folder: Path) -> object:
 
 def trained(folder: Path) -> object:
     """Both stages, with a checkpoint after every step: metrics without clocks, and weights."""
-    settings = {"warmup_steps": 1, "steps": 2, "val_questions": 2, "save_minutes": 0.0}
-    train(tiny_config(out=str(folder / "grip"), **settings), *vlm(), asked(4))
+    settings = {"distill_steps": 1, "max_steps": 2, "eval_questions": 2, "save_steps": 1}
+    train(tiny_config(output_dir=str(folder / "grip"), **settings), *vlm(), asked(4))
     lines = [json.loads(line) for line in (folder / "grip" / "metrics.jsonl").read_text().splitlines()]
     weights = Scorer.from_pretrained(folder / "grip").state_dict()
-    assert {"curve.png", "config.toml", "environment.json"} <= {file.name for file in (folder / "grip").iterdir()}
+    assert {"config.toml", "environment.json"} <= {file.name for file in (folder / "grip").iterdir()}
     told = [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
     return told, {name: weight.tolist() for name, weight in weights.items()}
 
@@ -118,10 +118,9 @@ def test_a_process_that_dies_resumes(name, share, tmp_path):
         "config.toml",
         "environment.json",
         "metrics.jsonl",
-        "warmup.ckpt",
-        "scorer.safetensors",
-        "scorer.json",
-        "curve.png",
+        "distill.ckpt",
+        "model.safetensors",
+        "config.json",
     ],
 )
 def test_training_that_dies_in_the_middle_of_a_file_resumes(file, tmp_path):
@@ -147,7 +146,9 @@ def test_the_same_at_every_operation(name, how, tmp_path):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
-    settings = tiny_config(out=str(tmp_path), warmup_steps=0, stage="grpo", steps=2, save_minutes=0.0, val_questions=2)
+    settings = tiny_config(
+        output_dir=str(tmp_path), distill_steps=0, stage="grpo", max_steps=2, save_steps=1, eval_questions=2
+    )
     seen, write = [], disk.write
 
     def counted(path, content):
@@ -160,7 +161,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"what was there before stands.*grpo\.ckpt"):
         train(settings, *vlm(), asked(4))
     assert (tmp_path / "grpo.ckpt").read_bytes() == seen[0]
-    assert torch.load(tmp_path / "grpo.ckpt", weights_only=True)["step"] == 1
+    assert torch.load(tmp_path / "grpo.ckpt", weights_only=True)["state"]["step"] == 1
 
 
 def test_on_the_command_line_it_is_one_line(tmp_path, monkeypatch, capsys):

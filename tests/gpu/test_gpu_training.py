@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.grip.train import Engine
-from gripvlm.grip.train.masking import masked_forward
+from gripvlm.grip.train.distill import masked_forward
 from on_device import cut
 from tiny_train import asked, processor_of, tiny_vlm
 

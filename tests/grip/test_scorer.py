@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import gripvlm
 from gripvlm.errors import GripError, InputError, PrunerError
@@ -119,18 +118,6 @@ def test_sizes_that_cannot_be():
             ScorerConfig(WIDTH, **sizes)
 
 
-@pytest.mark.parametrize("question", [True, False])
-@pytest.mark.parametrize("budget", [True, False])
-def test_flops_are_those_that_torch_counts(question, budget):
-    scorer = scorer_of(question=question, budget=budget, blocks=3)
-    n, t = 20, 7
-    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the fused one of CPUs
-    with plain, FlopCounterMode(display=False) as counter:
-        one(scorer, torch.randn(n, WIDTH), (4, 5), 0.5, torch.randn(t, WIDTH) if question else None)
-    assert scorer.flops(n, t) == counter.get_total_flops()
-    assert scorer.parameters_count == sum(weight.numel() for weight in scorer.state_dict().values())
-
-
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +134,10 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
     assert all(torch.equal(value, scorer.state_dict()[name]) for name, value in loaded.state_dict().items())
     features, words = torch.randn(9, WIDTH), torch.randn(3, WIDTH)
     assert torch.equal(one(loaded, features, None, 0.3, words), one(scorer, features, None, 0.3, words))
-    assert {file.name for file in (tmp_path / "a" / "b").iterdir()} == {"scorer.json", "scorer.safetensors"}
+    assert {file.name for file in (tmp_path / "a" / "b").iterdir()} == {
+        *("config.json", "model.safetensors", "README.md")
+    }
+    assert "library_name: gripvlm" in (tmp_path / "a" / "b" / "README.md").read_text()
 
 
 def test_the_hub_gives_back_what_was_pushed(model, tmp_path, monkeypatch):
@@ -157,15 +147,19 @@ def test_the_hub_gives_back_what_was_pushed(model, tmp_path, monkeypatch):
     hub, asked = tmp_path / "hub", []
 
     class Api:
+        def __init__(self, token):
+            pass
+
         def create_repo(self, repo_id, private=None, exist_ok=False):
             asked.append((repo_id, private, exist_ok))
             (hub / repo_id).mkdir(parents=True)
+            return SimpleNamespace(repo_id=repo_id)
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, commit_message, **options):
             shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
             return f"https://hub/{repo_id}: {commit_message}"
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, revision: str(hub / name / file))
     scorer = scorer_of(model)
     said = scorer.push_to_hub("me/grip", private=True, commit_message="first")
@@ -185,17 +179,17 @@ def test_a_scorer_without_a_model_loads_and_may_not_prune(model, inputs, tmp_pat
 
 
 def broken(folder, what: str) -> None:
-    about = json.loads((folder / "scorer.json").read_text())
+    about = json.loads((folder / "config.json").read_text())
     if what == "format":
         about["format"] = "gripvlm.grip.scorer/99"
     elif what == "width":
         about["scorer"]["width"] = 64
-    (folder / "scorer.json").write_text(
+    (folder / "config.json").write_text(
         "{no" if what == "json" else "[1]" if what == "list" else json.dumps(about), encoding="utf-8"
     )
     if what == "damaged":
-        (folder / "scorer.safetensors").write_bytes(b"abc")
-    elif what in ("scorer.json", "scorer.safetensors"):
+        (folder / "model.safetensors").write_bytes(b"abc")
+    elif what in ("config.json", "model.safetensors"):
         (folder / what).unlink()
 
 
@@ -204,11 +198,11 @@ def broken(folder, what: str) -> None:
     [
         ("format", f"format 'gripvlm.grip.scorer/99', this gripvlm reads '{FORMAT}'"),
         ("list", "format None"),
-        ("json", "scorer.json is not JSON"),
+        ("json", "config.json is not JSON"),
         ("width", "does not fit"),
-        ("damaged", "scorer.safetensors is damaged"),
-        ("scorer.json", "holds no scorer: scorer.json missing"),
-        ("scorer.safetensors", "holds no scorer: scorer.safetensors missing"),
+        ("damaged", "model.safetensors is damaged"),
+        ("config.json", "holds no scorer: config.json missing"),
+        ("model.safetensors", "holds no scorer: model.safetensors missing"),
     ],
 )
 def test_a_bad_folder_is_said_to_be_one(tmp_path, what, said):
@@ -217,6 +211,17 @@ def test_a_bad_folder_is_said_to_be_one(tmp_path, what, said):
     with pytest.raises(ScorerError) as caught:
         Scorer.from_pretrained(tmp_path)
     assert said in str(caught.value)
+
+
+def test_folders_of_earlier_versions_load(tmp_path):
+    scorer = scorer_of()
+    scorer.save_pretrained(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).rename(tmp_path / name.replace("model", "scorer").replace("config", "scorer"))
+    assert Scorer.from_pretrained(tmp_path).digest() == scorer.digest()
+    (tmp_path / "scorer.safetensors").unlink()
+    with pytest.raises(ScorerError, match=r"holds no scorer: scorer\.safetensors missing"):
+        Scorer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "nowhere", "a/b/c", "no one/no*thing"])
@@ -341,7 +346,7 @@ def test_grip_refuses_another_model_before_anything_runs(model):
         pytest.fail("the block was entered")
     with pytest.raises(GripError, match="other weights"):
         gripvlm.prune_inputs(model, llava_inputs([1], [5]), grip, 4)
-    with pytest.raises(ScorerError, match="type a folder that exists"):
+    with pytest.raises(ScorerError, match="pass a folder that exists"):
         gripvlm.get_pruner("grip:scorer=/nowhere/x")
 
 

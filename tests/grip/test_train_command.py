@@ -29,43 +29,41 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
     monkeypatch.setattr(lab, "load", lambda: vlm)
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path, 8)
-    return ["train", "--device", "cpu", "--data", "q.jsonl", "--width", "16", "--blocks", "1", "--val-share", "0.3"]
+    return ["train", "--device", "cpu", "--data", "q.jsonl", "--width", "16", "--blocks", "1", "--eval-share", "0.3"]
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--stepz", "3"], "No such option"),
-        (["--steps", "many"], "Invalid value for '--steps'"),
-        (["sideways"], "type one of 'all', 'warmup', 'grpo', 'relaxed'"),
+        (["--max-steps", "many"], "Invalid value for '--max-steps'"),
+        (["sideways"], "use one of 'all', 'distill', 'grpo'"),
+        (["warmup"], "warmup is now distill"),
+        (["--out", "x"], "--out is now --output-dir"),
+        (["--own-answers"], "--own-answers is now --pseudo-labels"),
         (["--data", ""], "no training data: type --data"),
         (["--data", "nothing.jsonl"], "no file 'nothing.jsonl'"),
         (["--reward", "nonsense"], "unknown reward 'nonsense'"),
         (["--reward", "..:x"], "no reward '..:x': TypeError"),
-        (["--budgets", "fixed", "--keep-low", "2"], "keep_low = 2.0: type a share in (0, 1]"),
+        (["--keep-low", "0"], "keep_low = 0.0: use a number above 0"),
         (["--teacher", "nobody"], "unknown teacher 'nobody'"),
-        (["--teacher", "attention", "--teacher-layers", "9"], "teacher_layers = '9': type numbers from 0 to 1"),
+        (["--teacher", "attention", "--teacher-layers", "9"], "teacher_layers = '9': use numbers from 0 to 1"),
         (["--config", "nothing.toml"], "no config file 'nothing.toml'"),
-        (["--val-keeps", "50%"], "val_keeps = '50%'"),
-        (["--keep-low", "0.6"], "type shares in (0, 1], the low one at most the high one"),
-        (["--width", "18"], "width = 18, heads = 4, blocks = 1: type a width that is a multiple of the heads"),
-        (["--budgets", "choices"], "type --keep-choices 0.25"),
+        (["--eval-keeps", "50%"], "eval_keeps = '50%'"),
+        (["--keep-low", "0.6"], "use shares in (0, 1], the low one at most the high one"),
+        (["--width", "18"], "width = 18, heads = 4: use a width that is a multiple of the heads"),
+        (["--budgets", "choices"], "set keep_choices, such as 0.25"),
         (
-            ["warmup", "--num-iterations", "2"],
-            "--num-iterations has no effect in warmup (only grpo would read it): leave it out",
+            ["distill", "--num-iterations", "2"],
+            "--num-iterations has no effect in distill (only grpo would read it): leave it out",
         ),
-        (["grpo", "--tau-end", "0.1"], "--tau-end has no effect in grpo"),
-        (["relaxed", "--band", "3"], "--band has no effect in relaxed"),
+        (["grpo", "--teacher", "attention"], "--teacher has no effect in grpo"),
         (["--teacher-layers", "1"], "--teacher-layers has no effect with teacher gradient (it would with attention)"),
         (["--epsilon", "0.1"], "--epsilon has no effect with num_iterations 1 (it would with 2 or more): leave it out"),
-        (["--budgets", "fixed", "--keep-high", "0.2"], "--keep-high has no effect with budgets fixed"),
         (["--budgets", "choices", "--keep-choices", "0.1", "--keep-low", "0.2"], "--keep-low has no effect with"),
-        (["relaxed", "--samples", "3"], "--samples has no effect with relaxation soft_topk (it would with perturbed)"),
-        (["relaxed", "--relaxation", "dynamicvit", "--tau-end", "1"], "--tau-end has no effect with"),
-        (["warmup", "--num-generations", "8"], "--num-generations has no effect in warmup with teacher gradient"),
-        (["grpo", "--start", "nowhere"], "nowhere"),
-        (["--samples", "3"], "--samples has no effect in warm-up and GRPO (only relaxed would read it): leave it"),
-        (["--val-data", "q.jsonl"], "--val-share has no effect with val_data q.jsonl (it would with none)"),
+        (["distill", "--num-generations", "8"], "--num-generations has no effect in distill with teacher gradient"),
+        (["grpo", "--init-from", "nowhere"], "nowhere"),
+        (["--eval-data", "q.jsonl"], "--eval-share has no effect with eval_data q.jsonl (it would with none)"),
     ],
 )
 def test_mistakes_are_one_paragraph(tiny_lab_here, capsys, flags, said):
@@ -78,7 +76,7 @@ def test_mistakes_are_one_paragraph(tiny_lab_here, capsys, flags, said):
 
 
 def test_validation_questions_are_not_training_questions(tiny_lab_here, capsys):
-    assert main([*tiny_lab_here[:-2], "--val-data", str(Path("q.jsonl").absolute())]) == 2
+    assert main([*tiny_lab_here[:-2], "--eval-data", str(Path("q.jsonl").absolute())]) == 2
     assert "16 of 16 validation questions are training questions too" in " ".join(capsys.readouterr().err.split())
 
 
@@ -88,11 +86,22 @@ def test_what_a_newcomer_could_not_see_is_said(tiny_lab_here, capsys):
     rows[4]["anwser"] = rows[4].pop("answer")
     rows[5]["answer"] = " "
     Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = [*tiny_lab_here, "grpo", "--steps", "2", "--out", "lab", "--val-keeps", "0.5", "--on-bad", "skip"]
+    given = [
+        *tiny_lab_here,
+        "grpo",
+        "--max-steps",
+        "2",
+        "--output-dir",
+        "lab",
+        "--eval-keeps",
+        "0.5",
+        "--on-bad-sample",
+        "skip",
+    ]
     assert main(given) == 0
     told = capsys.readouterr()
     assert "1 of 16 questions have no answer: the model's own are taken" in told.err
-    assert "no --start, and no warm-up in lab: grpo begins with a new scorer" in told.err
+    assert "no --init-from, and no distilled scorer in lab: grpo begins with a new scorer" in told.err
     assert "left out: 1 questions that could not be used; why: lab/metrics.jsonl" in told.err
     assert "grip:scorer=./lab,random" in told.out
 
@@ -101,14 +110,14 @@ def test_a_size_that_is_typed_is_asked_for_even_if_it_is_the_default(tiny_lab_he
     tiny_scorer(vlm[0]).save_pretrained("before")
     given = [
         *tiny_lab_here[:5],
-        "--val-share",
+        "--eval-share",
         "0.3",
         "grpo",
-        "--start",
+        "--init-from",
         "before",
-        "--steps",
+        "--max-steps",
         "0",
-        "--val-keeps",
+        "--eval-keeps",
         "0.5",
     ]
     assert main([*given, "--width", "128"]) == 2
@@ -117,17 +126,20 @@ def test_a_size_that_is_typed_is_asked_for_even_if_it_is_the_default(tiny_lab_he
 
 
 def test_flags_win_over_the_file_and_ctrl_c_says_what_is_kept(tiny_lab_here, capsys, monkeypatch):
-    Path("c.toml").write_text('steps = 3\nwarmup_steps = 2\nout = "elsewhere"\nimages = 2\nnum_generations = 4\n')
-    flags = [*tiny_lab_here, "--config", "c.toml", "--steps", "2", "--val-keeps", "0.5", "--no-question"]
+    Path("c.toml").write_text(
+        'max_steps = 3\ndistill_steps = 2\noutput_dir = "elsewhere"\n'
+        "per_device_train_batch_size = 2\nnum_generations = 4\n"
+    )
+    flags = [*tiny_lab_here, "--config", "c.toml", "--max-steps", "2", "--eval-keeps", "0.5", "--no-question"]
     with monkeypatch.context() as patch:
         stopping(patch, 1)
         assert main(flags) == 130
-    assert "Stopped at step 1 of 2 (grpo). The same command goes on from" in " ".join(capsys.readouterr().err.split())
+    assert "Stopped at step 1 of 2 (grpo). The same command resumes from" in " ".join(capsys.readouterr().err.split())
     assert main(flags) == 0
     told = "".join(capsys.readouterr().out.split("\n"))
     assert "gripvlm eval --model lab --tasks jsonl:q.jsonl --pruners grip:scorer=elsewhere,random --keep 10%" in told
     written = read_toml("elsewhere/config.toml")
-    assert (written["steps"], written["warmup_steps"], written["question"]) == (2, 2, False)
+    assert (written["max_steps"], written["distill_steps"], written["question"]) == (2, 2, False)
     assert not Scorer.from_pretrained("elsewhere").config.question
 
 

@@ -9,8 +9,14 @@ import torch
 
 from gripvlm.errors import TrainError
 from gripvlm.grip.train import Engine
-from gripvlm.grip.train.budgets import draw_keeps
-from gripvlm.grip.train.data import Questions, _share_that_splits, generator, load_questions, split
+from gripvlm.grip.train.data import (
+    QuestionStream,
+    _share_that_splits,
+    draw_counts,
+    generator,
+    load_questions,
+    split,
+)
 from tiny_train import Asked, asked, drawn, pairs, picture, tiny_config, tiny_vlm, write_jsonl
 
 
@@ -22,43 +28,31 @@ def engine():
 # --- budgets ------------------------------------------------------------------------------------------------------
 
 
-def keeps(budgets: str, progress: float = 0.5, groups: int = 4000, n: int = 1000, choices: str = "") -> torch.Tensor:
-    config = tiny_config(budgets=budgets, keep_low=0.01, keep_high=0.64, keep_choices=choices)
-    return draw_keeps(config, torch.full((groups,), n), torch.arange(groups), progress, drawn())
+def counts(groups: int = 4000, n: int = 1000, **changes) -> torch.Tensor:
+    config = tiny_config(**changes)
+    return draw_counts(config, torch.full((groups,), n), torch.arange(groups), drawn())
 
 
-def test_budgets_lie_between_their_bounds_and_are_distributed_as_they_say():
-    for budgets in ("uniform", "log_uniform", "annealed"):
-        found = keeps(budgets, 0.0)
-        assert 10 <= int(found.min()) <= 11
-        assert 600 <= int(found.max()) <= 640
-    assert float(keeps("log_uniform").float().median()) == pytest.approx(80, rel=0.1)  # the root of 10 x 640
-    assert float(keeps("uniform").float().mean()) == pytest.approx(325, rel=0.05)
-    assert keeps("fixed").unique().tolist() == [10]
+def test_budgets_lie_between_their_bounds_log_uniformly():
+    found = counts(keep_low=0.01, keep_high=0.64)
+    assert 10 <= int(found.min()) <= 11
+    assert 600 <= int(found.max()) <= 640
+    assert float(found.float().median()) == pytest.approx(80, rel=0.1)  # the root of 10 x 640
 
 
 def test_budgets_that_are_listed_are_drawn_alike_and_no_others():
-    found, counts = keeps("choices", choices="0.5,0.03,0.5,1").unique(return_counts=True)
+    found, times = counts(budgets="choices", keep_choices="0.5,0.03,0.5,1").unique(return_counts=True)
     assert found.tolist() == [30, 500, 1000]
-    assert (counts / (4000 / 3) - 1).abs().max() < 0.1
-    for budgets, choices, told in (("choices", "", "type --keep-choices"), ("fixed", "0.5", "by budgets = 'choices'")):
-        with pytest.raises(TrainError, match=told):
+    assert (times / (4000 / 3) - 1).abs().max() < 0.1
+    for budgets, choices, message in (("choices", "", "set keep_choices"), ("log_uniform", "0.5", "by budgets = 'cho")):
+        with pytest.raises(TrainError, match=message):
             tiny_config(budgets=budgets, keep_choices=choices)
-
-
-def test_annealed_budgets_start_even_and_end_at_the_lowest():
-    first, middle, last = (keeps("annealed", progress) for progress in (0.0, 0.3, 1.0))
-    rungs = first.unique(return_counts=True)
-    assert rungs[0].tolist() == [10, 18, 33, 59, 108, 195, 353, 640]
-    assert (rungs[1].float() / 500 - 1).abs().max() < 0.2
-    assert last.float().eq(10).float().mean() > 0.999
-    assert first.float().mean() > middle.float().mean() > last.float().mean()
 
 
 def test_images_of_a_question_share_their_fraction_and_keep_one_at_least():
     sizes, owner = torch.tensor([100, 50, 1, 40, 7]), torch.tensor([0, 0, 0, 1, 1])
     for seed in range(20):
-        kept = draw_keeps(tiny_config(keep_low=0.02, keep_high=1.0), sizes, owner, 0.0, drawn(seed))
+        kept = draw_counts(tiny_config(keep_low=0.02, keep_high=1.0), sizes, owner, drawn(seed))
         assert abs(int(kept[0]) / 100 - int(kept[1]) / 50) <= 0.02
         assert ((kept >= 1) & (kept <= sizes)).all()
         assert kept[2] == 1
@@ -69,7 +63,7 @@ def test_images_of_a_question_share_their_fraction_and_keep_one_at_least():
 
 def test_the_stream_is_told_by_seed_and_number_and_an_epoch_is_every_image_once():
     questions = pairs(asked(pictures=7, each=3))
-    stream, again, other = (Questions(questions, 2, 2, seed) for seed in (1, 1, 2))
+    stream, again, other = (QuestionStream(questions, 2, 2, seed) for seed in (1, 1, 2))
     forward = [[s.id for _, s in stream.batch(i)] for i in range(14)]
     assert [[s.id for _, s in again.batch(i)] for i in reversed(range(14))] == forward[::-1]
     assert [[s.id for _, s in other.batch(i)] for i in range(14)] != forward
@@ -89,7 +83,7 @@ def test_pictures_of_two_tasks_are_not_mixed_up(tmp_path, engine):
     for i in range(3):
         picture(50 + i).save(tmp_path / "b" / f"{i}.png")
     questions = [pair for name in "ab" for pair in load_questions(str(tmp_path / name / "q.jsonl"))]
-    stream = Questions(questions, 2, 2, 0)
+    stream = QuestionStream(questions, 2, 2, 0)
     assert len(stream) == 6
     batch = engine.prepare([questions[0], questions[6]])
     assert not torch.allclose(batch.tokens[0][0].features, batch.tokens[1][0].features)
@@ -102,11 +96,11 @@ def test_pictures_of_two_tasks_are_not_mixed_up(tmp_path, engine):
 
 def test_the_same_file_in_two_tasks_is_one_picture(tmp_path):
     file = write_jsonl(tmp_path, 3)
-    assert len(Questions(load_questions(str(file)) + load_questions(str(file)), 2, 2, 0)) == 3
+    assert len(QuestionStream(load_questions(str(file)) + load_questions(str(file)), 2, 2, 0)) == 3
 
 
 def test_a_stream_with_nothing_left_stops():
-    stream = Questions(pairs(asked(pictures=1, each=2)), 1, 2, 0)
+    stream = QuestionStream(pairs(asked(pictures=1, each=2)), 1, 2, 0)
     stream.skip(stream.questions[0], "first")
     assert [s.id for _, s in stream.batch(0)] == ["0-1"]
     with pytest.raises(TrainError, match="not one of 2 questions can be used; the last: second"):
@@ -142,12 +136,12 @@ def test_a_share_that_does_not_split_names_one_that_does(pictures, share):
     with pytest.raises(TrainError, match=f"^{16 * pictures} questions about {pictures} pictures: ") as refused:
         split(questions, share)
     side = "validation" if share < 0.5 else "training"
-    named = re.search(rf"leaves none for {side}; type --val-share ([\d.]+), bring more pictures", str(refused.value))
+    named = re.search(rf"leaves none for {side}; type --eval-share ([\d.]+), bring more pictures", str(refused.value))
     assert all(split(questions, float(named[1])))
 
 
 def test_one_picture_has_no_share_that_splits():
-    with pytest.raises(TrainError, match=r"leaves none for \w+; bring more pictures, or name --val-data"):
+    with pytest.raises(TrainError, match=r"leaves none for \w+; bring more pictures, or name --eval-data"):
         split(pairs(asked(pictures=1, each=8)), 0.5)
 
 

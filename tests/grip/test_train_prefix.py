@@ -81,7 +81,7 @@ def test_sliding_windows_share_nothing(monkeypatch):
 def test_rollouts_share_the_system_prompt_of_their_batch(monkeypatch):
     model, processor = tiny_vlm()
     processor.chat_template = processor.chat_template.replace("{%", "is there a cat next to the dog? yes{%", 1)
-    engine = Engine(model, processor, rows=2)
+    engine = Engine(model, processor, rollout_batch_size=2)
     task = asked(pictures=2, each=2)
     questions = [(task, sample) for sample in task.samples]
     kept = [[torch.tensor([1, 5, 9])], [torch.tensor([0])], [torch.arange(16)], [torch.tensor([2, 3])]]
@@ -96,7 +96,7 @@ def test_rollouts_share_the_system_prompt_of_their_batch(monkeypatch):
         batch = engine.prepare(questions)
         widths.clear()
         rollout = engine.run(batch, range(4), kept)
-        found[shortest] = (rollout.log_probs, engine.full_logits(batch), list(widths), batch.shared)
+        found[shortest] = (rollout.log_probs, engine.full_logits(batch), list(widths), batch.prefix_length)
     hook.remove()
     (few, full, short, length), (plain, all_, long, none) = found[8], found[10**6]
     assert torch.allclose(few, plain, atol=1e-4)

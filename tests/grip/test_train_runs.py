@@ -14,16 +14,13 @@ import pytest
 import torch
 
 import gripvlm
-from gripvlm.errors import TrainError
+from gripvlm.errors import Interrupted, TrainError
 from gripvlm.grip.scorer import Scorer
-from gripvlm.grip.train import Interrupted, TrainConfig, read_toml, train
-from gripvlm.grip.train.loop import Loop
-from gripvlm.grip.train.validation import Validator
+from gripvlm.grip.train import Evaluator, TrainConfig, read_toml, train
+from gripvlm.grip.train.trainer import Trainer
 from gripvlm.tasks import Sample, TaskError
 from places import TESTS
 from tiny_train import Asked, asked, stopping, tiny_config, tiny_vlm
-
-HERE = TESTS
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +32,7 @@ def vlm():
 def whole(vlm, tmp_path_factory):
     """The folder of one uninterrupted run of both stages."""
     folder = tmp_path_factory.mktemp("whole")
-    train(tiny_config(out=str(folder)), *vlm, asked(8))
+    train(tiny_config(output_dir=str(folder)), *vlm, asked(8))
     return folder
 
 
@@ -54,54 +51,52 @@ def same_weights(one: Path, other: Path) -> bool:
 def test_a_run_leaves_everything_in_its_folder(whole):
     names = {file.name for file in whole.iterdir()}
     assert names >= {
-        "scorer.json",
-        "scorer.safetensors",
+        "config.json",
+        "model.safetensors",
         "config.toml",
         "environment.json",
         "metrics.jsonl",
-        "curve.png",
     }
-    assert (whole / "curve.png").stat().st_size > 5000
     assert [(line["stage"], line["step"]) for line in lines(whole) if "loss" in line] == [
-        *(("warmup", step) for step in (1, 2, 3)),
+        *(("distill", step) for step in (1, 2, 3)),
         *(("grpo", step) for step in (1, 2, 3, 4, 5, 6)),
     ]
-    judged = [(line["stage"], line["step"]) for line in lines(whole) if "val" in line]
-    assert judged == [*(("warmup", step) for step in (0, 2, 3)), *(("grpo", step) for step in (0, 2, 4, 6))]
+    judged = [(line["stage"], line["step"]) for line in lines(whole) if "eval" in line]
+    assert judged == [*(("distill", step) for step in (0, 2, 3)), *(("grpo", step) for step in (0, 2, 4, 6))]
     judged = {
-        name: [one["val"]["objective"] for one in lines(whole) if one["stage"] == name and "val" in one]
-        for name in ("warmup", "grpo")
+        name: [one["eval"]["objective"] for one in lines(whole) if one["stage"] == name and "eval" in one]
+        for name in ("distill", "grpo")
     }
-    assert max(judged["warmup"]) == judged["grpo"][0]  # one judge, and the best goes on
+    assert max(judged["distill"]) == judged["grpo"][0]  # one judge, and the best goes on
     grpo = [line for line in lines(whole) if line["stage"] == "grpo" and "loss" in line]
-    assert set(grpo[0]) >= {"lr", "grad_norm", "reward", "reward_std", "exact", "evidence", "zero_std", "entropy"}
-    assert TrainConfig(**read_toml(whole / "config.toml")) == tiny_config(out=str(whole))
-    assert not same_weights(whole, whole / "warmup")
+    assert set(grpo[0]) >= {"lr", "grad_norm", "reward", "reward_std", "exact", "zero_std", "entropy"}
+    assert TrainConfig(**read_toml(whole / "config.toml")) == tiny_config(output_dir=str(whole))
+    assert not same_weights(whole, whole / "distill")
 
 
 def test_another_judge_may_choose_the_step(vlm, whole, tmp_path):
-    train(tiny_config(out=str(tmp_path), val_reward="log_prob"), *vlm, asked(8))
-    theirs, mine = ([line for line in lines(one) if "val" in line] for one in (whole, tmp_path))
-    assert all(line["val"]["objective"] > 0 for line in theirs)
-    assert all(line["val"]["objective"] < 0 for line in mine)  # a log-probability
-    assert [line["val"]["exact@0.5"] for line in mine[:2]] == [line["val"]["exact@0.5"] for line in theirs[:2]]
+    train(tiny_config(output_dir=str(tmp_path), eval_reward="log_prob"), *vlm, asked(8))
+    theirs, mine = ([line for line in lines(one) if "eval" in line] for one in (whole, tmp_path))
+    assert all(line["eval"]["objective"] > 0 for line in theirs)
+    assert all(line["eval"]["objective"] < 0 for line in mine)  # a log-probability
+    assert [line["eval"]["exact@0.5"] for line in mine[:2]] == [line["eval"]["exact@0.5"] for line in theirs[:2]]
 
 
 def test_steps_with_rollouts_say_how_many_a_second(whole):
     found = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in found if "loss" in line]
     assert all(line["subsets_per_second"] > 0 for line in steps if line["stage"] == "grpo")
-    assert not any("subsets_per_second" in line for line in steps if line["stage"] == "warmup")  # it scores none
+    assert not any("subsets_per_second" in line for line in steps if line["stage"] == "distill")  # it scores none
 
 
-@pytest.mark.parametrize(("stage", "at"), [("grpo", 3), ("warmup", 2)])
+@pytest.mark.parametrize(("stage", "at"), [("grpo", 3), ("distill", 2)])
 def test_stopped_by_ctrl_c_and_resumed_it_is_the_same_run(vlm, whole, tmp_path, monkeypatch, stage, at):
     stopping(monkeypatch, at, stage=stage)
-    with pytest.raises(Interrupted, match=rf"Stopped at step {at} of \d \({stage}\).*goes on from"):
-        train(tiny_config(out=str(tmp_path)), *vlm, asked(8))
+    with pytest.raises(Interrupted, match=rf"Stopped at step {at} of \d \({stage}\).*resumes from"):
+        train(tiny_config(output_dir=str(tmp_path)), *vlm, asked(8))
     monkeypatch.undo()
-    assert (tmp_path / "warmup" / "scorer.json").exists() is (stage == "grpo")
-    train(tiny_config(out=str(tmp_path)), *vlm, asked(8))
+    assert (tmp_path / "distill" / "config.json").exists() is (stage == "grpo")
+    train(tiny_config(output_dir=str(tmp_path)), *vlm, asked(8))
     assert lines(tmp_path) == lines(whole)
     assert same_weights(tmp_path, whole)
 
@@ -115,19 +110,19 @@ def test_killed_between_checkpoints_it_is_the_same_run_too(vlm, whole, tmp_path,
     for at in (3, 5):
         stopping(monkeypatch, at, die)
         with pytest.raises(SystemExit):
-            train(tiny_config(out=str(tmp_path), save_minutes=1e9 if at == 3 else 1e-9), *vlm, asked(8))
+            train(tiny_config(output_dir=str(tmp_path), save_steps=1000 if at == 3 else 1), *vlm, asked(8))
         monkeypatch.undo()
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"stage": "grpo", "st')
-    train(tiny_config(out=str(tmp_path)), *vlm, asked(8))
+    train(tiny_config(output_dir=str(tmp_path)), *vlm, asked(8))
     assert lines(tmp_path) == lines(whole)
     assert same_weights(tmp_path, whole)
 
 
 def test_a_run_that_is_over_trains_no_more(vlm, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(Loop, "_one_step", None)
+    monkeypatch.setattr(Trainer, "_step", None)
     before = (whole / "metrics.jsonl").read_text()
-    grip = train(tiny_config(out=str(whole)), *vlm, asked(8))
+    grip = train(tiny_config(output_dir=str(whole)), *vlm, asked(8))
     assert (whole / "metrics.jsonl").read_text() == before
     assert all(
         torch.equal(v, grip.module.state_dict()[k]) for k, v in Scorer.from_pretrained(whole).state_dict().items()
@@ -135,9 +130,9 @@ def test_a_run_that_is_over_trains_no_more(vlm, whole, tmp_path, monkeypatch):
 
 
 def test_a_second_stage_follows_in_the_folder_of_the_first(vlm, whole, tmp_path):
-    train(tiny_config(out=str(tmp_path), stage="warmup"), *vlm, asked(8))
-    assert {line["stage"] for line in lines(tmp_path)} == {"warmup"}
-    train(tiny_config(out=str(tmp_path), stage="grpo"), *vlm, asked(8))
+    train(tiny_config(output_dir=str(tmp_path), stage="distill"), *vlm, asked(8))
+    assert {line["stage"] for line in lines(tmp_path)} == {"distill"}
+    train(tiny_config(output_dir=str(tmp_path), stage="grpo"), *vlm, asked(8))
     assert lines(tmp_path) == lines(whole)
     assert same_weights(tmp_path, whole)
 
@@ -145,31 +140,31 @@ def test_a_second_stage_follows_in_the_folder_of_the_first(vlm, whole, tmp_path)
 def test_a_warm_up_is_gone_on_with_as_it_was_begun(vlm, whole, tmp_path, monkeypatch):
     out = str(tmp_path)
     with monkeypatch.context() as patch:
-        stopping(patch, 2, stage="warmup")
+        stopping(patch, 2, stage="distill")
         with pytest.raises(Interrupted):
-            train(tiny_config(out=out, stage="warmup"), *vlm, asked(8))
+            train(tiny_config(output_dir=out, stage="distill"), *vlm, asked(8))
     for changed in ({"teacher": "attention"}, {"ema_decay": 0.9}, {"seed": 7}):
         with pytest.raises(TrainError, match=f"holds another run .{next(iter(changed))} was"):
-            train(tiny_config(out=out, **changed), *vlm, asked(8))
-    assert read_toml(tmp_path / "config.toml")["stage"] == "warmup"
-    train(tiny_config(out=out), *vlm, asked(8))  # both stages: the rest of this one, and the next
+            train(tiny_config(output_dir=out, **changed), *vlm, asked(8))
+    assert read_toml(tmp_path / "config.toml")["stage"] == "distill"
+    train(tiny_config(output_dir=out), *vlm, asked(8))  # both stages: the rest of this one, and the next
     assert lines(tmp_path) == lines(whole)
     assert same_weights(tmp_path, whole)
 
 
 def test_another_run_is_kept_out_of_the_folder(vlm, whole, tmp_path):
-    with pytest.raises(TrainError, match=r"holds another run \(seed was 0, now 1\): type another --out"):
-        train(tiny_config(out=str(whole), seed=1), *vlm, asked(8))
-    train(tiny_config(out=str(tmp_path), stage="warmup"), *vlm, asked(8))
+    with pytest.raises(TrainError, match=r"holds another run \(seed was 0, now 1\): use another --output-dir"):
+        train(tiny_config(output_dir=str(whole), seed=1), *vlm, asked(8))
+    train(tiny_config(output_dir=str(tmp_path), stage="distill"), *vlm, asked(8))
     mistakes = {
         "unknown reward": {"reward": "nonsense"},
-        "val_keeps": {"val_keeps": "2"},
-        "no scorer": {"start": "/no/x"},
+        "eval_keeps": {"eval_keeps": "2"},
+        "no scorer": {"init_from": "/no/x"},
     }
     for said, wrong in mistakes.items():
         with pytest.raises(ValueError, match=said):
-            train(tiny_config(out=str(tmp_path), stage="grpo", **wrong), *vlm, asked(8))
-    assert read_toml(tmp_path / "config.toml")["stage"] == "warmup"  # what failed at once left no trace
+            train(tiny_config(output_dir=str(tmp_path), stage="grpo", **wrong), *vlm, asked(8))
+    assert read_toml(tmp_path / "config.toml")["stage"] == "distill"  # what failed at once left no trace
 
 
 def test_the_best_step_is_kept_and_patience_ends(vlm, tmp_path, monkeypatch):
@@ -179,8 +174,8 @@ def test_the_best_step_is_kept_and_patience_ends(vlm, tmp_path, monkeypatch):
         states.append({name: value.clone() for name, value in scorer.state_dict().items()})
         return {"objective": next(scores)}
 
-    monkeypatch.setattr(Validator, "judge", judge)
-    config = tiny_config(out=str(tmp_path), stage="grpo", steps=100, val_every=1, patience=2)
+    monkeypatch.setattr(Evaluator, "evaluate", judge)
+    config = tiny_config(output_dir=str(tmp_path), stage="grpo", max_steps=100, eval_steps=1, early_stopping_patience=2)
     grip = train(config, *vlm, asked(8))
     assert len(states) == 4
     assert all(torch.equal(value, states[1][name]) for name, value in grip.module.state_dict().items())
@@ -189,17 +184,19 @@ def test_the_best_step_is_kept_and_patience_ends(vlm, tmp_path, monkeypatch):
 
 
 def test_a_running_average_of_the_weights_is_kept_and_resumed(vlm, tmp_path, monkeypatch):
-    steps, before, judge = [], Loop._one_step, Validator.judge
+    steps, before, evaluate = [], Trainer._step, Evaluator.evaluate
     counted = iter(range(1000))
-    monkeypatch.setattr(Validator, "judge", lambda self, scorer: judge(self, scorer) | {"objective": next(counted)})
+    monkeypatch.setattr(
+        Evaluator, "evaluate", lambda self, scorer: evaluate(self, scorer) | {"objective": next(counted)}
+    )
 
     def noted(self):
         steps.append({name: value.clone() for name, value in self.stage.scorer.state_dict().items()})
         return before(self)
 
-    monkeypatch.setattr(Loop, "_one_step", noted)
-    settings = {"warmup_steps": 0, "steps": 4, "ema_decay": 0.7, "stage": "grpo", "learning_rate": 0.01}
-    kept = train(tiny_config(out=str(tmp_path / "a"), **settings), *vlm, asked(8)).module.state_dict()
+    monkeypatch.setattr(Trainer, "_step", noted)
+    settings = {"distill_steps": 0, "max_steps": 4, "ema_decay": 0.7, "stage": "grpo", "learning_rate": 0.01}
+    kept = train(tiny_config(output_dir=str(tmp_path / "a"), **settings), *vlm, asked(8)).module.state_dict()
     state = torch.load(tmp_path / "a" / "grpo.ckpt", weights_only=True)["modules"]
     expected = steps[0]
     for after in [*steps[1:], state["scorer"]]:
@@ -209,55 +206,59 @@ def test_a_running_average_of_the_weights_is_kept_and_resumed(vlm, tmp_path, mon
     assert all(torch.allclose(kept[name], expected[name], atol=1e-5) for name in expected)
     stopping(monkeypatch, 3)
     with pytest.raises(Interrupted):
-        train(tiny_config(out=str(tmp_path / "b"), **settings), *vlm, asked(8))
-    monkeypatch.setattr(Loop, "_one_step", before)
-    train(tiny_config(out=str(tmp_path / "b"), **settings), *vlm, asked(8))
+        train(tiny_config(output_dir=str(tmp_path / "b"), **settings), *vlm, asked(8))
+    monkeypatch.setattr(Trainer, "_step", before)
+    train(tiny_config(output_dir=str(tmp_path / "b"), **settings), *vlm, asked(8))
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
 def test_out_of_time_the_last_step_is_judged(vlm, tmp_path, monkeypatch):
-    before = Loop._one_step
+    before = Trainer._step
 
     def slow(self):
         stats = before(self)
-        self.spent += 25.0
+        self.state.seconds += 25.0
         return stats
 
-    monkeypatch.setattr(Loop, "_one_step", slow)
-    train(tiny_config(out=str(tmp_path), stage="grpo", steps=100, val_every=50, max_minutes=1.0), *vlm, asked(8))
-    assert [line["step"] for line in lines(tmp_path) if "val" in line] == [0, 3]
+    monkeypatch.setattr(Trainer, "_step", slow)
+    train(
+        tiny_config(output_dir=str(tmp_path), stage="grpo", max_steps=100, eval_steps=50, max_minutes=1.0),
+        *vlm,
+        asked(8),
+    )
+    assert [line["step"] for line in lines(tmp_path) if "eval" in line] == [0, 3]
     rates = [line["lr"] for line in lines(tmp_path) if "lr" in line]
     assert len(rates) == 3
     assert rates[2] < 0.5 * rates[1]  # the clock is at five sixths; by steps alone it would still be rising
 
 
 def test_more_time_goes_on_where_time_ran_out(vlm, tmp_path, monkeypatch):
-    before = Loop._one_step
+    before = Trainer._step
 
     def slow(self):
         stats = before(self)
-        self.spent += 25.0 * (self.stage.name == "grpo")
+        self.state.seconds += 25.0 * (self.stage.name == "grpo")
         return stats
 
-    monkeypatch.setattr(Loop, "_one_step", slow)
+    monkeypatch.setattr(Trainer, "_step", slow)
     for minutes, last in ((1.0, 3), (1.0, 3), (2.0, 5)):
-        train(tiny_config(out=str(tmp_path), max_minutes=minutes), *vlm, asked(8))
+        train(tiny_config(output_dir=str(tmp_path), max_minutes=minutes), *vlm, asked(8))
         assert max(line["step"] for line in lines(tmp_path) if line["stage"] == "grpo") == last
 
 
 def test_several_steps_a_batch_of_rollouts_are_resumed(vlm, tmp_path, monkeypatch):
     several = {"stage": "grpo", "num_iterations": 3, "scale_rewards": "budget", "beta": 0.1}
-    train(tiny_config(out=str(tmp_path / "a"), **several), *vlm, asked(8))
+    train(tiny_config(output_dir=str(tmp_path / "a"), **several), *vlm, asked(8))
     with monkeypatch.context() as patch:
         stopping(patch, 3)
         with pytest.raises(Interrupted):
-            train(tiny_config(out=str(tmp_path / "b"), **several), *vlm, asked(8))
-    train(tiny_config(out=str(tmp_path / "b"), **several), *vlm, asked(8))
+            train(tiny_config(output_dir=str(tmp_path / "b"), **several), *vlm, asked(8))
+    train(tiny_config(output_dir=str(tmp_path / "b"), **several), *vlm, asked(8))
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
     assert same_weights(tmp_path / "a", tmp_path / "b")
-    optimiser = torch.load(tmp_path / "a" / "grpo.ckpt", weights_only=True)["optimiser"]
-    assert {int(state["step"]) for state in optimiser["state"].values()} == {18}  # 6 batches
-    train(tiny_config(out=str(tmp_path / "c"), **several | {"num_iterations": 1}), *vlm, asked(8))
+    optimizer = torch.load(tmp_path / "a" / "grpo.ckpt", weights_only=True)["optimizer"]
+    assert {int(state["step"]) for state in optimizer["state"].values()} == {18}  # 6 batches
+    train(tiny_config(output_dir=str(tmp_path / "c"), **several | {"num_iterations": 1}), *vlm, asked(8))
     assert not same_weights(tmp_path / "a", tmp_path / "c")
     once, often = (next(line for line in lines(tmp_path / run) if "reward" in line) for run in "ca")
     assert once["reward"] == often["reward"]  # the same subsets, drawn once
@@ -272,24 +273,24 @@ def nan_at_the_third(rollout):
 def test_a_reward_or_a_loss_that_is_no_number_stops(vlm, tmp_path, monkeypatch):
     nan_at_the_third.calls = 0
     with pytest.raises(TrainError, match=r"'nan_at_the_third' is nan for sample '\d-\d'"):
-        train(tiny_config(out=str(tmp_path / "a"), reward=f"{__name__}:nan_at_the_third"), *vlm, asked(8))
-    monkeypatch.setattr("gripvlm.grip.train.grpo.Grpo._surrogate", lambda *a: (a[5] * torch.nan, {}))
+        train(tiny_config(output_dir=str(tmp_path / "a"), reward=f"{__name__}:nan_at_the_third"), *vlm, asked(8))
+    monkeypatch.setattr("gripvlm.grip.train.grpo.Grpo.surrogate", lambda *a: (a[4] * torch.nan, 0.0))
     with pytest.raises(TrainError, match="the loss of grpo is nan at step 0: lower --learning-rate"):
-        train(tiny_config(out=str(tmp_path / "b"), stage="grpo"), *vlm, asked(8))
+        train(tiny_config(output_dir=str(tmp_path / "b"), stage="grpo"), *vlm, asked(8))
 
 
 def test_a_folder_is_free_until_its_first_checkpoint(vlm, tmp_path, monkeypatch):
     """What failed at once can be mended where it is; the settings of a stage that has not begun, too."""
     out = str(tmp_path)
     with pytest.raises(TrainError, match=r"lower --learning-rate"):
-        train(tiny_config(out=out, stage="grpo", learning_rate=1e30), *vlm, asked(8))
-    train(tiny_config(out=out, stage="grpo", steps=1), *vlm, asked(8))
+        train(tiny_config(output_dir=out, stage="grpo", learning_rate=1e30), *vlm, asked(8))
+    train(tiny_config(output_dir=out, stage="grpo", max_steps=1), *vlm, asked(8))
     both = str(tmp_path / "both")
     with pytest.raises(TrainError, match="lower --learning-rate"):
-        train(tiny_config(out=both, learning_rate=1e30), *vlm, asked(8))
-    with pytest.raises(TrainError, match=r"holds another run .warmup_learning_rate was"):
-        train(tiny_config(out=both, warmup_learning_rate=1e-4), *vlm, asked(8))
-    train(tiny_config(out=both, steps=1), *vlm, asked(8))
+        train(tiny_config(output_dir=both, learning_rate=1e30), *vlm, asked(8))
+    with pytest.raises(TrainError, match=r"holds another run .distill_learning_rate was"):
+        train(tiny_config(output_dir=both, distill_learning_rate=1e-4), *vlm, asked(8))
+    train(tiny_config(output_dir=both, max_steps=1), *vlm, asked(8))
     assert len({line["step"] for line in lines(tmp_path / "both") if line["stage"] == "grpo" and "loss" in line}) == 1
 
 
@@ -298,17 +299,17 @@ def test_a_checkpoint_is_of_its_questions_and_whole(vlm, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stopping(patch, 2, how=lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted):
-            train(tiny_config(out=out, stage="grpo"), *vlm, asked(8))
+            train(tiny_config(output_dir=out, stage="grpo"), *vlm, asked(8))
     with pytest.raises(TrainError, match="made with other questions"):
-        train(tiny_config(out=out, stage="grpo"), *vlm, asked(6))
+        train(tiny_config(output_dir=out, stage="grpo"), *vlm, asked(6))
     for left in ([], {"modules": {}}):
         torch.save(left, tmp_path / "grpo.ckpt")
         with pytest.raises(TrainError, match=r"is damaged .*remove it to begin this stage again"):
-            train(tiny_config(out=out, stage="grpo"), *vlm, asked(8))
+            train(tiny_config(output_dir=out, stage="grpo"), *vlm, asked(8))
     (tmp_path / "grpo.ckpt").unlink()
     (tmp_path / "metrics.jsonl").write_text("{}{\n")
     with pytest.raises(TrainError, match=r"metrics\.jsonl is damaged"):
-        train(tiny_config(out=out, stage="grpo"), *vlm, asked(8))
+        train(tiny_config(output_dir=out, stage="grpo"), *vlm, asked(8))
 
 
 def with_bad_ones(folder: Path) -> tuple[Asked, Asked]:
@@ -324,21 +325,28 @@ def with_bad_ones(folder: Path) -> tuple[Asked, Asked]:
 def test_bad_questions_stop_or_are_left_out(vlm, tmp_path):
     data, held = with_bad_ones(tmp_path)
     with pytest.raises((TaskError, TrainError), match=r"sample '(corrupt|empty)'"):
-        train(tiny_config(out=str(tmp_path / "r"), stage="grpo"), *vlm, data, asked(2))
-    train(tiny_config(out=str(tmp_path / "r"), stage="grpo", on_bad="skip"), *vlm, data, held)
+        train(tiny_config(output_dir=str(tmp_path / "r"), stage="grpo"), *vlm, data, asked(2))
+    train(tiny_config(output_dir=str(tmp_path / "r"), stage="grpo", on_bad_sample="skip"), *vlm, data, held)
     left_out = [line for line in lines(tmp_path / "r") if "skipped" in line]
     assert {line["skipped"] for line in left_out} == {"corrupt", "empty"}
     assert {"corrupt", "empty"} <= {line["skipped"] for line in left_out if not line.get("validation")}
     assert "not a picture" in next(line["why"] for line in left_out if line["skipped"] == "corrupt")
     one = Asked(list(data.samples[-1:]), "one")
     with pytest.raises(TrainError, match="not one of 1 questions can be used"):
-        train(tiny_config(out=str(tmp_path / "s"), stage="grpo", on_bad="skip"), *vlm, one, asked(2))
+        train(tiny_config(output_dir=str(tmp_path / "s"), stage="grpo", on_bad_sample="skip"), *vlm, one, asked(2))
 
 
 # --- several processes --------------------------------------------------------------------------------------------
 
 # With this seed the second process is the first to meet the corrupt picture.
-FOUR_STEPS = {"accumulate": 2, "steps": 4, "stage": "grpo", "on_bad": "skip", "seed": 2, "reward": "log_prob"}
+FOUR_STEPS = {
+    "gradient_accumulation_steps": 2,
+    "max_steps": 4,
+    "stage": "grpo",
+    "on_bad_sample": "skip",
+    "seed": 2,
+    "reward": "log_prob",
+}
 SCRIPT = f"""
 import sys, torch
 from pathlib import Path
@@ -347,7 +355,7 @@ from test_train_runs import with_bad_ones
 from tiny_train import tiny_config, tiny_vlm
 torch.set_num_threads(1)
 data, held = with_bad_ones(Path(sys.argv[1]).parent)
-train(tiny_config(out=sys.argv[1], log_with="tensorboard", **{FOUR_STEPS}), *tiny_vlm(), data, held)
+train(tiny_config(output_dir=sys.argv[1], report_to="tensorboard", **{FOUR_STEPS}), *tiny_vlm(), data, held)
 """
 
 
@@ -355,7 +363,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(vlm, tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("tensorboard")
     (tmp_path / "run.py").write_text(SCRIPT)
-    paths = os.pathsep.join([str(HERE), str(Path(gripvlm.__file__).parents[1])])
+    paths = os.pathsep.join([str(TESTS), str(TESTS / "grip"), str(Path(gripvlm.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -366,7 +374,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(vlm, tmp_path):
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    train(tiny_config(out=str(tmp_path / "one"), **FOUR_STEPS), *vlm, *with_bad_ones(tmp_path))
+    train(tiny_config(output_dir=str(tmp_path / "one"), **FOUR_STEPS), *vlm, *with_bad_ones(tmp_path))
     one, two = (Scorer.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in one)  # a step moves by 3e-4
     for mine, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):

@@ -26,7 +26,6 @@ NOT_ALONE = {
     "grip",
     "ensemble",
     "mmr",
-    "relaxed",
     "split",
     "spread",
 }  # need scores, all rows, a pruner

@@ -244,7 +244,7 @@ IN_SCORER = [
 def test_a_strangers_scorer_ends_in_one_line_and_takes_no_memory(scorer, tmp_path, place, value, says):
     for name, content in scorer.items():
         (tmp_path / name).write_bytes(content)
-    put(tmp_path / "scorer.json", place, value)
+    put(tmp_path / "config.json", place, value)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     if says:
         with pytest.raises(ScorerError, match=says):
@@ -259,10 +259,10 @@ def test_sizes_that_only_one_of_the_weights_has_are_not_believed(scorer, tmp_pat
     for name, content in scorer.items():
         (tmp_path / name).write_bytes(content)
     width = 2**20
-    save_file({"enter.1.weight": torch.zeros(width, 1), "blocks.0.x": torch.zeros(1)}, tmp_path / "scorer.safetensors")
-    put(tmp_path / "scorer.json", ("scorer", "width"), str(width))
-    put(tmp_path / "scorer.json", ("scorer", "features"), "1")
-    with pytest.raises(ScorerError, match=r"scorer\.safetensors does not fit scorer\.json"):
+    save_file({"enter.1.weight": torch.zeros(width, 1), "blocks.0.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    put(tmp_path / "config.json", ("scorer", "width"), str(width))
+    put(tmp_path / "config.json", ("scorer", "features"), "1")
+    with pytest.raises(ScorerError, match=r"model\.safetensors does not fit config\.json"):
         Scorer.from_pretrained(tmp_path)
 
 

@@ -83,7 +83,13 @@ def test_training_leaves_bad_pictures_out(tmp_path):
         samples.append(Sample(name, tmp_path / f"{name}.png", "is there a cat?", "yes"))
     data = Asked([*asked(4).samples, *samples])
     config = tiny_config(
-        out=str(tmp_path / "grip"), stage="grpo", steps=4, images=6, on_bad="skip", val_every=4, val_questions=2
+        output_dir=str(tmp_path / "grip"),
+        stage="grpo",
+        max_steps=4,
+        per_device_train_batch_size=6,
+        on_bad_sample="skip",
+        eval_steps=4,
+        eval_questions=2,
     )
     train(config, *tiny_vlm(), data, asked(2, name="held"))
     lines = [json.loads(line) for line in (tmp_path / "grip" / "metrics.jsonl").read_text().splitlines()]

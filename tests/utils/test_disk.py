@@ -51,7 +51,7 @@ def small_eval(out):
 
 
 def small_training(out):
-    return train(tiny_config(out=str(out), stage="grpo", steps=1, val_questions=2), *tiny_vlm(), asked(4))
+    return train(tiny_config(output_dir=str(out), stage="grpo", max_steps=1, eval_questions=2), *tiny_vlm(), asked(4))
 
 
 @POSIX

@@ -153,5 +153,5 @@ def test_eval_bench_and_train_say_how_far_they_are(monkeypatch, capsys, tmp_path
 
     bench(model, prompts, [("norm", get_pruner("norm"))], [Budget(0.5)], new=2, repeats=2, progress=True)
     assert re.search(r"\d+ of 9 prompts \(\d+ %\), .*: batch 1, prompt 64\n", capsys.readouterr().err)
-    train(tiny_config(out=str(tmp_path / "grip")), *tiny_vlm(), asked(8), quiet=False)
-    assert re.search(r"\d+ of \d+ steps of \w+ \(\d+ %\), .*\n", capsys.readouterr().err)
+    train(tiny_config(output_dir=str(tmp_path / "grip")), *tiny_vlm(), asked(8), quiet=False)
+    assert re.search(r"\d+ of \d+ steps of distill \(\d+ %\), .*\n", capsys.readouterr().err)

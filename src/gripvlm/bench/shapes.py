@@ -179,7 +179,7 @@ def random_pruner(spec: str, model: Any) -> Pruner:
 
     Only a bare name does (`grip`): a spec that names a scorer (`grip:scorer=lab`) asks for that scorer.
     """
-    if spec not in ("grip", "relaxed"):
+    if spec != "grip":
         return get_pruner(spec)
     # the caller's random numbers are what they would be without us
     with torch.random.fork_rng(devices=[]):

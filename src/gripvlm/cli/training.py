@@ -12,74 +12,85 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from gripvlm.errors import GripError
+from gripvlm.errors import GripError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gripvlm.grip.pruner import Learned
+    from gripvlm.grip.pruner import Grip
     from gripvlm.grip.train import TrainConfig
 
 __all__ = ["train_command"]
 
 
-def train_command(**given: Any) -> None:
-    """Train a scorer for a frozen model: a supervised warm-up, then GRPO (or a relaxed baseline).
+def train_command(**options: Any) -> None:
+    """Train a scorer for a frozen model: distil a teacher, then GRPO.
 
-    gripvlm train --model M --data questions.jsonl --out grip/        both stages
-    gripvlm train warmup ... | grpo ... | relaxed ...                 one of them
+    gripvlm train --model M --data questions.jsonl --output-dir grip/     both stages
+    gripvlm train distill ... | grpo ...                                  one of them
 
-    Ctrl-C keeps a checkpoint and the same command goes on. Several processes: accelerate launch -m gripvlm train ...
+    Ctrl-C keeps a checkpoint and the same command resumes. Several processes: accelerate launch -m gripvlm train ...
     """
     from gripvlm.cli.commands import console
-    from gripvlm.grip.train import Interrupted, TrainConfig, read_toml
-    from gripvlm.grip.train.processes import launched_device
-    from gripvlm.grip.train.run import check_settings, train_on
+    from gripvlm.grip.train.run import check_settings, launched_device, train_on
     from gripvlm.models.loading import load_model, quiet
 
-    file: Path | None = given.pop("config")
-    stage: str | None = given.pop("stage")
-    settings = read_toml(file) if file is not None else {}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    if stage is not None:
-        settings["stage"] = stage
-    config = TrainConfig(**settings)
-    typed = [name for name, value in given.items() if value is not None]
-    for name, why in config.without_effect(typed).items():
+    config, explicit = _configuration(options)
+    # Flags only: a file of settings may serve several stages.
+    for name, why in config.without_effect(explicit).items():
         raise GripError(f"{_flag(name)} has no effect {why}: leave it out")
-    questions, held = check_settings(config, typed=typed)
-    if (lacking := sum(not sample.answer for _, sample in questions + held)) and not config.own_answers:
-        _say(f"{lacking} of {len(questions + held)} questions have no answer: the model's own are taken")
-    folder = Path(config.out).expanduser()
-    begun = (folder / "warmup").exists() or (folder / f"{config.stage}.ckpt").exists()
-    if config.stage in ("grpo", "relaxed") and not config.start and not begun:
-        _say(f"no --start, and no warm-up in {config.out}: {config.stage} begins with a new scorer")
+    questions, held_out = check_settings(config, explicit=explicit)
+    _warn(config, [sample.answer for _, sample in questions + held_out])
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)
     try:
-        pruner = train_on(questions, held, config, model, processor, quiet=False)
+        pruner = train_on((questions, held_out), config, model, processor, quiet=False)
     except Interrupted as stop:
         _say(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False))
         raise typer.Exit(130) from None
     if pruner.module is not None and (left_out := pruner.module.notes.get("left_out")):
-        _say(f"left out: {left_out} questions that could not be used; why: {folder / 'metrics.jsonl'}")
+        metrics = Path(config.output_dir).expanduser() / "metrics.jsonl"
+        _say(f"left out: {left_out} questions that could not be used; why: {metrics}")
     screen = console()
     screen.print(f"trained: {pruner.scorer}", soft_wrap=True)
-    if all(sample.answer for _, sample in held) and "," not in pruner.scorer:
-        _try_it(config, pruner, screen)
+    if all(sample.answer for _, sample in held_out) and "," not in pruner.scorer:
+        _suggest_eval(config, pruner, screen)
 
 
-def _try_it(config: TrainConfig, pruner: Learned, screen: Console) -> None:
-    """Prints a command that scores what was trained."""
+def _configuration(options: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
+    """The settings of the file and the flags, and which of them are flags."""
+    from gripvlm.grip.train.config import RENAMED, TrainConfig, read_toml
+
+    file: Path | None = options.pop("config")
+    flags = {name: value for name, value in options.items() if value is not None}
+    for name in flags:
+        if name in RENAMED:
+            raise GripError(f"{_flag(name)} is now {_flag(RENAMED[name])}: type that")
+    settings = read_toml(file) if file is not None else {}
+    return TrainConfig(**settings | flags), [name for name in flags if name != "stage"]
+
+
+def _warn(config: TrainConfig, answers: list[str]) -> None:
+    """Says what a newcomer may not expect."""
+    if (missing := answers.count("")) and not config.pseudo_labels:
+        _say(f"{missing} of {len(answers)} questions have no answer: the model's own are taken")
+    folder = Path(config.output_dir).expanduser()
+    begun = (folder / "distill").exists() or (folder / "grpo.ckpt").exists()
+    if config.stage == "grpo" and not config.init_from and not begun:
+        _say(f"no --init-from, and no distilled scorer in {config.output_dir}: grpo begins with a new scorer")
+
+
+def _suggest_eval(config: TrainConfig, pruner: Grip, screen: Console) -> None:
+    """Prints a command that scores the trained pruner."""
     from gripvlm.grip.pruner import SHIPPED_NAMES
 
-    tasks = config.val_data or config.data
+    tasks = config.eval_data or config.data
     tasks = f"jsonl:{tasks}" if tasks.endswith(".jsonl") and not tasks.startswith("jsonl:") else tasks
     folder = f"./{pruner.scorer}" if pruner.scorer in SHIPPED_NAMES else pruner.scorer
     words = ["--model", config.model, "--tasks", tasks, "--pruners", f"{pruner.name}:scorer={folder},random"]
     screen.print("try it:  gripvlm eval " + shlex.join([*words, "--keep", "10%"]), soft_wrap=True)
-    if not config.val_data:
-        screen.print("         (questions that it has learnt from; name others that are like them)")
+    if not config.eval_data:
+        screen.print("         (on questions that it was trained with; name others that are like them)")
 
 
 def _say(text: str) -> None:
@@ -93,46 +104,55 @@ def _flag(name: str) -> str:
 _PANELS = {
     "model": "Model and questions",
     "width": "Scorer",
-    "images": "Batches and budgets",
-    "steps": "Optimiser",
-    "warmup_steps": "Warm-up",
-    "policy": "GRPO",
-    "relaxation": "Relaxed baselines",
-    "save_minutes": "Running",
+    "per_device_train_batch_size": "Batches and budgets",
+    "max_steps": "Optimiser",
+    "distill_steps": "Distilling",
+    "num_generations": "GRPO",
+    "save_steps": "Running",
 }
 """Headings of the help, by the first setting below each."""
 
+_METAVARS = {bool: "", int: "N", float: "X"}
+"""Short, so that names are not cut off in 80 columns."""
+
 
 def _signature() -> inspect.Signature:
-    """One option a field, with None for "as in the config file, or the default"."""
-    from gripvlm.grip.train.config import STAGES, TrainConfig, help_of
+    """One option a field, with None for "as in the config file, or the default"; the former names are hidden."""
+    from gripvlm.grip.train.config import RENAMED, STAGES, TrainConfig, help_of
 
     stage = typer.Argument(help=f"{', '.join(STAGES)}; by default all", show_default=False)
-    config = typer.Option("--config", help="TOML file of settings; flags win over it.")
-    kind, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("stage", kind, default=None, annotation=Annotated[str | None, stage]),
-        inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config]),
-    ]
+    file = typer.Option("--config", help="TOML file of settings; flags win over it.")
+    first = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("stage", first, default=None, annotation=Annotated[str | None, stage])]
+    parameters.append(_parameter("config", Path, file))
     hints = get_type_hints(TrainConfig)
     panel = ""
     for field in dataclasses.fields(TrainConfig):
         if field.name == "stage":
             continue
-        flag = _flag(field.name)
-        names = (f"{flag}/--no-{flag[2:]}",) if hints[field.name] is bool else (flag,)
-        default = ("no", "yes")[field.default] if isinstance(field.default, bool) else field.default
-        default = "none" if default == "" else default
-        told = f"{help_of(field.name)} (default: {default})"  # brackets would be markup
+        flag, kind = _flag(field.name), hints[field.name]
         panel = _PANELS.get(field.name, panel)
-        group = "Switches" if hints[field.name] is bool else panel  # "--no-..." is a column of its own
-        kinds = {bool: "", int: "N", float: "X"}  # short, so that names are not cut off in 80 columns
-        shown = kinds.get(hints[field.name], "TEXT")
-        option = typer.Option(*names, help=told, show_default=False, rich_help_panel=group, metavar=shown)
-        parameters.append(
-            inspect.Parameter(field.name, keyword, default=None, annotation=Annotated[hints[field.name] | None, option])
+        default: Any = field.default if field.default != "" else "none"
+        if kind is bool:
+            default = "yes" if field.default else "no"
+        option = typer.Option(
+            *((f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)),
+            help=f"{help_of(field.name)} (default: {default})",  # brackets would be markup
+            show_default=False,
+            rich_help_panel="Switches" if kind is bool else panel,  # "--no-..." is a column of its own
+            metavar=_METAVARS.get(kind, "TEXT"),
         )
+        parameters.append(_parameter(field.name, kind, option))
+    # Hidden, so that the error can name the new flag: "no such option" would not help.
+    for name in RENAMED.keys() - STAGES:
+        kind = hints.get(RENAMED[name], str)
+        parameters.append(_parameter(name, bool if kind is bool else str, typer.Option(_flag(name), hidden=True)))
     return inspect.Signature(parameters)
+
+
+def _parameter(name: str, kind: type, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 train_command.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -25,7 +25,6 @@ NOT_IN_ALL = {
     "full": "always measured",
     "keep_all": "full by another name",
     "given": "needs scores of your own",
-    "relaxed": "needs a checkpoint: type relaxed:scorer=FOLDER",
     "tome": "its smallest budget depends on the tower: type it by name",
 }
 """Names that `--pruners all` does not stand for, and why; wrappers around other pruners are typed by name too."""

@@ -53,10 +53,6 @@ class ScorerInputs:
     sizes: Tensor  # [I] tokens of each image
     even: tuple[bool, bool]  # whether all images, and all questions, are of one length, so that masks say nothing
 
-    def hidden(self, scorer: Scorer, kept: Tensor) -> Tensor:
-        """[I, n, width] the scorer's hidden states when `kept` [I] tokens will be left."""
-        return scorer.hidden(*self._read(kept))
-
     def score(self, scorer: Scorer, kept: Tensor) -> Tensor:
         """[I, n] logits when `kept` [I] tokens will be left, -inf at padding."""
         logits: Tensor = scorer(*self._read(kept))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -33,10 +34,30 @@ from gripvlm.grip.fingerprint import ModelFingerprint, ScorerError
 from gripvlm.utils import disk
 from gripvlm.utils.strict_json import BadJSON, read
 
-__all__ = ["ModelFingerprint", "Scorer", "ScorerConfig", "ScorerError", "coordinates"]
+__all__ = ["SCORER_FILES", "ModelFingerprint", "Scorer", "ScorerConfig", "ScorerError", "coordinates", "has_scorer"]
 
 FORMAT = "gripvlm.scorer/1"
-SCORER_FILES = _WEIGHTS, _CONFIG = "scorer.safetensors", "scorer.json"
+SCORER_FILES = ("model.safetensors", "config.json")
+_FORMER_FILES = ("scorer.safetensors", "scorer.json")  # the same content, before the hub's names
+
+_PLACES, _ORDERS, _BUDGETS = 6, 6, 5  # octaves of coordinates, word order and log budget
+
+_MODEL_CARD = """---
+{{ card_data }}
+---
+
+# A Grip scorer
+
+It chooses which visual tokens of one vision-language model stay; `config.json` says which model and how it was trained.
+
+```python
+import gripvlm
+
+grip = gripvlm.Grip.from_pretrained("this-repository")
+with gripvlm.prune(model, grip, keep=0.1):
+    model.generate(**inputs)
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,13 @@ def _waves(values: Tensor, count: int, lowest: float) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-class Scorer(nn.Module):
+class Scorer(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="gripvlm",
+    tags=["visual-token-pruning"],
+    model_card_template=_MODEL_CARD,
+):
     """Logits [B, n] of visual tokens; higher is kept.
 
     `base` is the model it belongs to (None for one that was not trained), `notes` what training recorded.
@@ -91,8 +118,10 @@ class Scorer(nn.Module):
         self.config, self.base = config, base
         self.notes: dict[str, Any] = {}
         width = config.width
+        # Modules keep these names: they are those of saved weights, and part of `digest`.
         self.enter = nn.Sequential(nn.LayerNorm(config.features), nn.Linear(config.features, width))
         self.place = nn.Linear(4 * _PLACES, width)
+        # Tells visual tokens [0] from words [1], which come through the same projection.
         self.kind = nn.Parameter(torch.zeros(2, width))
         if config.question:
             self.order = nn.Linear(2 * _ORDERS, width)
@@ -104,6 +133,7 @@ class Scorer(nn.Module):
         )
         self.leave = nn.LayerNorm(width)
         self.score = nn.Linear(width, 1)
+        # Logits near 0: a new scorer explores evenly.
         nn.init.normal_(self.score.weight, std=0.02)
 
     def forward(
@@ -113,7 +143,7 @@ class Scorer(nn.Module):
         fraction: Tensor,
         valid: Tensor | None = None,
         question: Tensor | None = None,
-        asked: Tensor | None = None,
+        question_mask: Tensor | None = None,
     ) -> Tensor:
         """Scores a padded batch.
 
@@ -123,49 +153,39 @@ class Scorer(nn.Module):
             fraction: [B] k / n, in (0, 1].
             valid: [B, n] bool, False at padding; None for none.
             question: [B, t, d] token embeddings, if the scorer reads them.
-            asked: [B, t] bool, False at padding; None for none.
+            question_mask: [B, t] bool, False at padding; None for none.
 
         Returns:
             [B, n] float32 logits, -inf at padding.
+
+        Raises:
+            InputError: no question, for a scorer that reads it.
         """
-        return self.judge(self.hidden(features, places, fraction, valid, question, asked), valid)
-
-    def judge(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        """[B, n] logits of hidden states [B, n, width]."""
-        logits = self.score(hidden).squeeze(-1).float()
-        return logits if valid is None else logits.masked_fill(~valid, -torch.inf)
-
-    def hidden(
-        self,
-        features: Tensor,
-        places: Tensor,
-        fraction: Tensor,
-        valid: Tensor | None = None,
-        question: Tensor | None = None,
-        asked: Tensor | None = None,
-    ) -> Tensor:
-        """[B, n, width] what the logits are made of; arguments as for `forward`."""
         dtype = self.kind.dtype  # waves are made in float32: a bfloat16 scorer would not tell neighbours apart
-        seen, where = features.to(dtype), _waves(places, _PLACES, math.pi / 2).flatten(-2).to(dtype)
-        x = self.enter(seen) + self.place(where) + self.kind[0]
-        q, q_mask = None, None
+        where = _waves(places, _PLACES, math.pi / 2).flatten(-2).to(dtype)
+        x = self.enter(features.to(dtype)) + self.place(where) + self.kind[0]
+        words, words_mask = None, None
         if self.config.question:
             if question is None:
                 raise InputError("this scorer reads the question: pass question [B, t, d], or train one without")
-            steps = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
-            order = self.order(_waves(steps, _ORDERS, math.pi / 32).to(dtype))
-            q = self.enter(question.to(dtype)) + order + self.kind[1]
-            q = F.pad(q, (0, 0, 1, 0))  # a place to look at when nothing fits, and when nothing is asked
-            q_mask = None if asked is None else F.pad(asked, (1, 0), value=True)[:, None, None]
-            q = self.reader(q, q_mask)
+            words, words_mask = self._read(question.to(dtype), question_mask)
         film = None
         if self.config.budget:
             film = self.budget(_waves(fraction.float().log(), _BUDGETS, math.pi / 8).to(dtype))
         x_mask = None if valid is None else valid[:, None, None]
         for block in self.blocks:
-            x = block(x, x_mask, q, q_mask, film)
-        hidden: Tensor = self.leave(x)
-        return hidden
+            x = block(x, x_mask, words, words_mask, film)
+        logits: Tensor = self.score(self.leave(x)).squeeze(-1).float()
+        return logits if valid is None else logits.masked_fill(~valid, -torch.inf)
+
+    def _read(self, question: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The question's hidden states [B, 1 + t, width] and their mask [B, 1, 1, 1 + t]."""
+        steps = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
+        order = self.order(_waves(steps, _ORDERS, math.pi / 32).to(question.dtype))
+        words = self.enter(question) + order + self.kind[1]
+        words = F.pad(words, (0, 0, 1, 0))  # a place to look at when nothing fits, and when there is no question
+        mask = None if mask is None else F.pad(mask, (1, 0), value=True)[:, None, None]
+        return self.reader(words, mask), mask
 
     @property
     def parameters_count(self) -> int:
@@ -180,35 +200,25 @@ class Scorer(nn.Module):
             seen.update(name.encode() + weight.half().cpu().contiguous().numpy().tobytes())
         return seen.hexdigest()
 
-    def flops(self, n: int, t: int = 0) -> int:
-        """Multiply-adds times two of one image of n tokens and a question of t."""
-        c, w = self.config, self.config.width
-        visual = 2 * n * w * (c.features + 4 * _PLACES + 1 + c.blocks * 12 * w) + c.blocks * 4 * n * n * w
-        if c.budget:
-            visual += 2 * w * (2 * _BUDGETS + w + c.blocks * 4 * w)
-        if not c.question:
-            return visual
-        visual += c.blocks * (4 * n * w * w + 4 * (t + 1) * w * w + 4 * n * (t + 1) * w)
-        return visual + 2 * t * w * (c.features + 2 * _ORDERS) + (t + 1) * w * (24 * w + 4 * (t + 1))
+    # --- folders and the hub: `save_pretrained` and `push_to_hub` are PyTorchModelHubMixin's ------------------
 
-    # --- folders and the hub ----------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes `scorer.safetensors`, in `dtype`, and `scorer.json` into `folder`, which is made where missing."""
-        folder = Path(folder)
-        weights = {name: value.detach().to(dtype).contiguous().cpu() for name, value in self.state_dict().items()}
-        disk.write(folder / _WEIGHTS, save(weights))
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Writes `model.safetensors`, in the scorer's dtype, and `config.json`."""
+        # The mixin saves the same file in place; this one is written beside it and then moved.
+        weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
+        disk.write(save_directory / SCORER_FILES[0], save(weights))
         about = {
             "format": FORMAT,
             "scorer": asdict(self.config),
             "base": None if self.base is None else asdict(self.base),
             "notes": self.notes,
         }
-        disk.write(folder / _CONFIG, json.dumps(about, indent=1) + "\n")
+        # Last: a folder with a config.json is whole.
+        disk.write(save_directory / SCORER_FILES[1], json.dumps(about, indent=1) + "\n")
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **hub: Any) -> Scorer:
-        """From a folder that `save_pretrained` wrote, or a hub id.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Scorer:
+        """From a folder that `save_pretrained` wrote, or a hub id, in float32.
 
         Args:
             hub: further arguments for `huggingface_hub.hf_hub_download`, such as `revision`.
@@ -216,17 +226,20 @@ class Scorer(nn.Module):
         Raises:
             ScorerError: neither, or files of another format.
         """
-        folder = _fetched(str(name), hub)
+        name = str(pretrained_model_name_or_path)
+        folder = _fetch(name, hub)
+        files = _FORMER_FILES if _is_former(folder) else SCORER_FILES
+        weights_file, config_file = (folder / file for file in files)
         try:
-            about = read(folder / _CONFIG)
-            weights = load(disk.read_bytes(folder / _WEIGHTS))
+            about = read(config_file)
+            weights = load(disk.read_bytes(weights_file))
         except FileNotFoundError:
-            lacking = [file for file in (_CONFIG, _WEIGHTS) if not (folder / file).is_file()]
-            raise ScorerError(f"{name} holds no scorer: {' and '.join(lacking)} missing") from None
+            missing = [file.name for file in (config_file, weights_file) if not file.is_file()]
+            raise ScorerError(f"{name} holds no scorer: {' and '.join(missing)} missing") from None
         except BadJSON as error:
-            raise ScorerError(f"{folder / _CONFIG} is not JSON that can be used (it {error}): copy it anew") from None
+            raise ScorerError(f"{config_file} is not JSON that can be used (it {error}): copy it anew") from None
         except SafetensorError as error:
-            raise ScorerError(f"{folder / _WEIGHTS} is damaged ({error}): copy it anew") from None
+            raise ScorerError(f"{weights_file} is damaged ({error}): copy it anew") from None
         written = about.get("format") if isinstance(about, dict) else None
         if written != FORMAT:
             raise ScorerError(f"{name} has format {written!r}, this gripvlm reads {FORMAT!r}: update it")
@@ -236,66 +249,62 @@ class Scorer(nn.Module):
             if not isinstance(notes, dict):
                 raise TypeError("notes is no object")
         except (KeyError, TypeError, ValueError) as error:
-            raise ScorerError(
-                f"{folder / _CONFIG} is damaged ({type(error).__name__}: {error}): copy it anew"
-            ) from None
+            raise ScorerError(f"{config_file} is damaged ({type(error).__name__}: {error}): copy it anew") from None
+        # Before a module is made: a damaged file may ask for terabytes.
         if unlike := _unlike(config, {key: tuple(value.shape) for key, value in weights.items()}):
-            raise ScorerError(f"{name}: {_WEIGHTS} does not fit {_CONFIG} ({unlike}): copy both anew")
+            raise ScorerError(f"{name}: {weights_file.name} does not fit {config_file.name} ({unlike}): copy both anew")
         scorer = cls(config, base)
         scorer.load_state_dict({key: value.float() for key, value in weights.items()})
         scorer.notes = notes
         return scorer.eval()
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads it to the Hugging Face hub, creating the repository where needed; returns its address."""
-        import tempfile
 
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        private = options.pop("private", None)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+def has_scorer(folder: Path) -> bool:
+    """Whether the folder holds a scorer that was saved to its end."""
+    return _is_former(folder) or (folder / SCORER_FILES[1]).exists()
 
 
-def _unlike(config: ScorerConfig, there: Mapping[str, tuple[int, ...]]) -> str:
+def _is_former(folder: Path) -> bool:
+    """Whether a scorer was saved there under the names of earlier versions, and not since."""
+    return not (folder / SCORER_FILES[1]).exists() and (folder / _FORMER_FILES[1]).exists()
+
+
+def _unlike(config: ScorerConfig, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """What of the weights is not as the sizes say, "" for nothing; known before anything of these sizes is made."""
-    depth = len({key.split(".")[1] for key in there if key.startswith("blocks.")})
+    depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
     if config.blocks != depth:
         return f"blocks = {config.blocks}, but there are {depth}"
-    if there.get("enter.1.weight") != (config.width, config.features):
-        return (
-            f"width = {config.width}, features = {config.features}, but enter.1.weight is {there.get('enter.1.weight')}"
-        )
+    if shapes.get("enter.1.weight") != (config.width, config.features):
+        shape = shapes.get("enter.1.weight")
+        return f"width = {config.width}, features = {config.features}, but enter.1.weight is {shape}"
     with torch.device("meta"):
-        asked = {key: tuple(value.shape) for key, value in Scorer(config).state_dict().items()}
-    for key in sorted(asked.keys() | there.keys()):
-        if asked.get(key) != there.get(key):
-            return f"{key} is {there.get(key, 'missing')}, expected {asked.get(key, 'nothing of the name')}"
+        wanted = {key: tuple(value.shape) for key, value in Scorer(config).state_dict().items()}
+    for key in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(key) != shapes.get(key):
+            return f"{key} is {shapes.get(key, 'missing')}, expected {wanted.get(key, 'nothing of the name')}"
     return ""
 
 
-def _fetched(name: str, hub: Mapping[str, Any]) -> Path:
-    """The folder with a scorer's two files."""
+def _fetch(name: str, hub: Mapping[str, Any]) -> Path:
+    """The folder with a scorer's two files, downloaded where `name` is a hub id.
+
+    Raises:
+        ScorerError: there is no such folder, nor such a scorer on the hub.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir() or name.startswith((".", "~", "/")) or name.count("/") != 1:
         if not folder.is_dir():
-            raise ScorerError(f"no scorer {name!r}: type a folder that exists, or a hub id such as user/grip-llava")
+            raise ScorerError(f"no scorer {name!r}: pass a folder that exists, or a hub id such as user/grip-llava")
         return folder
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        paths = [hf_hub_download(name, file, **hub) for file in (_CONFIG, _WEIGHTS)]
+        paths = [hf_hub_download(name, file, **hub) for file in reversed(SCORER_FILES)]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise ScorerError(f"{name!r} is no folder here and no scorer on the hub: {first}") from error
     return Path(paths[0]).parent
-
-
-_PLACES, _ORDERS, _BUDGETS = 6, 6, 5  # octaves of coordinates, word order and log budget
 
 
 class _Block(nn.Module):
@@ -307,14 +316,13 @@ class _Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3 if cross else 2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         if cross:
-            self.ask, self.words, self.told = (
-                nn.Linear(width, width),
-                nn.Linear(width, 2 * width),
-                nn.Linear(width, width),
-            )
+            # Queries, keys and values, and the output of cross-attention.
+            self.ask, self.words = nn.Linear(width, width), nn.Linear(width, 2 * width)
+            self.told = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         if film:
             self.film = nn.Linear(width, 4 * width)
+            # The budget changes nothing at first.
             nn.init.zeros_(self.film.weight)
             nn.init.zeros_(self.film.bias)
 
@@ -330,8 +338,8 @@ class _Block(nn.Module):
         if film is not None:
             shifts = self.film(film)[:, None].chunk(4, dim=-1)
         y = self.norms[0](x) * (1 + shifts[0]) + shifts[1]
-        mine, keys, values = self.qkv(y).chunk(3, dim=-1)
-        x = x + self.out(self._attend(mine, keys, values, mask))
+        queries, keys, values = self.qkv(y).chunk(3, dim=-1)
+        x = x + self.out(self._attend(queries, keys, values, mask))
         if q is not None:
             keys, values = self.words(q).chunk(2, dim=-1)
             x = x + self.told(self._attend(self.ask(self.norms[2](x)), keys, values, q_mask))

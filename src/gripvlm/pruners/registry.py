@@ -45,7 +45,6 @@ _BUILT_IN: dict[str, str] = {
     "pumer": "gripvlm.pruners.llm.pumer:PuMer",
     "pyramiddrop": "gripvlm.pruners.llm.pyramiddrop:PyramidDrop",
     "random": "gripvlm.pruners.baselines.random:Random",
-    "relaxed": "gripvlm.pruners.baselines.relaxed:Relaxed",
     "sparsevlm": "gripvlm.pruners.llm.sparsevlm:SparseVLM",
     "split": "gripvlm.pruners.wrappers.split:Split",
     "spread": "gripvlm.pruners.wrappers.spread:Spread",

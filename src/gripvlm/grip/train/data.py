@@ -1,40 +1,61 @@
-"""Training data: which questions each step sees, told by (seed, step) alone, so that any step can be made again."""
+"""Training data: which questions each step sees, and at which budgets.
+
+Both are functions of the seed and the step alone, so that any step can be made again.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from gripvlm.errors import TrainError
+from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.tasks import JsonlTask, LabTask, Sample, Task, get_tasks
 from gripvlm.tasks.lab_tasks import SAMPLE as SHIPPED
 
-_PLACES = 10_000
-"""Of a picture between training and validation, from a hash of its name."""
+__all__ = [
+    "Question",
+    "QuestionStream",
+    "check_apart",
+    "check_pictures",
+    "draw_counts",
+    "generator",
+    "key_of",
+    "load_questions",
+    "picture_of",
+    "split",
+]
 
-__all__ = ["Questions", "generator", "load_questions", "name_of", "picture_of", "split"]
+Question: TypeAlias = tuple[Task, Sample]
+
+_PLACES = 10_000
+"""A picture's place between training and validation, from a hash of its name, is one of so many."""
 
 
 def generator(seed: int, *names: object) -> torch.Generator:
     """A stream of random numbers of its own for each (seed, names): nothing to save, nothing to resume."""
     text = "/".join(map(str, (seed, *names)))
+    # Two hashes, 63 bits: with the 32 of one, two of a hundred thousand names would likely share a stream.
     high, low = zlib.crc32(text.encode()), zlib.crc32(text[::-1].encode() + b"gripvlm")
     return torch.Generator().manual_seed((high << 32 | low) & (2**63 - 1))
 
 
-def load_questions(data: str | Task | Sequence[Task]) -> list[tuple[Task, Sample]]:
-    """All questions of a task's name, of `PATH.jsonl` (answers may be left out there), or of `Task` objects.
+def load_questions(data: str | Task | Sequence[Task]) -> list[Question]:
+    """All questions of a task's name, of `PATH.jsonl` (answers may be missing there), or of `Task` objects.
 
     Raises:
         TrainError: nothing is named, or questions that scores are published on: the lab's, or a benchmark's unless its
-            split is typed.
+            split is named.
     """
     if isinstance(data, str):
         if not data.strip():
@@ -46,17 +67,18 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[tuple[Task, Sample
             tasks = get_tasks([part.strip() for part in data.split(",")])
     else:
         tasks = [data] if isinstance(data, Task) else data
+    # Scores on questions that were trained on say nothing.
     if any(isinstance(task, LabTask) and task.folder == SHIPPED for task in tasks):
         raise TrainError(
             "the lab tasks are the test split, and training on it would make every later score worthless: make "
             "training questions with examples/lab_vlm (`python -m lab_vlm.dataset FOLDER`) and type "
             "--data FOLDER/questions.jsonl"
         )
-    if held := [task.name for task in tasks if task.held_out]:
+    if held_out := [task.name for task in tasks if task.held_out]:
         raise TrainError(
-            f"scores are published on the questions of {held[0]}, and training on them would make every later score "
-            f"worthless: name another split, {held[0]}:split=train, where it has one; to train on them all the same, "
-            "type their split"
+            f"scores are published on the questions of {held_out[0]}, and training on them would make every later "
+            f"score worthless: name another split, {held_out[0]}:split=train, where it has one; to train on them all "
+            "the same, name their split"
         )
     questions = [(task, sample) for task in tasks for sample in task.samples]
     if not questions:
@@ -64,23 +86,46 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[tuple[Task, Sample
     return questions
 
 
-def check_pictures(questions: Sequence[tuple[Task, Sample]]) -> None:
+def check_pictures(questions: Sequence[Question]) -> None:
     """Passes where the file of every picture exists, before anything long begins.
 
     Raises:
         TrainError: with the first sample whose picture is missing.
     """
-    there: dict[Path, bool] = {}
+    exists: dict[Path, bool] = {}
     missing = []
     for _, sample in questions:
-        if isinstance(sample.picture, Path) and not there.setdefault(sample.picture, sample.picture.is_file()):
+        if isinstance(sample.picture, Path) and not exists.setdefault(sample.picture, sample.picture.is_file()):
             missing.append(sample)
     if missing:
         more = f" (and {len(missing) - 1} more samples)" if len(missing) > 1 else ""
         raise TrainError(
             f"sample {missing[0].id!r} asks about {str(missing[0].picture)!r}, but there is no such file{more}: mend "
-            "the paths, or type --on-bad skip"
+            "the paths, or type --on-bad-sample skip"
         )
+
+
+def check_apart(questions: Sequence[Question], held_out: Sequence[Question]) -> None:
+    """Passes where no validation question is a training question: the same words about the same file.
+
+    Raises:
+        TrainError: some are.
+    """
+
+    def keys(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
+        return [(os.path.abspath(s.picture), s.question, s.id) for _, s in questions if isinstance(s.picture, Path)]
+
+    known = {(picture, question) for picture, question, _ in keys(questions)}
+    if same := [name for picture, question, name in keys(held_out) if (picture, question) in known]:
+        raise TrainError(
+            f"{len(same)} of {len(held_out)} validation questions are training questions too, such as {same[0]!r}: "
+            "name others with --eval-data, or leave it out, and --eval-share of the pictures is held out"
+        )
+
+
+def key_of(task: Task, sample: Sample) -> str:
+    """A sample's id is unique in its task only."""
+    return f"{task.name}/{sample.id}"
 
 
 def picture_of(task: Task, sample: Sample) -> str:
@@ -90,22 +135,25 @@ def picture_of(task: Task, sample: Sample) -> str:
     return f"{task.name}/{sample.image_id or sample.id}"
 
 
-def split(questions: list[tuple[Task, Sample]], share: float) -> tuple[list, list]:
-    """(training, validation) questions: whole images, chosen by a hash of their names, so that it never changes."""
+def split(questions: list[Question], share: float) -> tuple[list[Question], list[Question]]:
+    """(training, validation) questions: whole images, chosen by a hash of their names, so that it never changes.
 
+    Raises:
+        TrainError: one side would be empty; with a share for which neither is.
+    """
+    # A hash and no draw: pictures that are added later do not move the others to the other side.
     places = [zlib.crc32(f"validation {s.image_id or s.id}".encode()) % _PLACES for _, s in questions]
-    held = [place < share * _PLACES for place in places]
-    train = [q for q, out in zip(questions, held, strict=True) if not out]
-    validation = [q for q, out in zip(questions, held, strict=True) if out]
-    if not train or not validation:
+    train = [q for q, place in zip(questions, places, strict=True) if place >= share * _PLACES]
+    held_out = [q for q, place in zip(questions, places, strict=True) if place < share * _PLACES]
+    if not train or not held_out:
         other = _share_that_splits(places, share)
-        typed = "bring more pictures" if other is None else f"type --val-share {other:g}, bring more pictures"
-        side = "validation" if not validation else "training"
+        advice = "bring more pictures" if other is None else f"type --eval-share {other:g}, bring more pictures"
+        side = "validation" if not held_out else "training"
         raise TrainError(
-            f"{len(questions)} questions about {len({picture_of(*q) for q in questions})} pictures: --val-share "
-            f"{share:g} leaves none for {side}; {typed}, or name --val-data"
+            f"{len(questions)} questions about {len({picture_of(*q) for q in questions})} pictures: --eval-share "
+            f"{share:g} leaves none for {side}; {advice}, or name --eval-data"
         )
-    return train, validation
+    return train, held_out
 
 
 def _share_that_splits(places: Sequence[int], share: float) -> float | None:
@@ -114,24 +162,24 @@ def _share_that_splits(places: Sequence[int], share: float) -> float | None:
     able = [n / 100 for n in range(1, 100) if least < n / 100 * _PLACES <= most]
     if not able and least < most:
         able = [most / _PLACES]
-    return min(able, key=lambda one: abs(one - share), default=None)
+    return min(able, key=lambda candidate: abs(candidate - share), default=None)
 
 
 @dataclass
-class Questions:
+class QuestionStream:
     """An endless, shuffled stream of images with some questions about each.
 
     Attributes:
         questions: (task, sample) pairs; see `picture_of` for those that share an image.
-        images: how many images a micro-batch has.
-        each: at most so many questions an image.
+        images: images in a micro-batch.
+        per_image: questions an image at most.
         seed: of the order.
-        skipped: "task/id" -> why, for samples that were left out.
+        skipped: `key_of` -> reason, for samples that were left out.
     """
 
-    questions: list[tuple[Task, Sample]]
+    questions: list[Question]
     images: int
-    each: int
+    per_image: int
     seed: int
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -148,34 +196,49 @@ class Questions:
 
     @cached_property
     def digest(self) -> str:
-        """Tells whether two streams ask the same questions in the same order."""
-        texts = (f"{name_of(*pair)}\0{pair[1].question}\0{pair[1].answer}\0" for pair in self.questions)
+        """Equal for two streams that ask the same questions in the same order."""
+        texts = (f"{key_of(*pair)}\0{pair[1].question}\0{pair[1].answer}\0" for pair in self.questions)
         return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
-    def batch(self, number: int) -> list[tuple[Task, Sample]]:
+    def batch(self, number: int) -> list[Question]:
         """The questions of micro-batch `number` (0, 1, 2, ...), those of an image side by side."""
         chosen = []
         for place in range(number * self.images, (number + 1) * self.images):
             epoch, index = divmod(place, len(self._groups))
+            # One epoch is kept; a resumed run makes it anew, from the same numbers.
             if self._order[0] != epoch:
                 shuffled = torch.randperm(len(self._groups), generator=generator(self.seed, "order", epoch))
                 self._order = (epoch, shuffled.tolist())
             group = self._groups[self._order[1][index]]
             draw = torch.randperm(len(group), generator=generator(self.seed, "questions", place))
-            chosen += [self.questions[group[i]] for i in draw[: self.each].tolist()]
-        return [pair for pair in chosen if name_of(*pair) not in self.skipped]
+            chosen += [self.questions[group[i]] for i in draw[: self.per_image].tolist()]
+        # Only now, so that a question that is left out does not change the draw of the others.
+        return [pair for pair in chosen if key_of(*pair) not in self.skipped]
 
-    def skip(self, pair: tuple[Task, Sample], why: str) -> None:
+    def skip(self, pair: Question, reason: str) -> None:
         """Leaves a question out from now on.
 
         Raises:
             TrainError: it was the last one.
         """
-        self.skipped[name_of(*pair)] = why
-        if all(name_of(*one) in self.skipped for one in self.questions):
-            raise TrainError(f"not one of {len(self.questions)} questions can be used; the last: {why}")
+        self.skipped[key_of(*pair)] = reason
+        if all(key_of(*question) in self.skipped for question in self.questions):
+            raise TrainError(f"not one of {len(self.questions)} questions can be used; the last: {reason}")
 
 
-def name_of(task: Task, sample: Sample) -> str:
-    """Ids are unique in their task only."""
-    return f"{task.name}/{sample.id}"
+def draw_counts(config: TrainConfig, sizes: Tensor, owner: Tensor, random: torch.Generator) -> Tensor:
+    """[I] tokens to keep of each image; the images of one question share a fraction.
+
+    Args:
+        config: `log_uniform` draws a fraction between keep_low and keep_high, `choices` one of keep_choices.
+        sizes: [I] tokens of each image.
+        owner: [I] the question each image belongs to.
+    """
+    u = torch.rand(int(owner.max()) + 1, generator=random, dtype=torch.float64)
+    if config.budgets == "choices":
+        choices = torch.tensor(parse_shares(config.keep_choices, "keep_choices"), dtype=torch.float64)
+        fraction = choices[(u * len(choices)).long()]
+    else:
+        fraction = config.keep_low * (config.keep_high / config.keep_low) ** u
+    counts = (fraction[owner.cpu()] * sizes.cpu() + 0.5).floor().long()  # rounded as `Budget.count`
+    return counts.clamp(min=1).minimum(sizes.cpu()).to(sizes.device)

@@ -1,5 +1,8 @@
 """Rewards: plain functions `reward(rollout) -> [R] tensor`, higher is better.
 
+A reward that reads `Rollout.logits` needs them to be kept: `reward.needs` is {"logits"} then, and empty where it does
+not. A function of a user's own that says nothing gets them.
+
 What a reward may not do is hide a failure: NaN and infinity stop training with the sample's id.
 """
 
@@ -19,28 +22,41 @@ __all__ = [
     "REWARDS",
     "Reward",
     "agreement",
-    "checked",
+    "checked_reward",
     "exact_match",
     "get_reward",
     "log_prob",
+    "needs_of",
     "probability",
-    "reads_logits",
     "task_score",
 ]
 
 Reward: TypeAlias = Callable[[Rollout], Tensor]
 
 
+def _needs(*parts: str) -> Callable[[Reward], Reward]:
+    """Declares which costly parts of a rollout a reward reads."""
+
+    def declare(reward: Reward) -> Reward:
+        reward.needs = frozenset(parts)  # type: ignore[attr-defined]
+        return reward
+
+    return declare
+
+
+@_needs()
 def log_prob(rollout: Rollout) -> Tensor:
     """Mean log-probability of the forced answer's tokens (TwigVLM++, arXiv 2503.14075)."""
     return rollout.log_probs.sum(-1) / rollout.mask.sum(-1)
 
 
+@_needs()
 def probability(rollout: Rollout) -> Tensor:
     """exp of `log_prob`: between 0 and 1, so that no hopeless question outweighs all others."""
     return log_prob(rollout).exp()
 
 
+@_needs("logits")
 def agreement(rollout: Rollout) -> Tensor:
     """Minus the mean KL divergence from the unpruned model's next-token distribution; needs no labels."""
     full, pruned = rollout.full_logits.log_softmax(-1), rollout.logits.log_softmax(-1)
@@ -48,19 +64,23 @@ def agreement(rollout: Rollout) -> Tensor:
     return -(kl * rollout.mask).sum(-1) / rollout.mask.sum(-1)
 
 
+@_needs()
 def exact_match(rollout: Rollout) -> Tensor:
-    """1 where greedy decoding would give the forced answer, told from the teacher-forced logits."""
+    """1 where greedy decoding would give the forced answer, by the teacher-forced logits."""
     return rollout.exact
 
 
+@_needs()
 def task_score(rollout: Rollout) -> Tensor:
-    """The task's own score of the decoded answer; costs a generation."""
-    if lacking := [sample.id for sample in rollout.samples if not sample.answer]:
-        raise TrainError(
-            f"sample {lacking[0]!r} has no answer to be scored against: type --reward agreement, which needs none"
-        )
+    """The task's own score of the decoded answer; costs a generation.
+
+    Raises:
+        TrainError: a sample has no answer to compare with.
+    """
+    if unlabelled := [sample.id for sample in rollout.samples if not sample.answer]:
+        raise TrainError(f"sample {unlabelled[0]!r} has no answer to compare with: use the reward agreement")
     pairs = zip(rollout.tasks, rollout.samples, rollout.decode(), strict=True)
-    return torch.tensor([task.score(said, sample) for task, sample, said in pairs], device=rollout.mask.device)
+    return torch.tensor([task.score(text, sample) for task, sample, text in pairs], device=rollout.mask.device)
 
 
 REWARDS: dict[str, Reward] = {
@@ -72,9 +92,9 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def reads_logits(reward: Reward) -> bool:
-    """Whether a reward may read `Rollout.logits`; those of a user's own always may."""
-    return reward not in (log_prob, probability, exact_match, task_score)
+def needs_of(reward: Reward) -> frozenset[str]:
+    """Which costly parts of a rollout a reward reads; all of them where it does not say."""
+    return getattr(reward, "needs", frozenset({"logits"}))
 
 
 def get_reward(name: str | Reward) -> Reward:
@@ -90,23 +110,29 @@ def get_reward(name: str | Reward) -> Reward:
     module, colon, function = name.partition(":")
     if colon:
         try:
-            found = getattr(importlib.import_module(module), function)
+            reward = getattr(importlib.import_module(module), function)
         except (Exception, SystemExit) as error:  # whatever a user's module does
             raise TrainError(f"no reward {name!r}: {type(error).__name__}: {error}") from error
-        if callable(found):
-            return found
+        if callable(reward):
+            return reward
     raise TrainError(f"unknown reward {name!r}: known are {', '.join(REWARDS)}, or module:function of your own")
 
 
-def checked(reward: Reward, rollout: Rollout) -> Tensor:
-    """The reward's values [R] as float32, or an error that names the sample."""
+def checked_reward(reward: Reward, rollout: Rollout) -> Tensor:
+    """The reward's values [R] as float32.
+
+    Raises:
+        TrainError: it raised, returned another shape, or a value that is not finite; with the sample's id.
+    """
     rows = len(rollout.samples)
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
         values = reward(rollout)
+    # Ours says already what to change.
     except GripError:
         raise
     except Exception as error:
+        # A function of a user may raise anything; its author needs the samples to look at.
         ids = list(dict.fromkeys(sample.id for sample in rollout.samples))
         raise TrainError(
             f"reward {name!r} raised {type(error).__name__}: {error} (samples {', '.join(ids)})"

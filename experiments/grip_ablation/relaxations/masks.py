@@ -1,6 +1,6 @@
 """Gradient baselines: the same scorer, trained through a continuous relaxation of "keep the top k".
 
-Those here run the frozen model on every token with a soft mask in (0, 1) on attention (`masking.py`) and follow
+Those here run the frozen model on every token with a soft mask in (0, 1) on attention (`masked_forward`) and follow
 the gradient of the reward, `probability` or `log_prob`; inference is the same hard top-k as Grip's. That mask is
 
 - soft_topk: sigmoid((s - nu) / tau), with nu solved so that the mask sums to k exactly; tau annealed from
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.scorer import Scorer
-from gripvlm.grip.train.budgets import draw_keeps
-from gripvlm.grip.train.config import TrainConfig
-from gripvlm.grip.train.loop import Stage, Stats
-from gripvlm.grip.train.masking import masked_forward
-from gripvlm.grip.train.rollout import Batch, Engine
+from gripvlm.grip.train import Batch, Engine, Stage
+from gripvlm.grip.train.data import draw_counts
+from gripvlm.grip.train.distill import masked_forward
+from gripvlm.grip.train.trainer import Stats
+
+from .config import RelaxedConfig
 
 __all__ = ["Relaxed", "perturbed_top_k", "soft_top_k", "straight_through_top_k"]
 
@@ -113,35 +114,36 @@ class Relaxed(Stage):
     """Loss: minus the reward under the soft mask, of which there are two with a gradient: `probability`, `log_prob`."""
 
     name = "relaxed"
+    config: RelaxedConfig
 
-    def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
-        super().__init__(config, scorer, engine, config.steps, config.learning_rate)
+    def __init__(self, config: RelaxedConfig, scorer: Scorer, engine: Engine) -> None:
+        super().__init__(config, scorer, engine, config.max_steps, config.learning_rate)
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
         config = self.config
-        seen = batch.for_scorer(self.scorer.config.question)
-        kept = draw_keeps(config, seen.sizes, seen.owner, progress, random)
-        scores = seen.score(self.scorer, kept)
+        inputs = batch.for_scorer(self.scorer.config.question)
+        counts = draw_counts(config, inputs.sizes, inputs.owner, random)
+        scores = inputs.score(self.scorer, counts)
         tau = config.tau_end * math.exp(math.log(config.tau_start / config.tau_end) * (1 - progress))
         if config.relaxation == "soft_topk":
-            mask = soft_top_k(scores, kept, tau)
+            mask = soft_top_k(scores, counts, tau)
         elif config.relaxation == "straight_through":
             noise = -torch.empty(scores.shape).exponential_(generator=random).log().to(scores)
-            mask = straight_through_top_k(scores, kept, tau, noise * tau)
+            mask = straight_through_top_k(scores, counts, tau, noise * tau)
         else:
-            normal = torch.randn(config.samples, *scores.shape, generator=random).to(scores)
-            mask = perturbed_top_k(scores, kept, tau, normal)
-        reward = self.masked_reward(batch, seen, mask)
-        top = mask.detach().masked_fill(~seen.valid, 0.0).square().sum(-1) / kept
+            normal = torch.randn(config.noise_samples, *scores.shape, generator=random).to(scores)
+            mask = perturbed_top_k(scores, counts, tau, normal)
+        reward = self.masked_reward(batch, inputs, mask)
+        top = mask.detach().masked_fill(~inputs.valid, 0.0).square().sum(-1) / counts
         yield -reward.mean(), {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}
 
-    def masked_reward(self, batch: Batch, seen: ScorerInputs, mask: Tensor) -> Tensor:
+    def masked_reward(self, batch: Batch, inputs: ScorerInputs, mask: Tensor) -> Tensor:
         """[B] reward of each answer when attention on the images is scaled by mask [I, n]."""
         bias = (mask * (1 - FLOOR) + FLOOR).log()
-        biases = [row[:n] for row, n in zip(bias, seen.sizes.tolist(), strict=True)]
+        biases = [row[:n] for row, n in zip(bias, inputs.sizes.tolist(), strict=True)]
         return self.reward_of(masked_forward(self.engine, batch, biases), batch)
 
     def reward_of(self, log_probs: Tensor, batch: Batch) -> Tensor:
         """[B] as `rewards.probability` or `rewards.log_prob` say, from log-probabilities [B, T], with a gradient."""
-        mean = log_probs.sum(-1) / batch.lengths
+        mean = log_probs.sum(-1) / batch.answer_lengths
         return mean.exp() if self.config.reward == "probability" else mean

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.grip.scorer import Scorer
-from gripvlm.grip.train.budgets import draw_keeps
-from gripvlm.grip.train.config import TrainConfig
-from gripvlm.grip.train.loop import Stats
-from gripvlm.grip.train.masking import forced_log_probs
-from gripvlm.grip.train.relaxed import FLOOR, Relaxed, soft_top_k
-from gripvlm.grip.train.rollout import Batch, Engine
+from gripvlm.grip.train import Batch, Engine
+from gripvlm.grip.train.data import draw_counts
+from gripvlm.grip.train.trainer import Stats
+
+from .config import RelaxedConfig
+from .masks import FLOOR, Relaxed, soft_top_k
 
 __all__ = ["Denoiser", "DiffPrune", "noised", "with_features"]
 
@@ -62,7 +62,7 @@ def with_features(batch: Batch, features: Sequence[Tensor]) -> Batch:
         if any(item.deepstack for item in sample):
             raise UnsupportedModelError(
                 f"diffprune adds noise to an image's rows, but {batch.encoded.model_type} also adds rows at later "
-                "layers: train with another --relaxation, such as soft_topk"
+                "layers: use another --relaxation, such as soft_topk"
             )
         samples.append(tuple(replace(item, features=next(rows).to(item.features.dtype)) for item in sample))
     return replace(batch, encoded=replace(batch.encoded, samples=tuple(samples)))
@@ -78,31 +78,31 @@ class DiffPrune(Relaxed):
        the scorer, trained by the same loss. It sees no other row, so it cannot bring back what noise took.
     2. Noise has the root mean square of the image's own features, since projected rows are not of unit size.
     3. Shares lie in [1e-4, 1 - 1e-4], where roots have gradients.
-    4. The scorer is that of every other arm, with the question and the budget; the paper's is a two-layer
+    4. The scorer is that of every other variant, with the question and the budget; the paper's is a two-layer
        transformer for each budget.
 
     Inference is the hard top-k of clean rows, without the denoiser.
     """
 
-    def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
+    def __init__(self, config: RelaxedConfig, scorer: Scorer, engine: Engine) -> None:
         super().__init__(config, scorer, engine)
         self.denoiser = Denoiser(scorer.config.features, 4 * scorer.config.width).to(engine.model.device)
 
-    def extras(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser}
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
         config = self.config
-        seen = batch.for_scorer(self.scorer.config.question)
-        kept = draw_keeps(config, seen.sizes, seen.owner, progress, random)
+        inputs = batch.for_scorer(self.scorer.config.question)
+        counts = draw_counts(config, inputs.sizes, inputs.owner, random)
         tau = config.tau_end + (config.tau_start - config.tau_end) * (1 + math.cos(math.pi * progress)) / 2
-        mask = soft_top_k(seen.score(self.scorer, kept), kept, tau)
+        mask = soft_top_k(inputs.score(self.scorer, counts), counts, tau)
         share = mask * (1 - 2 * FLOOR) + FLOOR
         rows = []
-        for image, n in enumerate(seen.sizes.tolist()):
-            noise = torch.randn(n, seen.features.shape[-1], generator=random).to(seen.features)
-            rows.append(self.denoiser(noised(seen.features[image, :n], share[image, :n], noise), share[image, :n]))
+        for image, n in enumerate(inputs.sizes.tolist()):
+            noise = torch.randn(n, inputs.features.shape[-1], generator=random).to(inputs.features)
+            rows.append(self.denoiser(noised(inputs.features[image, :n], share[image, :n], noise), share[image, :n]))
         noisy = with_features(batch, rows)
-        reward = self.reward_of(forced_log_probs(self.engine, noisy, self.engine.whole(noisy)), batch)
-        top = mask.detach().square().sum(-1) / kept
+        reward = self.reward_of(self.engine.forced_log_probs(noisy, self.engine.whole(noisy)), batch)
+        top = mask.detach().square().sum(-1) / counts
         yield -reward.mean(), {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}

@@ -1,4 +1,4 @@
-"""What training is made of: rollouts, validation and teachers."""
+"""What training is made of: rollouts, rewards, validation, teachers and soft masks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from gripvlm import prune_inputs
-from gripvlm.errors import PrunerError, TrainError
+from gripvlm.errors import PrunerError, TrainError, UnsupportedModelError
 from gripvlm.eval import answer, make_inputs
-from gripvlm.grip.train import Engine
-from gripvlm.grip.train.rewards import probability
-from gripvlm.grip.train.teachers import make_teacher
-from gripvlm.grip.train.validation import Validator
+from gripvlm.grip.train import Engine, Evaluator, distill
+from gripvlm.grip.train.distill import make_teacher, masked_forward
+from gripvlm.grip.train.rewards import checked_reward, get_reward, log_prob, probability
 from gripvlm.pruners.base import top_k_of_each
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks import Sample, TaskError
@@ -61,7 +60,7 @@ def alone(engine, batch, row: int, kept: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", [128, 2])
 def test_rollouts_equal_single_forwards(engine, batch, rows, monkeypatch):
-    monkeypatch.setattr(engine, "rows", rows)
+    monkeypatch.setattr(engine, "rollout_batch_size", rows)
     with Counted(engine.model) as counted:
         rollout = engine.run(batch, ROWS, KEPT)
     assert counted.pictures == 0
@@ -78,7 +77,7 @@ def test_rows_may_be_shorter_than_an_answer_elsewhere_in_the_batch(engine, monke
     samples = list(asked(pictures=2, each=1).samples)
     samples[0] = replace(samples[0], answer="cat dog red " * 10)
     mixed = engine.prepare(pairs(Asked(samples)))
-    monkeypatch.setattr(engine, "rows", 1)
+    monkeypatch.setattr(engine, "rollout_batch_size", 1)
     kept = torch.tensor([3])
     rollout = engine.run(mixed, [0, 1], [[kept], [kept]])
     assert rollout.log_probs.shape[1] > len(engine.pruned(mixed, mixed.inputs, [1], [[kept]])["input_ids"][0])
@@ -107,7 +106,7 @@ def test_logits_are_kept_where_they_are_read(engine, batch, monkeypatch):
         monkeypatch.setattr(
             engine, "run", lambda *a, logits, run=before, told=told: (told.append(logits), run(*a, logits=logits))[1]
         )
-        Validator(engine, pairs(asked(2)), [0.5], reward).judge(scorer)
+        Evaluator(engine, pairs(asked(2)), reward, tiny_config(eval_keeps="0.5")).evaluate(scorer)
         monkeypatch.undo()
         assert told == [asked_for]
     assert seen
@@ -115,20 +114,20 @@ def test_logits_are_kept_where_they_are_read(engine, batch, monkeypatch):
 
 def test_rows_of_like_length_run_together(engine, batch, monkeypatch):
     """Length is what is kept and the text: the questions and answers here differ by some words."""
-    monkeypatch.setattr(engine, "rows", 2)
+    monkeypatch.setattr(engine, "rollout_batch_size", 2)
     masks: list[torch.Tensor] = []
     hook = engine.model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     rows, kept = [0, 1, 2, 0, 1, 2], [[torch.arange(k)] for k in (5, 1, 1, 3, 7, 4)]
-    before = engine.subsets
+    before = engine.rollouts
     engine.run(batch, rows, kept)
     hook.remove()
     lengths = torch.cat([mask.sum(-1) for mask in masks]).tolist()
     words = [int(m.sum()) - 16 + len(a) for m, a in zip(batch.prompts["attention_mask"], batch.answers, strict=True)]
     assert len(set(words[:3])) > 1
     assert lengths == sorted(words[row] + len(k[0]) for row, k in zip(rows, kept, strict=True))
-    assert engine.subsets == before + 6
+    assert engine.rollouts == before + 6
 
 
 def test_forced_answers_are_the_datas_and_end_as_the_model_ends(engine, batch):
@@ -139,7 +138,7 @@ def test_forced_answers_are_the_datas_and_end_as_the_model_ends(engine, batch):
 
 def test_exact_is_one_where_greedy_decoding_gives_the_answer(engine):
     task = asked(pictures=1, each=1)
-    own = engine.prepare(pairs(task), own=True)
+    own = engine.prepare(pairs(task), pseudo_labels=True)
     everything = [[torch.arange(16)]]
     assert engine.run(own, [0], everything).exact.tolist() == [1.0]
     own.inputs["labels"][0, -1] = (own.inputs["labels"][0, -1] + 1) % 90
@@ -152,10 +151,10 @@ def test_own_answers_are_what_the_model_says_up_to_its_end(engine, monkeypatch):
         engine.model, engine.processor, [s.question for s in task.samples], [s.image for s in task.samples]
     )
     said = engine.model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    assert engine.prepare(pairs(task), own=True).answers == said.tolist()  # cut off: no end is put behind
+    assert engine.prepare(pairs(task), pseudo_labels=True).answers == said.tolist()  # cut off: no end is put behind
     ends = [int(said[0, 3]), int(said[1, 5])]
     monkeypatch.setattr(engine.model.generation_config, "eos_token_id", ends)
-    told = Engine(engine.model, engine.processor).prepare(pairs(task), own=True).answers
+    told = Engine(engine.model, engine.processor).prepare(pairs(task), pseudo_labels=True).answers
     for mine, whole in zip(told, said.tolist(), strict=True):
         stop = min([i for i, token in enumerate(whole) if token in ends], default=15)
         assert mine == whole[: stop + 1]
@@ -165,7 +164,7 @@ def test_own_answers_are_what_the_model_says_up_to_its_end(engine, monkeypatch):
 def test_a_sample_without_an_answer_gets_the_models_own(engine):
     samples = list(asked(pictures=2, each=1).samples)
     samples[1] = Sample(**{**vars(samples[1]), "answer": ""})
-    own = engine.prepare(pairs(asked(pictures=2, each=1)), own=True)
+    own = engine.prepare(pairs(asked(pictures=2, each=1)), pseudo_labels=True)
     mixed = engine.prepare(pairs(Asked(samples)))
     assert mixed.answers[1] == own.answers[1]
     assert engine.tokenizer.decode(mixed.answers[0][:-1]) == "yes"
@@ -201,7 +200,6 @@ def test_the_unpruned_logits_are_computed_once(engine, batch):
     assert full.shape == rollout.logits.shape
     assert torch.allclose(full[3], rollout.logits[3], atol=1e-4)  # row 3 keeps everything
     assert (full[0] - rollout.logits[0]).abs().max() > 0.1
-    assert batch.full is not None
     engine.model.forward, before = None, engine.model.forward
     try:
         assert torch.equal(rollout.full_logits, full)
@@ -229,7 +227,7 @@ def test_autocast_reaches_the_soft_masks_and_hardly_changes_the_gradient(engine,
 
 def test_the_scorer_sees_the_question_or_the_whole_prompt(engine):
     task = asked(pictures=2, each=2)
-    bare, whole = (engine.prepare(pairs(task), whole=whole).for_scorer(True) for whole in (False, True))
+    bare, whole = (engine.prepare(pairs(task), whole_prompt=whole).for_scorer(True) for whole in (False, True))
     lengths = [len(engine.tokenizer(s.question, add_special_tokens=False)["input_ids"]) for s in task.samples]
     assert bare.asked.sum(-1).tolist() == lengths
     assert (whole.asked.sum(-1) > bare.asked.sum(-1)).all()
@@ -243,7 +241,7 @@ def test_the_scorer_sees_the_question_or_the_whole_prompt(engine):
 
 def test_validation_is_the_mean_over_questions_of_the_scorers_top_k(engine):
     task, scorer = asked(pictures=3, each=2), tiny_scorer(engine.model)
-    found = Validator(engine, pairs(task), [0.5, 0.1], size=4).judge(scorer)
+    found = Evaluator(engine, pairs(task), log_prob, tiny_config(eval_keeps="0.5,0.1"), batch_size=4).evaluate(scorer)
     by_hand = {0.5: 0.0, 0.1: 0.0}
     for pair in pairs(task):
         batch = engine.prepare([pair])
@@ -282,7 +280,7 @@ def test_best_of_n_is_the_best(engine, batch, monkeypatch):
     looks = make_teacher("best_of_n", tries=6)(engine, batch, kept, drawn())
     rewards = (tried[0].log_probs.sum(-1) / tried[0].mask.sum(-1)).view(4, 6)
     for i, look in enumerate(looks):
-        best = tried[0].kept[6 * i + int(rewards[i].argmax())][0]
+        best = tried[0].subsets[6 * i + int(rewards[i].argmax())][0]
         assert look.nonzero().flatten().tolist() == best.tolist()
 
 
@@ -294,3 +292,174 @@ def test_unknown_teachers_are_refused_at_once():
         make_teacher("pruner:nobody")
     with pytest.raises(TrainError, match="looks inside the model"):
         make_teacher("pruner:fastv")
+
+
+# --- soft masks inside the model ----------------------------------------------------------------------------------
+
+
+def test_no_bias_is_the_plain_forward(engine, batch):
+    soft = masked_forward(engine, batch, [torch.zeros(16)] * 4)
+    plain = engine.run(batch, range(4), [[torch.arange(16)]] * 4)
+    assert torch.allclose(soft, plain.log_probs, atol=1e-4)
+    assert (soft[~plain.mask] == 0).all()
+
+
+def test_a_hard_mask_is_dropping_with_the_places_kept(engine, batch):
+    kept = [torch.tensor(k) for k in ([0, 5, 6], [15], [2, 3, 4, 8, 9], list(range(16)))]
+    hard = [torch.full((16,), 1e-12).index_fill(0, k, 1.0).log() for k in kept]
+    soft = masked_forward(engine, batch, hard)
+    dropped = engine.run(batch, range(4), [[k] for k in kept])
+    assert torch.allclose(soft, dropped.log_probs, atol=1e-4)
+    assert (soft - engine.run(batch, range(4), [[torch.arange(16)]] * 4).log_probs)[:3].abs().amax(-1).min() > 0.05
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_gradient_of_a_soft_mask_is_the_finite_difference(engine, batch, attention):
+    engine.model.set_attn_implementation(attention)
+    try:
+        biases = [torch.randn(16, generator=drawn(i)).mul(0.5).requires_grad_() for i in range(4)]
+        loss = masked_forward(engine, batch, biases).sum()
+        loss.backward()
+        for i, token in ((0, 3), (1, 0), (3, 15)):
+            ends = []
+            for sign in (1, -1):
+                moved = [b.detach().clone() for b in biases]
+                moved[i][token] += sign * 1e-2
+                ends.append(float(masked_forward(engine, batch, moved).sum()))
+            assert float(biases[i].grad[token]) == pytest.approx((ends[0] - ends[1]) / 2e-2, abs=3e-3, rel=0.05)
+        assert max(float(b.grad.abs().max()) for b in biases) > 0.02
+    finally:
+        engine.model.set_attn_implementation("sdpa")
+
+
+def test_attention_is_told_in_every_layer_that_gradients_are_wanted(engine, batch, monkeypatch):
+    """A GPU's memory-efficient kernel asks query, key and value alone; bits on a CPU are those without."""
+    real, asked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attention(query, key, value, attn_mask=None, **options):
+        if attn_mask is not None and attn_mask.requires_grad:
+            asked.append(query.requires_grad and key.requires_grad and value.requires_grad)
+        return real(query, key, value, attn_mask=attn_mask, **options)
+
+    def once():
+        biases = [torch.randn(16, generator=drawn(i)).requires_grad_() for i in range(4)]
+        found = masked_forward(engine, batch, biases)
+        found.sum().backward()
+        return [found.detach(), *(bias.grad for bias in biases)]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    found = once()
+    assert asked == [True, True]  # layers
+    assert not any(item.features.requires_grad for sample in batch.encoded.samples for item in sample)
+    monkeypatch.setattr(distill, "_require_gradients", lambda arguments: None)
+    for mine, plain in zip(found, once(), strict=True):
+        assert torch.equal(mine, plain)
+    assert asked == [True, True, False, True]
+
+
+def test_the_gradient_teacher_points_at_what_the_answer_hangs_on(engine, batch):
+    """Its largest share is the token whose attention, turned down a little, costs the answer most."""
+    looks = make_teacher("gradient")(engine, batch, torch.tensor([4] * 4), drawn())
+    lengths = torch.tensor([len(answer) for answer in batch.answers])
+    costs = []
+    for token in range(16):
+        one = torch.zeros(16)
+        one[token] = -1e-2
+        costs.append(-masked_forward(engine, batch, [one] * 4).sum(-1) / lengths)
+    before = -masked_forward(engine, batch, [torch.zeros(16)] * 4).sum(-1) / lengths
+    loses = (torch.stack(costs, -1) - before[:, None]).clamp(min=0)
+    assert (loses > 1e-4).any(-1).sum() >= 2
+    for look, lost in zip(looks, loses, strict=True):
+        if float(lost.max()) > 1e-4:
+            assert int(look.argmax()) == int(lost.argmax())
+            assert torch.allclose(look, lost / lost.sum(), atol=0.05)
+
+
+def test_models_whose_masks_are_not_plain_are_refused(engine, batch, monkeypatch):
+    def refused(said: str) -> None:
+        with pytest.raises(UnsupportedModelError, match=said):
+            masked_forward(engine, batch, [torch.zeros(16)] * 4)
+        monkeypatch.undo()
+
+    text = engine.model.get_decoder().config
+    monkeypatch.setattr(text, "_attn_implementation_internal", "flex_attention")
+    refused("flex_attention does not take: load the model with attn_implementation='sdpa'")
+    monkeypatch.setattr(text, "sliding_window", 4, raising=False)
+    refused("sliding windows, which llama has: train with stage grpo")
+    monkeypatch.setattr(engine.model.config, "model_type", "paligemma")
+    refused("paligemma images attend in both directions")
+    monkeypatch.setattr(engine.model.config, "model_type", "gemma4")  # some of its checkpoints do, some do not
+    monkeypatch.setattr(engine.model.config.get_text_config(), "use_bidirectional_attention", "vision", raising=False)
+    refused("gemma4 images attend in both directions")
+
+
+# --- rewards ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rollout(engine, batch):
+    return engine.run(
+        batch, [0, 1, 1, 3], [[torch.arange(16)], [torch.tensor([1])], [torch.arange(16)], [torch.tensor([0, 9])]]
+    )
+
+
+def test_log_prob_by_hand(rollout):
+    found = get_reward("log_prob")(rollout)
+    for row, value in enumerate(found.tolist()):
+        by_hand = [
+            float(rollout.logits[row, t].log_softmax(-1)[rollout.targets[row, t]])
+            for t in range(rollout.mask.shape[1])
+            if rollout.mask[row, t]
+        ]
+        assert value == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-5)
+
+
+def test_agreement_is_nothing_for_all_tokens_and_a_loss_for_fewer(rollout):
+    found = checked_reward(get_reward("agreement"), rollout)
+    assert found[[0, 2]].abs().max() < 1e-5
+    assert (found[[1, 3]] < -0.05).all()
+    by_hand = torch.nn.functional.kl_div(
+        rollout.logits[1].log_softmax(-1), rollout.full_logits[1].log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)[rollout.mask[1]]
+    assert float(found[1]) == pytest.approx(-float(by_hand.mean()), abs=1e-4)
+
+
+def test_task_score_and_exact_match(rollout, monkeypatch):
+    monkeypatch.setattr(rollout, "decode", lambda: [rollout.samples[0].answer, "?", rollout.samples[2].answer, "?"])
+    assert checked_reward(get_reward("task_score"), rollout).tolist() == [1, 0, 1, 0]
+    monkeypatch.setattr(rollout, "hit", torch.ones_like(rollout.mask))
+    assert checked_reward(get_reward("exact_match"), rollout).tolist() == [1, 1, 1, 1]
+    rollout.hit[1, -1] = False
+    assert checked_reward(get_reward("exact_match"), rollout).tolist() == [1, 0, 1, 1]
+
+
+def raises(rollout):
+    raise RuntimeError("no luck")
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (lambda r: torch.tensor([0, torch.nan, 0, 0]), "is nan for sample '0-1'"),
+        (lambda r: torch.tensor([0, 0, 0, -torch.inf]), "is -inf for sample '1-1'"),
+        (lambda r: torch.zeros(3), r"must return a tensor \(4,\), got \(3,\)"),
+        (lambda r: torch.zeros(4, 1), r"must return a tensor \(4,\), got \(4, 1\)"),
+        (lambda r: [0.0] * 4, r"must return a tensor \(4,\), got list"),
+        (lambda r: None, "got NoneType"),
+        (raises, r"'raises' raised RuntimeError: no luck \(samples 0-0, 0-1, 1-1\)"),
+    ],
+)
+def test_a_reward_that_fails_stops_and_is_never_zero(rollout, reward, said):
+    with pytest.raises(TrainError, match=said):
+        checked_reward(reward, rollout)
+
+
+def test_rewards_of_ones_own(rollout):
+    assert get_reward("math:sqrt")(4) == 2
+    assert get_reward(raises) is raises
+    values = checked_reward(lambda r: torch.tensor([True, False, True, True]), rollout)
+    assert (values.dtype, values.tolist()) == (torch.float32, [1, 0, 1, 1])
+    assert not checked_reward(lambda r: r.log_probs.sum(-1).requires_grad_(), rollout).requires_grad
+    for name in ("nonsense", "no.such.module:f", "math:nothing", "math:pi", "a"):
+        with pytest.raises(TrainError, match=r"no reward|unknown reward .* agreement, exact_match"):
+            get_reward(name)

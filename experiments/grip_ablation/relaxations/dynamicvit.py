@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gripvlm.grip.train.budgets import draw_keeps
-from gripvlm.grip.train.loop import Stats
-from gripvlm.grip.train.relaxed import Relaxed
-from gripvlm.grip.train.rollout import Batch
+from gripvlm.grip.train import Batch
+from gripvlm.grip.train.data import draw_counts
+from gripvlm.grip.train.trainer import Stats
+
+from .masks import Relaxed
 
 __all__ = ["DynamicViT", "decisions", "ratio_loss"]
 
@@ -30,9 +31,9 @@ def decisions(scores: Tensor, tau: float, noise: Tensor) -> Tensor:
     return (odds > 0).to(soft) + (soft - soft.detach())  # exactly hard: the brackets matter
 
 
-def ratio_loss(mask: Tensor, kept: Tensor, sizes: Tensor) -> Tensor:
+def ratio_loss(mask: Tensor, counts: Tensor, sizes: Tensor) -> Tensor:
     """Mean over images of (mean of mask - k / n)^2 (eq. 14); mask [B, n] is 0 at padding, k and n are [B]."""
-    return (mask.sum(-1) / sizes - kept / sizes).square().mean()
+    return (mask.sum(-1) / sizes - counts / sizes).square().mean()
 
 
 class DynamicViT(Relaxed):
@@ -40,13 +41,13 @@ class DynamicViT(Relaxed):
 
     Rao et al. 2021, arXiv 2106.02034. A dropped token's attention weight is 0 in every row but its own (eq. 11).
 
-    1. The decision is made once, before the language model, by the same scorer as every other arm here; the paper
+    1. The decision is made once, before the language model, by the same scorer as every other variant here; the paper
        decides at three depths of a ViT with predictors of their own. The scorer's logit is the log-odds of its
        two-way softmax.
-    2. k / n is drawn anew for each question and told to the scorer; the paper trains one model a ratio.
+    2. k / n is drawn anew for each question and given to the scorer; the paper trains one model a ratio.
     3. Only the scorer is trained. The paper's distillation terms hold a backbone that it fine-tunes to its
        former self; ours is frozen, so there is nothing to hold.
-    4. A dropped token leaks 1e-4 of its attention (`relaxed.FLOOR`), so that its mask has a gradient.
+    4. A dropped token leaks 1e-4 of its attention (`masks.FLOOR`), so that its mask has a gradient.
     5. The temperature is tau_start throughout, 1 as in the paper by default; tau_end is not read.
 
     Inference is the hard top-k, as the paper's.
@@ -54,18 +55,18 @@ class DynamicViT(Relaxed):
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
         config = self.config
-        seen = batch.for_scorer(self.scorer.config.question)
-        kept = draw_keeps(config, seen.sizes, seen.owner, progress, random)
-        scores = seen.score(self.scorer, kept)
+        inputs = batch.for_scorer(self.scorer.config.question)
+        counts = draw_counts(config, inputs.sizes, inputs.owner, random)
+        scores = inputs.score(self.scorer, counts)
         uniform = torch.rand(scores.shape, generator=random, dtype=torch.float64).clamp(min=1e-12)
         mask = decisions(scores, config.tau_start, uniform.logit().to(scores))
-        reward = self.masked_reward(batch, seen, mask)
-        ratio = ratio_loss(mask, kept, seen.sizes)
+        reward = self.masked_reward(batch, inputs, mask)
+        ratio = ratio_loss(mask, counts, inputs.sizes)
         yield (
             config.ratio_weight * ratio - reward.mean(),
             {
                 "reward": float(reward.detach().mean()),
                 "ratio": float(ratio.detach()),
-                "kept": float((mask.detach().sum(-1) / kept).mean()),
+                "kept": float((mask.detach().sum(-1) / counts).mean()),
             },
         )

@@ -1,0 +1,33 @@
+"""Settings of the relaxations: those of `gripvlm train`, and five more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gripvlm.errors import TrainError
+from gripvlm.grip.train.config import TrainConfig, setting
+
+__all__ = ["RELAXATIONS", "RelaxedConfig"]
+
+RELAXATIONS = ("soft_topk", "straight_through", "perturbed", "dynamicvit", "diffprune", "conditional_bernoulli")
+
+
+@dataclass(frozen=True)
+class RelaxedConfig(TrainConfig):
+    """`max_steps`, `learning_rate`, budgets and data mean what they mean for GRPO.
+
+    Raises:
+        TrainError: as `TrainConfig`, or a reward without a gradient.
+    """
+
+    stage: str = setting("relaxed", "always relaxed", ("relaxed",))
+    relaxation: str = setting("soft_topk", "what takes GRPO's place", RELAXATIONS)
+    tau_start: float = setting(1.0, "temperature of the relaxation at the first step", above=0)
+    tau_end: float = setting(0.02, "temperature of the relaxation at the last step", above=0)
+    noise_samples: int = setting(4, "noise samples of the perturbed relaxation", at_least=2)
+    ratio_weight: float = setting(2.0, "weight of dynamicvit's loss on the share that it keeps", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.relaxation != "conditional_bernoulli" and self.reward not in ("probability", "log_prob"):
+            raise TrainError(f"reward = {self.reward!r} has no gradient: use probability or log_prob")

@@ -1,0 +1,260 @@
+"""Stage 1: the scorer imitates a teacher on the full input (the paper's supervised warm-up), and the teachers.
+
+A teacher returns, for every image of a batch, a distribution over its tokens [n] that sums to 1 (or a set, as a uniform
+distribution over it), from the frozen model's run on the *full* input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from gripvlm.errors import TrainError, UnsupportedModelError
+from gripvlm.grip.scorer import Scorer
+from gripvlm.grip.train.config import TrainConfig
+from gripvlm.grip.train.data import draw_counts
+from gripvlm.grip.train.rewards import log_prob
+from gripvlm.grip.train.rollout import Batch, Engine
+from gripvlm.grip.train.trainer import Stage, Stats
+from gripvlm.models.families import chunkable, family_of
+from gripvlm.models.hooks.attention import capture_attention
+from gripvlm.models.hooks.llm_drop import checked_keys
+from gripvlm.pruners import Pruner, get_pruner
+
+__all__ = ["TEACHERS", "Distill", "Teacher", "make_teacher", "masked_forward"]
+
+Teacher: TypeAlias = Callable[[Engine, Batch, Tensor, torch.Generator], list[Tensor]]
+"""(engine, batch, counts [I], random numbers) -> a distribution [n] for each of the batch's I images."""
+
+TEACHERS = ("attention", "gradient", "best_of_n", "pruner:NAME")
+
+
+class Distill(Stage):
+    """Loss: KL(teacher || softmax of the logits), mean over images, at budgets drawn as in GRPO.
+
+    TwigVLM++ (arXiv 2503.14075) distils attention so. The teacher does not depend on the budget, unless it chooses
+    sets; the scorer sees one nevertheless, so that its ranking is good at all of them when exploration starts.
+    """
+
+    name = "distill"
+    random_stream: ClassVar[str] = "warmup"  # the stage's former name: published runs drew their budgets from it
+    rate_setting: ClassVar[str] = "distill_learning_rate"
+
+    def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
+        super().__init__(config, scorer, engine, config.distill_steps, config.distill_learning_rate)
+        self.teacher = make_teacher(config.teacher, _layers(config.teacher_layers, engine), config.num_generations)
+
+    def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
+        inputs = batch.for_scorer(self.scorer.config.question)
+        counts = draw_counts(self.config, inputs.sizes, inputs.owner, random)
+        targets = nn.utils.rnn.pad_sequence(self.teacher(self.engine, batch, counts, random), batch_first=True)
+        logits = inputs.score(self.scorer, counts)
+        # Padding is -inf there, and its target is 0: the product would be NaN.
+        log_probs = logits.log_softmax(-1).masked_fill(~inputs.valid, 0.0)
+        # A constant for the scorer; with it the loss is 0 for a perfect imitation.
+        entropy = -(targets * targets.clamp(min=1e-12).log()).sum(-1)
+        kl = -(targets * log_probs).sum(-1) - entropy
+        yield kl.mean(), {"kl_teacher": float(kl.detach().mean())}
+
+
+def _layers(text: str, engine: Engine) -> list[int]:
+    """Layer numbers from text such as "2,3", each one that the language model has."""
+    count = engine.model.config.get_text_config().num_hidden_layers
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    layers = [int(part) for part in parts if part.lstrip("-").isdecimal()]
+    if len(layers) < len(parts) or not all(-count <= layer < count for layer in layers):
+        raise TrainError(f"teacher_layers = {text!r}: use numbers from 0 to {count - 1}, such as {count - 1}")
+    return layers
+
+
+# --- teachers -----------------------------------------------------------------------------------------------------
+
+
+def make_teacher(name: str, layers: Sequence[int] = (), tries: int = 16) -> Teacher:
+    """A teacher by name.
+
+    Args:
+        name: `attention` (text-to-visual attention of `layers`), `gradient` (of the answer's log-probability
+            with respect to a gate on each token), `best_of_n` (the best of `tries` random subsets), or
+            `pruner:NAME` (the choice of any pruner in the registry).
+        layers: for `attention`; by default the second half of the language model.
+
+    Raises:
+        TrainError: none of these.
+    """
+    if name == "attention":
+        return _Attention(tuple(layers))
+    if name == "gradient":
+        return _gradient
+    if name == "best_of_n":
+        return _BestOfN(tries)
+    kind, _, rest = name.partition(":")
+    if kind == "pruner" and rest:
+        pruner = get_pruner(rest)
+        if pruner.stage != "input" or not pruner.needs <= {"features", "grid", "question", "key"}:
+            raise TrainError(f"{name!r} looks inside the model, which this teacher cannot: use another pruner")
+        return _Imitate(pruner)
+    raise TrainError(f"unknown teacher {name!r}: use one of {', '.join(TEACHERS)}")
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Head-mean attention that the rows which predict the answer pay to each visual token, mean over layers.
+
+    TwigVLM++ (arXiv 2503.14075) distils one designated deep layer; the mean over several needs no choice of one.
+    """
+
+    layers: tuple[int, ...]
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
+        model = engine.model
+        depth = model.config.get_text_config().num_hidden_layers
+        layers = self.layers or tuple(range(depth // 2, depth))
+        width = batch.longest
+        queries = list(range(-width - 1, -1))  # the row before each answer token predicts it
+        arguments = engine.whole(batch)
+        with capture_attention(model.get_decoder(), layers, queries) as seen:
+            model(**arguments, use_cache=False)
+        rows = torch.stack([seen[layer % depth][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
+        predicts = (batch.inputs["labels"][:, -width:] >= 0).to(rows)
+        attention = (rows * predicts[..., None]).sum(1)
+        per_image = [attention[i, positions] for i, positions in engine.image_positions(batch)]
+        return [weights / weights.sum().clamp(min=1e-9) for weights in per_image]
+
+
+def _gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
+    """What the answer's mean log-probability would lose first if a token's attention were turned down.
+
+    The gate is a factor on the token's attention weights, not on its features: a scaled feature passes the
+    first normalisation unchanged.
+    """
+    gates = [torch.zeros(t.n, device=t.features.device, requires_grad=True) for m in batch.tokens for t in m]
+    log_probs = masked_forward(engine, batch, gates)
+    (log_probs.sum(-1) / batch.answer_lengths).sum().backward()
+    slopes = [gate.grad.clamp(min=0) for gate in gates if gate.grad is not None]
+    chances = [slope + 1e-6 * slope.mean() + 1e-12 for slope in slopes]  # no token has a chance of 0
+    return [chance / chance.sum() for chance in chances]
+
+
+@dataclass(frozen=True)
+class _BestOfN:
+    """The best of N subsets, half of them random, half drawn around the attention teacher."""
+
+    tries: int
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
+        attention = _Attention(())(engine, batch, counts, random)
+        owner = [i for i, tokens in enumerate(batch.tokens) for _ in tokens]
+        rows: list[int] = []
+        subsets: list[list[Tensor]] = []
+        for sample in range(len(batch)):
+            images = [image for image, of in enumerate(owner) if of == sample]
+            for attempt in range(self.tries):
+                around = attempt % 2 == 1
+                subsets.append([_draw(attention[i], int(counts[i]), around, random) for i in images])
+                rows.append(sample)
+        rollout = engine.run(batch, rows, subsets, logits=False)
+        best = log_prob(rollout).view(len(batch), self.tries).argmax(-1).tolist()
+        winners = [subset for sample, i in enumerate(best) for subset in subsets[sample * self.tries + i]]
+        return [_uniform_over(chosen, len(all_)) for chosen, all_ in zip(winners, attention, strict=True)]
+
+
+def _draw(attention: Tensor, count: int, around: bool, random: torch.Generator) -> Tensor:
+    """[count] indices, ascending: a random subset, or one drawn around the attention [n]."""
+    # Gumbel noise: the top k of log-weights with it are a sample without replacement.
+    noise = -torch.empty(attention.shape).exponential_(generator=random).log().to(attention.device)
+    score = noise + (attention.clamp(min=1e-9).log() if around else 0.0)
+    return score.topk(count).indices.sort().values
+
+
+def _uniform_over(indices: Tensor, n: int) -> Tensor:
+    """[n] the uniform distribution over some of n tokens."""
+    return torch.zeros(n, device=indices.device).index_fill(0, indices, 1 / len(indices))
+
+
+@dataclass(frozen=True)
+class _Imitate:
+    """Any pruner's set, each of its tokens alike."""
+
+    pruner: Pruner
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
+        images = [tokens for sample in batch.tokens for tokens in sample]
+        return [
+            _uniform_over(self.pruner.select(replace(tokens, keep=k)).indices, tokens.n)
+            for tokens, k in zip(images, counts.tolist(), strict=True)
+        ]
+
+
+# --- soft masks on attention --------------------------------------------------------------------------------------
+
+
+def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Tensor:
+    """Log-probabilities [B, T] of the forced answers, differentiable in the biases; 0 at padding.
+
+    `log(m)` added to every query's score for a visual token multiplies its attention weight by m before
+    normalisation, as DynamicViT (arXiv 2106.02034, eq. 11) does: at m in {0, 1} it is exactly dropping or keeping, and
+    unlike scaling the feature it cannot be undone by a normalisation layer.
+
+    Args:
+        biases: one [n] for each image of the batch, in order: log of the share of attention it keeps.
+
+    Raises:
+        UnsupportedModelError: an attention implementation that takes no bias key by key, sliding windows, or a
+            model whose images attend in both directions.
+    """
+    model = engine.model
+    text = model.get_decoder().config
+    checked_keys(model, "soft masks need attention with a bias on each key")
+    advice = "train with stage grpo, and with a teacher other than gradient"
+    if getattr(text, "sliding_window", None):
+        raise UnsupportedModelError(f"soft masks do not know sliding windows, which {text.model_type} has: {advice}")
+    if not chunkable(family_of(model), model):
+        raise UnsupportedModelError(
+            f"soft masks are causal, and {model.config.model_type} images attend in both directions: {advice}"
+        )
+    # Dropping needs no gradient; only the forward below does.
+    with torch.no_grad():
+        arguments = engine.whole(batch)
+    if torch.is_grad_enabled() and any(bias.requires_grad for bias in biases):
+        _require_gradients(arguments)
+    arguments["attention_mask"] = _attention_bias(engine, batch, arguments["attention_mask"].bool(), biases)
+    return engine.forced_log_probs(batch, arguments)
+
+
+def _attention_bias(engine: Engine, batch: Batch, mask: Tensor, biases: Sequence[Tensor]) -> Tensor:
+    """[B, 1, L, L] added to attention scores: causal, padding closed, `biases` on the visual tokens' columns."""
+    places = engine.image_positions(batch)
+    row = torch.cat([torch.full_like(positions, i) for i, positions in places])
+    column = torch.cat([positions for _, positions in places])
+    bias = torch.zeros(mask.shape, device=mask.device)
+    bias = bias.index_put((row, column), torch.cat([b.float() for b in biases]))
+    length = mask.shape[1]
+    own = torch.eye(length, dtype=torch.bool, device=mask.device)
+    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    visible = causal & mask[:, None] | own  # padding sees itself, or it would be NaN
+    lowest = torch.tensor(torch.finfo(engine.model.dtype).min, device=mask.device)
+    full = torch.where(visible, bias[:, None], lowest)[:, None]
+    # A visual token always sees itself fully: a dropped token's own row is read by nobody, and must not be NaN.
+    return torch.where(own, torch.zeros((), device=mask.device), full).to(engine.model.dtype)
+
+
+def _require_gradients(arguments: dict[str, Any]) -> None:
+    """Makes the images' rows require gradients, so that queries, keys and values of the first layer do too.
+
+    torch's memory-efficient attention keeps what its backward needs where one of those three requires gradients, and
+    does not look at the bias (pytorch/pytorch#148476): with frozen weights, backward would fail in the first layer.
+    """
+    for output in arguments["mm_encoder_outputs"].values():
+        rows = output.pooler_output  # detached: the rows themselves are the batch's, and stay as they are
+        one = isinstance(rows, Tensor)
+        output.pooler_output = (
+            rows.detach().requires_grad_() if one else [each.detach().requires_grad_() for each in rows]
+        )
