@@ -50,6 +50,7 @@ class PruneBlock:
         self._switch.close(self)
 
     def __getattr__(self, name: str) -> Any:
+        # copy, pickle and IPython look for dunders and expect a plain answer.
         if name.startswith("__"):
             raise AttributeError(name)
         raise _NotABlock(
@@ -58,6 +59,7 @@ class PruneBlock:
         )
 
     def __del__(self) -> None:
+        # By vars(): where __init__ was not reached, there is no such attribute, and __getattr__ would raise.
         if not vars(self).get("_entered", True):
             logger.warning(
                 "gripvlm.prune(...) was called but not entered, so nothing was pruned: use `with gripvlm.prune(...):`"
@@ -86,8 +88,10 @@ class PruneBlock:
         """From a prompt with images."""
         request, options, cache = self._request, Options(self._model, kwargs), cache_in(kwargs)
         options.refuse(request.family, inside=isinstance(request.pruner, LLMPruner) or request.proportional_attention)
+        # Without a cache a full mask and positions with gaps would be read as packed sequences: see DropOptions.
         if options.get("use_cache") is False:
             request = replace(request, drop=request.drop._replace(spare_column=True))
+        # As `generate` does around its own encoder; a `forward` keeps the graph.
         with torch.no_grad():
             batch = self._prune(request, kwargs)
         options.check_beams(request.family, batch)
@@ -112,6 +116,7 @@ class PruneBlock:
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise InputError("a further turn needs input_ids [B, L], a tensor of token ids")
+        # transformers takes both forms: all ids, or the new ones with a mask of the whole.
         whole = not isinstance(mask, Tensor) or mask.shape[1] == ids.shape[1]
         count = prompt.tokens_in(cache)
         arguments = prompt.further_arguments(self._model, cache, given, whole=whole)
@@ -156,6 +161,7 @@ class PruneBlock:
         if not isinstance(given.get("input_ids"), Tensor):
             raise InputError("a further step on a pruned cache needs input_ids, a tensor of token ids")
         arguments = prompt.further_arguments(self._model, cache, given, whole=False)
+        # A caller's own decoding loop may count by itself; `prune_inputs` says from where.
         if given.get("position_ids") is not None:
             arguments["position_ids"] = given["position_ids"]
         with self._running_further(prompt, cache):

@@ -116,7 +116,7 @@ class Options:
             if arguments.get(name) is not None or getattr(self.config, name, None) is None:
                 arguments[name] = value - fewer
                 continue
-            self.config = copy.deepcopy(self.config)
+            self.config = copy.deepcopy(self.config)  # the caller's object stays as it is
             setattr(self.config, name, value - fewer)
             arguments["generation_config"] = self.config
         return arguments
@@ -182,6 +182,7 @@ class FullPrompt:
         transformers lets a caller's take the place of its own of the same class. So those keep their class, and what
         they count is less by the tokens that are gone; a prompt's words, which some of them read, are all there.
         """
+        # Anything else is the caller's own code, which may read ids in any way: it gets all of them.
         if not type(callback).__module__.startswith("transformers.generation."):
             return _Callback(callback, self)
         shorter = copy.copy(callback)
@@ -232,6 +233,7 @@ class _Streamer(_Shown):
     _began = False
 
     def put(self, value: Tensor) -> None:
+        # The first thing that is put is the prompt; then one token after another.
         if not self._began:
             self._began = True
             value = self._full.ids(value)

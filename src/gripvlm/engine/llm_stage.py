@@ -186,6 +186,7 @@ class LLMStage:
 
     def _text(self, rows: int, length: int) -> Tensor:
         """[rows, length] bool: the text tokens among those that are left."""
+        # `generate` repeats each prompt for its beams, side by side.
         is_text = self._is_text.repeat_interleave(rows // self._is_text.shape[0], 0)
         text = is_text.gather(-1, self._columns(rows, length))
         real = self.dropped.real
@@ -218,6 +219,7 @@ class LLMStage:
                 keep[row, places[selection.indices]] = True
                 if selection.merge is not None:
                     merged.append(Merged(row, places, selection))
+        # In columns of the prompt: places change with every layer that drops.
         columns = self._columns(rows, length)
         self.merges[layer] = [m._replace(places=columns[m.row, m.places.to(columns.device)]) for m in merged]
         self._done = self._done or layer == self.layers_that_drop[-1]

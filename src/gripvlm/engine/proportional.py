@@ -80,11 +80,13 @@ class ProportionalRun:
         if order is None:
             return LayerSizes(sizes, 0)
         order = order.to(sizes.device)
+        # Decoded tokens, which a run without a cache has in its prompt, count once.
         sizes = torch.nn.functional.pad(sizes, (0, max(0, total - sizes.shape[1])), value=1.0)
         return LayerSizes(sizes.gather(1, order), total - order.shape[1])
 
     def _by_column(self, layer: int, rows: int) -> Tensor:
         """[rows, L] sizes of the prompt's tokens in this layer, as often as `generate` repeats each prompt."""
+        # Computed when a layer asks, once: which tokens merge is known when the run has come that far, and stays.
         for merging, merges in sorted(({} if self.stage is None else self.stage.merges).items()):
             if merging <= layer and merging not in self._from:
                 sizes = _repeated(self._from[max(self._from)], rows).clone()

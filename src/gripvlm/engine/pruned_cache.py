@@ -192,6 +192,7 @@ _cache_in_use: ContextVar[Any] = ContextVar("gripvlm_cache_in_use", default=None
 def mark(cache: Any, prompt: PrunedPrompt) -> None:
     """Notes in the cache what it holds; from now on it takes no keys but inside `in_use`."""
     if not hasattr(cache, "gripvlm_prompt"):
+        # A subclass, not a wrapper: transformers tests caches by isinstance, and callers hold on to this very object.
         kind: Any = type(cache)
         cache.__class__ = _guarded(kind)
     cache.gripvlm_prompt = prompt
@@ -217,6 +218,7 @@ def _guarded(base: Any) -> type:
     """A subclass of a cache's class that refuses what would go wrong in silence; named as its base."""
 
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Every layer comes by here first, so nothing has been written yet.
         if _cache_in_use.get() is not self:
             images = [image for sample in self.gripvlm_prompt.selections for image in sample]
             kept, total = sum(image.k for image in images), sum(image.n for image in images)
@@ -232,6 +234,7 @@ def _guarded(base: Any) -> type:
 
     def reset(self: Any) -> None:
         base.reset(self)
+        # An empty cache is anybody's again.
         del self.gripvlm_prompt
         self.__class__ = base
 

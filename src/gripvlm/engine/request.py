@@ -89,6 +89,7 @@ class PruneRequest:
         """
         model = unwrapped(model)
         family = family_of(model)
+        # The pruner before the budget: errors of `keep` name it, and it may have a budget of its own.
         chosen = checked_pruner(pruner)
         needs = checked_pair(chosen, model, family)
         positions = options.get("positions", "original")
@@ -233,6 +234,7 @@ def _check_per_token(model: Any, given: Mapping[str, Any]) -> None:
 def checked_encoding(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encoded | None) -> Encoded | None:
     """The caller's encoding of the images, known to hold what the pruner reads; None where they are to be encoded."""
     pruner, needs = request.pruner, request.needs
+    # Merged in the tower, an image must be encoded for each budget.
     if needs.merging is not None:
         if not has_pixels(inputs):
             raise InputError(

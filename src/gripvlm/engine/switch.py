@@ -96,6 +96,7 @@ class Switch:
     def opened(cls, model: PreTrainedModel, block: Block) -> Switch:
         """The model's own where a block is open already, else a new one; this block is open in it from now on."""
         with _lock:  # of two threads at once, the first makes it and the second finds it
+            # A copy of the model carries entries too, whose switch is the original's.
             entries = (vars(model).get(name) for name in ("generate", "forward"))
             known = (entry.switch for entry in entries if isinstance(entry, _Entry) and entry.switch.model is model)
             switch = next(known, None) or cls(model)
@@ -119,6 +120,7 @@ class Switch:
             for name, entry in self.entries.items():
                 if vars(self.model).get(name) is not entry:
                     continue  # somebody put a wrapper of theirs around it; it now leads to the original
+                # Usually the method is the class's, and the object had no attribute of that name.
                 if self.before[name] is None:
                     delattr(self.model, name)
                 else:
@@ -126,6 +128,7 @@ class Switch:
 
     def block_of_caller(self) -> Block | None:
         """The block of this thread, or the only one there is."""
+        # The innermost first: blocks of several models may be nested.
         for block in reversed(_own_blocks.get()):
             if block in self.blocks:
                 return block
@@ -146,6 +149,7 @@ class _Entry:
         parameters = inspect.signature(original).parameters.values()
         self.parameters = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
+    # What a block does reads context variables and sets hooks, which a traced graph would not do again.
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _call.get()
@@ -155,6 +159,7 @@ class _Entry:
             return self.original(*args, **kwargs)
         if (block := self.switch.block_of_caller()) is None:
             return self.original(*args, **kwargs)
+        # By name from here on: `generate` and every `forward` have orders of their own.
         kwargs.update(zip(self.parameters, args, strict=False))
         if self.name == "forward":
             return block.run_forward(self.original, kwargs)

@@ -237,6 +237,7 @@ def drop(
             ahead = last - arguments["position_ids"][..., -1]
             if ahead.ndim == 2:  # M-RoPE: only t, h, w; the text row, where there is one, merely counts tokens
                 ahead = torch.cat((torch.zeros_like(ahead[:-3]), ahead[-3:]))
+    # With pixels left in, the model would encode again and take those rows.
     for name in encoder_arguments(model, arguments):
         arguments.pop(name)
     arguments["mm_encoder_outputs"] = _encoder_outputs(encoded, spans, selections)

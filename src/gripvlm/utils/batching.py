@@ -19,6 +19,7 @@ _PINS = frozenset({"cuda"})
 def onto(values: Any, device: torch.device) -> Tensor:
     """Host numbers as a tensor on `device`, without waiting for what the device is doing."""
     host = torch.as_tensor(values)
+    # A copy from pageable memory waits for the stream; one from page-locked memory is queued in it.
     return host.pin_memory().to(device, non_blocking=True) if device.type in _PINS else host.to(device)
 
 
