@@ -11,7 +11,7 @@ No VLM carries the text tower of its CLIP; a `transformers.CLIPModel` of the sam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch.nn.functional import normalize
 
 from gripvlm.errors import InputError, UnsupportedModelError
 
-__all__ = ["ClipText"]
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedModel
 
 
 class ClipText:
@@ -38,7 +39,7 @@ class ClipText:
         InputError: not a CLIPModel, or an empty question.
     """
 
-    def __init__(self, clip: Any, tokenizer: Any, questions: Sequence[str] | str) -> None:
+    def __init__(self, clip: CLIPModel, tokenizer: Any, questions: Sequence[str] | str) -> None:
         for part in ("get_text_features", "visual_projection", "vision_model", "text_model"):
             if not hasattr(clip, part):
                 raise InputError(
@@ -46,15 +47,16 @@ class ClipText:
                     "of the checkpoint that the model's vision tower came from"
                 )
         self.clip = clip
-        self.one = isinstance(questions, str)
-        each = [questions] if isinstance(questions, str) else list(questions)
+        self.shared = isinstance(questions, str)
+        texts = [questions] if isinstance(questions, str) else list(questions)
         with torch.no_grad():
-            self.texts = [self._embed(tokenizer, text) for text in each]  # [pieces, p], of length 1
+            self.texts = [self._embed(tokenizer, text) for text in texts]  # [pieces, p] each, of length 1
 
     def _embed(self, tokenizer: Any, text: str) -> Tensor:
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise InputError(f"question {text!r} has no tokens: pass the question that the prompt asks")
+        # Two places of the context are for the begin and the end token.
         room = self.clip.config.text_config.max_position_embeddings - 2
         device = self.clip.visual_projection.weight.device
         pieces = [ids[start : start + room] for start in range(0, len(ids), room)]
@@ -66,15 +68,15 @@ class ClipText:
         ]
         return normalize(torch.stack(rows).float(), dim=-1)
 
-    def check(self, model: Any) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """Raises an UnsupportedModelError where `clip` does not go with the model's vision tower."""
-        have, mine = getattr(model.config, "vision_config", None), self.clip.config.vision_config
+        own, model_has = self.clip.config.vision_config, getattr(model.config, "vision_config", None)
         for name in ("hidden_size", "num_hidden_layers", "patch_size"):
-            if getattr(have, name, None) != getattr(mine, name):
+            if getattr(model_has, name, None) != getattr(own, name):
                 raise UnsupportedModelError(
-                    f"this CLIP's vision tower has {name}={getattr(mine, name)}, the model's has "
-                    f"{name}={getattr(have, name, None)}: pass the CLIPModel that the model's vision tower came from, "
-                    "or leave clip out"
+                    f"this CLIP's vision tower has {name}={getattr(own, name)}, the model's has "
+                    f"{name}={getattr(model_has, name, None)}: pass the CLIPModel that the model's vision tower came "
+                    "from, or leave clip out"
                 )
 
     @torch.no_grad()
@@ -89,9 +91,10 @@ class ClipText:
         Raises:
             InputError: no question for this prompt.
         """
-        if not self.one and sample >= len(self.texts):
+        if not self.shared and sample >= len(self.texts):
             raise InputError(f"no question for prompt {sample}: ClipText got {len(self.texts)}, one for each prompt")
-        text = self.texts[0 if self.one else sample]
+        text = self.texts[0 if self.shared else sample]
+        # CLIP normalises and projects its CLS token only; patches are brought to the same space by the same two layers.
         norm, projection = self.clip.vision_model.post_layernorm, self.clip.visual_projection
         rows = projection(norm(patches.to(projection.weight.device, projection.weight.dtype))).float()
         return (normalize(rows, dim=-1) @ text.T).mean(dim=1).to(patches.device)
