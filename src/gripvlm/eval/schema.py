@@ -48,7 +48,7 @@ class ResultsError(GripError):
 @lru_cache(maxsize=1)
 def published() -> dict[str, Any]:
     """The schema as JSON (draft 2020-12), `src/gripvlm/evaluate/results.schema.json`."""
-    return json.loads(files("gripvlm.evaluate").joinpath("results.schema.json").read_text(encoding="utf-8"))
+    return json.loads(files("gripvlm.eval").joinpath("results.schema.json").read_text(encoding="utf-8"))
 
 
 def is_result(content: Any) -> bool:
