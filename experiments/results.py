@@ -163,7 +163,7 @@ def split(file: Path, folder: Path, about: dict[str, Any] | None = None, names: 
         content["evaluation"]["questions"] = sum(map(len, questions.values()))
         scores: dict[str, dict[str, float]] = defaultdict(dict)
         for row in rows:
-            scores[str(row["keep"])][row["task"].rpartition("/")[2]] = round(row["score"], 6)
+            scores[str(row["keep"])][row["task"].rpartition("/")[2]] = round(row["score"], 9)
         content |= {"scores": scores, "trained": rows[0].get("trained", False)}
         if pruner == "full":
             for name in ("blind", "majority"):
