@@ -6,7 +6,7 @@ A study's `results/<variant>/seed<N>.json` holds
 - `training`: settings, minutes, validation scores, where something was trained;
 - `evaluation`: command, commit, versions, hardware, number of questions, dtype, batch size;
 - `scores`: budget -> family of questions (and `mean`) -> share of right answers;
-- `seconds`: budget -> phase -> seconds a question;
+- `seconds`: budget -> phase -> seconds a question; `seconds_unpruned`: the unpruned model's, in the same run;
 - `correct`: family -> budget -> one character a question, `1` where the answer is right.
 
 The questions stand in the same order in every file of a study; `results/questions.json` names them. A question `0012-03`
@@ -173,6 +173,8 @@ def split(file: Path, folder: Path, about: dict[str, Any] | None = None, names: 
             for row in rows
             if row["task"] == "mean"
         }
+        whole = next(row for row in found.means if row["pruner"] == "full")
+        content["seconds_unpruned"] = round(whole["seconds_total"], 6)
         content["correct"] = {
             family: {keep: "".join(str(int(right[one])) for one in questions[family]) for keep, right in bits.items()}
             for family, bits in families.items()
