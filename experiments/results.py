@@ -15,8 +15,10 @@ is about picture `0012`, so that intervals can be taken over pictures.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -129,6 +131,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def write_csv(path: Path, found: dict[str, list[Result]]) -> None:
+    """All scores, one a line."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["variant", "seed", "keep", "family", "score"])
+        for variant, seeds in found.items():
+            for result in seeds:
+                for budget, families in result.content["scores"].items():
+                    rows.writerows([variant, result.content["seed"], budget, *item] for item in families.items())
+
+
 def slug(spec: str) -> str:
     """A folder's name for a pruner: `mmr(norm)` -> `mmr_norm`."""
     return re.sub(r"[^\w.-]+", "_", spec).strip("_")
@@ -180,3 +193,7 @@ def split(file: Path, folder: Path, about: dict[str, Any] | None = None, names: 
             for family, bits in families.items()
         }
         write_json(folder / content["variant"] / f"seed{content['seed']}.json", content)
+
+
+if __name__ == "__main__":  # python -m experiments.results EVALUATION.json lab_check/results
+    split(Path(sys.argv[1]), STUDIES / sys.argv[2], {"study": sys.argv[2].partition("/")[0]})

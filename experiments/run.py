@@ -48,7 +48,9 @@ def flags(settings: dict[str, Any]) -> list[str]:
     arguments = []
     for key, value in settings.items():
         name = key.replace("_", "-")
-        arguments += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        arguments += (
+            [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        )
     return arguments
 
 

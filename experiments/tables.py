@@ -21,39 +21,51 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def filled(text: str, tables: Mapping[str, str]) -> str:
-    """The page with these tables. Every table must have its place, and every place its table."""
-    places = [name for _, name, _ in MARKED.findall(text)]
-    if sorted(places) != sorted(tables):
-        raise ValueError(f"the page has places for {sorted(places)}, but the tables are {sorted(tables)}")
-    return MARKED.sub(lambda match: f"{match[1]}\n{tables[match[2]].strip()}\n\n{match[3]}", text)
+    """The page with these tables; other tables of the page stay as they are."""
+    places = {name for _, name, _ in MARKED.findall(text)}
+    if missing := tables.keys() - places:
+        raise ValueError(f"the page has no <!-- table: --> for {', '.join(sorted(missing))}, only {sorted(places)}")
+
+    def one(match: re.Match[str]) -> str:
+        head, name, tail = match.groups()
+        return f"{head}\n{tables[name].strip()}\n\n{tail}" if name in tables else match[0]
+
+    return MARKED.sub(one, text)
 
 
-def fill(path: Path, tables: Mapping[str, str]) -> None:
+def fill(page: str | Path, tables: Mapping[str, str]) -> None:
+    """Writes tables into a page, named from the repository's root."""
+    path = ROOT / page
     path.write_text(filled(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
-def all_tables() -> dict[Path, dict[str, str]]:
+def all_tables() -> dict[str, dict[str, str]]:
     """Page -> its tables, of all studies."""
-    pages: dict[Path, dict[str, str]] = defaultdict(dict)
+    pages: dict[str, dict[str, str]] = defaultdict(dict)
     for file in sorted((ROOT / "experiments").glob("*/analyze.py")):
         study = importlib.import_module(f"experiments.{file.parent.name}.analyze")
         for page, tables in study.tables().items():
-            pages[ROOT / page] |= tables
+            pages[page] |= tables
     return pages
 
 
-def out_of_date() -> list[Path]:
-    pages = all_tables()
-    return [page for page, tables in pages.items() if filled(text := page.read_text("utf-8"), tables) != text]
+def out_of_date() -> list[str]:
+    """Pages that results would fill otherwise."""
+    found = []
+    for page, tables in all_tables().items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        if filled(text, tables) != text:
+            found.append(page)
+    return found
 
 
 def main() -> None:
     if "--check" in sys.argv[1:]:
         old = out_of_date()
-        sys.exit(f"out of date: {', '.join(map(str, old))}: python -m experiments.tables" if old else 0)
+        sys.exit(f"out of date: {', '.join(old)}: run python -m experiments.tables" if old else 0)
     for page, tables in all_tables().items():
         fill(page, tables)
-        print(page.relative_to(ROOT))
+        print(page)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,21 @@ from pathlib import Path
 from statistics import mean
 
 from experiments.results import Result, average, common_seeds, load, over_pictures, over_seeds
-from experiments.results import percent, points, read_json, share, table
-from experiments.tables import all_tables, fill  # noqa: F401
+from experiments.results import percent, points, read_json, share, table, write_csv
+from experiments.tables import fill
 
 HERE = Path(__file__).parent
 STUDY = "grip_ablation"
 BUDGETS = ("0.5", "0.25", "0.125", "0.06", "0.03", "0.015")
-MAIN = ("distill", "grpo", "no_distill", "label_free", "diffprune", "soft_topk_lr_1e-4", "blind_scale_by_budget_2_iters")
+MAIN = (
+    "distill",
+    "grpo",
+    "no_distill",
+    "label_free",
+    "diffprune",
+    "soft_topk_lr_1e-4",
+    "blind_scale_by_budget_2_iters",
+)
 LINES = ("grpo", "distill", "no_distill", "blind_scale_by_budget_2_iters", "blind_distill")
 DOTS = ("distill", "grpo", "conditional_bernoulli.last_step", "label_free.last_step", "no_distill")
 DOTS += ("diffprune.last_step", "soft_topk.last_step", "straight_through.last_step", "perturbed_topk.last_step")
@@ -116,14 +124,8 @@ def tables() -> dict[str, dict[str, str]]:
     return {f"experiments/{STUDY}/REPORT.md": page}
 
 
-def write_csv() -> None:
-    with (HERE / "scores.csv").open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["variant", "seed", "keep", "family", "score"])
-        for name, seeds in results().items():
-            for result in seeds:
-                for budget, families in result.content["scores"].items():
-                    rows.writerows([name, result.content["seed"], budget, *item] for item in families.items())
+def write_runs() -> None:
+    """Steps, subsets scored, minutes and the step that was kept of every run."""
     with (HERE / "runs.csv").open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         keys = ("stage", "steps", "rollouts", "minutes", "best")
@@ -158,7 +160,8 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    write_csv()
+    write_csv(HERE / "scores.csv", results())
+    write_runs()
     draw()
     for path, page in tables().items():
-        fill(Path(path), page)
+        fill(path, page)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.results import Result, load, over_pictures, percent, points, read_json, share, table
+from experiments.results import Result, load, over_pictures, percent, points, read_json, share, table, write_csv
 from experiments.tables import fill
 
 HERE = Path(__file__).parent
@@ -56,7 +56,10 @@ def validation() -> str:
     scaled = read_json(f"{STUDY}/results/validation_scale_by_budget.json")["scorers"]
     runs = ("grpo_1", "grpo_2", "shipped")
     rows = [
-        [f"`{name}`, {recipe}", *(f"{found[name][run]['objective']:.4f}" if run in found[name] else "-" for run in runs)]
+        [
+            f"`{name}`, {recipe}",
+            *(f"{found[name][run]['objective']:.4f}" if run in found[name] else "-" for run in runs),
+        ]
         for name in plain
         for recipe, found in (("plain GRPO", plain), ("scaled by budget, 2 iterations", scaled))
     ]
@@ -70,7 +73,9 @@ def times() -> str:
         result = results()[name][0].content
         whole = result["seconds_unpruned"]
         cells = [result["seconds"][budget] for budget in BUDGETS]
-        rows.append([NAMES[name], *(f"{100 * c['total'] / whole:.0f} ({100 * c['pruner'] / whole:.0f})" for c in cells)])
+        rows.append(
+            [NAMES[name], *(f"{100 * c['total'] / whole:.0f} ({100 * c['pruner'] / whole:.0f})" for c in cells)]
+        )
     return table(["", *map(share, BUDGETS)], rows)
 
 
@@ -92,7 +97,9 @@ def draw() -> None:
     where = [100 * float(budget) for budget in BUDGETS]
     axis.axhline(100 * results()["full"][0].score("1.0"), color="k", lw=1, label="all tokens")
     for name, marker in zip(LINES, "os^vDP<x", strict=True):
-        axis.plot(where, [100 * results()[name][0].score(budget) for budget in BUDGETS], marker=marker, ms=4, label=name)
+        axis.plot(
+            where, [100 * results()[name][0].score(budget) for budget in BUDGETS], marker=marker, ms=4, label=name
+        )
     axis.set(xscale="log", xlabel="visual tokens kept, %", ylabel="right answers, %", xticks=where)
     axis.set_xticks([], minor=True)
     axis.set_xticklabels([f"{value:g}" for value in where])
@@ -103,6 +110,7 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
+    write_csv(HERE / "scores.csv", results())
     draw()
     for path, page in tables().items():
-        fill(Path(path), page)
+        fill(path, page)

@@ -1,6 +1,6 @@
 """`gripvlm list`: pruners with what was measured of them, tasks, and what to take.
 
-All of it is in measured.json, which `runs/methods_table.py` writes and a test compares with the code: a list that is
+All of it is in measured.json, which `python -m experiments.lab_grid.measured` writes and a test compares with the code: a list that is
 read in a moment must not import PyTorch. Only pruners of other packages are loaded, where there are any.
 """
 
@@ -39,7 +39,7 @@ def list_command() -> None:
         screen.print(_line((name, *_cells(row))), soft_wrap=True)
         say(_told(name, row), "dim", "    ")
     screen.print()
-    prefill, from_ = known["prefill"], ", ".join(f"results/{name}.json" for name in known["files"])
+    prefill, from_ = known["prefill"], ", ".join(known["files"])
     say(
         "drops: before the LLM (input), inside the LLM, or by merging in the vision tower. attention: reads the "
         "vision tower's. question: sees it, so that it chooses anew for each. inner: as the pruner in parentheses. "

@@ -142,7 +142,7 @@ def what_it_costs(model: Any) -> str:
         f"question takes {toy['whole']:.2f} of its time. With a language model of 0.5 B it adds "
         f"{100 * small['added']:.1f} % and a question takes {small['whole']:.2f}; of a 7 B model's prefill the scorer "
         f"is {100 * known['share_of_7b']:.2g} %, by FLOPs. ({100 * toy['kept'] / toy['tokens']:g} % of the tokens, "
-        f"{toy['hardware']}; results/{toy['file']}.json, {small['file']}.json with random weights, grip-speed.json.)"
+        f"{toy['hardware']}; {toy['file']}, {small['file']} with random weights.)"
     )
 
 
