@@ -1,11 +1,11 @@
-"""results/overhead-NAME.json: what pruning adds to a call, phase by phase, for a version of gripvlm.
+"""results/overhead_NAME.json: what pruning adds to a call, phase by phase, for one version of gripvlm.
 
-    PYTHONPATH=TREE/src python runs/overhead.py before      one turn, added to those in the file
-    bash runs/overhead.sh OLD                               five turns of two versions in alternation, then the page
+    PYTHONPATH=CHECKOUT/src python experiments/speed/overhead.py NAME       one turn, added to those in the file
+    bash experiments/speed/overhead.sh OLD_CHECKOUT                         five turns of two versions in alternation
 
-The lab's model, batch 1 and 16, 12.5 % of the tokens; pruners by name, as they are typed. Milliseconds a sample:
-vision, pruner, overhead as the record has them, `other` (the checks), `prefill` (the pruned prompt to its first logits),
-and `full` (the unpruned prompt's prefill). A turn's number is the median of its calls; the file keeps every turn.
+The lab's model, batch 1 and 16, 12.5 % of the tokens, pruners by name. Milliseconds a sample: vision, pruner and overhead
+as the record has them, `other` (checks), `prefill` (the pruned prompt to its first logits), `full` (the unpruned prompt's
+prefill). A turn's number is the median of its calls; the file keeps every turn.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
     quiet()
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    file = Path(__file__).parent.parent / "results" / f"overhead-{sys.argv[1]}.json"
+    file = Path(__file__).parent / "results" / f"overhead_{sys.argv[1]}.json"
     turns = json.loads(file.read_text())["turns"] if file.exists() else []
     tree = Path(gripvlm.__file__).parents[2]
     about = environment()
