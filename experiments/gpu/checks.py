@@ -71,7 +71,12 @@ def run(command: list[str], seconds: float, log: Path) -> dict[str, Any]:
         file.write(f"\n$ {' '.join(command)}\n")
         file.flush()
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
         for patience, next_signal in ((seconds, signal.SIGINT), (GRACE, signal.SIGKILL)):
             try:

@@ -1,12 +1,11 @@
-"""Measures the invariants of docs/families.md on every family and writes the table there.
+"""Measures the invariants of docs/families.md on every family: experiments/families/results/transformers-VERSION.json.
 
-    python runs/family_table.py            # about a minute on one thread; any transformers version
+    python tests/models/measure_families.py     # a minute on one thread; any transformers version
+    python -m experiments.families.analyze      # then the tables
 
-Writes results/families-<transformers version>.json and, between the markers, docs/families.md from all
-such files. The models are the tiny random ones of tests/tiny_families: float32 on the CPU, logits that
-spread over about +-10, a batch of three prompts (one image, two images, none; left-padded), 5 rows kept
-of each visual item by "random", 8 greedy tokens. Column 9 is "fastv" with keep=0.75 on average over the 4
-layers, half of the tokens in the last two, against the full model whose later layers mask what was dropped.
+Tiny random models of tests/tiny_families: float32 on the CPU, logits that spread over about +-10, a batch of three prompts
+(one image, two images, none; left-padded), 5 rows of each visual item kept by "random", 8 greedy tokens. `inside` is
+"fastv" with keep=0.75 on average over 4 layers, against the full model whose later layers mask what was dropped.
 """
 
 from __future__ import annotations
@@ -21,19 +20,18 @@ from typing import Any
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests", "tests/models", "tests/engine")]
+
+from test_llm_drop import masking  # noqa: E402
+from test_llm_stage import KEEP, stages_of  # noqa: E402
 
 import gripvlm  # noqa: E402
 from gripvlm.eval.environment import command_line, environment  # noqa: E402
 from gripvlm.models import FAMILIES  # noqa: E402
-from test_layered import KEEP, stages_of  # noqa: E402
-from test_layers import masking  # noqa: E402
 from tiny_families import TINY, build, make  # noqa: E402
 from tiny_families.reference import full_positions, kept, masked, teacher_forced  # noqa: E402
 
-PAGE = ROOT / "docs" / "families.md"
-BEGIN, END = "<!-- table: runs/family_table.py -->", "<!-- end of table -->"
 IMAGES, WORDS = [1, 2, 0], [7, 9, 5]
 TOKENS = 8
 GREEDY = {"max_new_tokens": TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -113,69 +111,13 @@ def measure(name: str, attention: str) -> dict[str, Any]:
     return found
 
 
-def row(name: str, found: dict[str, dict[str, Any]]) -> str:
-    """One line of the table: the worse of sdpa and eager."""
-    both = found["sdpa"], found["eager"]
-
-    def worst(key: str) -> str:
-        return f"{max(one[key] for one in both):.1e}" if key in both[0] else ""
-
-    def all_of(key: str) -> str:
-        return "yes" if all(one[key] for one in both) else "NO"
-
-    same = both[0]["selection"] == both[1]["selection"]
-    full, fewer = both[0]["cache"]
-    zero = "0" if max(one["keep_all"] for one in both) == 0 else worst("keep_all")
-    cells = [
-        name,
-        zero + ("" if all_of("keep_all_same_text") == "yes" else ", text differs"),
-        both[0]["equals"],
-        worst("dropping") + ("" if all_of("dropping_same_text") == "yes" else ", text differs"),
-        worst("video"),
-        all_of("exact"),
-        all_of("positions"),
-        worst("batch") + ("" if all_of("batch_same_text") == "yes" else ", text differs"),
-        f"{full} → {fewer}",
-        all_of("model_as_before"),
-        "yes" if same else "NO",
-        "refused"
-        if "inside" not in both[0]
-        else worst("inside") + ("" if all_of("inside_same_text") == "yes" else ", text differs"),
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _version(file: Path) -> list[int]:
-    return [int(part) for part in file.stem.removeprefix("families-").split(".") if part.isdigit()]
-
-
-def tables() -> str:
-    """All results there are, one table a version, newest first."""
-    parts = []
-    files = sorted((ROOT / "results").glob("families-*.json"), key=_version, reverse=True)
-    for file in files:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        used = result["environment"]["versions"]
-        parts += [
-            f"transformers {used['transformers']}, torch {used['torch']}, {result['dtype']} on "
-            f"{result['environment']['hardware']['device']} (`results/{file.name}`):\n",
-            "| family | 1 keep all | 2 equals | 2 largest difference | 2 with videos | 3 exact | 4 positions "
-            "| 5 batch = singles | 6 cache | 7 as before | 8 same choice | 9 inside the layers |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
-            *(row(name, found) for name, found in sorted(result["families"].items())),
-            "",
-        ]
-    return "\n".join(parts)
-
-
 def main() -> None:
-    started = time.perf_counter()
-    families = {}
+    started, families = time.perf_counter(), {}
     for name in sorted(TINY):
         families[name] = {attention: measure(name, attention) for attention in ("sdpa", "eager")}
-        print(row(name, families[name]), flush=True)
+        print(name, flush=True)
     result = {
-        "command": "python runs/" + command_line(),
+        "command": command_line(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(),
         "dtype": "float32",
@@ -183,12 +125,9 @@ def main() -> None:
         "families": families,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    target = ROOT / "results" / f"families-{transformers.__version__}.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    page = PAGE.read_text(encoding="utf-8")
-    head, rest = page.split(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{tables()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    file = ROOT / "experiments" / "families" / "results" / f"transformers-{transformers.__version__}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(file)
 
 
 if __name__ == "__main__":

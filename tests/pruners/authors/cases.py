@@ -1,7 +1,7 @@
 """Tensors on which authors' published code and ours are compared: the same on every machine and with every torch.
 
 Numbers come from Python's own generator, which promises that a seed means the same numbers for ever. Read by
-runs/authors_choices.py, which asks the authors' code, and by tests/pruners/test_authors_choices.py, which asks ours.
+record.py, which asks the authors' code, and by tests/pruners/test_authors_choices.py, which asks ours.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What eight methods' authors' published code chooses: runs their own functions, writes results/authors-choices.json.
+"""Writes choices.json: what the authors' published code of eight methods chooses.
 
-    python runs/authors_choices.py FOLDER          FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
+    python tests/pruners/authors/record.py FOLDER       FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
 
-Each function is read from a clone at the commit named below and run as it stands, on the tensors of
-runs/authors_cases.py; none of it is part of this repository. What stands around it (a model, a tower, a GPU's clock)
-is replaced by objects that hand it these tensors. tests/pruners/test_authors_choices.py holds gripvlm's pruners to the result.
+Each function is read from a clone at the commit named below and run as it stands, on the tensors of cases.py; none of it
+is part of this repository. What stands around it (a model, a tower, a GPU's clock) is replaced by objects that hand it
+these tensors. tests/pruners/test_authors_choices.py holds gripvlm's pruners to the result.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import authors_cases as cases
+import cases
 import torch
 import torch.nn.functional as F
-from authors_code import Ascending, Clone, Torch, on_cpu, run_llama
+from clones import Ascending, Clone, Torch, on_cpu, run_llama
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / "results" / "authors-choices.json"
+OUT = Path(__file__).parent / "choices.json"
 SEEDS = range(4)
 
 
