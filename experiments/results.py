@@ -9,8 +9,8 @@ A study's `results/<variant>/seed<N>.json` holds
 - `seconds`: budget -> phase -> seconds a question; `seconds_unpruned`: the unpruned model's, in the same run;
 - `correct`: family -> budget -> one character a question, `1` where the answer is right.
 
-The questions stand in the same order in every file of a study; `results/questions.json` names them. A question `0012-03`
-is about picture `0012`, so that intervals can be taken over pictures.
+The questions stand in the same order in every file of a study; `results/questions.json` names them. A question
+`0012-03` is about picture `0012`, so that intervals can be taken over pictures.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from gripvlm.eval import read_results
-from gripvlm.eval.statistics import interval
+from gripvlm.eval import interval, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "experiments"
@@ -93,7 +92,8 @@ def over_pictures(first: Sequence[Result], budget: str, second: Sequence[Result]
             values = values - np.mean([result.correct(budget)[family] for result in second], axis=0)
         groups.append((values, [name.partition("-")[0] for name in ids]))
     low, high = interval(groups, 0)
-    assert low is not None and high is not None
+    if low is None or high is None:
+        raise ValueError("too few pictures for an interval")
     return float(np.mean([values.mean() for values, _ in groups])), low, high
 
 

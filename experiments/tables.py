@@ -3,7 +3,7 @@
     python -m experiments.tables            writes the tables of all pages (make tables)
     python -m experiments.tables --check    writes nothing; exit code 1 where a table is out of date
 
-A page has `<!-- table: NAME -->` and `<!-- /table -->`, each on a line of its own; what stands between them is replaced.
+A page has `<!-- table: NAME -->` and `<!-- /table -->`, each on a line of its own; what is between them is replaced.
 A study's `analyze.py` has `tables() -> {page: {NAME: Markdown}}`. Sentences are written by people and never touched.
 """
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import test_evaluate  # imported once by the fork server, so that each process starts at once
 import torch
 
-import test_evaluate  # imported once by the fork server, so that each process starts at once
 from gripvlm.grip.train import train
 from tiny_train import asked, tiny_config, tiny_vlm
 

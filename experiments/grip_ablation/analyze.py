@@ -10,8 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from experiments.results import Result, average, common_seeds, load, over_pictures, over_seeds
-from experiments.results import percent, points, read_json, share, table, write_csv
+from experiments.results import (
+    Result,
+    average,
+    common_seeds,
+    load,
+    over_pictures,
+    over_seeds,
+    percent,
+    points,
+    read_json,
+    share,
+    table,
+    write_csv,
+)
 from experiments.tables import fill
 
 HERE = Path(__file__).parent

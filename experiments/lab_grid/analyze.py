@@ -136,7 +136,7 @@ def tables() -> dict[str, dict[str, str]]:
 
 
 def draw() -> None:
-    """Right answers by pruner and family of questions at 12.5 %, coloured by points over the better of two baselines."""
+    """Right answers by pruner and family of questions at 12.5 %, coloured by points over two baselines."""
     from matplotlib import pyplot as plt
 
     found, names = results("input"), [row.pruner for row in scores("input", "0.125")]

@@ -3,9 +3,9 @@
     PYTHONPATH=CHECKOUT/src python experiments/speed/overhead.py NAME       one turn, added to those in the file
     bash experiments/speed/overhead.sh OLD_CHECKOUT                         five turns of two versions in alternation
 
-The lab's model, batch 1 and 16, 12.5 % of the tokens, pruners by name. Milliseconds a sample: vision, pruner and overhead
-as the record has them, `other` (checks), `prefill` (the pruned prompt to its first logits), `full` (the unpruned prompt's
-prefill). A turn's number is the median of its calls; the file keeps every turn.
+The lab's model, batch 1 and 16, 12.5 % of the tokens, pruners by name. Milliseconds a sample: vision, pruner and
+overhead as the record has them, `other` (checks), `prefill` (the pruned prompt to its first logits), `full` (the
+unpruned prompt's prefill). A turn's number is the median of its calls; the file keeps every turn.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_llm_stage import GREEDY, IMAGES, KEEP, WAYS, WORDS, Steps, stages_of
 from test_llm_drop import masking
+from test_llm_stage import GREEDY, IMAGES, KEEP, WAYS, WORDS, Steps, stages_of
 
 import gripvlm
 from gripvlm.errors import InputError

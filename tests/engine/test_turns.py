@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from test_llm_stage import stages_of
 from test_llm_drop import masking
+from test_llm_stage import stages_of
 from transformers import DynamicCache
 
 import gripvlm

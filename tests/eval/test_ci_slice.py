@@ -1,6 +1,6 @@
 """A small slice of the lab, measured anew and compared with what is committed.
 
-If a change of answers is meant, run `bash runs/ci_slice.sh`, commit its files, and say why.
+If a change of answers is meant, run `bash experiments/ci_slice/run.sh`, commit its files, and say why.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from gripvlm import lab
 from gripvlm.eval import compare, evaluate, read_results
 from places import ROOT
 
-SLICE = ROOT / "results" / "ci-slice.json"
+SLICE = ROOT / "experiments" / "ci_slice" / "results" / "ci-slice.json"
 ONE_ANSWER = 1 / 180 + 1e-9  # other processors round differently, which may turn one answer of 180 that is a near tie
 SLOWER = 3.0  # machines that are busy by turns
 

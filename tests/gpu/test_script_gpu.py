@@ -34,7 +34,9 @@ def test_every_part_runs_and_leaves_its_file(tmp_path):
 
 
 def test_a_part_that_takes_too_long_is_interrupted_then_killed(tmp_path, monkeypatch):
-    stubborn = "import signal, time; signal.signal(signal.SIGINT, lambda *_: print('no')); print('began'); time.sleep(60)"
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGINT, lambda *_: print('no')); print('began'); time.sleep(60)"
+    )
     (tmp_path / "stubborn.py").write_text(stubborn)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(checks, "GRACE", 2)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-
 import pytest
 import torch
 
 import gripvlm
 from gripvlm.models import FAMILIES
 from gripvlm.pruners import get_pruner, list_pruners
-from places import ROOT
 from tiny_families import TINY, build, make
 
 SHALLOW = {"hiprune": "hiprune:middle=0", "vscan": "vscan:shallow=0,window=2", "vscan_vision": "vscan_vision:shallow=0"}
@@ -63,18 +59,3 @@ def test_every_budget_from_one_to_all(spec):
         assert bool(logits.isfinite().all())
         if record.selections[0][0].k == n:
             torch.testing.assert_close(logits, plain, atol=0, rtol=0)
-
-
-def test_the_methods_table_is_up_to_date():
-    path = ROOT / "runs" / "methods_table.py"
-    spec = importlib.util.spec_from_file_location("methods_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
-    assert table.PAGE.read_text(encoding="utf-8") == table.page(), "run python runs/methods_table.py"
-    text = table.README.read_text(encoding="utf-8")
-    assert table.choosing.readme(text) == text, "run python runs/methods_table.py"
-    assert table.CHOOSING.read_text(encoding="utf-8") == table.choosing.page(), "run python runs/methods_table.py"
-    shown = json.loads(table.MEASURED.read_text(encoding="utf-8"))
-    assert shown == table.measured(), "run python runs/methods_table.py"

@@ -181,7 +181,9 @@ def test_a_baseline_that_was_not_measured_is_said_and_the_rest_is_shown(made, tm
 
 
 def test_the_committed_results_without_grid_can_be_reported(tmp_path):
-    files = [str(ROOT / "results" / f"{name}.json") for name in ("lab-drop", "lab-nodrop")]
+    files = [
+        str(ROOT / "experiments/lab_check/results" / f"reader_{name}_dropping.json") for name in ("with", "without")
+    ]
     assert main(["report", *files, "--out", str(tmp_path / "page"), "--no-pictures"]) == 0
     assert "Baseline missing: `grid` was not measured here" in (tmp_path / "page" / "report.md").read_text()
 

@@ -1,7 +1,5 @@
 """Overlays of a merged-patch family, two tiled ones and a video, by real image processors and tiny random models.
 
-    python runs/overlays.py [folder]       # PNGs, by default in gripvlm-out/overlays
-
 In each picture one block is bright; the token that the processor's pixels light up is found, `given` keeps it
 alone, the tiny model runs, and the overlay is drawn from the record. The lit cell must lie on the bright block:
 tests/report/test_overlays.py measures it.
@@ -9,8 +7,6 @@ tests/report/test_overlays.py measures it.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +15,10 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-
-import gripvlm  # noqa: E402
-from gripvlm.report import Part, layout, overlay  # noqa: E402
-from tiny_families import build  # noqa: E402
-from tiny_families.base import BOS, END, IMAGE, START, VIDEO, modality_types  # noqa: E402
+import gripvlm
+from gripvlm.report import Part, layout
+from tiny_families import build
+from tiny_families.base import BOS, END, IMAGE, START, VIDEO, modality_types
 
 DARK, BRIGHT = (40, 60, 90), (255, 250, 220)
 Box = tuple[float, float, float, float]
@@ -132,25 +125,3 @@ SCENES = {
     "idefics3": tiles_idefics3,
     "video": video,
 }
-
-
-def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "gripvlm-out" / "overlays"
-    for name, scene in SCENES.items():
-        drawn = scene((640, 360), (440, 195, 505, 240))
-        for number, part in enumerate(drawn.parts):
-            image = drawn.pictures[number if len(drawn.pictures) > 1 else 0]
-            kept = part.of(drawn.selections)
-            path = folder / f"{name}{'-' if part.name else ''}{part.name.replace(' ', '')}.png"
-            overlay(
-                image,
-                kept,
-                part.geometry,
-                path,
-                f"{name} {part.name}".strip() + f": {int(kept.mask().sum())} of {kept.n} tokens",
-            )
-            print(path)
-
-
-if __name__ == "__main__":
-    main()
