@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 EVERYTHING := -e ".[dev,lab]"
 
-.PHONY: run test lint clean lock test-transformers test-newest test-lmms
+.PHONY: run test lint tables clean lock test-transformers test-newest test-lmms
 
 run: .venv/.ok
 	$(BIN)/gripvlm quickstart
@@ -17,6 +17,10 @@ lint: .venv/.ok
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The tables of reports, docs and README from the results of experiments/.
+tables: .venv/.ok
+	$(BIN)/python -m experiments.tables
 
 # $(call install,ENVIRONMENT,LOCK,WHAT): the locked pip, then WHAT in the versions of the lock; torch is what TORCH says.
 install = $(1)/bin/python -m pip install --quiet --constraint $(2) pip \

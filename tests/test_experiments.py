@@ -73,9 +73,9 @@ def test_every_config_names_settings_that_training_has():
 
 
 def test_a_config_that_cannot_run_any_more_says_so():
-    with pytest.raises(SystemExit, match="antithetic needs .*no longer has"):
+    with pytest.raises(SystemExit, match=r"antithetic needs .*no longer has"):
         run.settings_of("grip_ablation", "antithetic")
-    with pytest.raises(SystemExit, match="no variant 'grp' in grip_ablation: use one of .*grpo"):
+    with pytest.raises(SystemExit, match=r"no variant 'grp' in grip_ablation: use one of .*grpo"):
         run.settings_of("grip_ablation", "grp")
 
 

@@ -131,11 +131,11 @@ def edit(path, change):
     ("change", "says"),
     [
         (
-            lambda c: c.update(schema="gripvlm.eval/2"),
-            r"written by a newer gripvlm \(schema gripvlm.eval/2.*upg",
+            lambda c: c.update(schema="gripvlm.evaluate/2"),
+            r"written by a newer gripvlm \(schema gripvlm.evaluate/2.*upg",
         ),
         (lambda c: c.update(schema="other/1"), "is no result of an evaluation"),
-        (lambda c: c.update(schema="gripvlm.eval/x"), "is it damaged"),
+        (lambda c: c.update(schema="gripvlm.evaluate/x"), "is it damaged"),
         (
             lambda c: c["rows"].append(c["rows"][3]),
             r"holds a row twice in 'rows': task lab/reading, pruner random:seed=0",

@@ -1,7 +1,8 @@
 """`gripvlm list`: pruners with what was measured of them, tasks, and what to take.
 
 All of it is in measured.json, which `python -m experiments.lab_grid.measured` writes and a test compares with the
-code: a list that is read in a moment must not import PyTorch. Only pruners of other packages are loaded, where there are any.
+code: a list that is read in a moment must not import PyTorch. Only pruners of other packages are loaded, where there
+are any.
 """
 
 from __future__ import annotations

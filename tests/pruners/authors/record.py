@@ -2,9 +2,9 @@
 
     python tests/pruners/authors/record.py FOLDER       FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
 
-Each function is read from a clone at the commit named below and run as it stands, on the tensors of cases.py; none of it
-is part of this repository. What stands around it (a model, a tower, a GPU's clock) is replaced by objects that hand it
-these tensors. tests/pruners/test_authors_choices.py holds gripvlm's pruners to the result.
+Each function is read from a clone at the commit named below and run as it stands, on the tensors of cases.py; none of
+it is part of this repository. What stands around it (a model, a tower, a GPU's clock) is replaced by objects that hand
+it these tensors. tests/pruners/test_authors_choices.py holds gripvlm's pruners to the result.
 """
 
 from __future__ import annotations
