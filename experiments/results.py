@@ -33,6 +33,7 @@ from gripvlm.eval import interval, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "experiments"
+BUDGETS = ("0.5", "0.25", "0.125", "0.06", "0.03", "0.015")
 PHASES = ("total", "vision", "pruner", "overhead", "prefill", "decode")
 KEPT_HEADER = ("command", "git", "versions", "hardware", "dtype", "batch_size", "limit", "weights")
 
@@ -140,6 +141,18 @@ def write_csv(path: Path, found: dict[str, list[Result]]) -> None:
             for result in seeds:
                 for budget, families in result.content["scores"].items():
                     rows.writerows([variant, result.content["seed"], budget, *item] for item in families.items())
+
+
+def plot_by_budget(axis: Any, found: dict[str, list[Result]], styles: dict[str, str]) -> None:
+    """A line a variant, over a logarithmic axis of budgets."""
+    where = [100 * float(budget) for budget in BUDGETS]
+    for name, style in styles.items():
+        axis.plot(where, [100 * average(found[name], budget) for budget in BUDGETS], style, ms=4, label=name)
+    axis.set(xscale="log", xlabel="visual tokens kept, %", ylabel="right answers, %", xticks=where)
+    axis.set_xticks([], minor=True)
+    axis.set_xticklabels([f"{value:g}" for value in where])
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
 
 
 def slug(spec: str) -> str:

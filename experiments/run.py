@@ -16,14 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.results import ROOT, STUDIES, split
+from experiments.results import BUDGETS, ROOT, STUDIES, split
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-BUDGETS = (0.5, 0.25, 0.125, 0.06, 0.03, 0.015)
 
 
 def settings_of(study: str, variant: str) -> dict[str, Any]:
@@ -94,9 +92,8 @@ def measure(study: str, variant: str, seed: int, folder: Path, limit: int) -> No
     model, processor = lab.load()
     register_pruner(variant, lambda: Grip(str(folder)))
     file = folder / "eval.json"
-    evaluate(
-        model, processor, "lab", [variant], BUDGETS, limit=limit or None, batch_size=16, out=file, model_name="lab"
-    )
+    keeps, settings = [*map(float, BUDGETS)], {"limit": limit or None, "batch_size": 16, "model_name": "lab"}
+    evaluate(model, processor, "lab", [variant], keeps, **settings, out=file)
     about = {"study": study, "seed": seed, "pruner": "grip", "training": summary(folder, study, variant)}
     split(file, STUDIES / study / "results", about, {variant: variant})
 

@@ -115,7 +115,7 @@ def test_a_trained_scorer_is_measured_and_its_result_kept(tmp_path, monkeypatch)
     content = json.loads((tmp_path / "s" / "results" / "ours" / "seed1.json").read_text())
     assert content["training"]["settings"] == {"bf16": True, "stage": "grpo"}
     assert (content["training"]["steps"], content["training"]["val"]) == (2, {"0": {"objective": 0.5}})
-    assert [*map(float, content["scores"])] == [*run.BUDGETS]
+    assert [*content["scores"]] == [*results.BUDGETS]
     assert {len(bits) for by_budget in content["correct"].values() for bits in by_budget.values()} == {1}
 
 

@@ -5,8 +5,6 @@ python -m experiments.gpu.analyze
 
 from __future__ import annotations
 
-from collections import Counter
-
 from experiments.results import read_json, table
 from experiments.speed.analyze import spread
 from experiments.tables import fill
@@ -42,15 +40,8 @@ def training() -> str:
     return table(["", "peak, GiB", "step, s", "outcome"], rows)
 
 
-def tests() -> str:
-    found = read_json(f"{STUDY}/results/h200_tests.json")["tests"]
-    counts = Counter((one["test"].partition("::")[0].rpartition("/")[2], one["outcome"]) for one in found)
-    files, outcomes = dict.fromkeys(file for file, _ in counts), ("passed", "failed", "skipped")
-    return table(["", *outcomes], [[f"`{file}`", *(str(counts[file, one]) for one in outcomes)] for file in files])
-
-
 def tables() -> dict[str, dict[str, str]]:
-    page = {model: end_to_end(model) for model in MODELS} | {"training": training(), "tests": tests()}
+    page = {model: end_to_end(model) for model in MODELS} | {"training": training()}
     return {f"experiments/{STUDY}/REPORT.md": page}
 
 

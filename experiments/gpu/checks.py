@@ -1,7 +1,7 @@
-"""Ten minutes of one GPU: tests of exactness, what pruning buys at 7B, one step of each training stage.
+"""Ten minutes of one GPU: tests of exactness, of waiting, of training; what pruning buys at 7B.
 
-    python experiments/gpu/checks.py --out OUT                                            one GPU of 80 GB or more
-    python experiments/gpu/checks.py --out OUT --device cpu --models tiny --train tiny    a try
+    python experiments/gpu/checks.py --out OUT                                one GPU of 80 GB or more
+    python experiments/gpu/checks.py --out OUT --device cpu --models tiny     a try
 
 Needs transformers>=5.19 and pytest beside torch; nothing is downloaded, all weights are random. A machine with an older
 transformers and no network takes a packed one along:
@@ -9,7 +9,7 @@ transformers and no network takes a packed one along:
     python experiments/gpu/checks.py --pack transformers==5.24.0     where pip has a network: writes .whl/site.tar.xz
     mkdir site && tar -xJf .whl/site.tar.xz -C site && PYTHONPATH=$PWD/site python experiments/gpu/checks.py --out OUT
 
-Each part is a process of its own that is interrupted when its time is over: tests-*.xml, bench-MODEL.json, train.json.
+Each part is a process of its own that is interrupted when its time is over: tests-*.xml, bench-MODEL.json.
 run.json has what ended how, log.txt all output. For the largest batch: gripvlm bench --fit 1024.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = {"tests": 100, "bench": 185, "train": 75}
+SECONDS = {"tests": 100, "bench": 185}
 """Of each process, start included."""
 GRACE = 20
 """Seconds between interrupting a process and killing it."""
@@ -57,14 +57,12 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
         bench += ["--pruners", "divprune,grip", "--keep", "50%,22%,11%,5%", "--batch", options.batches, "--new", "8"]
         bench += ["--repeats", str(options.repeats), "--overwrite", "--out", str(out / f"bench-{model}.json")]
         found[f"bench:{model}"] = bench
-    if options.train:
-        found["train"] = ["experiments.gpu.train", options.train, options.device, str(out / "train.json")]
     return found
 
 
 def run(command: list[str], seconds: float, log: Path) -> dict[str, Any]:
     """Runs one part; interrupts it when its time is over, and kills it where that does not help."""
-    paths = [os.environ.get("PYTHONPATH", ""), str(ROOT / "src"), str(ROOT / "tests"), str(ROOT)]
+    paths = [os.environ.get("PYTHONPATH", ""), str(ROOT / "src")]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     began = time.monotonic()
     with log.open("a") as file:
@@ -93,7 +91,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tests", default="tests/gpu/test_gpu_*.py", help="their files, as a pattern")
     parser.add_argument("--models", default="llava-1.5-7b,qwen2.5-vl-7b", help="shapes of gripvlm bench")
-    parser.add_argument("--train", default="llava-1.5-7b", help="the shape that is trained for, tiny, or nothing")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=560, help="of everything")

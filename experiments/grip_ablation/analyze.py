@@ -1,51 +1,31 @@
-"""Tables of REPORT.md, scores.csv, runs.csv and scores.png.
+"""Tables of REPORT.md, scores.csv and scores.png.
 
 python -m experiments.grip_ablation.analyze
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from experiments.results import (
-    Result,
-    average,
-    common_seeds,
-    load,
-    over_pictures,
-    over_seeds,
-    percent,
-    points,
-    read_json,
-    share,
-    table,
-    write_csv,
-)
+from experiments import results as common
+from experiments.results import BUDGETS, Result, average, percent, points, read_json, share, table
 from experiments.tables import fill
 
 HERE = Path(__file__).parent
 STUDY = "grip_ablation"
-BUDGETS = ("0.5", "0.25", "0.125", "0.06", "0.03", "0.015")
-MAIN = (
-    "distill",
-    "grpo",
-    "no_distill",
-    "label_free",
-    "diffprune",
-    "soft_topk_lr_1e-4",
-    "blind_scale_by_budget_2_iters",
-)
-LINES = ("grpo", "distill", "no_distill", "blind_scale_by_budget_2_iters", "blind_distill")
+BLIND_BEST = "blind_scale_by_budget_2_iters"
+MAIN = ("distill", "grpo", "no_distill", "label_free", "diffprune", "soft_topk_lr_1e-4", BLIND_BEST)
+LINES = {"grpo": "C3-", "distill": "k--", "no_distill": "C1-", BLIND_BEST: "C0-", "blind_distill": "C7--"}
 DOTS = ("distill", "grpo", "conditional_bernoulli.last_step", "label_free.last_step", "no_distill")
 DOTS += ("diffprune.last_step", "soft_topk.last_step", "straight_through.last_step", "perturbed_topk.last_step")
-ROLLOUTS = ("2_iters", "4_iters", "lr_2x", "G4x4q", "ema", "antithetic", "band", "self_critical", "value_credit")
-ROLLOUTS += ("scale_by_budget", "dr_grpo", "dr_grpo_scale_by_budget")
+CHANGED = ("2_iters", "4_iters", "lr_2x", "G4x4q", "ema", "antithetic", "band", "self_critical", "scale_by_budget")
+CHANGES = [(name, "grpo") for name in (*CHANGED, "dr_grpo", "dr_grpo_scale_by_budget")]
+CHANGES += [("value_credit", "conditional_bernoulli")]
 BLIND = (
-    ("blind_scale_by_budget_2_iters", "blind_distill"),
-    ("blind_scale_by_budget_2_iters", "blind_grpo"),
+    (BLIND_BEST, "blind_distill"),
+    (BLIND_BEST, "blind_grpo"),
     ("blind_grpo", "blind_distill"),
     ("blind_scale_by_budget", "blind_grpo"),
 )
@@ -54,13 +34,13 @@ MASKS = {"soft_last": "under the mask", "hard": "with the k tokens", "live_last"
 
 
 def results() -> dict[str, list[Result]]:
-    return load(f"{STUDY}/results")
+    return common.load(f"{STUDY}/results")
 
 
 def difference(first: str, second: str, budget: str) -> str:
     """Over the seeds of both: the mean with its interval over pictures, then each seed in parentheses."""
-    pairs = common_seeds(results()[first], results()[second])
-    estimate = points(over_pictures([a for a, _ in pairs], budget, [b for _, b in pairs]))
+    pairs = common.common_seeds(results()[first], results()[second])
+    estimate = points(common.over_pictures([a for a, _ in pairs], budget, [b for _, b in pairs]))
     seeds = " ".join(f"{100 * (a.score(budget) - b.score(budget)):+.1f}" for a, b in pairs)
     return f"{estimate} ({seeds})" if len(pairs) > 1 else estimate
 
@@ -78,22 +58,13 @@ def grpo_minus() -> str:
     """GRPO minus every variant with three seeds or more: over training seeds."""
     rows = []
     for name in results():
-        pairs = common_seeds(results()["grpo"], results()[name])
+        pairs = common.common_seeds(results()["grpo"], results()[name])
         if name == "grpo" or name.startswith("blind") or len(pairs) < 3:
             continue
-        cells = [points(over_seeds(pairs, budget)) for budget in ("0.03", "0.015")]
+        cells = [points(common.over_seeds(pairs, budget)) for budget in ("0.03", "0.015")]
         each = " ".join(f"{100 * (a.score('0.015') - b.score('0.015')):+.1f}" for a, b in pairs)
         rows.append([f"`{name}`", str(len(pairs)), *cells, each])
     return table(["`grpo` minus", "seeds", "3 %", "1.5 %", "each seed, 1.5 %"], rows)
-
-
-def single_changes() -> str:
-    """Each idea minus the run that it changes, at the same number of rollouts."""
-    rows = []
-    for name in ROLLOUTS:
-        plain = "conditional_bernoulli" if name == "value_credit" else "grpo"
-        rows.append([f"`{name}` - `{plain}`", *(difference(name, plain, budget) for budget in ("0.03", "0.015"))])
-    return table(["", "3 %", "1.5 %"], rows)
 
 
 def pairs_of(pairs: Sequence[tuple[str, str]], budgets: Sequence[str]) -> str:
@@ -127,7 +98,7 @@ def tables() -> dict[str, dict[str, str]]:
     page = {
         "scores": main_scores(),
         "grpo_minus": grpo_minus(),
-        "single_changes": single_changes(),
+        "single_changes": pairs_of(CHANGES, ("0.03", "0.015")),
         "blind": pairs_of(BLIND, ("0.25", "0.125", "0.06", "0.015")),
         "one_scorer": pairs_of(ONE_SCORER, ("0.125", "0.03", "0.015")),
         "soft_masks": soft_masks(),
@@ -136,44 +107,24 @@ def tables() -> dict[str, dict[str, str]]:
     return {f"experiments/{STUDY}/REPORT.md": page}
 
 
-def write_runs() -> None:
-    """Steps, subsets scored, minutes and the step that was kept of every run."""
-    with (HERE / "runs.csv").open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        keys = ("stage", "steps", "rollouts", "minutes", "best")
-        rows.writerow(["variant", "seed", *keys])
-        for name, seeds in results().items():
-            for result in seeds:
-                if training := result.content.get("training"):
-                    rows.writerow([name, result.content["seed"], *(training[key] for key in keys)])
-
-
 def draw() -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", width_ratios=(3, 2))
-    where = [100 * float(budget) for budget in BUDGETS]
-    for name, style in zip(LINES, ("C3-", "k--", "C1-", "C0-", "C7--"), strict=True):
-        left.plot(where, [100 * average(results()[name], budget) for budget in BUDGETS], style, label=name)
-    left.set(xscale="log", xlabel="visual tokens kept, %", ylabel="right answers, %", xticks=where)
-    left.set_xticks([], minor=True)
-    left.set_xticklabels([f"{value:g}" for value in where])
-    left.legend(fontsize=8, frameon=False)
+    common.plot_by_budget(left, results(), LINES)
     for place, name in enumerate(reversed(DOTS)):
         seeds = [100 * result.score("0.015") for result in results()[name]]
         right.plot(seeds, [place] * len(seeds), "C0.", alpha=0.6)
         right.plot(mean(seeds), place, "k|", ms=12)
     right.set(xlabel="right answers at 1.5 %", yticks=range(len(DOTS)))
     right.set_yticklabels(reversed(DOTS), fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
+    right.grid(alpha=0.3)
     figure.savefig(HERE / "scores.png", dpi=90, metadata={"Software": None})
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    write_csv(HERE / "scores.csv", results())
-    write_runs()
+    common.write_csv(HERE / "scores.csv", results())
     draw()
     for path, page in tables().items():
         fill(path, page)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.results import Result, load, over_pictures, percent, points, read_json, share, table, write_csv
+from experiments import results as common
+from experiments.results import BUDGETS, Result, over_pictures, percent, points, read_json, share, table
 from experiments.tables import fill
 
 HERE = Path(__file__).parent
 STUDY = "grip_shipped"
-BUDGETS = ("0.5", "0.25", "0.125", "0.06", "0.03", "0.015")
 NAMES = {
     "lab": "`grip`",
     "lab_blind": "`grip:scorer=lab-blind`",
@@ -25,13 +25,14 @@ NAMES = {
     "random": "`random`",
     "oracle": "`oracle`",
 }
-LINES = ("lab", "lab_blind", "cdpruner", "mmr_norm", "divprune", "norm", "grid", "random")
+LINES = {"lab": "o-", "lab_blind": "s-", "cdpruner": "^-", "mmr_norm": "v-", "divprune": "D-", "norm": "P-"}
+LINES |= {"grid": "<-", "random": "x-"}
 LAB_MINUS = ("full", "oracle", "distill", "grpo_1", "grpo_2", "lab_blind", "cdpruner", "mmr_norm", "divprune")
 BLIND_MINUS = ("full", "blind_distill", "lab_blind.plain_grpo", "cdpruner", "mmr_norm", "divprune", "grid")
 
 
 def results() -> dict[str, list[Result]]:
-    return load(f"{STUDY}/results")
+    return common.load(f"{STUDY}/results")
 
 
 def scores() -> str:
@@ -66,26 +67,12 @@ def validation() -> str:
     return table(["", "first run", "second run", "mean of weights"], rows)
 
 
-def times() -> str:
-    """Time of an answer, and of the pruner alone, in percent of the unpruned model's answer in the same run."""
-    rows = []
-    for name in ("lab", "lab_blind", "mmr_norm", "cdpruner"):
-        result = results()[name][0].content
-        whole = result["seconds_unpruned"]
-        cells = [result["seconds"][budget] for budget in BUDGETS]
-        rows.append(
-            [NAMES[name], *(f"{100 * c['total'] / whole:.0f} ({100 * c['pruner'] / whole:.0f})" for c in cells)]
-        )
-    return table(["", *map(share, BUDGETS)], rows)
-
-
 def tables() -> dict[str, dict[str, str]]:
     page = {
         "scores": scores(),
         "lab_minus": minus("lab", LAB_MINUS),
         "lab_blind_minus": minus("lab_blind", BLIND_MINUS),
         "validation": validation(),
-        "times": times(),
     }
     return {f"experiments/{STUDY}/REPORT.md": page, "README.md": {"grip": scores()}}
 
@@ -94,23 +81,14 @@ def draw() -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    where = [100 * float(budget) for budget in BUDGETS]
     axis.axhline(100 * results()["full"][0].score("1.0"), color="k", lw=1, label="all tokens")
-    for name, marker in zip(LINES, "os^vDP<x", strict=True):
-        axis.plot(
-            where, [100 * results()[name][0].score(budget) for budget in BUDGETS], marker=marker, ms=4, label=name
-        )
-    axis.set(xscale="log", xlabel="visual tokens kept, %", ylabel="right answers, %", xticks=where)
-    axis.set_xticks([], minor=True)
-    axis.set_xticklabels([f"{value:g}" for value in where])
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
+    common.plot_by_budget(axis, results(), LINES)
     figure.savefig(HERE / "scores.png", dpi=90, metadata={"Software": None})
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    write_csv(HERE / "scores.csv", results())
+    common.write_csv(HERE / "scores.csv", results())
     draw()
     for path, page in tables().items():
         fill(path, page)

@@ -8,14 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.results import Result, average, load, over_pictures, percent, read_json, share, table, write_csv
+from experiments import results as common
+from experiments.results import BUDGETS, Result, average, over_pictures, percent, read_json, share, table
 from experiments.tables import fill
-from gripvlm.models.families import FAMILIES
-from gripvlm.models.grids import unknown
 
 HERE = Path(__file__).parent
 STUDY = "lab_grid"
-BUDGETS = ("0.5", "0.25", "0.125", "0.06", "0.03", "0.015")
 INSIDE = ("0.5", "0.3")
 AT = {"input": "0.125", "llm": "0.3", "vision": "0.3"}
 """Stage -> the budget whose score is shown for a pruner: where most methods' intervals lie apart."""
@@ -34,7 +32,7 @@ class Score(NamedTuple):
 
 def results(stage: str) -> dict[str, list[Result]]:
     """Pruner as it was named -> its seeds. Runs from before a method was corrected are left out."""
-    found = load(f"{STUDY}/results/{'input' if stage == 'input' else 'llm'}")
+    found = common.load(f"{STUDY}/results/{'input' if stage == 'input' else 'llm'}")
     return {seeds[0].content["pruner"]: seeds for name, seeds in found.items() if not name.endswith(".uncorrected")}
 
 
@@ -60,6 +58,10 @@ def lab_score(name: str, stage: str) -> Score | None:
         return Score("full", "1.0", *over_pictures(results("input")["full"], "1.0"), False)
     rows = [row for row in scores(stage, AT[stage]) if name_of(row.pruner) == name]
     return min(rows, key=lambda row: row.pruner != name, default=None)
+
+
+def questions() -> int:
+    return sum(map(len, results("input")["full"][0].questions.values()))
 
 
 def full_score() -> float:
@@ -120,18 +122,9 @@ def inside() -> str:
     return table(["keep", "best inside", "`grip` at the input", "`random`"], rows)
 
 
-def by_model() -> str:
-    """docs/choosing.md: what each model type supplies."""
-    rows = []
-    for name, family in sorted(FAMILIES.items()):
-        has = (family.grid is not unknown, family.vision is not None, bool(family.layers), bool(family.merges))
-        rows.append([f"`{name}`", *("yes" if one else "-" for one in has)])
-    return table(["model type", "raster", "attention", "in the LLM", "merging"], rows)
-
-
 def tables() -> dict[str, dict[str, str]]:
     page = {"input": all_scores("input", BUDGETS, "0.125"), "inside": all_scores("llm", INSIDE, "0.3")}
-    choosing = {"by_budget": by_budget(), "inside": inside(), "by_model": by_model()}
+    choosing = {"by_budget": by_budget(), "inside": inside()}
     return {f"experiments/{STUDY}/REPORT.md": page, "docs/choosing.md": choosing}
 
 
@@ -160,7 +153,7 @@ def draw() -> None:
 
 if __name__ == "__main__":
     for stage in ("input", "llm"):
-        write_csv(HERE / f"scores_{stage}.csv", load(f"{STUDY}/results/{stage}"))
+        common.write_csv(HERE / f"scores_{stage}.csv", common.load(f"{STUDY}/results/{stage}"))
     draw()
     for path, page in tables().items():
         fill(path, page)

@@ -26,11 +26,8 @@ def costs() -> list[dict[str, Any]]:
     for name in COSTS:
         content = read_json(ROOT / name)
         full = content["rows"][0]
-        row = next(
-            row
-            for row in content["rows"]
-            if (row["pruner"], row["keep"], row["batch"]) == ("grip", COST_AT, 1) and not row["failed"]
-        )
+        wanted = ("grip", COST_AT, 1)
+        row = next(row for row in content["rows"] if (row["pruner"], row["keep"], row["batch"]) == wanted)
         hardware = content["environment"]["hardware"]
         found.append(
             {
@@ -51,10 +48,9 @@ def costs() -> list[dict[str, Any]]:
 
 def advice() -> list[str]:
     """Sentences for the end of `gripvlm list`."""
-    questions = sum(map(len, analyze.results("input")["full"][0].questions.values()))
     lines = [
-        f"On the lab's model ({questions} questions, all tokens: {percent(analyze.full_score())}), cheapest untrained "
-        "pruner whose interval reaches that score:"
+        f"On the lab's model ({analyze.questions()} questions, all tokens: {percent(analyze.full_score())}), cheapest "
+        "untrained pruner whose interval reaches that score:"
     ]
     for budget in analyze.BUDGETS:
         scores = analyze.scores("input", budget)
@@ -103,20 +99,17 @@ def measured() -> dict[str, Any]:
         if row.name in shares:
             shown["prefill_share"] = shares[row.name]
         rows[row.name] = shown
+    device = speed["environment"]["hardware"]["device"]
     share_of_7b = read_json("speed/results/rollouts.json")["scorer_share_of_7b_prefill_flops"]
     return {
         "written_by": "python -m experiments.lab_grid.measured",
         "files": FILES,
-        "questions": sum(map(len, analyze.results("input")["full"][0].questions.values())),
+        "questions": analyze.questions(),
         "advice": advice(),
         "costs": costs(),
         "share_of_7b": float(f"{share_of_7b:.3g}"),
         "tasks": task_names(),
-        "prefill": {
-            "tokens": speed["cells"][0]["n"],
-            "parameters": speed["model"]["parameters"],
-            "device": speed["environment"]["hardware"]["device"],
-        },
+        "prefill": {"tokens": speed["cells"][0]["n"], "parameters": speed["model"]["parameters"], "device": device},
         "pruners": rows,
     }
 

@@ -1,11 +1,10 @@
-"""Tables of REPORT.md and README.md, end_to_end.csv and first_token.png.
+"""Tables of REPORT.md and README.md, and first_token.png.
 
 python -m experiments.speed.analyze
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -88,16 +87,6 @@ def rollouts() -> str:
     return table(head, rows)
 
 
-def compiled() -> str:
-    ways = read_json(f"{STUDY}/results/compiled.json")["ways"]
-    rows = [
-        [f"{way}, {row['length']} tokens", f"{row['first']:.2f}", spread(row["later"], 1000, 1)]
-        for way, lengths in ways.items()
-        for row in lengths
-    ]
-    return table(["", "first request, s", "later, ms"], rows)
-
-
 def cost() -> str:
     """README: what Grip costs at 12.5 % of the tokens, on the lab's model and a larger one."""
     from experiments.lab_grid.measured import costs
@@ -118,22 +107,8 @@ def tables() -> dict[str, dict[str, str]]:
         "equal_accuracy": equal_accuracy(),
         "overhead": overhead(),
         "rollouts": rollouts(),
-        "compiled": compiled(),
     }
     return {f"experiments/{STUDY}/REPORT.md": page, "README.md": {"cost": cost()}}
-
-
-def write_end_to_end() -> None:
-    """Every measured ratio to the unpruned model, one a line."""
-    with (HERE / "end_to_end.csv").open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(["file", "batch", "kind", "pruner", "tokens", "kept", "phase", "median", "low", "high"])
-        for name in BENCH.values():
-            for row in read_json(name)["rows"]:
-                start = [name, row["batch"], row["kind"], row["pruner"], row["visual_tokens"], row["kept"]]
-                for phase in ("prefill", "first_token", "whole", "added"):
-                    if row["to_full"] and (ratio := row["to_full"].get(phase)):
-                        lines.writerow([*start, phase, *(f"{ratio[end]:.4f}" for end in ("median", "low", "high"))])
 
 
 def draw() -> None:
@@ -162,7 +137,6 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    write_end_to_end()
     draw()
     for path, page in tables().items():
         fill(path, page)

@@ -3,18 +3,14 @@
     PYTHONPATH=CHECKOUT/src python experiments/speed/overhead.py NAME       one turn, added to those in the file
     bash experiments/speed/overhead.sh OLD_CHECKOUT                         five turns of two versions in alternation
 
-The lab's model, batch 1 and 16, 12.5 % of the tokens, pruners by name. Milliseconds a sample: vision, pruner and
-overhead as the record has them, `other` (checks), `prefill` (the pruned prompt to its first logits), `full` (the
-unpruned prompt's prefill). A turn's number is the median of its calls; the file keeps every turn.
+The lab's model at 12.5 % of the tokens. Milliseconds a sample: vision, pruner and overhead as the record has them,
+`other` (checks), `prefill` (the pruned prompt to its first logits). A turn's number is the median of its calls.
 """
-
-from __future__ import annotations
 
 import json
 import statistics
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -22,66 +18,38 @@ import torch
 import gripvlm
 from gripvlm import lab
 from gripvlm.eval import environment, make_inputs
-from gripvlm.eval.environment import command_line
-from gripvlm.models.loading import quiet
 from gripvlm.tasks import get_tasks
 
-BATCHES, CALLS, KEEP = (1, 16), 9, 0.125
+CALLS, KEEP = 9, 0.125
 PRUNERS = ("norm", "divprune", "cdpruner", "visionzip", "grip")
 
 
 @torch.no_grad()
-def turn() -> dict[str, dict[str, dict[str, float]]]:
-    """batch -> pruner -> phase -> milliseconds a sample."""
+def turn(batch: int) -> dict[str, dict[str, float]]:
+    """Pruner -> phase -> milliseconds a sample."""
     model, processor = lab.load()
-    samples = get_tasks("lab/text")[0].samples[: max(BATCHES)]
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for batch in BATCHES:
-        some = samples[:batch]
-        inputs = make_inputs(model, processor, [one.question for one in some], [one.image for one in some])
-        whole = gripvlm.prune_inputs(model, inputs, "keep_all")
-        calls: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for call in range(CALLS + 1):
-            for pruner in PRUNERS:
-                began = time.perf_counter()
-                with gripvlm.pruned_run(model, inputs, pruner, KEEP) as (arguments, record):
-                    ready = time.perf_counter()
-                    model(**arguments, logits_to_keep=1)
-                    ended = time.perf_counter()
-                seconds = dict(record.seconds)
-                seconds |= {"other": ready - began - sum(seconds.values()), "prefill": ended - ready}
-                began = time.perf_counter()
-                model(**whole, logits_to_keep=1)
-                seconds["full"] = time.perf_counter() - began
-                if call:  # the first warms up
-                    for phase, value in seconds.items():
-                        calls[pruner][phase].append(1000 * value / batch)
-        found[str(batch)] = {
-            pruner: {phase: statistics.median(values) for phase, values in mine.items()}
-            for pruner, mine in calls.items()
-        }
-    return found
-
-
-def main() -> None:
-    quiet()
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    file = Path(__file__).parent / "results" / f"overhead_{sys.argv[1]}.json"
-    turns = json.loads(file.read_text())["turns"] if file.exists() else []
-    tree = Path(gripvlm.__file__).parents[2]
-    about = environment()
-    result = {
-        "schema": "gripvlm.overhead/1",
-        "command": command_line(),
-        **about,
-        "calls": CALLS,
-        "keep": KEEP,
-        "turns": [*turns, turn()],
+    samples = get_tasks("lab/text")[0].samples[:batch]
+    inputs = make_inputs(model, processor, [one.question for one in samples], [one.image for one in samples])
+    calls: dict[str, list[dict[str, float]]] = {pruner: [] for pruner in PRUNERS}
+    for _ in range(CALLS + 1):
+        for pruner in PRUNERS:
+            began = time.perf_counter()
+            with gripvlm.pruned_run(model, inputs, pruner, KEEP) as (arguments, record):
+                ready = time.perf_counter()
+                model(**arguments, logits_to_keep=1)
+                ended = time.perf_counter()
+            seconds = dict(record.seconds)
+            calls[pruner].append(seconds | {"other": ready - began - sum(seconds.values()), "prefill": ended - ready})
+    return {
+        pruner: {phase: 1000 / batch * statistics.median(call[phase] for call in made[1:]) for phase in made[0]}
+        for pruner, made in calls.items()  # the first call warms up
     }
-    print(f"{sys.argv[1]} ({tree}): {len(result['turns'])} turns")
-    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    file = Path(__file__).parent / "results" / f"overhead_{sys.argv[1]}.json"
+    turns = json.loads(file.read_text())["turns"] if file.exists() else []
+    turns.append({str(batch): turn(batch) for batch in (1, 16)})
+    about = {"schema": "gripvlm.overhead/1", "command": " ".join(sys.argv), **environment()}
+    file.write_text(json.dumps(about | {"calls": CALLS, "keep": KEEP, "turns": turns}, indent=1) + "\n")
+    print(f"{sys.argv[1]} ({gripvlm.__file__}): {len(turns)} turns")

@@ -4,8 +4,9 @@
     python -m experiments.families.analyze      # then the tables
 
 Tiny random models of tests/tiny_families: float32 on the CPU, logits that spread over about +-10, a batch of three
-prompts (one image, two images, none; left-padded), 5 rows of each visual item kept by "random", 8 greedy tokens. `inside` is
-"fastv" with keep=0.75 on average over 4 layers, against the full model whose later layers mask what was dropped.
+prompts (one image, two images, none; left-padded), 5 rows of each visual item kept by "random", 8 greedy tokens.
+`inside` is "fastv" with keep=0.75 on average over 4 layers, against the full model whose later layers mask what was
+dropped.
 """
 
 from __future__ import annotations
