@@ -8,7 +8,7 @@
 # get another one here. Paired differences, frontiers and pictures: gripvlm report "$OUT"/*.json --out page/
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-OUT=${OUT:-.lab/grid}
+OUT=${OUT:-.lab/grid} && mkdir -p "$OUT"
 export OMP_WAIT_POLICY=PASSIVE # spinning OpenMP threads cost more than they give on a busy machine
 
 INPUT="full,oracle,random,grid,norm,pool,divprune,svd_prune,cdpruner,dart_input,fastervlm,fopru,visionzip,vispruner,prumerge,prumerge_plus,hired,hiprune:middle=1,mustdrop,vscan_vision:shallow=0,ptp_vision,mmr(norm),spread(norm),ensemble(norm,divprune),grip,grip:scorer=lab-blind"
