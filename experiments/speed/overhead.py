@@ -17,8 +17,12 @@ import torch
 
 import gripvlm
 from gripvlm import lab
-from gripvlm.eval import environment, make_inputs
 from gripvlm.tasks import get_tasks
+
+try:
+    from gripvlm.eval import environment, make_inputs
+except ImportError:  # a checkout from before the folder was renamed
+    from gripvlm.evaluate import environment, make_inputs
 
 CALLS, KEEP = 9, 0.125
 PRUNERS = ("norm", "divprune", "cdpruner", "visionzip", "grip")
@@ -39,6 +43,8 @@ def turn(batch: int) -> dict[str, dict[str, float]]:
                 model(**arguments, logits_to_keep=1)
                 ended = time.perf_counter()
             seconds = dict(record.seconds)
+            if "surgery" in seconds:  # its name in checkouts from before
+                seconds["overhead"] = seconds.pop("surgery")
             calls[pruner].append(seconds | {"other": ready - began - sum(seconds.values()), "prefill": ended - ready})
     return {
         pruner: {phase: 1000 / batch * statistics.median(call[phase] for call in made[1:]) for phase in made[0]}
