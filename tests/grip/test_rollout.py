@@ -229,8 +229,8 @@ def test_the_scorer_sees_the_question_or_the_whole_prompt(engine):
     task = asked(pictures=2, each=2)
     bare, whole = (engine.prepare(pairs(task), whole_prompt=whole).for_scorer(True) for whole in (False, True))
     lengths = [len(engine.tokenizer(s.question, add_special_tokens=False)["input_ids"]) for s in task.samples]
-    assert bare.asked.sum(-1).tolist() == lengths
-    assert (whole.asked.sum(-1) > bare.asked.sum(-1)).all()
+    assert bare.question_mask.sum(-1).tolist() == lengths
+    assert (whole.question_mask.sum(-1) > bare.question_mask.sum(-1)).all()
     assert engine.prepare(pairs(task)).for_scorer(False).question is None
     assert bare.owner.tolist() == [0, 1, 2, 3]
     assert bare.sizes.tolist() == [16] * 4
