@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import jinja2
 import torch
@@ -25,15 +24,12 @@ from gripvlm.errors import GripError, InputError, TrainError
 from gripvlm.eval import make_inputs, question_ids
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.train.data import Question, picture_of
-from gripvlm.grip.train.prefix import Prefix, shared_length
 from gripvlm.models import adapter
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.prompts import Prompts
 from gripvlm.models.wrapped import unwrapped
 from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.types import Selection, VisualTokens
-
-__all__ = ["BAD_QUESTION", "Batch", "Engine", "Rollout", "Subsets", "error_about"]
 
 BAD_QUESTION = (InputError, TaskError, TrainError)
 """What `Engine.prepare` raises for a question that cannot be used."""
@@ -53,7 +49,7 @@ class Batch:
         inputs: inputs of question and answer, left-padded, with labels [B, L] on the answers.
         encoded: the images.
         tokens: [B] lists of `VisualTokens`, one an image.
-        prefix_length: tokens that all prompts begin with, 0 where sharing them is not exact or does not pay.
+        full_logits: what `Engine.full_logits` computed, once it was called.
     """
 
     tasks: list[Task]
@@ -63,7 +59,7 @@ class Batch:
     inputs: dict[str, Any]
     encoded: Encoded
     tokens: list[list[VisualTokens]]
-    prefix_length: int = 0
+    full_logits: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -187,9 +183,6 @@ class Engine:
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.ends: list[int] = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
         self.end = self._end_of_turn()
-        # Made when first needed, and gone with their batch.
-        self._full_logits: WeakKeyDictionary[Batch, Tensor] = WeakKeyDictionary()
-        self._prefixes: WeakKeyDictionary[Batch, Prefix] = WeakKeyDictionary()
 
     def _end_of_turn(self) -> list[int]:
         """The token that ends an answer: of the model's end tokens the one its chat template closes a turn with."""
@@ -242,10 +235,6 @@ class Engine:
         batch = Batch(tasks, samples, [], prompts, {}, encoded, tokens)
         batch.answers = self._answers(batch, pseudo_labels)
         batch.inputs = self._with_answers(prompts, batch.answers)
-        spans = adapter.locate(self.model, batch.inputs["input_ids"], encoded)
-        batch.prefix_length = shared_length(
-            self.model, batch.inputs["input_ids"], batch.inputs["attention_mask"], spans
-        )
         return batch
 
     def _answers(self, batch: Batch, pseudo_labels: bool) -> list[list[int]]:
@@ -327,9 +316,9 @@ class Engine:
     @torch.no_grad()
     def full_logits(self, batch: Batch) -> Tensor:
         """[B, T, V] logits of the unpruned model at the forced answers; computed once a batch."""
-        if batch not in self._full_logits:
-            self._full_logits[batch] = self._forward(batch, range(len(batch)), batch.everything)
-        return self._full_logits[batch]
+        if batch.full_logits is None:
+            batch.full_logits = self._forward(batch, range(len(batch)), batch.everything)
+        return batch.full_logits
 
     @torch.no_grad()
     def decode(self, batch: Batch, rows: Sequence[int], subsets: Subsets) -> list[str]:
@@ -370,14 +359,7 @@ class Engine:
         arguments.pop("labels")
         short = {"logits_to_keep": width + 1} if self._short else {}
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            if batch.prefix_length:
-                # Any pruned row will do: nothing is dropped ahead of the first image.
-                if batch not in self._prefixes:
-                    self._prefixes[batch] = Prefix.of(self.model, arguments, batch.prefix_length)
-                arguments = self._prefixes[batch].without(arguments)
-            else:
-                arguments["use_cache"] = False
-            logits = self.model(**arguments, **short).logits[:, -width - 1 : -1].float()
+            logits = self.model(**arguments, **short, use_cache=False).logits[:, -width - 1 : -1].float()
         return pad(logits, (0, 0, width - logits.shape[1], 0))  # all may be shorter than an answer elsewhere
 
     def whole(self, batch: Batch) -> dict[str, Any]:

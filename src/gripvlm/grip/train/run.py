@@ -18,7 +18,7 @@ from gripvlm.grip.pruner import Grip, place_of
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig, has_scorer
 from gripvlm.grip.train.config import STAGES, TrainConfig, read_toml, stages_of, write_toml
 from gripvlm.grip.train.data import Question, QuestionStream, check_apart, check_pictures, load_questions, split
-from gripvlm.grip.train.distill import Distill, make_teacher
+from gripvlm.grip.train.distill import Distill, get_teacher
 from gripvlm.grip.train.grpo import Grpo
 from gripvlm.grip.train.rewards import get_reward
 from gripvlm.grip.train.rollout import Engine
@@ -188,7 +188,7 @@ def check_settings(
     """
     for name in (config.reward, config.eval_reward or config.reward):
         get_reward(name)
-    make_teacher(config.teacher)
+    get_teacher(config.teacher)
     _check_folder(config, Path(config.output_dir).expanduser())
     if config.init_from:
         _check_sizes(Scorer.from_pretrained(place_of(config.init_from)), config.init_from, config, explicit)
