@@ -1,6 +1,6 @@
 """Teachers that no study found better than `gradient`, for `gripvlm train --teacher MODULE:NAME`.
 
-    python -m gripvlm train distill --teacher experiments.grip_ablation.teachers:best_of_16 ...
+python -m gripvlm train distill --teacher experiments.grip_ablation.teachers:best_of_16 ...
 """
 
 from __future__ import annotations

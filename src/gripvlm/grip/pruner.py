@@ -56,9 +56,7 @@ class ScorerInputs:
         # A mask that hides nothing is left out: attention has faster kernels without one.
         valid = None if self.even[0] else self.valid
         question_mask = None if self.even[1] else self.question_mask
-        logits: Tensor = scorer(
-            self.features, self.places, counts / self.sizes, valid, self.question, question_mask
-        )
+        logits: Tensor = scorer(self.features, self.places, counts / self.sizes, valid, self.question, question_mask)
         return logits.masked_fill(~self.valid, -torch.inf)
 
     @classmethod

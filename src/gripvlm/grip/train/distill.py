@@ -26,6 +26,7 @@ from gripvlm.models.hooks.llm_drop import checked_keys
 Teacher: TypeAlias = Callable[[Engine, Batch, Tensor, torch.Generator], list[Tensor]]
 """(engine, batch, counts [I], random numbers) -> a distribution [n] for each of the batch's I images."""
 
+
 class Distill(Stage):
     """Loss: KL(teacher || softmax of the logits), mean over images, at budgets drawn as in GRPO.
 
