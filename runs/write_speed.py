@@ -147,13 +147,7 @@ def end_to_end() -> list[str]:
                 )
             head = ["", "prefill", "first token", "whole", "prefill / limit", "first token / limit", "added, %"]
             lines += [f"Batch {batch}, {prompt} text tokens:", "", *table(head, rows)]
-        lines += [
-            *(f"> {sentence}" for sentence in result.get("sentences", ())),
-            "",
-            *per_sample(result),
-            made_by(result),
-            "",
-        ]
+        lines += [*(f"> {sentence}" for sentence in result.get("sentences", ())), "", *per_sample(result), made_by(result), ""]
     if not lines:
         return []
     return [

@@ -161,9 +161,6 @@ class Engine:
         answer_tokens: the longest answer of the model's own.
         bf16: run rollouts under bfloat16 autocast. On the lab this adds a noise of 0.006 to a mean log-probability
             whose spread within a group is 0.2 to 0.4.
-
-    Attributes:
-        rollouts: rows that `run` has scored so far.
     """
 
     def __init__(
@@ -176,7 +173,7 @@ class Engine:
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.processor, self.rollout_batch_size = processor, rollout_batch_size
-        self.answer_tokens, self.bf16, self.rollouts = answer_tokens, bf16, 0
+        self.answer_tokens, self.bf16 = answer_tokens, bf16
         self.tokenizer = getattr(processor, "tokenizer", processor)
         # Logits at the answer alone, where the model can: a token has as many as the vocabulary, 30 to 150 thousand.
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -310,7 +307,6 @@ class Engine:
             # All that most rewards read; the logits of this part may go then.
             hit[index] = out.argmax(-1) == targets[index]
             log_probs[index] = out.log_softmax(-1).gather(-1, targets[index, :, None]).squeeze(-1)
-        self.rollouts += len(rows)
         return Rollout(self, batch, rows, subsets, log_probs.masked_fill(~mask, 0.0), mask, hit, targets, stored)
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gripvlm.budget import Budget
-from gripvlm.errors import GripError, Interrupted, TrainError
+from gripvlm.errors import Interrupted, TrainError
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.grip.train.data import Question, QuestionStream, generator, key_of
@@ -39,8 +39,6 @@ from gripvlm.utils.strict_json import BadJSON, parse
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-__all__ = ["Evaluator", "Stage", "Stats", "Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -156,14 +154,18 @@ class Trainer:
             Interrupted: after Ctrl-C, with a checkpoint written.
             TrainError: a reward, a sample or the loss went wrong; the checkpoint before it stands.
         """
-        config, state, last = self.config, self.state, self.stage.max_steps
         self._load_checkpoint()
-        with self.stop_signal, self._progress() as bar:
+        config, state, last = self.config, self.state, self.stage.max_steps
+        shown = not self.quiet and self.accelerator.is_main_process
+        with self.stop_signal, Progress(f"steps of {self.stage.name}", last, state.step, show=shown) as bar:
             # The start is a candidate too: a stage that does harm returns what it began with.
             if state.step == 0 and last:
+                bar.about("first validation")
                 self._evaluate()
             while not self._finished():
-                stats = self._timed_step()
+                began = time.monotonic()
+                stats = self._step()
+                state.seconds += time.monotonic() - began
                 self._log({"step": state.step, **stats})
                 bar.about(next((f"{name} {stats[name]:.3f}" for name in ("reward", "loss") if name in stats), ""))
                 bar.advance()
@@ -179,7 +181,7 @@ class Trainer:
                 if state.step % config.save_steps == 0:
                     self._save_checkpoint()
             # Out of time between two validations: the last step is a candidate as well.
-            if state.last_eval_step < state.step:  # out of time between two validations
+            if state.last_eval_step < state.step:
                 self._evaluate()
         self._save_checkpoint()
         if self.stop_signal.received:
@@ -194,15 +196,6 @@ class Trainer:
         out_of_time = bool(config.max_minutes) and state.seconds > 60 * config.max_minutes
         out_of_patience = 0 < config.early_stopping_patience <= state.evals_without_gain
         return state.step >= self.stage.max_steps or self._any(out_of_time) or out_of_patience
-
-    def _timed_step(self) -> Stats:
-        began, rollouts = time.monotonic(), self.stage.engine.rollouts
-        stats = self._step()
-        seconds = time.monotonic() - began
-        self.state.seconds += seconds
-        if scored := self.stage.engine.rollouts - rollouts:
-            stats["subsets_per_second"] = scored / seconds
-        return stats
 
     def _step(self) -> Stats:
         """One round: `num_iterations` optimiser steps on the micro-batches of this step."""
@@ -283,28 +276,15 @@ class Trainer:
 
     def _batch(self, number: int) -> Batch | None:
         """The micro-batch's encoded questions; None where every one of them was left out."""
-        config = self.config
         # In half of the batches the scorer reads the whole prompt, as `gripvlm.prune` has it read, else the question.
-        whole = bool(torch.rand((), generator=generator(config.seed, "text", number)) < 0.5)
-        # Again with what is left of the batch after bad questions were taken out.
-        while questions := self.data.batch(number):
-            try:
-                return self.stage.engine.prepare(questions, pseudo_labels=config.pseudo_labels, whole_prompt=whole)
-            except BAD_QUESTION as error:
-                self._leave_out(questions, error)
-        return None
-
-    def _leave_out(self, questions: list[Question], error: GripError) -> None:
-        """Finds the bad questions of a batch, one by one, and leaves them out from now on, or stops."""
-        reasons = _bad_questions(self.stage.engine, questions, self.config)
-        # A batch may fail where each of its questions alone does not: there is nothing to leave out then.
-        if not reasons:  # each can be used alone
-            raise error
-        for pair, reason in reasons:
+        whole = bool(torch.rand((), generator=generator(self.config.seed, "text", number)) < 0.5)
+        batch, unusable = prepare_usable(self.stage.engine, self.data.batch(number), self.config, whole)
+        for pair, reason in unusable:
             line = {"step": self.state.step + 1, "skipped": pair[1].id, "task": pair[0].name, "why": reason}
             self._log(line)
             self.left_out.append((key_of(*pair), line))
             self.data.skip(pair, reason)
+        return batch
 
     def _share_left_out(self) -> None:
         """What another process left out in this step is left out here too, and logged."""
@@ -380,17 +360,7 @@ class Trainer:
     def _load_checkpoint(self) -> None:
         if self.checkpoint.exists():
             try:
-                packed, device = BytesIO(disk.read_bytes(self.checkpoint)), self.stage.engine.model.device
-                # weights_only: a file from elsewhere must not run code.
-                content = torch.load(packed, weights_only=True, map_location=device)
-                for name, module in self.modules.items():
-                    module.load_state_dict(content["modules"][name])
-                self.optimizer.load_state_dict(content["optimizer"])
-                for name, value in content["state"].items():
-                    setattr(self.state, name, value)
-                self.best_weights = content["best_weights"]
-                self.data.skipped.update(content["skipped"])
-                questions = content["questions"]
+                questions = self._restore(disk.read_bytes(self.checkpoint))
             except _DAMAGED as error:
                 raise TrainError(
                     f"{self.checkpoint} is damaged ({type(error).__name__}): remove it to begin this stage again"
@@ -402,6 +372,18 @@ class Trainer:
                 )
         if self.accelerator.is_main_process:
             self._forget_later_lines()
+
+    def _restore(self, packed: bytes) -> str:
+        """Sets everything to what a checkpoint holds; returns the digest of the questions it was made with."""
+        # weights_only: a file from elsewhere must not run code.
+        content = torch.load(BytesIO(packed), weights_only=True, map_location=self.stage.engine.model.device)
+        for name, module in self.modules.items():
+            module.load_state_dict(content["modules"][name])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.state = TrainerState(**content["state"])
+        self.best_weights = content["best_weights"]
+        self.data.skipped.update(content["skipped"])
+        return content["questions"]  # type: ignore[no-any-return]
 
     def _forget_later_lines(self) -> None:
         """Drops what was logged after the checkpoint (all of it without one), so that no step is there twice."""
@@ -420,12 +402,6 @@ class Trainer:
                     f"line {number} of {self.metrics} is damaged ({error}): mend that line, or move the file away"
                 ) from None
         disk.write(self.metrics, "".join(lines))
-
-    def _progress(self) -> Progress:
-        shown = not self.quiet and self.accelerator.is_main_process
-        bar = Progress(f"steps of {self.stage.name}", self.stage.max_steps, self.state.step, show=shown)
-        bar.about("first validation" if self.state.step == 0 else "")
-        return bar
 
 
 class Evaluator:
@@ -473,44 +449,55 @@ class Evaluator:
     def _prepared(self) -> list[Batch]:
         # Encoded once: the images are the same at every validation.
         if self.batches is None:
-            parts = [self.questions[i : i + self.batch_size] for i in range(0, len(self.questions), self.batch_size)]
-            self.batches = [batch for part in parts for batch in self._batches(part)]
+            self.batches = []
+            for start in range(0, len(self.questions), self.batch_size):
+                part = self.questions[start : start + self.batch_size]
+                batch, unusable = prepare_usable(self.engine, part, self.config)
+                self.batches += [] if batch is None else [batch]
+                for pair, reason in unusable:
+                    self.skipped[key_of(*pair)] = {"skipped": pair[1].id, "task": pair[0].name, "why": reason}
             if not self.batches:
                 reason = next(iter(self.skipped.values()))["why"]
                 raise TrainError(f"not one of {len(self.questions)} validation questions can be used: {reason}")
         return self.batches
 
-    def _batches(self, part: list[Question]) -> list[Batch]:
-        """One batch of the questions, or, where some of them are bad, one for each of the others."""
-        labels = self.config.pseudo_labels
-        try:
-            return [self.engine.prepare(part, pseudo_labels=labels)]
-        except BAD_QUESTION as error:
-            reasons = _bad_questions(self.engine, part, self.config)
-            if not reasons and self.config.on_bad_sample == "stop":  # each can be used alone
-                raise error
-        for pair, reason in reasons:
-            self.skipped[key_of(*pair)] = {"skipped": pair[1].id, "task": pair[0].name, "why": reason}
-        good = [pair for pair in part if key_of(*pair) not in self.skipped]
-        return [self.engine.prepare([pair], pseudo_labels=labels) for pair in good]
 
-
-def _bad_questions(engine: Engine, questions: list[Question], config: TrainConfig) -> list[tuple[Question, str]]:
-    """The questions that cannot be used, with the reasons.
+def prepare_usable(
+    engine: Engine, questions: list[Question], config: TrainConfig, whole_prompt: bool = False
+) -> tuple[Batch | None, list[tuple[Question, str]]]:
+    """A batch of those questions that can be used, None for no such, and the others with the reasons.
 
     Raises:
-        TrainError: there is one, and `on_bad_sample` is "stop".
+        TrainError: one of them cannot be used, and `on_bad_sample` is "stop".
     """
-    bad = []
-    for pair in questions:
+    options = {"pseudo_labels": config.pseudo_labels, "whole_prompt": whole_prompt}
+    unusable = []
+    if questions:
         try:
-            engine.prepare([pair], pseudo_labels=config.pseudo_labels)
+            return engine.prepare(questions, **options), []
         except BAD_QUESTION as error:
-            reason = error_about(pair[1], error)
-            if config.on_bad_sample == "stop":
-                raise TrainError(reason) from error
-            bad.append((pair, reason))
-    return bad
+            # Which of them it was shows when each is tried alone.
+            for pair in questions:
+                if reason := _unusable(engine, pair, config):
+                    unusable.append((pair, reason))
+            # A batch may fail where each of its questions alone does not: there is nothing to leave out then.
+            if not unusable:
+                raise error
+    keys = {key_of(*pair) for pair, _ in unusable}
+    usable = [pair for pair in questions if key_of(*pair) not in keys]
+    return engine.prepare(usable, **options) if usable else None, unusable
+
+
+def _unusable(engine: Engine, question: Question, config: TrainConfig) -> str:
+    """Why a question cannot be used, "" where it can."""
+    try:
+        engine.prepare([question], pseudo_labels=config.pseudo_labels)
+    except BAD_QUESTION as error:
+        reason = error_about(question[1], error)
+        if config.on_bad_sample == "stop":
+            raise TrainError(reason) from error
+        return reason
+    return ""
 
 
 class _StopSignal:
