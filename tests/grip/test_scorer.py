@@ -160,7 +160,7 @@ def test_the_hub_gives_back_what_was_pushed(model, tmp_path, monkeypatch):
             return f"https://hub/{repo_id}: {commit_message}"
 
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, revision: str(hub / name / file))
+    monkeypatch.setattr("gripvlm.grip.scorer.hf_hub_download", lambda name, file, revision: str(hub / name / file))
     scorer = scorer_of(model)
     said = scorer.push_to_hub("me/grip", private=True, commit_message="first")
     assert said == "https://hub/me/grip: first"

@@ -15,7 +15,7 @@ from gripvlm import lab
 from gripvlm.cli import main
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import TrainConfig, read_toml
-from tiny_train import stopping, tiny_scorer, tiny_vlm, write_jsonl
+from tiny_train import stopping, tiny_vlm, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -99,25 +99,6 @@ def test_what_a_newcomer_could_not_see_is_said(tiny_lab_here, capsys):
     assert "no --init-from, and no distilled scorer in lab: grpo begins with a new scorer" in told.err
     assert "left out: 1 questions that could not be used; why: lab/metrics.jsonl" in told.err
     assert "grip:scorer=./lab,random" in told.out
-
-
-def test_a_size_that_is_typed_is_asked_for_even_if_it_is_the_default(tiny_lab_here, capsys, vlm):
-    tiny_scorer(vlm[0]).save_pretrained("before")
-    given = [
-        *tiny_lab_here[:5],
-        "--eval-share",
-        "0.3",
-        "grpo",
-        "--init-from",
-        "before",
-        "--max-steps",
-        "0",
-        "--eval-keeps",
-        "0.5",
-    ]
-    assert main([*given, "--width", "128"]) == 2
-    assert "width = 128, but the scorer in before has 16" in " ".join(capsys.readouterr().err.split())
-    assert main(given) == 0
 
 
 def test_flags_win_over_the_file_and_ctrl_c_says_what_is_kept(tiny_lab_here, capsys, monkeypatch):

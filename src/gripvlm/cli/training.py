@@ -37,7 +37,7 @@ def train_command(**options: Any) -> None:
     # Flags only: a file of settings may serve several stages.
     for name, why in config.without_effect(explicit).items():
         raise GripError(f"{_flag(name)} has no effect {why}: leave it out")
-    questions, held_out = check_settings(config, explicit=explicit)
+    questions, held_out = check_settings(config)
     _warn(config, [sample.answer for _, sample in questions + held_out])
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)

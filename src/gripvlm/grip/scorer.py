@@ -17,13 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -184,11 +185,6 @@ class Scorer(
         mask = None if mask is None else F.pad(mask, (1, 0), value=True)[:, None, None]
         return self.reader(words, mask), mask
 
-    @property
-    def parameters_count(self) -> int:
-        """Numbers that are trained."""
-        return sum(p.numel() for p in self.parameters())
-
     @torch.no_grad()
     def digest(self) -> str:
         """A short hash of all weights in half precision, the same for a scorer and its half-precision copy."""
@@ -224,7 +220,8 @@ class Scorer(
             ScorerError: neither, or files of another format.
         """
         name = str(pretrained_model_name_or_path)
-        weights_file, config_file = (_fetch(name, hub) / file for file in SCORER_FILES)
+        folder = _fetch(name, hub)
+        weights_file, config_file = (folder / file for file in SCORER_FILES)
         try:
             about = read(config_file)
             weights = {key: value.float() for key, value in load(disk.read_bytes(weights_file)).items()}
@@ -281,15 +278,12 @@ def _fetch(name: str, hub: Mapping[str, Any]) -> Path:
         ScorerError: there is no such folder, nor such a scorer on the hub.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir() or name.startswith((".", "~", "/")) or name.count("/") != 1:
-        if not folder.is_dir():
-            raise ScorerError(f"no scorer {name!r}: pass a folder that exists, or a hub id such as user/grip-llava")
+    if folder.is_dir():
         return folder
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+    if name.startswith((".", "~", "/")) or name.count("/") != 1:
+        raise ScorerError(f"no scorer {name!r}: pass a folder that exists, or a hub id such as user/grip-llava")
     try:
-        paths = [hf_hub_download(name, file, **hub) for file in reversed(SCORER_FILES)]
+        paths = [hf_hub_download(name, file, **hub) for file in SCORER_FILES]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise ScorerError(f"{name!r} is no folder here and no scorer on the hub: {first}") from error
@@ -319,19 +313,17 @@ class _Block(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None,
-        q: Tensor | None = None,
-        q_mask: Tensor | None = None,
+        words: Tensor | None = None,
+        words_mask: Tensor | None = None,
         film: Tensor | None = None,
     ) -> Tensor:
-        shifts: Sequence[Tensor | float] = (0.0, 0.0, 0.0, 0.0)
-        if film is not None:
-            shifts = self.film(film)[:, None].chunk(4, dim=-1)
+        shifts = (0.0, 0.0, 0.0, 0.0) if film is None else self.film(film)[:, None].chunk(4, dim=-1)
         y = self.norms[0](x) * (1 + shifts[0]) + shifts[1]
         queries, keys, values = self.qkv(y).chunk(3, dim=-1)
         x = x + self.out(self._attend(queries, keys, values, mask))
-        if q is not None:
-            keys, values = self.words(q).chunk(2, dim=-1)
-            x = x + self.told(self._attend(self.ask(self.norms[2](x)), keys, values, q_mask))
+        if words is not None:
+            keys, values = self.words(words).chunk(2, dim=-1)
+            x = x + self.told(self._attend(self.ask(self.norms[2](x)), keys, values, words_mask))
         return x + self.mlp(self.norms[1](x) * (1 + shifts[2]) + shifts[3])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,13 +170,11 @@ def check_settings(
     config: TrainConfig,
     data: Task | Sequence[Task] | None = None,
     validation: Task | Sequence[Task] | None = None,
-    explicit: Collection[str] = (),
 ) -> tuple[list[Question], list[Question]]:
     """The training and the validation questions, once everything that can be known without the model is right.
 
     Args:
         data, validation: as `train` takes them.
-        explicit: the settings that a user gave, even if they are the defaults.
 
     Raises:
         TrainError, TaskError, ScorerError: what to change.
@@ -186,7 +184,7 @@ def check_settings(
     get_teacher(config.teacher)
     _check_folder(config, Path(config.output_dir).expanduser())
     if config.init_from:
-        _check_sizes(Scorer.from_pretrained(place_of(config.init_from)), config.init_from, config, explicit)
+        _check_sizes(Scorer.from_pretrained(place_of(config.init_from)), config.init_from, config)
     questions = load_questions(config.data if data is None else data)
     if validation is not None or config.eval_data:
         held_out = load_questions(config.eval_data if validation is None else validation)
@@ -239,11 +237,11 @@ def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel) -> Sc
     return scorer.to(model.device)
 
 
-def _check_sizes(scorer: Scorer, name: str | Path, config: TrainConfig, explicit: Collection[str] = ()) -> None:
+def _check_sizes(scorer: Scorer, name: str | Path, config: TrainConfig) -> None:
     """Refuses a scorer of other sizes than the settings ask for; sizes left at their defaults ask for nothing."""
     for field in _SIZES:
         wanted, actual = getattr(config, field), getattr(scorer.config, field)
-        if wanted != actual and (field in explicit or wanted != TrainConfig.__dataclass_fields__[field].default):
+        if wanted not in (actual, TrainConfig.__dataclass_fields__[field].default):
             raise TrainError(f"{field} = {wanted!r}, but the scorer in {name} has {actual!r}: leave that setting out")
 
 

@@ -47,11 +47,9 @@ Stats: TypeAlias = dict[str, float]
 LR_WARMUP_RATIO = 0.03
 """Share of the steps in which the learning rate rises linearly."""
 
-_DAMAGED = (
-    *(RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError),
-    *(AttributeError, AssertionError, ArithmeticError),
-)
-"""What torch raises for a checkpoint with flipped bytes (15,000 tried)."""
+# What torch raises for a checkpoint with flipped bytes (15,000 tried).
+_DAMAGED = (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
+_DAMAGED += (AssertionError, ArithmeticError)
 
 
 class Stage(ABC):
@@ -156,7 +154,7 @@ class Trainer:
         """
         self._load_checkpoint()
         config, state, last = self.config, self.state, self.stage.max_steps
-        shown = not self.quiet and self.accelerator.is_main_process
+        shown, stopped = not self.quiet and self.accelerator.is_main_process, False
         with self.stop_signal, Progress(f"steps of {self.stage.name}", last, state.step, show=shown) as bar:
             # The start is a candidate too: a stage that does harm returns what it began with.
             if state.step == 0 and last:
@@ -172,21 +170,18 @@ class Trainer:
                 if state.step % config.eval_steps == 0 or state.step == last:
                     self._evaluate()
                 # All processes stop at the same step, whichever of them received the signal.
-                if self._any(self.stop_signal.received):
-                    self._save_checkpoint()
-                    raise Interrupted(
-                        f"Stopped at step {state.step} of {last} ({self.stage.name}). The same command resumes from "
-                        f"{self.checkpoint}."
-                    )
+                if stopped := self._any(self.stop_signal.received):
+                    break
                 if state.step % config.save_steps == 0:
                     self._save_checkpoint()
             # Out of time between two validations: the last step is a candidate as well.
-            if state.last_eval_step < state.step:
+            if state.last_eval_step < state.step and not stopped:
                 self._evaluate()
         self._save_checkpoint()
-        if self.stop_signal.received:
+        if self._any(self.stop_signal.received):
             raise Interrupted(
-                f"Stopped at the end of {self.stage.name}. The same command resumes from {self.checkpoint}."
+                f"Stopped at step {state.step} of {last} ({self.stage.name}). The same command resumes from "
+                f"{self.checkpoint}."
             )
         self.stage.scorer.load_state_dict(self.best_weights)
         return self.stage.scorer
