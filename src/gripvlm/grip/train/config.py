@@ -130,10 +130,6 @@ class TrainConfig:
     eval_steps: int = setting(100, "steps between validations", at_least=1)
     eval_reward: str = setting("", "chooses the best step, if not --reward; as there")
     eval_keeps: str = setting("0.25,0.125,0.06,0.03,0.015", "budgets of the validation")
-    early_stopping_patience: int = setting(
-        0, "stop after so many validations without a better one; 0 for never", at_least=0
-    )
-    max_minutes: float = setting(0.0, "stop a stage after so long; 0 for never", at_least=0)
     report_to: str = setting("", "also log to tensorboard or trackio", ("", "tensorboard", "trackio"))
 
     def __post_init__(self) -> None:

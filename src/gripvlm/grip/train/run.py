@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 # Settings that the scorer itself has.
 _SIZES = ("width", "blocks", "heads", "question", "budget")
 # What may differ between a run and its continuation.
-_FREE = {"output_dir", "device", "report_to", "rollout_batch_size", "on_bad_sample"}
-_FREE |= {"save_steps", "eval_steps", "max_minutes", "early_stopping_patience"}
+_FREE = {"output_dir", "device", "report_to", "rollout_batch_size", "on_bad_sample", "save_steps", "eval_steps"}
 _CONFIG = "config.toml"
 
 
@@ -200,9 +199,8 @@ def _stages_left(config: TrainConfig, done: str) -> list[str]:
     """What is left to do, in order, where `done` is the last stage that is finished ("" for none)."""
     if config.stage != "all":
         return [config.stage]
-    if done == "grpo":  # it may have run out of time or patience, and there may be more now
-        return ["grpo"] if (Path(config.output_dir).expanduser() / "grpo.ckpt").exists() else []
-    return ["grpo"] if done == "distill" or not config.distill_steps else ["distill", "grpo"]
+    stages = ["distill", "grpo"] if config.distill_steps else ["grpo"]
+    return stages[stages.index(done) + 1 :] if done in stages else stages
 
 
 def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -> tuple[Scorer, str]:

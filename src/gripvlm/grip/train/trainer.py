@@ -1,7 +1,7 @@
 """The trainer that every stage shares: steps, validation, checkpoints, Ctrl-C, several processes.
 
 All random numbers come from (seed, stage, step, micro-batch), those that choose data from (seed, micro-batch), so a
-run that was killed and resumed is the same run bit for bit (but for `max_minutes`: then the rate follows the clock),
+run that was killed and resumed is the same run bit for bit,
 and two processes with one micro-batch each are one process with two.
 """
 
@@ -93,15 +93,11 @@ class TrainerState:
         step: optimiser steps that are done (rounds of them, with `num_iterations`).
         seconds: spent on them, without validations and checkpoints.
         best: the highest objective of a validation so far.
-        evals_without_gain: validations since then.
-        last_eval_step: the step of the last validation, -1 before the first.
     """
 
     step: int = 0
     seconds: float = 0.0
     best: float = -math.inf
-    evals_without_gain: int = 0
-    last_eval_step: int = -1
 
 
 class Trainer:
@@ -154,13 +150,13 @@ class Trainer:
         """
         self._load_checkpoint()
         config, state, last = self.config, self.state, self.stage.max_steps
-        shown, stopped = not self.quiet and self.accelerator.is_main_process, False
+        shown = not self.quiet and self.accelerator.is_main_process
         with self.stop_signal, Progress(f"steps of {self.stage.name}", last, state.step, show=shown) as bar:
             # The start is a candidate too: a stage that does harm returns what it began with.
             if state.step == 0 and last:
                 bar.about("first validation")
                 self._evaluate()
-            while not self._finished():
+            while state.step < last:
                 began = time.monotonic()
                 stats = self._step()
                 state.seconds += time.monotonic() - began
@@ -170,13 +166,10 @@ class Trainer:
                 if state.step % config.eval_steps == 0 or state.step == last:
                     self._evaluate()
                 # All processes stop at the same step, whichever of them received the signal.
-                if stopped := self._any(self.stop_signal.received):
+                if self._any(self.stop_signal.received):
                     break
                 if state.step % config.save_steps == 0:
                     self._save_checkpoint()
-            # Out of time between two validations: the last step is a candidate as well.
-            if state.last_eval_step < state.step and not stopped:
-                self._evaluate()
         self._save_checkpoint()
         if self._any(self.stop_signal.received):
             raise Interrupted(
@@ -185,12 +178,6 @@ class Trainer:
             )
         self.stage.scorer.load_state_dict(self.best_weights)
         return self.stage.scorer
-
-    def _finished(self) -> bool:
-        config, state = self.config, self.state
-        out_of_time = bool(config.max_minutes) and state.seconds > 60 * config.max_minutes
-        out_of_patience = 0 < config.early_stopping_patience <= state.evals_without_gain
-        return state.step >= self.stage.max_steps or self._any(out_of_time) or out_of_patience
 
     def _step(self) -> Stats:
         """One round: `num_iterations` optimiser steps on the micro-batches of this step."""
@@ -231,17 +218,12 @@ class Trainer:
 
     def _set_learning_rate(self) -> float:
         """Sets the rate of this step: a linear rise, then a cosine to a tenth. Returns the progress, in [0, 1]."""
-        config, steps = self.config, max(self.stage.max_steps, 1)
-        progress = self.state.step / steps
-        if config.max_minutes:  # the schedule ends with the clock, if that is sooner, for all processes alike
-            progress = max(progress, min(1.0, self.state.seconds / (60 * config.max_minutes)))
-            progress = max(self._gather(progress))
-        risen = max(
-            (self.state.step + 1) / max(1.0, LR_WARMUP_RATIO * self.stage.max_steps), progress / LR_WARMUP_RATIO
-        )
-        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        step, steps = self.state.step, self.stage.max_steps
+        progress = step / steps
+        risen = min(1.0, (step + 1) / max(1.0, LR_WARMUP_RATIO * steps))
+        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.learning_rate * min(1.0, risen) * cosine
+            group["lr"] = self.stage.learning_rate * risen * cosine
         return progress
 
     def _apply_gradients(self) -> float:
@@ -320,11 +302,9 @@ class Trainer:
         for name, line in self.evaluator.skipped.items():
             if name not in skipped_before:
                 self._log({"step": state.step, **line, "validation": True})
-        state.last_eval_step = state.step
-        state.evals_without_gain += 1
         # Of equal steps the earlier one: it was trained less.
         if scores["objective"] > state.best:
-            state.best, state.evals_without_gain = scores["objective"], 0
+            state.best = scores["objective"]
             self.best_weights = copy.deepcopy(self.eval_scorer.state_dict())
         self._log({"step": state.step, "minutes": round(state.seconds / 60, 3), "eval": scores})
 
