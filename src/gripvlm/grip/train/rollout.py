@@ -16,6 +16,7 @@ import jinja2
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from gripvlm.api import encode, prune_inputs, visual_tokens
@@ -33,6 +34,9 @@ from gripvlm.types import Selection, VisualTokens
 
 BAD_QUESTION = (InputError, TaskError, TrainError)
 """What `Engine.prepare` raises for a question that cannot be used."""
+
+PSEUDO_LABEL_TOKENS = 16
+"""The longest answer of the model's own that is forced."""
 
 Subsets: TypeAlias = Sequence[Sequence[Tensor]]
 """[rows] lists over the row's images of the indices [k] of the tokens that stay, ascending."""
@@ -158,7 +162,6 @@ class Engine:
     Args:
         model, processor: a supported transformers model and its processor. The model is frozen.
         rollout_batch_size: subsets in one forward.
-        answer_tokens: the longest answer of the model's own.
         bf16: run rollouts under bfloat16 autocast. On the lab this adds a noise of 0.006 to a mean log-probability
             whose spread within a group is 0.2 to 0.4.
     """
@@ -168,12 +171,10 @@ class Engine:
         model: PreTrainedModel,
         processor: Any,
         rollout_batch_size: int = 64,
-        answer_tokens: int = 16,
         bf16: bool = False,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.processor, self.rollout_batch_size = processor, rollout_batch_size
-        self.answer_tokens, self.bf16 = answer_tokens, bf16
+        self.processor, self.rollout_batch_size, self.bf16 = processor, rollout_batch_size, bf16
         self.tokenizer = getattr(processor, "tokenizer", processor)
         # Logits at the answer alone, where the model can: a token has as many as the vocabulary, 30 to 150 thousand.
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -249,7 +250,7 @@ class Engine:
         if any(unlabelled):
             arguments = prune_inputs(self.model, batch.prompts, "keep_all", encoded=batch.encoded)
             length = batch.prompts["input_ids"].shape[1]
-            generated = self.model.generate(**arguments, max_new_tokens=self.answer_tokens, do_sample=False)
+            generated = self.model.generate(**arguments, max_new_tokens=PSEUDO_LABEL_TOKENS, do_sample=False)
             for i, row in enumerate(generated[:, length:].tolist()):
                 if unlabelled[i]:  # up to its end; one that was cut off has none
                     ends = [j for j, token in enumerate(row) if token in self.ends]
@@ -259,27 +260,22 @@ class Engine:
     def _with_answers(self, prompts: dict[str, Any], answers: list[list[int]]) -> dict[str, Any]:
         """Prompts and answers in one row each, padded on the left; labels on the answers."""
         ids, mask = prompts["input_ids"], prompts["attention_mask"].bool()
-        rows = [
-            torch.cat((row[real], torch.tensor(answer, device=ids.device)))
-            for row, real, answer in zip(ids, mask, answers, strict=True)
-        ]
-        length = max(map(len, rows))
+        forced = [torch.tensor(answer, device=ids.device) for answer in answers]
+
+        def joined(prompt_rows: Tensor, ends: Sequence[Tensor], fill: int) -> Tensor:
+            rows = [torch.cat((row[real], end)) for row, real, end in zip(prompt_rows, mask, ends, strict=True)]
+            # On the left, so that answers end in the last column and one slice holds all of them.
+            return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side="left")
+
         pad_id = int(ids[~mask][0]) if not bool(mask.all()) else int(self.tokenizer.pad_token_id or 0)
-        # Padded on the left, so that answers end in the last column and one slice holds all of them.
         inputs = {
-            "input_ids": ids.new_full((len(rows), length), pad_id),
-            "attention_mask": ids.new_zeros(len(rows), length),
-            "labels": ids.new_full((len(rows), length), -100),
+            "input_ids": joined(ids, forced, pad_id),
+            "attention_mask": joined(torch.ones_like(ids), [torch.ones_like(answer) for answer in forced], 0),
+            "labels": joined(torch.full_like(ids, -100), forced, -100),
         }
         if "mm_token_type_ids" in prompts:
-            inputs["mm_token_type_ids"] = ids.new_zeros(len(rows), length)
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            start, answer_start = length - len(row), length - len(answer)
-            inputs["input_ids"][i, start:] = row
-            inputs["attention_mask"][i, start:] = 1
-            inputs["labels"][i, answer_start:] = row[len(row) - len(answer) :]
-            if "mm_token_type_ids" in prompts:
-                inputs["mm_token_type_ids"][i, start:answer_start] = prompts["mm_token_type_ids"][i][mask[i]]
+            text = [torch.zeros_like(answer) for answer in forced]
+            inputs["mm_token_type_ids"] = joined(prompts["mm_token_type_ids"], text, 0)
         return inputs
 
     # --- rollouts ---------------------------------------------------------------------------------------------
