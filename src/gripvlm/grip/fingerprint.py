@@ -70,7 +70,7 @@ class ModelFingerprint:
         return cls(name, model_type, int(content["features"]), int(content["vocabulary"]), sketch, weights)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Passes where `model` is the scorer's own, in any dtype.
+        """Refuses a model that is not the scorer's own; its dtype may differ.
 
         Raises:
             ScorerError: another type, another width, or embeddings, tower or projector more than 2 % different

@@ -67,7 +67,7 @@ class ScorerConfig:
         width, blocks, heads: of the scorer's transformer.
         question: whether it reads the question. A scorer that does not gives one ranking an image and
             budget, which a server can keep.
-        budget: whether it is told the budget; False is the ablation.
+        budget: whether it reads the budget; False is the ablation.
     """
 
     features: int

@@ -247,9 +247,6 @@ def write_toml(config: TrainConfig, path: Path) -> None:
     """All settings, one a line, with their meaning; `read_toml` reads them back."""
     lines = []
     for name, value in config.to_dict().items():
-        if isinstance(value, str):
-            text = json.dumps(value, ensure_ascii=False)
-        else:
-            text = str(value).lower() if isinstance(value, bool) else repr(value)
-        lines.append(f"{name} = {text}  # {help_of(name, type(config))}")
+        # JSON's text, numbers and truth values are TOML's too.
+        lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}  # {help_of(name, type(config))}")
     disk.write(path, "\n".join(lines) + "\n")

@@ -74,7 +74,7 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[Question]:
 
 
 def check_pictures(questions: Sequence[Question]) -> None:
-    """Passes where the file of every picture exists, before anything long begins.
+    """Refuses questions about files that do not exist, before anything long begins.
 
     Raises:
         TrainError: with the first sample whose picture is missing.
@@ -90,7 +90,7 @@ def check_pictures(questions: Sequence[Question]) -> None:
 
 
 def check_apart(questions: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Passes where no validation question is a training question: the same words about the same file.
+    """Refuses validation questions that are training questions: the same words about the same file.
 
     Raises:
         TrainError: some are.

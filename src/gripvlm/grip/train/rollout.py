@@ -7,7 +7,7 @@ decoding unless its reward does. Rows of like length run together.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -89,6 +89,11 @@ class Batch:
         """[B] tokens of each forced answer."""
         return (self.inputs["labels"] >= 0).sum(-1)
 
+    def by_question(self, per_image: Iterable[Tensor]) -> list[list[Tensor]]:
+        """[B] lists over each question's images, of one tensor an image."""
+        values = iter(per_image)
+        return [[next(values) for _ in tokens] for tokens in self.tokens]
+
     def for_scorer(self, question: bool) -> ScorerInputs:
         """Everything the scorer reads, padded."""
         images = [tokens for sample in self.tokens for tokens in sample]
@@ -97,7 +102,7 @@ class Batch:
 
 @dataclass(eq=False)
 class Rollout:
-    """The frozen model's verdict on R rows, each a question with some of its visual tokens.
+    """How the frozen model scores R forced answers, each after a question with some of its visual tokens.
 
     Attributes:
         engine, batch: the model that scored, and the questions.
@@ -167,11 +172,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: Any,
-        rollout_batch_size: int = 64,
-        bf16: bool = False,
+        self, model: PreTrainedModel, processor: Any, rollout_batch_size: int = 64, bf16: bool = False
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.processor, self.rollout_batch_size, self.bf16 = processor, rollout_batch_size, bf16

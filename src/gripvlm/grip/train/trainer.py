@@ -290,8 +290,8 @@ class Trainer:
         """Means over this process's micro-batches, then over the processes, of the numbers that all of them have."""
         keys = dict.fromkeys(key for stats in collected for key in stats)
         means = {key: _mean([stats[key] for stats in collected if key in stats]) for key in keys}
-        everyone = self._gather(means)
-        return {key: _mean([m[key] for m in everyone]) for key in means if all(key in m for m in everyone)}
+        of_all = self._gather(means)
+        return {key: _mean([each[key] for each in of_all]) for key in means if all(key in each for each in of_all)}
 
     # --- validation, log, checkpoint --------------------------------------------------------------------------
 
@@ -410,9 +410,7 @@ class Evaluator:
                     [Budget(keep).count(n) for n in inputs.sizes.tolist()], device=inputs.sizes.device
                 )
                 chosen = top_k_of_each(inputs.score(scorer, counts), counts.tolist())
-                subsets: list[list[Tensor]] = [[] for _ in range(len(batch))]
-                for sample, indices in zip(inputs.owner.tolist(), chosen, strict=True):
-                    subsets[sample].append(indices)
+                subsets = batch.by_question(chosen)
                 rollout = self.engine.run(batch, range(len(batch)), subsets, logits="logits" in needs_of(self.reward))
                 for name, values in (("reward", checked_reward(self.reward, rollout)), ("exact", rollout.exact)):
                     key = f"{name}@{keep:g}"
@@ -451,7 +449,7 @@ def prepare_usable(
         try:
             return engine.prepare(questions, **options), []
         except BAD_QUESTION as error:
-            # Which of them it was shows when each is tried alone.
+            # One by one: the error of a batch does not always name its question.
             for pair in questions:
                 if reason := _unusable(engine, pair, config):
                     unusable.append((pair, reason))
