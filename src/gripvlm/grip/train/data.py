@@ -80,7 +80,7 @@ def check_pictures(questions: Sequence[Question]) -> None:
         TrainError: with the first sample whose picture is missing.
     """
     exists = {path: path.is_file() for path in {s.picture for _, s in questions if isinstance(s.picture, Path)}}
-    missing = [sample for _, sample in questions if not exists.get(sample.picture, True)]
+    missing = [s for _, s in questions if isinstance(s.picture, Path) and not exists[s.picture]]
     if missing:
         more = f" (and {len(missing) - 1} more samples)" if len(missing) > 1 else ""
         raise TrainError(
@@ -97,8 +97,8 @@ def check_apart(questions: Sequence[Question], held_out: Sequence[Question]) -> 
     """
 
     known = {(os.path.abspath(s.picture), s.question) for _, s in questions if isinstance(s.picture, Path)}
-    files = [sample for _, sample in held_out if isinstance(sample.picture, Path)]
-    if same := [s.id for s in files if (os.path.abspath(s.picture), s.question) in known]:
+    files = [(s.picture, s) for _, s in held_out if isinstance(s.picture, Path)]
+    if same := [s.id for picture, s in files if (os.path.abspath(picture), s.question) in known]:
         raise TrainError(
             f"{len(same)} of {len(held_out)} validation questions are training questions too, such as {same[0]!r}: "
             "name others with --eval-data, or leave it out, and --eval-share of the pictures is held out"

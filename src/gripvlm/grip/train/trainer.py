@@ -48,8 +48,10 @@ LR_WARMUP_RATIO = 0.03
 """Share of the steps in which the learning rate rises linearly."""
 
 # What torch raises for a checkpoint with flipped bytes (15,000 tried).
-_DAMAGED = (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
-_DAMAGED += (AssertionError, ArithmeticError)
+_DAMAGED = (
+    *(RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError),
+    *(AttributeError, AssertionError, ArithmeticError),
+)
 
 
 class Stage(ABC):
@@ -358,7 +360,7 @@ class Trainer:
         self.state = TrainerState(**content["state"])
         self.best_weights = content["best_weights"]
         self.data.skipped.update(content["skipped"])
-        return content["questions"]  # type: ignore[no-any-return]
+        return str(content["questions"])
 
     def _forget_later_lines(self) -> None:
         """Drops what was logged after the checkpoint (all of it without one), so that no step is there twice."""
