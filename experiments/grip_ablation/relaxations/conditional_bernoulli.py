@@ -57,7 +57,7 @@ class ConditionalBernoulli(SubsetPolicy):
 
     def mode(self) -> Tensor:
         """int64 [B, K]: the most probable set, ascending: the k largest logits, ties by lower index."""
-        return self._ascending(samples_to_mask(self._top_k(), self.n)[:, None])[:, 0]
+        return self._ascending(samples_to_mask(super().mode(), self.n)[:, None])[:, 0]
 
     def log_prob(self, samples: Tensor) -> Tensor:
         """[B, G]: of the sets in samples [B, G, K], whatever their order."""

@@ -18,7 +18,7 @@ NEG_INF = -1e30
 
 
 class SubsetPolicy:
-    """The logits, k and mask of a distribution over subsets; `sample`, `mode` and `log_prob` are its subclasses'.
+    """The logits, k and mask of a distribution over subsets; `sample` and `log_prob` are its subclasses'.
 
     Args:
         logits: [B, n], any float type. -inf marks an item that is never sampled.
@@ -56,8 +56,9 @@ class SubsetPolicy:
         """Items of a row, masked ones included."""
         return self.logits.shape[1]
 
-    def _top_k(self) -> Tensor:
-        """int64 [B, K]: the k largest logits in descending order, ties by the lower index, -1 after them."""
+    def mode(self) -> Tensor:
+        """int64 [B, K]: the most probable sample: the k largest logits, descending, ties by lower index, then -1."""
+        # Not topk, which breaks ties as it likes.
         ranked = self._centred(-torch.inf).sort(dim=-1, descending=True, stable=True).indices
         return ranked[:, : self.k_max].masked_fill(self._padding, -1)
 
@@ -99,10 +100,6 @@ class PlackettLuce(SubsetPolicy):
         # Gumbel noise on detached logits: samples have no gradient, their log-probabilities have.
         keys = self._centred(-torch.inf).detach()[:, None] - (-uniform.log()).log()
         return keys.topk(self.k_max, dim=-1).indices.masked_fill(self._padding[:, None], -1)
-
-    def mode(self) -> Tensor:
-        """int64 [B, K]: the most probable sample: the k largest logits in descending order, ties by lower index."""
-        return self._top_k()
 
     def log_prob(self, samples: Tensor) -> Tensor:
         """[B, G]: of ordered samples [B, G, K]. Hundreds of nats at large k: divide by k before clipping a ratio."""

@@ -350,6 +350,7 @@ class Engine:
         width = batch.longest
         arguments = self.pruned(batch, batch.inputs, rows, subsets)
         arguments.pop("labels")
+        # One more than the answers: the row before a token predicts it.
         short = {"logits_to_keep": width + 1} if self._short else {}
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(**arguments, **short, use_cache=False).logits[:, -width - 1 : -1].float()

@@ -205,7 +205,7 @@ def _stages_left(config: TrainConfig, done: str) -> list[str]:
 
 def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -> tuple[Scorer, str]:
     """The scorer to begin with, and the last stage that is finished ("" for none)."""
-    # The last finished stage first.
+    # The last finished stage first: its scorer is the best so far.
     finished = [name for name in ("grpo", "distill") if has_scorer(folder / name)]
     if config.stage == "all" and finished:
         return _loaded(folder / finished[0], config, model), finished[0]

@@ -114,12 +114,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        stage: Stage,
-        data: QuestionStream,
-        evaluator: Evaluator,
-        accelerator: Accelerator,
-        quiet: bool = False,
+        self, stage: Stage, data: QuestionStream, evaluator: Evaluator, accelerator: Accelerator, quiet: bool = False
     ) -> None:
         self.stage, self.data, self.evaluator, self.accelerator = stage, data, evaluator, accelerator
         self.config, self.quiet = stage.config, quiet
