@@ -185,6 +185,11 @@ class Scorer(
         mask = None if mask is None else F.pad(mask, (1, 0), value=True)[:, None, None]
         return self.reader(words, mask), mask
 
+    @property
+    def parameters_count(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in self.parameters())
+
     @torch.no_grad()
     def digest(self) -> str:
         """A short hash of all weights in half precision, the same for a scorer and its half-precision copy."""
