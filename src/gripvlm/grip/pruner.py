@@ -174,7 +174,8 @@ class Grip(ScorePruner):
             `lab-blind` (without the question), `lab-small` (a fifth of the arithmetic).
         dtype: what the scorer computes in: "float32", "bfloat16", or "auto", bfloat16 where the features are and
             float32 elsewhere.
-        module: the scorer itself; by default that of the name.
+        module: the scorer itself; by default that of the name. Its weights are taken not to change from here on: make
+            another `Grip` after a training step, or copies on other devices and in bfloat16 stay as they were.
         weights: a short hash of the scorer's weights, for results files.
     """
 
