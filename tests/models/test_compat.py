@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import transformers
@@ -28,7 +27,7 @@ from gripvlm.models.compat import (
     newer_than_tested,
     takes,
 )
-from gripvlm.models.hooks.calls import attention_hook
+from gripvlm.models.hooks.calls import call_hooks
 from tiny_families import TINY, build, make
 
 MODEL = {
@@ -140,14 +139,11 @@ def test_everything_that_attention_is_told_is_known(name):
     options: dict[str, str] = {}
     model, batch = build(name), make(TINY[name], [1], [7])
 
-    class Reader:
-        modules: ClassVar[dict[int, int]] = {id(module): 0 for module in model.modules()}
+    def read(call):
+        given = [option for option, value in call.options.items() if value is not None]
+        options.update(dict.fromkeys(given, type(call.module).__name__))
 
-        def before_attention(self, call):
-            given = [option for option, value in call.options.items() if value is not None]
-            options.update(dict.fromkeys(given, type(call.module).__name__))
-
-    with attention_hook(Reader()):
+    with call_hooks(attention=dict.fromkeys(model.modules(), read)):
         model.generate(**batch.inputs, max_new_tokens=2, do_sample=False)
     assert options, f"{name}: no attention went through transformers' attention functions"
     unknown = {option: module for option, module in options.items() if option not in ATTENTION | NO_MATTER}

@@ -26,6 +26,12 @@ def everything(hidden, visual):
     return visual
 
 
+def stage_masks(state) -> dict[int, torch.Tensor]:
+    """Layer -> [B, L] bool, the tokens of the prompt that it and those after it see."""
+    nothing = torch.zeros_like(state.mask)
+    return {layer: nothing.scatter(-1, stage.order, stage.real) for layer, stage in state.stages.items()}
+
+
 @contextmanager
 def masking(model, stages: dict[int, torch.Tensor], forget: int | None = None):
     """The full model, with each later layer's mask hiding what was dropped before it; sdpa needs a batch with padding.
@@ -73,7 +79,7 @@ def test_dropping_twice_equals_masking_layer_by_layer(name, attention):
     plain = model.generate(**inputs, **GREEDY)
     with drop_in_layers(model, {1: thin(2), 3: thin(3)}) as dropped:
         ours = model.generate(**inputs, **GREEDY)
-    stages = dict(dropped.stages)
+    stages = stage_masks(dropped)
     with masking(build(name, "eager"), stages):
         theirs = build(name, "eager").generate(**inputs, **GREEDY)
     assert torch.equal(ours.sequences, theirs.sequences)
@@ -98,7 +104,7 @@ def test_forgetting_after_the_prompt_equals_masking_what_decoded_tokens_see(name
         kept = model.generate(**inputs, **GREEDY)
     with drop_in_layers(model, choose, evict_from=forget) as dropped:
         ours = model.generate(**inputs, **GREEDY)
-    stages = dict(dropped.stages)
+    stages = stage_masks(dropped)
     with masking(build(name, "eager"), stages, forget):
         theirs = build(name, "eager").generate(**inputs, **GREEDY)
     assert torch.equal(ours.sequences, theirs.sequences)
@@ -153,7 +159,7 @@ def test_the_choice_may_read_the_attention_of_the_layer_before():
 
     with capture_attention(model.get_decoder(), [1], [-1]) as seen, drop_in_layers(model, {2: most_seen}) as dropped:
         ours = model.generate(**inputs, **GREEDY)
-    stages = dict(dropped.stages)
+    stages = stage_masks(dropped)
     assert [int((stage & (inputs["input_ids"][b] == 98)).sum()) for b, stage in enumerate(stages[2])] == [5, 5]
     with masking(build("llava", "eager"), stages):
         theirs = build("llava", "eager").generate(**inputs, **GREEDY)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 from gripvlm.models.hooks.attention import blocks_of, capture_attention, feature_block
-from gripvlm.models.hooks.calls import forward_hooks
+from gripvlm.models.hooks.calls import call_hooks
 from gripvlm.models.vision_rules import TowerItems, VisionRule
 from gripvlm.types import VisionRows
 
@@ -98,7 +98,7 @@ def capture_tower(model: PreTrainedModel, request: TowerRequest) -> Iterator[Tow
             if kind != "given" or request.given:
                 capture.attention[kind] = stack.enter_context(capture_attention(tower, request.layers, queries))
         if request.patches:
-            stack.enter_context(forward_hooks(after={feature_block(model): keep_state}))
+            stack.enter_context(call_hooks(after={feature_block(model): keep_state}))
         yield capture
     for kind, blocks in capture.attention.items():
         for block, calls in blocks.items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gripvlm.errors import InputError, UnsupportedModelError
 from gripvlm.models.families import FAMILIES, Family
 from gripvlm.models.hooks.attention import blocks_of, modules_of
-from gripvlm.models.hooks.calls import After, AttentionCall, Before, attention_hook, forward_hooks
+from gripvlm.models.hooks.calls import After, AttentionCall, Before, call_hooks
 from gripvlm.models.hooks.proportional import add_sizes
 from gripvlm.models.tower_rows import TowerMerging
 
@@ -82,14 +82,15 @@ def merge_in_tower(model: PreTrainedModel, merging: TowerMerging) -> Iterator[Ca
         merging,
         unused=int(getattr(config, "vision_feature_select_strategy", None) == "default"),
         length_with_cls=(vision.image_size // vision.patch_size) ** 2 + 1,
-        modules=modules_of(tower, range(len(merged))),
         blocks=len(merged),
     )
     before: dict[Any, Before] = {merged[0]: run.before_first_block}
     after: dict[Any, After] = {}
     for index, block in enumerate(merged):
         before[block.layer_norm2], after[block.mlp], after[block] = run.hooks_in_block(index)
-    with forward_hooks(before, after), attention_hook(run, first=True):
+    attention = dict.fromkeys(modules_of(tower, range(len(merged))), run.before_attention)
+    # first: hooks that capture attention then see it with sizes
+    with call_hooks(before, after, attention, first=True):
         yield run.rows
 
 
@@ -113,7 +114,6 @@ class _TowerRun:
     merging: TowerMerging
     unused: int
     length_with_cls: int
-    modules: dict[int, int]
     blocks: int
     plan: list[int] = field(default_factory=list)
     special: int = 0
