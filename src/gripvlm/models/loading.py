@@ -64,6 +64,7 @@ def load_model(
 
     source = _checked_name(name)
     try:
+        # Half precision is slow on most CPUs.
         model, processor = _load(name, source, dtype or ("float32" if place.type == "cpu" else "auto"), attention)
     except GripError:
         raise
@@ -106,6 +107,7 @@ def chosen_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"--device {name!r} is none that PyTorch knows: type cpu, cuda, cuda:1, mps or xpu") from error
+    # torch takes a device by name that the machine does not have; only using it shows.
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -133,8 +135,7 @@ def _advice(name: str, source: str | Path, error: BaseException) -> str:
     if isinstance(source, Path):
         return (
             f"the model in the folder {name} cannot be loaded: {_short(error)} Save the whole of it there with "
-            "model.save_pretrained(folder) and processor.save_pretrained(folder), or copy what is missing from where it "
-            "came from."
+            "model.save_pretrained(folder) and processor.save_pretrained(folder), or copy what is missing there."
         )
     return (
         f"{name!r} is no folder here and could not be loaded from the Hub: {_short(error)} Check the spelling and the "

@@ -43,11 +43,11 @@ class TowerRequest(NamedTuple):
     """What pruners need of the tower beside its features.
 
     Attributes:
-        layers: blocks whose attention and keys are captured; negative ones count from the last.
-        patches: whether the hidden states of patches are.
-        given: whether attention among patches alone is, where there is a CLS token.
+        layers: capture attention and keys in these blocks; negative ones count from the last.
+        patches: capture the hidden states of patches.
+        given: capture attention among patches alone too, where there is a CLS token.
         merging: how the tower merges tokens, if it does.
-        keys: whether each item gets a number from its pixels (`VisualTokens.key`).
+        keys: give each item a number from its pixels (`VisualTokens.key`).
     """
 
     layers: tuple[int, ...] = ()
@@ -90,6 +90,7 @@ def capture_tower(model: PreTrainedModel, request: TowerRequest) -> Iterator[Tow
     capture = TowerCapture(model, request, len(blocks_of(tower)))
 
     def keep_state(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        # Towers that take all patches of a batch as one sequence have no batch axis.
         hidden = (output[0] if isinstance(output, tuple) else output).detach()
         capture.patches.append((hidden if hidden.ndim == 3 else hidden[None]).transpose(1, 2))
 
@@ -115,7 +116,7 @@ ItemRows: TypeAlias = tuple[dict[int, VisionRows], Tensor | None]
 def split_by_item(
     rule: VisionRule | None, capture: TowerCapture, inputs: Mapping[str, Any], counts: Mapping[str, list[int]]
 ) -> dict[str, list[ItemRows]]:
-    """modality -> what was captured for each item, in the items' rows. Uses the capture up.
+    """modality -> what was captured for each item, in the items' rows. Empties the capture.
 
     Args:
         counts: modality -> the rows of each item, in the order in which the tower ran.
@@ -163,6 +164,7 @@ def _next_calls(calls: list[Tensor], items: TowerItems) -> list[Tensor]:
     grids = items.inputs.get(f"{items.modality}_grid_thw")
     if grids is None:
         return calls
+    # How many calls there are depends on windows and frames, so they are counted by their patches.
     patches, taken = int(grids.prod(-1).sum()), []
     while patches > 0 and calls:
         taken.append(calls.pop(0))

@@ -149,6 +149,7 @@ def _observed(call: AttentionCall, queries: Sequence[int] | str) -> Tensor:
 
 def _check_readable(call: AttentionCall) -> None:
     name = type(call.module).__name__
+    # Flex attention has a BlockMask, flash attention a mask [B, L] or lengths of packed sequences.
     unclear = call.mask is not None and (not isinstance(call.mask, Tensor) or call.mask.ndim != 4)
     if unclear or call.options.get("cu_seq_lens_q") is not None:
         raise InputError(
@@ -164,11 +165,13 @@ def _check_readable(call: AttentionCall) -> None:
 def _rows(call: AttentionCall, keys: Tensor, index: Tensor) -> Tensor:
     """[B, H, r, L] float32 weights of the queries `index` [r]; keys [B, H, d_h, L]."""
     scale, cap, mask = call.options.get("scaling"), call.options.get("softcap"), call.mask
+    # In float32 whatever the model's dtype: rankings are made of these, and bfloat16 has ties.
     scores = call.query[:, :, index].float() @ keys
     scores = scores * (call.query.shape[-1] ** -0.5 if scale is None else scale)
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     if mask is not None:
+        # Cut to the keys, as eager attention functions in transformers do.
         part = mask[:, :, index if mask.shape[2] > 1 else slice(None), : keys.shape[-1]]
         if part.dtype != torch.bool:
             scores = scores + part.float()
@@ -189,6 +192,7 @@ def seen_keys(mask: Tensor) -> Tensor:
 def _real(call: AttentionCall) -> Tensor:
     """[B or 1, L] 1.0 for queries that are no padding: those that some other query sees as a key."""
     length, total, mask = call.query.shape[2], call.key.shape[2], call.mask
+    # In decoding (fewer queries than keys) nothing says which queries are padding; they count as real.
     if mask is None or length != total:
         return call.query.new_ones(1, length, dtype=torch.float32)
     sees = seen_keys(mask[..., :total]).any(1).expand(-1, length, -1)  # [B or 1, L, L]

@@ -80,6 +80,7 @@ class _Run:
 
     def owns(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether a forward with these arguments is this run's."""
+        # By identity: `generate` hands the very same objects on, and two prompts may have equal images.
         given = [*(kwargs.get("mm_encoder_outputs") or {}).values(), *filter(is_cache, kwargs.values())]
         return any(value is own for value in given for own in (*self.outputs, self.cache()))
 
@@ -191,8 +192,10 @@ def _acting(module: nn.Module) -> list[_Block]:
     run = _served.get()
     if run is not None and not blocks:
         blocks = [block for block in _blocks if block.run is run and block.concerns(module)]
-    if blocks or torch._C._current_graph_task_id() == -1:  # -1: this thread runs no backward
+    # -1: this thread runs no backward. torch has no public way to know.
+    if blocks or torch._C._current_graph_task_id() == -1:
         return blocks
+    # Autograd's own threads have no block: the one run that is open on this module is served.
     blocks = [block for block in _blocks if block.run is not None and block.concerns(module)]
     if len({id(block.run) for block in blocks}) > 1:
         raise GripError(
@@ -255,6 +258,7 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = 
         return None
     changed = None
     for block in _acting(module):
+        # Each block sees the output as blocks before it left it.
         act = block.after.get(module)
         result = None if act is None else act(module, args, kwargs, output if changed is None else changed)
         changed = changed if result is None else result
@@ -262,7 +266,8 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = 
     return changed
 
 
-# Code compiled inside a block calls these two uncompiled; after the block they do nothing.
+# Code compiled inside a block calls these two uncompiled; after the block they do nothing. An attribute and not
+# torch.compiler.disable, which would import torch._dynamo.
 _before._torchdynamo_disable = _after._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
@@ -333,6 +338,7 @@ def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
         def attend_with_hooks(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
+            # The query and the key stay as they are: blocks change what is attended to by the mask alone.
             call = AttentionCall(module, query, key, attention_mask, options)
             for block in _acting(module):
                 if module in block.attention:

@@ -158,6 +158,7 @@ def drop_in_layers(
     changed = [*choose, *state.stages, *(() if state.evict_from is None else (state.evict_from,))]
     if wrong := [k for k in changed if not 1 <= k < len(layers)]:
         raise InputError(f"no layer {wrong[0]} to drop before: use 1 to {len(layers) - 1}")
+    # By the decoder: a model and its LoRA wrapper have one and the same.
     key = ("drops", id(decoder))
     if is_open(key):
         raise GripError("this model already drops inside its layers: leave that block first")
@@ -168,6 +169,7 @@ def drop_in_layers(
     after: dict[nn.Module, After] = {root: dropper.end}
     for index in range(min(changed, default=len(layers)), len(layers)):
         before[layers[index]] = functools.partial(dropper.before_layer, index)
+    # Once they are taken from the decoder, planes must be added here in every layer, also ahead of those that drop.
     if hasattr(decoder, "_deepstack_process"):
         before[decoder] = dropper.take_planes
         after |= {layer: functools.partial(dropper.add_plane, index) for index, layer in enumerate(layers)}
@@ -248,6 +250,7 @@ class _Dropper:
         """Notes which of the tokens after the prompt are real; `mask` is the whole model's, of the shortened prompt."""
         prompt = self.state.mask
         length = prompt.shape[-1]
+        # Before any prompt the noted mask has no rows, ndim 1.
         if past < length or prompt.ndim != 2:
             raise InputError(
                 "the cache holds a prompt that did not run here: run the whole prompt at once, without a cache"
@@ -263,6 +266,7 @@ class _Dropper:
             self.decoded_unpadded = bool(self.decoded.all())
 
     def _check_window(self, total: int) -> None:
+        # Within the window, sliding layers are full ones. Beyond it, their mask counts from tokens that may be gone.
         config = self.decoder.config
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
         window = getattr(config, "sliding_window", None) if sliding else None
@@ -290,6 +294,7 @@ class _Dropper:
             slot = torch.zeros(batch, full, dtype=torch.long, device=order.device)
             slot.scatter_(1, order, every[:, : order.shape[1]])
             left = slot.gather(1, last.order)  # padding is one of the dropped, which this layer still had
+            # In place in transformers' own cache: `generate` holds on to it.
             layer.keys, layer.values = (
                 states.gather(2, left[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
                 for states in (layer.keys, layer.values)
@@ -301,6 +306,7 @@ class _Dropper:
         """Before layer `index`: hands it the tokens that are left, with a mask and positions to match."""
         hidden, state = args[0], self.state
         if self.prefill and index in self.choose:
+            # Backward (gradient checkpointing) must find the stage of the first run, not choose anew.
             if self.running:
                 self._choose(index, hidden)
             elif index not in state.stages:
@@ -336,6 +342,7 @@ class _Dropper:
             got = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
             raise InputError(f"the choice before layer {index} must be bool {tuple(visual.shape)}, got {got}")
         keep = real & (answer.to(hidden.device) | ~visual)  # text stays, whatever the answer has at its places
+        # The one wait for the device in each stage: the shapes of all later layers depend on it.
         length = int(keep.sum(-1).max())
         # A stable sort puts kept tokens at the end, in order, and dropped ones where padding belongs.
         previous = torch.sort(keep.int(), dim=-1, stable=True).indices[:, -length:]
@@ -357,11 +364,13 @@ class _Dropper:
         mask = mask.gather(3, stage.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
         # Padding sees itself, so that its softmax is defined.
         sees = stage.real[:, None, None] | torch.eye(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        # The minimum and not the sum: two smallest numbers add up to -inf, and a row of those to NaN.
         return mask & sees if self.state.boolean else torch.minimum(mask, _additive(sees, mask))
 
     def _decoding_mask(self, stage: Stage, hidden: Tensor) -> Tensor | None:
         """A later token sees everything real up to itself. transformers' own mask is as long as some other layer."""
         new = hidden.shape[1]
+        # Without a mask, attention may take its fastest kernel, as the unpruned model does.
         if new == 1 and self.decoded_unpadded and stage.unpadded:
             return None
         sees = torch.cat((stage.real, self.decoded), -1)[:, None, None]

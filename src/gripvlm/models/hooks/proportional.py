@@ -111,6 +111,7 @@ class _SizeBias:
         if self.prefill and self.sizes_of is not None and layer not in self.known:
             given = self.sizes_of(layer, call.query.shape[0], self.total)
             # None: the call stays as it is, and so goes to the same kernel as the unpruned model's.
+            # It waits for the device, once a layer and prompt.
             self.known[layer] = given if bool((given.sizes != 1).any()) else None
         known = self.known.get(layer)
         if known is None:
@@ -138,6 +139,7 @@ def add_sizes(call: AttentionCall, sizes: Tensor) -> None:
             f"{type(call.module).__name__} runs with a mask that takes no bias for each key (flash or flex attention): "
             "load the model with attn_implementation='sdpa'"
         )
+    # Cut to the keys, as eager attention functions in transformers do.
     mask = mask[..., :total]
     lowest = torch.finfo(call.query.dtype).min
     if mask.dtype == torch.bool:

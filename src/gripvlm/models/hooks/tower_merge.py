@@ -140,6 +140,7 @@ class _TowerRun:
         self.place = self.first = torch.arange(tokens, device=hidden.device).expand(batch, -1)
 
     def before_attention(self, call: AttentionCall) -> None:
+        # ToMe's similarity: keys, the mean over heads. They stand for the tokens that the MLP is about to see.
         self.keys = call.key.detach().float().mean(1)
         if self.merging.proportional and call.key.shape[2] != self.place.shape[1]:
             add_sizes(call, self.sizes)
@@ -148,6 +149,7 @@ class _TowerRun:
         """Before the second norm of block `index`, after its MLP, and after the block."""
         merged = mlp = torch.empty(0)
 
+        # Three hooks, as no module has the sum of attention and residual as its output: it enters the second norm.
         def before_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal merged
             if not self.plan[index]:
@@ -193,5 +195,6 @@ class _TowerRun:
     def rows(self) -> MergedRows:
         if self.runs != 1:
             raise InputError(f"the vision tower ran {self.runs} times, but merging inside it expects one run")
+        # Tokens in front never merge, so leaving them out shifts all places by as many.
         rank = self.place[:, self.unused :] - self.unused
         return MergedRows(self.first[:, self.unused :].gather(1, rank) - self.unused, rank)
