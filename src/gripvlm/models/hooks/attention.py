@@ -136,7 +136,7 @@ def _observed(call: AttentionCall, queries: Sequence[int] | str) -> Tensor:
     every = torch.arange(length, device=call.query.device)
     if queries == "to_first":
         return torch.cat([_rows(call, keys, part)[..., 0] for part in every.split(CHUNK)], dim=-1)
-    if queries == "received":
+    if isinstance(queries, str):  # "received"
         real = _real(call)  # [B or 1, length]
         total = torch.zeros((), device=call.query.device)
         for part in every.split(CHUNK):

@@ -84,8 +84,8 @@ def merge_in_tower(model: PreTrainedModel, merging: TowerMerging) -> Iterator[Ca
         length_with_cls=(vision.image_size // vision.patch_size) ** 2 + 1,
         blocks=len(merged),
     )
-    before: dict[nn.Module, Before] = {merged[0]: run.before_first_block}
-    after: dict[nn.Module, After] = {}
+    before: dict[Any, Before] = {merged[0]: run.before_first_block}
+    after: dict[Any, After] = {}
     for index, block in enumerate(merged):
         before[block.layer_norm2] = functools.partial(run.merge_before_norm, index)
         after[block.mlp] = functools.partial(run.pad_after_mlp, index)
