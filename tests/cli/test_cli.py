@@ -312,7 +312,9 @@ def test_a_text_model_is_refused_before_its_weights_are_loaded(capsys):
     with open("config.json", "w") as file:
         json.dump({"model_type": "llama"}, file)
     assert main([*ASK, "--model", "."]) == 2
-    assert "is a model of type 'llama'; supported are" in " ".join(capsys.readouterr().err.split())
+    assert "model type 'llama', which looks like a text-only model, is not supported: supported are" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_a_saved_folder_is_a_model(capsys):

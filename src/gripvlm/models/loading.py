@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gripvlm.errors import GripError, UnsupportedModelError
+from gripvlm.errors import GripError
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def load_model(
     source = _checked_name(name)
     try:
         # Half precision is slow on most CPUs.
-        model, processor = _load(name, source, dtype or ("float32" if place.type == "cpu" else "auto"), attention)
+        model, processor = _load(source, dtype or ("float32" if place.type == "cpu" else "auto"), attention)
     except GripError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -73,18 +73,16 @@ def load_model(
     return model.to(place).eval(), processor
 
 
-def _load(name: str, source: str | Path, dtype: str, attention: str | None) -> tuple[Any, Any]:
+def _load(source: str | Path, dtype: str, attention: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     import gripvlm.lab  # noqa: F401  (a folder may hold the lab's own tower)
-    from gripvlm.models import FAMILIES
+    from gripvlm.models.families import FAMILIES, not_supported
 
     # The configuration and the processor first: they are small, and most mistakes show in them.
     config = AutoConfig.from_pretrained(source)
     if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{name} is a model of type {config.model_type!r}; supported are {', '.join(FAMILIES)}"
-        )
+        raise not_supported(config)
     processor = AutoProcessor.from_pretrained(source)
     if not hasattr(processor, "image_processor"):
         raise ValueError("its processor has no image processor.")
