@@ -228,7 +228,7 @@ def encode(model: nn.Module, inputs: Mapping[str, Any], pruners: Sequence[str | 
     prompts, watch = Prompts.of(model, inputs), Stopwatch(device_of(model))
     encoded = adapter.encode(prompts, family, needs._replace(keys=True))
     watch.lap("vision")
-    return replace(encoded, watches=(watch,))
+    return replace(encoded, watch=watch)
 
 
 def visual_tokens(

@@ -336,7 +336,7 @@ def test_other_attention_and_caches_are_refused(model, inputs, monkeypatch):
 
 
 def test_layers_that_were_not_given_their_sizes_are_an_error(model, inputs, monkeypatch):
-    monkeypatch.setattr("gripvlm.models.hooks.proportional._SizeBias.before_attention", lambda self, call: None)
+    monkeypatch.setattr("gripvlm.models.hooks.proportional._SizeBias.before_attention", lambda self, layer, call: None)
     with (
         gripvlm.prune(model, "pool", 4, proportional_attention=True),
         pytest.raises(InputError, match=r"attention of layer 0 .* does not go through transformers' attention"),

@@ -63,7 +63,7 @@ def test_decoding_makes_one_call_a_token():
 def test_windows_are_watched_call_by_call(monkeypatch):
     """Qwen's towers return no weights even under eager: the reference is taken inside eager attention."""
     inputs = make(TINY["qwen2_5_vl"], [2], [7]).inputs
-    told = {"grid_thw": inputs["image_grid_thw"]}
+    grids = {"grid_thw": inputs["image_grid_thw"]}
     plain, weights = modeling_qwen2_5_vl.eager_attention_forward, []
 
     def noting(*args, **kwargs):
@@ -73,14 +73,14 @@ def test_windows_are_watched_call_by_call(monkeypatch):
 
     monkeypatch.setattr(modeling_qwen2_5_vl, "eager_attention_forward", noting)
     with torch.no_grad():
-        build("qwen2_5_vl", "eager").get_encoder("image")(inputs["pixel_values"], **told)
+        build("qwen2_5_vl", "eager").get_encoder("image")(inputs["pixel_values"], **grids)
         tower = build("qwen2_5_vl", "sdpa").get_encoder("image")
         with capture_attention(tower, [0, 1], "received") as seen:
-            tower(inputs["pixel_values"], **told)
+            tower(inputs["pixel_values"], **grids)
     assert len(seen[1]) == 2  # layer 1 attends in the whole image: two images
     assert len(seen[0]) > 4  # layer 0 in windows
-    for ours, theirs in zip([*seen[0], *seen[1]], weights, strict=True):
-        torch.testing.assert_close(ours, theirs.mean(2), **CLOSE)
+    for ours, reference in zip([*seen[0], *seen[1]], weights, strict=True):
+        torch.testing.assert_close(ours, reference.mean(2), **CLOSE)
 
 
 def test_windowed_towers_come_back_in_the_order_of_the_rows(monkeypatch):
@@ -96,8 +96,8 @@ def test_windowed_towers_come_back_in_the_order_of_the_rows(monkeypatch):
             tower(inputs["pixel_values"], grid_thw=grids)
         rows[size] = merged_rows(tower, seen[1], grids)
     assert [row.shape[-1] for row in rows[16]] == [h * w // 4 for _, h, w in grids.tolist()]
-    for ours, theirs in zip(rows[16], rows[4096], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    for ours, reference in zip(rows[16], rows[4096], strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-5)
         assert ours.std() > 1e-3 * ours.mean()
     with pytest.raises(InputError, match="one run each"):
         merged_rows(tower, seen[1] * 2, grids)

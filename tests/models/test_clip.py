@@ -62,8 +62,8 @@ def slow_cosines(clip: CLIPModel, patches: torch.Tensor, question: str) -> list[
 
 def slow_choice(features: torch.Tensor, c: list[float], k: int) -> list[int]:
     """argmax det L_S one token at a time; relevance is minus the cosine."""
-    c = [-one for one in c]
-    r = [(one - min(c)) / (max(c) - min(c)) + 1e-6 for one in c]
+    c = [-value for value in c]
+    r = [(value - min(c)) / (max(c) - min(c)) + 1e-6 for value in c]
     n = len(c)
     kernel = [[r[i] * cosine(features[i], features[j]) * r[j] for j in range(n)] for i in range(n)]
     matrix, chosen = torch.tensor(kernel, dtype=torch.float64), []
@@ -87,10 +87,10 @@ def test_cdpruner_follows_the_paper_with_clips_text_tower(keep):
     for question, items, selections in zip(QUESTIONS, encoded.samples, record.selections, strict=True):
         for item, selection in zip(items, selections, strict=True):
             cosines = slow_cosines(clip, item.patches, question)
-            found = pruner.clip.cosine(item.patches, QUESTIONS.index(question))
-            assert found.tolist() == pytest.approx(cosines, abs=1e-5)
+            fast = pruner.clip.cosine(item.patches, QUESTIONS.index(question))
+            assert fast.tolist() == pytest.approx(cosines, abs=1e-5)
             assert selection.indices.tolist() == slow_choice(item.features, cosines, keep)
-            other += selection.indices.tolist() != slow_choice(item.features, [-one for one in cosines], keep)
+            other += selection.indices.tolist() != slow_choice(item.features, [-value for value in cosines], keep)
     assert other  # the sign counts
 
 

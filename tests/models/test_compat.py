@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import transformers
@@ -28,7 +27,7 @@ from gripvlm.models.compat import (
     newer_than_tested,
     takes,
 )
-from gripvlm.models.hooks.calls import attention_hook
+from gripvlm.models.hooks.calls import call_hooks
 from tiny_families import TINY, build, make
 
 MODEL = {
@@ -46,11 +45,11 @@ LAYER = {"attention_mask", "position_ids", "position_embeddings"}
 """What a decoder layer is handed and gripvlm's hooks replace, by name."""
 
 ATTENTION = {"is_causal", "scaling", "softcap", "s_aux", "position_bias", "cu_seq_lens_q"}
-"""What attention functions are told and gripvlm heeds or refuses (`models/hooks/`)."""
+"""What attention functions are given and gripvlm heeds or refuses (`models/hooks/`)."""
 
 NO_MATTER = {"dropout", "position_ids", "use_cache", "output_hidden_states", "output_router_logits", "logits_to_keep"}
 NO_MATTER |= {"image_sizes", "labels", "sliding_window"}
-"""What they are told besides, which changes no score of an evaluated model; a sliding window is in the mask too."""
+"""What they are given besides, which changes no score of an evaluated model; a sliding window is in the mask too."""
 
 OPTIONAL = {
     "llava": ["config.vision_feature_layer", "config.vision_feature_select_strategy"],
@@ -70,7 +69,7 @@ def test_every_name_that_gripvlm_uses_is_one_that_transformers_takes(name):
     known = takes(model.forward)
     lacking = sorted(MODEL - known)
     assert not lacking, f"{name}: forward no longer takes {lacking}; it takes {sorted(known)}: see models/compat.py"
-    caches = [one for one in CACHE if one in known]
+    caches = [option for option in CACHE if option in known]
     assert caches, f"{name}: forward takes no cache as {CACHE}; it takes {sorted(known)}: see models/compat.py"
     decoder = takes(model.get_decoder().forward)
     assert set(CACHE) & decoder, f"{name}: the decoder takes no cache as {CACHE}; it takes {sorted(decoder)}"
@@ -113,9 +112,9 @@ def test_every_private_helper_takes_what_it_is_given(name):
         ("_prepare_multimodal_encoder_kwargs_for_generation", ({},)),
         ("_prepare_position_ids_for_generation", (None, {})),
     ):
-        found = getattr(model, helper, None)
-        assert found is not None, f"{name}: {type(model).__name__} has no {helper}: see models/adapter.py"
-        inspect.signature(found).bind(*given)  # a TypeError where it takes something else
+        part = getattr(model, helper, None)
+        assert part is not None, f"{name}: {type(model).__name__} has no {helper}: see models/adapter.py"
+        inspect.signature(part).bind(*given)  # a TypeError where it takes something else
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -126,32 +125,29 @@ def test_every_placeholder_has_its_name_in_the_config(name):
 
 @pytest.mark.parametrize(("name", "path"), [(name, path) for name in OPTIONAL for path in OPTIONAL[name]])
 def test_what_is_read_only_where_there_is_one_is_there(name, path):
-    found = build(name)
+    part = build(name)
     for step in path.split("."):
         called, _, argument = step.partition("(")
-        found = getattr(found, called)  # an AttributeError where transformers has renamed it
+        part = getattr(part, called)  # an AttributeError where transformers has renamed it
         if argument:
-            found = found(*filter(None, [argument.strip("')")]))
+            part = part(*filter(None, [argument.strip("')")]))
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_everything_that_attention_is_told_is_known(name):
+def test_everything_that_attention_is_given_is_known(name):
     """A scale, a cap, a bias or a mask under a new name would be left out of the weights that pruners read."""
     options: dict[str, str] = {}
     model, batch = build(name), make(TINY[name], [1], [7])
 
-    class Reader:
-        modules: ClassVar[dict[int, int]] = {id(module): 0 for module in model.modules()}
+    def read(call):
+        given = [option for option, value in call.options.items() if value is not None]
+        options.update(dict.fromkeys(given, type(call.module).__name__))
 
-        def before_attention(self, call):
-            given = [option for option, value in call.options.items() if value is not None]
-            options.update(dict.fromkeys(given, type(call.module).__name__))
-
-    with attention_hook(Reader()):
+    with call_hooks(attention=dict.fromkeys(model.modules(), read)):
         model.generate(**batch.inputs, max_new_tokens=2, do_sample=False)
     assert options, f"{name}: no attention went through transformers' attention functions"
     unknown = {option: module for option, module in options.items() if option not in ATTENTION | NO_MATTER}
-    assert not unknown, f"{name}: attention is told {unknown}: does models/hooks/attention.py have to heed it?"
+    assert not unknown, f"{name}: attention is given {unknown}: does models/hooks/attention.py have to heed it?"
 
 
 def test_every_option_of_generate_that_is_read_is_one(model, inputs, monkeypatch):
@@ -190,12 +186,12 @@ def test_a_newer_transformers_is_mentioned_once_in_one_line(number, version, cap
             family_of(build("llava"))
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("gripvlm", "WARNING")
-    said = record.getMessage()
-    assert said.startswith(
+    message = record.getMessage()
+    assert message.startswith(
         f"transformers {number} is newer than {NEWEST_TESTED}, the newest that this gripvlm was tested"
     )
-    assert f'pip install "transformers=={NEWEST_TESTED}"' in said
-    assert "\n" not in said
+    assert f'pip install "transformers=={NEWEST_TESTED}"' in message
+    assert "\n" not in message
 
 
 def test_env_says_what_is_tested(version, capsys):

@@ -24,9 +24,9 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "retur
 IMAGES, WORDS = [1, 2, 0], [7, 9, 5]  # ragged, left-padded, one prompt without any image
 
 
-def close(name: str, ours: list, theirs: list) -> None:
+def close(name: str, ours: list, expected: list) -> None:
     tolerance = TINY[name].tolerance
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
@@ -193,9 +193,9 @@ def test_a_direct_forward_with_labels_equals_masking(name, side):
     with torch.no_grad():
         arguments, record = gripvlm.prune_inputs(model, full, "random", keep=ragged, return_record=True)
         ours = model(**arguments)
-        theirs = model(**masked(model, full, record.selections))
+        expected = model(**masked(model, full, record.selections))
     keep = kept(full["input_ids"], full["attention_mask"], record.selections)
-    close(name, [ours.logits[arguments["attention_mask"].bool()], ours.loss], [theirs.logits[keep], theirs.loss])
+    close(name, [ours.logits[arguments["attention_mask"].bool()], ours.loss], [expected.logits[keep], expected.loss])
 
 
 GRIDS = {"llava_next": None, "llava_onevision": None}

@@ -26,6 +26,12 @@ def everything(hidden, visual):
     return visual
 
 
+def stage_masks(state) -> dict[int, torch.Tensor]:
+    """Layer -> [B, L] bool, the tokens of the prompt that it and those after it see."""
+    nothing = torch.zeros_like(state.mask)
+    return {layer: nothing.scatter(-1, stage.order, stage.real) for layer, stage in state.stages.items()}
+
+
 @contextmanager
 def masking(model, stages: dict[int, torch.Tensor], forget: int | None = None):
     """The full model, with each later layer's mask hiding what was dropped before it; sdpa needs a batch with padding.
@@ -73,11 +79,11 @@ def test_dropping_twice_equals_masking_layer_by_layer(name, attention):
     plain = model.generate(**inputs, **GREEDY)
     with drop_in_layers(model, {1: thin(2), 3: thin(3)}) as dropped:
         ours = model.generate(**inputs, **GREEDY)
-    stages = dict(dropped.stages)
+    stages = stage_masks(dropped)
     with masking(build(name, "eager"), stages):
-        theirs = build(name, "eager").generate(**inputs, **GREEDY)
-    assert torch.equal(ours.sequences, theirs.sequences)
-    for a, b, full in zip(ours.logits, theirs.logits, plain.logits, strict=True):
+        expected = build(name, "eager").generate(**inputs, **GREEDY)
+    assert torch.equal(ours.sequences, expected.sequences)
+    for a, b, full in zip(ours.logits, expected.logits, plain.logits, strict=True):
         torch.testing.assert_close(a, b, atol=3e-5, rtol=3e-5)
         assert (a[:2] - full[:2]).abs().max() > 0.01
     lengths = [layer.keys.shape[-2] for layer in ours.past_key_values.layers]
@@ -98,11 +104,11 @@ def test_forgetting_after_the_prompt_equals_masking_what_decoded_tokens_see(name
         kept = model.generate(**inputs, **GREEDY)
     with drop_in_layers(model, choose, evict_from=forget) as dropped:
         ours = model.generate(**inputs, **GREEDY)
-    stages = dict(dropped.stages)
+    stages = stage_masks(dropped)
     with masking(build(name, "eager"), stages, forget):
-        theirs = build(name, "eager").generate(**inputs, **GREEDY)
-    assert torch.equal(ours.sequences, theirs.sequences)
-    for a, b in zip(ours.logits, theirs.logits, strict=True):
+        expected = build(name, "eager").generate(**inputs, **GREEDY)
+    assert torch.equal(ours.sequences, expected.sequences)
+    for a, b in zip(ours.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, atol=3e-5, rtol=3e-5)
     assert torch.equal(ours.logits[0], kept.logits[0])  # the prompt ran as without
     assert (ours.logits[1][:2] - kept.logits[1][:2]).abs().max() > 1e-3
@@ -112,8 +118,8 @@ def test_forgetting_after_the_prompt_equals_masking_what_decoded_tokens_see(name
 
 def test_what_forgetting_needs():
     model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
-    said = "no layer 0 to drop before: use 1 to 3"
-    with pytest.raises(InputError, match=said), drop_in_layers(model, {2: thin(2)}, 0):
+    message = "no layer 0 to drop before: use 1 to 3"
+    with pytest.raises(InputError, match=message), drop_in_layers(model, {2: thin(2)}, 0):
         pytest.fail("the block opened")
     with drop_in_layers(model, {2: thin(2)}, 1), pytest.raises(InputError, match="leave use_cache=False out"):
         model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=False)
@@ -153,11 +159,11 @@ def test_the_choice_may_read_the_attention_of_the_layer_before():
 
     with capture_attention(model.get_decoder(), [1], [-1]) as seen, drop_in_layers(model, {2: most_seen}) as dropped:
         ours = model.generate(**inputs, **GREEDY)
-    stages = dict(dropped.stages)
+    stages = stage_masks(dropped)
     assert [int((stage & (inputs["input_ids"][b] == 98)).sum()) for b, stage in enumerate(stages[2])] == [5, 5]
     with masking(build("llava", "eager"), stages):
-        theirs = build("llava", "eager").generate(**inputs, **GREEDY)
-    assert torch.equal(ours.sequences, theirs.sequences)
+        expected = build("llava", "eager").generate(**inputs, **GREEDY)
+    assert torch.equal(ours.sequences, expected.sequences)
 
 
 @pytest.mark.parametrize(

@@ -31,4 +31,4 @@ def test_a_prompt_may_show_several_pictures():
     assert (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist() == [512, 256]
     with gripvlm.prune(model, "grid", keep=16) as record, torch.no_grad():
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    assert [[selection.paid for selection in mine] for mine in record.selections] == [[16, 16], [16]]
+    assert [[selection.paid for selection in images] for images in record.selections] == [[16, 16], [16]]

@@ -24,12 +24,23 @@ GREEDY = {"max_new_tokens": 3, "do_sample": False}
 SPECS = ("norm", "visionzip", "grip", "tome", "fastv", "sparsevlm")
 
 
-def said(model: Any, inputs: Any, spec: str, run: Any = None) -> torch.Tensor:
-    """Three tokens; `run` generates, where it is not the model that does."""
+def pruned(model: Any, inputs: Any, spec: str) -> Any:
+    """The block in which a model is pruned by `spec`."""
     pruner = spec if spec == "tome" else pruner_of(spec, "llava")
     keep = 0.75 if spec != "tome" and needs_of(spec)[1] == "llm" else 0.5
-    with torch.no_grad(), gripvlm.pruned_run(model, inputs, pruner, keep) as (arguments, _):
-        return (run or model).generate(**arguments, **GREEDY)
+    return gripvlm.pruned_run(model, inputs, pruner, keep, proportional_attention=spec == "pumer")
+
+
+def generated(model: Any, inputs: Any, spec: str) -> torch.Tensor:
+    """Three tokens."""
+    with torch.no_grad(), pruned(model, inputs, spec) as (arguments, _):
+        return model.generate(**arguments, **GREEDY)
+
+
+def logits(model: Any, run: Any, inputs: Any, spec: str) -> torch.Tensor:
+    """Of the prompt; `run` is the model, or the wrapper that runs it."""
+    with torch.no_grad(), pruned(model, inputs, spec) as (arguments, _):
+        return run(**arguments).logits
 
 
 @pytest.fixture
@@ -54,7 +65,7 @@ def test_offloaded_models_are_pruned(how, spec, inputs, tmp_path):
         where |= {"model.language_model": "disk"}
         accelerate.dispatch_model(model, where, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert any(weight.is_meta for weight in model.parameters())
-    assert torch.equal(said(model, inputs, spec), said(build("llava"), inputs, spec))
+    assert torch.equal(generated(model, inputs, spec), generated(build("llava"), inputs, spec))
 
 
 def test_a_model_without_weights_is_refused(inputs):
@@ -77,15 +88,15 @@ def adapted(model: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("spec", SPECS)
 def test_adapters_are_pruned_and_counted_in(spec, inputs):
     model = adapted(build("llava"))
-    theirs = said(model.get_base_model(), inputs, spec)
-    assert torch.equal(said(model, inputs, spec), theirs)
+    expected = generated(model.get_base_model(), inputs, spec)
+    assert torch.equal(generated(model, inputs, spec), expected)
     with torch.no_grad():
         plain = gripvlm.prune_inputs(build("llava"), inputs, "norm", 4)
         ours = gripvlm.prune_inputs(model, inputs, "norm", 4)
         assert (model(**ours).logits - build("llava")(**plain).logits).abs().max() > 1e-2
     if needs_of(spec)[1] == "input" if spec != "tome" else False:
         with gripvlm.prune(model, pruner_of(spec, "llava"), 0.5) as record:
-            assert torch.equal(model.generate(**inputs, **GREEDY)[:, -3:], theirs[:, -3:])
+            assert torch.equal(model.generate(**inputs, **GREEDY)[:, -3:], expected[:, -3:])
         assert record.calls == 1
 
 
@@ -96,18 +107,18 @@ def test_tuning_adapters_while_pruned_equals_tuning_them_masked(task):
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -3:] = inputs["input_ids"][:, -3:]  # the answers
     arguments, record = gripvlm.prune_inputs(model, inputs | {"labels": labels}, "divprune", 5, return_record=True)
-    found = []
+    results = []
     for given in (arguments, hidden_from(model.get_base_model(), inputs, record.selections) | {"labels": labels}):
         model.zero_grad()
         loss = model(**given).loss
         loss.backward()
         grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-        found.append((loss.detach(), grads))
-    (ours, mine), (theirs, masked) = found
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert mine.keys() == masked.keys()
-    assert sum(float(grad.abs().max()) > 1e-4 for grad in mine.values()) > 8
-    for name, grad in mine.items():
+        results.append((loss.detach(), grads))
+    (ours, grads), (expected, masked) = results
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert grads.keys() == masked.keys()
+    assert sum(float(grad.abs().max()) > 1e-4 for grad in grads.values()) > 8
+    for name, grad in grads.items():
         if "language_model" in name:  # the tower saw the same images in both
             torch.testing.assert_close(grad, masked[name], atol=2e-4, rtol=2e-4)
 
@@ -148,7 +159,7 @@ HOOKED = ("visionzip", "tome", "fastv")
 def test_compiled_models_run_eagerly_where_a_block_needs_hooks(how, inputs):
     """Compiled code does not notice hooks that come later; it ran first here, on arguments of the same shapes."""
     model = copy.deepcopy(build("llava"))
-    theirs = {spec: logits(model, model, inputs, spec) for spec in HOOKED}
+    expected = {spec: logits(model, model, inputs, spec) for spec in HOOKED}
     compiled = model
     if how == "wrapper":
         compiled = torch.compile(model, backend="eager")
@@ -160,8 +171,8 @@ def test_compiled_models_run_eagerly_where_a_block_needs_hooks(how, inputs):
     with torch.no_grad():
         before = compiled(**whole).logits
     for spec in HOOKED:
-        assert torch.equal(logits(compiled, compiled, inputs, spec), theirs[spec])
-        assert torch.equal(logits(model, compiled, inputs, spec), theirs[spec])
+        assert torch.equal(logits(compiled, compiled, inputs, spec), expected[spec])
+        assert torch.equal(logits(model, compiled, inputs, spec), expected[spec])
     with torch.no_grad():
         assert torch.equal(compiled(**whole).logits, before)
 
@@ -187,21 +198,14 @@ def test_compiled_models_run_eagerly_in_a_prune_block_and_compiled_on_pruned_inp
 
 def test_what_is_compiled_inside_a_block_forgets_it(inputs):
     model = copy.deepcopy(build("llava"))
-    theirs, whole = logits(model, model, inputs, "fastv"), gripvlm.prune_inputs(model, inputs, "norm", 1.0)
+    expected, whole = logits(model, model, inputs, "fastv"), gripvlm.prune_inputs(model, inputs, "norm", 1.0)
     with torch.no_grad():
         plain = model(**whole).logits
         with gripvlm.pruned_run(model, inputs, "fastv", 0.75) as (arguments, _):
             compiled = torch.compile(model, backend="eager")
-            assert torch.equal(compiled(**arguments).logits, theirs)
+            assert torch.equal(compiled(**arguments).logits, expected)
         assert torch.equal(compiled(**whole).logits, plain)
-    assert torch.equal(logits(model, compiled, inputs, "fastv"), theirs)
-
-
-def logits(model: Any, run: Any, inputs: Any, spec: str) -> torch.Tensor:
-    pruner = spec if spec == "tome" else pruner_of(spec, "llava")
-    keep = 0.75 if spec != "tome" and needs_of(spec)[1] == "llm" else 0.5
-    with torch.no_grad(), gripvlm.pruned_run(model, inputs, pruner, keep) as (arguments, _):
-        return run(**arguments).logits
+    assert torch.equal(logits(model, compiled, inputs, "fastv"), expected)
 
 
 # --- while a block is open --------------------------------------------------------------------------------------
@@ -231,25 +235,20 @@ PAIRS = [("llava", "fastv"), ("llava", "pumer"), ("qwen3_vl", "fastv")]
 )
 def test_a_copy_made_inside_a_block_is_in_no_block(make_copy, name, spec, tmp_path):
     model, inputs = copy.deepcopy(build(name)), make(TINY[name], [1, 2], [7, 9]).inputs
-    plain, theirs = model.generate(**inputs, **GREEDY), said_by(model, inputs, spec)
-    with gripvlm.pruned_run(model, inputs, spec, 0.75, proportional_attention=spec == "pumer") as (arguments, _):
+    plain, expected = model.generate(**inputs, **GREEDY), generated(model, inputs, spec)
+    with pruned(model, inputs, spec) as (arguments, _):
         other = make_copy(model, tmp_path)
         assert torch.equal(other.generate(**inputs, **GREEDY), plain)
         with torch.no_grad():  # a copy has its own weights
             other.get_output_embeddings().weight.neg_()
         inside = model.generate(**arguments, **GREEDY)
-    assert torch.equal(inside, theirs)
+    assert torch.equal(inside, expected)
     assert torch.equal(model.generate(**inputs, **GREEDY), plain)
     assert not torch.equal(other.generate(**inputs, **GREEDY), plain)
     with torch.no_grad():
         other.get_output_embeddings().weight.neg_()
-    assert torch.equal(said_by(other, inputs, spec), theirs)
+    assert torch.equal(generated(other, inputs, spec), expected)
     assert not any(module._forward_pre_hooks for module in other.modules())
-
-
-def said_by(model: Any, inputs: Any, spec: str) -> torch.Tensor:
-    with gripvlm.pruned_run(model, inputs, spec, 0.75, proportional_attention=spec == "pumer") as (arguments, _):
-        return model.generate(**arguments, **GREEDY)
 
 
 def test_a_copy_of_a_tower_while_it_is_watched_merges_nothing(inputs):
@@ -269,17 +268,17 @@ def test_a_copy_of_a_tower_while_it_is_watched_merges_nothing(inputs):
 
 
 def test_moving_a_model_inside_a_block(inputs):
-    model, theirs = copy.deepcopy(build("llava")), said(build("llava"), inputs, "fastv")
+    model, expected = copy.deepcopy(build("llava")), generated(build("llava"), inputs, "fastv")
     with gripvlm.pruned_run(model, inputs, "fastv", 0.75) as (arguments, _):
         model.to(torch.float64).to(torch.float32)
-        assert torch.equal(model.generate(**arguments, **GREEDY), theirs)
+        assert torch.equal(model.generate(**arguments, **GREEDY), expected)
 
 
 class Letters:
     """A tokenizer that says a token as its number."""
 
     def decode(self, ids: Any, **_: Any) -> str:
-        return "".join(f"{int(one)} " for one in ids)
+        return "".join(f"{int(token)} " for token in ids)
 
 
 @pytest.mark.parametrize("spec", ["fastv", "pumer", "norm"])
@@ -293,32 +292,32 @@ def test_a_thread_that_is_handed_the_arguments_is_served(spec, options):
     def answer(run: Any) -> tuple[torch.Tensor, Any]:
         with gripvlm.pruned_run(model, batch, spec, keep, proportional_attention=sizes) as (arguments, record):
             out = run(lambda: model.generate(**arguments, **GREEDY, **options))
-        return out, [one.counts for one in record.selections[0]] if record.selections[0][0].layers else None
+        return out, [selection.counts for selection in record.selections[0]] if record.selections[0][0].layers else None
 
     def handed(generate: Any) -> torch.Tensor:
         with ThreadPoolExecutor(2) as pool:
-            mine = pool.submit(generate)
+            served = pool.submit(generate)
             other = pool.submit(model.generate, **batch, **GREEDY)
             assert torch.equal(other.result(), plain)
             again = pool.submit(model.generate, **batch, **GREEDY)  # by a worker that may have served the block
             assert torch.equal(again.result(), plain)
-            return mine.result()
+            return served.result()
 
-    ours, theirs = answer(handed), answer(lambda generate: generate())
-    assert torch.equal(ours[0], theirs[0])
-    assert ours[1] == theirs[1]
+    ours, expected = answer(handed), answer(lambda generate: generate())
+    assert torch.equal(ours[0], expected[0])
+    assert ours[1] == expected[1]
 
 
 def test_a_streamer_in_a_thread():
     model, batch = build("llava"), make(TINY["llava"], [1], [7]).inputs
-    theirs = said(model, batch, "fastv")[0, -3:]
+    expected = generated(model, batch, "fastv")[0, -3:]
     streamer = TextIteratorStreamer(Letters(), skip_prompt=True)
     with gripvlm.pruned_run(model, batch, "fastv", 0.75) as (arguments, _):
         thread = threading.Thread(target=model.generate, kwargs={**arguments, **GREEDY, "streamer": streamer})
         thread.start()
         text = "".join(streamer)
         thread.join()
-    assert [int(one) for one in text.split()] == theirs.tolist()
+    assert [int(token) for token in text.split()] == expected.tolist()
 
 
 def test_blocks_leave_in_any_order():
@@ -330,7 +329,7 @@ def test_blocks_leave_in_any_order():
     blocks[0].__exit__(None, None, None)
     ours = models[1].generate(**arguments[1], **GREEDY)
     blocks[1].__exit__(None, None, None)
-    assert torch.equal(ours, said(models[1], batch, "fastv"))
+    assert torch.equal(ours, generated(models[1], batch, "fastv"))
     assert AttentionInterface.get_interface is interface
     assert not any(module._forward_pre_hooks for model in models for module in model.modules())
 
@@ -345,7 +344,7 @@ def test_models_quantised_by_torchao_are_pruned(config, inputs):
     model = copy.deepcopy(build("llava"))
     quantization.quantize_(model, getattr(quantization, config)())
     for spec in SPECS:
-        assert said(model, inputs, spec).shape[0] == 2
+        assert generated(model, inputs, spec).shape[0] == 2
     with torch.no_grad():
         whole = gripvlm.prune_inputs(model, inputs, "norm", 1.0)
         assert torch.equal(model.generate(**whole, **GREEDY), model.generate(**inputs, **GREEDY))
@@ -361,7 +360,7 @@ def test_models_quantised_by_bitsandbytes_are_pruned(inputs, tmp_path):
     config = BitsAndBytesConfig(load_in_8bit=True)  # 4 bits want larger matrices than a tiny model has
     model = type(build("llava")).from_pretrained(tmp_path, quantization_config=config, device_map="cpu").eval()
     for spec in SPECS:
-        assert said(model, inputs, spec).shape[0] == 2
+        assert generated(model, inputs, spec).shape[0] == 2
     whole = gripvlm.prune_inputs(model, inputs, "norm", 1.0)
     assert torch.equal(model.generate(**whole, **GREEDY)[:, -3:], model.generate(**inputs, **GREEDY)[:, -3:])
 

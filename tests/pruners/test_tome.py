@@ -316,7 +316,7 @@ def test_its_time_in_the_tower_is_its_own():
 
     vlm, processor = tiny_vlm()
     inputs = make_inputs(vlm, processor, ["is there a cat?"], [picture(0)])
-    encoded = replace(gripvlm.encode(vlm, inputs), watches=(SimpleNamespace(seconds=lambda: {"vision": 123.0}),))
+    encoded = replace(gripvlm.encode(vlm, inputs), watch=SimpleNamespace(seconds=lambda: {"vision": 123.0}))
     told = {"max_new_tokens": 1, "encoded": encoded}
     assert answer(vlm, processor, inputs, "norm", 8, **told).seconds["vision"] == 123.0
     assert 0 < answer(vlm, processor, inputs, "tome", 8, **told).seconds["vision"] < 100

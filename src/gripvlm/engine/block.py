@@ -206,7 +206,7 @@ class PruneBlock:
         self._record.add([list(images) for images in prompt.selections], Stopwatch(device_of(self._model)))
         with inside(Call(self._model)), in_use(cache), ExitStack() as stack:
             if prompt.held is not None:
-                stack.enter_context(drop_in_layers(self._model, {}, contents=prompt.held))
+                stack.enter_context(drop_in_layers(self._model, {}, held=prompt.held))
             if prompt.sizes is not None:
                 stack.enter_context(proportional_attention(self._model, None, prompt.sizes))
             yield

@@ -15,7 +15,7 @@ from gripvlm.engine.outputs import checked_selection
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.models.hooks.attention import capture_attention, last_norm
 from gripvlm.models.hooks.calls import one_run
-from gripvlm.models.hooks.llm_drop import CacheContents, DropState, MergeStates, drop_in_layers, no_labels
+from gripvlm.models.hooks.llm_drop import DropState, MergeStates, drop_in_layers, no_labels
 from gripvlm.models.text import questions, words
 from gripvlm.pruners import LLMPruner
 from gripvlm.pruners.ops.schedules import average_tokens
@@ -155,9 +155,9 @@ class LLMStage:
                     self._observed[name] = stack.enter_context(capture_attention(decoder, before, queries[name]))
             yield
 
-    def held(self) -> tuple[CacheContents | None, None]:
+    def held(self) -> tuple[DropState | None, None]:
         """What the layers' caches hold once the prompt has run, and the sizes in each layer, which are all 1."""
-        return (None if self.dropped.contents is None else self.dropped.contents()), None
+        return (self.dropped.take() if self.dropped.stages else None), None
 
     def selections(self) -> list[list[Selection]]:
         """What was kept of each image, layer by layer."""
@@ -181,21 +181,21 @@ class LLMStage:
 
     def _columns(self, rows: int, length: int) -> Tensor:
         """[rows, length] columns of the prompt that the tokens left at present are from."""
-        order, device = self.dropped.order, self._is_text.device
-        return torch.arange(length, device=device).expand(rows, -1) if order is None else order.to(device)
+        left, device = self.dropped.latest, self._is_text.device
+        return torch.arange(length, device=device).expand(rows, -1) if left is None else left.order.to(device)
 
     def _text(self, rows: int, length: int) -> Tensor:
         """[rows, length] bool: the text tokens among those that are left."""
         # `generate` repeats each prompt for its beams, side by side.
         is_text = self._is_text.repeat_interleave(rows // self._is_text.shape[0], 0)
         text = is_text.gather(-1, self._columns(rows, length))
-        real = self.dropped.real
-        return text if real is None else text & real.to(text.device)
+        left = self.dropped.latest
+        return text if left is None else text & left.real.to(text.device)
 
     def _text_columns(self, length: int) -> list[int]:
         """Where any prompt has a text token at present."""
-        order = self.dropped.order
-        rows = self._is_text.shape[0] if order is None else order.shape[0]
+        left = self.dropped.latest
+        rows = self._is_text.shape[0] if left is None else left.order.shape[0]
         return self._text(rows, length).any(0).nonzero().flatten().tolist()
 
     # --- the choice before one layer --------------------------------------------------------------

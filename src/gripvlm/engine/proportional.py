@@ -12,7 +12,7 @@ from torch import Tensor
 from gripvlm.engine.llm_stage import LLMStage
 from gripvlm.errors import InputError
 from gripvlm.models.hooks.calls import one_run
-from gripvlm.models.hooks.llm_drop import CacheContents
+from gripvlm.models.hooks.llm_drop import DropState
 from gripvlm.models.hooks.proportional import LayerSizes, proportional_attention
 from gripvlm.models.text import visual_places
 from gripvlm.types import Selection, sizes_after
@@ -65,7 +65,7 @@ class ProportionalRun:
                 self._in_layers = stack.enter_context(proportional_attention(self.model, self._sizes))
             yield
 
-    def held(self) -> tuple[CacheContents | None, Mapping[int, LayerSizes | None]]:
+    def held(self) -> tuple[DropState | None, Mapping[int, LayerSizes | None]]:
         """What the layers' caches hold once the prompt has run, and the sizes in each layer."""
         return (None if self.stage is None else self.stage.held()[0]), dict(self._in_layers)
 
@@ -76,10 +76,10 @@ class ProportionalRun:
     def _sizes(self, layer: int, rows: int, total: int) -> LayerSizes:
         """The sizes that hold in a layer, as `proportional_attention` asks for them."""
         sizes = self._by_column(layer, rows)
-        order = None if self.stage is None else self.stage.dropped.order
-        if order is None:
+        left = None if self.stage is None else self.stage.dropped.latest
+        if left is None:
             return LayerSizes(sizes, 0)
-        order = order.to(sizes.device)
+        order = left.order.to(sizes.device)
         # Decoded tokens, which a run without a cache has in its prompt, count once.
         sizes = torch.nn.functional.pad(sizes, (0, max(0, total - sizes.shape[1])), value=1.0)
         return LayerSizes(sizes.gather(1, order), total - order.shape[1])

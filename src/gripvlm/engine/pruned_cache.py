@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gripvlm.errors import InputError
 from gripvlm.models.adapter import PER_TOKEN, encoder_arguments
-from gripvlm.models.hooks.llm_drop import CacheContents
+from gripvlm.models.hooks.llm_drop import DropState
 from gripvlm.models.hooks.proportional import LayerSizes
 from gripvlm.models.text import full_mask, padding_token, visual_places
 
@@ -53,7 +53,7 @@ class PrunedPrompt:
     short: Mapping[str, Tensor]
     following: Tensor
     selections: Sequence[Sequence[Any]]
-    held: CacheContents | None = None
+    held: DropState | None = None
     sizes: Mapping[int, LayerSizes | None] | None = None
     refusal: str = ""
 

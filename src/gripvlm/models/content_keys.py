@@ -45,6 +45,7 @@ def _pieces(inputs: Mapping[str, Any], modality: str, pixels: Tensor, count: int
 
 def _key(pixels: Tensor) -> int:
     # Not torch's own hash or sum: those depend on the device and on the order of additions.
+    # Strided, so that all parts of an image count; float32, as numpy has no bfloat16.
     flat = pixels.reshape(-1)
     sample = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
     return int.from_bytes(hashlib.blake2b(sample.numpy().tobytes(), digest_size=7).digest(), "little")

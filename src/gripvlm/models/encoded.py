@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gripvlm.errors import InputError
 from gripvlm.models.grids import Grid
 from gripvlm.models.tower_rows import FEATURES_ONLY, TowerRequest
 from gripvlm.types import VisionRows
@@ -68,20 +67,20 @@ class Encoded:
         model_type: the family that made it.
         samples: a tuple (batch) of tuples of `Item`, in prompt order; () for a prompt without any.
         outputs: modality -> `Output`.
-        watches: of the encodings it is made of.
+        watch: has timed the encoder, where somebody did.
         tower_request: what of the vision tower was captured on the way.
     """
 
     model_type: str
     samples: tuple[tuple[Item, ...], ...]
     outputs: Mapping[str, Output]
-    watches: tuple[Stopwatch, ...] = ()
+    watch: Stopwatch | None = None
     tower_request: TowerRequest = FEATURES_ONLY
 
     @property
     def seconds(self) -> float:
         """Time that encoding took; on an accelerator, reading this waits until it is done."""
-        return sum(watch.seconds()["vision"] for watch in self.watches)
+        return 0.0 if self.watch is None else self.watch.seconds()["vision"]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,27 +91,6 @@ class Encoded:
         `encoded.take([0] * 8)` serves eight rollouts of the first prompt.
         """
         return replace(self, samples=tuple(self.samples[i] for i in samples))
-
-    @classmethod
-    def cat(cls, parts: Sequence[Encoded]) -> Encoded:
-        """Several encodings by one model, as one batch; shares all memory."""
-        if len({part.model_type for part in parts}) != 1:
-            raise InputError("Encoded.cat takes at least one encoding, all made by one model")
-        # Of the tower, the batch has what every part has.
-        requests = [part.tower_request for part in parts]
-        common = TowerRequest(
-            layers=tuple(layer for layer in requests[0].layers if all(layer in other.layers for other in requests)),
-            patches=all(request.patches for request in requests),
-            given=all(request.given for request in requests),
-            keys=all(request.keys for request in requests),
-        )
-        return cls(
-            model_type=parts[0].model_type,
-            samples=tuple(sample for part in parts for sample in part.samples),
-            outputs={name: output for part in parts for name, output in part.outputs.items()},
-            watches=tuple(watch for part in parts for watch in part.watches),
-            tower_request=common,
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from gripvlm.models.vision_rules import VisionRule, by_grid, by_tile, in_one_row
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "chunkable", "family_of"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "chunkable", "family_of", "not_supported"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def family_of(model: PreTrainedModel) -> Family:
     mention_newer()
     name = config.model_type
     if name not in FAMILIES:
-        raise _not_supported(name, hasattr(config, "vision_config"))
+        raise not_supported(config)
     # By the signature and not the version: a model's own code may be older than its transformers.
     if "mm_encoder_outputs" not in takes(model.forward):
         raise UnsupportedModelError(
@@ -156,10 +156,12 @@ def family_of(model: PreTrainedModel) -> Family:
     return family
 
 
-def _not_supported(name: str, has_vision: bool) -> UnsupportedModelError:
+def not_supported(config: Any) -> UnsupportedModelError:
+    """The error for a model whose `config.model_type` has no row: why, and what is near."""
+    name = config.model_type
     near = difflib.get_close_matches(name, FAMILIES, n=2, cutoff=0.5)
     hint = f" (the nearest is {' or '.join(near)})" if near else ""
-    kind = "" if has_vision or name in REFUSED else ", which looks like a text-only model,"
+    kind = "" if hasattr(config, "vision_config") or name in REFUSED else ", which looks like a text-only model,"
     why = f", because {REFUSED[name]}" if name in REFUSED else ""
     return UnsupportedModelError(
         f"model type {name!r}{kind} is not supported{why}: supported are {', '.join(FAMILIES)}{hint}. "

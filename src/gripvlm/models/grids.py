@@ -29,6 +29,7 @@ def from_pixels(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: li
     Needs no patch size, so it serves any tower whose rows are one square patch (or one square block of them) each.
     None where n does not factor so (a CLS row kept in front, for instance).
     """
+    # Where a processor pads pixels to the largest image, it also says how large each one is.
     shapes = inputs.get("image_sizes")
     if shapes is None:
         shapes = [inputs["pixel_values"].shape[-2:]] * len(sizes)
@@ -69,6 +70,7 @@ def unknown(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[i
 
 def _factor(n: int, height: int, width: int) -> Grid:
     """(h, w) with h * w == n and h / w within a tenth of height / width, or None."""
+    # A tenth: processors round edges to whole patches, so a raster is never quite as long as its image.
     h = max(1, round(math.sqrt(n * height / width)))
     w = n // h
     return (h, w) if h * w == n and abs(math.log(h * width / (w * height))) < 0.1 else None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gripvlm.errors import GripError, UnsupportedModelError
-from gripvlm.utils.strict_json import BadJSON, read
+from gripvlm.errors import GripError
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 # torch and transformers are imported inside functions: the CLI checks what was typed before it waits for them.
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 class ModelError(GripError):
@@ -65,7 +64,8 @@ def load_model(
 
     source = _checked_name(name)
     try:
-        model, processor = _load(name, source, dtype or ("float32" if place.type == "cpu" else "auto"), attention)
+        # Half precision is slow on most CPUs.
+        model, processor = _load(source, dtype or ("float32" if place.type == "cpu" else "auto"), attention)
     except GripError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -73,18 +73,16 @@ def load_model(
     return model.to(place).eval(), processor
 
 
-def _load(name: str, source: str | Path, dtype: str, attention: str | None) -> tuple[Any, Any]:
+def _load(source: str | Path, dtype: str, attention: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     import gripvlm.lab  # noqa: F401  (a folder may hold the lab's own tower)
-    from gripvlm.models import FAMILIES
+    from gripvlm.models.families import FAMILIES, not_supported
 
     # The configuration and the processor first: they are small, and most mistakes show in them.
     config = AutoConfig.from_pretrained(source)
     if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{name} is a model of type {config.model_type!r}; supported are {', '.join(FAMILIES)}"
-        )
+        raise not_supported(config)
     processor = AutoProcessor.from_pretrained(source)
     if not hasattr(processor, "image_processor"):
         raise ValueError("its processor has no image processor.")
@@ -107,10 +105,11 @@ def chosen_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"--device {name!r} is none that PyTorch knows: type cpu, cuda, cuda:1, mps or xpu") from error
+    # torch takes a device by name that the machine does not have; only using it shows.
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"--device {name} cannot be used: {_first_line(error)}") from error
+        raise ModelError(f"--device {name} cannot be used: {_short(error)}") from error
     return device
 
 
@@ -131,39 +130,17 @@ def _checked_name(name: str) -> str | Path:
 
 
 def _advice(name: str, source: str | Path, error: BaseException) -> str:
-    if not isinstance(source, Path):
+    if isinstance(source, Path):
         return (
-            f"{name!r} is no folder here and could not be loaded from the Hub: {_first_line(error)} Check the "
-            "spelling and the network (a gated model needs `hf auth login`), or use a local folder or 'lab'."
+            f"the model in the folder {name} cannot be loaded: {_short(error)} Save the whole of it there with "
+            "model.save_pretrained(folder) and processor.save_pretrained(folder), or copy what is missing there."
         )
-    if faults := _faults(source):
-        return (
-            f"the folder {name} has {' and '.join(faults)}: save the whole model there, model.save_pretrained(folder) "
-            "and processor.save_pretrained(folder), or copy the missing files from where it came from"
-        )
-    return f"the model in {name} cannot be loaded: {_first_line(error)}"
+    return (
+        f"{name!r} is no folder here and could not be loaded from the Hub: {_short(error)} Check the spelling and the "
+        "network (a gated model needs `hf auth login`), or use a local folder or 'lab'."
+    )
 
 
-def _faults(folder: Path) -> list[str]:
-    """What is wrong with a model folder; [] where all the usual files are there."""
-    faults = []
-    try:
-        read(folder / "config.json")
-    except BadJSON:
-        faults.append("a config.json that is not JSON")
-    # transformers 5 writes the image processor into the processor's file, older versions into one of its own.
-    whole = folder / "processor_config.json"
-    inside = whole.is_file() and "image_processor" in whole.read_text(encoding="utf-8", errors="replace")
-    if not inside and not (folder / "preprocessor_config.json").is_file():
-        faults.append("no image processor (preprocessor_config.json, or processor_config.json with one in it)")
-    if not any((folder / file).is_file() for file in TOKENIZERS):
-        faults.append("no tokenizer (tokenizer.json)")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        faults.append("no weights (model.safetensors)")
-    return faults
-
-
-def _first_line(error: BaseException) -> str:
-    """An error's first line, without its later paragraphs."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= 240 else text[:237] + "..."
+def _short(error: BaseException) -> str:
+    """An error in one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 240, placeholder="...")

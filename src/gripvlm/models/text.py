@@ -40,7 +40,10 @@ def _token_ids(model: PreTrainedModel, name: str) -> list[int]:
     ids: list[int] = []
     for config in (getattr(model, "generation_config", None), model.config, text):
         value = getattr(config, f"{name}_token_id", None)
-        ids += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if isinstance(value, (list, tuple)):
+            ids += value
+        elif value is not None:
+            ids.append(value)
     return ids
 
 
@@ -67,6 +70,7 @@ def words(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """[B, L] bool: tokens that are text, no padding and no begin, end or visual tokens."""
     ids = inputs["input_ids"]
     special = {token for name in SPECIAL for token in _token_ids(model, name)}
+    # A copy: the mask may be the caller's own tensor.
     real = full_mask(model, inputs).to(torch.bool, copy=True)
     return real & ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device))
 
@@ -122,7 +126,8 @@ def _question(table: nn.Embedding, question: Tensor | Sequence[int]) -> Tensor:
         return question.to(device_of(table), table.weight.dtype)
     if question.ndim != 1:
         raise InputError(f"question ids have shape {tuple(question.shape)}, expected (t,)")
-    ids = question.cpu()  # checked on the host: an id outside the table takes an accelerator down
+    # Checked on the host: an id outside the table takes an accelerator down.
+    ids = question.cpu()
     ids = ids[ids >= 0]
     if ids.numel() and int(ids.max()) >= vocabulary:
         raise InputError(

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 from gripvlm.models.hooks.attention import blocks_of, capture_attention, feature_block
-from gripvlm.models.hooks.calls import forward_hooks
+from gripvlm.models.hooks.calls import call_hooks
 from gripvlm.models.vision_rules import TowerItems, VisionRule
 from gripvlm.types import VisionRows
 
@@ -43,11 +43,11 @@ class TowerRequest(NamedTuple):
     """What pruners need of the tower beside its features.
 
     Attributes:
-        layers: blocks whose attention and keys are captured; negative ones count from the last.
-        patches: whether the hidden states of patches are.
-        given: whether attention among patches alone is, where there is a CLS token.
+        layers: capture attention and keys in these blocks; negative ones count from the last.
+        patches: capture the hidden states of patches.
+        given: capture attention among patches alone too, where there is a CLS token.
         merging: how the tower merges tokens, if it does.
-        keys: whether each item gets a number from its pixels (`VisualTokens.key`).
+        keys: give each item a number from its pixels (`VisualTokens.key`).
     """
 
     layers: tuple[int, ...] = ()
@@ -62,19 +62,19 @@ FEATURES_ONLY = TowerRequest()
 
 # --- capturing --------------------------------------------------------------------------------------------------------
 
-# What `capture_attention` is asked for, and how each of its results becomes a map [b, c, L].
-QUERIES: dict[str, Any] = {"received": "received", "cls": [0], "keys": "keys", "given": "to_first"}
-AS_MAP: dict[str, Callable[[Tensor], Tensor]] = {
-    "received": lambda weights: weights,
-    "cls": lambda weights: weights[:, :, 0],
-    "keys": lambda keys: keys.transpose(1, 2),
-    "given": lambda to_cls: (1 - to_cls) / (to_cls.shape[-1] - 1),
+# kind -> the queries for `capture_attention`, and how each of its results becomes a map [b, c, L]
+KINDS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "received": ("received", lambda weights: weights),
+    "cls": ([0], lambda weights: weights[:, :, 0]),
+    "keys": ("keys", lambda keys: keys.transpose(1, 2)),
+    # A row of weights sums to 1: what does not go to the CLS token goes to patches.
+    "given": ("to_first", lambda to_cls: (1 - to_cls) / (to_cls.shape[-1] - 1)),
 }
 
 
 @dataclass
 class TowerCapture:
-    """One run of the tower: kind (as in `QUERIES`) -> block -> the map of each call; the states of patches."""
+    """One run of the tower: kind (as in `KINDS`) -> block -> the map of each call; the states of patches."""
 
     model: PreTrainedModel
     request: TowerRequest
@@ -90,35 +90,33 @@ def capture_tower(model: PreTrainedModel, request: TowerRequest) -> Iterator[Tow
     capture = TowerCapture(model, request, len(blocks_of(tower)))
 
     def keep_state(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        # Towers that take all patches of a batch as one sequence have no batch axis.
         hidden = (output[0] if isinstance(output, tuple) else output).detach()
         capture.patches.append((hidden if hidden.ndim == 3 else hidden[None]).transpose(1, 2))
 
     with ExitStack() as stack:
-        for kind, queries in QUERIES.items() if request.layers else ():
-            if kind != "given" or request.given:
+        for kind, (queries, _) in KINDS.items():
+            if request.layers and (kind != "given" or request.given):
                 capture.attention[kind] = stack.enter_context(capture_attention(tower, request.layers, queries))
         if request.patches:
-            stack.enter_context(forward_hooks(after={feature_block(model): keep_state}))
+            stack.enter_context(call_hooks(after={feature_block(model): keep_state}))
         yield capture
     for kind, blocks in capture.attention.items():
         for block, calls in blocks.items():
-            blocks[block] = [AS_MAP[kind](call) for call in calls]
+            blocks[block] = [KINDS[kind][1](call) for call in calls]
 
 
 # --- from the tower's calls to items ----------------------------------------------------------------------------------
 
 
-class ItemRows(NamedTuple):
-    """What the tower gave for one item: layer as requested -> `VisionRows`, and patches [n, d_v] or None."""
-
-    vision: dict[int, VisionRows]
-    patches: Tensor | None
+ItemRows: TypeAlias = tuple[dict[int, VisionRows], Tensor | None]
+"""What the tower gave for one item: layer as requested -> `VisionRows`, and patches [n, d_v] or None."""
 
 
 def split_by_item(
     rule: VisionRule | None, capture: TowerCapture, inputs: Mapping[str, Any], counts: Mapping[str, list[int]]
 ) -> dict[str, list[ItemRows]]:
-    """modality -> what was captured for each item, in the items' rows. Uses the capture up.
+    """modality -> what was captured for each item, in the items' rows. Empties the capture.
 
     Args:
         counts: modality -> the rows of each item, in the order in which the tower ran.
@@ -127,14 +125,14 @@ def split_by_item(
     split = {}
     for modality, rows in counts.items():
         items = TowerItems(capture.model, inputs, modality, rows)
-        blocks = {layer % capture.blocks: None for layer in capture.request.layers}
-        by_block = {block: _rows_in_block(rule, capture, items, block) for block in blocks}
+        # Two numbers may name one block, such as -1 and the last: it is brought to rows once.
+        number = {layer: layer % capture.blocks for layer in capture.request.layers}
+        blocks = {block: _rows_in_block(rule, capture, items, block) for block in dict.fromkeys(number.values())}
         patches: Sequence[Tensor | None] = [None] * len(rows)
         if capture.request.patches:
             patches = [states.T for states in rule.rows(items, _next_calls(capture.patches, items))]
         split[modality] = [
-            ItemRows({layer: by_block[layer % capture.blocks][i] for layer in capture.request.layers}, patches[i])
-            for i in range(len(rows))
+            ({layer: blocks[block][i] for layer, block in number.items()}, patches[i]) for i in range(len(rows))
         ]
     return split
 
@@ -149,17 +147,16 @@ def _rows_in_block(rule: VisionRule, capture: TowerCapture, items: TowerItems, b
         )
     maps = {kind: _next_calls(blocks[block], items) for kind, blocks in capture.attention.items()}
     received = rule.rescale(rule.rows(items, maps["received"]), items.counts)
-    keys = [rows.T for rows in rule.rows(items, maps["keys"])]
+    fields = {"received": received, "keys": [rows.T for rows in rule.rows(items, maps["keys"])]}
     length = maps["received"][0].shape[-1]
-    if not rule.has_cls(items, length):
-        return [VisionRows(r, None, k) for r, k in zip(received, keys, strict=True)]
-    cls = rule.rows(items, maps["cls"])
-    if not capture.request.given:
-        return [VisionRows(*rows) for rows in zip(received, cls, keys, strict=True)]
-    # `received` is the mean over all queries: without the CLS query's share it is the mean over patches.
-    among = [(length * r - c) / (length - 1) for r, c in zip(received, cls, strict=True)]
-    given = rule.rows(items, maps["given"])
-    return [VisionRows(*rows) for rows in zip(received, cls, keys, among, given, strict=True)]
+    if rule.has_cls(items, length):
+        fields["cls"] = cls = rule.rows(items, maps["cls"])
+        if capture.request.given:
+            fields["given"] = rule.rows(items, maps["given"])
+            # `received` is the mean over all queries: without the CLS query's share it is the mean over patches.
+            pairs = zip(received, cls, strict=True)
+            fields["patch_received"] = [(length * total - share) / (length - 1) for total, share in pairs]
+    return [VisionRows(**{name: rows[i] for name, rows in fields.items()}) for i in range(len(items.counts))]
 
 
 def _next_calls(calls: list[Tensor], items: TowerItems) -> list[Tensor]:
@@ -167,6 +164,7 @@ def _next_calls(calls: list[Tensor], items: TowerItems) -> list[Tensor]:
     grids = items.inputs.get(f"{items.modality}_grid_thw")
     if grids is None:
         return calls
+    # How many calls there are depends on windows and frames, so they are counted by their patches.
     patches, taken = int(grids.prod(-1).sum()), []
     while patches > 0 and calls:
         taken.append(calls.pop(0))

@@ -60,7 +60,7 @@ class _ByTile(VisionRule):
                 "of it: make the inputs with the model's own processor"
             )
         if self.has_cls(items, tiles.shape[-1]):
-            tiles = tiles[..., 1:]
+            tiles = tiles[..., 1:]  # the CLS token has no row
         return [_square_blocks(tile, n) for tile, n in zip(tiles, items.counts, strict=True)]
 
     def has_cls(self, items: TowerItems, length: int) -> bool:
@@ -108,8 +108,10 @@ class _Packed(VisionRule):
                 f"the vision tower saw {tiles.shape[0]} tiles, but the image sizes make {sum(counts)}: make the inputs "
                 "with the model's own processor"
             )
+        # From the end: a CLS token, where there is one, is in front.
         patches = (vision.image_size // vision.patch_size) ** 2
         features = list(tiles[..., -patches:].transpose(1, 2).split(counts))  # [tiles, patches, c] of each image
+        # Zeros where features have the learnt newline row: no patch is behind it.
         options: dict[str, Any] = {"image_newline": tiles.new_zeros(tiles.shape[1])}
         # LLaVA-NeXT's method needs the strategy to count patches, LLaVA-OneVision's does not take it.
         if "vision_feature_select_strategy" in takes(base.pack_image_features):
@@ -157,6 +159,7 @@ def merged_rows(tower: PreTrainedModel, calls: Sequence[Tensor], grids: Tensor) 
     counts = grids.prod(-1)
     if patches.shape[-1] != (expected := int(counts.sum())):
         raise InputError(f"{patches.shape[-1]} patches were captured, but grids have {expected}: one run each")
+    # Processors put the patches of one block side by side, so a row's patches follow one another.
     rows = patches.unflatten(-1, (-1, block)).mean(-1)
     if hasattr(tower, "window_size"):
         # The tower sorts rows by window before its first block; features are put back, maps are not yet.

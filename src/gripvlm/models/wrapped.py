@@ -24,6 +24,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     """
     while (inner := _inside(model)) is not None:
         model = inner
+    # An unknown wrapper may change what the model is given, so it is named, not looked through.
     if not _takes_encoded_images(model):
         for name in ("module", "model", "base_model"):
             inner = getattr(model, name, None)
@@ -49,6 +50,7 @@ def _inside(model: Any) -> Any:
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return model.module
+    # By name, as a torch may be built without torch.distributed.fsdp.
     if kind == "FullyShardedDataParallel":
         raise UnsupportedModelError(
             "a FullyShardedDataParallel cuts the weights over processes, so the vision encoder cannot run by itself: "

@@ -11,16 +11,16 @@ softmax(q[rows] k^T) is computed for the requested rows only: O(rows x length).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import InputError
-from gripvlm.models.hooks.calls import AttentionCall, attention_hook
+from gripvlm.models.hooks.calls import AttentionCall, call_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,28 +28,6 @@ if TYPE_CHECKING:
 Queries: TypeAlias = Sequence[int] | str | Callable[[int], Sequence[int] | str | None]
 NAMED_QUERIES = ("received", "to_first", "keys", "key_sizes")
 CHUNK = 256  # queries at a time for "received" and "to_first", so that no [L, L] matrix is made of a large image
-
-
-@dataclass
-class _AttentionCapture:
-    """One open block: the modules it reads, as id -> layer, and what each layer's calls gave."""
-
-    modules: dict[int, int]
-    queries: Queries
-    calls: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def before_attention(self, call: AttentionCall) -> None:
-        queries = self.queries(call.query.shape[2]) if callable(self.queries) else self.queries
-        if queries is None:
-            return
-        with torch.no_grad():
-            if queries == "keys":
-                value = call.key.float().mean(1)
-            elif queries == "key_sizes":
-                value = call.key.float().abs().sum((1, 3))
-            else:
-                value = _weights(call, queries)
-        self.calls.setdefault(self.modules[id(call.module)], []).append(value)
 
 
 @contextmanager
@@ -83,10 +61,20 @@ def capture_attention(
     if isinstance(queries, str) and queries not in NAMED_QUERIES:
         names = ", ".join(NAMED_QUERIES)
         raise InputError(f"queries={queries!r}: give positions, such as [0] or [-1], or one of {names}")
-    # Not the layers themselves but every module in them: which one calls the attention function differs by model.
-    capture = _AttentionCapture(modules_of(root, layers), queries)
-    with attention_hook(capture):
-        yield capture.calls
+    captured: dict[int, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def capture(layer: int, call: AttentionCall) -> None:
+        requested = queries(call.query.shape[2]) if callable(queries) else queries
+        if requested is not None:
+            captured.setdefault(layer, []).append(_observed(call, requested))
+
+    functions = {module: functools.partial(capture, layer) for module, layer in modules_of(root, layers).items()}
+    with call_hooks(attention=functions):
+        yield captured
+
+
+# --- parts of a model -------------------------------------------------------------------------------------------------
 
 
 def blocks_of(root: nn.Module) -> nn.ModuleList:
@@ -118,18 +106,29 @@ def last_norm(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return lambda states: norm(states.to(norm.weight.device)).to(states.device)
 
 
-def modules_of(root: nn.Module, layers: Sequence[int]) -> dict[int, int]:
-    """id of a module -> its layer, for all modules inside the chosen layers."""
+def modules_of(root: nn.Module, layers: Sequence[int] | None = None) -> dict[nn.Module, int]:
+    """Module -> its layer, for all modules inside the chosen layers (all by default).
+
+    Not the layers alone: which of a layer's modules calls the attention function differs by model.
+    """
     blocks = blocks_of(root)
     count = len(blocks)
+    layers = range(count) if layers is None else layers
     if wrong := [layer for layer in layers if not -count <= layer < count]:
         raise InputError(f"no layer {wrong[0]} in this {type(root).__name__}: it has {count}, from 0 to {count - 1}")
     numbers = {layer % count for layer in layers}
-    return {id(module): number for number in numbers for module in blocks[number].modules()}
+    return {module: number for number in numbers for module in blocks[number].modules()}
 
 
-def _weights(call: AttentionCall, queries: Sequence[int] | str) -> Tensor:
-    """[B, H, r, L] weights of the requested queries; [B, H, L] received on average, or given to the first key."""
+# --- from queries, keys and a mask to weights -------------------------------------------------------------------------
+
+
+def _observed(call: AttentionCall, queries: Sequence[int] | str) -> Tensor:
+    """What `capture_attention` gives for one call."""
+    if queries == "keys":
+        return call.key.float().mean(1)
+    if queries == "key_sizes":
+        return call.key.float().abs().sum((1, 3))
     _check_readable(call)
     length = call.query.shape[2]
     # Grouped-query attention: each key head serves several query heads that follow one another.
@@ -137,7 +136,7 @@ def _weights(call: AttentionCall, queries: Sequence[int] | str) -> Tensor:
     every = torch.arange(length, device=call.query.device)
     if queries == "to_first":
         return torch.cat([_rows(call, keys, part)[..., 0] for part in every.split(CHUNK)], dim=-1)
-    if isinstance(queries, str):
+    if isinstance(queries, str):  # "received"
         real = _real(call)  # [B or 1, length]
         total = torch.zeros((), device=call.query.device)
         for part in every.split(CHUNK):
@@ -150,6 +149,7 @@ def _weights(call: AttentionCall, queries: Sequence[int] | str) -> Tensor:
 
 def _check_readable(call: AttentionCall) -> None:
     name = type(call.module).__name__
+    # Flex attention has a BlockMask, flash attention a mask [B, L] or lengths of packed sequences.
     unclear = call.mask is not None and (not isinstance(call.mask, Tensor) or call.mask.ndim != 4)
     if unclear or call.options.get("cu_seq_lens_q") is not None:
         raise InputError(
@@ -165,31 +165,37 @@ def _check_readable(call: AttentionCall) -> None:
 def _rows(call: AttentionCall, keys: Tensor, index: Tensor) -> Tensor:
     """[B, H, r, L] float32 weights of the queries `index` [r]; keys [B, H, d_h, L]."""
     scale, cap, mask = call.options.get("scaling"), call.options.get("softcap"), call.mask
+    # In float32 whatever the model's dtype: rankings are made of these, and bfloat16 has ties.
     scores = call.query[:, :, index].float() @ keys
     scores = scores * (call.query.shape[-1] ** -0.5 if scale is None else scale)
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     if mask is not None:
+        # Cut to the keys, as eager attention functions in transformers do.
         part = mask[:, :, index if mask.shape[2] > 1 else slice(None), : keys.shape[-1]]
-        if part.dtype == torch.bool:
-            scores = scores.masked_fill(~part, -torch.inf)
-        else:
-            hidden = part <= torch.finfo(part.dtype).min / 2
-            scores = (scores + part.float()).masked_fill(hidden, -torch.inf)
-    elif call.causal:  # aligned at the top left, as scaled_dot_product_attention does
+        if part.dtype != torch.bool:
+            scores = scores + part.float()
+        scores = scores.masked_fill(~seen_keys(part), -torch.inf)
+    elif call.causal:
+        # Aligned at the top left, as scaled_dot_product_attention does.
         after = torch.arange(keys.shape[-1], device=index.device) > index[:, None]
         scores = scores.masked_fill(after, -torch.inf)
     return scores.softmax(-1).nan_to_num(0.0)  # NaN: a query that sees nothing
 
 
+def seen_keys(mask: Tensor) -> Tensor:
+    """A mask as bool, True where a key is seen."""
+    # Masks that are added hide by the smallest number of their dtype; sums with a bias may come out a bit larger.
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def _real(call: AttentionCall) -> Tensor:
     """[B or 1, L] 1.0 for queries that are no padding: those that some other query sees as a key."""
     length, total, mask = call.query.shape[2], call.key.shape[2], call.mask
+    # In decoding (fewer queries than keys) nothing says which queries are padding; they count as real.
     if mask is None or length != total:
         return call.query.new_ones(1, length, dtype=torch.float32)
-    sees = mask[..., :total]
-    sees = sees if sees.dtype == torch.bool else sees > torch.finfo(sees.dtype).min / 2
-    sees = sees.any(1).expand(-1, length, -1)  # [B or 1, L, L]
+    sees = seen_keys(mask[..., :total]).any(1).expand(-1, length, -1)  # [B or 1, L, L]
     if length == 1:
         return sees.any(1).float()
     itself = torch.eye(length, dtype=torch.bool, device=sees.device)  # padding may be left to see itself

@@ -1,8 +1,8 @@
 """Hooks on a shared model that act only in the calls of the block that set them.
 
 A block is open in the context (a thread, an asyncio task) that entered it; several may be open for one model at once.
-One hook stands on a module for all of them, from the first block that names the module to the last, and asks which
-block is calling. A thread without such a block of its own is served in two cases:
+torch calls one hook a module, `_before` or `_after`, whatever the number of blocks; it looks up which block is calling.
+A thread without a block of its own is served in two cases:
 
 1. It runs the model on the arguments that a `one_run` was opened with (a streamer's thread, a pool's worker). Such a
    run is recognised by its encoded images, and from then on by its cache.
@@ -11,8 +11,8 @@ block is calling. A thread without such a block of its own is served in two case
 
 In any other thread, and in a copy of the model, the hooks do nothing.
 
-Attention has no hook of its own in transformers. While any block wants it, `AttentionInterface.get_interface` is
-replaced on transformers' class, for the whole process: every model asks it for its attention function in each layer.
+Attention has no hook of its own in transformers. While any block needs one, `AttentionInterface.get_interface` is
+replaced on transformers' class, for the whole process: every model gets its attention function from it in each layer.
 It is put back when the last such block ends.
 """
 
@@ -23,10 +23,10 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class AttentionCall:
         module: the attention module that makes it.
         query: [B, H, q, d_h].
         key: [B, key heads, L, d_h], after rotary positions; of the cached tokens too.
-        mask: as the function gets it: None, [B, 1, q, L] (bool or added), or of another back end.
+        mask: as the function gets it: None, [B, 1, q, L] (bool or added), or of another back end. May be replaced.
         options: the function's other arguments.
     """
 
@@ -66,13 +66,8 @@ class AttentionCall:
         return bool(flag) and self.mask is None and self.query.shape[2] > 1
 
 
-class AttentionHook(Protocol):
-    """Runs before the attention calls of some `modules` (id -> layer)."""
-
-    modules: dict[int, int]
-
-    def before_attention(self, call: AttentionCall) -> None:
-        """May read the call, and replace its mask."""
+BeforeAttention: TypeAlias = Callable[[AttentionCall], None]
+"""May read an attention call, and replace its mask."""
 
 
 class _Run:
@@ -85,6 +80,7 @@ class _Run:
 
     def owns(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether a forward with these arguments is this run's."""
+        # By identity: `generate` hands the very same objects on, and two prompts may have equal images.
         given = [*(kwargs.get("mm_encoder_outputs") or {}).values(), *filter(is_cache, kwargs.values())]
         return any(value is own for value in given for own in (*self.outputs, self.cache()))
 
@@ -96,23 +92,34 @@ class _Run:
 
 @dataclass(eq=False)
 class _Block:
-    """What one open block wants of modules; `key` names what it does, for `is_open`; `hooks`: what was set for it."""
+    """What one open block does at which modules; see `call_hooks`."""
 
-    before: Mapping[nn.Module, Before] = field(default_factory=dict)
-    after: Mapping[nn.Module, After] = field(default_factory=dict)
-    attention: AttentionHook | None = None
-    key: Any = None
-    run: _Run | None = None
+    before: Mapping[nn.Module, Before]
+    after: Mapping[nn.Module, After]
+    attention: Mapping[nn.Module, BeforeAttention]
+    key: Any
+    run: _Run | None
     open: bool = True
-    hooks: list[tuple[str, nn.Module | None]] = field(default_factory=list)
 
     def concerns(self, module: nn.Module) -> bool:
-        in_attention = self.attention is not None and id(module) in self.attention.modules
-        return in_attention or module in self.before or module in self.after
+        return module in self.attention or module in self.before or module in self.after
+
+    @functools.cached_property
+    def hooks(self) -> set[tuple[str, nn.Module | None]]:
+        """(kind, module) of all that must be set for this block; see `_set`."""
+        needed: set[tuple[str, nn.Module | None]] = {("before", module) for module in self.before}
+        needed |= {("after", module) for module in self.after}
+        if self.attention:
+            needed.add(("attention", None))
+        if "torch._dynamo" in sys.modules:
+            # Compiled code does not notice hooks that come after it: it would run on as if there were none.
+            needed.add(("eager", None))
+        return needed
 
 
 _lock = threading.RLock()
 _blocks: tuple[_Block, ...] = ()  # of all contexts; replaced, never changed, so that readers need no lock
+_hooks: dict[tuple[str, nn.Module | None], Callable[[], None]] = {}  # what is set at present -> what removes it
 _own: ContextVar[tuple[_Block, ...]] = ContextVar("gripvlm_blocks", default=())
 _run: ContextVar[_Run | None] = ContextVar("gripvlm_run", default=None)  # that blocks opened now belong to
 _served: ContextVar[_Run | None] = ContextVar("gripvlm_served", default=None)  # another context's, for one forward
@@ -134,32 +141,32 @@ def one_run(root: nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
         _run.set(outer)
 
 
-def forward_hooks(
-    before: Mapping[Any, Before] | None = None, after: Mapping[Any, After] | None = None, key: Any = None
-) -> AbstractContextManager[None]:
-    """Inside the block, these act before and after the forward of their modules, in this block's calls."""
-    return _opened(_Block(before or {}, after or {}, key=key))
-
-
-def attention_hook(hook: AttentionHook, first: bool = False) -> AbstractContextManager[None]:
-    """Inside the block, `hook` acts before the attention calls of its modules; `first`: ahead of other hooks."""
-    return _opened(_Block(attention=hook), first)
-
-
-def is_open(key: Any) -> bool:
-    """Whether this context has a block open that does `key`."""
-    return any(block.open and block.key == key for block in _own.get())
-
-
 @contextmanager
-def _opened(block: _Block, first: bool = False) -> Iterator[None]:
-    global _blocks
-    block.run = _run.get()
+def call_hooks(
+    before: Mapping[nn.Module, Before] | None = None,
+    after: Mapping[nn.Module, After] | None = None,
+    attention: Mapping[nn.Module, BeforeAttention] | None = None,
+    *,
+    first: bool = False,
+    key: Any = None,
+) -> Iterator[None]:
+    """Inside the block, functions run at some modules, in this block's calls only.
+
+    Args:
+        before: module -> what runs before its forward.
+        after: module -> what runs after its forward.
+        attention: module -> what runs before each call of an attention function that the module makes.
+        first: run ahead of blocks that are open already.
+        key: names what the block does, for `is_open`.
+    """
+    block = _Block(before or {}, after or {}, attention or {}, key, _run.get())
+
+    def joined(others: tuple[_Block, ...]) -> tuple[_Block, ...]:
+        return (block, *others) if first else (*others, block)
+
     with _lock:
-        # Hooks first: a thread that sees the block may rely on them.
-        _set_hooks(block)
-        _blocks = (block, *_blocks) if first else (*_blocks, block)
-    _own.set((block, *_own.get()) if first else (*_own.get(), block))
+        _set_blocks(joined(_blocks))
+    _own.set(joined(_own.get()))
     try:
         yield
     finally:
@@ -167,8 +174,12 @@ def _opened(block: _Block, first: bool = False) -> Iterator[None]:
         block.open = False
         _own.set(tuple(other for other in _own.get() if other.open))
         with _lock:
-            _blocks = tuple(other for other in _blocks if other is not block)
-            _remove_hooks(block)
+            _set_blocks(tuple(other for other in _blocks if other is not block))
+
+
+def is_open(key: Any) -> bool:
+    """Whether this context has a block open that does `key`."""
+    return any(block.open and block.key == key for block in _own.get())
 
 
 # --- which block is calling -------------------------------------------------------------------------------------------
@@ -181,8 +192,10 @@ def _acting(module: nn.Module) -> list[_Block]:
     run = _served.get()
     if run is not None and not blocks:
         blocks = [block for block in _blocks if block.run is run and block.concerns(module)]
-    if blocks or torch._C._current_graph_task_id() == -1:  # -1: this thread runs no backward
+    # -1: this thread runs no backward. torch has no public way to know.
+    if blocks or torch._C._current_graph_task_id() == -1:
         return blocks
+    # Autograd's own threads have no block: the one run that is open on this module is served.
     blocks = [block for block in _blocks if block.run is not None and block.concerns(module)]
     if len({id(block.run) for block in blocks}) > 1:
         raise GripError(
@@ -218,10 +231,12 @@ def _end_forward(root: nn.Module, output: Any) -> None:
         _served.set(None)
 
 
+# --- what torch and transformers call: set once a module, while any block needs it ------------------------------------
+
+
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """The one hook before a module's forward."""
-    # A copy of a module brings its hooks along, but `_hooks` knows only the original, by its id.
-    if ("before", id(module)) not in _hooks:
+    """The one hook before a module's forward. A plain function, as modules are copied and pickled with their hooks."""
+    if ("before", module) not in _hooks:
         return _remove_copied_hooks(module)
     if kwargs is None:  # torch notes `with_kwargs` after the hook: another thread is just setting it
         return None
@@ -237,12 +252,13 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
     """The one hook after a module's forward."""
-    if ("after", id(module)) not in _hooks:
+    if ("after", module) not in _hooks:
         return _remove_copied_hooks(module)
     if not isinstance(kwargs, dict):  # as above
         return None
     changed = None
     for block in _acting(module):
+        # Each block sees the output as blocks before it left it.
         act = block.after.get(module)
         result = None if act is None else act(module, args, kwargs, output if changed is None else changed)
         changed = changed if result is None else result
@@ -250,8 +266,33 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = 
     return changed
 
 
-# Code compiled inside a block calls these two uncompiled; after the block they do nothing.
+# Code compiled inside a block calls these two uncompiled; after the block they do nothing. An attribute and not
+# torch.compiler.disable, which would import torch._dynamo.
 _before._torchdynamo_disable = _after._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _set_blocks(blocks: tuple[_Block, ...]) -> None:
+    """These are the open blocks from now on: sets the hooks that they need and removes all others; under the lock."""
+    global _blocks
+    needed = {hook for block in blocks for hook in block.hooks}
+    for hook in needed - _hooks.keys():
+        _hooks[hook] = _set(*hook)
+    # Between the two: a thread that sees a block may rely on its hooks.
+    _blocks = blocks
+    for hook in _hooks.keys() - needed:
+        _hooks.pop(hook)()
+
+
+def _set(kind: str, module: Any) -> Callable[[], None]:
+    """Sets a hook, and returns what removes it."""
+    if kind == "before":
+        return module.register_forward_pre_hook(_before, with_kwargs=True).remove
+    if kind == "after":
+        # Ahead of other hooks: transformers' own record what comes out of a layer.
+        return module.register_forward_hook(_after, with_kwargs=True, prepend=True).remove
+    stack = ExitStack()
+    stack.enter_context(_attention_replaced() if kind == "attention" else torch.compiler.set_stance("force_eager"))
+    return stack.close
 
 
 def _remove_copied_hooks(module: nn.Module) -> None:
@@ -271,51 +312,9 @@ def _remove_copied_hooks(module: nn.Module) -> None:
             ("after", module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
             for number in [number for number, hook in hooks.items() if hook in (_before, _after)]:
-                if (kind, id(module)) not in _hooks:
+                if (kind, module) not in _hooks:
                     hooks.pop(number)
                     with_kwargs.pop(number, None)
-
-
-# --- what stands on modules and on transformers, once each, for as long as any block needs it ------------------------
-
-_hooks: dict[tuple[str, int], tuple[int, Callable[[], None]]] = {}
-"""(kind, id of a module) -> how many blocks need it, and what removes it."""
-
-
-def _set_hooks(block: _Block) -> None:
-    """Sets what this block needs and no other has set; under the lock."""
-    block.hooks += [("before", module) for module in block.before]
-    block.hooks += [("after", module) for module in block.after]
-    if block.attention is not None:
-        block.hooks.append(("attention", None))
-    if "torch._dynamo" in sys.modules:
-        # Compiled code does not notice hooks that come after it: it would run on as if there were none.
-        block.hooks.append(("eager", None))
-    for kind, module in block.hooks:
-        count, remove = _hooks.get((kind, id(module))) or (0, _set(kind, module))
-        _hooks[kind, id(module)] = count + 1, remove
-
-
-def _set(kind: str, module: Any) -> Callable[[], None]:
-    """Sets it, and returns what removes it."""
-    if kind == "before":
-        return module.register_forward_pre_hook(_before, with_kwargs=True).remove
-    if kind == "after":
-        # Ahead of other hooks: transformers' own record what comes out of a layer.
-        return module.register_forward_hook(_after, with_kwargs=True, prepend=True).remove
-    stack = ExitStack()
-    stack.enter_context(_attention_replaced() if kind == "attention" else torch.compiler.set_stance("force_eager"))
-    return stack.close
-
-
-def _remove_hooks(block: _Block) -> None:
-    """Removes what no block needs any more; under the lock."""
-    for kind, module in block.hooks:
-        count, remove = _hooks.pop((kind, id(module)))
-        if count > 1:
-            _hooks[kind, id(module)] = count - 1, remove
-        else:
-            remove()
 
 
 @contextmanager
@@ -339,10 +338,11 @@ def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
         def attend_with_hooks(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
+            # The query and the key stay as they are: blocks change what is attended to by the mask alone.
             call = AttentionCall(module, query, key, attention_mask, options)
             for block in _acting(module):
-                if block.attention is not None:
-                    block.attention.before_attention(call)
+                if module in block.attention:
+                    block.attention[module](call)
             return attend(module, query, key, value, call.mask, **options)
 
         return attend_with_hooks

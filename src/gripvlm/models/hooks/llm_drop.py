@@ -1,9 +1,17 @@
 """Dropping visual tokens before some layers of the language model: fewer tokens from there on, in every later layer.
 
-Hooks on the model's own decoder layers, for one block's calls (`calls.py`), pass each layer on fewer hidden states,
-positions and mask columns. Its cache is shorter there. In decoding, transformers builds one mask, for the first layer;
-each later layer gets the columns that its own cache has. `generate` and the model's code stay as they are, but for one
-helper: DeepStack's planes are added here, by a call of the model's private `_deepstack_process`.
+`generate` and the model's code stay as they are. Hooks do the work, for one block's calls (`calls.py`):
+
+1. Before the whole model: is this a prompt (nothing is cached yet) or decoding? Of a prompt, note its mask and which
+   of its tokens are visual.
+2. Before layer k, in a prompt: choose which tokens to keep, note them as a `Stage`, and gather their hidden states.
+   From there on every layer is handed fewer positions and fewer rows and columns of the mask, so its cache is shorter.
+3. Before the same layers, in decoding: transformers builds one mask, as long as the first layer's cache. Each later
+   layer gets one as long as its own.
+4. Before the first decoded token, if `evict_from` says so: shorten the caches of earlier layers too.
+
+Qwen3-VL adds planes of further visual features (DeepStack) to the outputs of its first layers, at the prompt's full
+length. They are taken from the decoder and added here, by a call of the model's private `_deepstack_process`.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ from torch import Tensor, nn
 from gripvlm.errors import GripError, InputError, UnsupportedModelError
 from gripvlm.models.compat import cache_in
 from gripvlm.models.families import family_of
-from gripvlm.models.hooks.calls import After, Before, forward_hooks, is_open
+from gripvlm.models.hooks.calls import After, Before, call_hooks, is_open
 from gripvlm.models.text import full_mask, visual_places
 
 if TYPE_CHECKING:
@@ -57,53 +65,58 @@ class Stage:
         """Read from the device once, not for every token and layer."""
         return bool(self.real.all())
 
-    def of(self, hidden: Tensor) -> Tensor:
+    def gather(self, hidden: Tensor) -> Tensor:
         """[B, l, d]: what is left of the hidden states of the layer before."""
         hidden = hidden if self.merge is None else self.merge(hidden)
         return hidden.gather(1, self.previous[..., None].expand(-1, -1, hidden.shape[-1]))
 
-
-@dataclass(frozen=True, eq=False)
-class CacheContents:
-    """What the layers' caches hold of a prompt, for further turns on them.
-
-    Attributes:
-        mask: [B, L] bool, False at the prompt's padding.
-        stages: layer -> the tokens of the prompt that it and those after it hold.
-        boolean: whether the model's masks are (sdpa), or are added (eager).
-        evict_from: the layer from which on caches were shortened after the prompt.
-    """
-
-    mask: Tensor
-    stages: Mapping[int, Stage]
-    boolean: bool
-    evict_from: int | None
-
-    def take(self, rows: Tensor) -> CacheContents:
-        """Those of the given rows [R] of the batch, in this order."""
-        stages = {
-            layer: Stage(stage.order[rows], stage.real[rows], stage.previous[rows])
-            for layer, stage in self.stages.items()
-        }
-        return replace(self, mask=self.mask[rows], stages=stages)
+    def take(self, rows: Tensor | slice) -> Stage:
+        """Of these rows of the batch, without the merge."""
+        return Stage(self.order[rows], self.real[rows], self.previous[rows])
 
 
 @dataclass
 class DropState:
-    """What is left of the latest prompt.
+    """What is left of the latest prompt in each layer, and so in its cache: a further turn on the cache begins here.
 
     Attributes:
-        stages: layer -> [B, L] bool, the tokens of the prompt that layer and those after it see.
-        order: [B, l] places in the prompt of the tokens that are left at present, None while all are. Shorter samples
-            are padded on the left with places of dropped tokens.
-        real: [B, l] False for that padding and for the prompt's own; None while all are left.
-        contents: what the caches hold, once the prompt has run.
+        stages: layer -> the tokens of the prompt that it and those after it see, ascending.
+        mask: [B, L] bool, False at the prompt's padding.
+        boolean: whether the model's masks are (sdpa), or are added (eager).
+        evict_from: the layer from which on caches were shortened after the prompt.
     """
 
-    stages: dict[int, Tensor] = field(default_factory=dict)
-    order: Tensor | None = None
-    real: Tensor | None = None
-    contents: Callable[[], CacheContents] | None = None
+    stages: dict[int, Stage] = field(default_factory=dict)
+    mask: Tensor = field(default_factory=lambda: torch.empty(0))
+    boolean: bool = True
+    evict_from: int | None = None
+
+    @property
+    def latest(self) -> Stage | None:
+        """What is left at present; None while all tokens are."""
+        return self.stages[max(self.stages)] if self.stages else None
+
+    def in_layer(self, index: int) -> Stage | None:
+        """What layer `index` sees of the prompt while the prompt runs; None for all of it."""
+        return self.stages.get(max((layer for layer in self.stages if layer <= index), default=-1))
+
+    def take(self, rows: Tensor | slice = slice(None)) -> DropState:
+        """Of these rows [R] of the batch, in this order; without merges, which only the prompt's own run needs."""
+        return replace(self, mask=self.mask[rows], stages={k: stage.take(rows) for k, stage in self.stages.items()})
+
+
+def read_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], feature: str) -> tuple[Tensor, Any, int]:
+    """The token ids [B, l] of a base model's call, its cache, and how many tokens that holds.
+
+    Raises:
+        InputError: naming the `feature` that cannot work: no ids, or a static cache.
+    """
+    ids, cache = kwargs.get("input_ids", args[0] if args else None), cache_in(kwargs)  # some families pass ids by place
+    if not isinstance(ids, Tensor):
+        raise InputError(f"{feature} needs input_ids, not inputs_embeds: call model(input_ids=...)")
+    if cache is not None and any("Static" in type(layer).__name__ for layer in cache.layers):
+        raise InputError("a static cache has one length for all layers: use the default dynamic cache")
+    return ids, cache, 0 if cache is None else cache.get_seq_length()
 
 
 @contextmanager
@@ -111,7 +124,7 @@ def drop_in_layers(
     model: PreTrainedModel,
     choose: Mapping[int, Choose],
     evict_from: int | None = None,
-    contents: CacheContents | None = None,
+    held: DropState | None = None,
 ) -> Iterator[DropState]:
     """Inside the block, this model's language model drops visual tokens before some of its layers.
 
@@ -125,7 +138,7 @@ def drop_in_layers(
         evict_from: a layer >= 1. Before the first decoded token, the caches of this layer and those after it lose what
             the last layer has not kept, so that decoded tokens see no more of the prompt there. None: each layer's
             cache keeps what the layer saw.
-        contents: what the caches hold of an earlier prompt, for a further turn on them; nothing is dropped then.
+        held: what the caches hold of an earlier prompt, for a further turn on them; nothing is dropped then.
 
     Yields:
         A `DropState`, filled at each prefill.
@@ -141,27 +154,27 @@ def drop_in_layers(
     checked_layers(model)
     decoder = model.get_decoder()
     layers = decoder.layers
-    evict_from = evict_from if contents is None else contents.evict_from
-    changed = [*choose, *(() if contents is None else contents.stages), *(() if evict_from is None else (evict_from,))]
+    state = DropState(evict_from=evict_from) if held is None else replace(held, stages=dict(held.stages))
+    changed = [*choose, *state.stages, *(() if state.evict_from is None else (state.evict_from,))]
     if wrong := [k for k in changed if not 1 <= k < len(layers)]:
         raise InputError(f"no layer {wrong[0]} to drop before: use 1 to {len(layers) - 1}")
+    # By the decoder: a model and its LoRA wrapper have one and the same.
     key = ("drops", id(decoder))
     if is_open(key):
         raise GripError("this model already drops inside its layers: leave that block first")
-    dropper = _Dropper(model, decoder, dict(choose), evict_from)
-    if contents is not None:
-        dropper.mask, dropper.stages, dropper.boolean = contents.mask, dict(contents.stages), contents.boolean
+    dropper = _Dropper(model, choose, state)
     # The base model, as a LoRA wrapper calls the model's own forward past its hooks. Labels reach the model only.
     root = model.base_model
-    before: dict[Any, Before] = {model: no_labels, root: dropper.begin}
-    after: dict[Any, After] = {root: dropper.end}
+    before: dict[nn.Module, Before] = {model: no_labels, root: dropper.begin}
+    after: dict[nn.Module, After] = {root: dropper.end}
     for index in range(min(changed, default=len(layers)), len(layers)):
         before[layers[index]] = functools.partial(dropper.before_layer, index)
+    # Once they are taken from the decoder, planes must be added here in every layer, also ahead of those that drop.
     if hasattr(decoder, "_deepstack_process"):
         before[decoder] = dropper.take_planes
         after |= {layer: functools.partial(dropper.add_plane, index) for index, layer in enumerate(layers)}
-    with forward_hooks(before, after, key):
-        yield dropper.state
+    with call_hooks(before, after, key=key):
+        yield state
 
 
 def checked_keys(model: PreTrainedModel, wants: str) -> None:
@@ -184,18 +197,6 @@ def checked_layers(model: PreTrainedModel) -> None:
     checked_keys(model, "dropping inside layers needs masks key by key")
 
 
-def checked_dynamic(cache: Any) -> None:
-    """Raises an InputError for a cache whose layers all have one length from the start."""
-    if cache is not None and any("Static" in type(layer).__name__ for layer in cache.layers):
-        raise InputError("a static cache has one length for all layers: use the default dynamic cache")
-
-
-def ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The prompt's ids among a base model's arguments: some families pass them on by place."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    return ids if isinstance(ids, Tensor) else None
-
-
 def no_labels(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     """Raises an InputError for labels: logits are those of the tokens left at the end."""
     if kwargs.get("labels") is not None:
@@ -203,45 +204,35 @@ def no_labels(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
 
 
 class _Dropper:
-    """The hooks of one block and what they must remember between them."""
+    """The hooks of one block, and what they must remember between them beside the state."""
 
-    def __init__(self, model: Any, decoder: Any, choose: dict[int, Choose], evict_from: int | None) -> None:
-        self.model, self.decoder, self.choose, self.evict_from = model, decoder, choose, evict_from
-        self.state = DropState(contents=self.contents)
-        self.stages: dict[int, Stage] = {}
-        self.current: Stage | None = None  # of the latest layer that dropped
-        self.visual = self.mask = torch.empty(0)  # [B, L] of the prompt
+    def __init__(self, model: PreTrainedModel, choose: Mapping[int, Choose], state: DropState) -> None:
+        self.model, self.decoder, self.choose, self.state = model, model.get_decoder(), choose, state
+        self.prefill = True
+        self.running = False  # whether the whole model is; if not, backward runs layers again
+        self.visual = torch.empty(0)  # [B, L] of the prompt
         self.decoded = torch.empty(0)  # [B, n] which of the tokens after the prompt are real
         self.decoded_unpadded = True
         self.planes: tuple[Tensor, ...] = ()  # DeepStack's, for the layers that add one each
         self.plane_places = torch.empty(0)  # [B, L] bool, whose rows those planes are
-        self.running, self.prefill, self.total = False, True, 0
-        self.boolean = True  # whether masks are, as under sdpa; eager adds them
-
-    def contents(self) -> CacheContents:
-        stages = {layer: replace(stage, merge=None) for layer, stage in self.stages.items()}
-        return CacheContents(self.mask, stages, self.boolean, self.evict_from)
 
     # --- the whole model ------------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the whole model: is this a prompt, and one for which dropping is right?"""
-        ids, cache = ids_of(args, kwargs), cache_in(kwargs)
-        if ids is None:
-            raise InputError("dropping inside layers needs input_ids, not inputs_embeds: call model(input_ids=...)")
-        past = 0 if cache is None else cache.get_seq_length()
-        self.current, self.prefill, self.total = None, past == 0, past + ids.shape[1]
+        state = self.state
+        ids, cache, past = read_call(args, kwargs, "dropping inside layers")
+        self.prefill = past == 0
         if not self.prefill:
-            self._continue(past, ids, kwargs.get("attention_mask"))
-        checked_dynamic(cache)
-        self._check_window()
-        if self.evict_from is not None and kwargs.get("use_cache") is False:
+            self._continue(ids, past, kwargs.get("attention_mask"))
+        self._check_window(past + ids.shape[1])
+        if state.evict_from is not None and kwargs.get("use_cache") is False:
             raise InputError("dropping from the cache needs one: leave use_cache=False out")
         self.running, self.planes = True, ()
         if self.prefill:
             self._start(ids, kwargs)
-        elif past == self.mask.shape[1] and self.evict_from is not None and self.stages:
-            self._evict(cache, self.evict_from)  # the first run on this cache since the prompt's
+        elif past == state.mask.shape[1] and state.evict_from is not None and state.stages:
+            self._evict(cache, state.evict_from)  # the first run on this cache since the prompt's
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the whole model: a layer that runs from now on is run again by backward, and must not choose anew."""
@@ -249,17 +240,18 @@ class _Dropper:
 
     def _start(self, ids: Tensor, kwargs: dict[str, Any]) -> None:
         """A new prompt."""
-        self.mask = full_mask(self.model, {**kwargs, "input_ids": ids}).bool()
-        if not bool(self.mask[:, -1].all()):
+        mask = full_mask(self.model, {**kwargs, "input_ids": ids}).bool()
+        if not bool(mask[:, -1].all()):
             raise InputError("dropping inside layers needs padding on the left: set tokenizer.padding_side='left'")
+        self.state.mask, self.state.stages = mask, {}
         self.visual = visual_places(self.model, ids)
-        self.stages, self.state.stages = {}, {}
-        self.state.order = self.state.real = None
 
-    def _continue(self, past: int, ids: Tensor, mask: Any) -> None:
+    def _continue(self, ids: Tensor, past: int, mask: Any) -> None:
         """Notes which of the tokens after the prompt are real; `mask` is the whole model's, of the shortened prompt."""
-        length = self.mask.shape[-1]
-        if past < length or self.mask.ndim != 2:
+        prompt = self.state.mask
+        length = prompt.shape[-1]
+        # Before any prompt the noted mask has no rows, ndim 1.
+        if past < length or prompt.ndim != 2:
             raise InputError(
                 "the cache holds a prompt that did not run here: run the whole prompt at once, without a cache"
             )
@@ -268,36 +260,41 @@ class _Dropper:
                 "several tokens on top of a cache, pictures among them (prefill_chunk_size, or a further turn with a "
                 "picture): run the whole prompt at once"
             )
-        self.decoded, self.decoded_unpadded = self.mask.new_ones(self.mask.shape[0], self.total - length), True
+        self.decoded, self.decoded_unpadded = prompt.new_ones(prompt.shape[0], past + ids.shape[1] - length), True
         if isinstance(mask, Tensor) and mask.ndim == 2:
             self.decoded = mask[:, length:].bool()
             self.decoded_unpadded = bool(self.decoded.all())
 
-    def _check_window(self) -> None:
+    def _check_window(self, total: int) -> None:
+        # Within the window, sliding layers are full ones. Beyond it, their mask counts from tokens that may be gone.
         config = self.decoder.config
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
         window = getattr(config, "sliding_window", None) if sliding else None
-        if window is not None and self.total > window:
+        if window is not None and total > window:
             raise InputError(
-                f"{self.total} tokens exceed the sliding window of {window}, which is counted from the first layer: "
+                f"{total} tokens exceed the sliding window of {window}, which is counted from the first layer: "
                 "drop at the input with gripvlm.api"
             )
 
     def _evict(self, cache: Any, evict_from: int) -> None:
         """Takes what the last layer has not kept from the caches of `evict_from` and the layers after it."""
-        batch, full = self.mask.shape
-        last = self.stages[max(self.stages)]
+        batch, full = self.state.mask.shape
+        last = self.state.latest
+        assert last is not None
         every = torch.arange(full, device=last.order.device).expand(batch, -1)
-        for index in range(evict_from, max(self.stages)):
-            stage, layer = self._stage_of(index), cache.layers[index]
+        # Layers from the last stage on have cached no more than they may keep.
+        for index in range(evict_from, max(self.state.stages)):
+            stage, layer = self.state.in_layer(index), cache.layers[index]
             order = every if stage is None else stage.order
             if not isinstance(layer.keys, Tensor) or layer.keys.shape[-2] != order.shape[1]:
                 raise InputError(
                     f"a {type(layer).__name__} cannot be shortened after the prompt: use the default dynamic cache"
                 )
+            # slot: a place in the prompt -> the place in this cache that has its keys
             slot = torch.zeros(batch, full, dtype=torch.long, device=order.device)
             slot.scatter_(1, order, every[:, : order.shape[1]])
             left = slot.gather(1, last.order)  # padding is one of the dropped, which this layer still had
+            # In place in transformers' own cache: `generate` holds on to it.
             layer.keys, layer.values = (
                 states.gather(2, left[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
                 for states in (layer.keys, layer.values)
@@ -306,18 +303,19 @@ class _Dropper:
     # --- each layer -----------------------------------------------------------------------------------------------
 
     def before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0]
+        """Before layer `index`: hands it the tokens that are left, with a mask and positions to match."""
+        hidden, state = args[0], self.state
         if self.prefill and index in self.choose:
+            # Backward (gradient checkpointing) must find the stage of the first run, not choose anew.
             if self.running:
                 self._choose(index, hidden)
-            elif index not in self.stages:
+            elif index not in state.stages:
                 raise InputError("the language model's layers run without their model: call model(**arguments)")
-            hidden = self.stages[index].of(hidden)
-        evicted = not self.prefill and self.evict_from is not None and index >= self.evict_from
-        stage = self.stages[max(self.stages)] if evicted else self._stage_of(index)
+            hidden = state.stages[index].gather(hidden)
+        evicted = not self.prefill and state.evict_from is not None and index >= state.evict_from
+        stage = state.latest if evicted else state.in_layer(index)
         if stage is None:
             return None
-        self.current = stage
         kwargs = {**kwargs, "attention_mask": self._narrow(kwargs.get("attention_mask"), stage, hidden)}
         if self.prefill:
             # The decoder computes rotary embeddings once for all layers, at the prompt's full length. In decoding it
@@ -328,16 +326,14 @@ class _Dropper:
                 kwargs["position_ids"] = _take(kwargs["position_ids"], stage.order, -1)
         return (hidden, *args[1:]), kwargs
 
-    def _stage_of(self, index: int) -> Stage | None:
-        """What layer `index` sees of the prompt in its prefill; None for all of it."""
-        return self.stages.get(max((layer for layer in self.stages if layer <= index), default=-1))
-
     def _choose(self, index: int, hidden: Tensor) -> None:
-        """Asks which tokens to keep before layer `index`, and notes the stage."""
-        if self.current is None:
-            every = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-            self.current = Stage(every, self.mask, every)
-        order, real = self.current.order, self.current.real
+        """Lets the caller choose which tokens to keep before layer `index`, and notes the stage."""
+        latest = self.state.latest
+        if latest is None:
+            order = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+            real = self.state.mask
+        else:
+            order, real = latest.order, latest.real
         visual = self.visual.gather(-1, order) & real
         answer, merge = self.choose[index](hidden, visual), None
         if isinstance(answer, tuple):
@@ -346,35 +342,35 @@ class _Dropper:
             got = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
             raise InputError(f"the choice before layer {index} must be bool {tuple(visual.shape)}, got {got}")
         keep = real & (answer.to(hidden.device) | ~visual)  # text stays, whatever the answer has at its places
+        # The one wait for the device in each stage: the shapes of all later layers depend on it.
         length = int(keep.sum(-1).max())
-        # A stable sort puts the kept ones at the end, in order, and dropped ones where padding belongs.
+        # A stable sort puts kept tokens at the end, in order, and dropped ones where padding belongs.
         previous = torch.sort(keep.int(), dim=-1, stable=True).indices[:, -length:]
-        stage = Stage(order.gather(-1, previous), keep.gather(-1, previous), previous, merge)
-        self.stages[index] = stage
-        self.state.order, self.state.real = stage.order, stage.real
-        self.state.stages[index] = torch.zeros_like(self.mask).scatter(-1, stage.order, stage.real)
+        self.state.stages[index] = Stage(order.gather(-1, previous), keep.gather(-1, previous), previous, merge)
 
     def _narrow(self, mask: Tensor | None, stage: Stage, hidden: Tensor) -> Tensor | None:
         """[B, 1, q, l (+ decoded)]: the mask of one layer for the tokens that are left before it."""
         if not self.prefill:
             return self._decoding_mask(stage, hidden)
-        batch, full = self.mask.shape
+        batch, full = self.state.mask.shape
         if mask is None:
             if stage.unpadded:
                 return None
             mask = torch.ones(batch, 1, full, full, dtype=torch.bool, device=hidden.device).tril()
-        self.boolean = mask.dtype == torch.bool
+        self.state.boolean = mask.dtype == torch.bool
         # Rows and columns of transformers' own mask, which is not causal where images attend in both directions.
         mask = mask.expand(batch, *mask.shape[1:])
         mask = mask.gather(2, stage.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         mask = mask.gather(3, stage.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
         # Padding sees itself, so that its softmax is defined.
         sees = stage.real[:, None, None] | torch.eye(hidden.shape[1], dtype=torch.bool, device=hidden.device)
-        return mask & sees if self.boolean else torch.minimum(mask, _additive(sees, mask))
+        # The minimum and not the sum: two smallest numbers add up to -inf, and a row of those to NaN.
+        return mask & sees if self.state.boolean else torch.minimum(mask, _additive(sees, mask))
 
     def _decoding_mask(self, stage: Stage, hidden: Tensor) -> Tensor | None:
         """A later token sees everything real up to itself. transformers' own mask is as long as some other layer."""
         new = hidden.shape[1]
+        # Without a mask, attention may take its fastest kernel, as the unpruned model does.
         if new == 1 and self.decoded_unpadded and stage.unpadded:
             return None
         sees = torch.cat((stage.real, self.decoded), -1)[:, None, None]
@@ -382,7 +378,7 @@ class _Dropper:
         before = torch.ones(new, past + new, dtype=torch.bool, device=sees.device).tril(past)
         itself = torch.eye(new, dtype=torch.bool, device=sees.device)  # padding too: its softmax must be defined
         sees = (sees & before) | nn.functional.pad(itself, (past, 0))
-        return sees if self.boolean else _additive(sees, hidden)
+        return sees if self.state.boolean else _additive(sees, hidden)
 
     # --- DeepStack ------------------------------------------------------------------------------------------------
 
@@ -398,8 +394,9 @@ class _Dropper:
         """After layer `index`: each token that is left gets its own row of the layer's plane, if it has one."""
         if not self.prefill or index >= len(self.planes):
             return None
-        visual, plane, stage = self.plane_places, self.planes[index], self._stage_of(index)
+        visual, plane, stage = self.plane_places, self.planes[index], self.state.in_layer(index)
         if stage is not None:
+            # A plane [K, d] has one row for each visual token of the batch, in order.
             row = (visual.flatten().cumsum(0) - 1).view(visual.shape)
             left = visual.gather(-1, stage.order) & stage.real
             visual, plane = left, plane[row.gather(-1, stage.order)[left]]

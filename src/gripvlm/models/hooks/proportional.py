@@ -7,6 +7,7 @@ as the keys really are: in prefill, in decoding, and after tokens were dropped.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -15,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import InputError, UnsupportedModelError
-from gripvlm.models.compat import cache_in
 from gripvlm.models.families import family_of
-from gripvlm.models.hooks.attention import blocks_of, modules_of
-from gripvlm.models.hooks.calls import AttentionCall, attention_hook, forward_hooks
-from gripvlm.models.hooks.llm_drop import checked_dynamic, checked_keys, ids_of
+from gripvlm.models.hooks.attention import modules_of, seen_keys
+from gripvlm.models.hooks.calls import AttentionCall, call_hooks
+from gripvlm.models.hooks.llm_drop import checked_keys, read_call
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,45 +75,43 @@ def proportional_attention(
             transformers' attention functions.
     """
     checked_sizes(model)
-    decoder = model.get_decoder()
-    hook = _SizeBias(modules_of(decoder, range(len(blocks_of(decoder)))), sizes_of, dict(known or {}))
-    root = model.base_model  # see `drop_in_layers`
+    bias = _SizeBias(sizes_of, dict(known or {}), layers=len(model.get_decoder().layers))
+    # The base model, as a LoRA wrapper calls the model's own forward past its hooks.
+    root, modules = model.base_model, modules_of(model.get_decoder())
+    attention = {module: functools.partial(bias.before_attention, layer) for module, layer in modules.items()}
     # first: hooks that capture attention then see the weights that count
-    with forward_hooks({root: hook.begin}, {root: hook.end}), attention_hook(hook, first=True):
-        yield hook.known
+    with call_hooks({root: bias.begin}, {root: bias.end}, attention, first=True):
+        yield bias.known
 
 
 class _SizeBias:
     """The sizes of one prompt, from its prefill to its last token."""
 
-    def __init__(self, modules: dict[int, int], sizes_of: SizesOf | None, known: dict[int, LayerSizes | None]) -> None:
-        self.modules, self.sizes_of, self.known = modules, sizes_of, known
+    def __init__(self, sizes_of: SizesOf | None, known: dict[int, LayerSizes | None], layers: int) -> None:
+        self.sizes_of, self.known, self.layers = sizes_of, known, layers
         self.prefill, self.total = False, 0
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the whole model: is this a new prompt?"""
-        ids, cache = ids_of(args, kwargs), cache_in(kwargs)
-        if ids is None:
-            raise InputError("proportional_attention needs input_ids, not inputs_embeds: call model(input_ids=...)")
-        checked_dynamic(cache)
-        past = 0 if cache is None else cache.get_seq_length()
+        ids, _, past = read_call(args, kwargs, "proportional_attention")
         self.prefill, self.total = past == 0, past + ids.shape[1]
         if self.prefill:
             self.known.clear()
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After the whole model: a layer that was not seen was not given its sizes."""
-        if unseen := sorted({*self.modules.values()} - {*self.known}):
+        if unseen := sorted({*range(self.layers)} - {*self.known}):
             raise InputError(
                 f"the attention of layer {unseen[0]} of the language model does not go through transformers' attention "
                 "functions, so sizes cannot be added to its scores: leave proportional_attention out"
             )
 
-    def before_attention(self, call: AttentionCall) -> None:
-        layer = self.modules[id(call.module)]
-        if self.prefill and self.sizes_of is not None and layer not in self.known:  # else backward runs it again
+    def before_attention(self, layer: int, call: AttentionCall) -> None:
+        # A layer that is known already is one that backward runs again.
+        if self.prefill and self.sizes_of is not None and layer not in self.known:
             given = self.sizes_of(layer, call.query.shape[0], self.total)
             # None: the call stays as it is, and so goes to the same kernel as the unpruned model's.
+            # It waits for the device, once a layer and prompt.
             self.known[layer] = given if bool((given.sizes != 1).any()) else None
         known = self.known.get(layer)
         if known is None:
@@ -141,11 +139,11 @@ def add_sizes(call: AttentionCall, sizes: Tensor) -> None:
             f"{type(call.module).__name__} runs with a mask that takes no bias for each key (flash or flex attention): "
             "load the model with attn_implementation='sdpa'"
         )
+    # Cut to the keys, as eager attention functions in transformers do.
     mask = mask[..., :total]
     lowest = torch.finfo(call.query.dtype).min
     if mask.dtype == torch.bool:
         call.mask = torch.where(mask, bias.to(call.query.dtype), lowest)
         return
     # Summed in float32 and rounded once; the lowest number and not -inf, which would make an all-hidden row NaN.
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    call.mask = (mask.float() + bias).masked_fill(hidden, lowest).to(call.query.dtype)
+    call.mask = (mask.float() + bias).masked_fill(~seen_keys(mask), lowest).to(call.query.dtype)

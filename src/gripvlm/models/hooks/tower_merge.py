@@ -7,9 +7,9 @@ MLP the merged states and add its output to those, as CLIP's and SigLIP's blocks
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gripvlm.errors import InputError, UnsupportedModelError
 from gripvlm.models.families import FAMILIES, Family
 from gripvlm.models.hooks.attention import blocks_of, modules_of
-from gripvlm.models.hooks.calls import After, AttentionCall, Before, attention_hook, forward_hooks
+from gripvlm.models.hooks.calls import After, AttentionCall, Before, call_hooks
 from gripvlm.models.hooks.proportional import add_sizes
 from gripvlm.models.tower_rows import TowerMerging
 
@@ -82,46 +82,40 @@ def merge_in_tower(model: PreTrainedModel, merging: TowerMerging) -> Iterator[Ca
         merging,
         unused=int(getattr(config, "vision_feature_select_strategy", None) == "default"),
         length_with_cls=(vision.image_size // vision.patch_size) ** 2 + 1,
-        modules=modules_of(tower, range(len(merged))),
         blocks=len(merged),
     )
     before: dict[Any, Before] = {merged[0]: run.before_first_block}
     after: dict[Any, After] = {}
     for index, block in enumerate(merged):
-        before[block.layer_norm2], after[block.mlp], after[block] = run.hooks_in_block(index)
-    with forward_hooks(before, after), attention_hook(run, first=True):
+        before[block.layer_norm2] = functools.partial(run.merge_before_norm, index)
+        after[block.mlp] = functools.partial(run.pad_after_mlp, index)
+        after[block] = functools.partial(run.add_after_block, index)
+    attention = dict.fromkeys(modules_of(tower, range(len(merged))), run.before_attention)
+    # first: hooks that capture attention then see it with sizes
+    with call_hooks(before, after, attention, first=True):
         yield run.rows
 
 
-def _empty() -> Tensor:
-    return torch.empty(0)
-
-
-@dataclass
 class _TowerRun:
     """One run of the tower over b images: T tokens in the first block, t in the present one.
 
-    Attributes:
+    Args:
+        merging: how tokens are merged.
         unused: tokens in front that the model itself drops from the features.
         length_with_cls: the length of a sequence that has a CLS token.
-        special: tokens in front that never merge.
-        sizes: [b, t] how many tokens each one stands for.
-        first: [b, t] the first block's token that each one is.
-        place: [b, T] where each token of the first block is now.
+        blocks: how many blocks merge.
     """
 
-    merging: TowerMerging
-    unused: int
-    length_with_cls: int
-    modules: dict[int, int]
-    blocks: int
-    plan: list[int] = field(default_factory=list)
-    special: int = 0
-    keys: Tensor = field(default_factory=_empty)
-    sizes: Tensor = field(default_factory=_empty)
-    first: Tensor = field(default_factory=_empty)
-    place: Tensor = field(default_factory=_empty)
-    runs: int = 0
+    def __init__(self, merging: TowerMerging, unused: int, length_with_cls: int, blocks: int) -> None:
+        self.merging, self.unused, self.length_with_cls, self.blocks = merging, unused, length_with_cls, blocks
+        self.runs = 0
+        self.plan: list[int] = []  # how many tokens each block merges away
+        self.special = 0  # tokens in front that never merge
+        self.keys = torch.empty(0)  # [b, t, d_h] of the present block, the mean over heads
+        self.sizes = torch.empty(0)  # [b, t] how many tokens each one stands for
+        self.first = torch.empty(0)  # [b, t] the first block's token that each one is
+        self.place = torch.empty(0)  # [b, T] where each token of the first block is now
+        self.merged = self.mlp = torch.empty(0)  # [b, t, d] the present block's states, and what its MLP makes of them
 
     def before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
@@ -140,34 +134,34 @@ class _TowerRun:
         self.place = self.first = torch.arange(tokens, device=hidden.device).expand(batch, -1)
 
     def before_attention(self, call: AttentionCall) -> None:
+        # ToMe's similarity: keys, the mean over heads. They stand for the tokens that the MLP is about to see.
         self.keys = call.key.detach().float().mean(1)
         if self.merging.proportional and call.key.shape[2] != self.place.shape[1]:
             add_sizes(call, self.sizes)
 
-    def hooks_in_block(self, index: int) -> tuple[Before, After, After]:
-        """Before the second norm of block `index`, after its MLP, and after the block."""
-        merged = mlp = torch.empty(0)
+    # Three hooks, as no module has the sum of states and attention as its output: it is first seen before the norm.
 
-        def before_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal merged
-            if not self.plan[index]:
-                return None
-            merged = self._merge(args[0], self.plan[index])
-            return (merged, *args[1:]), kwargs
+    def merge_before_norm(self, index: int, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the second norm of block `index`."""
+        if not self.plan[index]:
+            return None
+        self.merged = self._merge(args[0], self.plan[index])
+        return (self.merged, *args[1:]), kwargs
 
-        def after_mlp(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Any:
-            nonlocal mlp
-            mlp = output
-            # The block is about to add this to its states before the merge, and needs as many rows as those have.
-            return nn.functional.pad(output, (0, 0, 0, self.plan[index])) if self.plan[index] else None
+    def pad_after_mlp(self, index: int, mlp: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Any:
+        """After the MLP of block `index`."""
+        if not self.plan[index]:
+            return None
+        self.mlp = output
+        # The block is about to add this to its states before the merge, and needs as many rows as those have.
+        return nn.functional.pad(output, (0, 0, 0, self.plan[index]))
 
-        def after_block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            if not self.plan[index]:
-                return None
-            hidden = merged + mlp
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        return before_norm, after_mlp, after_block
+    def add_after_block(self, index: int, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """After block `index`: its last step done over, with merged states."""
+        if not self.plan[index]:
+            return None
+        hidden = self.merged + self.mlp
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _merge(self, hidden: Tensor, merges: int) -> Tensor:
         """[b, t - merges, d]: sources gone, destinations the mean of what they absorbed, weighted by size."""
@@ -193,5 +187,6 @@ class _TowerRun:
     def rows(self) -> MergedRows:
         if self.runs != 1:
             raise InputError(f"the vision tower ran {self.runs} times, but merging inside it expects one run")
+        # Tokens in front never merge, so leaving them out shifts all places by as many.
         rank = self.place[:, self.unused :] - self.unused
         return MergedRows(self.first[:, self.unused :].gather(1, rank) - self.unused, rank)
