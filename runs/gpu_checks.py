@@ -274,7 +274,7 @@ def built(options: argparse.Namespace, name: str) -> Any:
 
 def measure(options: argparse.Namespace, name: str, ends: float) -> None:
     """`gripvlm bench` of one shape: times of all batches."""
-    from gripvlm.bench import ARCHITECTURES, bench
+    from gripvlm.bench import architecture, bench
     from gripvlm.bench.shapes import random_pruner
     from gripvlm.budget import Budget
 
@@ -282,14 +282,13 @@ def measure(options: argparse.Namespace, name: str, ends: float) -> None:
     work = partial(
         bench,
         model,
-        partial(prompts_of, model, ARCHITECTURES[name]),
+        partial(prompts_of, model, architecture(name)),
         [(spec, random_pruner(spec, model)) for spec in PRUNERS],
         [Budget.parse(keep) for keep in KEEPS],
         batches=[int(batch) for batch in options.batches.split(",")],
         new=options.new,
         repeats=options.repeats,
         out=options.out / f"bench-{name}.json",
-        overwrite=True,
         about={"name": f"random:{name}", "weights": "random", "picture": 672},
     )
     result = within(ends - time.monotonic() - 5, work)
@@ -301,7 +300,7 @@ def look(options: argparse.Namespace, name: str, ends: float) -> None:
     """The largest batch of one shape, unpruned and pruned; a row as it is found."""
     import torch
 
-    from gripvlm.bench import ARCHITECTURES
+    from gripvlm.bench import architecture
     from gripvlm.bench.fit import fits
     from gripvlm.bench.measure import FULL, Setting
     from gripvlm.bench.shapes import random_pruner
@@ -323,7 +322,7 @@ def look(options: argparse.Namespace, name: str, ends: float) -> None:
 
     def search() -> bool:
         settings = [FULL, Setting("pruned", Budget.parse("11%"), random_pruner("norm", model), "norm")]
-        prompts = partial(prompts_of, model, ARCHITECTURES[name])
+        prompts = partial(prompts_of, model, architecture(name))
         for row in fits(model, prompts, settings, [64], options.new, options.fit, told):
             result["fits"].append(row)
             write(file, result)

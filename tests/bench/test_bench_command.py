@@ -71,7 +71,7 @@ def test_ctrl_c_in_the_command_is_no_error_text(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model", "random:llava-7b"], "unknown architecture 'random:llava-7b': did you mean random:llava-1.5-7b?"),
+        (["--model", "random:llava-7b"], "unknown architecture 'random:llava-7b': did you mean 'llava-1.5-7b'?"),
         (["--model", "random:zzz"], "known are random:llava-0.5b (CLIP-L/14-336 and Qwen2-0.5B, 576 visual tokens); "),
         (["--model", "nowhere"], "no model 'nowhere'"),
         (["--batch", "0"], "--batch 0: type whole numbers of 1 or more, separated by commas, such as 1,8"),

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from gripvlm.api import encode, prune_inputs, pruned_run
 from gripvlm.bench.roofline import Counts, flop_counter
 from gripvlm.budget import Budget
+from gripvlm.engine.record import Record
 from gripvlm.errors import BudgetError
 from gripvlm.models.adapter import encoder_arguments
 from gripvlm.models.compat import cache_of
@@ -22,8 +23,6 @@ from gripvlm.models.encoded import Encoded
 from gripvlm.pruners import Pruner
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.utils.timing import device_time
-
-__all__ = ["FULL", "Cell", "Setting", "forbidden", "generated"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,18 @@ class _FirstToken(LogitsProcessor):
         return scores.index_fill(-1, self.forbidden, -torch.inf)  # type: ignore[return-value]
 
 
+class _Run(NamedTuple):
+    """What a meter read at the beginning of a run and after each of its phases."""
+
+    began: float
+    encoded: float  # of a pruned run `began`: its encoder runs inside the block, and the record knows its time
+    ready: float
+    first: float
+    ended: float
+    record: Record | None
+    cache: Any
+
+
 class Cell:
     """B prompts of one length, ready to be run under any setting.
 
@@ -95,62 +106,56 @@ class Cell:
             except BudgetError as error:
                 self.unreached[keep] = error
 
-    @torch.no_grad()
     def timed(self, setting: Setting) -> tuple[dict[str, float], int | None]:
         """Seconds of each of `PHASES`, and bytes of accelerator memory at most (None where the device can't say)."""
         device = self.model.device
         memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
         if hasattr(memory, "reset_peak_memory_stats"):
             memory.reset_peak_memory_stats(device)
+        # waits until the device is done, so that a phase holds its own work only
+        run = self._run(setting, lambda: device_time(device))
         seconds = dict.fromkeys(("vision", "pruner", "overhead"), 0.0)
-
-        def read() -> float:
-            return device_time(device)  # waits until the device is done, so that a phase holds its own work only
-
-        with ExitStack() as stack:
-            began = read()
-            if setting.pruner is None:
-                self._encoder()
-                seconds["vision"] = read() - began
-                arguments = self._arguments(setting)
-            else:
-                run = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
-                arguments, record = stack.enter_context(run)
-                seconds |= record.seconds
-            ready = read()
-            first, _ = self._generated(arguments, read)
-            ended = read()
-        seconds |= {"other": ready - began - sum(seconds.values()), "prefill": first - ready}
-        seconds |= {"first_token": first - began, "decode": ended - first, "whole": ended - began}
+        seconds |= {"vision": run.encoded - run.began} if run.record is None else run.record.seconds
+        seconds["other"] = run.ready - run.began - sum(seconds.values())
+        seconds |= {"prefill": run.first - run.ready, "first_token": run.first - run.began}
+        seconds |= {"decode": run.ended - run.first, "whole": run.ended - run.began}
         peak = memory.max_memory_allocated(device) if hasattr(memory, "max_memory_allocated") else None
         return seconds, peak
 
-    @torch.no_grad()
     def counted(self, setting: Setting) -> Counts:
         """FLOPs, cache and tokens of one run. Counting costs the host a moment for each operation, so ask it of one
         prompt (`Counts.times`): a vision encoder that works window by window has hundreds of thousands of them a batch.
         """
         # the encoder is counted by itself too: a pruned run has it in one block with the pruner
-        with flop_counter() as meter:
+        with flop_counter() as meter, torch.no_grad():
             self._encoder()
             vision = meter.get_total_flops()
+        with flop_counter() as meter:
+            run = self._run(setting, meter.get_total_flops)
         total = sum(self.sizes)
         kept = float(total if setting.keep is None else sum(setting.keep.count(n) for n in self.sizes))
-        with flop_counter() as meter, ExitStack() as stack:
+        if run.record is not None:  # complete only when the block has ended
+            kept = run.record.paid
+        flops = {"vision": vision, "pruning": run.ready - vision, "prefill": run.first - run.ready}
+        flops |= {"decode": run.ended - run.first, "whole": run.ended}
+        return Counts({part: int(value) for part, value in flops.items()}, _cache_bytes(run.cache), kept, total)
+
+    @torch.no_grad()
+    def _run(self, setting: Setting, read: Callable[[], float]) -> _Run:
+        """One run from pixels to the last token, a meter read after each of its phases."""
+        with ExitStack() as stack:
+            began, record = read(), None
             if setting.pruner is None:
-                arguments, record = self._arguments(setting), None
                 self._encoder()
+                encoded = read()
+                arguments = self._arguments(setting)
             else:
-                run = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
-                arguments, record = stack.enter_context(run)
-            before = meter.get_total_flops()
-            first, output = self._generated(arguments, meter.get_total_flops)
-            whole = meter.get_total_flops()
-        if record is not None:  # complete only when the block has ended
-            kept = record.paid
-        flops = {"vision": vision, "pruning": before - vision, "prefill": int(first) - before}
-        flops |= {"decode": whole - int(first), "whole": whole}
-        return Counts(flops, _cache_bytes(cache_of(output)), kept, total)
+                pruned = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
+                arguments, record = stack.enter_context(pruned)
+                encoded = began
+            ready = read()
+            first, output = generated(self.model, arguments, self.new, self.forbidden, read)
+            return _Run(began, encoded, ready, first, read(), record, cache_of(output))
 
     def _arguments(self, setting: Setting) -> dict[str, Any]:
         """Of the unpruned model, or of one that received so few tokens."""
@@ -163,9 +168,6 @@ class Cell:
         function = self.model.base_model.get_image_features
         takes = inspect.signature(function).parameters
         function(**{n: self.inputs[n] for n in encoder_arguments(self.model, self.inputs) if n in takes})
-
-    def _generated(self, arguments: Mapping[str, Any], read: Callable[[], float]) -> tuple[float, Any]:
-        return generated(self.model, arguments, self.new, self.forbidden, read)
 
 
 def generated(

@@ -81,7 +81,7 @@ def bench_command(
     about = {"name": model, "weights": "random" if is_random else "as loaded", "picture": picture}
     sizes: dict[str, Any] = {"batches": batches, "lengths": lengths, "new": new, "repeats": repeats, "fit": fit}
     try:
-        result = bench(vlm, prompts, chosen, budgets, **sizes, out=out, overwrite=overwrite, about=about, progress=True)
+        result = bench(vlm, prompts, chosen, budgets, **sizes, out=out, about=about, progress=True)
     except BenchInterrupted as stop:
         show(stop.result)
         print(stop, file=sys.stderr)
