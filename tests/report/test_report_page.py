@@ -16,9 +16,9 @@ from gripvlm.cli import main
 from gripvlm.errors import GripError
 from gripvlm.eval import read_results, samples_path
 from gripvlm.report import build, report
-from gripvlm.report.build import Picture, code, methods_to_show, questions_to_show, text
+from gripvlm.report.build import code, methods_to_show, questions_to_show, text, verdict
 from gripvlm.report.plots import styles_of
-from gripvlm.report.points import command_of, comparisons
+from gripvlm.report.points import Point, comparisons
 from gripvlm.tasks import lab_tasks
 from tiny_lab import tiny_lab, write_sample
 from tiny_results import KEEPS, made_up
@@ -213,9 +213,10 @@ def test_few_pictures_give_a_page_without_intervals(tmp_path):
 
 def test_a_script_names_its_own_command(made, tmp_path):
     script = read_results(made_up(tmp_path / "r.json", command="grip_study.py warmup=folder"))
-    assert command_of(script, ("warmup",), 0.1) == "grip_study.py warmup=folder"
+    assert Point("warmup", {"mean": {"keep": 0.1}}, {"warmup": 0.5}, script).command() == "grip_study.py warmup=folder"
     counted = read_results(made_up(tmp_path / "s.json", limit=30, command="python -m gripvlm eval --tasks lab"))
-    assert command_of(counted, ("grid",), 64).endswith("--pruners grid --keep 64 --limit 30 --seed 0 --batch 4")
+    point = Point("grid", {"mean": {"keep": 64}}, {"grid": 0.5}, counted)
+    assert point.command().endswith("--pruners grid --keep 64 --limit 30 --seed 0 --batch 4")
 
 
 def test_pictures_show_failures_first(tmp_path, monkeypatch, capsys):
@@ -269,8 +270,7 @@ def test_the_best_method_that_has_masks_is_drawn(tmp_path):
 
 
 def test_a_score_between_is_partly_right():
-    verdicts = [Picture("", "", {"score": score}).verdict for score in (1.0, 0.6, 0.0)]
-    assert verdicts == ["right", "partly right, 0.6", "wrong"]
+    assert [verdict(score) for score in (1.0, 0.6, 0.0)] == ["right", "partly right, 0.6", "wrong"]
 
 
 HOSTILE = [

@@ -15,8 +15,6 @@ from rich.console import Console
 
 from gripvlm.cli.commands import console, filled
 
-__all__ = ["list_command", "measured"]
-
 COLUMNS = {"pruner": 14, "drops": 7, "attention": 11, "question": 10, "lab score": 14, "time": 8}
 """Heading -> width."""
 STAGES = {"input": "input", "llm": "LLM", "vision": "tower"}

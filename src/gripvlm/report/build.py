@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,8 +29,6 @@ from gripvlm.report.points import Comparison, Keep, Point, comparisons, frontier
 from gripvlm.report.tables import MEAN, Row, short, unreached
 from gripvlm.tasks import get_tasks
 from gripvlm.utils import disk
-
-__all__ = ["Page", "questions_to_show", "report"]
 
 COLOURED = 6  # methods that stand out on a plot
 LOST, WON = 6, 3  # questions with pictures: those that a method loses, and those that it wins
@@ -100,9 +98,11 @@ class Page:
     def markdown(self, title: str) -> str:
         # Markdown is not HTML: the filters `text` and `code` escape what comes from files, not Jinja
         environment = _environment(autoescape=False)
-        environment.filters |= {"text": text, "code": code, "score": score, "short": short, "unreached": unreached}
+        filters = (text, code, score, verdict, short, unreached)
+        environment.filters |= {function.__name__: function for function in filters}
         environment.filters["budget"] = lambda keep: Budget.of(keep).words
-        names = {"page": self, "title": title, "full": FULL, "frontier": frontier}
+        lab = any(results.header["model"] == "lab" for c in self.comparisons for results in c.results)
+        names = {"page": self, "title": title, "full": FULL, "frontier": frontier, "lab": lab}
         words = environment.get_template("report.md.jinja").render(names)
         return re.sub(r"\n{3,}", "\n\n", words).strip() + "\n"
 
@@ -152,7 +152,7 @@ class Page:
         """Method and mean of score / full score at each budget; no rows where the full model scores 0 in a task."""
         assert comparison.scores is not None
         estimates = zip(comparison.scores.settings, relative(comparison.scores), strict=True)
-        return _by_budget(comparison, {(s.method, s.keep): score(_row(e)) for s, e in estimates if e is not None})
+        return _by_budget(comparison, {(s.method, s.keep): _cell(e) for s, e in estimates if e is not None})
 
     def differences(self, comparison: Comparison) -> tuple[int, list[tuple[str, list[str]]]]:
         """How many, and method and difference from the baseline at each budget; a star where Holm's p is below 0.05."""
@@ -160,7 +160,8 @@ class Page:
         cells = {}
         for difference in differences_from(comparison.scores, self.baseline):
             setting = comparison.scores.settings[difference.setting]
-            cells[setting.method, setting.keep] = score(_row(difference.mean), "+", "\\*" * (difference.p_holm < 0.05))
+            star = "\\*" if difference.p_holm < 0.05 else ""
+            cells[setting.method, setting.keep] = _cell(difference.mean, "+", star)
         return len(cells), _by_budget(comparison, cells)
 
     def gallery(self, comparison: Comparison) -> tuple[list[Point], list[Question], str]:
@@ -225,15 +226,22 @@ def _by_budget(comparison: Comparison, cells: dict[tuple[str, Keep], str]) -> li
     return [row for row in rows if any(row[1])]
 
 
-def score(row: Row, sign: str = "", star: str = "") -> str:
-    """`83.6 [82.0, 85.1]`, in percent or points."""
-    low, high = row["ci_low"], row["ci_high"]
-    value = f"{100 * row['score']:{sign}.1f}{star}"
-    return value if low is None or high is None else f"{value} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+def score(row: Row) -> str:
+    """`83.6 [82.0, 85.1]`, in percent."""
+    return _cell(Estimate(row["score"], row["ci_low"], row["ci_high"]))
 
 
-def _row(estimate: Estimate) -> Row:
-    return {"score": estimate.value, "ci_low": estimate.low, "ci_high": estimate.high}
+def _cell(estimate: Estimate, sign: str = "", star: str = "") -> str:
+    """In percent or points; the interval only where there is one."""
+    value = f"{100 * estimate.value:{sign}.1f}{star}"
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} [{100 * estimate.low:{sign}.1f}, {100 * estimate.high:{sign}.1f}]"
+
+
+def verdict(value: float) -> str:
+    """VQA scores and the like are also between wrong and right."""
+    return "right" if value >= 1 else "wrong" if value <= 0 else f"partly right, {value:.2g}"
 
 
 def text(value: object) -> str:
@@ -252,19 +260,12 @@ def code(value: object) -> str:
 # --- pictures of what was kept ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """What one method kept of an image, or of a part of it."""
 
     title: str
     path: str
     answer: dict[str, Any]
-
-    @property
-    def verdict(self) -> str:
-        """VQA scores and the like are also between wrong and right."""
-        value = self.answer["score"]
-        return "right" if value >= 1 else "wrong" if value <= 0 else f"partly right, {value:.2g}"
 
 
 @dataclass

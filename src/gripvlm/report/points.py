@@ -18,8 +18,6 @@ from gripvlm.eval.variants import FULL, ORACLE
 from gripvlm.report.tables import MEAN, Row, averaged, by_setting, with_means
 from gripvlm.tasks.lab_tasks import FAMILIES
 
-__all__ = ["Comparison", "Keep", "Point", "command_of", "comparisons", "frontier"]
-
 Keep = int | float | str
 Setting = tuple[str, str]
 """(method, budget as text)."""
@@ -62,13 +60,29 @@ class Point:
     def name(self) -> str:
         return self.method if self.full else f"{self.method} at {self.budget}"
 
-    @property
-    def command(self) -> str:
-        return command_of(self.results, list(self.seeds), self.keep)
-
     def answers(self, task: str) -> dict[str, dict[str, Any]]:
         """id -> answer; of its first seed where it has several."""
         return self.results.of(task, next(iter(self.seeds)), str(self.keep))
+
+    def command(self) -> str:
+        """What to type to measure this point alone; the run's own command where that was a script."""
+        head = self.results.header
+        try:
+            words = shlex.split(head["command"])
+        except ValueError:  # an open quote: no shell has run it
+            return head["command"]
+        if "eval" not in words[:4] or not any(name in words[0] for name in ("gripvlm", "__main__", "python")):
+            return head["command"]
+        tasks = list(self.results.task_specs.values())
+        if tasks == [f"lab/{family}" for family in FAMILIES]:
+            tasks = ["lab"]
+        line = ["gripvlm", "eval", "--model", head["model"], "--tasks", ",".join(tasks)]
+        line += ["--pruners", ",".join(self.seeds)]
+        line += [] if self.full else ["--keep", str(self.keep)]
+        line += [] if head["limit"] is None else ["--limit", str(head["limit"])]
+        line += ["--seed", str(head["seed"]), "--batch", str(head["batch_size"])]
+        line += [] if head["positions"] == "original" else ["--positions", head["positions"]]
+        return shlex.join(line)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +118,6 @@ class Comparison:
     @property
     def seeded(self) -> list[Point]:
         return [point for point in self.pruned if len(point.seeds) > 1]
-
-    @property
-    def of_the_lab(self) -> bool:
-        return any(results.header["model"] == "lab" for results in self.results)
 
     @property
     def methods(self) -> list[str]:
@@ -200,23 +210,3 @@ def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, t
             rows[task] = row
         points.append(Point(method, rows, {label: r[MEAN]["score"] for label, r in by_label.items()}, results))
     return points
-
-
-def command_of(results: Results, labels: Sequence[str], keep: Keep) -> str:
-    """What to type to measure these pruners at this budget alone; the run's own command where that was a script."""
-    head = results.header
-    try:
-        words = shlex.split(head["command"])
-    except ValueError:  # an open quote: no shell has run it
-        return head["command"]
-    if "eval" not in words[:4] or not any(name in words[0] for name in ("gripvlm", "__main__", "python")):
-        return head["command"]
-    tasks = list(results.task_specs.values())
-    if tasks == [f"lab/{family}" for family in FAMILIES]:
-        tasks = ["lab"]
-    line = ["gripvlm", "eval", "--model", head["model"], "--tasks", ",".join(tasks), "--pruners", ",".join(labels)]
-    line += [] if tuple(labels) == (FULL,) else ["--keep", str(keep)]
-    line += [] if head["limit"] is None else ["--limit", str(head["limit"])]
-    line += ["--seed", str(head["seed"]), "--batch", str(head["batch_size"])]
-    line += [] if head["positions"] == "original" else ["--positions", head["positions"]]
-    return shlex.join(line)
