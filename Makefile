@@ -7,7 +7,7 @@ BIN := .venv/bin
 ART := examples/lab_vlm/requirements.txt
 EVERYTHING := -e ".[dev]" -r $(ART)
 
-.PHONY: run test lint clean lock test-transformers test-newest test-lmms
+.PHONY: run test lint tables clean lock test-transformers test-newest test-lmms
 
 run: .venv/.ok
 	$(BIN)/gripvlm quickstart
@@ -19,6 +19,10 @@ lint: .venv/.ok
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The tables of reports, docs and README from the results of experiments/.
+tables: .venv/.ok
+	$(BIN)/python -m experiments.tables
 
 # $(call install,ENVIRONMENT,LOCK,WHAT): the locked pip, then WHAT in the versions of the lock; torch is what TORCH says.
 install = $(1)/bin/python -m pip install --quiet --constraint $(2) pip \

@@ -1,5 +1,5 @@
 """Tests of accelerators: they run on a GPU where there is one (marker `gpu`), and always on the CPU, so that no
-test is first tried where time is short. `runs/gpu_checks.py` runs the marked ones."""
+test is first tried where time is short. `experiments/gpu/checks.py` runs the marked ones."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The table of docs/methods.md, from the registry and from what `gripvlm list` shows (src/gripvlm/cli/measured.json).
-
-python experiments/methods/analyze.py
-"""
+"""The table of docs/methods.md, from the registry and from what `gripvlm list` shows."""
 
 from __future__ import annotations
 
@@ -57,16 +54,3 @@ def tables() -> dict[str, dict[str, str]]:
         cells = (STAGES[row.stage], trained, score(shown), share, row.source)
         lines.append((f"`{row.name}`", idea(row), reads(row), *cells))
     return {PAGE: {"methods": "\n".join(f"| {' | '.join(cells)} |" for cells in lines)}}
-
-
-def filled(text: str) -> str:
-    """The page with its table."""
-    table = tables()[PAGE]["methods"]
-    marks = r"(<!-- table: methods -->\n).*?(<!-- /table -->)"
-    return re.sub(marks, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
-
-
-if __name__ == "__main__":
-    path = ROOT / PAGE
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
-    print(path)

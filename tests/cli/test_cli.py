@@ -120,8 +120,7 @@ def test_quickstart_shows_answers_tables_and_pictures(capsys):
             assert Image.open(line.strip()).width >= 480
     assert text.count(".png\n") in (2, 4, 6)  # an untrained model's answers need not have every example
     said = " ".join(text.split())
-    results = ROOT / "results"
-    rows = json.loads((results / "bench-cpu-llava-0.5b.json").read_text())["rows"]
+    rows = json.loads((ROOT / "experiments/speed/results/cpu_llava-0.5b.json").read_text())["rows"]
     row = next(row for row in rows if (row["pruner"], row["keep"]) == ("grip", 0.125))
     assert f"With a language model of 0.5 B it adds {100 * row['to_full']['added']['median']:.1f} %" in said
 
@@ -169,15 +168,16 @@ def test_list_shows_what_was_measured_and_where_it_comes_from(capsys, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     rows = {line.split()[0]: line for line in lines if line[:1].isalpha()}
-    results = ROOT / "results"
     means = {
-        (row["pruner"], row["keep"]): row["score"]
-        for name in ("lab-grid", "lab-grid-llm")
-        for row in json.loads((results / f"{name}.json").read_text())["means"]
+        (content["pruner"], float(keep)): scores["mean"]
+        for file in (ROOT / "experiments/lab_grid/results").glob("*/*/seed0.json")
+        for content in [json.loads(file.read_text())]
+        for keep, scores in content["scores"].items()
     }
     assert f" {100 * means['divprune', 0.125]:.1f} (12.5%) " in rows["divprune"]
     assert f" {100 * means['fastv:layer=1', 0.3]:.1f} (30%) " in rows["fastv"]
-    ratio = json.loads((results / "pruner-speed.json").read_text())["cells"][0]["pruners"]["divprune"]["ratio"][0]
+    ratio = json.loads((ROOT / "experiments/speed/results/pruners.json").read_text())
+    ratio = ratio["cells"][0]["pruners"]["divprune"]["ratio"][0]
     assert rows["divprune"].endswith(f" {100 * ratio:.2g}%")
     assert rows["keep_all"].split()[1:] == ["input", "no", "no", "-", "-"]
     assert rows["visionzip"].split()[1:4] == ["input", "yes", "no"]
@@ -189,7 +189,7 @@ def test_list_shows_what_was_measured_and_where_it_comes_from(capsys, monkeypatc
     assert "trained for one model; options scorer=lab" in said
     assert f"On the lab's model (600 questions, all tokens: {100 * means['full', 1.0]:.1f})" in said
     assert f"nothing untrained is enough (best: cdpruner, {100 * means['cdpruner', 0.06]:.1f})" in said
-    assert "results/lab-grid.json, results/lab-grid-llm.json, results/pruner-speed.json" in said
+    assert "From experiments/lab_grid/REPORT.md, experiments/speed/results/pruners.json" in said
 
 
 def test_list_needs_no_torch_and_is_narrow_in_a_pipe():

@@ -1,6 +1,6 @@
 """A small slice of the lab, measured anew and compared with what is committed.
 
-If a change of answers is meant, run `bash runs/ci_slice.sh`, commit its files, and say why.
+If a change of answers is meant, run `bash experiments/ci_slice/run.sh`, commit its files, and say why.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from gripvlm import lab
 from gripvlm.eval import evaluate, read_results
 from places import ROOT
 
-SLICE = ROOT / "results" / "ci-slice.json"
+SLICE = ROOT / "experiments" / "ci_slice" / "results" / "ci-slice.json"
 
 
 def test_no_answer_is_lost(tmp_path):

@@ -1,30 +1,26 @@
 """Eight methods against what their authors' own code chose on the same tensors, and so do second implementations.
 
-results/authors-choices.json is written by runs/authors_choices.py, which runs that code apart.
+authors/choices.json is written by authors/record.py, which runs that code apart.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from authors import cases
 from torch import Tensor
 
 import second
 from gripvlm.pruners import get_pruner, top_k
 from gripvlm.pruners.llm.sparsevlm import SparseVLM
 from gripvlm.types import LLMTokens, Selection, VisionRows, VisualTokens
-from places import ROOT
+from places import TESTS
 
-sys.path[:0] = [str(ROOT / "runs")]
-
-import authors_cases as cases  # noqa: E402
-
-CHOICES = json.loads((ROOT / "results" / "authors-choices.json").read_text(encoding="utf-8"))["methods"]
+CHOICES = json.loads((TESTS / "pruners" / "authors" / "choices.json").read_text(encoding="utf-8"))["methods"]
 
 
 def runs(method: str) -> list[Any]:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import numpy as np
+import overlay_scenes as overlays
 import pytest
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gripvlm.report import GeometryError, layout, overlay
-from places import ROOT
-
-_spec = importlib.util.spec_from_file_location("overlays", ROOT / "runs" / "overlays.py")
-overlays = importlib.util.module_from_spec(_spec)
-sys.modules["overlays"] = overlays
-_spec.loader.exec_module(overlays)
 
 PLACES = [((640, 360), (440, 195, 505, 240)), ((300, 700), (30, 560, 90, 620)), ((500, 480), (10, 20, 80, 90))]
 

@@ -1,0 +1,48 @@
+"""Puts trained scorers for the lab's model into the package, in half precision: lab, lab-blind and lab-small.
+
+    python -m experiments.run grip_shipped grpo_2       # and lab_blind, small_grpo_2
+    python -m experiments.grip_shipped.ship .lab/grip
+
+`lab` and `lab-small` are each the mean of the weights of two runs of GRPO in a row; validation preferred the mean to
+both (results/validation.json).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from gripvlm import lab
+from gripvlm.grip.fingerprint import ModelFingerprint
+from gripvlm.grip.pruner import SHIPPED
+from gripvlm.grip.scorer import Scorer
+
+RUNS = {"question": ("grpo_1", "grpo_2"), "blind": ("lab_blind",), "small": ("small_grpo_1", "small_grpo_2")}
+PRIVATE = ("data", "eval_data", "output_dir", "init_from")  # folders of the machine that trained
+
+
+def averaged(folders: list[Path]) -> Scorer:
+    """A scorer with the mean of several scorers' weights, and the last one's notes."""
+    scorers = [Scorer.from_pretrained(folder) for folder in folders]
+    states = [scorer.state_dict() for scorer in scorers]
+    scorers[-1].load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
+    return scorers[-1]
+
+
+def main() -> None:
+    work, (model, _) = Path(sys.argv[1]) / "grip_shipped", lab.load()
+    for name, runs in RUNS.items():
+        scorer = averaged([work / f"{run}-0" for run in runs])
+        config = {key: value for key, value in scorer.notes["config"].items() if key not in PRIVATE}
+        weights = "; weights are the mean of the last two runs'" if len(runs) > 1 else ""
+        scorer.notes |= {"config": config, "recipe": f"experiments/grip_shipped: config is the last run's{weights}"}
+        if scorer.base is not None:
+            scorer.base.check(model)
+        scorer.base = replace(ModelFingerprint.of(model), name="gripvlm's lab model")
+        scorer.half().save_pretrained(SHIPPED / name)
+        print(f"{SHIPPED / name}: {scorer.parameters_count / 1e6:.2f} M parameters")
+
+
+if __name__ == "__main__":
+    main()

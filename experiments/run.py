@@ -1,0 +1,114 @@
+"""Trains and evaluates one variant of a study of Grip on the lab; writes results/<variant>/seed<N>.json.
+
+    python -m experiments.run grip_ablation grpo --seed 0       # what it starts from is trained first
+    python -m experiments.run grip_shipped grpo_2 --limit 0     # the whole test sample
+
+Interrupt it at any time: the same command resumes. Questions to train on are made once, some minutes of CPU, by
+`python -m examples.lab_vlm.dataset WORK/train --split train --pictures 4000`, and the same with WORK/val, val and 150.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.results import BUDGETS, ROOT, STUDIES, split
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def settings_of(study: str, variant: str) -> dict[str, Any]:
+    """The study's defaults with what differs in this variant."""
+    folder = STUDIES / study / "configs"
+    settings = {}
+    for name in ("default", variant):
+        file = folder / f"{name}.toml"
+        if not file.exists():
+            known = sorted(path.stem for path in folder.glob("*.toml") if path.stem != "default")
+            sys.exit(f"no variant {name!r} in {study}: use one of {', '.join(known)}")
+        settings |= tomllib.loads(file.read_text(encoding="utf-8"))
+    if "removed" in settings:
+        sys.exit(f"{variant} needs {settings['removed']}, which gripvlm no longer has: see the commit in its results")
+    if settings.get("budgets") == "choices":
+        del settings["keep_high"]  # the log-uniform range, which a list of budgets does not read
+    return settings
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """`num_iterations = 2` -> `--num-iterations 2`; `question = false` -> `--no-question`."""
+    arguments = []
+    for key, value in settings.items():
+        name = key.replace("_", "-")
+        arguments += (
+            [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        )
+    return arguments
+
+
+def train(study: str, variant: str, seed: int, work: Path) -> Path:
+    """The folder of the trained scorer, after training it and what it starts from where they are not there yet."""
+    settings = settings_of(study, variant)
+    folder = work / study / f"{variant}-{seed}"
+    if (folder / "model.safetensors").exists():
+        return folder
+    if "init_from" in settings:
+        settings["init_from"] = train(study, settings["init_from"], seed, work)
+    for key in ("data", "eval_data"):
+        settings[key] = work / settings[key]
+    stage = settings.pop("stage")
+    module = ["gripvlm", "train", stage]
+    if stage == "relaxed":
+        module = ["experiments.grip_ablation.relaxations"]
+    settings = {"seed": seed, "output_dir": folder} | settings
+    subprocess.run([sys.executable, "-m", *module, *flags(settings)], cwd=ROOT, check=True)
+    return folder
+
+
+def summary(folder: Path, study: str, variant: str) -> dict[str, Any]:
+    """What results keep of the training: settings, minutes, validation scores, environment."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluations = [line for line in lines if "eval" in line]
+    return {
+        "settings": settings_of(study, variant),
+        "steps": max(line["step"] for line in lines),
+        "minutes": max(line["minutes"] for line in evaluations),
+        "val": {line["step"]: line["eval"] for line in evaluations},
+        "environment": json.loads((folder / "environment.json").read_text(encoding="utf-8")),
+    }
+
+
+def measure(study: str, variant: str, seed: int, folder: Path, limit: int) -> None:
+    from gripvlm import Grip, lab
+    from gripvlm.eval import evaluate
+    from gripvlm.pruners import register_pruner
+
+    model, processor = lab.load()
+    register_pruner(variant, lambda: Grip(str(folder)))
+    file = folder / "eval.json"
+    keeps, settings = [*map(float, BUDGETS)], {"limit": limit or None, "batch_size": 16, "model_name": "lab"}
+    evaluate(model, processor, "lab", [variant], keeps, **settings, out=file)
+    about = {"study": study, "seed": seed, "pruner": "grip", "training": summary(folder, study, variant)}
+    split(file, STUDIES / study / "results", about, {variant: variant})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study")
+    parser.add_argument("variant")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=ROOT / ".lab" / "grip", help="questions and trained scorers")
+    parser.add_argument("--limit", type=int, default=120, help="test questions a family; 0: all")
+    given = parser.parse_args()
+    folder = train(given.study, given.variant, given.seed, given.work)
+    measure(given.study, given.variant, given.seed, folder, given.limit)
+
+
+if __name__ == "__main__":
+    main()

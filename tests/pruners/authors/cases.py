@@ -1,0 +1,108 @@
+"""Tensors on which authors' published code and ours are compared: the same on every machine and with every torch.
+
+Numbers come from Python's own generator, which promises that a seed means the same numbers for ever. Read by
+record.py, which asks the authors' code, and by tests/pruners/test_authors_choices.py, which asks ours.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["CASES", "Case", "numbers"]
+
+Case: TypeAlias = dict[str, Any]
+SIDE = 24
+N = SIDE * SIDE  # CLIP's raster at 336 pixels, which HiPrune's and VScan's code is written for
+
+
+def numbers(seed: str, *shape: int) -> Tensor:
+    """Even numbers between -1 and 1."""
+    draw = random.Random(seed).random
+    return torch.tensor([2 * draw() - 1 for _ in range(math.prod(shape))]).view(*shape)
+
+
+def attention(seed: str, *shape: int) -> Tensor:
+    """Weights that sum to 1 over the last axis."""
+    return (3 * numbers(seed, *shape)).softmax(dim=-1)
+
+
+def hiprune(seed: int) -> Case:
+    """`middle`, `deep`: [H, 1 + n, 1 + n], every query's attention in two blocks, CLS first."""
+    found = {}
+    for name in ("middle", "deep"):
+        rows = numbers(f"{name} {seed}", 2, 1 + N)
+        query = 1 + 0.3 * numbers(f"{name} queries {seed}", 2, 1 + N)
+        found[name] = (rows[:, None] * query[:, :, None]).softmax(dim=-1)
+    return found | {"keeps": [64, 75, 128, 192], "alpha": 0.1}
+
+
+def sparsevlm(seed: int) -> Case:
+    """`prompt` [a + n + t, d]: what enters the first layer; layers leave it as it is."""
+    return {"ahead": 4, "n": 120, "text": 10, "prompt": 0.3 * numbers(f"prompt {seed}", 134, 160), "setting": 64}
+
+
+def looks(seed: int, layer: int, length: int) -> Tensor:
+    """[H, length, length] attention of a layer of the language model; causal."""
+    raw = 3 * numbers(f"looks {seed} {layer}", 2, length, length)
+    return raw.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(dim=-1)
+
+
+def pumer(seed: int) -> Case:
+    """`attention` [H, t + n, t + n] and `keys` [t + n, d_h], text first, where it sees the image."""
+    text, n = 8, 60
+    shares = [(0.1, 0.3), (0.3, 0.5)][seed % 2]
+    found = {"attention": attention(f"attention {seed}", 2, text + n, text + n), "shares": shares}
+    return found | {"text": text, "n": n, "keys": numbers(f"keys {seed}", text + n, 16)}
+
+
+def dart(seed: int) -> Case:
+    """`hidden` [a + n + t, d], `keys` [H, a + n + t, d_h] and the `scale` [d] of a norm."""
+    ahead, n, text = 5, 100, 12
+    length = ahead + n + text
+    found = {"hidden": numbers(f"hidden {seed}", length, 32), "keys": numbers(f"keys {seed}", 4, length, 8)}
+    return found | {"ahead": ahead, "n": n, "text": text, "scale": 1 + 0.9 * numbers(f"scale {seed}", 32), "keep": 68}
+
+
+def rms_norm(states: Tensor, scale: Tensor) -> Tensor:
+    """Llama's norm."""
+    return states * states.square().mean(dim=-1, keepdim=True).add(1e-6).rsqrt() * scale
+
+
+def vscan(seed: int) -> Case:
+    """`shallow`, `deep`: [H, n] attention of CLS in blocks 5 and -2; `rows` [n, d] after the projector."""
+    blocks = {name: attention(f"{name} {seed}", 2, N) for name in ("shallow", "deep")}
+    return blocks | {"rows": numbers(f"rows {seed}", N, 16), "keeps": [64, 97, 192]}
+
+
+def mustdrop(seed: int) -> Case:
+    """A prompt of which `always` are the image's tokens that the vision stage keeps; see `looks`."""
+    always = sorted(random.Random(f"always {seed}").sample(range(60), 5))
+    return {"ahead": 3, "n": 60, "text": 9, "always": always, "g": 0.019, "i": 0.045}
+
+
+def vispruner(seed: int) -> Case:
+    """`cls` [H, n] and `rows` [n, d] of the tower."""
+    return {"cls": attention(f"cls {seed}", 2, 100), "rows": numbers(f"rows {seed}", 100, 16), "keeps": [8, 40, 64]}
+
+
+def hired(seed: int) -> Case:
+    """`first`, `last` [5, H, 144]: CLS attention of a thumbnail and four tiles in blocks 0 and 22."""
+    blocks = {name: attention(f"{name} {seed}", 5, 2, 144) for name in ("first", "last")}
+    return blocks | {"share": 0.25, "alpha": 0.5}
+
+
+CASES = {
+    "hiprune": hiprune,
+    "sparsevlm": sparsevlm,
+    "pumer": pumer,
+    "dart": dart,
+    "vscan_vision": vscan,
+    "mustdrop_llm": mustdrop,
+    "vispruner": vispruner,
+    "hired": hired,
+}

@@ -1,0 +1,324 @@
+"""Writes choices.json: what the authors' published code of eight methods chooses.
+
+    python tests/pruners/authors/record.py FOLDER       FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
+
+Each function is read from a clone at the commit named below and run as it stands, on the tensors of cases.py; none of
+it is part of this repository. What stands around it (a model, a tower, a GPU's clock) is replaced by objects that hand
+it these tensors. tests/pruners/test_authors_choices.py holds gripvlm's pruners to the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cases
+import torch
+import torch.nn.functional as F
+from clones import Ascending, Clone, Torch, on_cpu, run_llama
+from torch import Tensor
+
+OUT = Path(__file__).parent / "choices.json"
+SEEDS = range(4)
+
+
+# --- the methods ------------------------------------------------------------------------------------
+
+
+def hiprune(clone: Clone) -> list[dict[str, Any]]:
+    encode = clone.take("LLaVA/llava/model/llava_arch.py", "LlavaMetaForCausalLM.encode_images")["encode_images"]
+    found = []
+    for seed in SEEDS:
+        case = cases.hiprune(seed)
+        seen = {8: on_cpu(case["middle"][None]), -2: on_cpu(case["deep"][None].clone())}
+        for keep in case["keeps"]:
+            os.environ |= {"HIPRUNE_RETENTION": str(keep), "HIPRUNE_ALPHA": str(case["alpha"])}
+            os.environ["HIPRUNE_OBJECT_LAYER"] = "9"
+            tower = lambda images: (torch.zeros(1, cases.N, 4), seen)  # noqa: B023, E731
+            model = SimpleNamespace(get_vision_tower=lambda: tower, mm_projector=lambda rows: rows)  # noqa: B023
+            asked = SimpleNamespace(get_model=lambda: model, config=SimpleNamespace(mm_vision_select_layer=-2))  # noqa: B023
+            mask = encode(asked, None)[1][0]
+            found.append({"seed": seed, "keep": keep, "kept": mask.nonzero().flatten().tolist()})
+    return found
+
+
+def _pair(rows: Tensor, pattern: str) -> Tensor:
+    """The two patterns of einops that the code uses."""
+    return rows.unsqueeze({"b l r -> b l () r": 2, "b l r -> b () l r": 1}[pattern])
+
+
+def sparsevlm(clone: Clone) -> list[dict[str, Any]]:
+    folder = "llava/model/language_model/"
+    without_gpu = Torch()
+    names = ("batch_index_select", "index_points", "cluster_and_merge")
+    space = clone.take(folder + "utils.py", *names, torch=without_gpu, ein=SimpleNamespace(rearrange=_pair))
+    space |= {
+        name: value
+        for name, value in clone.take(folder + "score.py", "attn_postprocess_topk").items()
+        if name == "attn_postprocess_topk"
+    }
+    constants = {}
+    for node in ast.parse(clone.text(folder + "score.py")).body:
+        if isinstance(node, ast.Assign):
+            exec(compile(ast.Module([node], []), "score.py", "exec"), constants)
+    space["attn_postprocess_topk"].__globals__.update(constants)
+    merged: list[tuple[Tensor, Tensor]] = []
+    original = space["cluster_and_merge"]
+
+    def noted(rows: Tensor, clusters: int) -> Tensor:
+        """Of equally dense tokens, which its noise decides between, the first in the raster is to win, as in ours."""
+        places = torch.tensor([_same(seen[-1], row) for row in rows[0]])
+        without_gpu.rand = lambda *_, **__: 0.1 * (len(places) - places.argsort().argsort()[None])
+        merged.append((rows[0], original(rows, clusters)[0]))
+        return merged[-1][1][None]
+
+    seen: list[Tensor] = []
+    raters: list[list[int]] = []
+    space = clone.take(
+        folder + "modelling_sparse_llama.py",
+        "LlamaDynamicvitModel.forward",
+        **{**space, "torch": without_gpu, "cluster_and_merge": noted, "print": lambda *_: None},
+    )
+    found = []
+    for seed in SEEDS:
+        case = cases.sparsevlm(seed)
+        for list_of_last in (merged, seen, raters):
+            list_of_last.clear()
+
+        def layer(number: int, hidden: Tensor, **rest: Any) -> Any:
+            seen.append(hidden[0])
+            if rest.get("sparse_layer"):
+                raters.append(rest["t_token_idx"][1].tolist())
+                return hidden, None, cases.looks(seed, number, hidden.shape[1])[None]  # noqa: B023
+            return (hidden, None)
+
+        asked = {
+            "image_shape": case["n"],
+            "pre_prompt_length_list": [case["ahead"]],
+            "retained_tokens": case["setting"],
+        }
+        run_llama(space, case["prompt"], layer, 17, pruning_loc=[2, 6, 15], asked=asked)
+        assert raters[0] == raters[1] == raters[2]
+        cuts = []
+        lengths = [len(states) for states in seen]
+        for number, (pool, means) in zip((2, 6, 15), merged, strict=True):
+            before, after = seen[number], seen[number + 1]
+            start, old = case["ahead"], lengths[number] - case["ahead"] - case["text"]
+            new = lengths[number + 1] - case["ahead"] - case["text"]
+            tokens = before[start : start + old]
+            kept = [_same(tokens, row) for row in after[start : start + new - len(means)]]
+            places = [_same(tokens, row) for row in pool]
+            shares = torch.linalg.lstsq(pool.double().T, means.double().T).solution.T  # rows are independent
+            groups = [[places[i] for i in (share > 1e-3).nonzero().flatten().tolist()] for share in shares]
+            cuts.append({"before_layer": number + 1, "n": old, "kept": kept, "groups": [sorted(g) for g in groups]})
+        found.append({"seed": seed, "raters": raters[0], "cuts": cuts})
+    space["cluster_and_merge"], without_gpu.rand = original, torch.rand
+    return found + [_cost(space, keep) for keep in (192, 128, 64)]
+
+
+def _cost(space: dict[str, Any], keep: int) -> dict[str, Any]:
+    """Rows of 576 in each of 32 layers, on average: those that layers were given, and as the code counts them."""
+    given: list[int] = []
+    lines: list[str] = []
+
+    def layer(number: int, hidden: Tensor, **rest: Any) -> Any:
+        given.append(hidden.shape[1] - 7)
+        looks = torch.rand(1, 1, hidden.shape[1], hidden.shape[1])
+        return (hidden, None, looks) if rest.get("sparse_layer") else (hidden, None)
+
+    space["print"] = lines.append
+    asked = {"image_shape": 576, "pre_prompt_length_list": [2], "retained_tokens": keep}
+    run_llama(space, torch.rand(583, 4), layer, 32, pruning_loc=[2, 6, 15], asked=asked)
+    counted = float(lines[-1].split("until now:")[1].split(",")[0])
+    return {"setting": keep, "rows": given, "average": sum(given) / 32, "counted": counted}
+
+
+def _same(rows: Tensor, row: Tensor) -> int:
+    (place,) = (rows == row).all(dim=1).nonzero().flatten().tolist()
+    return int(place)
+
+
+def pumer(clone: Clone) -> list[dict[str, Any]]:
+    reducer = clone.take(
+        "src/pumer/model/reducer.py", "do_nothing", "bipartite_soft_matching", "merge_wavg", Tuple=tuple
+    )
+    space = clone.take("src/pumer/model/vilt/vit_vilt.py", "Block.forward", **reducer)
+    found = []
+    for seed in SEEDS:
+        case = cases.pumer(seed)
+        text, n = case["text"], case["n"]
+        states = torch.cat((torch.zeros(text, n), torch.eye(n)))[None]
+        shown = (torch.zeros_like(states), case["attention"][None], case["keys"][None], case["keys"][None])
+        still = lambda states, **_: torch.zeros_like(states)  # noqa: E731
+        block = SimpleNamespace(norm1=lambda x: x, norm2=lambda x: x, mlp=still, drop_path=lambda x: x)
+        block.attn = lambda states, mask: shown  # noqa: B023
+        prune, merge = case["shares"]
+        options = {"text_len": text, "prune_r": prune, "merge_r": merge, "merge_text": 0, "merge_style": "tome"}
+        options |= {"sim_method": "mean_head", "text_masks": torch.ones(1, text)}
+        left = space["forward"](block, states, **options)[0][0, text:]  # each row: the weights of what went into it
+        groups = sorted(sorted(row.nonzero().flatten().tolist()) for row in left)
+        pruned = n - sum(map(len, groups))
+        found.append({"seed": seed, "pruned": pruned, "merged": n - pruned - len(groups), "groups": groups})
+    return found
+
+
+def dart(clone: Clone) -> list[dict[str, Any]]:
+    names = ("DART.forward", "DART.get_retained_image_token")
+    found = []
+    for seed in SEEDS:
+        case = cases.dart(seed)
+        states = case["hidden"]
+        chosen = []
+        for order in (Ascending, set):
+            space = clone.take("llava/model/language_model/modeling_llama_self.py", *names, set=order)
+            places: list[Tensor] = []
+
+            def layer(number: int, hidden: Tensor, **rest: Any) -> Any:
+                places.append(rest["position_ids"][0])  # noqa: B023
+                return hidden, None, case["keys"][None], None  # noqa: B023
+
+            setting = {"K": 2, "image_token_start_index": case["ahead"], "image_token_length": case["n"]}
+            setting |= {"max_num_trunction": case["keep"] - 4, "reduction_ratio": 0, "pivot_image_token": 4}
+            config = {"DART_config": setting | {"pivot_text_token": 4}, "text_length": None}
+            norm = lambda states: cases.rms_norm(states, case["scale"])  # noqa: B023, E731
+            run_llama(space, states, layer, 3, config=config, norm=norm)
+            image = range(case["ahead"], case["ahead"] + case["n"])
+            chosen.append([int(place) - case["ahead"] for place in places[2] if int(place) in image])
+        common = len({*chosen[0]} & {*chosen[1]})
+        found.append({"seed": seed, "keep": len(chosen[0]), "kept": chosen[0], "also_kept_in_set_order": common})
+    return found
+
+
+def vscan_vision(clone: Clone) -> list[dict[str, Any]]:
+    nearest: list[Tensor] = []
+
+    def alike(*args: Any, **rest: Any) -> Tensor:
+        nearest.append(F.cosine_similarity(*args, **rest))
+        return nearest[-1]
+
+    names = [f"LlavaMetaForCausalLM.{name}" for name in ("token_merging", "window_cls_selection", "encode_images")]
+    path = "VScan/llava/model/llava_arch.py"
+    space = clone.take(path, *names, F=SimpleNamespace(cosine_similarity=alike))
+    found = []
+    for seed in SEEDS:
+        case = cases.vscan(seed)
+        for keep in case["keeps"]:
+            blocks = torch.zeros(24, 1, 2, cases.N)
+            blocks[5, 0], blocks[-2, 0] = case["shallow"], case["deep"]
+            tower = lambda images: (case["rows"][None].clone(), blocks)  # noqa: B023, E731
+            model = SimpleNamespace(get_vision_tower=lambda: tower, mm_projector=lambda rows: rows)  # noqa: B023
+            asked = SimpleNamespace(get_model=lambda: model, get_visual_token_num=lambda: keep)  # noqa: B023
+            for name in ("token_merging", "window_cls_selection"):
+                setattr(asked, name, lambda *args, _name=name, **rest: space[_name](asked, *args, **rest))  # noqa: B023
+            kept = space["encode_images"](asked, None)[1][0].nonzero().flatten().tolist()
+            into = [kept[slot] for slot in nearest[-1].argmax(dim=2)[0].tolist()]
+            found.append({"seed": seed, "keep": keep, "kept": kept, "into": into})
+    return found
+
+
+def mustdrop_llm(clone: Clone) -> list[dict[str, Any]]:
+    path = "llava/model/language_model/modelling_sparse_llama.py"
+    names = [f"LlamaDynamicvitModel.{name}" for name in ("forward", "dual_attention_filter")]
+    space = clone.take(path, *names, print=lambda *_: None)
+    setting = next(
+        ast.literal_eval(node.value)
+        for node in ast.walk(ast.parse(clone.text(path)))
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "attr", None) == "pruning_layers"
+    )
+    found = []
+    for seed in SEEDS:
+        case, seen = cases.mustdrop(seed), []
+        length = case["ahead"] + case["n"] + case["text"]
+
+        def layer(number: int, hidden: Tensor, **rest: Any) -> Any:
+            seen.append(hidden[0, :, 0].int().tolist())  # noqa: B023
+            return hidden, cases.looks(seed, number, hidden.shape[1])[None], None  # noqa: B023
+
+        asked = {"img_seq": case["n"], "key_set": (1, torch.tensor(case["always"]))}
+        asked |= {"pre_prompt_length_list": [case["ahead"]], "global_thr": case["g"], "individual_thr": case["i"]}
+        prompt = torch.arange(length, dtype=torch.float32)[:, None].expand(-1, 2)
+        run_llama(space, prompt, layer, 32, pruning_layers=setting, asked=asked)
+        image = range(case["ahead"], case["ahead"] + case["n"])
+        cuts = [
+            {"before_layer": k, "kept": [one - case["ahead"] for one in seen[k] if one in image]}
+            for k in range(1, 32)
+            if seen[k] != seen[k - 1]
+        ]
+        found.append({"seed": seed, "cuts": cuts})
+    return found
+
+
+def vispruner(clone: Clone) -> list[dict[str, Any]]:
+    encode = clone.take("llava/model/llava_arch.py", "LlavaMetaForCausalLM.encode_images")["encode_images"]
+    found = []
+    for seed in SEEDS:
+        case = cases.vispruner(seed)
+        for keep in case["keeps"]:
+            tower = lambda images, output_attentions: (case["rows"][None], case["cls"][None])  # noqa: B023, E731
+            model = SimpleNamespace(get_vision_tower=lambda: tower, mm_projector=lambda rows: rows)  # noqa: B023
+            asked = SimpleNamespace(get_model=lambda: model, get_important_ratio=lambda: 0.5)  # noqa: B023
+            asked.get_visual_token_num = lambda: keep  # noqa: B023
+            mask = encode(asked, None)[1][0]
+            found.append({"seed": seed, "keep": keep, "kept": mask.nonzero().flatten().tolist()})
+    return found
+
+
+def hired(clone: Clone) -> list[dict[str, Any]]:
+    names = [f"LlavaNextForConditionalGeneration.HiRED_{name}" for name in ("sub_img_budgets", "token_selection")]
+    path = "transformers/src/transformers/models/llava_next/modeling_llava_next.py"
+    space = clone.take(path, *names, get_anyres_image_grid_shape=lambda *_: (2, 2))
+    found = []
+    for seed in SEEDS:
+        case = cases.hired(seed)
+        n, config = case["first"].shape[-1], SimpleNamespace(image_grid_pinpoints=None, vision_config=None)
+        config.vision_config = SimpleNamespace(image_size=336)
+        asked = SimpleNamespace(config=config)
+        asked.HiRED_sub_img_budgets = lambda *args: space["HiRED_sub_img_budgets"](asked, *args)  # noqa: B023
+        blocks = [case[name][:, :, None] for name in ("first", "last")]
+        (mask,) = space["HiRED_token_selection"](asked, *blocks, [5], 0, n, case["share"], case["alpha"], [None])
+        found.append({"seed": seed, "kept": [row.nonzero().flatten().tolist() for row in mask]})
+    return found
+
+
+SOURCES: dict[str, tuple[str, str, Callable[[Clone], list[dict[str, Any]]]]] = {
+    "hiprune": ("Danielement321/HiPrune", "6e83a1240874e99a25df34f54221a29bb24b7bc2", hiprune),
+    "sparsevlm": ("Gumpest/SparseVLMs", "d8fa47fb53f6eeda5e06a702104762d8a544e080", sparsevlm),  # v1.5
+    "pumer": ("csarron/PuMer", "8a00d85314175a4635d074fb003ae39da171ddc7", pumer),
+    "dart": ("xqy1111111/DART", "5a19452fc173017191c247848673e0bde755695a", dart),  # a fork, at its authors' commit
+    "vscan_vision": ("Tencent/SelfEvolvingAgent", "a82450e1b5e15070bee79ee8b79f8d9a97cb85f7", vscan_vision),
+    "mustdrop_llm": ("liuting20/MustDrop", "909afa538bff22e10c02db2da101aa1870e21912", mustdrop_llm),
+    "vispruner": ("Theia-4869/VisPruner", "aefa01adc7c7ce6334e880c88225e90cede760d1", vispruner),
+    "hired": ("hasanar1f/HiRED", "502d6dd79a03e87cc808cedba8b8a951d93cb62b", hired),
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--out", type=Path, default=OUT)
+    asked = options.parse_args()
+    methods = {}
+    for name, (repository, commit, run) in SOURCES.items():
+        runs = run(Clone(asked.folder, repository, commit))
+        methods[name] = {"repository": repository, "commit": commit, "runs": runs}
+        print(f"{name}: {len(runs)}", flush=True)
+    text = ",\n".join(
+        f" {json.dumps(name)}: {{{json.dumps('repository')}: {json.dumps(one['repository'])}, "
+        f'"commit": {json.dumps(one["commit"])}, "runs": [\n  ' + ",\n  ".join(map(json.dumps, one["runs"])) + "]}"
+        for name, one in methods.items()
+    )
+    asked.out.write_text(
+        f'{{"schema": "gripvlm.authors_choices/1",\n"torch": "{torch.__version__}",\n"methods": {{\n{text}}}}}\n'
+    )
+    print(asked.out)
+
+
+if __name__ == "__main__":
+    main()
