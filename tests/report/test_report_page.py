@@ -182,7 +182,7 @@ def test_a_baseline_that_was_not_measured_is_said_and_the_rest_is_shown(made, tm
 def test_the_best_methods_are_coloured_and_the_others_are_a_crowd(tmp_path):
     arms = (*((f"m{i}", 0.4 + 0.02 * i) for i in range(12)), ("random", 0.3), ("grid", 0.3))
     (one,) = comparisons([read_results(made_up(tmp_path / "r.json", arms=arms, pictures=30))])
-    styles = styles_of(one.ranked, build.COLOURED)
+    styles = styles_of(one.ranked)
     other = {name for name, style in styles.items() if style == styles["m0"]}
     assert len(styles) == 14
     assert len(other) == 6
@@ -200,7 +200,7 @@ def test_budgets_that_one_method_alone_has_colour_nobody(tmp_path):
     common = made_up(tmp_path / "r.json", arms=arms, keeps=(0.5, 0.1), pictures=20)
     more = made_up(tmp_path / "s.json", arms=(("many", 0.4),), keeps=(0.5, 0.4, 0.3, 0.2, 0.1), pictures=20)
     (one,) = comparisons([read_results(common), read_results(more)])
-    styles = styles_of(one.ranked, build.COLOURED)
+    styles = styles_of(one.ranked)
     assert [name for name in styles if styles[name] == styles["many"]] == ["many"], "the only grey one"
 
 

@@ -30,7 +30,6 @@ from gripvlm.report.tables import MEAN, Row, short, unreached
 from gripvlm.tasks import get_tasks
 from gripvlm.utils import disk
 
-COLOURED = 6  # methods that stand out on a plot
 LOST, WON = 6, 3  # questions with pictures: those that a method loses, and those that it wins
 SIDE = 400  # pixels of a picture's longer side
 NO_MASKS = (
@@ -135,13 +134,13 @@ class Page:
 
     def plots(self, comparison: Comparison) -> tuple[list[str], str]:
         """(paths of the plots: mean over tokens, mean over time, each task; why there are none, or empty)."""
-        styles = styles_of(comparison.ranked, COLOURED)
+        styles = styles_of(comparison.ranked)
         panels = [(MEAN, "keep_fraction", "mean"), (MEAN, "ratio", "time")]
         panels += [(task, "keep_fraction", short(task)) for task in comparison.tasks if len(comparison.tasks) > 1]
         paths = []
         try:
             for task, cost, name in panels:
-                svg = draw([point.rows[task] for point in comparison.points], styles, "svg", cost)
+                svg = draw([point.rows[task] for point in comparison.points], styles, cost)
                 paths.append(self._file(svg, comparison.name, name, "svg"))
         except GripError as error:  # no matplotlib: the tables do not need it
             logger.warning("the report has no plots: %s", error)
@@ -302,16 +301,15 @@ def _has_masks(comparison: Comparison, point: Point) -> bool:
 
 def questions_to_show(comparison: Comparison, methods: Sequence[Point]) -> list[Question]:
     """Questions that the first method loses, tasks in turn, then those that it wins and the last method does not."""
-    by_task = []
+    lost, won = [], []
     for task in comparison.tasks:
         # one rule for all results: a person who picks the pictures picks those that please
         full, best, last = (point.answers(task) for point in (comparison.points[0], methods[0], methods[-1]))
-        questions = [Question(task, name, best[name]["score"] < full[name]["score"], full[name]) for name in best]
-        won = {name for name in best if best[name]["score"] >= 1 and (len(methods) == 1 or last[name]["score"] < 1)}
-        by_task.append([question for question in questions if question.lost or question.id in won])
-    lost = [[question for question in questions if question.lost] for questions in by_task]
-    rest = [[question for question in questions if not question.lost] for questions in by_task]
-    return [*_in_turn(lost)[:LOST], *_in_turn(rest)[:WON]]
+        below = {name for name in best if best[name]["score"] < full[name]["score"]}
+        right = {name for name in best if best[name]["score"] >= 1 and (len(methods) == 1 or last[name]["score"] < 1)}
+        lost.append([Question(task, name, True, full[name]) for name in best if name in below])
+        won.append([Question(task, name, False, full[name]) for name in best if name in right - below])
+    return [*_in_turn(lost)[:LOST], *_in_turn(won)[:WON]]
 
 
 def _in_turn(by_task: list[list[Question]]) -> list[Question]:

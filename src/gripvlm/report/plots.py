@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gripvlm.errors import GripError
-from gripvlm.report.tables import MEAN, Row, short, task_order, with_means
-from gripvlm.utils import disk
-
-__all__ = ["ALWAYS", "draw", "plot", "styles_of"]
+from gripvlm.report.tables import MEAN, Row, short
 
 ALWAYS = ("full", "random", "grid")
 """What a pruner is measured against, on every plot."""
@@ -19,8 +15,10 @@ COSTS = {"keep_fraction": "visual tokens kept, %", "ratio": "time a question / t
 """What a score may be drawn over: a column of the rows, and the words below the axis."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#8C6D1F")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURED = len(_COLOURS)
+"""Methods that stand out; a seventh colour would not be told apart."""
 
 
 class Style(NamedTuple):
@@ -35,49 +33,26 @@ _FIXED = {"random": Style("#777777", "x", "--"), "grid": Style("#777777", "+", "
 _OTHER = Style("#c3cad1", ".")
 
 
-def plot(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draws the rows to a file whose ending says the format (png, svg, pdf).
-
-    Args:
-        rows: `result["rows"] + result["means"]`, with `full`, `random` and `grid` among them.
-
-    Raises:
-        GripError: those baselines are missing, or matplotlib is.
-    """
-    rows = with_means(rows)
-    missing = [name for name in ALWAYS if not any(row["pruner"].partition(":")[0] == name for row in rows)]
-    if missing:
-        raise GripError(
-            f"a plot always shows {', '.join(ALWAYS)}, but {', '.join(missing)} is missing: add it to --pruners"
-        )
-    target = Path(path)
-    styles = styles_of(row["pruner"] for row in rows if row["pruner"] != "full")
-    disk.write(target, draw(rows, styles, target.suffix.removeprefix(".") or "png"))
-    return target
-
-
-def styles_of(methods: Iterable[str], coloured: int | None = None) -> dict[str, Style]:
-    """Method -> style, the references always the same; beyond so many `coloured` ones the others share a light grey."""
+def styles_of(methods: Iterable[str]) -> dict[str, Style]:
+    """Method -> style, the references always the same; all after the first `COLOURED` share a light grey."""
     styles: dict[str, Style] = {}
     free = 0
     for name in dict.fromkeys(methods):
         if name in _FIXED:
             styles[name] = _FIXED[name]
-        elif coloured is not None and free >= coloured:
-            styles[name] = _OTHER
-        else:
-            # the markers shift by one each round, so that the ninth method is not the first's twin
-            styles[name] = Style(_COLOURS[free % 8], _MARKERS[(free + free // 8) % 8])
+        elif free < COLOURED:
+            styles[name] = Style(_COLOURS[free], _MARKERS[free])
             free += 1
+        else:
+            styles[name] = _OTHER
     return styles
 
 
-def draw(rows: Sequence[Row], styles: Mapping[str, Style], kind: str, cost: str = "keep_fraction") -> bytes:
-    """A picture with a panel for each task. Intervals are bars, the full model a line with its band.
+def draw(rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> bytes:
+    """An SVG with a panel for each task. Intervals are bars, the full model a line with its band.
 
     Args:
         rows: of `full` and of the methods that have a style.
-        kind: png, svg or pdf.
         cost: what scores are drawn over, a key of `COSTS`.
 
     Raises:
@@ -89,7 +64,7 @@ def draw(rows: Sequence[Row], styles: Mapping[str, Style], kind: str, cost: str 
         from matplotlib.figure import Figure
     except ImportError:
         raise GripError("plots need matplotlib: pip install 'gripvlm[plot]'") from None
-    tasks = task_order(rows)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(3.3 * columns + 0.6, 2.9 * lines + 0.9), layout="constrained")
@@ -111,7 +86,7 @@ def draw(rows: Sequence[Row], styles: Mapping[str, Style], kind: str, cost: str 
     buffer = BytesIO()
     # text stays text and ids do not change from run to run: small files, and no difference where nothing differs
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gripvlm"}):
-        figure.savefig(buffer, dpi=160, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(buffer, dpi=160, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 

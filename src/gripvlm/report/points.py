@@ -15,7 +15,7 @@ from gripvlm.eval.results import Results
 from gripvlm.eval.scores import Scores, absolute, method_of, scores_of
 from gripvlm.eval.stats import Estimate
 from gripvlm.eval.variants import FULL, ORACLE
-from gripvlm.report.tables import MEAN, Row, averaged, by_setting, with_means
+from gripvlm.report.tables import MEAN, Row, averaged, by_setting
 from gripvlm.tasks.lab_tasks import FAMILIES
 
 Keep = int | float | str
@@ -188,18 +188,20 @@ def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, t
     if not full or min(full) <= 0:
         raise GripError(f"{results.path} has no times of the full model, which times are compared with: run it again")
     seeds: dict[Setting, dict[str, dict[str, Row]]] = {}
-    for (label, keep), by_task in by_setting(with_means([*results.rows, *results.means])).items():
-        if any(task not in by_task for task in tasks):
+    for (label, keep), by_task in by_setting([*results.rows, *results.means]).items():
+        if len(tasks) == 1 and tasks[0] in by_task:
+            # the mean over one task is that task, interval included
+            by_task.setdefault(MEAN, {**by_task[tasks[0]], "task": MEAN})
+        if any(task not in by_task for task in (*tasks, MEAN)):
             raise GripError(f"{results.path}: {label} was not measured on every task: run the evaluation again")
-        # the mean over one task is that task, interval included
-        by_task.setdefault(MEAN, {**by_task[tasks[0]], "task": MEAN})
         seeds.setdefault((method_of(label) if estimates else label, keep), {})[label] = by_task
     points = []
     for (method, keep), by_label in seeds.items():
         rows: dict[str, Row] = {}
         for number, task in enumerate((*tasks, MEAN)):
             of_seeds = [by_task[task] for by_task in by_label.values()]
-            row = averaged(of_seeds, pruner=method)
+            row = averaged(of_seeds)
+            row["pruner"] = method
             row["ratio"] = row["seconds_total"] / float(np.mean(full))
             # only answers know how seeds vary together by picture; without them one row's interval is all there is
             if estimates:
