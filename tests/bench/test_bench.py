@@ -16,6 +16,7 @@ from gripvlm.bench.measure import FULL, Cell, Setting, generated
 from gripvlm.bench.roofline import Machine, Weights, measured, spread
 from gripvlm.bench.runner import settings_of, turns
 from gripvlm.budget import Budget
+from gripvlm.cli import main
 from gripvlm.errors import BudgetError, GripError
 from gripvlm.models.text import visual_places
 from gripvlm.pruners import get_pruner
@@ -371,3 +372,38 @@ def test_numbers_below_one_are_refused(tiny):
     for wrong in ({"batches": [0]}, {"repeats": 0}, {"new": 1}):
         with pytest.raises(GripError, match="1 or more"):
             small(tiny, **wrong)
+
+
+# --- budgets that a pruner does not reach ---------------------------------------------------------------------------
+
+
+def reached(model, pruners, keeps):
+    chosen = [(spec, get_pruner(spec)) for spec in pruners]
+    return bench(model, prompts(model), chosen, keeps, lengths=[PROMPT], new=NEW, repeats=2)
+
+
+def test_bench_notes_the_row_and_measures_the_rest(tiny):
+    result = reached(tiny, ["norm", "fastv:layer=1"], [Budget(0.75), Budget(0.1), Budget(17)])
+    rows = {row["setting"]: row for row in result["rows"]}
+    assert {name for name, row in rows.items() if row["failed"]} == {
+        "fastv:layer=1 0.1", "limit 17", "norm 17", "fastv:layer=1 17",
+    }  # fmt: skip
+    assert "less than pruner 'fastv' can reach" in rows["fastv:layer=1 0.1"]["failed"]
+    assert "has only 16 visual tokens" in rows["limit 17"]["failed"]
+    assert rows["norm 0.1"]["turns"] == rows["fastv:layer=1 0.75"]["turns"] == 2
+    assert rows["fastv:layer=1 0.1"]["failed"].startswith("2 of 16")
+    assert rows["fastv:layer=1 0.1"]["unreached"] is True
+    json.dumps(result)
+
+
+def test_bench_that_reaches_nothing_says_so(tiny):
+    with pytest.raises(BudgetError, match=r"fastv:layer=1 at 10%: 2 of 16 .*pass keep=\d+ or more"):
+        reached(tiny, ["fastv:layer=1"], [Budget(0.1)])
+
+
+def test_bench_on_the_command_line(tiny, capsys):
+    line = ["bench", "--model", "random:tiny", "--prompt", "32", "--new", "2", "--repeats", "1", "--picture", "112"]
+    assert main([*line, "--pruners", "norm,fastv:layer=1", "--keep", "75%,10%"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "fastv:layer=1 0.1 was not measured: " in " ".join(said.split())

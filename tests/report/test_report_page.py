@@ -174,7 +174,7 @@ def test_a_baseline_that_was_not_measured_is_said_and_the_rest_is_shown(made, tm
     assert "Left out: `random` was not measured here." in words
     assert "### Differences from random: run" in words
     assert ">mine</text>" in (tmp_path / "page" / "figures" / "r-mean.svg").read_text()
-    with pytest.raises(GripError, match="no method 'odd' to compare with: type one of full, grid, mine, random"):
+    with pytest.raises(GripError, match="no method 'odd' to compare with: use one of full, grid, mine, random"):
         report([made], tmp_path / "none", baseline="odd")
     assert not (tmp_path / "none").exists()
 

@@ -97,8 +97,7 @@ def _loaded(model: str, picture: int, device: str | None, dtype: str | None, att
     """(model, (batch, length) -> inputs): one that is loaded, or a shape with random weights."""
     import torch
 
-    from gripvlm.bench import random_model, random_prompts, real_prompts
-    from gripvlm.bench.shapes import PREFIX, architecture
+    from gripvlm.bench.shapes import PREFIX, architecture, random_model, random_prompts, real_prompts
     from gripvlm.models.loading import chosen_device, load_model
 
     if not model.startswith(PREFIX):

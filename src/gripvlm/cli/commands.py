@@ -199,9 +199,9 @@ def env_command() -> None:
     from gripvlm.eval import environment
     from gripvlm.models.compat import NEWEST_TESTED, OLDEST, newer_than_tested
 
-    screen, found = console(), environment()
-    found["versions"]["transformers"] += f" (tested: {OLDEST} to {NEWEST_TESTED})"
-    for part, values in found.items():
+    screen, parts = console(), environment()
+    parts["versions"]["transformers"] += f" (tested: {OLDEST} to {NEWEST_TESTED})"
+    for part, values in parts.items():
         screen.print(part, style="bold")
         for name, value in (values or {"": "installed, no checkout"}).items():
             screen.print(f"  {name:<16} {escape(str(value))}")

@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,11 +64,11 @@ def report(
         GripError: no file, the full model is not in one of them, or the baseline is in none.
     """
     if not paths:
-        raise GripError("no results to report: type one or more files that `gripvlm eval --out` wrote")
+        raise GripError("no results to report: pass one or more files that `gripvlm eval --out` wrote")
     page = Page(comparisons([read_results(path) for path in paths]), baseline, pictures)
     methods = {point.method for comparison in page.comparisons for point in comparison.points}
     if baseline not in methods and baseline not in ALWAYS:
-        raise GripError(f"no method {baseline!r} to compare with: type one of {', '.join(sorted(methods))}")
+        raise GripError(f"no method {baseline!r} to compare with: use one of {', '.join(sorted(methods))}")
     words = page.markdown(title)
     html = page.html(words, title)
     target = Path(out)
@@ -123,9 +122,8 @@ class Page:
         body = reader.renderer.render(tokens, reader.options, {})
         # a wide table scrolls in a frame of its own; content cannot hold a tag, since it is escaped
         body = body.replace("<table>", '<div class="sheet"><table>').replace("</table>", "</table></div>")
-        style = files("gripvlm.report").joinpath("page.css").read_text(encoding="utf-8")
         template = _environment(autoescape=True).get_template("page.html.jinja")
-        return template.render(title=title, style=style, links=links, body=body)
+        return template.render(title=title, links=links, body=body)
 
     def missing(self, comparison: Comparison) -> list[str]:
         """What every plot should show and these results have not."""
@@ -289,10 +287,12 @@ def methods_to_show(comparison: Comparison) -> list[Point]:
         return abs(np.log(max(point.mean["keep_fraction"], 1e-9) / 0.1)), Budget.of(point.keep).order
 
     near = min(comparison.pruned, key=distance).keep
-    able = {point.method: point for point in comparison.pruned if point.keep == near and _has_masks(comparison, point)}
-    others = [point for name, point in able.items() if name not in (ORACLE, "random", "grid")]
+    points = [point for point in comparison.pruned if point.keep == near and _has_masks(comparison, point)]
+    shown = {point.method: point for point in points}
+    # the oracle is no method: it knows the evidence that the question is about
+    others = [point for point in points if point.method not in (ORACLE, "random", "grid")]
     best = sorted(others, key=lambda point: -point.mean["score"])[:1]
-    return [*best, *(able[name] for name in ("random", "grid") if name in able)]
+    return [*best, *(shown[name] for name in ("random", "grid") if name in shown)]
 
 
 def _has_masks(comparison: Comparison, point: Point) -> bool:

@@ -1,4 +1,4 @@
-"""Score over the share of visual tokens kept, or over time: a panel a task and one for the mean, by matplotlib."""
+"""Score over the share of visual tokens kept, or over time, as an SVG."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def styles_of(methods: Iterable[str]) -> dict[str, Style]:
 
 
 def draw(rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> bytes:
-    """An SVG with a panel for each task. Intervals are bars, the full model a line with its band.
+    """An SVG of one task. Intervals are bars, the full model a line with its band.
 
     Args:
         rows: of `full` and of the methods that have a style.
@@ -64,33 +64,27 @@ def draw(rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> bytes:
         from matplotlib.figure import Figure
     except ImportError:
         raise GripError("plots need matplotlib: pip install 'gripvlm[plot]'") from None
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    columns = min(4, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure = Figure(figsize=(3.3 * columns + 0.6, 2.9 * lines + 0.9), layout="constrained")
+    task = rows[0]["task"]
+    figure = Figure(figsize=(3.9, 4.2), layout="constrained")
+    # a canvas of its own: pyplot would keep every figure, and may look for a display
     FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    for axis, task in zip(axes, tasks, strict=False):
-        _panel(axis, [row for row in rows if row["task"] == task], styles, cost)
-        axis.set_title(short(task), fontsize=11, fontweight="bold" if task == MEAN else "normal", loc="left")
-    for axis in axes[len(tasks) :]:
-        axis.set_visible(False)
-    for axis in axes[::columns]:
-        axis.set_ylabel("score, %")
-    figure.supxlabel(COSTS[cost], fontsize=10)
-    handles, labels = axes[0].get_legend_handles_labels()
+    axis = figure.add_subplot()
+    _fill(axis, rows, styles, cost)
+    axis.set_title(short(task), fontsize=11, fontweight="bold" if task == MEAN else "normal", loc="left")
+    axis.set_ylabel("score, %")
+    axis.set_xlabel(COSTS[cost])
+    handles, labels = axis.get_legend_handles_labels()
     legend = dict(zip(labels, handles, strict=True))  # one entry for all that are grey
-    across = min(3 if columns == 1 else 6, len(legend))
-    place = {"loc": "outside upper center", "ncols": across, "frameon": False, "fontsize": 9}
-    figure.legend(legend.values(), legend.keys(), **place)
+    # two columns: names such as ensemble(norm,divprune) would be cut off in three
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     buffer = BytesIO()
     # text stays text and ids do not change from run to run: small files, and no difference where nothing differs
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gripvlm"}):
-        figure.savefig(buffer, dpi=160, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
-def _panel(axis: Any, rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> None:
+def _fill(axis: Any, rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> None:
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     for full in (row for row in rows if row["pruner"] == "full"):
@@ -122,10 +116,10 @@ def _curve(axis: Any, name: str, x: list[float], rows: Sequence[Row], style: Sty
     if style is _OTHER:
         axis.plot(x, y, linewidth=0.8, markersize=3, label="other methods", zorder=1, **style._asdict())
         return
-    known = [
-        row if row["ci_low"] is not None else {**row, "ci_low": row["score"], "ci_high": row["score"]} for row in rows
-    ]
-    below = [max(0.0, 100 * (row["score"] - row["ci_low"])) for row in known]
-    above = [max(0.0, 100 * (row["ci_high"] - row["score"])) for row in known]
+    # too few pictures give no interval, and a score need not lie within its own: a bar has no negative length
+    lows = [row["score"] if row["ci_low"] is None else row["ci_low"] for row in rows]
+    highs = [row["score"] if row["ci_high"] is None else row["ci_high"] for row in rows]
+    below = [max(0.0, value - 100 * low) for value, low in zip(y, lows, strict=True)]
+    above = [max(0.0, 100 * high - value) for value, high in zip(y, highs, strict=True)]
     size = {"elinewidth": 0.8, "capsize": 1.5, "markersize": 5, "linewidth": 1.3}
     axis.errorbar(x, y, [below, above], label=name, **size, **style._asdict())

@@ -45,7 +45,7 @@ class Point:
 
     @property
     def keep(self) -> Keep:
-        """The budget as asked."""
+        """The requested budget."""
         return self.mean["keep"]
 
     @property
@@ -125,7 +125,7 @@ class Comparison:
 
     @property
     def keeps(self) -> list[Keep]:
-        """Budgets as asked, the largest first."""
+        """The requested budgets, the largest first."""
         return sorted({p.keep for p in self.pruned}, key=lambda keep: Budget.of(keep).order, reverse=True)
 
     @property
@@ -143,8 +143,9 @@ class Comparison:
 def frontier(comparison: Comparison, cost: str) -> list[Point]:
     """The points that no other beats in mean score and cost ("keep_fraction" or "ratio"), `oracle` apart."""
     best: list[Point] = []
-    able = [point for point in comparison.points if point.method != ORACLE]
-    for point in sorted(able, key=lambda point: (point.mean[cost], -point.mean["score"])):
+    # the oracle knows the answer, so that it would stand alone there
+    points = [point for point in comparison.points if point.method != ORACLE]
+    for point in sorted(points, key=lambda point: (point.mean[cost], -point.mean["score"])):
         if not best or point.mean["score"] > best[-1].mean["score"]:
             best.append(point)
     return best
