@@ -95,6 +95,7 @@ class Cell:
         self.forbidden = forbidden(model)
         # limits are made here, before any clock starts: they stand for a model that got so few tokens for nothing
         encoded = encode(model, inputs)
+        # tokens of each image, in order
         self.sizes = [item.features.shape[0] for sample in encoded.samples for item in sample]
         self.received: dict[Budget | None, dict[str, Any]] = {
             None: prune_inputs(model, inputs, "keep_all", encoded=encoded)
@@ -110,6 +111,7 @@ class Cell:
         """Seconds of each of `PHASES`, and bytes of accelerator memory at most (None where the device can't say)."""
         device = self.model.device
         memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
+        # the peak of this run, not of the largest one before
         if hasattr(memory, "reset_peak_memory_stats"):
             memory.reset_peak_memory_stats(device)
         # waits until the device is done, so that a phase holds its own work only
@@ -165,6 +167,7 @@ class Cell:
 
     def _encoder(self) -> None:
         """The vision encoder and projector as the model itself runs them."""
+        # families take different arguments of what their processors return
         function = self.model.base_model.get_image_features
         takes = inspect.signature(function).parameters
         function(**{n: self.inputs[n] for n in encoder_arguments(self.model, self.inputs) if n in takes})
@@ -178,6 +181,7 @@ def generated(
     output = model.generate(
         **arguments,
         max_new_tokens=new,
+        # a model's own generation config may ask for sampling or beams
         do_sample=False,
         num_beams=1,
         logits_processor=LogitsProcessorList([meter]),
@@ -200,6 +204,7 @@ def _received(
     model: Any, inputs: Mapping[str, Any], encoded: Encoded, keep: Budget, full: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Arguments of prompts that have only so many visual tokens, the first of each image, and no gaps in positions."""
+    # falling scores: the first tokens of an image are the best
     scores = [[-torch.arange(float(item.features.shape[0])) for item in sample] for sample in encoded.samples]
     # M-RoPE positions are coordinates in the image and stay; they cost the same
     positions = "renumbered" if full["position_ids"].ndim == 2 else "original"

@@ -110,6 +110,7 @@ def measured(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> 
     target = torch.empty_like(source)
     product = _fastest(lambda: torch.mm(matrix, matrix, out=out), device, seconds)
     copy = _fastest(lambda: target.copy_(source), device, seconds)
+    # a multiply-add is two operations; a copy reads each byte and writes it
     return Machine(2 * side**3 / product, 2 * count / copy, side, count)
 
 

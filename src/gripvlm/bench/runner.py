@@ -99,6 +99,7 @@ def bench(
     settings = settings_of(pruners, keeps)
     pairs = [(batch, length) for batch in batches for length in lengths]
     total = sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1)
+    # locked first: a second run with the same file is refused before it has measured anything
     with disk.one_writer(out) if out is not None else nullcontext(), Progress("prompts", total, show=progress) as bar:
         run = _Run(model, prompts, settings, new, repeats, bar)
         run.result["model"] |= about or {}
@@ -108,6 +109,7 @@ def bench(
                 # long runs are written as they go; the last cell is written below, as finished
                 if fit or (batch, length) != pairs[-1]:
                     run.write(out)
+            # a pruner that never reached its budget would end the search
             if fit:
                 reached = [setting for setting in settings if setting not in run.unreached]
                 run.result["fits"].extend(fits(model, prompts, reached, lengths, new, fit, bar.about))

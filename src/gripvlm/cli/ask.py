@@ -54,6 +54,7 @@ def ask_command(
     vlm, processor = load_model(model, device)
     inputs = make_inputs(vlm, processor, [question], [picture])
     encoded = encode(vlm, inputs, [chosen])
+    # before the answer: a layout that is not known is refused without running the model
     parts = layout(processor, picture.size, [item.grid for item in encoded.samples[0]]) if overlay is not None else []
     outcome = answer(
         vlm,

@@ -37,6 +37,7 @@ Out = Annotated[
 
 def console() -> Console:
     """For results on standard output; as wide as a page where it is no terminal."""
+    # no highlighting: rich would colour numbers and paths in answers
     return Console(width=None if sys.stdout.isatty() else 80, highlight=False)
 
 

@@ -61,6 +61,7 @@ def _print_others(screen: Console, names: set[str]) -> None:
 
 
 def _print(screen: Console, text: str, style: str = "", indent: str = "") -> None:
+    # soft_wrap: the text is filled already, and rich would break it again
     screen.print(filled(text, max(40, screen.width), indent), style=style, markup=False, soft_wrap=True)
 
 

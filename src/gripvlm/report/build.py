@@ -69,6 +69,7 @@ def report(
     methods = {point.method for comparison in page.comparisons for point in comparison.points}
     if baseline not in methods and baseline not in ALWAYS:
         raise GripError(f"no method {baseline!r} to compare with: use one of {', '.join(sorted(methods))}")
+    # all is made before the first file is written: an error leaves an older page whole
     words = page.markdown(title)
     html = page.html(words, title)
     target = Path(out)
@@ -102,12 +103,14 @@ class Page:
         lab = any(results.header["model"] == "lab" for c in self.comparisons for results in c.results)
         names = {"page": self, "title": title, "full": FULL, "frontier": frontier, "lab": lab}
         words = environment.get_template("report.md.jinja").render(names)
+        # parts that are left out leave their blank lines behind
         return re.sub(r"\n{3,}", "\n\n", words).strip() + "\n"
 
     def html(self, words: str, title: str) -> str:
         """The Markdown as one page: styles and figures inside, no script, nothing fetched."""
         from markdown_it import MarkdownIt
 
+        # no raw HTML: what a file says must never become a tag
         reader = MarkdownIt("commonmark", {"html": False}).enable("table")
         tokens = reader.parse(words)
         links = []
@@ -134,6 +137,7 @@ class Page:
         """(paths of the plots: mean over tokens, mean over time, each task; why there are none, or empty)."""
         styles = styles_of(comparison.ranked)
         panels = [(MEAN, "keep_fraction", "mean"), (MEAN, "ratio", "time")]
+        # a single task is the mean already
         panels += [(task, "keep_fraction", short(task)) for task in comparison.tasks if len(comparison.tasks) > 1]
         paths = []
         try:
@@ -188,6 +192,7 @@ class Page:
         items = unpack_masks(answer["kept"])
         for part in layout(processor, image.size, [item.grid for item in items]):
             drawn = overlay(image, part.of(items), part.geometry, caption="")
+            # the HTML holds every picture: at full size it would be many megabytes
             drawn.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             drawn.save(buffer, "JPEG", quality=82)
@@ -211,6 +216,7 @@ class Page:
 def _environment(autoescape: bool) -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    # StrictUndefined: a misspelt name in a template is an error, not an empty cell
     loader = PackageLoader("gripvlm", "report")
     return Environment(
         loader=loader, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
@@ -220,6 +226,7 @@ def _environment(autoescape: bool) -> Any:
 def _by_budget(comparison: Comparison, cells: dict[tuple[str, Keep], str]) -> list[tuple[str, list[str]]]:
     """Methods down, budgets across."""
     rows = [(method, [cells.get((method, keep), "") for keep in comparison.keeps]) for method in comparison.methods]
+    # the baseline differs from nothing, and some methods lack a budget
     return [row for row in rows if any(row[1])]
 
 
@@ -286,6 +293,7 @@ def methods_to_show(comparison: Comparison) -> list[Point]:
     def distance(point: Point) -> tuple[float, Any]:
         return abs(np.log(max(point.mean["keep_fraction"], 1e-9) / 0.1)), Budget.of(point.keep).order
 
+    # on a log scale: 5 % is as far from a tenth as 20 %
     near = min(comparison.pruned, key=distance).keep
     points = [point for point in comparison.pruned if point.keep == near and _has_masks(comparison, point)]
     shown = {point.method: point for point in points}

@@ -311,6 +311,7 @@ def overlay(
     seen = _filled(size, [geometry.seen], factor)
     bright = ImageChops.darker(_filled(size, kept_boxes, factor), seen)
     dimmed = Image.blend(ImageEnhance.Color(large).enhance(0.25), Image.new("RGB", size, INK), 0.62)
+    # dropped cells first, then what was cropped, then the outline over both
     drawn = Image.composite(large, dimmed, bright)
     drawn = Image.composite(drawn, Image.blend(_hatched(size), dimmed, 0.3), seen)
     drawn = Image.composite(Image.new("RGB", size, EDGE), drawn, _outline(bright))

@@ -102,9 +102,11 @@ def _fill(axis: Any, rows: Sequence[Row], styles: Mapping[str, Style], cost: str
         if points:
             _curve(axis, name, [scale * row[cost] for row in points], points, style)
     if cost == "keep_fraction":
+        # budgets go by factors
         axis.set_xscale("log")
         ticks: list[float] = []
         for share in sorted({round(100 * row[cost], 1) for row in rows if row["pruner"] != "full"}):
+            # closer labels would overlap
             if not ticks or share / ticks[-1] > 1.25:
                 ticks.append(share)
         axis.set_xticks(ticks, [f"{share:g}" for share in ticks])

@@ -71,6 +71,7 @@ class Point:
             words = shlex.split(head["command"])
         except ValueError:  # an open quote: no shell has run it
             return head["command"]
+        # `gripvlm eval`, `python -m gripvlm eval`, a full path to either; all else is a script
         if "eval" not in words[:4] or not any(name in words[0] for name in ("gripvlm", "__main__", "python")):
             return head["command"]
         tasks = list(self.results.task_specs.values())
@@ -112,6 +113,7 @@ class Comparison:
     @property
     def blind(self) -> dict[str, float]:
         """Task (and "mean") -> the score without the image; empty where it was not measured."""
+        # where one task lacks it, the mean would be that of other tasks
         scores = {task: self.points[0].rows[task]["blind"] for task in self.tasks}
         return {} if None in scores.values() else scores | {MEAN: float(np.mean(list(scores.values())))}
 
@@ -145,6 +147,7 @@ def frontier(comparison: Comparison, cost: str) -> list[Point]:
     best: list[Point] = []
     # the oracle knows the answer, so that it would stand alone there
     points = [point for point in comparison.points if point.method != ORACLE]
+    # cheapest first, and of equal costs the best: one pass is enough
     for point in sorted(points, key=lambda point: (point.mean[cost], -point.mean["score"])):
         if not best or point.mean["score"] > best[-1].mean["score"]:
             best.append(point)
@@ -156,6 +159,7 @@ def comparisons(results: Sequence[Results]) -> list[Comparison]:
     groups: list[list[Results]] = []
     for new in results:
         for group in groups:
+            # the same setting in two files is two runs, which no mean may hide
             if group[0].questions == new.questions and not any(_settings(new) & _settings(old) for old in group):
                 group.append(new)
                 break

@@ -81,6 +81,7 @@ def _settings(rows: Sequence[Row]) -> Iterable[tuple[str, str, str, dict[str, Ro
         row = by_task.get(MEAN, next(iter(by_task.values())))
         tokens = f"{row['tokens']:.{0 if float(row['tokens']).is_integer() else 1}f}"
         seconds = [row.get(f"seconds_{name}") for name in TIMES]
+        # three digits are enough: from 99.5 ms on there is no decimal
         times = ["" if s is None else f"{1000 * s:.{1 if s < 0.0995 else 0}f}" for s in seconds]
         yield pruner, Budget.of(row["keep"]).short, tokens, by_task, times
 
