@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.markup import escape
 from gripvlm.budget import Budget
 from gripvlm.cli.outputs import checked_folder, checked_json
 from gripvlm.errors import GripError, Interrupted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BUDGETS = "64, 10%, or at most so many: ≤64 or '<=64'"
 EVAL_ONLY = {
@@ -129,7 +132,7 @@ def evaluate_command(
     from gripvlm.eval import evaluate
     from gripvlm.eval.plan import Plan, parse_shard
     from gripvlm.eval.runner import check_resume
-    from gripvlm.eval.variants import make_variants, supported_pruners
+    from gripvlm.eval.variants import make_variants
     from gripvlm.models.loading import load_model, quiet
     from gripvlm.tasks import get_tasks
 
@@ -145,11 +148,8 @@ def evaluate_command(
 
     quiet()
     vlm, processor = load_model(model, device)
-    # Which pruners a model can serve is known only when it is there.
     if "all" in names:
-        every, left = supported_pruners(vlm, budgets)
-        names = list(dict.fromkeys([*(name for name in names if name != "all"), *every]))
-        print(*(f"not in all: {name}: {why}" for name, why in left.items()), sep="\n", file=sys.stderr)
+        names = _expand_all(names, vlm, budgets)
     try:
         result = evaluate(
             vlm,
@@ -171,28 +171,35 @@ def evaluate_command(
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
-    screen = console()
-    show_scores(screen, result)
-    if out is None:
-        return
-    answers = escape(result["samples"])
-    line = f"results: {escape(str(out))}, every answer: {answers} beside it"
-    if part is not None:
-        line = (
-            f"answers: {out.parent / answers}; with all shards' files in one folder the same command without --shard "
-        )
-        line += "writes the results"
-    screen.print(line, soft_wrap=True)
+    _show(result, out, sharded=part is not None)
 
 
-def show_scores(screen: Console, result: Mapping[str, Any]) -> None:
-    """The tables of an evaluation, and below them what is not in them."""
+def _expand_all(names: list[str], model: PreTrainedModel, budgets: list[Budget]) -> list[str]:
+    """The names with every pruner that serves this model instead of `all`, which only the loaded model can tell."""
+    from gripvlm.eval.variants import supported_pruners
+
+    supported, refused = supported_pruners(model, budgets)
+    print(*(f"not in all: {name}: {why}" for name, why in refused.items()), sep="\n", file=sys.stderr)
+    return list(dict.fromkeys([*(name for name in names if name != "all"), *supported]))
+
+
+def _show(result: Mapping[str, Any], out: Path | None, sharded: bool) -> None:
+    """The tables of an evaluation, below them what is not in them, and where the files are."""
     from gripvlm.report import table
     from gripvlm.report.tables import unreached
 
+    screen = console()
     screen.print(table([*result["rows"], *result["means"]]))
     for line in unreached(result):
         screen.print(f"not measured: {line}", markup=False)
+    if out is None:
+        return
+    answers = out.with_name(result["samples"])
+    line = f"results: {out}, every answer: {answers.name} beside it"
+    if sharded:
+        line = f"answers: {answers}; with all shards' files in one folder the same command without --shard writes the "
+        line += "results"
+    screen.print(line, markup=False, soft_wrap=True)
 
 
 def env_command() -> None:
