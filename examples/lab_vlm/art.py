@@ -56,8 +56,8 @@ _EMOJI = {
 }  # fmt: skip
 
 # class -> split -> "font:glyph" drawings; no drawing is in two splits. Most test drawings are Phosphor's, an artist
-# that training never shows. Where the tower could not tell Phosphor's drawing (docs/log.md), the test split has another
-# withheld one (fish, horse, truck, cup) or leaves the class out (cat, rocket).
+# that training never shows. Where the tower could not tell Phosphor's drawing (experiments/log.md), the test split has
+# another withheld one (fish, horse, truck, cup) or leaves the class out (cat, rocket).
 _DRAWINGS: dict[str, dict[str, str]] = {
     "cat": {"train": "fa:cat md:cat", "val": "ph:cat-fill", "test": ""},
     "dog": {"train": "fa:dog md:dog", "val": "md:dog-side", "test": "ph:dog-fill ph:dog-bold"},

@@ -8,9 +8,9 @@
 # 10 minutes, tower 28, reader 68 and 26.
 #
 # The shipped weights, 2026-11-22: 91,000 pictures for the tower in 27.5 minutes, then 3,700 reader steps (1.55 million
-# questions) in 68 minutes and 1,400 more (0.66 million) in 26; results in docs/results.md. They were trained while this
+# questions) in 68 minutes and 1,400 more (0.66 million) in 26; results in experiments/lab_check/REPORT.md. They were trained while this
 # recipe was being written: the first 2,300 tower steps saw an earlier pool, and the reader's tower was frozen and its
-# stepping stones absent for the first 1,400 steps (docs/log.md). A single pass of this script has not been run.
+# stepping stones absent for the first 1,400 steps (experiments/log.md). A single pass of this script has not been run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 WORK=${WORK:-.lab}

@@ -62,7 +62,10 @@ EVAL = ["eval", "--tasks", "jsonl:q.jsonl"]
         (["bench", "--keep", "0"], "'0' is no budget"),
         (["bench", "--out", "alone.json"], "alone.json exists: type --overwrite"),
         (["train", "--data", "none.jsonl"], "no file 'none.jsonl'"),
-        (["train", "--data", "q.jsonl", "--eval-share", "0.0001"], "leaves none for validation; type --eval-share 0."),
+        (
+            ["train", "--data", "q.jsonl", "--eval-share", "0.0001"],
+            "leaves none for validation; type another --eval-share",
+        ),
     ],
 )
 def test_mistakes_are_said_before_a_model_is_loaded(line, said, capsys):

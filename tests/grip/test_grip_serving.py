@@ -48,16 +48,6 @@ def test_bfloat16_keeps_nearly_the_same_tokens():
         assert len(set(one.indices.tolist()) & set(other.indices.tolist())) >= one.k - 1
 
 
-def test_a_copy_follows_the_weights():
-    pruner = untrained(dtype="bfloat16")
-    first = pruner.scorer_for(torch.zeros(1))
-    assert pruner.scorer_for(torch.zeros(1)) is first
-    with torch.no_grad():
-        pruner.module.score.bias += 1
-    bias = pruner.module.score.bias.item()
-    assert pruner.scorer_for(torch.zeros(1)).score.bias.item() == pytest.approx(bias, abs=0.02)
-
-
 def test_other_types_are_refused():
     with pytest.raises(PrunerError, match="dtype='int8': pass dtype=float32, dtype=bfloat16 or dtype=auto"):
         untrained(dtype="int8")
@@ -92,24 +82,13 @@ def test_images_of_one_size_are_scored_as_they_are_alone():
             assert one.sound
 
 
-def test_a_scorer_by_name_is_the_callers_own():
-    first = get_pruner("grip:scorer=lab-small")
-    with torch.no_grad():
-        first.module.score.weight.mul_(-1)
-    second = get_pruner("grip:scorer=lab-small")
-    assert second.weights == second.module.digest()
-    assert second.weights != first.module.digest()
-
-
 def test_inference_mode_leaves_nothing_behind():
     with torch.inference_mode():
         pruner = get_pruner("grip:scorer=lab-blind,dtype=bfloat16")
         some = [VisualTokens(torch.randn(16, 160), 5, (4, 4))]
         pruner.select_batch(some)
-    with torch.no_grad():
-        pruner.module.score.bias += 1
-        some = [VisualTokens(torch.randn(16, 160), 5, (4, 4))]
-        assert pruner.select_batch(some)[0].k == 5
+    assert not pruner.scorer_for(some[0].features).score.weight.is_inference()
+    assert pruner.select_batch([VisualTokens(torch.randn(16, 160), 5, (4, 4))])[0].k == 5
     made_inside = untrained()
     with torch.inference_mode():
         made_inside = Grip("untrained", Scorer(made_inside.module.config), dtype="bfloat16")
@@ -121,21 +100,6 @@ def test_two_forms_are_kept_side_by_side():
     half, plain = (pruner.scorer_for(torch.zeros(1, dtype=t)) for t in (torch.bfloat16, torch.float32))
     assert pruner.scorer_for(torch.zeros(1, dtype=torch.bfloat16)) is half
     assert pruner.scorer_for(torch.zeros(1)) is plain is pruner.module
-
-
-def test_a_model_that_was_written_to_is_compared_again():
-    from gripvlm import lab
-
-    model, _ = lab.load()
-    model = copy.deepcopy(model)
-    pruner = get_pruner("grip")
-    pruner.check(model)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "vision_tower" in name or "projector" in name:
-                weight.mul_(3)
-    with pytest.raises(ScorerError, match="with other weights"):
-        pruner.check(model)
 
 
 def test_wrong_names_and_types_say_what_there_is():
@@ -153,7 +117,3 @@ def test_a_pruner_can_be_copied_and_sent_to_another_process():
         assert other.module is not pruner.module
         assert other.weights == pruner.weights
         assert [one.indices.tolist() for one in other.select_batch(images())] == expected
-        with torch.no_grad():  # its copies follow its own weights
-            other.module.score.weight.neg_()
-        assert [one.indices.tolist() for one in other.select_batch(images())] != expected
-    assert [one.indices.tolist() for one in pruner.select_batch(images())] == expected

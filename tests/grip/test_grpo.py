@@ -251,7 +251,6 @@ def test_grpo_learns_what_is_rewarded(engine, batch, monkeypatch, changes):
 
 
 def test_distilling_lowers_its_loss(engine, batch):
-    for teacher in ("attention", "pruner:norm"):
-        stage = Distill(tiny_config(teacher=teacher), tiny_scorer(engine.model), engine)
-        seen = trained(stage, batch, 25)
-        assert seen[-1]["kl_teacher"] < 0.7 * seen[0]["kl_teacher"]
+    stage = Distill(tiny_config(teacher="attention"), tiny_scorer(engine.model), engine)
+    seen = trained(stage, batch, 25)
+    assert seen[-1]["kl_teacher"] < 0.7 * seen[0]["kl_teacher"]

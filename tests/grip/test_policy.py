@@ -129,7 +129,7 @@ def test_ragged_rows_have_the_frequencies_of_their_own_law(policy_of):
     policy = policy_of(logits, torch.tensor([2, 3]), mask)
     samples = policy.sample(10000, generator=generator(1))
     for row, (items, k) in enumerate([([0, 1, 3, 4], 2), ([0, 2, 3, 4, 5], 3)]):
-        alone = policy_of(logits[row, items], k)
+        alone = policy_of(logits[row : row + 1, items], k)
         every = every_sample(policy_of, len(items), k, 1)
         named = torch.tensor(items)[every]
         assert (samples[row, :, k:] == -1).all()
@@ -173,7 +173,7 @@ def test_sets_normalizer_inclusion_entropy_and_kl_are_those_of_the_enumeration()
     live = LOGITS.clone().requires_grad_()
     (slope,) = torch.autograd.grad(ConditionalBernoulli(live, 3).log_normalizer().sum(), live)
     assert torch.allclose(slope, policy.inclusion(), atol=1e-12)
-    assert float(ConditionalBernoulli(torch.zeros(9), 4).entropy()) == pytest.approx(math.log(math.comb(9, 4)))
+    assert float(ConditionalBernoulli(torch.zeros(1, 9), 4).entropy()) == pytest.approx(math.log(math.comb(9, 4)))
 
 
 def test_rare_items_keep_their_relative_inclusion():
@@ -181,12 +181,12 @@ def test_rare_items_keep_their_relative_inclusion():
     every = every_sample(ConditionalBernoulli, 6, 3, 1)[0]
     score, member = logits[every].sum(-1), samples_to_mask(every, 6)
     slow = score[member[:, 4]].logsumexp(-1) - score.logsumexp(-1)
-    assert float(ConditionalBernoulli(logits, 3).inclusion()[0, 4].log()) == pytest.approx(float(slow), abs=1e-9)
+    assert float(ConditionalBernoulli(logits[None], 3).inclusion()[0, 4].log()) == pytest.approx(float(slow), abs=1e-9)
 
 
 @pytest.mark.parametrize("k", [1, 30, 2048, 4000, 4096])
 def test_equal_logits_give_every_set_of_many_items_the_same_chance(k):
-    policy = ConditionalBernoulli(torch.full((4096,), 7.0, dtype=torch.float64), k)
+    policy = ConditionalBernoulli(torch.full((1, 4096), 7.0, dtype=torch.float64), k)
     sets = math.lgamma(4097) - math.lgamma(k + 1) - math.lgamma(4097 - k)
     assert float(policy.entropy()) == pytest.approx(sets, abs=1e-8)
     assert float(policy.log_normalizer()) == pytest.approx(sets + 7 * k, abs=1e-8)
@@ -379,31 +379,13 @@ def test_half_precision_and_inference_mode(policy_of):
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 REFUSED = [
-    (lambda: PlackettLuce([1.0, 2.0], 1), "logits are list.*pass torch.as_tensor"),
-    (lambda: PlackettLuce(torch.ones(3, dtype=torch.long), 1), "logits are torch.int64"),
-    (lambda: PlackettLuce(torch.ones(1, 2, 3), 1), r"shape \[1, 2, 3\].*pass logits.view"),
-    (lambda: PlackettLuce(torch.ones(0), 1), r"shape \[0\]"),
-    (lambda: PlackettLuce(torch.tensor([1.0, torch.nan]), 1), r"logits\[0, 1\] = nan"),
-    (lambda: ConditionalBernoulli(torch.tensor([torch.inf, 1.0]), 1), r"logits\[0, 0\] = inf"),
-    (lambda: PlackettLuce(torch.tensor([1e21, 1.0]), 1), "finite ones up to 1e[+]20"),
-    (lambda: PlackettLuce(torch.ones(2, 3), 4), "k=4 in row 0, which has 3 items.*pass k=3 or less"),
-    (lambda: PlackettLuce(torch.tensor([-torch.inf, 1.0]), 2), "k=2 in row 0, which has 1 items"),
-    (lambda: PlackettLuce(torch.ones(2, 3), 2, torch.tensor([[1, 1, 1], [0, 1, 0]]).bool()), "k=2 in row 1"),
-    (lambda: PlackettLuce(torch.ones(3), 0), r"k=0 samples nothing.*pass k="),
-    (lambda: PlackettLuce(torch.ones(3), True), "k=True is no size"),
-    (lambda: PlackettLuce(torch.ones(3), 1.5), "k=1.5 is no size"),
-    (lambda: PlackettLuce(torch.ones(2, 3), torch.ones(3).long()), "is no size.*tensor of 2"),
-    (lambda: PlackettLuce(torch.ones(3), 1, torch.ones(3)), r"mask is torch.float32 \[3\].*pass mask.bool"),
-    (lambda: PlackettLuce(torch.ones(3), 1, torch.ones(4).bool()), r"mask is torch.bool \[4\]"),
-    (lambda: PlackettLuce(torch.ones(3), 1).sample(0), "num_samples=0 is no number.*num_samples=16"),
-    (lambda: PlackettLuce(torch.ones(3), 2).log_prob(torch.tensor([[0, 1]])), r"\[1, 2\], not int64.*mode\(\)"),
-    (lambda: PlackettLuce(torch.ones(3), 2).log_prob(torch.tensor([[[0, 0]]])), r"samples\[0, 0\] = \[0, 0\]"),
-    (lambda: PlackettLuce(torch.ones(3), 2).log_prob(torch.tensor([[[0, 3]]])), "2 different items of 0..2"),
-    (lambda: ConditionalBernoulli(torch.ones(3), 2).log_prob(torch.tensor([[[0, -1]]])), "no subset of this policy"),
-    (lambda: PlackettLuce(torch.tensor([-torch.inf, 1, 1]), 1).log_prob(torch.tensor([[[0]]])), "masked nor -inf"),
-    (lambda: ConditionalBernoulli(LOGITS, 2).kl(PlackettLuce(LOGITS, 2)), "not to a PlackettLuce"),
-    (lambda: ConditionalBernoulli(LOGITS, 2).kl(ConditionalBernoulli(LOGITS, 3)), r"with k=\[3, 3\]"),
-    (lambda: PlackettLuce(LOGITS, 1).kl(PlackettLuce(LOGITS.log(), 1, LOGITS > 0), None), "KL is infinite"),
+    (lambda: PlackettLuce(torch.tensor([[1.0, torch.nan]]), 1), "finite up to 1e20"),
+    (lambda: ConditionalBernoulli(torch.tensor([[torch.inf, 1.0]]), 1), "finite up to 1e20"),
+    (lambda: PlackettLuce(torch.tensor([[1e21, 1.0]]), 1), "finite up to 1e20"),
+    (lambda: PlackettLuce(torch.ones(2, 3), 4), r"k=\[4, 4\], and the rows have \[3, 3\] items"),
+    (lambda: PlackettLuce(torch.tensor([[-torch.inf, 1.0]]), 2), r"k=\[2\], and the rows have \[1\]"),
+    (lambda: PlackettLuce(torch.ones(2, 3), 2, torch.tensor([[1, 1, 1], [0, 1, 0]]).bool()), r"have \[3, 1\]"),
+    (lambda: PlackettLuce(torch.ones(1, 3), 0), r"k=\[0\].*pass k from 1"),
 ]
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from gripvlm import prune_inputs
-from gripvlm.errors import PrunerError, TrainError, UnsupportedModelError
+from gripvlm.errors import TrainError, UnsupportedModelError
 from gripvlm.eval import answer, make_inputs
 from gripvlm.grip.train import Engine, Evaluator, distill
-from gripvlm.grip.train.distill import make_teacher, masked_forward
+from gripvlm.grip.train.distill import get_teacher, masked_forward
 from gripvlm.grip.train.rewards import checked_reward, get_reward, log_prob, probability
 from gripvlm.pruners.base import top_k_of_each
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks import Sample, TaskError
+from places import ROOT
 from tiny_train import Asked, Counted, asked, drawn, pairs, picture, tiny_config, tiny_scorer, tiny_vlm
+
+sys.path.insert(0, str(ROOT))
+from experiments.grip_ablation.teachers import best_of, imitate
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +125,12 @@ def test_rows_of_like_length_run_together(engine, batch, monkeypatch):
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     rows, kept = [0, 1, 2, 0, 1, 2], [[torch.arange(k)] for k in (5, 1, 1, 3, 7, 4)]
-    before = engine.rollouts
     engine.run(batch, rows, kept)
     hook.remove()
     lengths = torch.cat([mask.sum(-1) for mask in masks]).tolist()
     words = [int(m.sum()) - 16 + len(a) for m, a in zip(batch.prompts["attention_mask"], batch.answers, strict=True)]
     assert len(set(words[:3])) > 1
     assert lengths == sorted(words[row] + len(k[0]) for row, k in zip(rows, kept, strict=True))
-    assert engine.rollouts == before + 6
 
 
 def test_forced_answers_are_the_datas_and_end_as_the_model_ends(engine, batch):
@@ -218,7 +221,7 @@ def test_autocast_is_off_unless_asked_for(engine, batch):
 def test_autocast_reaches_the_soft_masks_and_hardly_changes_the_gradient(engine, batch):
     def look(engine: Engine) -> torch.Tensor:
         kept = torch.ones(len(batch), dtype=torch.long)
-        return torch.cat(make_teacher("gradient")(engine, batch, kept, drawn()))
+        return torch.cat(get_teacher("gradient")(engine, batch, kept, drawn()))
 
     plain, rough = look(engine), look(Engine(engine.model, engine.processor, bf16=True))
     assert (plain - rough).abs().max() > 1e-6
@@ -229,8 +232,8 @@ def test_the_scorer_sees_the_question_or_the_whole_prompt(engine):
     task = asked(pictures=2, each=2)
     bare, whole = (engine.prepare(pairs(task), whole_prompt=whole).for_scorer(True) for whole in (False, True))
     lengths = [len(engine.tokenizer(s.question, add_special_tokens=False)["input_ids"]) for s in task.samples]
-    assert bare.asked.sum(-1).tolist() == lengths
-    assert (whole.asked.sum(-1) > bare.asked.sum(-1)).all()
+    assert bare.question_mask.sum(-1).tolist() == lengths
+    assert (whole.question_mask.sum(-1) > bare.question_mask.sum(-1)).all()
     assert engine.prepare(pairs(task)).for_scorer(False).question is None
     assert bare.owner.tolist() == [0, 1, 2, 3]
     assert bare.sizes.tolist() == [16] * 4
@@ -255,19 +258,22 @@ def test_validation_is_the_mean_over_questions_of_the_scorers_top_k(engine):
     assert found["objective"] == pytest.approx((by_hand[0.5] + by_hand[0.1]) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["attention", "gradient", "best_of_n", "pruner:random:seed=3"])
-def test_teachers_give_a_distribution_over_each_images_tokens(engine, batch, name):
+TEACHERS = [get_teacher("attention"), get_teacher("gradient"), best_of(6), imitate("random:seed=3")]
+
+
+@pytest.mark.parametrize("teacher", TEACHERS, ids=["attention", "gradient", "best_of", "imitate"])
+def test_teachers_give_a_distribution_over_each_images_tokens(engine, batch, teacher):
     kept = torch.tensor([4, 2, 16, 1])
-    looks = make_teacher(name, tries=6)(engine, batch, kept, drawn())
+    looks = teacher(engine, batch, kept, drawn())
     assert [len(look) for look in looks] == [16] * 4
     for look, k in zip(looks, kept.tolist(), strict=True):
         assert float(look.sum()) == pytest.approx(1, abs=1e-4)
         assert (look >= 0).all()
-        if name in ("best_of_n", "pruner:random:seed=3"):
+        if teacher in TEACHERS[2:]:
             assert (look > 0).sum() == k
 
 
-def test_best_of_n_is_the_best(engine, batch, monkeypatch):
+def test_the_best_of_several_is_the_best(engine, batch, monkeypatch):
     tried = []
     run = engine.run
 
@@ -276,8 +282,7 @@ def test_best_of_n_is_the_best(engine, batch, monkeypatch):
         return tried[-1]
 
     monkeypatch.setattr(engine, "run", spy)
-    kept = torch.tensor([3, 3, 3, 3])
-    looks = make_teacher("best_of_n", tries=6)(engine, batch, kept, drawn())
+    looks = best_of(6)(engine, batch, torch.tensor([3, 3, 3, 3]), drawn())
     rewards = (tried[0].log_probs.sum(-1) / tried[0].mask.sum(-1)).view(4, 6)
     for i, look in enumerate(looks):
         best = tried[0].subsets[6 * i + int(rewards[i].argmax())][0]
@@ -285,13 +290,10 @@ def test_best_of_n_is_the_best(engine, batch, monkeypatch):
 
 
 def test_unknown_teachers_are_refused_at_once():
-    for name in ("nobody", "pruner:", ""):
-        with pytest.raises(TrainError, match=r"attention, gradient, best_of_n, pruner:NAME"):
-            make_teacher(name)
-    with pytest.raises(PrunerError, match="nobody"):
-        make_teacher("pruner:nobody")
-    with pytest.raises(TrainError, match="looks inside the model"):
-        make_teacher("pruner:fastv")
+    for name in ("nobody", "math:pi", ""):
+        with pytest.raises(TrainError, match=r"known are gradient, attention, or module:function"):
+            get_teacher(name)
+    assert get_teacher("math:sqrt")(4) == 2
 
 
 # --- soft masks inside the model ----------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ def test_attention_is_told_in_every_layer_that_gradients_are_wanted(engine, batc
 
 def test_the_gradient_teacher_points_at_what_the_answer_hangs_on(engine, batch):
     """Its largest share is the token whose attention, turned down a little, costs the answer most."""
-    looks = make_teacher("gradient")(engine, batch, torch.tensor([4] * 4), drawn())
+    looks = get_teacher("gradient")(engine, batch, torch.tensor([4] * 4), drawn())
     lengths = torch.tensor([len(answer) for answer in batch.answers])
     costs = []
     for token in range(16):

@@ -15,7 +15,7 @@ from gripvlm import lab
 from gripvlm.cli import main
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import TrainConfig, read_toml
-from tiny_train import stopping, tiny_scorer, tiny_vlm, write_jsonl
+from tiny_train import stopping, tiny_vlm, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +38,12 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
         (["--stepz", "3"], "No such option"),
         (["--max-steps", "many"], "Invalid value for '--max-steps'"),
         (["sideways"], "use one of 'all', 'distill', 'grpo'"),
-        (["warmup"], "warmup is now distill"),
-        (["--out", "x"], "--out is now --output-dir"),
-        (["--own-answers"], "--own-answers is now --pseudo-labels"),
         (["--data", ""], "no training data: type --data"),
         (["--data", "nothing.jsonl"], "no file 'nothing.jsonl'"),
         (["--reward", "nonsense"], "unknown reward 'nonsense'"),
         (["--reward", "..:x"], "no reward '..:x': TypeError"),
         (["--keep-low", "0"], "keep_low = 0.0: use a number above 0"),
         (["--teacher", "nobody"], "unknown teacher 'nobody'"),
-        (["--teacher", "attention", "--teacher-layers", "9"], "teacher_layers = '9': use numbers from 0 to 1"),
         (["--config", "nothing.toml"], "no config file 'nothing.toml'"),
         (["--eval-keeps", "50%"], "eval_keeps = '50%'"),
         (["--keep-low", "0.6"], "use shares in (0, 1], the low one at most the high one"),
@@ -58,10 +54,9 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
             "--num-iterations has no effect in distill (only grpo would read it): leave it out",
         ),
         (["grpo", "--teacher", "attention"], "--teacher has no effect in grpo"),
-        (["--teacher-layers", "1"], "--teacher-layers has no effect with teacher gradient (it would with attention)"),
         (["--epsilon", "0.1"], "--epsilon has no effect with num_iterations 1 (it would with 2 or more): leave it out"),
         (["--budgets", "choices", "--keep-choices", "0.1", "--keep-low", "0.2"], "--keep-low has no effect with"),
-        (["distill", "--num-generations", "8"], "--num-generations has no effect in distill with teacher gradient"),
+        (["distill", "--num-generations", "8"], "--num-generations has no effect in distill"),
         (["grpo", "--init-from", "nowhere"], "nowhere"),
         (["--eval-data", "q.jsonl"], "--eval-share has no effect with eval_data q.jsonl (it would with none)"),
     ],
@@ -104,25 +99,6 @@ def test_what_a_newcomer_could_not_see_is_said(tiny_lab_here, capsys):
     assert "no --init-from, and no distilled scorer in lab: grpo begins with a new scorer" in told.err
     assert "left out: 1 questions that could not be used; why: lab/metrics.jsonl" in told.err
     assert "grip:scorer=./lab,random" in told.out
-
-
-def test_a_size_that_is_typed_is_asked_for_even_if_it_is_the_default(tiny_lab_here, capsys, vlm):
-    tiny_scorer(vlm[0]).save_pretrained("before")
-    given = [
-        *tiny_lab_here[:5],
-        "--eval-share",
-        "0.3",
-        "grpo",
-        "--init-from",
-        "before",
-        "--max-steps",
-        "0",
-        "--eval-keeps",
-        "0.5",
-    ]
-    assert main([*given, "--width", "128"]) == 2
-    assert "width = 128, but the scorer in before has 16" in " ".join(capsys.readouterr().err.split())
-    assert main(given) == 0
 
 
 def test_flags_win_over_the_file_and_ctrl_c_says_what_is_kept(tiny_lab_here, capsys, monkeypatch):

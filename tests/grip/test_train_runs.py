@@ -39,8 +39,7 @@ def whole(vlm, tmp_path_factory):
 def lines(folder: Path) -> list[dict]:
     """The metrics without clock times."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("minutes", "subsets_per_second")
-    return [{key: value for key, value in line.items() if key not in clocks} for line in found]
+    return [{key: value for key, value in line.items() if key != "minutes"} for line in found]
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -80,13 +79,6 @@ def test_another_judge_may_choose_the_step(vlm, whole, tmp_path):
     assert all(line["eval"]["objective"] > 0 for line in theirs)
     assert all(line["eval"]["objective"] < 0 for line in mine)  # a log-probability
     assert [line["eval"]["exact@0.5"] for line in mine[:2]] == [line["eval"]["exact@0.5"] for line in theirs[:2]]
-
-
-def test_steps_with_rollouts_say_how_many_a_second(whole):
-    found = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in found if "loss" in line]
-    assert all(line["subsets_per_second"] > 0 for line in steps if line["stage"] == "grpo")
-    assert not any("subsets_per_second" in line for line in steps if line["stage"] == "distill")  # it scores none
 
 
 @pytest.mark.parametrize(("stage", "at"), [("grpo", 3), ("distill", 2)])
@@ -167,15 +159,15 @@ def test_another_run_is_kept_out_of_the_folder(vlm, whole, tmp_path):
     assert read_toml(tmp_path / "config.toml")["stage"] == "distill"  # what failed at once left no trace
 
 
-def test_the_best_step_is_kept_and_patience_ends(vlm, tmp_path, monkeypatch):
-    scores, states = iter([1.0, 3.0, 2.0, 2.5, 9.0]), []
+def test_the_best_step_is_kept(vlm, tmp_path, monkeypatch):
+    scores, states = iter([1.0, 3.0, 2.0, 2.5]), []
 
     def judge(self, scorer):
         states.append({name: value.clone() for name, value in scorer.state_dict().items()})
         return {"objective": next(scores)}
 
     monkeypatch.setattr(Evaluator, "evaluate", judge)
-    config = tiny_config(output_dir=str(tmp_path), stage="grpo", max_steps=100, eval_steps=1, early_stopping_patience=2)
+    config = tiny_config(output_dir=str(tmp_path), stage="grpo", max_steps=3, eval_steps=1)
     grip = train(config, *vlm, asked(8))
     assert len(states) == 4
     assert all(torch.equal(value, states[1][name]) for name, value in grip.module.state_dict().items())
@@ -210,40 +202,6 @@ def test_a_running_average_of_the_weights_is_kept_and_resumed(vlm, tmp_path, mon
     monkeypatch.setattr(Trainer, "_step", before)
     train(tiny_config(output_dir=str(tmp_path / "b"), **settings), *vlm, asked(8))
     assert same_weights(tmp_path / "a", tmp_path / "b")
-
-
-def test_out_of_time_the_last_step_is_judged(vlm, tmp_path, monkeypatch):
-    before = Trainer._step
-
-    def slow(self):
-        stats = before(self)
-        self.state.seconds += 25.0
-        return stats
-
-    monkeypatch.setattr(Trainer, "_step", slow)
-    train(
-        tiny_config(output_dir=str(tmp_path), stage="grpo", max_steps=100, eval_steps=50, max_minutes=1.0),
-        *vlm,
-        asked(8),
-    )
-    assert [line["step"] for line in lines(tmp_path) if "eval" in line] == [0, 3]
-    rates = [line["lr"] for line in lines(tmp_path) if "lr" in line]
-    assert len(rates) == 3
-    assert rates[2] < 0.5 * rates[1]  # the clock is at five sixths; by steps alone it would still be rising
-
-
-def test_more_time_goes_on_where_time_ran_out(vlm, tmp_path, monkeypatch):
-    before = Trainer._step
-
-    def slow(self):
-        stats = before(self)
-        self.state.seconds += 25.0 * (self.stage.name == "grpo")
-        return stats
-
-    monkeypatch.setattr(Trainer, "_step", slow)
-    for minutes, last in ((1.0, 3), (1.0, 3), (2.0, 5)):
-        train(tiny_config(output_dir=str(tmp_path), max_minutes=minutes), *vlm, asked(8))
-        assert max(line["step"] for line in lines(tmp_path) if line["stage"] == "grpo") == last
 
 
 def test_several_steps_a_batch_of_rollouts_are_resumed(vlm, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import pytest
 
 from gripvlm.errors import TrainError
 from gripvlm.grip.train import TrainConfig, read_toml, write_toml
-from gripvlm.grip.train.config import RENAMED, STAGES
 from tiny_train import tiny_config
 
 
@@ -18,7 +17,6 @@ def test_settings_survive_their_file(tmp_path):
     assert TrainConfig(**read_toml(tmp_path / "c.toml")) == odd
     for text, said in (
         ("max_stepz = 3", "did you mean max_steps"),
-        ("warmup_steps = 3", "no setting .warmup_steps.: warmup_steps is now distill_steps"),
         ("max_steps = ", "is not TOML"),
     ):
         (tmp_path / "c.toml").write_text(text)
@@ -53,11 +51,3 @@ def test_settings_survive_their_file(tmp_path):
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(TrainError, match=rf"^{next(iter(wrong))} = .*: use |^keep_low = .*, keep_high = .*: use"):
         tiny_config(**wrong)
-
-
-def test_every_former_name_has_one_of_today():
-    settings = TrainConfig.__dataclass_fields__
-    for former, name in RENAMED.items():
-        assert name in settings or name in STAGES
-        assert former not in settings
-        assert former not in STAGES

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad, softplus
 
-from gripvlm.grip.policy.subsets import NEG_INF, SubsetPolicy, samples_to_mask, uniform_noise
+from gripvlm.grip.policy import NEG_INF, SubsetPolicy, samples_to_mask, uniform_noise
 
 __all__ = ["ConditionalBernoulli"]
 
@@ -57,11 +57,11 @@ class ConditionalBernoulli(SubsetPolicy):
 
     def mode(self) -> Tensor:
         """int64 [B, K]: the most probable set, ascending: the k largest logits, ties by lower index."""
-        return self._ascending(samples_to_mask(self._top_k(), self.n)[:, None])[:, 0]
+        return self._ascending(samples_to_mask(super().mode(), self.n)[:, None])[:, 0]
 
     def log_prob(self, samples: Tensor) -> Tensor:
         """[B, G]: of the sets in samples [B, G, K], whatever their order."""
-        member = samples_to_mask(self._checked_samples(samples), self.n)
+        member = samples_to_mask(samples, self.n)
         tilted, _ = self._tilted()
         coins = logsigmoid(torch.where(member, tilted[:, None], -tilted[:, None])).sum(-1)
         return self._narrowed(coins - self._log_heads(tilted.sigmoid(), (-tilted).sigmoid())[:, None])
@@ -83,7 +83,6 @@ class ConditionalBernoulli(SubsetPolicy):
 
     def kl(self, other: ConditionalBernoulli) -> Tensor:
         """[B]: KL(this || other), exact. `other` has the same shape and k, and samples all that this samples."""
-        self._check_comparable(other)
         inside, outside, heads, tails, log_heads = self._terms()
         tilted, _ = other._tilted()
         gap = inside * (heads - logsigmoid(tilted)) + outside * (tails - logsigmoid(-tilted))

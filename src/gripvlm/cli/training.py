@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from gripvlm.grip.pruner import Grip
     from gripvlm.grip.train import TrainConfig
 
-__all__ = ["train_command"]
-
 
 def train_command(**options: Any) -> None:
     """Train a scorer for a frozen model: distil a teacher, then GRPO.
@@ -39,7 +37,7 @@ def train_command(**options: Any) -> None:
     # Flags only: a file of settings may serve several stages.
     for name, why in config.without_effect(explicit).items():
         raise GripError(f"{_flag(name)} has no effect {why}: leave it out")
-    questions, held_out = check_settings(config, explicit=explicit)
+    questions, held_out = check_settings(config)
     _warn(config, [sample.answer for _, sample in questions + held_out])
     quiet()
     model, processor = load_model(config.model, launched_device(config.device) or None)
@@ -59,13 +57,10 @@ def train_command(**options: Any) -> None:
 
 def _configuration(options: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
     """The settings of the file and the flags, and which of them are flags."""
-    from gripvlm.grip.train.config import RENAMED, TrainConfig, read_toml
+    from gripvlm.grip.train.config import TrainConfig, read_toml
 
     file: Path | None = options.pop("config")
     flags = {name: value for name, value in options.items() if value is not None}
-    for name in flags:
-        if name in RENAMED:
-            raise GripError(f"{_flag(name)} is now {_flag(RENAMED[name])}: type that")
     settings = read_toml(file) if file is not None else {}
     return TrainConfig(**settings | flags), [name for name in flags if name != "stage"]
 
@@ -117,8 +112,8 @@ _METAVARS = {bool: "", int: "N", float: "X"}
 
 
 def _signature() -> inspect.Signature:
-    """One option a field, with None for "as in the config file, or the default"; the former names are hidden."""
-    from gripvlm.grip.train.config import RENAMED, STAGES, TrainConfig, help_of
+    """One option a field, with None for "as in the config file, or the default"."""
+    from gripvlm.grip.train.config import STAGES, TrainConfig, help_of
 
     stage = typer.Argument(help=f"{', '.join(STAGES)}; by default all", show_default=False)
     file = typer.Option("--config", help="TOML file of settings; flags win over it.")
@@ -143,10 +138,6 @@ def _signature() -> inspect.Signature:
             metavar=_METAVARS.get(kind, "TEXT"),
         )
         parameters.append(_parameter(field.name, kind, option))
-    # Hidden, so that the error can name the new flag: "no such option" would not help.
-    for name in RENAMED.keys() - STAGES:
-        kind = hints.get(RENAMED[name], str)
-        parameters.append(_parameter(name, bool if kind is bool else str, typer.Option(_flag(name), hidden=True)))
     return inspect.Signature(parameters)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gripvlm.errors import GripError
-
-__all__ = ["ModelFingerprint", "ScorerError", "compared"]
 
 _SKETCH = 32
 """Embedding rows, and weights, that are compared."""
@@ -63,25 +60,17 @@ class ModelFingerprint:
         """From what `dataclasses.asdict` made of one, and JSON of that.
 
         Raises:
-            ScorerError: it is something else.
+            KeyError, TypeError, ValueError: it is something else.
         """
-        if not isinstance(content, dict):
-            raise ScorerError("base is no object")
-        base: dict[str, Any] = {"weights": {}} | content
-        kinds = {"name": str, "model_type": str, "features": int, "vocabulary": int, "sketch": list, "weights": dict}
-        if unlike := base.keys() ^ kinds.keys():
-            raise ScorerError(f"base lacks, or should not have, {', '.join(map(repr, sorted(unlike)))}")
-        if wrong := [name for name, kind in kinds.items() if type(base[name]) is not kind]:
-            raise ScorerError(f"base.{wrong[0]} is no {kinds[wrong[0]].__name__}")
-        if not _are_numbers(base["sketch"], _SKETCH):
-            raise ScorerError(f"base.sketch is no list of {_SKETCH} numbers")
-        if wrong := [name for name, pair in base["weights"].items() if not _are_numbers(pair, 2)]:
-            raise ScorerError(f"base.weights has no two numbers for {wrong[0]!r}")
-        pairs = {name: (float(norm), float(first)) for name, (norm, first) in base["weights"].items()}
-        return cls(**base | {"sketch": tuple(base["sketch"]), "weights": pairs})
+        name, model_type = str(content["name"]), str(content["model_type"])
+        sketch = tuple(float(norm) for norm in content["sketch"])
+        if len(sketch) != _SKETCH:
+            raise ValueError(f"base.sketch has {len(sketch)} numbers, not {_SKETCH}")
+        weights = {key: (float(norm), float(first)) for key, (norm, first) in content.get("weights", {}).items()}
+        return cls(name, model_type, int(content["features"]), int(content["vocabulary"]), sketch, weights)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Passes where `model` is the scorer's own, in any dtype.
+        """Refuses a model that is not the scorer's own; its dtype may differ.
 
         Raises:
             ScorerError: another type, another width, or embeddings, tower or projector more than 2 % different
@@ -107,20 +96,6 @@ class ModelFingerprint:
                 f"{owner}, and the model is a {other.model_type} with other weights ({other.name}): its features mean "
                 f"something else; {advice}"
             )
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    """Whether it is a list of so many finite numbers."""
-    return (
-        type(values) is list
-        and len(values) == count
-        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-    )
-
-
-def compared(model: PreTrainedModel) -> list[Tensor]:
-    """The weights that `ModelFingerprint.check` looks at."""
-    return [model.get_input_embeddings().weight, *_compared_matrices(model).values()]
 
 
 def _compared_matrices(model: Any) -> dict[str, Tensor]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from gripvlm.errors import PrunerError
-from gripvlm.grip.fingerprint import ScorerError, compared
+from gripvlm.grip.fingerprint import ScorerError
 from gripvlm.grip.scorer import SCORER_FILES, Scorer, coordinates
 from gripvlm.pruners.base import ScorePruner, top_k_of_each
 from gripvlm.types import Selection, VisualTokens
@@ -23,8 +23,6 @@ from gripvlm.utils.spec import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["SHIPPED", "SHIPPED_NAMES", "Grip", "Learned", "ScorerInputs", "place_of"]
 
 SHIPPED = Path(__file__).parents[1] / "lab" / "data" / "grip"
 """Scorers for the lab VLM that come with the package, one folder each: `question`, `blind` and `small`."""
@@ -48,21 +46,18 @@ class ScorerInputs:
     places: Tensor  # [I, n, 2]
     valid: Tensor  # [I, n]
     question: Tensor | None  # [I, t, d]
-    asked: Tensor | None  # [I, t]
+    question_mask: Tensor | None  # [I, t]
     owner: Tensor  # [I] the sample each image belongs to
     sizes: Tensor  # [I] tokens of each image
-    even: tuple[bool, bool]  # whether all images, and all questions, are of one length, so that masks say nothing
+    even: tuple[bool, bool]  # whether all images, and all questions, are of one length
 
-    def score(self, scorer: Scorer, kept: Tensor) -> Tensor:
-        """[I, n] logits when `kept` [I] tokens will be left, -inf at padding."""
-        logits: Tensor = scorer(*self._read(kept))
-        return logits.masked_fill(~self.valid, -torch.inf)
-
-    def _read(self, kept: Tensor) -> tuple[Any, ...]:
-        """What the scorer takes. A mask that hides nothing is left out: attention has faster kernels without one."""
+    def score(self, scorer: Scorer, counts: Tensor) -> Tensor:
+        """[I, n] logits when `counts` [I] tokens will be left, -inf at padding."""
+        # A mask that hides nothing is left out: attention has faster kernels without one.
         valid = None if self.even[0] else self.valid
-        asked = None if self.even[1] else self.asked
-        return self.features, self.places, kept / self.sizes, valid, self.question, asked
+        question_mask = None if self.even[1] else self.question_mask
+        logits: Tensor = scorer(self.features, self.places, counts / self.sizes, valid, self.question, question_mask)
+        return logits.masked_fill(~self.valid, -torch.inf)
 
     @classmethod
     def of(cls, images: Sequence[VisualTokens], question: bool, owner: Sequence[int] | None = None) -> ScorerInputs:
@@ -76,19 +71,20 @@ class ScorerInputs:
         else:
             places = padded([shapes[tokens.n, tokens.grid] for tokens in images])
         sizes = onto([tokens.n for tokens in images], device)
-        words, asked, lengths = None, None, {0}
+        words, words_mask, lengths = None, None, {0}
         if question:
             empty = features.new_zeros(0, features.shape[-1])
             texts = [empty if tokens.question is None else tokens.question.detach() for tokens in images]
             lengths = {len(text) for text in texts}
             words = padded(texts)
-            asked = torch.arange(words.shape[1], device=device) < onto([len(text) for text in texts], device)[:, None]
+            ends = onto([len(text) for text in texts], device)
+            words_mask = torch.arange(words.shape[1], device=device) < ends[:, None]
         return cls(
             features=features,
             places=places,
             valid=torch.arange(features.shape[1], device=device) < sizes[:, None],
             question=words,
-            asked=asked,
+            question_mask=words_mask,
             owner=onto(list(range(len(images)) if owner is None else owner), device),
             sizes=sizes,
             even=(len({tokens.n for tokens in images}) == 1, len(lengths) == 1),
@@ -103,57 +99,46 @@ def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> 
 
 
 class _Loaded:
-    """A scorer with what is derived from it: copies on other devices, and the models it was compared with.
+    """A scorer with what is derived from it: copies on other devices, and the models that it was compared with.
 
-    Pruners that are made by name, one for each call, share it: a call by name costs no more than one by object.
+    Pruners of one name share it, so that a call by name costs no more than one by object. The scorer's weights, and
+    those of a model that has been compared, are taken not to change.
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
-        self.digest = scorer.digest()
-        self.version = _version(scorer.parameters())
-        self._copies: dict[tuple[torch.device, torch.dtype], tuple[int, Scorer]] = {}
-        self._models: WeakKeyDictionary[Any, tuple[int, list[Tensor]]] = WeakKeyDictionary()
+        self.scorer, self.digest = scorer, scorer.digest()
+        self._copies: dict[tuple[torch.device, torch.dtype], Scorer] = {}
+        # Weakly: a pruner must not keep a model in memory.
+        self._compared: WeakSet[PreTrainedModel] = WeakSet()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Loaded, (self.scorer,)  # copies and models stay behind
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Scorer:
-        """The scorer itself where it is there already, else a copy with its present weights."""
+        """The scorer itself where it is there already, else a copy."""
         weight = self.scorer.score.weight
         if (weight.device, weight.dtype) == (device, dtype):
             return self.scorer
-        version, scorer = self._copies.get((device, dtype), (-1, self.scorer))
-        if version != (now := _version(self.scorer.parameters())):
+        if (device, dtype) not in self._copies:
             # Outside inference mode, whose tensors could not be used by a later call that records gradients.
             with torch.inference_mode(False):
-                scorer = copy.deepcopy(self.scorer).to(device, dtype)
-            self._copies[device, dtype] = now, scorer
-        return scorer
+                self._copies[device, dtype] = copy.deepcopy(self.scorer).to(device, dtype)
+        return self._copies[device, dtype]
 
     def check(self, model: PreTrainedModel) -> None:
-        """Compares the model with the scorer's own: milliseconds, so only once, and when its weights were written to.
+        """Compares the model with the scorer's own, once: it takes milliseconds.
 
         Raises:
             ScorerError: it is another model.
         """
-        assert self.scorer.base is not None
-        # Weakly: a pruner must not keep a model in memory.
-        version, weights = self._models.get(model, (-1, []))
-        if weights and weights[0] is model.get_input_embeddings().weight and version == _version(weights):
-            return
-        self.scorer.base.check(model)
-        weights = compared(model)
-        self._models[model] = _version(weights), weights
-
-
-def _version(weights: Iterable[Tensor]) -> int:
-    """Grows with every write to one of them, as torch counts them; tensors made in inference mode have no count."""
-    return sum(0 if weight.is_inference() else weight._version for weight in weights)
+        if model not in self._compared:
+            assert self.scorer.base is not None
+            self.scorer.base.check(model)
+            self._compared.add(model)
 
 
 def _load(name: str) -> _Loaded:
-    """The scorer of a name; all pruners of one folder share it until its files or its weights are written to."""
+    """The scorer of a name; pruners of one folder share it until its files are written to."""
     place = place_of(name)
     if place == name and "/" not in name and not Path(name).expanduser().is_dir():
         raise ScorerError(
@@ -164,13 +149,7 @@ def _load(name: str) -> _Loaded:
     # A hub id, or an error that says what is missing.
     if not all(file.is_file() for file in files):
         return _Loaded(Scorer.from_pretrained(place))
-    written = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    loaded = _read(str(place), written)
-    # A caller changed the weights of the shared one: that one is the caller's, and the name gets a fresh one.
-    if _version(loaded.scorer.parameters()) != loaded.version:
-        _read.cache_clear()
-        loaded = _read(str(place), written)
-    return loaded
+    return _read(str(place), tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
 @lru_cache(maxsize=8)
@@ -181,20 +160,30 @@ def _read(place: str, written: tuple[tuple[int, int], ...]) -> _Loaded:
 
 
 @dataclass(eq=False)
-class Learned(ScorePruner):
-    """score = scorer(features, place, question, k / n): a trained scorer, however it was trained.
+class Grip(ScorePruner):
+    """score = scorer(features, place, question, k / n): Huang et al., "GRIP-VLM", arXiv 2605.13375.
+
+        grip = gripvlm.Grip.from_pretrained("folder-or-hub-id")
+        with gripvlm.prune(model, grip, keep=0.1): ...
+
+    Inference takes the mode of the policy that was trained, the k highest logits. The paper publishes an abstract
+    only; scorer and training are ours (`gripvlm.grip.scorer`, `gripvlm.grip.train`).
 
     Attributes:
-        scorer: a name for `Scorer.from_pretrained`.
+        scorer: a name for `Scorer.from_pretrained`, or one that comes with the package for its lab VLM: `lab`,
+            `lab-blind` (without the question), `lab-small` (a fifth of the arithmetic).
         dtype: what the scorer computes in: "float32", "bfloat16", or "auto", bfloat16 where the features are and
             float32 elsewhere.
-        module: the scorer itself; by default that of the name.
+        module: the scorer itself; by default that of the name. Its weights are taken not to change from here on: make
+            another `Grip` after a training step, or copies on other devices and in bfloat16 stay as they were.
         weights: a short hash of the scorer's weights, for results files.
     """
 
+    name = "grip"
+    source = "Huang et al. 2026, arXiv 2605.13375"
     trained: ClassVar[bool] = True
 
-    scorer: str
+    scorer: str = "lab"
     dtype: str = field(default="auto", kw_only=True)
     module: Scorer | None = field(default=None, repr=False)
     weights: str = field(default="", init=False)
@@ -204,6 +193,11 @@ class Learned(ScorePruner):
             raise PrunerError(f"{self.name}: dtype={self.dtype!r}: pass dtype=float32, dtype=bfloat16 or dtype=auto")
         self._loaded = _load(self.scorer) if self.module is None else _Loaded(self.module)
         self.module, self.weights = self._loaded.scorer, self._loaded.digest
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, dtype: str = "auto", **hub: Any) -> Grip:
+        """A trained scorer: one of the package (above), a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
+        return cls(str(name), Scorer.from_pretrained(place_of(str(name)), **hub), dtype=dtype)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -233,37 +227,10 @@ class Learned(ScorePruner):
     def _scores(self, images: Sequence[VisualTokens]) -> Tensor:
         """[I, n] logits of all images from one run of the scorer, -inf at padding."""
         inputs = ScorerInputs.of(images, self._loaded.scorer.config.question)
-        kept = onto([tokens.keep for tokens in images], inputs.features.device)
-        return inputs.score(self.scorer_for(inputs.features), kept)
+        counts = onto([tokens.keep for tokens in images], inputs.features.device)
+        return inputs.score(self.scorer_for(inputs.features), counts)
 
     def scorer_for(self, features: Tensor) -> Scorer:
         """The scorer on the features' device, in the type it computes in."""
         half = features.dtype == torch.bfloat16 if self.dtype == "auto" else self.dtype == "bfloat16"
         return self._loaded.to(features.device, torch.bfloat16 if half else torch.float32)
-
-
-@dataclass(eq=False)
-class Grip(Learned):
-    """score = scorer(features, place, question, k / n): Huang et al., "GRIP-VLM", arXiv 2605.13375.
-
-        grip = gripvlm.Grip.from_pretrained("folder-or-hub-id")
-        with gripvlm.prune(model, grip, keep=0.1): ...
-
-    Inference takes the mode of the policy that was trained, the k highest logits. The paper publishes an abstract
-    only; scorer and training are ours (`gripvlm.grip.scorer`, `gripvlm.grip.train`).
-
-    Attributes:
-        scorer: a name for `Scorer.from_pretrained`, or one that comes with the package for its lab VLM: `lab`,
-            `lab-blind` (without the question), `lab-small` (a fifth of the arithmetic).
-        weights: a short hash of the scorer's weights, for results files.
-    """
-
-    name = "grip"
-    source = "Huang et al. 2026, arXiv 2605.13375"
-
-    scorer: str = "lab"
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, *, dtype: str = "auto", **hub: Any) -> Grip:
-        """A trained scorer: one of the package (above), a folder or a hub id; `hub` as for `Scorer.from_pretrained`."""
-        return cls(str(name), Scorer.from_pretrained(place_of(str(name)), **hub), dtype=dtype)

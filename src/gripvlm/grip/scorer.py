@@ -17,13 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -34,11 +35,8 @@ from gripvlm.grip.fingerprint import ModelFingerprint, ScorerError
 from gripvlm.utils import disk
 from gripvlm.utils.strict_json import BadJSON, read
 
-__all__ = ["SCORER_FILES", "ModelFingerprint", "Scorer", "ScorerConfig", "ScorerError", "coordinates", "has_scorer"]
-
 FORMAT = "gripvlm.scorer/1"
 SCORER_FILES = ("model.safetensors", "config.json")
-_FORMER_FILES = ("scorer.safetensors", "scorer.json")  # the same content, before the hub's names
 
 _PLACES, _ORDERS, _BUDGETS = 6, 6, 5  # octaves of coordinates, word order and log budget
 
@@ -69,7 +67,7 @@ class ScorerConfig:
         width, blocks, heads: of the scorer's transformer.
         question: whether it reads the question. A scorer that does not gives one ranking an image and
             budget, which a server can keep.
-        budget: whether it is told the budget; False is the ablation.
+        budget: whether it reads the budget; False is the ablation.
     """
 
     features: int
@@ -228,11 +226,10 @@ class Scorer(
         """
         name = str(pretrained_model_name_or_path)
         folder = _fetch(name, hub)
-        files = _FORMER_FILES if _is_former(folder) else SCORER_FILES
-        weights_file, config_file = (folder / file for file in files)
+        weights_file, config_file = (folder / file for file in SCORER_FILES)
         try:
             about = read(config_file)
-            weights = load(disk.read_bytes(weights_file))
+            weights = {key: value.float() for key, value in load(disk.read_bytes(weights_file)).items()}
         except FileNotFoundError:
             missing = [file.name for file in (config_file, weights_file) if not file.is_file()]
             raise ScorerError(f"{name} holds no scorer: {' and '.join(missing)} missing") from None
@@ -244,45 +241,39 @@ class Scorer(
         if written != FORMAT:
             raise ScorerError(f"{name} has format {written!r}, this gripvlm reads {FORMAT!r}: update it")
         try:
-            base = None if about.get("base") is None else ModelFingerprint.read(about["base"])
-            config, notes = ScorerConfig(**about["scorer"]), about.get("notes", {})
-            if not isinstance(notes, dict):
-                raise TypeError("notes is no object")
+            base = None if about["base"] is None else ModelFingerprint.read(about["base"])
+            config, notes = ScorerConfig(**about["scorer"]), dict(about["notes"])
         except (KeyError, TypeError, ValueError) as error:
             raise ScorerError(f"{config_file} is damaged ({type(error).__name__}: {error}): copy it anew") from None
-        # Before a module is made: a damaged file may ask for terabytes.
-        if unlike := _unlike(config, {key: tuple(value.shape) for key, value in weights.items()}):
-            raise ScorerError(f"{name}: {weights_file.name} does not fit {config_file.name} ({unlike}): copy both anew")
-        scorer = cls(config, base)
-        scorer.load_state_dict({key: value.float() for key, value in weights.items()})
-        scorer.notes = notes
+        try:
+            scorer = _assembled(cls, config, weights)
+        except RuntimeError as error:
+            raise ScorerError(
+                f"{name}: {weights_file.name} does not fit {config_file.name} ({error}): copy both anew"
+            ) from None
+        scorer.base, scorer.notes = base, notes
         return scorer.eval()
+
+
+def _assembled(kind: type[Scorer], config: ScorerConfig, weights: dict[str, Tensor]) -> Scorer:
+    """A scorer that owns these weights.
+
+    Raises:
+        RuntimeError: they are not those of the sizes in `config`.
+    """
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    if config.blocks != depth:
+        raise RuntimeError(f"blocks = {config.blocks}, but there are {depth}")
+    # Without memory for its own weights: a damaged config.json may ask for terabytes.
+    with torch.device("meta"):
+        scorer = kind(config)
+    scorer.load_state_dict(weights, assign=True)
+    return scorer
 
 
 def has_scorer(folder: Path) -> bool:
     """Whether the folder holds a scorer that was saved to its end."""
-    return _is_former(folder) or (folder / SCORER_FILES[1]).exists()
-
-
-def _is_former(folder: Path) -> bool:
-    """Whether a scorer was saved there under the names of earlier versions, and not since."""
-    return not (folder / SCORER_FILES[1]).exists() and (folder / _FORMER_FILES[1]).exists()
-
-
-def _unlike(config: ScorerConfig, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What of the weights is not as the sizes say, "" for nothing; known before anything of these sizes is made."""
-    depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
-    if config.blocks != depth:
-        return f"blocks = {config.blocks}, but there are {depth}"
-    if shapes.get("enter.1.weight") != (config.width, config.features):
-        shape = shapes.get("enter.1.weight")
-        return f"width = {config.width}, features = {config.features}, but enter.1.weight is {shape}"
-    with torch.device("meta"):
-        wanted = {key: tuple(value.shape) for key, value in Scorer(config).state_dict().items()}
-    for key in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(key) != shapes.get(key):
-            return f"{key} is {shapes.get(key, 'missing')}, expected {wanted.get(key, 'nothing of the name')}"
-    return ""
+    return (folder / SCORER_FILES[1]).exists()
 
 
 def _fetch(name: str, hub: Mapping[str, Any]) -> Path:
@@ -292,15 +283,12 @@ def _fetch(name: str, hub: Mapping[str, Any]) -> Path:
         ScorerError: there is no such folder, nor such a scorer on the hub.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir() or name.startswith((".", "~", "/")) or name.count("/") != 1:
-        if not folder.is_dir():
-            raise ScorerError(f"no scorer {name!r}: pass a folder that exists, or a hub id such as user/grip-llava")
+    if folder.is_dir():
         return folder
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+    if name.startswith((".", "~", "/")) or name.count("/") != 1:
+        raise ScorerError(f"no scorer {name!r}: pass a folder that exists, or a hub id such as user/grip-llava")
     try:
-        paths = [hf_hub_download(name, file, **hub) for file in reversed(SCORER_FILES)]
+        paths = [hf_hub_download(name, file, **hub) for file in SCORER_FILES]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise ScorerError(f"{name!r} is no folder here and no scorer on the hub: {first}") from error
@@ -330,19 +318,17 @@ class _Block(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None,
-        q: Tensor | None = None,
-        q_mask: Tensor | None = None,
+        words: Tensor | None = None,
+        words_mask: Tensor | None = None,
         film: Tensor | None = None,
     ) -> Tensor:
-        shifts: Sequence[Tensor | float] = (0.0, 0.0, 0.0, 0.0)
-        if film is not None:
-            shifts = self.film(film)[:, None].chunk(4, dim=-1)
+        shifts = (0.0, 0.0, 0.0, 0.0) if film is None else self.film(film)[:, None].chunk(4, dim=-1)
         y = self.norms[0](x) * (1 + shifts[0]) + shifts[1]
         queries, keys, values = self.qkv(y).chunk(3, dim=-1)
         x = x + self.out(self._attend(queries, keys, values, mask))
-        if q is not None:
-            keys, values = self.words(q).chunk(2, dim=-1)
-            x = x + self.told(self._attend(self.ask(self.norms[2](x)), keys, values, q_mask))
+        if words is not None:
+            keys, values = self.words(words).chunk(2, dim=-1)
+            x = x + self.told(self._attend(self.ask(self.norms[2](x)), keys, values, words_mask))
         return x + self.mlp(self.norms[1](x) * (1 + shifts[2]) + shifts[3])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

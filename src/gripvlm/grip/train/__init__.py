@@ -11,20 +11,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {
-    "Batch": "gripvlm.grip.train.rollout",
-    "Engine": "gripvlm.grip.train.rollout",
-    "Evaluator": "gripvlm.grip.train.trainer",
-    "REWARDS": "gripvlm.grip.train.rewards",
-    "Reward": "gripvlm.grip.train.rewards",
-    "Rollout": "gripvlm.grip.train.rollout",
-    "Stage": "gripvlm.grip.train.trainer",
-    "TrainConfig": "gripvlm.grip.train.config",
-    "Trainer": "gripvlm.grip.train.trainer",
-    "read_toml": "gripvlm.grip.train.config",
-    "train": "gripvlm.grip.train.run",
-    "write_toml": "gripvlm.grip.train.config",
+_NAMES = {
+    "config": ("TrainConfig", "read_toml", "write_toml"),
+    "rewards": ("REWARDS", "Reward"),
+    "rollout": ("Batch", "Engine", "Rollout"),
+    "run": ("train",),
+    "trainer": ("Evaluator", "Stage", "Trainer"),
 }
+_HOME = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOME)
 
 

@@ -15,44 +15,7 @@ from typing import Any, get_type_hints
 from gripvlm.errors import TrainError
 from gripvlm.utils import disk
 
-__all__ = [
-    "RENAMED",
-    "STAGES",
-    "TrainConfig",
-    "help_of",
-    "parse_shares",
-    "read_toml",
-    "setting",
-    "stages_of",
-    "write_toml",
-]
-
 STAGES = ("all", "distill", "grpo")
-
-RENAMED = {
-    "out": "output_dir",
-    "start": "init_from",
-    "val_data": "eval_data",
-    "val_share": "eval_share",
-    "val_questions": "eval_questions",
-    "val_keeps": "eval_keeps",
-    "val_every": "eval_steps",
-    "val_reward": "eval_reward",
-    "images": "per_device_train_batch_size",
-    "questions": "questions_per_image",
-    "accumulate": "gradient_accumulation_steps",
-    "rows": "rollout_batch_size",
-    "steps": "max_steps",
-    "warmup_steps": "distill_steps",
-    "warmup_learning_rate": "distill_learning_rate",
-    "patience": "early_stopping_patience",
-    "save_minutes": "save_steps",
-    "log_with": "report_to",
-    "own_answers": "pseudo_labels",
-    "on_bad": "on_bad_sample",
-    "warmup": "distill",
-}
-"""Settings of earlier versions, and a stage, by the name that each has now."""
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -144,12 +107,9 @@ class TrainConfig:
     # the supervised stage
     distill_steps: int = distill_setting(400, "steps of distilling; 0 leaves it out", at_least=0)
     distill_learning_rate: float = distill_setting(1e-3, "of distilling", above=0)
-    teacher: str = distill_setting("gradient", "attention, gradient, best_of_n or pruner:NAME")
-    teacher_layers: str = distill_setting(
-        "", "layers of the attention teacher, such as 2,3; default: the second half", only=("teacher", ("attention",))
-    )
+    teacher: str = distill_setting("gradient", "gradient, attention, or module:function of your own")
     # GRPO
-    num_generations: int = setting(16, "G, subsets a question (of the teacher best_of_n too)", at_least=2)
+    num_generations: int = grpo_setting(16, "G, subsets a question", at_least=2)
     reward: str = setting(
         "probability",
         "maximised: log_prob, probability, agreement (no labels), exact_match, task_score or module:function; "
@@ -170,10 +130,6 @@ class TrainConfig:
     eval_steps: int = setting(100, "steps between validations", at_least=1)
     eval_reward: str = setting("", "chooses the best step, if not --reward; as there")
     eval_keeps: str = setting("0.25,0.125,0.06,0.03,0.015", "budgets of the validation")
-    early_stopping_patience: int = setting(
-        0, "stop after so many validations without a better one; 0 for never", at_least=0
-    )
-    max_minutes: float = setting(0.0, "stop a stage after so long; 0 for never", at_least=0)
     report_to: str = setting("", "also log to tensorboard or trackio", ("", "tensorboard", "trackio"))
 
     def __post_init__(self) -> None:
@@ -187,7 +143,7 @@ class TrainConfig:
             if type(value) is not hints[each.name]:
                 raise TrainError(f"{each.name} = {value!r}: use {_KINDS[hints[each.name]]}")
             if wrong := _outside(value, each.metadata):
-                raise TrainError(f"{each.name} = {value!r}: use {wrong}{_renamed_hint(value)}")
+                raise TrainError(f"{each.name} = {value!r}: use {wrong}")
         if self.width % self.heads:
             raise TrainError(f"width = {self.width}, heads = {self.heads}: use a width that is a multiple of the heads")
         if self.budgets == "log_uniform" and not self.keep_low <= self.keep_high <= 1:
@@ -215,9 +171,6 @@ class TrainConfig:
                 if (value := getattr(self, other)) not in values:
                     wanted = f"{values.start} or more" if isinstance(values, range) else " or ".join(values) or "none"
                     idle[name] = f"with {other} {value} (it would with {wanted})"
-        # The one setting that a stage reads for a single teacher only.
-        if self.stage == "distill" and self.teacher != "best_of_n" and "num_generations" in names:
-            idle["num_generations"] = f"in distill with teacher {self.teacher} (it would with best_of_n)"
         return idle
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,10 +188,6 @@ def _outside(value: Any, allowed: Any) -> str:
         return ""
     lower = f"above {allowed['above']:g}" if allowed["above"] > -math.inf else f"{allowed['at_least']:g} or more"
     return f"a number {lower}" + (f" and below {allowed['below']:g}" if allowed["below"] < math.inf else "")
-
-
-def _renamed_hint(name: Any) -> str:
-    return f" ({name} is now {RENAMED[name]})" if name in RENAMED else ""
 
 
 def parse_shares(text: str, name: str) -> list[float]:
@@ -290,7 +239,7 @@ def read_toml(path: str | Path, kind: type[TrainConfig] = TrainConfig) -> dict[s
         if name not in kind.__dataclass_fields__:
             near = difflib.get_close_matches(name, kind.__dataclass_fields__, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else "`gripvlm train --help` lists them"
-            raise TrainError(f"{path} has no setting {name!r}: {_renamed_hint(name).strip(' ()') or hint}")
+            raise TrainError(f"{path} has no setting {name!r}: {hint}")
     return settings
 
 
@@ -298,9 +247,6 @@ def write_toml(config: TrainConfig, path: Path) -> None:
     """All settings, one a line, with their meaning; `read_toml` reads them back."""
     lines = []
     for name, value in config.to_dict().items():
-        if isinstance(value, str):
-            text = json.dumps(value, ensure_ascii=False)
-        else:
-            text = str(value).lower() if isinstance(value, bool) else repr(value)
-        lines.append(f"{name} = {text}  # {help_of(name, type(config))}")
+        # JSON's text, numbers and truth values are TOML's too.
+        lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}  # {help_of(name, type(config))}")
     disk.write(path, "\n".join(lines) + "\n")

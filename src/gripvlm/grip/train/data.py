@@ -23,19 +23,6 @@ from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.tasks import JsonlTask, LabTask, Sample, Task, get_tasks
 from gripvlm.tasks.lab_tasks import SAMPLE as SHIPPED
 
-__all__ = [
-    "Question",
-    "QuestionStream",
-    "check_apart",
-    "check_pictures",
-    "draw_counts",
-    "generator",
-    "key_of",
-    "load_questions",
-    "picture_of",
-    "split",
-]
-
 Question: TypeAlias = tuple[Task, Sample]
 
 _PLACES = 10_000
@@ -87,16 +74,13 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[Question]:
 
 
 def check_pictures(questions: Sequence[Question]) -> None:
-    """Passes where the file of every picture exists, before anything long begins.
+    """Refuses questions about files that do not exist, before anything long begins.
 
     Raises:
         TrainError: with the first sample whose picture is missing.
     """
-    exists: dict[Path, bool] = {}
-    missing = []
-    for _, sample in questions:
-        if isinstance(sample.picture, Path) and not exists.setdefault(sample.picture, sample.picture.is_file()):
-            missing.append(sample)
+    exists = {path: path.is_file() for path in {s.picture for _, s in questions if isinstance(s.picture, Path)}}
+    missing = [s for _, s in questions if isinstance(s.picture, Path) and not exists[s.picture]]
     if missing:
         more = f" (and {len(missing) - 1} more samples)" if len(missing) > 1 else ""
         raise TrainError(
@@ -106,17 +90,15 @@ def check_pictures(questions: Sequence[Question]) -> None:
 
 
 def check_apart(questions: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Passes where no validation question is a training question: the same words about the same file.
+    """Refuses validation questions that are training questions: the same words about the same file.
 
     Raises:
         TrainError: some are.
     """
 
-    def keys(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
-        return [(os.path.abspath(s.picture), s.question, s.id) for _, s in questions if isinstance(s.picture, Path)]
-
-    known = {(picture, question) for picture, question, _ in keys(questions)}
-    if same := [name for picture, question, name in keys(held_out) if (picture, question) in known]:
+    known = {(os.path.abspath(s.picture), s.question) for _, s in questions if isinstance(s.picture, Path)}
+    files = [(s.picture, s) for _, s in held_out if isinstance(s.picture, Path)]
+    if same := [s.id for picture, s in files if (os.path.abspath(picture), s.question) in known]:
         raise TrainError(
             f"{len(same)} of {len(held_out)} validation questions are training questions too, such as {same[0]!r}: "
             "name others with --eval-data, or leave it out, and --eval-share of the pictures is held out"
@@ -146,23 +128,12 @@ def split(questions: list[Question], share: float) -> tuple[list[Question], list
     train = [q for q, place in zip(questions, places, strict=True) if place >= share * _PLACES]
     held_out = [q for q, place in zip(questions, places, strict=True) if place < share * _PLACES]
     if not train or not held_out:
-        other = _share_that_splits(places, share)
-        advice = "bring more pictures" if other is None else f"type --eval-share {other:g}, bring more pictures"
         side = "validation" if not held_out else "training"
         raise TrainError(
             f"{len(questions)} questions about {len({picture_of(*q) for q in questions})} pictures: --eval-share "
-            f"{share:g} leaves none for {side}; {advice}, or name --eval-data"
+            f"{share:g} leaves none for {side}; type another --eval-share, bring more pictures, or name --eval-data"
         )
     return train, held_out
-
-
-def _share_that_splits(places: Sequence[int], share: float) -> float | None:
-    """The share nearest to `share`, in whole percents where one will do, that leaves questions on both sides."""
-    least, most = min(places), max(places)
-    able = [n / 100 for n in range(1, 100) if least < n / 100 * _PLACES <= most]
-    if not able and least < most:
-        able = [most / _PLACES]
-    return min(able, key=lambda candidate: abs(candidate - share), default=None)
 
 
 @dataclass

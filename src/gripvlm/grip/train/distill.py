@@ -7,30 +7,24 @@ distribution over it), from the frozen model's run on the *full* input.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gripvlm.errors import TrainError, UnsupportedModelError
+from gripvlm.errors import UnsupportedModelError
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
-from gripvlm.grip.train.rewards import log_prob
+from gripvlm.grip.train.rewards import by_name
 from gripvlm.grip.train.rollout import Batch, Engine
 from gripvlm.grip.train.trainer import Stage, Stats
 from gripvlm.models.families import chunkable, family_of
 from gripvlm.models.hooks.attention import capture_attention
 from gripvlm.models.hooks.llm_drop import checked_keys
-from gripvlm.pruners import Pruner, get_pruner
-
-__all__ = ["TEACHERS", "Distill", "Teacher", "make_teacher", "masked_forward"]
 
 Teacher: TypeAlias = Callable[[Engine, Batch, Tensor, torch.Generator], list[Tensor]]
 """(engine, batch, counts [I], random numbers) -> a distribution [n] for each of the batch's I images."""
-
-TEACHERS = ("attention", "gradient", "best_of_n", "pruner:NAME")
 
 
 class Distill(Stage):
@@ -46,7 +40,7 @@ class Distill(Stage):
 
     def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
         super().__init__(config, scorer, engine, config.distill_steps, config.distill_learning_rate)
-        self.teacher = make_teacher(config.teacher, _layers(config.teacher_layers, engine), config.num_generations)
+        self.teacher = get_teacher(config.teacher)
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
         inputs = batch.for_scorer(self.scorer.config.question)
@@ -61,73 +55,31 @@ class Distill(Stage):
         yield kl.mean(), {"kl_teacher": float(kl.detach().mean())}
 
 
-def _layers(text: str, engine: Engine) -> list[int]:
-    """Layer numbers from text such as "2,3", each one that the language model has."""
-    count = engine.model.config.get_text_config().num_hidden_layers
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    layers = [int(part) for part in parts if part.lstrip("-").isdecimal()]
-    if len(layers) < len(parts) or not all(-count <= layer < count for layer in layers):
-        raise TrainError(f"teacher_layers = {text!r}: use numbers from 0 to {count - 1}, such as {count - 1}")
-    return layers
-
-
 # --- teachers -----------------------------------------------------------------------------------------------------
 
 
-def make_teacher(name: str, layers: Sequence[int] = (), tries: int = 16) -> Teacher:
-    """A teacher by name.
+@torch.no_grad()
+def attention(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
+    """Attention that the rows which predict the answer pay to each visual token, mean over heads and deep layers.
 
-    Args:
-        name: `attention` (text-to-visual attention of `layers`), `gradient` (of the answer's log-probability
-            with respect to a gate on each token), `best_of_n` (the best of `tries` random subsets), or
-            `pruner:NAME` (the choice of any pruner in the registry).
-        layers: for `attention`; by default the second half of the language model.
-
-    Raises:
-        TrainError: none of these.
+    TwigVLM++ (arXiv 2503.14075) distils one designated deep layer; the mean over the second half needs no choice.
     """
-    if name == "attention":
-        return _Attention(tuple(layers))
-    if name == "gradient":
-        return _gradient
-    if name == "best_of_n":
-        return _BestOfN(tries)
-    kind, _, rest = name.partition(":")
-    if kind == "pruner" and rest:
-        pruner = get_pruner(rest)
-        if pruner.stage != "input" or not pruner.needs <= {"features", "grid", "question", "key"}:
-            raise TrainError(f"{name!r} looks inside the model, which this teacher cannot: use another pruner")
-        return _Imitate(pruner)
-    raise TrainError(f"unknown teacher {name!r}: use one of {', '.join(TEACHERS)}")
+    model = engine.model
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = tuple(range(depth // 2, depth))
+    width = batch.longest
+    queries = list(range(-width - 1, -1))  # the row before each answer token predicts it
+    arguments = engine.whole(batch)
+    with capture_attention(model.get_decoder(), layers, queries) as seen:
+        model(**arguments, use_cache=False)
+    rows = torch.stack([seen[layer][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
+    predicts = (batch.inputs["labels"][:, -width:] >= 0).to(rows)
+    weights = (rows * predicts[..., None]).sum(1)
+    per_image = [weights[i, positions] for i, positions in engine.image_positions(batch)]
+    return [each / each.sum().clamp(min=1e-9) for each in per_image]
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """Head-mean attention that the rows which predict the answer pay to each visual token, mean over layers.
-
-    TwigVLM++ (arXiv 2503.14075) distils one designated deep layer; the mean over several needs no choice of one.
-    """
-
-    layers: tuple[int, ...]
-
-    @torch.no_grad()
-    def __call__(self, engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
-        model = engine.model
-        depth = model.config.get_text_config().num_hidden_layers
-        layers = self.layers or tuple(range(depth // 2, depth))
-        width = batch.longest
-        queries = list(range(-width - 1, -1))  # the row before each answer token predicts it
-        arguments = engine.whole(batch)
-        with capture_attention(model.get_decoder(), layers, queries) as seen:
-            model(**arguments, use_cache=False)
-        rows = torch.stack([seen[layer % depth][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
-        predicts = (batch.inputs["labels"][:, -width:] >= 0).to(rows)
-        attention = (rows * predicts[..., None]).sum(1)
-        per_image = [attention[i, positions] for i, positions in engine.image_positions(batch)]
-        return [weights / weights.sum().clamp(min=1e-9) for weights in per_image]
-
-
-def _gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
+def gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
     """What the answer's mean log-probability would lose first if a token's attention were turned down.
 
     The gate is a factor on the token's attention weights, not on its features: a scaled feature passes the
@@ -141,56 +93,17 @@ def _gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Genera
     return [chance / chance.sum() for chance in chances]
 
 
-@dataclass(frozen=True)
-class _BestOfN:
-    """The best of N subsets, half of them random, half drawn around the attention teacher."""
-
-    tries: int
-
-    @torch.no_grad()
-    def __call__(self, engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
-        attention = _Attention(())(engine, batch, counts, random)
-        owner = [i for i, tokens in enumerate(batch.tokens) for _ in tokens]
-        rows: list[int] = []
-        subsets: list[list[Tensor]] = []
-        for sample in range(len(batch)):
-            images = [image for image, of in enumerate(owner) if of == sample]
-            for attempt in range(self.tries):
-                around = attempt % 2 == 1
-                subsets.append([_draw(attention[i], int(counts[i]), around, random) for i in images])
-                rows.append(sample)
-        rollout = engine.run(batch, rows, subsets, logits=False)
-        best = log_prob(rollout).view(len(batch), self.tries).argmax(-1).tolist()
-        winners = [subset for sample, i in enumerate(best) for subset in subsets[sample * self.tries + i]]
-        return [_uniform_over(chosen, len(all_)) for chosen, all_ in zip(winners, attention, strict=True)]
+TEACHERS: dict[str, Teacher] = {"gradient": gradient, "attention": attention}
 
 
-def _draw(attention: Tensor, count: int, around: bool, random: torch.Generator) -> Tensor:
-    """[count] indices, ascending: a random subset, or one drawn around the attention [n]."""
-    # Gumbel noise: the top k of log-weights with it are a sample without replacement.
-    noise = -torch.empty(attention.shape).exponential_(generator=random).log().to(attention.device)
-    score = noise + (attention.clamp(min=1e-9).log() if around else 0.0)
-    return score.topk(count).indices.sort().values
+def get_teacher(name: str) -> Teacher:
+    """A teacher by name, or by `module:function`.
 
-
-def _uniform_over(indices: Tensor, n: int) -> Tensor:
-    """[n] the uniform distribution over some of n tokens."""
-    return torch.zeros(n, device=indices.device).index_fill(0, indices, 1 / len(indices))
-
-
-@dataclass(frozen=True)
-class _Imitate:
-    """Any pruner's set, each of its tokens alike."""
-
-    pruner: Pruner
-
-    @torch.no_grad()
-    def __call__(self, engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
-        images = [tokens for sample in batch.tokens for tokens in sample]
-        return [
-            _uniform_over(self.pruner.select(replace(tokens, keep=k)).indices, tokens.n)
-            for tokens, k in zip(images, counts.tolist(), strict=True)
-        ]
+    Raises:
+        TrainError: neither.
+    """
+    teacher: Teacher = by_name("teacher", name, TEACHERS)
+    return teacher
 
 
 # --- soft masks on attention --------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class Grpo(Stage):
         with torch.no_grad():
             samples = policy.sample(group, generator=random)  # [I, G, K]
             old = policy.log_prob(samples)
-            rewards, stats = self._rewards(batch, inputs, samples)  # [B, G]
+            rewards, stats = self._rewards(batch, samples)  # [B, G]
         share = _sum_by(counts, inputs.owner, len(batch)) / _sum_by(inputs.sizes, inputs.owner, len(batch))
         advantage, useful = advantages(rewards, config.scale_rewards, share)
         stats["zero_std"] = float((~useful).float().mean())
@@ -126,18 +126,14 @@ class Grpo(Stage):
                 stats["entropy"] = float((policy.entropy(samples).mean(-1) / counts).mean())
             yield loss, dict(stats)
 
-    def _rewards(self, batch: Batch, inputs: ScorerInputs, samples: Tensor) -> tuple[Tensor, Stats]:
+    def _rewards(self, batch: Batch, samples: Tensor) -> tuple[Tensor, Stats]:
         """[B, G] rewards of the subsets [I, G, K], and what to log."""
         group = samples.shape[1]
-        member = samples_to_mask(samples, inputs.valid.shape[1])  # [I, G, n]
-        images: list[list[int]] = [[] for _ in range(len(batch))]
-        for image, sample in enumerate(inputs.owner.tolist()):
-            images[sample].append(image)
-        rows, subsets = [], []
-        for sample in range(len(batch)):
-            for g in range(group):
-                rows.append(sample)
-                subsets.append([member[image, g].nonzero().flatten() for image in images[sample]])
+        member = samples_to_mask(samples, max(t.n for tokens in batch.tokens for t in tokens))  # [I, G, n]
+        tries = [batch.by_question(row.nonzero().flatten() for row in member[:, g]) for g in range(group)]
+        # The G subsets of a question side by side, as the rewards are viewed below.
+        rows = [question for question in range(len(batch)) for _ in range(group)]
+        subsets = [tries[g][question] for question in range(len(batch)) for g in range(group)]
         rollout = self.engine.run(batch, rows, subsets, logits="logits" in needs_of(self.reward))
         rewards = checked_reward(self.reward, rollout).view(len(batch), group)
         return rewards, {

@@ -9,8 +9,8 @@ What a reward may not do is hide a failure: NaN and infinity stop training with 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,45 +18,19 @@ from torch import Tensor
 from gripvlm.errors import GripError, TrainError
 from gripvlm.grip.train.rollout import Rollout
 
-__all__ = [
-    "REWARDS",
-    "Reward",
-    "agreement",
-    "checked_reward",
-    "exact_match",
-    "get_reward",
-    "log_prob",
-    "needs_of",
-    "probability",
-    "task_score",
-]
-
 Reward: TypeAlias = Callable[[Rollout], Tensor]
 
 
-def _needs(*parts: str) -> Callable[[Reward], Reward]:
-    """Declares which costly parts of a rollout a reward reads."""
-
-    def declare(reward: Reward) -> Reward:
-        reward.needs = frozenset(parts)  # type: ignore[attr-defined]
-        return reward
-
-    return declare
-
-
-@_needs()
 def log_prob(rollout: Rollout) -> Tensor:
     """Mean log-probability of the forced answer's tokens (TwigVLM++, arXiv 2503.14075)."""
     return rollout.log_probs.sum(-1) / rollout.mask.sum(-1)
 
 
-@_needs()
 def probability(rollout: Rollout) -> Tensor:
     """exp of `log_prob`: between 0 and 1, so that no hopeless question outweighs all others."""
     return log_prob(rollout).exp()
 
 
-@_needs("logits")
 def agreement(rollout: Rollout) -> Tensor:
     """Minus the mean KL divergence from the unpruned model's next-token distribution; needs no labels."""
     full, pruned = rollout.full_logits.log_softmax(-1), rollout.logits.log_softmax(-1)
@@ -64,13 +38,11 @@ def agreement(rollout: Rollout) -> Tensor:
     return -(kl * rollout.mask).sum(-1) / rollout.mask.sum(-1)
 
 
-@_needs()
 def exact_match(rollout: Rollout) -> Tensor:
     """1 where greedy decoding would give the forced answer, by the teacher-forced logits."""
     return rollout.exact
 
 
-@_needs()
 def task_score(rollout: Rollout) -> Tensor:
     """The task's own score of the decoded answer; costs a generation.
 
@@ -90,6 +62,8 @@ REWARDS: dict[str, Reward] = {
     "exact_match": exact_match,
     "task_score": task_score,
 }
+for _reward in (log_prob, probability, exact_match, task_score):
+    _reward.needs = frozenset()  # type: ignore[attr-defined]
 
 
 def needs_of(reward: Reward) -> frozenset[str]:
@@ -103,19 +77,27 @@ def get_reward(name: str | Reward) -> Reward:
     Raises:
         TrainError: neither.
     """
-    if callable(name):
-        return name
-    if name in REWARDS:
-        return REWARDS[name]
+    reward: Reward = name if callable(name) else by_name("reward", name, REWARDS)
+    return reward
+
+
+def by_name(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    """What `known` has under the name, or the function of a user's own that `module:function` names.
+
+    Raises:
+        TrainError: neither; `kind` says what was looked for.
+    """
+    if name in known:
+        return known[name]
     module, colon, function = name.partition(":")
     if colon:
         try:
-            reward = getattr(importlib.import_module(module), function)
+            value = getattr(importlib.import_module(module), function)
         except (Exception, SystemExit) as error:  # whatever a user's module does
-            raise TrainError(f"no reward {name!r}: {type(error).__name__}: {error}") from error
-        if callable(reward):
-            return reward
-    raise TrainError(f"unknown reward {name!r}: known are {', '.join(REWARDS)}, or module:function of your own")
+            raise TrainError(f"no {kind} {name!r}: {type(error).__name__}: {error}") from error
+        if callable(value):
+            return value
+    raise TrainError(f"unknown {kind} {name!r}: known are {', '.join(known)}, or module:function of your own")
 
 
 def checked_reward(reward: Reward, rollout: Rollout) -> Tensor:

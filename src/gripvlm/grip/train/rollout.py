@@ -7,16 +7,16 @@ decoding unless its reward does. Rows of like length run together.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import jinja2
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from gripvlm.api import encode, prune_inputs, visual_tokens
@@ -25,7 +25,6 @@ from gripvlm.errors import GripError, InputError, TrainError
 from gripvlm.eval import make_inputs, question_ids
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.train.data import Question, picture_of
-from gripvlm.grip.train.prefix import Prefix, shared_length
 from gripvlm.models import adapter
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.prompts import Prompts
@@ -33,10 +32,11 @@ from gripvlm.models.wrapped import unwrapped
 from gripvlm.tasks import Sample, Task, TaskError
 from gripvlm.types import Selection, VisualTokens
 
-__all__ = ["BAD_QUESTION", "Batch", "Engine", "Rollout", "Subsets", "error_about"]
-
 BAD_QUESTION = (InputError, TaskError, TrainError)
 """What `Engine.prepare` raises for a question that cannot be used."""
+
+PSEUDO_LABEL_TOKENS = 16
+"""The longest answer of the model's own that is forced."""
 
 Subsets: TypeAlias = Sequence[Sequence[Tensor]]
 """[rows] lists over the row's images of the indices [k] of the tokens that stay, ascending."""
@@ -53,7 +53,7 @@ class Batch:
         inputs: inputs of question and answer, left-padded, with labels [B, L] on the answers.
         encoded: the images.
         tokens: [B] lists of `VisualTokens`, one an image.
-        prefix_length: tokens that all prompts begin with, 0 where sharing them is not exact or does not pay.
+        full_logits: what `Engine.full_logits` computed, once it was called.
     """
 
     tasks: list[Task]
@@ -63,7 +63,7 @@ class Batch:
     inputs: dict[str, Any]
     encoded: Encoded
     tokens: list[list[VisualTokens]]
-    prefix_length: int = 0
+    full_logits: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -89,6 +89,11 @@ class Batch:
         """[B] tokens of each forced answer."""
         return (self.inputs["labels"] >= 0).sum(-1)
 
+    def by_question(self, per_image: Iterable[Tensor]) -> list[list[Tensor]]:
+        """[B] lists over each question's images, of one tensor an image."""
+        values = iter(per_image)
+        return [[next(values) for _ in tokens] for tokens in self.tokens]
+
     def for_scorer(self, question: bool) -> ScorerInputs:
         """Everything the scorer reads, padded."""
         images = [tokens for sample in self.tokens for tokens in sample]
@@ -97,7 +102,7 @@ class Batch:
 
 @dataclass(eq=False)
 class Rollout:
-    """The frozen model's verdict on R rows, each a question with some of its visual tokens.
+    """How the frozen model scores R forced answers, each after a question with some of its visual tokens.
 
     Attributes:
         engine, batch: the model that scored, and the questions.
@@ -162,34 +167,21 @@ class Engine:
     Args:
         model, processor: a supported transformers model and its processor. The model is frozen.
         rollout_batch_size: subsets in one forward.
-        answer_tokens: the longest answer of the model's own.
         bf16: run rollouts under bfloat16 autocast. On the lab this adds a noise of 0.006 to a mean log-probability
             whose spread within a group is 0.2 to 0.4.
-
-    Attributes:
-        rollouts: rows that `run` has scored so far.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: Any,
-        rollout_batch_size: int = 64,
-        answer_tokens: int = 16,
-        bf16: bool = False,
+        self, model: PreTrainedModel, processor: Any, rollout_batch_size: int = 64, bf16: bool = False
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.processor, self.rollout_batch_size = processor, rollout_batch_size
-        self.answer_tokens, self.bf16, self.rollouts = answer_tokens, bf16, 0
+        self.processor, self.rollout_batch_size, self.bf16 = processor, rollout_batch_size, bf16
         self.tokenizer = getattr(processor, "tokenizer", processor)
         # Logits at the answer alone, where the model can: a token has as many as the vocabulary, 30 to 150 thousand.
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.ends: list[int] = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
         self.end = self._end_of_turn()
-        # Made when first needed, and gone with their batch.
-        self._full_logits: WeakKeyDictionary[Batch, Tensor] = WeakKeyDictionary()
-        self._prefixes: WeakKeyDictionary[Batch, Prefix] = WeakKeyDictionary()
 
     def _end_of_turn(self) -> list[int]:
         """The token that ends an answer: of the model's end tokens the one its chat template closes a turn with."""
@@ -242,10 +234,6 @@ class Engine:
         batch = Batch(tasks, samples, [], prompts, {}, encoded, tokens)
         batch.answers = self._answers(batch, pseudo_labels)
         batch.inputs = self._with_answers(prompts, batch.answers)
-        spans = adapter.locate(self.model, batch.inputs["input_ids"], encoded)
-        batch.prefix_length = shared_length(
-            self.model, batch.inputs["input_ids"], batch.inputs["attention_mask"], spans
-        )
         return batch
 
     def _answers(self, batch: Batch, pseudo_labels: bool) -> list[list[int]]:
@@ -263,7 +251,7 @@ class Engine:
         if any(unlabelled):
             arguments = prune_inputs(self.model, batch.prompts, "keep_all", encoded=batch.encoded)
             length = batch.prompts["input_ids"].shape[1]
-            generated = self.model.generate(**arguments, max_new_tokens=self.answer_tokens, do_sample=False)
+            generated = self.model.generate(**arguments, max_new_tokens=PSEUDO_LABEL_TOKENS, do_sample=False)
             for i, row in enumerate(generated[:, length:].tolist()):
                 if unlabelled[i]:  # up to its end; one that was cut off has none
                     ends = [j for j, token in enumerate(row) if token in self.ends]
@@ -273,27 +261,22 @@ class Engine:
     def _with_answers(self, prompts: dict[str, Any], answers: list[list[int]]) -> dict[str, Any]:
         """Prompts and answers in one row each, padded on the left; labels on the answers."""
         ids, mask = prompts["input_ids"], prompts["attention_mask"].bool()
-        rows = [
-            torch.cat((row[real], torch.tensor(answer, device=ids.device)))
-            for row, real, answer in zip(ids, mask, answers, strict=True)
-        ]
-        length = max(map(len, rows))
+        forced = [torch.tensor(answer, device=ids.device) for answer in answers]
+
+        def joined(prompt_rows: Tensor, ends: Sequence[Tensor], fill: int) -> Tensor:
+            rows = [torch.cat((row[real], end)) for row, real, end in zip(prompt_rows, mask, ends, strict=True)]
+            # On the left, so that answers end in the last column and one slice holds all of them.
+            return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side="left")
+
         pad_id = int(ids[~mask][0]) if not bool(mask.all()) else int(self.tokenizer.pad_token_id or 0)
-        # Padded on the left, so that answers end in the last column and one slice holds all of them.
         inputs = {
-            "input_ids": ids.new_full((len(rows), length), pad_id),
-            "attention_mask": ids.new_zeros(len(rows), length),
-            "labels": ids.new_full((len(rows), length), -100),
+            "input_ids": joined(ids, forced, pad_id),
+            "attention_mask": joined(torch.ones_like(ids), [torch.ones_like(answer) for answer in forced], 0),
+            "labels": joined(torch.full_like(ids, -100), forced, -100),
         }
         if "mm_token_type_ids" in prompts:
-            inputs["mm_token_type_ids"] = ids.new_zeros(len(rows), length)
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            start, answer_start = length - len(row), length - len(answer)
-            inputs["input_ids"][i, start:] = row
-            inputs["attention_mask"][i, start:] = 1
-            inputs["labels"][i, answer_start:] = row[len(row) - len(answer) :]
-            if "mm_token_type_ids" in prompts:
-                inputs["mm_token_type_ids"][i, start:answer_start] = prompts["mm_token_type_ids"][i][mask[i]]
+            text = [torch.zeros_like(answer) for answer in forced]
+            inputs["mm_token_type_ids"] = joined(prompts["mm_token_type_ids"], text, 0)
         return inputs
 
     # --- rollouts ---------------------------------------------------------------------------------------------
@@ -321,15 +304,14 @@ class Engine:
             # All that most rewards read; the logits of this part may go then.
             hit[index] = out.argmax(-1) == targets[index]
             log_probs[index] = out.log_softmax(-1).gather(-1, targets[index, :, None]).squeeze(-1)
-        self.rollouts += len(rows)
         return Rollout(self, batch, rows, subsets, log_probs.masked_fill(~mask, 0.0), mask, hit, targets, stored)
 
     @torch.no_grad()
     def full_logits(self, batch: Batch) -> Tensor:
         """[B, T, V] logits of the unpruned model at the forced answers; computed once a batch."""
-        if batch not in self._full_logits:
-            self._full_logits[batch] = self._forward(batch, range(len(batch)), batch.everything)
-        return self._full_logits[batch]
+        if batch.full_logits is None:
+            batch.full_logits = self._forward(batch, range(len(batch)), batch.everything)
+        return batch.full_logits
 
     @torch.no_grad()
     def decode(self, batch: Batch, rows: Sequence[int], subsets: Subsets) -> list[str]:
@@ -368,16 +350,10 @@ class Engine:
         width = batch.longest
         arguments = self.pruned(batch, batch.inputs, rows, subsets)
         arguments.pop("labels")
+        # One more than the answers: the row before a token predicts it.
         short = {"logits_to_keep": width + 1} if self._short else {}
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            if batch.prefix_length:
-                # Any pruned row will do: nothing is dropped ahead of the first image.
-                if batch not in self._prefixes:
-                    self._prefixes[batch] = Prefix.of(self.model, arguments, batch.prefix_length)
-                arguments = self._prefixes[batch].without(arguments)
-            else:
-                arguments["use_cache"] = False
-            logits = self.model(**arguments, **short).logits[:, -width - 1 : -1].float()
+            logits = self.model(**arguments, **short, use_cache=False).logits[:, -width - 1 : -1].float()
         return pad(logits, (0, 0, width - logits.shape[1], 0))  # all may be shorter than an answer elsewhere
 
     def whole(self, batch: Batch) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from gripvlm.grip.pruner import Grip, place_of
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig, has_scorer
 from gripvlm.grip.train.config import STAGES, TrainConfig, read_toml, stages_of, write_toml
 from gripvlm.grip.train.data import Question, QuestionStream, check_apart, check_pictures, load_questions, split
-from gripvlm.grip.train.distill import Distill, make_teacher
+from gripvlm.grip.train.distill import Distill, get_teacher
 from gripvlm.grip.train.grpo import Grpo
 from gripvlm.grip.train.rewards import get_reward
 from gripvlm.grip.train.rollout import Engine
@@ -29,16 +29,10 @@ from gripvlm.utils import disk
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["check_settings", "launched_device", "make_accelerator", "record_run", "run_stage", "train", "train_on"]
-
 # Settings that the scorer itself has.
 _SIZES = ("width", "blocks", "heads", "question", "budget")
 # What may differ between a run and its continuation.
-_FREE = {
-    *("output_dir", "device", "report_to", "rollout_batch_size", "on_bad_sample"),
-    *("save_steps", "eval_steps", "max_minutes", "early_stopping_patience"),
-}
-_PATHS = {"data", "eval_data", "init_from"}
+_FREE = {"output_dir", "device", "report_to", "rollout_batch_size", "on_bad_sample", "save_steps", "eval_steps"}
 _CONFIG = "config.toml"
 
 
@@ -175,23 +169,21 @@ def check_settings(
     config: TrainConfig,
     data: Task | Sequence[Task] | None = None,
     validation: Task | Sequence[Task] | None = None,
-    explicit: Collection[str] = (),
 ) -> tuple[list[Question], list[Question]]:
     """The training and the validation questions, once everything that can be known without the model is right.
 
     Args:
         data, validation: as `train` takes them.
-        explicit: the settings that a user gave, even if they are the defaults.
 
     Raises:
         TrainError, TaskError, ScorerError: what to change.
     """
     for name in (config.reward, config.eval_reward or config.reward):
         get_reward(name)
-    make_teacher(config.teacher)
+    get_teacher(config.teacher)
     _check_folder(config, Path(config.output_dir).expanduser())
     if config.init_from:
-        _check_sizes(Scorer.from_pretrained(place_of(config.init_from)), config.init_from, config, explicit)
+        _check_sizes(Scorer.from_pretrained(place_of(config.init_from)), config.init_from, config)
     questions = load_questions(config.data if data is None else data)
     if validation is not None or config.eval_data:
         held_out = load_questions(config.eval_data if validation is None else validation)
@@ -204,85 +196,78 @@ def check_settings(
 
 
 def _stages_left(config: TrainConfig, done: str) -> list[str]:
-    """What is left to do, in order."""
+    """What is left to do, in order, where `done` is the last stage that is finished ("" for none)."""
     if config.stage != "all":
         return [config.stage]
-    wanted = ["distill", "grpo"] if config.distill_steps else ["grpo"]
-    if done == "grpo":  # it may have run out of time or patience, and there may be more now
-        return ["grpo"] if (Path(config.output_dir).expanduser() / "grpo.ckpt").exists() else []
-    return wanted[wanted.index(done) + 1 :] if done in wanted else wanted
+    stages = ["distill", "grpo"] if config.distill_steps else ["grpo"]
+    return stages[stages.index(done) + 1 :] if done in stages else stages
 
 
 def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -> tuple[Scorer, str]:
     """The scorer to begin with, and the last stage that is finished ("" for none)."""
-    base = ModelFingerprint.of(model)
-    # The last finished stage first.
-    for name in ("grpo", "distill") if config.stage == "all" else ():
-        if has_scorer(folder / name):
-            return _loaded(folder / name, config, model, base), name
+    # The last finished stage first: its scorer is the best so far.
+    finished = [name for name in ("grpo", "distill") if has_scorer(folder / name)]
+    if config.stage == "all" and finished:
+        return _loaded(folder / finished[0], config, model), finished[0]
     source: str | Path = config.init_from
-    if config.stage == "grpo" and not source and has_scorer(folder / "distill"):
-        source = folder / "distill"
-    elif config.stage == "grpo" and not source and (folder / "distill.ckpt").exists():
-        raise TrainError(
-            f"distilling in {folder} was stopped before its end: finish it with `gripvlm train distill` and the same "
-            "settings, or name a scorer with --init-from"
-        )
+    if config.stage == "grpo" and not source:
+        if "distill" in finished:
+            source = folder / "distill"
+        elif (folder / "distill.ckpt").exists():
+            raise TrainError(
+                f"distilling in {folder} was stopped before its end: finish it with `gripvlm train distill` and the "
+                "same settings, or name a scorer with --init-from"
+            )
     if source:
-        return _loaded(source, config, model, base), ""
+        return _loaded(source, config, model), ""
+    base = ModelFingerprint.of(model)
     sizes = ScorerConfig(base.features, config.width, config.blocks, config.heads, config.question, config.budget)
     return Scorer(sizes, base).to(model.device), ""
 
 
-def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel, base: ModelFingerprint) -> Scorer:
+def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel) -> Scorer:
     """A scorer to continue from, if it is this model's and of the sizes that the settings ask for."""
     scorer = Scorer.from_pretrained(place_of(name))
     if scorer.base is not None:
         scorer.base.check(model)
     _check_sizes(scorer, name, config)
-    scorer.base = base
+    scorer.base = ModelFingerprint.of(model)
     return scorer.to(model.device)
 
 
-def _check_sizes(scorer: Scorer, name: str | Path, config: TrainConfig, explicit: Collection[str] = ()) -> None:
+def _check_sizes(scorer: Scorer, name: str | Path, config: TrainConfig) -> None:
     """Refuses a scorer of other sizes than the settings ask for; sizes left at their defaults ask for nothing."""
     for field in _SIZES:
         wanted, actual = getattr(config, field), getattr(scorer.config, field)
-        if wanted != actual and (field in explicit or wanted != TrainConfig.__dataclass_fields__[field].default):
+        if wanted not in (actual, TrainConfig.__dataclass_fields__[field].default):
             raise TrainError(f"{field} = {wanted!r}, but the scorer in {name} has {actual!r}: leave that setting out")
 
 
 def _check_folder(config: TrainConfig, folder: Path) -> None:
-    """Refuses the folder of another run; one that was stopped before its first checkpoint is none yet."""
-    file = folder / _CONFIG
-    begun = {path.stem for path in folder.glob("*.ckpt")} | {name for name in STAGES if (folder / name).exists()}
+    """Refuses the folder of another run.
+
+    A setting binds once a stage that reads it has a checkpoint: what failed before can be mended in the same folder.
+    """
+    file, kind = folder / _CONFIG, type(config)
     if not file.exists():
-        patterns = ("*.ckpt", "model.safetensors", "config.json", "scorer.*")
+        patterns = ("*.ckpt", "model.safetensors", "config.json")
         if left := [path.name for pattern in patterns for path in folder.glob(pattern)]:
             raise TrainError(f"{folder} holds {', '.join(sorted(left))} but no {_CONFIG}: use another --output-dir")
         return
-    # Only a checkpoint binds: what failed before it can be mended in the same folder.
+    begun = {path.stem for path in folder.glob("*.ckpt")} | {name for name in STAGES if (folder / name).exists()}
     if not begun:
         return
     try:
-        before, now = type(config)(**read_toml(file, type(config))).to_dict(), config.to_dict()
+        before, now = kind(**read_toml(file, kind)).to_dict(), config.to_dict()
     except TrainError as error:
         raise TrainError(f"{folder} holds a run that cannot be resumed ({error}): use another --output-dir") from error
-    free = set(_FREE)
-    # While only distilling has begun, settings of GRPO alone may still change.
-    later = {name for name in now if "distill" not in stages_of(name, type(config))} if begun == {"distill"} else set()
-    if config.stage != before["stage"] == "distill":  # the next stage of the same folder
-        free = _FREE | {"stage"} | later if config.stage == "all" else set(now) - {"model", *_SIZES}
-    elif config.stage == before["stage"] == "all":
-        free = _FREE | later
-    unlike = [name for name in now if name not in free and not _same_value(name, before[name], now[name])]
+    if begun == {"distill"} and config.stage == "grpo":
+        bound = {"model", *_SIZES}  # it starts from what that stage made, on whatever questions
+    elif begun == {"distill"}:
+        bound = {name for name in now if "distill" in stages_of(name, kind)} - {"stage"}
+    else:
+        bound = set(now)
+    unlike = [name for name in now if name in bound - _FREE and before[name] != now[name]]
     if unlike:
         changes = ", ".join(f"{name} was {before[name]!r}, now {now[name]!r}" for name in unlike[:4])
         raise TrainError(f"{folder} holds another run ({changes}): use another --output-dir, or those settings")
-
-
-def _same_value(name: str, before: Any, now: Any) -> bool:
-    """Whether two values of a setting are the same, or name the same file."""
-    if before == now:
-        return True
-    return name in _PATHS and bool(before and now) and os.path.abspath(before) == os.path.abspath(now)

@@ -1,7 +1,7 @@
 """The trainer that every stage shares: steps, validation, checkpoints, Ctrl-C, several processes.
 
 All random numbers come from (seed, stage, step, micro-batch), those that choose data from (seed, micro-batch), so a
-run that was killed and resumed is the same run bit for bit (but for `max_minutes`: then the rate follows the clock),
+run that was killed and resumed is the same run bit for bit,
 and two processes with one micro-batch each are one process with two.
 """
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gripvlm.budget import Budget
-from gripvlm.errors import GripError, Interrupted, TrainError
+from gripvlm.errors import Interrupted, TrainError
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.grip.train.data import Question, QuestionStream, generator, key_of
@@ -40,8 +40,6 @@ from gripvlm.utils.strict_json import BadJSON, parse
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Evaluator", "Stage", "Stats", "Trainer"]
-
 logger = logging.getLogger(__name__)
 
 Stats: TypeAlias = dict[str, float]
@@ -49,11 +47,11 @@ Stats: TypeAlias = dict[str, float]
 LR_WARMUP_RATIO = 0.03
 """Share of the steps in which the learning rate rises linearly."""
 
+# What torch raises for a checkpoint with flipped bytes (15,000 tried).
 _DAMAGED = (
     *(RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError),
     *(AttributeError, AssertionError, ArithmeticError),
 )
-"""What torch raises for a checkpoint with flipped bytes (15,000 tried)."""
 
 
 class Stage(ABC):
@@ -97,15 +95,11 @@ class TrainerState:
         step: optimiser steps that are done (rounds of them, with `num_iterations`).
         seconds: spent on them, without validations and checkpoints.
         best: the highest objective of a validation so far.
-        evals_without_gain: validations since then.
-        last_eval_step: the step of the last validation, -1 before the first.
     """
 
     step: int = 0
     seconds: float = 0.0
     best: float = -math.inf
-    evals_without_gain: int = 0
-    last_eval_step: int = -1
 
 
 class Trainer:
@@ -120,12 +114,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        stage: Stage,
-        data: QuestionStream,
-        evaluator: Evaluator,
-        accelerator: Accelerator,
-        quiet: bool = False,
+        self, stage: Stage, data: QuestionStream, evaluator: Evaluator, accelerator: Accelerator, quiet: bool = False
     ) -> None:
         self.stage, self.data, self.evaluator, self.accelerator = stage, data, evaluator, accelerator
         self.config, self.quiet = stage.config, quiet
@@ -156,14 +145,18 @@ class Trainer:
             Interrupted: after Ctrl-C, with a checkpoint written.
             TrainError: a reward, a sample or the loss went wrong; the checkpoint before it stands.
         """
-        config, state, last = self.config, self.state, self.stage.max_steps
         self._load_checkpoint()
-        with self.stop_signal, self._progress() as bar:
+        config, state, last = self.config, self.state, self.stage.max_steps
+        shown = not self.quiet and self.accelerator.is_main_process
+        with self.stop_signal, Progress(f"steps of {self.stage.name}", last, state.step, show=shown) as bar:
             # The start is a candidate too: a stage that does harm returns what it began with.
             if state.step == 0 and last:
+                bar.about("first validation")
                 self._evaluate()
-            while not self._finished():
-                stats = self._timed_step()
+            while state.step < last:
+                began = time.monotonic()
+                stats = self._step()
+                state.seconds += time.monotonic() - began
                 self._log({"step": state.step, **stats})
                 bar.about(next((f"{name} {stats[name]:.3f}" for name in ("reward", "loss") if name in stats), ""))
                 bar.advance()
@@ -171,38 +164,17 @@ class Trainer:
                     self._evaluate()
                 # All processes stop at the same step, whichever of them received the signal.
                 if self._any(self.stop_signal.received):
-                    self._save_checkpoint()
-                    raise Interrupted(
-                        f"Stopped at step {state.step} of {last} ({self.stage.name}). The same command resumes from "
-                        f"{self.checkpoint}."
-                    )
+                    break
                 if state.step % config.save_steps == 0:
                     self._save_checkpoint()
-            # Out of time between two validations: the last step is a candidate as well.
-            if state.last_eval_step < state.step:  # out of time between two validations
-                self._evaluate()
         self._save_checkpoint()
-        if self.stop_signal.received:
+        if self._any(self.stop_signal.received):
             raise Interrupted(
-                f"Stopped at the end of {self.stage.name}. The same command resumes from {self.checkpoint}."
+                f"Stopped at step {state.step} of {last} ({self.stage.name}). The same command resumes from "
+                f"{self.checkpoint}."
             )
         self.stage.scorer.load_state_dict(self.best_weights)
         return self.stage.scorer
-
-    def _finished(self) -> bool:
-        config, state = self.config, self.state
-        out_of_time = bool(config.max_minutes) and state.seconds > 60 * config.max_minutes
-        out_of_patience = 0 < config.early_stopping_patience <= state.evals_without_gain
-        return state.step >= self.stage.max_steps or self._any(out_of_time) or out_of_patience
-
-    def _timed_step(self) -> Stats:
-        began, rollouts = time.monotonic(), self.stage.engine.rollouts
-        stats = self._step()
-        seconds = time.monotonic() - began
-        self.state.seconds += seconds
-        if scored := self.stage.engine.rollouts - rollouts:
-            stats["subsets_per_second"] = scored / seconds
-        return stats
 
     def _step(self) -> Stats:
         """One round: `num_iterations` optimiser steps on the micro-batches of this step."""
@@ -243,17 +215,12 @@ class Trainer:
 
     def _set_learning_rate(self) -> float:
         """Sets the rate of this step: a linear rise, then a cosine to a tenth. Returns the progress, in [0, 1]."""
-        config, steps = self.config, max(self.stage.max_steps, 1)
-        progress = self.state.step / steps
-        if config.max_minutes:  # the schedule ends with the clock, if that is sooner, for all processes alike
-            progress = max(progress, min(1.0, self.state.seconds / (60 * config.max_minutes)))
-            progress = max(self._gather(progress))
-        risen = max(
-            (self.state.step + 1) / max(1.0, LR_WARMUP_RATIO * self.stage.max_steps), progress / LR_WARMUP_RATIO
-        )
-        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        step, steps = self.state.step, self.stage.max_steps
+        progress = step / steps
+        risen = min(1.0, (step + 1) / max(1.0, LR_WARMUP_RATIO * steps))
+        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.learning_rate * min(1.0, risen) * cosine
+            group["lr"] = self.stage.learning_rate * risen * cosine
         return progress
 
     def _apply_gradients(self) -> float:
@@ -283,28 +250,15 @@ class Trainer:
 
     def _batch(self, number: int) -> Batch | None:
         """The micro-batch's encoded questions; None where every one of them was left out."""
-        config = self.config
         # In half of the batches the scorer reads the whole prompt, as `gripvlm.prune` has it read, else the question.
-        whole = bool(torch.rand((), generator=generator(config.seed, "text", number)) < 0.5)
-        # Again with what is left of the batch after bad questions were taken out.
-        while questions := self.data.batch(number):
-            try:
-                return self.stage.engine.prepare(questions, pseudo_labels=config.pseudo_labels, whole_prompt=whole)
-            except BAD_QUESTION as error:
-                self._leave_out(questions, error)
-        return None
-
-    def _leave_out(self, questions: list[Question], error: GripError) -> None:
-        """Finds the bad questions of a batch, one by one, and leaves them out from now on, or stops."""
-        reasons = _bad_questions(self.stage.engine, questions, self.config)
-        # A batch may fail where each of its questions alone does not: there is nothing to leave out then.
-        if not reasons:  # each can be used alone
-            raise error
-        for pair, reason in reasons:
+        whole = bool(torch.rand((), generator=generator(self.config.seed, "text", number)) < 0.5)
+        batch, unusable = prepare_usable(self.stage.engine, self.data.batch(number), self.config, whole)
+        for pair, reason in unusable:
             line = {"step": self.state.step + 1, "skipped": pair[1].id, "task": pair[0].name, "why": reason}
             self._log(line)
             self.left_out.append((key_of(*pair), line))
             self.data.skip(pair, reason)
+        return batch
 
     def _share_left_out(self) -> None:
         """What another process left out in this step is left out here too, and logged."""
@@ -333,8 +287,8 @@ class Trainer:
         """Means over this process's micro-batches, then over the processes, of the numbers that all of them have."""
         keys = dict.fromkeys(key for stats in collected for key in stats)
         means = {key: _mean([stats[key] for stats in collected if key in stats]) for key in keys}
-        everyone = self._gather(means)
-        return {key: _mean([m[key] for m in everyone]) for key in means if all(key in m for m in everyone)}
+        of_all = self._gather(means)
+        return {key: _mean([each[key] for each in of_all]) for key in means if all(key in each for each in of_all)}
 
     # --- validation, log, checkpoint --------------------------------------------------------------------------
 
@@ -345,11 +299,9 @@ class Trainer:
         for name, line in self.evaluator.skipped.items():
             if name not in skipped_before:
                 self._log({"step": state.step, **line, "validation": True})
-        state.last_eval_step = state.step
-        state.evals_without_gain += 1
         # Of equal steps the earlier one: it was trained less.
         if scores["objective"] > state.best:
-            state.best, state.evals_without_gain = scores["objective"], 0
+            state.best = scores["objective"]
             self.best_weights = copy.deepcopy(self.eval_scorer.state_dict())
         self._log({"step": state.step, "minutes": round(state.seconds / 60, 3), "eval": scores})
 
@@ -380,17 +332,7 @@ class Trainer:
     def _load_checkpoint(self) -> None:
         if self.checkpoint.exists():
             try:
-                packed, device = BytesIO(disk.read_bytes(self.checkpoint)), self.stage.engine.model.device
-                # weights_only: a file from elsewhere must not run code.
-                content = torch.load(packed, weights_only=True, map_location=device)
-                for name, module in self.modules.items():
-                    module.load_state_dict(content["modules"][name])
-                self.optimizer.load_state_dict(content["optimizer"])
-                for name, value in content["state"].items():
-                    setattr(self.state, name, value)
-                self.best_weights = content["best_weights"]
-                self.data.skipped.update(content["skipped"])
-                questions = content["questions"]
+                questions = self._restore(disk.read_bytes(self.checkpoint))
             except _DAMAGED as error:
                 raise TrainError(
                     f"{self.checkpoint} is damaged ({type(error).__name__}): remove it to begin this stage again"
@@ -402,6 +344,18 @@ class Trainer:
                 )
         if self.accelerator.is_main_process:
             self._forget_later_lines()
+
+    def _restore(self, packed: bytes) -> str:
+        """Sets everything to what a checkpoint holds; returns the digest of the questions it was made with."""
+        # weights_only: a file from elsewhere must not run code.
+        content = torch.load(BytesIO(packed), weights_only=True, map_location=self.stage.engine.model.device)
+        for name, module in self.modules.items():
+            module.load_state_dict(content["modules"][name])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.state = TrainerState(**content["state"])
+        self.best_weights = content["best_weights"]
+        self.data.skipped.update(content["skipped"])
+        return str(content["questions"])
 
     def _forget_later_lines(self) -> None:
         """Drops what was logged after the checkpoint (all of it without one), so that no step is there twice."""
@@ -420,12 +374,6 @@ class Trainer:
                     f"line {number} of {self.metrics} is damaged ({error}): mend that line, or move the file away"
                 ) from None
         disk.write(self.metrics, "".join(lines))
-
-    def _progress(self) -> Progress:
-        shown = not self.quiet and self.accelerator.is_main_process
-        bar = Progress(f"steps of {self.stage.name}", self.stage.max_steps, self.state.step, show=shown)
-        bar.about("first validation" if self.state.step == 0 else "")
-        return bar
 
 
 class Evaluator:
@@ -459,9 +407,7 @@ class Evaluator:
                     [Budget(keep).count(n) for n in inputs.sizes.tolist()], device=inputs.sizes.device
                 )
                 chosen = top_k_of_each(inputs.score(scorer, counts), counts.tolist())
-                subsets: list[list[Tensor]] = [[] for _ in range(len(batch))]
-                for sample, indices in zip(inputs.owner.tolist(), chosen, strict=True):
-                    subsets[sample].append(indices)
+                subsets = batch.by_question(chosen)
                 rollout = self.engine.run(batch, range(len(batch)), subsets, logits="logits" in needs_of(self.reward))
                 for name, values in (("reward", checked_reward(self.reward, rollout)), ("exact", rollout.exact)):
                     key = f"{name}@{keep:g}"
@@ -473,44 +419,55 @@ class Evaluator:
     def _prepared(self) -> list[Batch]:
         # Encoded once: the images are the same at every validation.
         if self.batches is None:
-            parts = [self.questions[i : i + self.batch_size] for i in range(0, len(self.questions), self.batch_size)]
-            self.batches = [batch for part in parts for batch in self._batches(part)]
+            self.batches = []
+            for start in range(0, len(self.questions), self.batch_size):
+                part = self.questions[start : start + self.batch_size]
+                batch, unusable = prepare_usable(self.engine, part, self.config)
+                self.batches += [] if batch is None else [batch]
+                for pair, reason in unusable:
+                    self.skipped[key_of(*pair)] = {"skipped": pair[1].id, "task": pair[0].name, "why": reason}
             if not self.batches:
                 reason = next(iter(self.skipped.values()))["why"]
                 raise TrainError(f"not one of {len(self.questions)} validation questions can be used: {reason}")
         return self.batches
 
-    def _batches(self, part: list[Question]) -> list[Batch]:
-        """One batch of the questions, or, where some of them are bad, one for each of the others."""
-        labels = self.config.pseudo_labels
-        try:
-            return [self.engine.prepare(part, pseudo_labels=labels)]
-        except BAD_QUESTION as error:
-            reasons = _bad_questions(self.engine, part, self.config)
-            if not reasons and self.config.on_bad_sample == "stop":  # each can be used alone
-                raise error
-        for pair, reason in reasons:
-            self.skipped[key_of(*pair)] = {"skipped": pair[1].id, "task": pair[0].name, "why": reason}
-        good = [pair for pair in part if key_of(*pair) not in self.skipped]
-        return [self.engine.prepare([pair], pseudo_labels=labels) for pair in good]
 
-
-def _bad_questions(engine: Engine, questions: list[Question], config: TrainConfig) -> list[tuple[Question, str]]:
-    """The questions that cannot be used, with the reasons.
+def prepare_usable(
+    engine: Engine, questions: list[Question], config: TrainConfig, whole_prompt: bool = False
+) -> tuple[Batch | None, list[tuple[Question, str]]]:
+    """A batch of those questions that can be used, None for no such, and the others with the reasons.
 
     Raises:
-        TrainError: there is one, and `on_bad_sample` is "stop".
+        TrainError: one of them cannot be used, and `on_bad_sample` is "stop".
     """
-    bad = []
-    for pair in questions:
+    options = {"pseudo_labels": config.pseudo_labels, "whole_prompt": whole_prompt}
+    unusable = []
+    if questions:
         try:
-            engine.prepare([pair], pseudo_labels=config.pseudo_labels)
+            return engine.prepare(questions, **options), []
         except BAD_QUESTION as error:
-            reason = error_about(pair[1], error)
-            if config.on_bad_sample == "stop":
-                raise TrainError(reason) from error
-            bad.append((pair, reason))
-    return bad
+            # One by one: the error of a batch does not always name its question.
+            for pair in questions:
+                if reason := _unusable(engine, pair, config):
+                    unusable.append((pair, reason))
+            # A batch may fail where each of its questions alone does not: there is nothing to leave out then.
+            if not unusable:
+                raise error
+    keys = {key_of(*pair) for pair, _ in unusable}
+    usable = [pair for pair in questions if key_of(*pair) not in keys]
+    return engine.prepare(usable, **options) if usable else None, unusable
+
+
+def _unusable(engine: Engine, question: Question, config: TrainConfig) -> str:
+    """Why a question cannot be used, "" where it can."""
+    try:
+        engine.prepare([question], pseudo_labels=config.pseudo_labels)
+    except BAD_QUESTION as error:
+        reason = error_about(question[1], error)
+        if config.on_bad_sample == "stop":
+            raise TrainError(reason) from error
+        return reason
+    return ""
 
 
 class _StopSignal:
