@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from gripvlm.bench import ARCHITECTURES, random_prompts
+from gripvlm.bench import architecture, random_prompts
 from tiny_families import TINY, build, make
 
 __all__ = ["GPU", "NEVER_WAIT", "cut", "put", "rounded", "tiny"]
@@ -38,7 +38,7 @@ def tiny(family: str, device: str, dtype: torch.dtype, attention: str = "sdpa") 
 
 def cut(name: str, device: str, dtype: torch.dtype, attention: str = "sdpa") -> tuple[Any, dict[str, Any]]:
     """Two layers of a published shape at its full width, random weights, and two prompts of one length."""
-    shape = ARCHITECTURES[name]
+    shape = architecture(name)
     config = copy.deepcopy(shape.config)
     config["text_config"]["num_hidden_layers"] = 2
     if "depth" in config["vision_config"]:

@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gripvlm.bench import ARCHITECTURES, BenchInterrupted, bench, random_prompts, real_prompts, shapes
+from gripvlm.bench import BenchInterrupted, architecture, bench, random_prompts, real_prompts, shapes
 from gripvlm.bench import runner as bench_runner
-from gripvlm.bench.measure import FULL, Cell, Setting
+from gripvlm.bench.measure import FULL, Cell, Setting, generated
 from gripvlm.bench.roofline import Machine, Weights, measured, spread
 from gripvlm.bench.runner import settings_of, turns
 from gripvlm.budget import Budget
+from gripvlm.cli import main
 from gripvlm.errors import BudgetError, GripError
 from gripvlm.models.text import visual_places
 from gripvlm.pruners import get_pruner
@@ -39,7 +40,7 @@ def quick(monkeypatch):
 
 
 def prompts(model, name="tiny"):
-    return lambda batch, length: random_prompts(model, ARCHITECTURES[name], batch, length, 112)
+    return lambda batch, length: random_prompts(model, architecture(name), batch, length, 112)
 
 
 def chosen(model, *specs):
@@ -150,11 +151,6 @@ def test_flops_are_those_of_the_formula(result):
     assert of(result, "full", 2)["flops"]["vision"] == 2 * of(result, "full")["flops"]["vision"] > 0
 
 
-def test_the_scorers_flops_are_those_it_states(result, tiny):
-    stated = shapes.random_pruner("grip", tiny).module.flops(N, PROMPT - 1)  # the begin token is no word
-    assert of(result, "grip 0.5")["flops"]["pruning"] == pytest.approx(stated, rel=0.02)
-
-
 def test_ratios_are_taken_turn_by_turn(result):
     full, limit, row = (of(result, name) for name in ("full", "limit 0.5", "grip 0.5"))
     for phase in ("vision", "prefill", "first_token", "decode", "whole"):
@@ -184,7 +180,7 @@ def test_the_roofline_is_arithmetic_or_bytes_whichever_takes_longer(result, tiny
 
 
 def test_tied_embeddings_are_read_as_the_output_head():
-    shape = ARCHITECTURES["tiny"]
+    shape = architecture("tiny")
     config = copy.deepcopy(shape.config) | {"tie_word_embeddings": True}
     config["text_config"] = config["text_config"] | {"tie_word_embeddings": True}
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -227,7 +223,7 @@ def test_the_limit_is_a_prompt_that_had_so_few_tokens(name):
 def test_all_tokens_asked_for_are_generated(tiny):
     """Random weights may choose the end or an image token: neither is allowed."""
     cell = Cell(tiny, prompts(tiny)(2, PROMPT), [], 40)
-    _, output = cell._generated(dict(cell.received[None]), time.perf_counter)
+    _, output = generated(tiny, cell.received[None], 40, cell.forbidden)
     new = output.sequences[:, PROMPT + N :]
     assert new.shape == (2, 40)
     assert not torch.isin(new, torch.tensor([2, 98])).any()
@@ -367,7 +363,7 @@ def test_prompts_that_cannot_be_are_refused(tiny):
         prompts(tiny)(1, 3)
     qwen = shapes.random_model("tiny-qwen", CPU, torch.float32)
     with pytest.raises(GripError, match="--picture 10: type 28 or more pixels"):
-        random_prompts(qwen, ARCHITECTURES["tiny-qwen"], 1, 8, 10)
+        random_prompts(qwen, architecture("tiny-qwen"), 1, 8, 10)
     with pytest.raises(BudgetError, match="has only 16 visual tokens"):
         Cell(tiny, prompts(tiny)(1, 8), [Budget(17)], 2).timed(Setting("limit", Budget(17)))
 
@@ -376,3 +372,38 @@ def test_numbers_below_one_are_refused(tiny):
     for wrong in ({"batches": [0]}, {"repeats": 0}, {"new": 1}):
         with pytest.raises(GripError, match="1 or more"):
             small(tiny, **wrong)
+
+
+# --- budgets that a pruner does not reach ---------------------------------------------------------------------------
+
+
+def reached(model, pruners, keeps):
+    chosen = [(spec, get_pruner(spec)) for spec in pruners]
+    return bench(model, prompts(model), chosen, keeps, lengths=[PROMPT], new=NEW, repeats=2)
+
+
+def test_bench_notes_the_row_and_measures_the_rest(tiny):
+    result = reached(tiny, ["norm", "fastv:layer=1"], [Budget(0.75), Budget(0.1), Budget(17)])
+    rows = {row["setting"]: row for row in result["rows"]}
+    assert {name for name, row in rows.items() if row["failed"]} == {
+        "fastv:layer=1 0.1", "limit 17", "norm 17", "fastv:layer=1 17",
+    }  # fmt: skip
+    assert "less than pruner 'fastv' can reach" in rows["fastv:layer=1 0.1"]["failed"]
+    assert "has only 16 visual tokens" in rows["limit 17"]["failed"]
+    assert rows["norm 0.1"]["turns"] == rows["fastv:layer=1 0.75"]["turns"] == 2
+    assert rows["fastv:layer=1 0.1"]["failed"].startswith("2 of 16")
+    assert rows["fastv:layer=1 0.1"]["unreached"] is True
+    json.dumps(result)
+
+
+def test_bench_that_reaches_nothing_says_so(tiny):
+    with pytest.raises(BudgetError, match=r"fastv:layer=1 at 10%: 2 of 16 .*pass keep=\d+ or more"):
+        reached(tiny, ["fastv:layer=1"], [Budget(0.1)])
+
+
+def test_bench_on_the_command_line(tiny, capsys):
+    line = ["bench", "--model", "random:tiny", "--prompt", "32", "--new", "2", "--repeats", "1", "--picture", "112"]
+    assert main([*line, "--pruners", "norm,fastv:layer=1", "--keep", "75%,10%"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "fastv:layer=1 0.1 was not measured: " in " ".join(said.split())

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gripvlm.bench import ARCHITECTURES, BenchInterrupted, bench, fit, random_prompts, real_prompts, shapes
+from gripvlm.bench import BenchInterrupted, architecture, bench, fit, random_prompts, real_prompts, shapes
 from gripvlm.bench import runner as bench_runner
 from gripvlm.bench.fit import FINE, fits, largest, tiled
 from gripvlm.bench.measure import FULL
@@ -33,7 +33,7 @@ def tiny():
 
 
 def prompts(model, name="tiny"):
-    return lambda batch, length: random_prompts(model, ARCHITECTURES[name], batch, length, 112)
+    return lambda batch, length: random_prompts(model, architecture(name), batch, length, 112)
 
 
 class Memory:

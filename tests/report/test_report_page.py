@@ -16,9 +16,9 @@ from gripvlm.cli import main
 from gripvlm.errors import GripError
 from gripvlm.eval import read_results, samples_path
 from gripvlm.report import build, report
-from gripvlm.report.build import Picture, code, methods_to_show, questions_to_show, text
+from gripvlm.report.build import code, methods_to_show, questions_to_show, text, verdict
 from gripvlm.report.plots import styles_of
-from gripvlm.report.points import command_of, comparisons
+from gripvlm.report.points import Point, comparisons
 from gripvlm.tasks import lab_tasks
 from tiny_lab import tiny_lab, write_sample
 from tiny_results import KEEPS, made_up
@@ -174,7 +174,7 @@ def test_a_baseline_that_was_not_measured_is_said_and_the_rest_is_shown(made, tm
     assert "Left out: `random` was not measured here." in words
     assert "### Differences from random: run" in words
     assert ">mine</text>" in (tmp_path / "page" / "figures" / "r-mean.svg").read_text()
-    with pytest.raises(GripError, match="no method 'odd' to compare with: type one of full, grid, mine, random"):
+    with pytest.raises(GripError, match="no method 'odd' to compare with: use one of full, grid, mine, random"):
         report([made], tmp_path / "none", baseline="odd")
     assert not (tmp_path / "none").exists()
 
@@ -182,7 +182,7 @@ def test_a_baseline_that_was_not_measured_is_said_and_the_rest_is_shown(made, tm
 def test_the_best_methods_are_coloured_and_the_others_are_a_crowd(tmp_path):
     arms = (*((f"m{i}", 0.4 + 0.02 * i) for i in range(12)), ("random", 0.3), ("grid", 0.3))
     (one,) = comparisons([read_results(made_up(tmp_path / "r.json", arms=arms, pictures=30))])
-    styles = styles_of(one.ranked, build.COLOURED)
+    styles = styles_of(one.ranked)
     other = {name for name, style in styles.items() if style == styles["m0"]}
     assert len(styles) == 14
     assert len(other) == 6
@@ -200,7 +200,7 @@ def test_budgets_that_one_method_alone_has_colour_nobody(tmp_path):
     common = made_up(tmp_path / "r.json", arms=arms, keeps=(0.5, 0.1), pictures=20)
     more = made_up(tmp_path / "s.json", arms=(("many", 0.4),), keeps=(0.5, 0.4, 0.3, 0.2, 0.1), pictures=20)
     (one,) = comparisons([read_results(common), read_results(more)])
-    styles = styles_of(one.ranked, build.COLOURED)
+    styles = styles_of(one.ranked)
     assert [name for name in styles if styles[name] == styles["many"]] == ["many"], "the only grey one"
 
 
@@ -213,9 +213,10 @@ def test_few_pictures_give_a_page_without_intervals(tmp_path):
 
 def test_a_script_names_its_own_command(made, tmp_path):
     script = read_results(made_up(tmp_path / "r.json", command="grip_study.py warmup=folder"))
-    assert command_of(script, ("warmup",), 0.1) == "grip_study.py warmup=folder"
+    assert Point("warmup", {"mean": {"keep": 0.1}}, {"warmup": 0.5}, script).command() == "grip_study.py warmup=folder"
     counted = read_results(made_up(tmp_path / "s.json", limit=30, command="python -m gripvlm eval --tasks lab"))
-    assert command_of(counted, ("grid",), 64).endswith("--pruners grid --keep 64 --limit 30 --seed 0 --batch 4")
+    point = Point("grid", {"mean": {"keep": 64}}, {"grid": 0.5}, counted)
+    assert point.command().endswith("--pruners grid --keep 64 --limit 30 --seed 0 --batch 4")
 
 
 def test_pictures_show_failures_first(tmp_path, monkeypatch, capsys):
@@ -269,8 +270,7 @@ def test_the_best_method_that_has_masks_is_drawn(tmp_path):
 
 
 def test_a_score_between_is_partly_right():
-    verdicts = [Picture("", "", {"score": score}).verdict for score in (1.0, 0.6, 0.0)]
-    assert verdicts == ["right", "partly right, 0.6", "wrong"]
+    assert [verdict(score) for score in (1.0, 0.6, 0.0)] == ["right", "partly right, 0.6", "wrong"]
 
 
 HOSTILE = [

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gripvlm.api import pruned_run
 from gripvlm.bench.measure import FULL, Setting, forbidden, generated
 from gripvlm.errors import GripError
-
-__all__ = ["FINE", "check_limit", "fits", "free", "largest", "tiled"]
 
 FINE = 32
 """The largest batch is found exactly below twice this number, beyond to one part in so many."""
@@ -51,7 +50,7 @@ def largest(holds: Callable[[int], bool], most: int, start: int = 1) -> tuple[in
 
 
 def fits(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Callable[[int, int], Mapping[str, Any]],
     settings: Sequence[Setting],
     lengths: Iterable[int],
@@ -73,11 +72,18 @@ def fits(
     """
     for length in lengths:
         inputs, full, known = prompts(1, length), 0, False
-        for setting in (setting for setting in settings if setting.kind != "limit"):
+        for setting in settings:
+            if setting.kind == "limit":
+                continue
 
             def holds(batch: int, setting: Setting = setting, inputs: Mapping[str, Any] = inputs) -> bool:
                 report(f"fit {setting.name}: {batch}")
-                return _holds(model, inputs, batch, setting, new)
+                free(model)  # what the run before left in pieces
+                try:
+                    _run(model, tiled(inputs, batch), setting, new)
+                except torch.OutOfMemoryError:  # any other error is a bug, not an edge
+                    return False
+                return True
 
             # pruned, as many fit as unpruned, or more: the search starts where the unpruned one ended
             good, bad = largest(holds, most, max(1, full))
@@ -97,7 +103,7 @@ def tiled(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
     }
 
 
-def free(model: Any) -> None:
+def free(model: PreTrainedModel) -> None:
     """Hands memory that no tensor holds back to the device."""
     gc.collect()
     memory: Any = getattr(torch, model.device.type, None)
@@ -105,18 +111,8 @@ def free(model: Any) -> None:
         memory.empty_cache()
 
 
-def _holds(model: Any, inputs: Mapping[str, Any], batch: int, setting: Setting, new: int) -> bool:
-    """Whether the memory holds a run of so many prompts."""
-    free(model)  # what the run before left in pieces
-    try:
-        _run(model, tiled(inputs, batch), setting, new)
-    except torch.OutOfMemoryError:  # any other error is a bug, not an edge
-        return False
-    return True
-
-
 @torch.no_grad()
-def _run(model: Any, inputs: Mapping[str, Any], setting: Setting, new: int) -> None:
+def _run(model: PreTrainedModel, inputs: Mapping[str, Any], setting: Setting, new: int) -> None:
     """All that a user's call would do: encoding, pruning, the prompt, `new` tokens."""
     with ExitStack() as stack:
         arguments = dict(inputs)

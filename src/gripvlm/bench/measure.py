@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from gripvlm.api import encode, prune_inputs, pruned_run
 from gripvlm.bench.roofline import Counts, flop_counter
 from gripvlm.budget import Budget
+from gripvlm.engine.record import Record
 from gripvlm.errors import BudgetError
 from gripvlm.models.adapter import encoder_arguments
 from gripvlm.models.compat import cache_of
@@ -22,8 +23,6 @@ from gripvlm.models.encoded import Encoded
 from gripvlm.pruners import Pruner
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.utils.timing import device_time
-
-__all__ = ["FULL", "Cell", "Setting", "forbidden", "generated"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,18 @@ class _FirstToken(LogitsProcessor):
         return scores.index_fill(-1, self.forbidden, -torch.inf)  # type: ignore[return-value]
 
 
+class _Run(NamedTuple):
+    """What a meter read at the beginning of a run and after each of its phases."""
+
+    began: float
+    encoded: float  # of a pruned run `began`: its encoder runs inside the block, and the record knows its time
+    ready: float
+    first: float
+    ended: float
+    record: Record | None
+    cache: Any
+
+
 class Cell:
     """B prompts of one length, ready to be run under any setting.
 
@@ -84,6 +95,7 @@ class Cell:
         self.forbidden = forbidden(model)
         # limits are made here, before any clock starts: they stand for a model that got so few tokens for nothing
         encoded = encode(model, inputs)
+        # tokens of each image, in order
         self.sizes = [item.features.shape[0] for sample in encoded.samples for item in sample]
         self.received: dict[Budget | None, dict[str, Any]] = {
             None: prune_inputs(model, inputs, "keep_all", encoded=encoded)
@@ -95,62 +107,57 @@ class Cell:
             except BudgetError as error:
                 self.unreached[keep] = error
 
-    @torch.no_grad()
     def timed(self, setting: Setting) -> tuple[dict[str, float], int | None]:
         """Seconds of each of `PHASES`, and bytes of accelerator memory at most (None where the device can't say)."""
         device = self.model.device
         memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
+        # the peak of this run, not of the largest one before
         if hasattr(memory, "reset_peak_memory_stats"):
             memory.reset_peak_memory_stats(device)
+        # waits until the device is done, so that a phase holds its own work only
+        run = self._run(setting, lambda: device_time(device))
         seconds = dict.fromkeys(("vision", "pruner", "overhead"), 0.0)
-
-        def read() -> float:
-            return device_time(device)  # waits until the device is done, so that a phase holds its own work only
-
-        with ExitStack() as stack:
-            began = read()
-            if setting.pruner is None:
-                self._encoder()
-                seconds["vision"] = read() - began
-                arguments = self._arguments(setting)
-            else:
-                run = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
-                arguments, record = stack.enter_context(run)
-                seconds |= record.seconds
-            ready = read()
-            first, _ = self._generated(arguments, read)
-            ended = read()
-        seconds |= {"other": ready - began - sum(seconds.values()), "prefill": first - ready}
-        seconds |= {"first_token": first - began, "decode": ended - first, "whole": ended - began}
+        seconds |= {"vision": run.encoded - run.began} if run.record is None else run.record.seconds
+        seconds["other"] = run.ready - run.began - sum(seconds.values())
+        seconds |= {"prefill": run.first - run.ready, "first_token": run.first - run.began}
+        seconds |= {"decode": run.ended - run.first, "whole": run.ended - run.began}
         peak = memory.max_memory_allocated(device) if hasattr(memory, "max_memory_allocated") else None
         return seconds, peak
 
-    @torch.no_grad()
     def counted(self, setting: Setting) -> Counts:
         """FLOPs, cache and tokens of one run. Counting costs the host a moment for each operation, so ask it of one
         prompt (`Counts.times`): a vision encoder that works window by window has hundreds of thousands of them a batch.
         """
         # the encoder is counted by itself too: a pruned run has it in one block with the pruner
-        with flop_counter() as meter:
+        with flop_counter() as meter, torch.no_grad():
             self._encoder()
             vision = meter.get_total_flops()
+        with flop_counter() as meter:
+            run = self._run(setting, meter.get_total_flops)
         total = sum(self.sizes)
         kept = float(total if setting.keep is None else sum(setting.keep.count(n) for n in self.sizes))
-        with flop_counter() as meter, ExitStack() as stack:
+        if run.record is not None:  # complete only when the block has ended
+            kept = run.record.paid
+        flops = {"vision": vision, "pruning": run.ready - vision, "prefill": run.first - run.ready}
+        flops |= {"decode": run.ended - run.first, "whole": run.ended}
+        return Counts({part: int(value) for part, value in flops.items()}, _cache_bytes(run.cache), kept, total)
+
+    @torch.no_grad()
+    def _run(self, setting: Setting, read: Callable[[], float]) -> _Run:
+        """One run from pixels to the last token, a meter read after each of its phases."""
+        with ExitStack() as stack:
+            began, record = read(), None
             if setting.pruner is None:
-                arguments, record = self._arguments(setting), None
                 self._encoder()
+                encoded = read()
+                arguments = self._arguments(setting)
             else:
-                run = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
-                arguments, record = stack.enter_context(run)
-            before = meter.get_total_flops()
-            first, output = self._generated(arguments, meter.get_total_flops)
-            whole = meter.get_total_flops()
-        if record is not None:  # complete only when the block has ended
-            kept = record.paid
-        flops = {"vision": vision, "pruning": before - vision, "prefill": int(first) - before}
-        flops |= {"decode": whole - int(first), "whole": whole}
-        return Counts(flops, _cache_bytes(cache_of(output)), kept, total)
+                pruned = pruned_run(self.model, self.inputs, setting.pruner, setting.keep)
+                arguments, record = stack.enter_context(pruned)
+                encoded = began
+            ready = read()
+            first, output = generated(self.model, arguments, self.new, self.forbidden, read)
+            return _Run(began, encoded, ready, first, read(), record, cache_of(output))
 
     def _arguments(self, setting: Setting) -> dict[str, Any]:
         """Of the unpruned model, or of one that received so few tokens."""
@@ -160,12 +167,10 @@ class Cell:
 
     def _encoder(self) -> None:
         """The vision encoder and projector as the model itself runs them."""
+        # families take different arguments of what their processors return
         function = self.model.base_model.get_image_features
         takes = inspect.signature(function).parameters
         function(**{n: self.inputs[n] for n in encoder_arguments(self.model, self.inputs) if n in takes})
-
-    def _generated(self, arguments: Mapping[str, Any], read: Callable[[], float]) -> tuple[float, Any]:
-        return generated(self.model, arguments, self.new, self.forbidden, read)
 
 
 def generated(
@@ -176,6 +181,7 @@ def generated(
     output = model.generate(
         **arguments,
         max_new_tokens=new,
+        # a model's own generation config may ask for sampling or beams
         do_sample=False,
         num_beams=1,
         logits_processor=LogitsProcessorList([meter]),
@@ -198,6 +204,7 @@ def _received(
     model: Any, inputs: Mapping[str, Any], encoded: Encoded, keep: Budget, full: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Arguments of prompts that have only so many visual tokens, the first of each image, and no gaps in positions."""
+    # falling scores: the first tokens of an image are the best
     scores = [[-torch.arange(float(item.features.shape[0])) for item in sample] for sample in encoded.samples]
     # M-RoPE positions are coordinates in the image and stay; they cost the same
     positions = "renumbered" if full["position_ids"].ndim == 2 else "original"

@@ -12,8 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gripvlm.utils.timing import device_time
 
-__all__ = ["PHASES", "Counts", "Machine", "Runs", "Weights", "flop_counter", "measured", "row", "spread"]
-
 PHASES = ("vision", "pruner", "overhead", "other", "prefill", "first_token", "decode", "whole")
 """Of a run: the first five and decode add up to whole; first_token is whole without decode."""
 ADDED = ("pruner", "overhead", "other")
@@ -112,6 +110,7 @@ def measured(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> 
     target = torch.empty_like(source)
     product = _fastest(lambda: torch.mm(matrix, matrix, out=out), device, seconds)
     copy = _fastest(lambda: target.copy_(source), device, seconds)
+    # a multiply-add is two operations; a copy reads each byte and writes it
     return Machine(2 * side**3 / product, 2 * count / copy, side, count)
 
 
@@ -211,12 +210,10 @@ def _by_turn(runs: Runs, other: Runs, phases: Sequence[str], of: str) -> dict[st
 def _ratios(runs: Runs, other: Runs) -> dict[str, Any]:
     """Time / the other's time, then the same of what is counted: FLOPs, bytes of the cache, peak memory."""
     ratios: dict[str, Any] = {phase: _by_turn(runs, other, [phase], phase) for phase in COMPARED}
-    if runs.counts is None or other.counts is None:
-        return ratios
     counts, base = runs.counts, other.counts
-    return ratios | {
-        "flops_prefill": counts.flops["prefill"] / base.flops["prefill"],
-        "flops_whole": counts.flops["whole"] / base.flops["whole"],
-        "kv_bytes": counts.kv_bytes / base.kv_bytes,
-        "peak_memory": runs.peak / other.peak if runs.peak and other.peak else None,
-    }
+    if counts is None or base is None:  # the other did not fit into memory
+        return ratios
+    ratios |= {f"flops_{part}": counts.flops[part] / base.flops[part] for part in ("prefill", "whole")}
+    ratios["kv_bytes"] = counts.kv_bytes / base.kv_bytes
+    ratios["peak_memory"] = runs.peak / other.peak if runs.peak and other.peak else None
+    return ratios

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from gripvlm.bench.fit import check_limit, fits, free
 from gripvlm.bench.measure import FULL, Cell, Setting
@@ -21,8 +22,6 @@ from gripvlm.eval.environment import command_line, git_state, hardware, utc, ver
 from gripvlm.pruners import Pruner
 from gripvlm.utils import disk
 from gripvlm.utils.progress import Progress
-
-__all__ = ["SCHEMA", "BenchInterrupted", "bench", "settings_of", "turns"]
 
 SCHEMA = "gripvlm.bench/1"
 """The number grows when an older reader would misread a file."""
@@ -53,7 +52,7 @@ def turns(settings: Sequence[Setting], repeats: int) -> Iterable[tuple[int, Sett
 
 
 def bench(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Prompts,
     pruners: Sequence[tuple[str, Pruner]],
     keeps: Sequence[Budget],
@@ -64,9 +63,7 @@ def bench(
     repeats: int = 7,
     fit: int = 0,
     out: Path | None = None,
-    overwrite: bool = False,
     about: Mapping[str, Any] | None = None,
-    command: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measures a model with all visual tokens, with fewer from the start, and with each pruner.
@@ -80,10 +77,8 @@ def bench(
         new: tokens to generate, at least 2.
         repeats: turns that count; one more warms up. FLOPs are counted on one prompt.
         fit: also look for the largest batch, up to this one, that the accelerator's memory holds; 0 does not.
-        out: where the JSON is written, after each cell and at the end.
-        overwrite: replace it where it exists.
+        out: where the JSON is written, after each cell and at the end; what is there is replaced.
         about: what the result should say of the model besides its type, dtype, device and size.
-        command: by default `sys.argv`.
         progress: show how far it is on standard error: a bar, or without a terminal a line now and then.
 
     Returns:
@@ -91,12 +86,10 @@ def bench(
         "fits"}; docs/bench.md says what each means.
 
     Raises:
-        GripError: `out` exists; a pruner that does not serve this model; no pruner reaches any of the budgets (one that
-            does not reach one of them has a row that says why); `fit` on a CPU.
+        GripError: a pruner that does not serve this model; no pruner reaches any of the budgets (one that does not
+            reach one of them has a row that says why); `fit` on a CPU.
         BenchInterrupted: Ctrl-C; what is done is in `out`.
     """
-    if out is not None and out.exists() and not overwrite:
-        raise GripError(f"--out {out} exists: type --overwrite to replace it, or another --out")
     if min([*batches, *lengths, repeats]) < 1 or new < 2:
         raise GripError("batch, prompt and repeats are 1 or more, and new is 2 or more, so that there is decoding")
     if fit:
@@ -106,9 +99,9 @@ def bench(
     settings = settings_of(pruners, keeps)
     pairs = [(batch, length) for batch in batches for length in lengths]
     total = sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1)
+    # locked first: a second run with the same file is refused before it has measured anything
     with disk.one_writer(out) if out is not None else nullcontext(), Progress("prompts", total, show=progress) as bar:
-        run = _Run(model, prompts, settings, (new, repeats), bar)
-        run.result["command"] = command or command_line()
+        run = _Run(model, prompts, settings, new, repeats, bar)
         run.result["model"] |= about or {}
         try:
             for batch, length in pairs:
@@ -116,12 +109,19 @@ def bench(
                 # long runs are written as they go; the last cell is written below, as finished
                 if fit or (batch, length) != pairs[-1]:
                     run.write(out)
+            # a pruner that never reached its budget would end the search
             if fit:
                 reached = [setting for setting in settings if setting not in run.unreached]
                 run.result["fits"].extend(fits(model, prompts, reached, lengths, new, fit, bar.about))
         except KeyboardInterrupt:
             run.write(out)
-            raise BenchInterrupted(run.kept(out, len(pairs) * len(settings)), run.result) from None
+            done, planned = len(run.result["rows"]), len(pairs) * len(settings)
+            text = "Stopped; nothing is kept, because no --out was given."
+            if out is not None:
+                text = (
+                    f"Stopped. {done} of {planned} rows are in {out}, some perhaps with fewer repeats than asked for."
+                )
+            raise BenchInterrupted(text, run.result) from None
         run.result["finished"] = True
         run.write(out)
         return run.result
@@ -131,10 +131,16 @@ class _Run:
     """A benchmark under way: what it measures, and what it has measured so far (`result`, ready to be written)."""
 
     def __init__(
-        self, model: Any, prompts: Prompts, settings: Sequence[Setting], size: tuple[int, int], bar: Progress
+        self,
+        model: PreTrainedModel,
+        prompts: Prompts,
+        settings: Sequence[Setting],
+        new: int,
+        repeats: int,
+        bar: Progress,
     ) -> None:
         self.model, self.prompts, self.settings, self.bar = model, prompts, settings, bar
-        self.new, self.repeats = size
+        self.new, self.repeats = new, repeats
         self.keeps = [setting.keep for setting in settings if setting.kind == "limit" and setting.keep is not None]
         self.counts: dict[tuple[int, Setting], Counts] = {}  # of one prompt, by its length
         self.unreached: set[Setting] = set()
@@ -143,10 +149,16 @@ class _Run:
         self.machine, self.weights = measured(model.device, model.dtype), Weights.of(model)
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
-            "command": "",
+            "command": command_line(),
             "started": started,
             "environment": {"versions": versions(), "hardware": hardware(model.device), "git": git_state()},
-            "model": _about(model),
+            "model": {
+                "type": model.config.model_type,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": str(model.device),
+                "attention": model.config.get_text_config()._attn_implementation,
+                "parameters": sum(p.numel() for p in model.parameters()),
+            },
             "protocol": {
                 "new": self.new,
                 "repeats": self.repeats,
@@ -165,12 +177,6 @@ class _Run:
     def write(self, out: Path | None) -> None:
         if out is not None:
             disk.write(out, json.dumps(self.result, indent=1, ensure_ascii=False) + "\n")
-
-    def kept(self, out: Path | None, planned: int) -> str:
-        if out is None:
-            return "Stopped; nothing is kept, because no --out was given."
-        rows = len(self.result["rows"])
-        return f"Stopped. {rows} of {planned} rows are in {out}, some perhaps with fewer repeats than asked for."
 
     def cell(self, batch: int, length: int) -> None:
         """Measures all settings at one batch size and prompt length; what was measured counts also after Ctrl-C."""
@@ -243,13 +249,3 @@ def _attempt(model: Any, run: Runs) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:200]
-
-
-def _about(model: Any) -> dict[str, Any]:
-    return {
-        "type": model.config.model_type,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "attention": model.config.get_text_config()._attn_implementation,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }

@@ -61,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     `--debug` anywhere shows the traceback as well.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # by hand: an option of the root would have to stand before the command
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
+        # not standalone: click would print errors in its own way and exit
         code = typer.main.get_command(app)(arguments, prog_name="gripvlm", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         print("Stopped.", file=sys.stderr)

@@ -9,19 +9,12 @@ import typer
 from rich.markup import escape
 
 from gripvlm.budget import Budget
-from gripvlm.cli.commands import BUDGETS, Device, Model, Positions, console, split_pruners
+from gripvlm.cli.commands import BUDGETS, EVAL_ONLY, Device, Model, Positions, console, split_pruners
+from gripvlm.cli.outputs import checked_picture
 from gripvlm.errors import GripError
 
 if TYPE_CHECKING:
     from gripvlm.pruners.base import Pruner
-
-__all__ = ["ask_command"]
-
-EVAL_ONLY = {
-    "oracle": "the oracle keeps the evidence that a task marks for each question, and a picture of your own has none: "
-    "type `gripvlm eval --pruners oracle` to see it on the lab's tasks",
-    "blind": "'blind', the model without the picture, is no pruner: `gripvlm eval` measures it by itself",
-}
 
 
 def ask_command(
@@ -38,8 +31,6 @@ def ask_command(
     device: Device = None,
 ) -> None:
     """Ask one question about one picture with fewer visual tokens."""
-    from gripvlm.cli.outputs import checked_picture
-
     # Cheap checks first: the imports below take seconds, the model perhaps minutes.
     if not question.strip():
         raise GripError("the question is empty: type --question 'what is in the picture?'")
@@ -63,6 +54,7 @@ def ask_command(
     vlm, processor = load_model(model, device)
     inputs = make_inputs(vlm, processor, [question], [picture])
     encoded = encode(vlm, inputs, [chosen])
+    # before the answer: a layout that is not known is refused without running the model
     parts = layout(processor, picture.size, [item.grid for item in encoded.samples[0]]) if overlay is not None else []
     outcome = answer(
         vlm,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,10 +13,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from gripvlm.budget import Budget
-from gripvlm.cli.commands import BUDGETS, console, split_pruners
+from gripvlm.cli.commands import (
+    EVAL_ONLY,
+    Budgets,
+    Device,
+    Out,
+    console,
+    split_names,
+    split_numbers,
+    split_pruners,
+)
+from gripvlm.cli.outputs import checked_json
 from gripvlm.errors import GripError
-
-__all__ = ["bench_command", "show"]
 
 PHASES = ("vision", "pruner", "overhead", "other", "prefill", "decode_token", "whole")
 PARTS = {
@@ -37,25 +44,20 @@ def bench_command(
     prompt: Annotated[str, typer.Option(help="Text tokens a prompt, such as 64 or 64,512.")] = "64",
     new: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
     pruners: Annotated[str, typer.Option("--pruners", "-p", help="From `gripvlm list`.")] = "norm,divprune,grip",
-    keep: Annotated[str, typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}.")] = "50%,10%",
+    keep: Budgets = "50%,10%",
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count; one more warms up.")] = 7,
     fit: Annotated[int, typer.Option(min=0, help="Also find the largest batch, up to this, that fits in memory.")] = 0,
     picture: Annotated[int, typer.Option(min=1, help="Width and height of each picture in pixels.")] = 672,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the results.")] = None,
+    out: Out = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace it where it exists.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator, if any.")
-    ] = None,
+    device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")] = None,
     attention: Annotated[str | None, typer.Option(help="transformers' attn_implementation.")] = None,
 ) -> None:
     """Time a model unpruned, with each pruner, and with as few tokens from the start; Ctrl-C keeps what is done."""
-    from gripvlm.cli.outputs import checked_json
-
-    batches, lengths = _numbers(batch, "--batch", "1,8"), _numbers(prompt, "--prompt", "64,512")
-    budgets = list(dict.fromkeys(Budget.parse(part) for part in keep.split(",") if part.strip()))
-    if not budgets:
-        raise GripError(f"--keep {keep!r} names nothing: type one or more budgets, such as 50%,10%")
+    batches = split_numbers(batch, "--batch", "1,8", least=1)
+    lengths = split_numbers(prompt, "--prompt", "64,512", least=1)
+    budgets = list(dict.fromkeys(Budget.parse(text) for text in split_names(keep)))
     specs = list(dict.fromkeys(split_pruners(pruners)))
     if out is not None:
         checked_json(out)
@@ -70,8 +72,8 @@ def bench_command(
 
     quiet()
     for spec in specs:  # before a model of gigabytes is loaded
-        if spec in ("oracle", "blind"):
-            raise GripError(f"--pruners {spec}: it belongs to `gripvlm eval`; type names from `gripvlm list`")
+        if spec in EVAL_ONLY:
+            raise GripError(f"{EVAL_ONLY[spec]}; type here names from `gripvlm list`")
         get_pruner(spec)
     if fit:
         check_limit(chosen_device(device))
@@ -81,7 +83,7 @@ def bench_command(
     about = {"name": model, "weights": "random" if is_random else "as loaded", "picture": picture}
     sizes: dict[str, Any] = {"batches": batches, "lengths": lengths, "new": new, "repeats": repeats, "fit": fit}
     try:
-        result = bench(vlm, prompts, chosen, budgets, **sizes, out=out, overwrite=overwrite, about=about, progress=True)
+        result = bench(vlm, prompts, chosen, budgets, **sizes, out=out, about=about, progress=True)
     except BenchInterrupted as stop:
         show(stop.result)
         print(stop, file=sys.stderr)
@@ -91,20 +93,11 @@ def bench_command(
         console().print(f"results: {escape(str(out))}", soft_wrap=True)
 
 
-def _numbers(text: str, option: str, example: str) -> list[int]:
-    """`1,8` as [1, 8]: whole numbers from 1 up, each once."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) for part in parts):
-        raise GripError(f"{option} {text}: type whole numbers of 1 or more, separated by commas, such as {example}")
-    return list(dict.fromkeys(map(int, parts)))
-
-
 def _loaded(model: str, picture: int, device: str | None, dtype: str | None, attention: str | None) -> Any:
     """(model, (batch, length) -> inputs): one that is loaded, or a shape with random weights."""
     import torch
 
-    from gripvlm.bench import random_model, random_prompts, real_prompts
-    from gripvlm.bench.shapes import PREFIX, architecture
+    from gripvlm.bench.shapes import PREFIX, architecture, random_model, random_prompts, real_prompts
     from gripvlm.models.loading import chosen_device, load_model
 
     if not model.startswith(PREFIX):

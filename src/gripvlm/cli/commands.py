@@ -2,40 +2,83 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from gripvlm.budget import Budget
-from gripvlm.errors import GripError
+from gripvlm.cli.outputs import checked_folder, checked_json
+from gripvlm.errors import GripError, Interrupted
 
-__all__ = ["BUDGETS", "console", "env_command", "evaluate_command", "filled", "quickstart_command", "split_pruners"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BUDGETS = "64, 10%, or at most so many: ≤64 or '<=64'"
+EVAL_ONLY = {
+    "oracle": "the oracle keeps the evidence that a task marks for each question, and a picture of your own has none: "
+    "type `gripvlm eval --pruners oracle` to see it on the lab's tasks",
+    "blind": "'blind', the model without the picture, is no pruner: `gripvlm eval` measures it by itself",
+}
+"""Names that only `eval` knows, and why."""
 
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, a local folder, or a Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
 Positions = Annotated[Literal["original", "renumbered"], typer.Option(help="Position ids of the tokens that are kept.")]
+Budgets = Annotated[str, typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", dir_okay=False, writable=True, help="Results (.json); missing folders are made."),
+]
 
 
 def console() -> Console:
     """For results on standard output; as wide as a page where it is no terminal."""
+    # no highlighting: rich would colour numbers and paths in answers
     return Console(width=None if sys.stdout.isatty() else 80, highlight=False)
 
 
 def filled(text: str, width: int = 80, indent: str = "") -> str:
     """A paragraph. Filled here, as rich would break long words, such as file names."""
-    text = " ".join(text.split())
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, **_WHOLE_WORDS)
+    return textwrap.fill(
+        " ".join(text.split()),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
-_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+def split_names(text: str) -> list[str]:
+    """What stands between commas, of which there must be something."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise GripError(f"{text!r} names nothing: type one or more names, separated by commas")
+    return parts
+
+
+def split_pruners(text: str) -> list[str]:
+    """Names and specs at commas; none at all is an error (see `split_specs`)."""
+    from gripvlm.utils.spec import split_specs
+
+    return split_specs(text) or split_names(text)
+
+
+def split_numbers(text: str, option: str, example: str, least: int | None = None) -> list[int]:
+    """`1,8` as [1, 8]: whole numbers, each once."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    valid = all(re.fullmatch(r"-?\d+", part) and (least is None or int(part) >= least) for part in parts)
+    if not parts or not valid:
+        allowed = "whole numbers" if least is None else f"whole numbers of {least} or more"
+        raise GripError(f"{option} {text}: type {allowed}, separated by commas, such as {example}")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def quickstart_command(
@@ -43,8 +86,6 @@ def quickstart_command(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the JSON.")] = Path("gripvlm-out"),
 ) -> None:
     """See a trained model answer with all its visual tokens and with a tenth of them."""
-    from gripvlm.cli.outputs import checked_folder
-
     checked_folder(out, "--out")
 
     from gripvlm.cli.quickstart import run
@@ -61,15 +102,12 @@ def evaluate_command(
     pruners: Annotated[
         str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, separated by commas; or all.")
     ] = "random,grid,norm,pool,divprune",
-    keep: Annotated[str, typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}.")] = "10%",
+    keep: Budgets = "10%",
     model: Model = "lab",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
     seed: Annotated[int, typer.Option(help="Of the questions drawn and of the intervals.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", dir_okay=False, writable=True, help="Results (.json); missing folders are made."),
-    ] = None,
+    out: Out = None,
     positions: Positions = "original",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where results exist.")] = False,
     seeds: Annotated[
@@ -82,49 +120,36 @@ def evaluate_command(
     device: Device = None,
 ) -> None:
     """Score pruners at several budgets; Ctrl-C keeps what is done and the same command resumes."""
-    from gripvlm.cli.outputs import checked_json
-
     # Cheap checks first: the imports below take seconds, the model perhaps minutes.
-    budgets, numbers = [Budget.parse(text) for text in _split(keep)], _seeds(seeds)
+    budgets = [Budget.parse(text) for text in split_names(keep)]
+    numbers = [] if seeds is None else split_numbers(seeds, "--seeds", "0,1,2")
     if out is not None:
         checked_json(out)
+    elif shard is not None:
+        raise GripError(f"--shard {shard} without --out keeps no answers: type --out results/all.json, in every shard")
     names = split_pruners(pruners)
 
-    from gripvlm.pruners import get_pruner
-    from gripvlm.tasks import get_tasks
-
-    # For its errors only: evaluate makes the pruners itself, with the model.
-    for name in names:
-        if name not in ("all", "oracle", "blind"):
-            get_pruner(name)
-    chosen = get_tasks(_split(tasks))
-    for task in chosen:
-        task.take(limit, seed)  # reads the files of a task, which may be missing or damaged
-
-    from gripvlm.errors import Interrupted
     from gripvlm.eval import evaluate
     from gripvlm.eval.plan import Plan, parse_shard
     from gripvlm.eval.runner import check_resume
     from gripvlm.eval.variants import make_variants
     from gripvlm.models.loading import load_model, quiet
+    from gripvlm.tasks import get_tasks
 
+    # For their errors only: evaluate makes the pruners itself, with the model.
     variants = make_variants([name for name in names if name != "all"], budgets, seeds=numbers)
+    chosen = get_tasks(split_names(tasks))
+    for task in chosen:
+        task.take(limit, seed)  # reads the files of a task, which may be missing or damaged
     part = None if shard is None else parse_shard(shard)
-    if part is not None and out is None:
-        raise GripError(f"--shard {shard} without --out keeps no answers: type --out results/all.json, in every shard")
     if out is not None:
         known = None if "all" in names else variants
         check_resume(out, Plan(chosen, known, limit, seed, batch, positions, part), model, overwrite)
 
     quiet()
     vlm, processor = load_model(model, device)
-    # Which pruners a model can serve is known only when it is there.
     if "all" in names:
-        from gripvlm.eval.variants import supported_pruners
-
-        every, left = supported_pruners(vlm, budgets)
-        names = list(dict.fromkeys([*(name for name in names if name != "all"), *every]))
-        print(*(f"not in all: {name}: {why}" for name, why in left.items()), sep="\n", file=sys.stderr)
+        names = _expand_all(names, vlm, budgets)
     try:
         result = evaluate(
             vlm,
@@ -146,28 +171,35 @@ def evaluate_command(
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
-    screen = console()
-    show_scores(screen, result)
-    if part is not None and out is not None:
-        screen.print(
-            f"answers: {escape(str(out.with_name(result['samples'])))}; with all shards' files in one folder the same "
-            "command without --shard writes the results",
-            soft_wrap=True,
-        )
-    elif out is not None:
-        screen.print(
-            f"results: {escape(str(out))}, every answer: {escape(result['samples'])} beside it", soft_wrap=True
-        )
+    _show(result, out, sharded=part is not None)
 
 
-def show_scores(screen: Console, result: Mapping[str, Any]) -> None:
-    """The tables of an evaluation, and below them what is not in them."""
+def _expand_all(names: list[str], model: PreTrainedModel, budgets: list[Budget]) -> list[str]:
+    """The names with every pruner that serves this model instead of `all`, which only the loaded model can tell."""
+    from gripvlm.eval.variants import supported_pruners
+
+    supported, refused = supported_pruners(model, budgets)
+    print(*(f"not in all: {name}: {why}" for name, why in refused.items()), sep="\n", file=sys.stderr)
+    return list(dict.fromkeys([*(name for name in names if name != "all"), *supported]))
+
+
+def _show(result: Mapping[str, Any], out: Path | None, sharded: bool) -> None:
+    """The tables of an evaluation, below them what is not in them, and where the files are."""
     from gripvlm.report import table
     from gripvlm.report.tables import unreached
 
+    screen = console()
     screen.print(table([*result["rows"], *result["means"]]))
     for line in unreached(result):
         screen.print(f"not measured: {line}", markup=False)
+    if out is None:
+        return
+    answers = out.with_name(result["samples"])
+    line = f"results: {out}, every answer: {answers.name} beside it"
+    if sharded:
+        line = f"answers: {answers}; with all shards' files in one folder the same command without --shard writes the "
+        line += "results"
+    screen.print(line, markup=False, soft_wrap=True)
 
 
 def env_command() -> None:
@@ -175,35 +207,11 @@ def env_command() -> None:
     from gripvlm.eval import environment
     from gripvlm.models.compat import NEWEST_TESTED, OLDEST, newer_than_tested
 
-    screen, found = console(), environment()
-    found["versions"]["transformers"] += f" (tested: {OLDEST} to {NEWEST_TESTED})"
-    for part, values in found.items():
+    screen, parts = console(), environment()
+    parts["versions"]["transformers"] += f" (tested: {OLDEST} to {NEWEST_TESTED})"
+    for part, values in parts.items():
         screen.print(part, style="bold")
         for name, value in (values or {"": "installed, no checkout"}).items():
             screen.print(f"  {name:<16} {escape(str(value))}")
     if (line := newer_than_tested()) is not None:
         screen.print(escape(line))
-
-
-def split_pruners(text: str) -> list[str]:
-    """Names and specs at commas; none at all is an error (see `split_specs`)."""
-    from gripvlm.utils.spec import split_specs
-
-    return split_specs(text) or _split(text)
-
-
-def _split(text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts:
-        raise GripError(f"{text!r} names nothing: type one or more names, separated by commas")
-    return parts
-
-
-def _seeds(text: str | None) -> list[int]:
-    """`0,1,2`; None for none."""
-    if text is None:
-        return []
-    parts = _split(text)
-    if not all(part.removeprefix("-").isdecimal() for part in parts):
-        raise GripError(f"--seeds {text}: type whole numbers separated by commas, such as 0,1,2")
-    return list(dict.fromkeys(map(int, parts)))

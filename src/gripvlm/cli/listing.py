@@ -15,8 +15,6 @@ from rich.console import Console
 
 from gripvlm.cli.commands import console, filled
 
-__all__ = ["list_command", "measured"]
-
 COLUMNS = {"pruner": 14, "drops": 7, "attention": 11, "question": 10, "lab score": 14, "time": 8}
 """Heading -> width."""
 STAGES = {"input": "input", "llm": "LLM", "vision": "tower"}
@@ -63,6 +61,7 @@ def _print_others(screen: Console, names: set[str]) -> None:
 
 
 def _print(screen: Console, text: str, style: str = "", indent: str = "") -> None:
+    # soft_wrap: the text is filled already, and rich would break it again
     screen.print(filled(text, max(40, screen.width), indent), style=style, markup=False, soft_wrap=True)
 
 

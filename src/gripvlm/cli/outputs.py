@@ -7,8 +7,6 @@ from pathlib import Path
 
 from gripvlm.errors import GripError
 
-__all__ = ["checked_folder", "checked_json", "checked_picture"]
-
 
 def checked_json(path: Path) -> None:
     """`--out` of `eval` and `bench`: a .json file; missing folders will be made."""

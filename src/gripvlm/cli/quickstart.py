@@ -20,8 +20,6 @@ from gripvlm.pruners import get_pruner
 from gripvlm.report import geometry, overlay, table
 from gripvlm.tasks import Sample, Task, get_tasks
 
-__all__ = ["run"]
-
 KEEP = 0.1
 PRUNERS = ("oracle", "grip", "random", "grid", "norm", "divprune")
 GOOD, BAD = "grip", "divprune"

@@ -2,8 +2,6 @@
 
 from gripvlm.report.build import report
 from gripvlm.report.overlay import Geometry, GeometryError, Part, geometry, layout, overlay
-from gripvlm.report.plots import plot
-from gripvlm.report.tables import markdown
 from gripvlm.report.tables import tables as table
 
-__all__ = ["Geometry", "GeometryError", "Part", "geometry", "layout", "markdown", "overlay", "plot", "report", "table"]
+__all__ = ["Geometry", "GeometryError", "Part", "geometry", "layout", "overlay", "report", "table"]

@@ -8,10 +8,9 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -30,9 +29,6 @@ from gripvlm.report.tables import MEAN, Row, short, unreached
 from gripvlm.tasks import get_tasks
 from gripvlm.utils import disk
 
-__all__ = ["Page", "questions_to_show", "report"]
-
-COLOURED = 6  # methods that stand out on a plot
 LOST, WON = 6, 3  # questions with pictures: those that a method loses, and those that it wins
 SIDE = 400  # pixels of a picture's longer side
 NO_MASKS = (
@@ -68,11 +64,12 @@ def report(
         GripError: no file, the full model is not in one of them, or the baseline is in none.
     """
     if not paths:
-        raise GripError("no results to report: type one or more files that `gripvlm eval --out` wrote")
+        raise GripError("no results to report: pass one or more files that `gripvlm eval --out` wrote")
     page = Page(comparisons([read_results(path) for path in paths]), baseline, pictures)
     methods = {point.method for comparison in page.comparisons for point in comparison.points}
     if baseline not in methods and baseline not in ALWAYS:
-        raise GripError(f"no method {baseline!r} to compare with: type one of {', '.join(sorted(methods))}")
+        raise GripError(f"no method {baseline!r} to compare with: use one of {', '.join(sorted(methods))}")
+    # all is made before the first file is written: an error leaves an older page whole
     words = page.markdown(title)
     html = page.html(words, title)
     target = Path(out)
@@ -100,16 +97,20 @@ class Page:
     def markdown(self, title: str) -> str:
         # Markdown is not HTML: the filters `text` and `code` escape what comes from files, not Jinja
         environment = _environment(autoescape=False)
-        environment.filters |= {"text": text, "code": code, "score": score, "short": short, "unreached": unreached}
+        filters = (text, code, score, verdict, short, unreached)
+        environment.filters |= {function.__name__: function for function in filters}
         environment.filters["budget"] = lambda keep: Budget.of(keep).words
-        names = {"page": self, "title": title, "full": FULL, "frontier": frontier}
+        lab = any(results.header["model"] == "lab" for c in self.comparisons for results in c.results)
+        names = {"page": self, "title": title, "full": FULL, "frontier": frontier, "lab": lab}
         words = environment.get_template("report.md.jinja").render(names)
+        # parts that are left out leave their blank lines behind
         return re.sub(r"\n{3,}", "\n\n", words).strip() + "\n"
 
     def html(self, words: str, title: str) -> str:
         """The Markdown as one page: styles and figures inside, no script, nothing fetched."""
         from markdown_it import MarkdownIt
 
+        # no raw HTML: what a file says must never become a tag
         reader = MarkdownIt("commonmark", {"html": False}).enable("table")
         tokens = reader.parse(words)
         links = []
@@ -124,9 +125,8 @@ class Page:
         body = reader.renderer.render(tokens, reader.options, {})
         # a wide table scrolls in a frame of its own; content cannot hold a tag, since it is escaped
         body = body.replace("<table>", '<div class="sheet"><table>').replace("</table>", "</table></div>")
-        style = files("gripvlm.report").joinpath("page.css").read_text(encoding="utf-8")
         template = _environment(autoescape=True).get_template("page.html.jinja")
-        return template.render(title=title, style=style, links=links, body=body)
+        return template.render(title=title, links=links, body=body)
 
     def missing(self, comparison: Comparison) -> list[str]:
         """What every plot should show and these results have not."""
@@ -135,13 +135,14 @@ class Page:
 
     def plots(self, comparison: Comparison) -> tuple[list[str], str]:
         """(paths of the plots: mean over tokens, mean over time, each task; why there are none, or empty)."""
-        styles = styles_of(comparison.ranked, COLOURED)
+        styles = styles_of(comparison.ranked)
         panels = [(MEAN, "keep_fraction", "mean"), (MEAN, "ratio", "time")]
+        # a single task is the mean already
         panels += [(task, "keep_fraction", short(task)) for task in comparison.tasks if len(comparison.tasks) > 1]
         paths = []
         try:
             for task, cost, name in panels:
-                svg = draw([point.rows[task] for point in comparison.points], styles, "svg", cost)
+                svg = draw([point.rows[task] for point in comparison.points], styles, cost)
                 paths.append(self._file(svg, comparison.name, name, "svg"))
         except GripError as error:  # no matplotlib: the tables do not need it
             logger.warning("the report has no plots: %s", error)
@@ -152,7 +153,7 @@ class Page:
         """Method and mean of score / full score at each budget; no rows where the full model scores 0 in a task."""
         assert comparison.scores is not None
         estimates = zip(comparison.scores.settings, relative(comparison.scores), strict=True)
-        return _by_budget(comparison, {(s.method, s.keep): score(_row(e)) for s, e in estimates if e is not None})
+        return _by_budget(comparison, {(s.method, s.keep): _cell(e) for s, e in estimates if e is not None})
 
     def differences(self, comparison: Comparison) -> tuple[int, list[tuple[str, list[str]]]]:
         """How many, and method and difference from the baseline at each budget; a star where Holm's p is below 0.05."""
@@ -160,7 +161,8 @@ class Page:
         cells = {}
         for difference in differences_from(comparison.scores, self.baseline):
             setting = comparison.scores.settings[difference.setting]
-            cells[setting.method, setting.keep] = score(_row(difference.mean), "+", "\\*" * (difference.p_holm < 0.05))
+            star = "\\*" if difference.p_holm < 0.05 else ""
+            cells[setting.method, setting.keep] = _cell(difference.mean, "+", star)
         return len(cells), _by_budget(comparison, cells)
 
     def gallery(self, comparison: Comparison) -> tuple[list[Point], list[Question], str]:
@@ -190,6 +192,7 @@ class Page:
         items = unpack_masks(answer["kept"])
         for part in layout(processor, image.size, [item.grid for item in items]):
             drawn = overlay(image, part.of(items), part.geometry, caption="")
+            # the HTML holds every picture: at full size it would be many megabytes
             drawn.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             drawn.save(buffer, "JPEG", quality=82)
@@ -213,6 +216,7 @@ class Page:
 def _environment(autoescape: bool) -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    # StrictUndefined: a misspelt name in a template is an error, not an empty cell
     loader = PackageLoader("gripvlm", "report")
     return Environment(
         loader=loader, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
@@ -222,18 +226,26 @@ def _environment(autoescape: bool) -> Any:
 def _by_budget(comparison: Comparison, cells: dict[tuple[str, Keep], str]) -> list[tuple[str, list[str]]]:
     """Methods down, budgets across."""
     rows = [(method, [cells.get((method, keep), "") for keep in comparison.keeps]) for method in comparison.methods]
+    # the baseline differs from nothing, and some methods lack a budget
     return [row for row in rows if any(row[1])]
 
 
-def score(row: Row, sign: str = "", star: str = "") -> str:
-    """`83.6 [82.0, 85.1]`, in percent or points."""
-    low, high = row["ci_low"], row["ci_high"]
-    value = f"{100 * row['score']:{sign}.1f}{star}"
-    return value if low is None or high is None else f"{value} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+def score(row: Row) -> str:
+    """`83.6 [82.0, 85.1]`, in percent."""
+    return _cell(Estimate(row["score"], row["ci_low"], row["ci_high"]))
 
 
-def _row(estimate: Estimate) -> Row:
-    return {"score": estimate.value, "ci_low": estimate.low, "ci_high": estimate.high}
+def _cell(estimate: Estimate, sign: str = "", star: str = "") -> str:
+    """In percent or points; the interval only where there is one."""
+    value = f"{100 * estimate.value:{sign}.1f}{star}"
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} [{100 * estimate.low:{sign}.1f}, {100 * estimate.high:{sign}.1f}]"
+
+
+def verdict(value: float) -> str:
+    """VQA scores and the like are also between wrong and right."""
+    return "right" if value >= 1 else "wrong" if value <= 0 else f"partly right, {value:.2g}"
 
 
 def text(value: object) -> str:
@@ -252,19 +264,12 @@ def code(value: object) -> str:
 # --- pictures of what was kept ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """What one method kept of an image, or of a part of it."""
 
     title: str
     path: str
     answer: dict[str, Any]
-
-    @property
-    def verdict(self) -> str:
-        """VQA scores and the like are also between wrong and right."""
-        value = self.answer["score"]
-        return "right" if value >= 1 else "wrong" if value <= 0 else f"partly right, {value:.2g}"
 
 
 @dataclass
@@ -288,11 +293,14 @@ def methods_to_show(comparison: Comparison) -> list[Point]:
     def distance(point: Point) -> tuple[float, Any]:
         return abs(np.log(max(point.mean["keep_fraction"], 1e-9) / 0.1)), Budget.of(point.keep).order
 
+    # on a log scale: 5 % is as far from a tenth as 20 %
     near = min(comparison.pruned, key=distance).keep
-    able = {point.method: point for point in comparison.pruned if point.keep == near and _has_masks(comparison, point)}
-    others = [point for name, point in able.items() if name not in (ORACLE, "random", "grid")]
+    points = [point for point in comparison.pruned if point.keep == near and _has_masks(comparison, point)]
+    shown = {point.method: point for point in points}
+    # the oracle is no method: it knows the evidence that the question is about
+    others = [point for point in points if point.method not in (ORACLE, "random", "grid")]
     best = sorted(others, key=lambda point: -point.mean["score"])[:1]
-    return [*best, *(able[name] for name in ("random", "grid") if name in able)]
+    return [*best, *(shown[name] for name in ("random", "grid") if name in shown)]
 
 
 def _has_masks(comparison: Comparison, point: Point) -> bool:
@@ -301,16 +309,15 @@ def _has_masks(comparison: Comparison, point: Point) -> bool:
 
 def questions_to_show(comparison: Comparison, methods: Sequence[Point]) -> list[Question]:
     """Questions that the first method loses, tasks in turn, then those that it wins and the last method does not."""
-    by_task = []
+    lost, won = [], []
     for task in comparison.tasks:
         # one rule for all results: a person who picks the pictures picks those that please
         full, best, last = (point.answers(task) for point in (comparison.points[0], methods[0], methods[-1]))
-        questions = [Question(task, name, best[name]["score"] < full[name]["score"], full[name]) for name in best]
-        won = {name for name in best if best[name]["score"] >= 1 and (len(methods) == 1 or last[name]["score"] < 1)}
-        by_task.append([question for question in questions if question.lost or question.id in won])
-    lost = [[question for question in questions if question.lost] for questions in by_task]
-    rest = [[question for question in questions if not question.lost] for questions in by_task]
-    return [*_in_turn(lost)[:LOST], *_in_turn(rest)[:WON]]
+        below = {name for name in best if best[name]["score"] < full[name]["score"]}
+        right = {name for name in best if best[name]["score"] >= 1 and (len(methods) == 1 or last[name]["score"] < 1)}
+        lost.append([Question(task, name, True, full[name]) for name in best if name in below])
+        won.append([Question(task, name, False, full[name]) for name in best if name in right - below])
+    return [*_in_turn(lost)[:LOST], *_in_turn(won)[:WON]]
 
 
 def _in_turn(by_task: list[list[Question]]) -> list[Question]:

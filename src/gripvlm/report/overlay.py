@@ -24,8 +24,6 @@ from gripvlm.eval.records import TokenMask
 from gripvlm.types import Selection
 from gripvlm.utils import disk
 
-__all__ = ["Geometry", "GeometryError", "Part", "geometry", "layout", "overlay"]
-
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of the original image."""
 
@@ -47,13 +45,11 @@ class Geometry:
 
     Attributes:
         image_size: (width, height) of the original image.
-        grid: (h, w) of the raster of visual tokens.
         boxes: [h * w] boxes in the order of the tokens. A cell that shows padding reaches beyond the image.
         seen: the part of the image that the model sees at all; the rest is cropped away.
     """
 
     image_size: tuple[int, int]
-    grid: tuple[int, int]
     boxes: tuple[Box, ...]
     seen: Box
 
@@ -227,7 +223,7 @@ def _raster(x: _Axis, y: _Axis, image_size: tuple[int, int], grid: tuple[int, in
     boxes = tuple((left[c], top[r], left[c + 1], top[r + 1]) for r in range(rows) for c in range(columns))
     width, height = image_size
     seen = (max(0.0, left[0]), max(0.0, top[0]), min(float(width), left[-1]), min(float(height), top[-1]))
-    return Geometry(image_size, grid, boxes, seen)
+    return Geometry(image_size, boxes, seen)
 
 
 def _tiled(image_size: tuple[int, int], tiles: tuple[int, int], cell: tuple[int, int]) -> Geometry:
@@ -236,7 +232,7 @@ def _tiled(image_size: tuple[int, int], tiles: tuple[int, int], cell: tuple[int,
     whole = _raster(_Axis(image_size[0]), _Axis(image_size[1]), image_size, (rows * h, columns * w))
     # tokens come tile by tile, the raster row by row across all tiles
     order = np.arange(len(whole.boxes)).reshape(rows, h, columns, w).swapaxes(1, 2).ravel()
-    return Geometry(image_size, whole.grid, tuple(whole.boxes[i] for i in order), whole.seen)
+    return Geometry(image_size, tuple(whole.boxes[i] for i in order), whole.seen)
 
 
 def _tile_counts(images: Any, image_size: tuple[int, int], items: int) -> tuple[int, int]:
@@ -311,6 +307,7 @@ def overlay(
     seen = _filled(size, [geometry.seen], factor)
     bright = ImageChops.darker(_filled(size, kept_boxes, factor), seen)
     dimmed = Image.blend(ImageEnhance.Color(large).enhance(0.25), Image.new("RGB", size, INK), 0.62)
+    # dropped cells first, then what was cropped, then the outline over both
     drawn = Image.composite(large, dimmed, bright)
     drawn = Image.composite(drawn, Image.blend(_hatched(size), dimmed, 0.3), seen)
     drawn = Image.composite(Image.new("RGB", size, EDGE), drawn, _outline(bright))

@@ -1,17 +1,13 @@
-"""Score over the share of visual tokens kept, or over time: a panel a task and one for the mean, by matplotlib."""
+"""Score over the share of visual tokens kept, or over time, as an SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gripvlm.errors import GripError
-from gripvlm.report.tables import MEAN, Row, short, task_order, with_means
-from gripvlm.utils import disk
-
-__all__ = ["ALWAYS", "draw", "plot", "styles_of"]
+from gripvlm.report.tables import MEAN, Row, short
 
 ALWAYS = ("full", "random", "grid")
 """What a pruner is measured against, on every plot."""
@@ -19,8 +15,10 @@ COSTS = {"keep_fraction": "visual tokens kept, %", "ratio": "time a question / t
 """What a score may be drawn over: a column of the rows, and the words below the axis."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#8C6D1F")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURED = len(_COLOURS)
+"""Methods that stand out; a seventh colour would not be told apart."""
 
 
 class Style(NamedTuple):
@@ -35,49 +33,26 @@ _FIXED = {"random": Style("#777777", "x", "--"), "grid": Style("#777777", "+", "
 _OTHER = Style("#c3cad1", ".")
 
 
-def plot(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draws the rows to a file whose ending says the format (png, svg, pdf).
-
-    Args:
-        rows: `result["rows"] + result["means"]`, with `full`, `random` and `grid` among them.
-
-    Raises:
-        GripError: those baselines are missing, or matplotlib is.
-    """
-    rows = with_means(rows)
-    missing = [name for name in ALWAYS if not any(row["pruner"].partition(":")[0] == name for row in rows)]
-    if missing:
-        raise GripError(
-            f"a plot always shows {', '.join(ALWAYS)}, but {', '.join(missing)} is missing: add it to --pruners"
-        )
-    target = Path(path)
-    styles = styles_of(row["pruner"] for row in rows if row["pruner"] != "full")
-    disk.write(target, draw(rows, styles, target.suffix.removeprefix(".") or "png"))
-    return target
-
-
-def styles_of(methods: Iterable[str], coloured: int | None = None) -> dict[str, Style]:
-    """Method -> style, the references always the same; beyond so many `coloured` ones the others share a light grey."""
+def styles_of(methods: Iterable[str]) -> dict[str, Style]:
+    """Method -> style, the references always the same; all after the first `COLOURED` share a light grey."""
     styles: dict[str, Style] = {}
     free = 0
     for name in dict.fromkeys(methods):
         if name in _FIXED:
             styles[name] = _FIXED[name]
-        elif coloured is not None and free >= coloured:
-            styles[name] = _OTHER
-        else:
-            # the markers shift by one each round, so that the ninth method is not the first's twin
-            styles[name] = Style(_COLOURS[free % 8], _MARKERS[(free + free // 8) % 8])
+        elif free < COLOURED:
+            styles[name] = Style(_COLOURS[free], _MARKERS[free])
             free += 1
+        else:
+            styles[name] = _OTHER
     return styles
 
 
-def draw(rows: Sequence[Row], styles: Mapping[str, Style], kind: str, cost: str = "keep_fraction") -> bytes:
-    """A picture with a panel for each task. Intervals are bars, the full model a line with its band.
+def draw(rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> bytes:
+    """An SVG of one task. Intervals are bars, the full model a line with its band.
 
     Args:
         rows: of `full` and of the methods that have a style.
-        kind: png, svg or pdf.
         cost: what scores are drawn over, a key of `COSTS`.
 
     Raises:
@@ -89,33 +64,27 @@ def draw(rows: Sequence[Row], styles: Mapping[str, Style], kind: str, cost: str 
         from matplotlib.figure import Figure
     except ImportError:
         raise GripError("plots need matplotlib: pip install 'gripvlm[plot]'") from None
-    tasks = task_order(rows)
-    columns = min(4, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure = Figure(figsize=(3.3 * columns + 0.6, 2.9 * lines + 0.9), layout="constrained")
+    task = rows[0]["task"]
+    figure = Figure(figsize=(3.9, 4.2), layout="constrained")
+    # a canvas of its own: pyplot would keep every figure, and may look for a display
     FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    for axis, task in zip(axes, tasks, strict=False):
-        _panel(axis, [row for row in rows if row["task"] == task], styles, cost)
-        axis.set_title(short(task), fontsize=11, fontweight="bold" if task == MEAN else "normal", loc="left")
-    for axis in axes[len(tasks) :]:
-        axis.set_visible(False)
-    for axis in axes[::columns]:
-        axis.set_ylabel("score, %")
-    figure.supxlabel(COSTS[cost], fontsize=10)
-    handles, labels = axes[0].get_legend_handles_labels()
+    axis = figure.add_subplot()
+    _fill(axis, rows, styles, cost)
+    axis.set_title(short(task), fontsize=11, fontweight="bold" if task == MEAN else "normal", loc="left")
+    axis.set_ylabel("score, %")
+    axis.set_xlabel(COSTS[cost])
+    handles, labels = axis.get_legend_handles_labels()
     legend = dict(zip(labels, handles, strict=True))  # one entry for all that are grey
-    across = min(3 if columns == 1 else 6, len(legend))
-    place = {"loc": "outside upper center", "ncols": across, "frameon": False, "fontsize": 9}
-    figure.legend(legend.values(), legend.keys(), **place)
+    # two columns: names such as ensemble(norm,divprune) would be cut off in three
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     buffer = BytesIO()
     # text stays text and ids do not change from run to run: small files, and no difference where nothing differs
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gripvlm"}):
-        figure.savefig(buffer, dpi=160, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
-def _panel(axis: Any, rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> None:
+def _fill(axis: Any, rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> None:
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     for full in (row for row in rows if row["pruner"] == "full"):
@@ -133,9 +102,11 @@ def _panel(axis: Any, rows: Sequence[Row], styles: Mapping[str, Style], cost: st
         if points:
             _curve(axis, name, [scale * row[cost] for row in points], points, style)
     if cost == "keep_fraction":
+        # budgets go by factors
         axis.set_xscale("log")
         ticks: list[float] = []
         for share in sorted({round(100 * row[cost], 1) for row in rows if row["pruner"] != "full"}):
+            # closer labels would overlap
             if not ticks or share / ticks[-1] > 1.25:
                 ticks.append(share)
         axis.set_xticks(ticks, [f"{share:g}" for share in ticks])
@@ -147,10 +118,10 @@ def _curve(axis: Any, name: str, x: list[float], rows: Sequence[Row], style: Sty
     if style is _OTHER:
         axis.plot(x, y, linewidth=0.8, markersize=3, label="other methods", zorder=1, **style._asdict())
         return
-    known = [
-        row if row["ci_low"] is not None else {**row, "ci_low": row["score"], "ci_high": row["score"]} for row in rows
-    ]
-    below = [max(0.0, 100 * (row["score"] - row["ci_low"])) for row in known]
-    above = [max(0.0, 100 * (row["ci_high"] - row["score"])) for row in known]
+    # too few pictures give no interval, and a score need not lie within its own: a bar has no negative length
+    lows = [row["score"] if row["ci_low"] is None else row["ci_low"] for row in rows]
+    highs = [row["score"] if row["ci_high"] is None else row["ci_high"] for row in rows]
+    below = [max(0.0, value - 100 * low) for value, low in zip(y, lows, strict=True)]
+    above = [max(0.0, 100 * high - value) for value, high in zip(y, highs, strict=True)]
     size = {"elinewidth": 0.8, "capsize": 1.5, "markersize": 5, "linewidth": 1.3}
     axis.errorbar(x, y, [below, above], label=name, **size, **style._asdict())

@@ -15,10 +15,8 @@ from gripvlm.eval.results import Results
 from gripvlm.eval.scores import Scores, absolute, method_of, scores_of
 from gripvlm.eval.stats import Estimate
 from gripvlm.eval.variants import FULL, ORACLE
-from gripvlm.report.tables import MEAN, Row, averaged, by_setting, with_means
+from gripvlm.report.tables import MEAN, Row, averaged, by_setting
 from gripvlm.tasks.lab_tasks import FAMILIES
-
-__all__ = ["Comparison", "Keep", "Point", "command_of", "comparisons", "frontier"]
 
 Keep = int | float | str
 Setting = tuple[str, str]
@@ -47,7 +45,7 @@ class Point:
 
     @property
     def keep(self) -> Keep:
-        """The budget as asked."""
+        """The requested budget."""
         return self.mean["keep"]
 
     @property
@@ -62,13 +60,30 @@ class Point:
     def name(self) -> str:
         return self.method if self.full else f"{self.method} at {self.budget}"
 
-    @property
-    def command(self) -> str:
-        return command_of(self.results, list(self.seeds), self.keep)
-
     def answers(self, task: str) -> dict[str, dict[str, Any]]:
         """id -> answer; of its first seed where it has several."""
         return self.results.of(task, next(iter(self.seeds)), str(self.keep))
+
+    def command(self) -> str:
+        """What to type to measure this point alone; the run's own command where that was a script."""
+        head = self.results.header
+        try:
+            words = shlex.split(head["command"])
+        except ValueError:  # an open quote: no shell has run it
+            return head["command"]
+        # `gripvlm eval`, `python -m gripvlm eval`, a full path to either; all else is a script
+        if "eval" not in words[:4] or not any(name in words[0] for name in ("gripvlm", "__main__", "python")):
+            return head["command"]
+        tasks = list(self.results.task_specs.values())
+        if tasks == [f"lab/{family}" for family in FAMILIES]:
+            tasks = ["lab"]
+        line = ["gripvlm", "eval", "--model", head["model"], "--tasks", ",".join(tasks)]
+        line += ["--pruners", ",".join(self.seeds)]
+        line += [] if self.full else ["--keep", str(self.keep)]
+        line += [] if head["limit"] is None else ["--limit", str(head["limit"])]
+        line += ["--seed", str(head["seed"]), "--batch", str(head["batch_size"])]
+        line += [] if head["positions"] == "original" else ["--positions", head["positions"]]
+        return shlex.join(line)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +113,7 @@ class Comparison:
     @property
     def blind(self) -> dict[str, float]:
         """Task (and "mean") -> the score without the image; empty where it was not measured."""
+        # where one task lacks it, the mean would be that of other tasks
         scores = {task: self.points[0].rows[task]["blind"] for task in self.tasks}
         return {} if None in scores.values() else scores | {MEAN: float(np.mean(list(scores.values())))}
 
@@ -106,16 +122,12 @@ class Comparison:
         return [point for point in self.pruned if len(point.seeds) > 1]
 
     @property
-    def of_the_lab(self) -> bool:
-        return any(results.header["model"] == "lab" for results in self.results)
-
-    @property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(point.method for point in self.pruned))
 
     @property
     def keeps(self) -> list[Keep]:
-        """Budgets as asked, the largest first."""
+        """The requested budgets, the largest first."""
         return sorted({p.keep for p in self.pruned}, key=lambda keep: Budget.of(keep).order, reverse=True)
 
     @property
@@ -133,8 +145,10 @@ class Comparison:
 def frontier(comparison: Comparison, cost: str) -> list[Point]:
     """The points that no other beats in mean score and cost ("keep_fraction" or "ratio"), `oracle` apart."""
     best: list[Point] = []
-    able = [point for point in comparison.points if point.method != ORACLE]
-    for point in sorted(able, key=lambda point: (point.mean[cost], -point.mean["score"])):
+    # the oracle knows the answer, so that it would stand alone there
+    points = [point for point in comparison.points if point.method != ORACLE]
+    # cheapest first, and of equal costs the best: one pass is enough
+    for point in sorted(points, key=lambda point: (point.mean[cost], -point.mean["score"])):
         if not best or point.mean["score"] > best[-1].mean["score"]:
             best.append(point)
     return best
@@ -145,6 +159,7 @@ def comparisons(results: Sequence[Results]) -> list[Comparison]:
     groups: list[list[Results]] = []
     for new in results:
         for group in groups:
+            # the same setting in two files is two runs, which no mean may hide
             if group[0].questions == new.questions and not any(_settings(new) & _settings(old) for old in group):
                 group.append(new)
                 break
@@ -178,18 +193,20 @@ def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, t
     if not full or min(full) <= 0:
         raise GripError(f"{results.path} has no times of the full model, which times are compared with: run it again")
     seeds: dict[Setting, dict[str, dict[str, Row]]] = {}
-    for (label, keep), by_task in by_setting(with_means([*results.rows, *results.means])).items():
-        if any(task not in by_task for task in tasks):
+    for (label, keep), by_task in by_setting([*results.rows, *results.means]).items():
+        if len(tasks) == 1 and tasks[0] in by_task:
+            # the mean over one task is that task, interval included
+            by_task.setdefault(MEAN, {**by_task[tasks[0]], "task": MEAN})
+        if any(task not in by_task for task in (*tasks, MEAN)):
             raise GripError(f"{results.path}: {label} was not measured on every task: run the evaluation again")
-        # the mean over one task is that task, interval included
-        by_task.setdefault(MEAN, {**by_task[tasks[0]], "task": MEAN})
         seeds.setdefault((method_of(label) if estimates else label, keep), {})[label] = by_task
     points = []
     for (method, keep), by_label in seeds.items():
         rows: dict[str, Row] = {}
         for number, task in enumerate((*tasks, MEAN)):
             of_seeds = [by_task[task] for by_task in by_label.values()]
-            row = averaged(of_seeds, pruner=method)
+            row = averaged(of_seeds)
+            row["pruner"] = method
             row["ratio"] = row["seconds_total"] / float(np.mean(full))
             # only answers know how seeds vary together by picture; without them one row's interval is all there is
             if estimates:
@@ -200,23 +217,3 @@ def _points(results: Results, tasks: tuple[str, ...], estimates: dict[Setting, t
             rows[task] = row
         points.append(Point(method, rows, {label: r[MEAN]["score"] for label, r in by_label.items()}, results))
     return points
-
-
-def command_of(results: Results, labels: Sequence[str], keep: Keep) -> str:
-    """What to type to measure these pruners at this budget alone; the run's own command where that was a script."""
-    head = results.header
-    try:
-        words = shlex.split(head["command"])
-    except ValueError:  # an open quote: no shell has run it
-        return head["command"]
-    if "eval" not in words[:4] or not any(name in words[0] for name in ("gripvlm", "__main__", "python")):
-        return head["command"]
-    tasks = list(results.task_specs.values())
-    if tasks == [f"lab/{family}" for family in FAMILIES]:
-        tasks = ["lab"]
-    line = ["gripvlm", "eval", "--model", head["model"], "--tasks", ",".join(tasks), "--pruners", ",".join(labels)]
-    line += [] if tuple(labels) == (FULL,) else ["--keep", str(keep)]
-    line += [] if head["limit"] is None else ["--limit", str(head["limit"])]
-    line += ["--seed", str(head["seed"]), "--batch", str(head["batch_size"])]
-    line += [] if head["positions"] == "original" else ["--positions", head["positions"]]
-    return shlex.join(line)

@@ -1,4 +1,4 @@
-"""Rows of results as tables: for a terminal (rich) and for a page (Markdown)."""
+"""Rows of results, grouped and averaged, and as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from rich.table import Table
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 
-__all__ = ["averaged", "by_setting", "markdown", "short", "tables", "task_order", "unreached", "with_means"]
-
 Row = Mapping[str, Any]
 TIMES = ("vision", "pruner", "overhead", "prefill", "decode", "total")
 MEAN = "mean"
@@ -24,9 +22,15 @@ NUMBERS = ("score", "tokens", "keep_fraction", *REFERENCES, *(f"seconds_{name}" 
 
 
 def tables(rows: Sequence[Row]) -> Group:
-    """Two tables to print: scores in percent (task x pruner x keep, interval below), and milliseconds a sample."""
-    rows = with_means(rows)
-    tasks = task_order(rows)
+    """Two tables to print: scores in percent (task x pruner x keep, interval below), and milliseconds a sample.
+
+    Args:
+        rows: `result["rows"] + result["means"]` of an evaluation.
+    """
+    if not rows:
+        raise GripError("no rows: pass result['rows'] + result['means'] of an evaluation that has finished")
+    # tasks as they come, the mean last
+    tasks = sorted(dict.fromkeys(row["task"] for row in rows), key=lambda name: name == MEAN)
     scores = _sheet("Score, % right (below: 95 % interval)")
     times = _sheet("Milliseconds a question")
     for task in tasks:
@@ -35,7 +39,7 @@ def tables(rows: Sequence[Row]) -> Group:
         times.add_column(name, justify="right")
     for pruner, keep, tokens, by_task, milliseconds in _settings(rows):
         head = [pruner, f"{tokens} ({keep})"]
-        scores.add_row(*head, *(_score(by_task.get(task), below=True) for task in tasks), end_section=pruner == "full")
+        scores.add_row(*head, *(_score(by_task.get(task)) for task in tasks), end_section=pruner == "full")
         times.add_row(*head, *milliseconds, end_section=pruner == "full")
     scores.add_section()
     for name, values in _references(rows, tasks).items():
@@ -43,48 +47,13 @@ def tables(rows: Sequence[Row]) -> Group:
     return Group(scores, times)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The same two tables in Markdown, with intervals in brackets and the number of questions."""
-    rows = with_means(rows)
-    tasks = task_order(rows)
-    first = next(iter(by_setting(rows).values()))
-    titles = [f"{short(task)} (n={first[task]['n']})" if task in first else short(task) for task in tasks]
-    scores = [_line(["pruner", "keep", "tokens", *titles]), _line(["---", *["---:"] * (2 + len(tasks))])]
-    times = [_line(["pruner", "keep", *(f"{name} ms" for name in TIMES)]), _line(["---", *["---:"] * 7])]
-    for pruner, keep, tokens, by_task, milliseconds in _settings(rows):
-        scores.append(_line([f"`{pruner}`", keep, tokens, *(_score(by_task.get(task)) for task in tasks)]))
-        times.append(_line([f"`{pruner}`", keep, *milliseconds]))
-    for name, values in _references(rows, tasks).items():
-        scores.append(_line([f"*{REFERENCES[name]}*", "", "", *values]))
-    return "\n".join([*scores, "", *times]) + "\n"
-
-
-def with_means(rows: Sequence[Row]) -> list[Row]:
-    """The rows and, where they have none, one `mean` row for each pruner and keep over several tasks.
-
-    A mean made here has no interval; `evaluate(...)["means"]` has them with one.
-    """
-    if not rows:
-        raise GripError("no rows: pass result['rows'] + result['means'] of an evaluation that has finished")
-    tasks = set(task_order(rows))
-    if MEAN in tasks or len(tasks) < 2:
-        return list(rows)
-    settings = [list(by_task.values()) for by_task in by_setting(rows).values() if by_task.keys() == tasks]
-    return [*rows, *(averaged(members, task=MEAN, n=sum(row["n"] for row in members)) for members in settings)]
-
-
-def averaged(rows: Sequence[Row], **changes: Any) -> dict[str, Any]:
+def averaged(rows: Sequence[Row]) -> dict[str, Any]:
     """The first row with the mean of every number (None where a row lacks it), without an interval."""
-    mean = {**rows[0], "ci_low": None, "ci_high": None, **changes}
+    mean = {**rows[0], "ci_low": None, "ci_high": None}
     for name in NUMBERS:
         values = [row[name] for row in rows if row.get(name) is not None]
         mean[name] = float(np.mean(values)) if len(values) == len(rows) else None
     return mean
-
-
-def task_order(rows: Iterable[Row]) -> list[str]:
-    """Tasks as they come, the mean last."""
-    return sorted(dict.fromkeys(row["task"] for row in rows), key=lambda name: name == MEAN)
 
 
 def by_setting(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
@@ -112,6 +81,7 @@ def _settings(rows: Sequence[Row]) -> Iterable[tuple[str, str, str, dict[str, Ro
         row = by_task.get(MEAN, next(iter(by_task.values())))
         tokens = f"{row['tokens']:.{0 if float(row['tokens']).is_integer() else 1}f}"
         seconds = [row.get(f"seconds_{name}") for name in TIMES]
+        # three digits are enough: from 99.5 ms on there is no decimal
         times = ["" if s is None else f"{1000 * s:.{1 if s < 0.0995 else 0}f}" for s in seconds]
         yield pruner, Budget.of(row["keep"]).short, tokens, by_task, times
 
@@ -127,15 +97,14 @@ def _references(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, list[str
     }
 
 
-def _score(row: Row | None, below: bool = False) -> str:
-    """Score in percent and its interval: in brackets, or on a line below."""
+def _score(row: Row | None) -> str:
+    """Score in percent, and its interval on a line below."""
     if row is None:
         return ""
     score = f"{100 * row['score']:.1f}"
     if row.get("ci_low") is None:
         return score
-    ends = f"{100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}"
-    return f"{score}\n[dim not bold]{ends}[/]" if below else f"{score} [{ends}]"
+    return f"{score}\n[dim not bold]{100 * row['ci_low']:.0f}-{100 * row['ci_high']:.0f}[/]"
 
 
 def _sheet(title: str) -> Table:
@@ -144,7 +113,3 @@ def _sheet(title: str) -> Table:
     sheet.add_column("pruner")
     sheet.add_column("tokens", justify="right", no_wrap=True)
     return sheet
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
