@@ -20,8 +20,11 @@ HEAD = ("name", "what it does", "reads", "drops", "trained", "lab score", "time"
 
 
 def idea(row: PrunerRow) -> str:
-    """What a method does, from the first line of its file, without its name in front."""
-    first = (inspect.getdoc(inspect.getmodule(_load(row.name))) or "").splitlines()[0].rstrip(".")
+    """What a method does, from the first line of its file, without its name in front; of its class in a shared file."""
+    file = _BUILT_IN[row.name].partition(":")[0]
+    shared = sum(source.startswith(f"{file}:") for source in _BUILT_IN.values()) > 1
+    described = _load(row.name) if shared else inspect.getmodule(_load(row.name))
+    first = (inspect.getdoc(described) or "").splitlines()[0].rstrip(".")
     word = first.split()[0]
     named = row.name.split("_")[0] in word.lower() and word != "Keep"
     text = first.split(": ", 1)[-1] if named else first

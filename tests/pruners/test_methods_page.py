@@ -8,6 +8,7 @@ import re
 import pytest
 
 import gripvlm
+from gripvlm.cli.listing import measured
 from gripvlm.pruners import list_pruners
 from places import ROOT
 from tiny_families import TINY, build, make
@@ -24,6 +25,12 @@ def test_the_table_is_up_to_date():
     assert {f"| `{row.name}` |" for row in list_pruners()} <= {
         line[: line.find("|", 2) + 1] for line in PAGE.split("\n")
     }
+
+
+def test_the_list_of_the_command_line_shows_options_that_there_are():
+    for row in list_pruners():
+        shown = {re.match(r"\w+", option)[0] for option in measured()["pruners"][row.name]["options"]}
+        assert {option.name for option in row.options} - {"inner"} == shown, row.name
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ class HiPrune(Pruner):
     1. Where five tokens an anchor are more than k, as alpha far above 0.1 allows, there are k // 5 anchors:
        the authors' code stops.
     2. The authors count blocks from 1 and call theirs 9 for CLIP's 24 and 16 for Qwen2.5-VL.
-    3. Ties go to the lower index; raster order is restored.
 
     Attributes:
         alpha: share of anchors and buffers, in [0, 1]; halves are rounded to even, as by Python.
