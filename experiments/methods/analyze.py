@@ -1,6 +1,8 @@
 """The table of docs/methods.md, from the registry and from what `gripvlm list` shows (src/gripvlm/cli/measured.json).
 
-python experiments/methods/analyze.py
+A built-in pruner that measured.json does not know yet gets a row there, without measurements.
+
+    python experiments/methods/analyze.py
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from gripvlm.pruners.registry import _BUILT_IN, PrunerRow, _load, list_pruners
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "docs/methods.md"
+MEASURED = ROOT / "src/gripvlm/cli/measured.json"
 STAGES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
 HEAD = ("name", "what it does", "reads", "drops", "trained", "lab score", "time", "source")
 
@@ -49,7 +52,7 @@ def score(shown: dict[str, Any]) -> str:
 
 def tables() -> dict[str, dict[str, str]]:
     """Page -> its tables, as Markdown."""
-    measured = json.loads((ROOT / "src/gripvlm/cli/measured.json").read_text(encoding="utf-8"))["pruners"]
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))["pruners"]
     lines = [HEAD, ("---",) * len(HEAD)]
     for row in list_pruners():
         if row.name not in _BUILT_IN:  # other packages' are theirs to describe
@@ -69,7 +72,32 @@ def filled(text: str) -> str:
     return re.sub(marks, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
 
 
+def unmeasured(row: PrunerRow) -> dict[str, Any]:
+    """What `gripvlm list` shows of a pruner that nothing was measured of."""
+    return {
+        "stage": row.stage,
+        "source": row.source,
+        "trained": row.trained,
+        "wraps": any(option.name == "inner" for option in row.options),
+        "attention": "vision_attention" in row.needs,
+        "question": "question" in (*row.needs, *row.llm_needs),
+        "grid": "grid" in row.needs,
+        "options": [str(option) for option in row.options if option.name != "inner"],
+    }
+
+
+def add_rows() -> None:
+    """Adds what measured.json lacks."""
+    shown = json.loads(MEASURED.read_text(encoding="utf-8"))
+    for row in list_pruners():
+        if row.name in _BUILT_IN:
+            shown["pruners"].setdefault(row.name, unmeasured(row))
+    shown["pruners"] = dict(sorted(shown["pruners"].items()))
+    MEASURED.write_text(json.dumps(shown, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
+    add_rows()
     path = ROOT / PAGE
     path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
     print(path)

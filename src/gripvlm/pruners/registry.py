@@ -214,9 +214,8 @@ def _check_options(name: str, known: Mapping[str, Option], values: Mapping[str, 
 
 
 def _usage(name: str, option: Option) -> str:
-    if not option.required:
-        return f"use {name}:{option.name}={option.default}"
-    return f"use {name}:{option.name}=..., or get_pruner({name!r}, {option.name}=...) from Python"
+    shown = "..." if option.required else option.default
+    return f"use {name}:{option.name}={shown}, or get_pruner({name!r}, {option.name}=...) from Python"
 
 
 def _sources() -> dict[str, Any]:
