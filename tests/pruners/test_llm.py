@@ -81,8 +81,10 @@ def test_schedules_pay_for_what_was_asked(name, data, n, layers):
         plan = checked_schedule(pruner, tokens, layers)
     except BudgetError as error:
         least = int(str(error).split("pass keep=")[1].split(" ")[0])
-        assert keep < least <= n  # and what it says to type does work
+        assert keep < least <= n  # and that is the least that works
         checked_schedule(pruner, VisualTokens(torch.zeros(n, 1), least), layers)
+        with pytest.raises(BudgetError):
+            pruner.schedule(n, least - 1, layers)
     else:
         assert average_tokens(n, plan, layers) == pytest.approx(keep, abs=0.5)
 

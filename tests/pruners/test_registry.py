@@ -23,7 +23,6 @@ from gripvlm.pruners.registry import _sources
 from gripvlm.pruners.wrappers.mmr import MMR
 from gripvlm.pruners.wrappers.spread import Spread
 from gripvlm.types import VisualTokens
-from gripvlm.utils.spec import split_specs
 from pruner_inputs import image
 
 
@@ -41,11 +40,6 @@ def test_wrappers_on_the_command_line():
     assert get_pruner("mmr( random:seed=3 ):balance=0.7") == MMR(Random(3), 0.7)
     assert get_pruner("spread(mmr(norm):balance=1.0):floor=0.5") == Spread(MMR(Norm(), 1.0), 0.5)
     assert get_pruner("ensemble(random:seed=1,norm,divprune):weights=(1,2,3)").weights == (1, 2, 3)
-    assert split_specs("norm,mmr(random:seed=1,norm):a=1,b=2,grid") == [
-        "norm",
-        "mmr(random:seed=1,norm):a=1,b=2",
-        "grid",
-    ]
     assert get_pruner("mmr(cdpruner)").needs == {"features", "question"}
     assert get_pruner("ensemble(grid,random)").needs == {"grid", "key"}
 

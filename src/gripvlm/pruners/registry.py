@@ -36,7 +36,7 @@ _BUILT_IN: dict[str, str] = {
     "mustdrop": "gripvlm.pruners.llm.mustdrop:MustDrop",
     "mustdrop_llm": "gripvlm.pruners.llm.mustdrop:MustDropLLM",
     "norm": "gripvlm.pruners.baselines.norm:Norm",
-    "pool": "gripvlm.pruners.baselines.pool:Pool",
+    "pool": "gripvlm.pruners.baselines.grid:Pool",
     "prumerge": "gripvlm.pruners.input.prumerge:PruMerge",
     "prumerge_plus": "gripvlm.pruners.input.prumerge:PruMergePlus",
     "ptp": "gripvlm.pruners.llm.ptp:PTP",
