@@ -96,6 +96,7 @@ def register_pruner(name: str, factory: str | Callable[..., Pruner]) -> None:
     taken = _sources().get(name)
     if taken is not None and _qualified(taken) != _qualified(factory):
         raise PrunerError(f"pruner name {name!r} is taken by {taken}: choose another")
+    # A string is imported when it is first used.
     _registered[name] = factory
 
 
@@ -234,6 +235,7 @@ def _load(name: str) -> Any:
             hint = did_you_mean(name, sources)
             raise PrunerError(f"unknown pruner {name!r}: {hint}known are {', '.join(sorted(sources))}")
         source = sources[name]
+    # A class or a function that was registered as it is.
     if not isinstance(source, str):
         return source
     module, _, attribute = source.partition(":")

@@ -49,6 +49,7 @@ class HiPrune(Pruner):
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.grid is not None
         deep, k = received_attention(tokens, self.deep), tokens.keep
+        # At most k // 5, as each anchor takes four neighbours along.
         anchors = top_k(received_attention(tokens, self.middle), min(k // 5, round(k * self.alpha / 5)))
         kept = torch.zeros_like(deep, dtype=torch.bool)
         # Clamped, not wrapped or dropped: as the authors' code treats neighbours outside of the raster.

@@ -57,6 +57,7 @@ class PruMerge(Pruner):
         evenly = min(k - 1, int(self.uniform * k + 0.5))
         kept = mask_of(top_k(attention, k - evenly), attention.numel())
         rest = (~kept).nonzero().flatten()
+        # Even steps over the others in raster order, not over the image: some of its even points are kept already.
         kept[rest[torch.arange(evenly, device=rest.device) * rest.numel() // max(1, evenly)]] = True
         return kept
 

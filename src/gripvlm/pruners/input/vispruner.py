@@ -57,5 +57,6 @@ class VisPruner(Pruner):
         while (over := left.numel() - diverse) > 0:
             even, odd = left[::2], left[1::2]
             alike = cosine[even[:, None], odd].amax(dim=1)
+            # Sorted, not only cut: which tokens the next round finds at even places depends on the order.
             left = torch.cat((even[descending(alike)[min(self.step, over) :]], odd))
         return Selection(torch.cat((order[:first], rest[left])).sort().values, tokens.n, scores)

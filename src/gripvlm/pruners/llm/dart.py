@@ -31,6 +31,7 @@ def least_duplicates(rows: Tensor, pivots: Tensor, text: Tensor, k: int) -> Tens
     cosine = rows @ ends.T  # [n, p + t]
     kept = mask_of(pivots, rows.shape[0])
     share, over = divmod(k - pivots.numel(), ends.shape[0])
+    # One pivot after the other: a row that one took is gone for the next.
     for i in range(ends.shape[0]):
         fill_best(kept, torch.sort(cosine[:, i], stable=True).indices, share + (i < over))
     return kept.nonzero().flatten()
@@ -109,6 +110,7 @@ class DARTInput(Pruner):
 
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.question is not None
+        # Norms of the rows stand in for those of the keys, which do not exist yet.
         sizes, text_sizes = (part.float().abs().sum(dim=1) for part in (tokens.features, tokens.question))
         pivots = top_k(sizes, min(self.pivots, tokens.keep))
         words = top_k(text_sizes, min(self.text_pivots, tokens.question.shape[0]))

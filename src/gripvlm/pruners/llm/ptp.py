@@ -80,6 +80,7 @@ class PTP(LLMScorePruner):
         for tokens, count in zip(images, counts, strict=True):
             paid.append((self.layer * tokens.n + (num_layers - self.layer) * count) / num_layers)
             least.append(least_keep(tokens.n, num_layers, self.layer))
+        # Converted back, counts are fractions, and an image cannot pay less than for its rows before `layer`.
         return nearest(sum(tokens.keep for tokens in images), paid, least, [tokens.n for tokens in images])
 
     def score_at_layer(self, layer: int, tokens: LLMTokens) -> Tensor:

@@ -99,6 +99,7 @@ class SparseVLM(LLMPruner):
         centres, nearest = density_peaks(tokens.hidden[pool], clusters)
         indices = torch.cat((order[:kept], pool[centres])).sort().values
         slots = torch.searchsorted(indices, pool[centres])
+        # A centre is its slot's own row, so only the others are merged in.
         others = torch.ones_like(pool, dtype=torch.bool)
         others[centres] = False
         merge = mean_merge(indices, pool[others], slots[nearest[others]])

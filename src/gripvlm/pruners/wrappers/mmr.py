@@ -43,7 +43,7 @@ class MMR(Wrapper, GreedyPruner):
     def pick(self, images: Sequence[VisualTokens], rows: Sequence[Tensor], cosine: Tensor) -> Tensor:
         scores = padded([self._scaled(tokens) for tokens in images], 0.0)  # [B, n]
         picked = padding_of(images)
-        value = scores
+        value = scores  # the first by score alone: there is nothing to repeat yet
         closest = torch.full_like(scores, -torch.inf)  # [B, n], cosine to the nearest picked token
         batch = torch.arange(len(images), device=cosine.device)
         most = max(tokens.keep for tokens in images)
