@@ -65,20 +65,14 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
 
     Source: OCRBench (arXiv 2305.07895, example.py); full-width letters as in lmms-eval since 0.7.
     """
-
-    def plain(text: str) -> str:
-        return text.translate(_FULL_WIDTH).lower().strip().replace("\n", " ")
-
-    return float(any(plain(answer) in plain(prediction) for answer in answers))
+    texts = [text.translate(_FULL_WIDTH).lower().strip().replace("\n", " ") for text in (prediction, *answers)]
+    return float(any(answer in texts[0] for answer in texts[1:]))
 
 
 def contains_verbatim(prediction: str, answers: Sequence[str]) -> float:
     """As `contains`, but case counts and spaces don't: OCRBench's rule for the formulas of HME100k."""
-
-    def without_spaces(text: str) -> str:
-        return text.strip().replace("\n", " ").replace(" ", "")
-
-    return float(any(without_spaces(answer) in without_spaces(prediction) for answer in answers))
+    texts = [text.strip().replace("\n", "").replace(" ", "") for text in (prediction, *answers)]
+    return float(any(answer in texts[0] for answer in texts[1:]))
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
@@ -107,23 +101,16 @@ def _levenshtein(a: str, b: str) -> int:
     return before[-1]
 
 
-def _letter(prediction: str, sample: Sample) -> float:
-    letter = option_letter(prediction, len(sample.choices) or 26)
-    return float(letter is not None and letter == sample.answer.strip().upper())
-
-
-def _yes_no(prediction: str, sample: Sample) -> float:
-    return float(named_choice(prediction, ("yes", "no")) == normalise(sample.answer))
-
-
 METRICS: Mapping[str, Metric] = {
     "choice": default_score,
     "exact": lambda prediction, sample: exact(prediction, sample.accepted),
     "vqa": lambda prediction, sample: vqa_accuracy(prediction, sample.accepted),
     "anls": lambda prediction, sample: anls(prediction, sample.accepted),
     "contains": lambda prediction, sample: contains(prediction, sample.accepted),
-    "letter": _letter,
-    "yes_no": _yes_no,
+    "letter": lambda prediction, sample: float(
+        option_letter(prediction, len(sample.choices) or 26) == sample.answer.strip().upper()
+    ),
+    "yes_no": lambda prediction, sample: float(named_choice(prediction, ("yes", "no")) == normalise(sample.answer)),
 }
 """What `metric=` may name for questions of one's own."""
 
