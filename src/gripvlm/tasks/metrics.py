@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from gripvlm.tasks.base import Sample, TaskError, default_score, named_choice, normalise
 from gripvlm.tasks.vqa_answer import vqa_accuracy
@@ -126,26 +126,23 @@ def get_metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def yes_no_summary(said_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict[str, float]:
+def yes_no_summary(predicted: Sequence[bool], true: Sequence[bool]) -> dict[str, float]:
     """f1, precision and recall of "yes", and yes_share, the share of questions that are answered by yes.
 
     A quotient with nothing below is 0.
     """
-    hits = sum(a and b for a, b in zip(said_yes, is_yes, strict=True))
-    precision = hits / sum(said_yes) if any(said_yes) else 0.0
-    recall = hits / sum(is_yes) if any(is_yes) else 0.0
+    hits = sum(a and b for a, b in zip(predicted, true, strict=True))
+    precision = hits / sum(predicted) if any(predicted) else 0.0
+    recall = hits / sum(true) if any(true) else 0.0
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    share = sum(said_yes) / len(said_yes) if said_yes else 0.0
+    share = sum(predicted) / len(predicted) if predicted else 0.0
     return {"f1": f1, "precision": precision, "recall": recall, "yes_share": share}
 
 
-def pair_accuracy(scores: Iterable[tuple[Any, Any, float]]) -> dict[str, float]:
-    """{"accuracy_plus": the share of pairs whose two questions are both right} from (image, pair, score).
+def pair_accuracy(groups: Iterable[Sequence[float]]) -> dict[str, float]:
+    """{"accuracy_plus": the share of pairs whose two questions are both right} from the scores of each pair.
 
     Lone questions don't count; {} without any pair.
     """
-    pairs: dict[tuple[Any, Any], list[float]] = {}
-    for image, pair, score in scores:
-        pairs.setdefault((image, pair), []).append(score)
-    both = [min(pair) for pair in pairs.values() if len(pair) == 2]
+    both = [min(scores) for scores in groups if len(scores) == 2]
     return {"accuracy_plus": sum(both) / len(both)} if both else {}
