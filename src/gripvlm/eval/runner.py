@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,15 @@ from gripvlm.eval.journal import Journal, ResumeError, samples_path
 from gripvlm.eval.oracle import oracle
 from gripvlm.eval.plan import Batch, Plan, parse_shard
 from gripvlm.eval.records import make_records
-from gripvlm.eval.results import SCHEMA, majority, make_row, mean_rows, write_result
+from gripvlm.eval.results import (
+    SCHEMA,
+    ResultsError,
+    majority,
+    make_row,
+    mean_rows,
+    read_results,
+    write_result,
+)
 from gripvlm.eval.stats import ScoresByImage
 from gripvlm.eval.variants import BLIND, FULL, ORACLE, Variant, fingerprint, make_variants
 from gripvlm.models.encoded import Encoded
@@ -31,7 +38,7 @@ from gripvlm.pruners import Pruner
 from gripvlm.tasks import Task, get_tasks
 from gripvlm.utils.disk import one_writer
 from gripvlm.utils.progress import Progress
-from gripvlm.utils.strict_json import BadJSON, parse, read
+from gripvlm.utils.strict_json import BadJSON, parse
 
 __all__ = ["check_resume", "evaluate"]
 
@@ -164,12 +171,10 @@ class _Runner:
         reused = len(journal.records)
         if self.show_progress and reused:
             print(self._reused(reused), file=sys.stderr)
-        if reused == self.total and target is not None and (old := _finished(target)) is not None:
-            result = old | self._result(self.variants) | {"header": old["header"]}
-            # Only where the statistics have changed since: a finished file is otherwise left as it is.
-            if json.loads(json.dumps(result)) != old:
-                write_result(target, result)
-            return result
+        if reused == self.total and target is not None:
+            # A finished file is left as it is; one that is damaged or has other scores is written anew below.
+            with suppress(ResultsError):
+                return read_results(target).content
         if reused < self.total:
             self._rehearse()
         journal.session(session)
@@ -334,13 +339,3 @@ def _pruner_of(variant: Variant, batch: Batch, encoded: Encoded) -> Pruner:
     if variant.pruner is not None:
         return variant.pruner
     return oracle(batch.samples, encoded, batch.task.evidence_grid)
-
-
-def _finished(target: Path) -> dict[str, Any] | None:
-    """The result that a finished run wrote, with its header; None where there is none."""
-    try:
-        old = read(target)
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(old, dict) and old.get("schema") == SCHEMA and isinstance(old.get("header"), dict)
-    return old if whole else None
