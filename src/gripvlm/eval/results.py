@@ -26,7 +26,7 @@ from gripvlm.tasks.base import Sample, Task, normalise
 from gripvlm.utils import disk
 from gripvlm.utils.strict_json import BadJSON, read
 
-__all__ = ["Results", "ResultsError", "evaluation_files", "read_json", "read_results", "write_result"]
+__all__ = ["Results", "ResultsError", "evaluation_files", "read_results", "write_result"]
 
 _KIND, _VERSION = "gripvlm.evaluate", 1
 SCHEMA = f"{_KIND}/{_VERSION}"
@@ -244,7 +244,7 @@ class Results:
         return by_row
 
 
-def read_json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     """The file's JSON.
 
     Raises:
@@ -271,7 +271,7 @@ def read_results(path: str | Path) -> Results:
             the rows.
     """
     path = Path(path)
-    content = check_result(read_json(path), str(path))
+    content = check_result(_read_json(path), str(path))
     name = content.get("samples") or samples_path(path).name
     # A stranger's file may name any path: only one beside the file is read.
     if name in (".", "..") or set(name) & {"/", "\\", "\0"}:
@@ -294,7 +294,7 @@ def evaluation_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """(evaluations, other JSON files); for the files of a folder that a shell pattern names."""
     kinds: dict[bool, list[Path]] = {True: [], False: []}
     for path in paths:
-        kinds[_is_result(read_json(path))].append(path)
+        kinds[_is_result(_read_json(path))].append(path)
     return kinds[True], kinds[False]
 
 

@@ -44,6 +44,7 @@ class Benchmark(TableTask):
     parts: tuple[str, ...] = ()
 
     def __init__(self, name: str, options: Mapping[str, str]) -> None:
+        # A single file has no splits, so that the task's own must not be looked for in it.
         path = Path(options["path"]).expanduser() if "path" in options else None
         super().__init__(
             Source(
@@ -59,6 +60,7 @@ class Benchmark(TableTask):
         self.spec = f"{name}:{','.join(f'{key}={value}' for key, value in options.items())}" if options else name
         # Who names the split means it, for training on it too.
         self.held_out = "split" not in options
+        # Scores of another split must not be taken for the published one's.
         if options.get("split", self.split) != self.split:
             self.name = f"{name}:split={options['split']}"
 
@@ -91,6 +93,7 @@ class POPE(Benchmark):
         if self.part not in ("", category):
             return None
         return {
+            # Question numbers start anew in each category.
             "id": f"{category}/{row['question_id']}",
             "question": row["question"].strip(),
             "answer": answer,
@@ -182,6 +185,7 @@ class MME(Benchmark):
         if self.part and (category in self.PERCEPTION) != (self.part == "perception"):
             return None
         return {
+            # `question_id` names the picture: both questions of a pair have the same.
             "id": f"{category}/{row['question_id']}/{index}",
             "question": row["question"].strip().replace(" Please answer yes or no.", ""),
             "answer": answer,
@@ -268,6 +272,7 @@ class TextVQA(Benchmark):
             raise self.refused(index, "has no answers: the test split keeps them back, type split=validation")
         return {
             "id": str(row["question_id"]),
+            # As lmms-eval writes them: the data set has them in lower case.
             "question": row["question"].capitalize(),
             "answer": commonest(answers),
             "image_id": str(row["image_id"]),

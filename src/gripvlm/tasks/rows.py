@@ -61,6 +61,7 @@ class Rows:
         elif isinstance(getattr(feature, "feature", None), ImageFeature):
             table = table.cast_column(image, type(feature)(ImageFeature(decode=False)))
         self.table = table
+        # JSON Lines name picture files, relative to the file or the folder that was given.
         self.folder = source.path.parent if source.path and source.path.is_file() else source.path or Path()
 
     def texts(self) -> list[dict[str, Any]]:
