@@ -70,7 +70,7 @@ def test_the_list_says_what_each_needs():
         (lambda: get_pruner("random:3"), "use name:option=value"),
         (
             lambda: get_pruner("given"),
-            r"'given' needs scores .*Tensor.*: use get_pruner\('given', scores=\.\.\.\) from Python",
+            r"'given' needs scores .*Tensor.*: use .*, or get_pruner\('given', scores=\.\.\.\) from Python",
         ),
         (lambda: get_pruner("given:scores=3"), "'given' takes scores as .*, got 3: .* from Python"),
         (lambda: get_pruner("given", scores=[[3.0]]).select(image(1, 1, 1)), "needs a tensor .* got a float"),

@@ -215,10 +215,8 @@ def _check_options(name: str, known: Mapping[str, Option], values: Mapping[str, 
 
 
 def _usage(name: str, option: Option) -> str:
-    from_python = f"get_pruner({name!r}, {option.name}=...) from Python"
-    if not option.has_text_form:
-        return f"use {from_python}"
-    return f"use {name}:{option.name}={'...' if option.required else option.default}, or {from_python}"
+    shown = "..." if option.required else option.default
+    return f"use {name}:{option.name}={shown}, or get_pruner({name!r}, {option.name}=...) from Python"
 
 
 def _sources() -> dict[str, Any]:
