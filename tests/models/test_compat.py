@@ -114,7 +114,7 @@ def test_every_private_helper_takes_what_it_is_given(name):
         ("_prepare_position_ids_for_generation", (None, {})),
     ):
         found = getattr(model, helper, None)
-        assert found is not None, f"{name}: {type(model).__name__} has no {helper}: see models/adapter.py"
+        assert found is not None, f"{name}: {type(model).__name__} has no {helper}: see models/adapter.py, positions.py"
         inspect.signature(found).bind(*given)  # a TypeError where it takes something else
 
 

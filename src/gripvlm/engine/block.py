@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gripvlm.engine.generate import FullPrompt, Options
+from gripvlm.engine.input_checks import checked_imageless, has_pixels
 from gripvlm.engine.pipeline import PrunedBatch, prune_batch
 from gripvlm.engine.pruned_cache import PrunedPrompt, in_use, mark, prompt_in
 from gripvlm.engine.record import Record
-from gripvlm.engine.request import PruneRequest, checked_imageless, has_pixels
+from gripvlm.engine.request import PruneRequest
 from gripvlm.engine.switch import Call, Switch, inside
 from gripvlm.errors import GripError, InputError
 from gripvlm.models.compat import cache_in, cache_of

@@ -1,4 +1,4 @@
-"""Runs an `LLMPruner`: asks it before each layer of its schedule, and notes which tokens every layer sees."""
+"""Runs an `LLMPruner`: it selects before each layer of its schedule, and every layer's tokens are noted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gripvlm.pruners.ops.schedules import average_tokens
 from gripvlm.types import LLMTokens, Selection, VisualTokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from gripvlm.engine.request import PruneRequest
 
 __all__ = ["LLMStage", "Merged", "checked_schedule"]
 
@@ -49,7 +49,7 @@ def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> di
 
 
 class Merged(NamedTuple):
-    """Tokens of one image that are merged before a layer: their row of the batch, their places [n], and into what."""
+    """Tokens of one image that merge before a layer: their row of the batch, their places [n], and the selection."""
 
     row: int
     places: Tensor
@@ -82,39 +82,36 @@ class LLMStage:
     drops the same tokens. Rows that `generate` repeats (beams, several returned sequences) drop the same.
 
     Args:
-        pruner: what is asked.
-        model: a supported model whose layers may drop.
+        request: its pruner selects; its model's layers may drop.
         arguments: the prompts as the model will get them.
         batch: the images of each prompt as they were before any drop, with their budgets.
+        selections: what each image keeps at the input.
+        schedules: of each image, layer -> how many rows it and those after it see.
 
     Attributes:
-        layers_that_drop: ascending, 1 or more; known after `begin`.
+        layers_that_drop: ascending, 1 or more.
         merges: layer -> what each row merges before it, with places in the prompt.
         dropped: the latest prompt's state, for `ProportionalRun`.
     """
 
     def __init__(
         self,
-        pruner: LLMPruner,
-        model: PreTrainedModel,
+        request: PruneRequest,
         arguments: Mapping[str, Any],
         batch: Sequence[Sequence[VisualTokens]],
+        selections: Sequence[Sequence[Selection]],
+        schedules: Sequence[Sequence[Mapping[int, int]]],
     ) -> None:
-        self.pruner, self.model, self.arguments, self.batch = pruner, model, arguments, batch
-        self.layers = len(model.get_decoder().layers)
-        self.layers_that_drop: list[int] = []
+        assert isinstance(request.pruner, LLMPruner)
+        self.pruner, self.model, self.arguments, self.batch = request.pruner, request.model, arguments, batch
+        self.layers = len(self.model.get_decoder().layers)
         self.merges: dict[int, list[Merged]] = {}
         self.dropped = DropState()
-        self._is_text = words(model, arguments)
-        self._text_embeddings = questions(model, arguments, None) if "words" in pruner.llm_needs else []
+        self._first, self._schedules = selections, schedules
+        self._is_text = words(self.model, arguments)
+        self._text_embeddings = questions(self.model, arguments, None) if "words" in self.pruner.llm_needs else []
         self._observed: dict[str, dict[int, list[Tensor]]] = {}
         self._done = False  # whether every layer has chosen, so that nothing needs to be observed any more
-
-    def begin(
-        self, selections: Sequence[Sequence[Selection]], schedules: Sequence[Sequence[Mapping[int, int]]]
-    ) -> list[list[Selection]]:
-        """Starts from what each image keeps at the input; `schedules` are layer -> count, one for each image."""
-        self._first, self._schedules = selections, schedules
         self._selected: dict[tuple[int, int], dict[int, Selection]] = {}  # (sample, image) -> layer -> what it chose
         self._rows: dict[tuple[int, int], dict[int, Tensor]] = {}  # (sample, image) -> layer -> rows left from there on
         losing = set()
@@ -129,15 +126,11 @@ class LLMStage:
                         left = count
         self.layers_that_drop = sorted(losing)
         if losing:
-            no_labels(self.model, (), self.arguments)
-        return self.selections()
+            no_labels(self.model, (), arguments)
 
     @contextmanager
     def block(self) -> Iterator[None]:
-        """Inside, the model's language model drops; nothing is hooked where nothing is to be dropped."""
-        if not self.layers_that_drop:
-            yield
-            return
+        """Inside, the model's language model drops."""
         decoder, before = self.model.get_decoder(), [layer - 1 for layer in self.layers_that_drop]
         queries = {
             "last": lambda length: None if self._done else [length - 1],
@@ -247,18 +240,14 @@ class LLMStage:
             return None
         chosen = self._selected[sample, image]
         if layer not in chosen:
-            tokens = self._tokens(entering, row, image, places, count)
-            chosen[layer] = self._ask(tokens)
+            where = f"image {image} of sample {sample} before layer {layer}"
+            with torch.no_grad():
+                tokens = self._tokens(entering, row, image, places, count)
+                answer = self.pruner.select_at_layer(layer, tokens)
+            chosen[layer] = checked_selection(self.pruner.name, answer, tokens, where)
             self._rows[sample, image][layer] = left[chosen[layer].indices.to(left.device)]
         return chosen[layer]
 
-    @torch.no_grad()
-    def _ask(self, tokens: LLMTokens) -> Selection:
-        answer = self.pruner.select_at_layer(tokens.layer, tokens)
-        where = f"image {tokens.image} of sample {tokens.sample} before layer {tokens.layer}"
-        return checked_selection(self.pruner.name, answer, tokens, where)
-
-    @torch.no_grad()
     def _tokens(self, entering: _LayerInput, row: int, image: int, places: Tensor, count: int) -> LLMTokens:
         """What the pruner sees of the image whose tokens lie at these places of the row."""
         needs, hidden, observed = self.pruner.llm_needs, entering.hidden, entering.observed

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.adapter import PER_TOKEN, encoder_arguments
+from gripvlm.models.adapter import PER_TOKEN, encoder_arguments, padding_of
 from gripvlm.models.hooks.llm_drop import CacheContents
 from gripvlm.models.hooks.proportional import LayerSizes
-from gripvlm.models.text import full_mask, padding_token, visual_places
+from gripvlm.models.text import full_mask, visual_places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,9 +146,8 @@ class PrunedPrompt:
         arguments["position_ids"] = positions
         for name in PER_TOKEN.keys() & arguments.keys() - {"attention_mask", "position_ids"}:
             value = arguments[name]
-            fill = padding_token(model) if name == "input_ids" else PER_TOKEN[name]
             front = value[:, : self.full].gather(1, self.order.to(value.device))
-            front = front.masked_fill(~short_mask.bool().to(value.device), fill)
+            front = front.masked_fill(~short_mask.bool().to(value.device), padding_of(model, name))
             arguments[name] = torch.cat((front, value[:, self.full :]), -1)
         return arguments
 

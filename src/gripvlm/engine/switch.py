@@ -43,7 +43,7 @@ class Call:
 
     Attributes:
         length: of the prompts that it runs on.
-        ahead: [B] or [axes, B], added to the positions of later tokens; see `adapter.Shortened`.
+        ahead: [B] or [axes, B], added to the positions of later tokens; see `drop.Shortened`.
         prefilled: whether a forward has ended, so that the cache holds the whole prompt.
     """
 
