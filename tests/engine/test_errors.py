@@ -152,7 +152,11 @@ REFUSED: list[tuple[type[GripError], str, Callable]] = [
     (PrunerError, "'misfit' states no needs", lambda i: {"pruner": Misfit(needs="features")}),
     (PrunerError, "a Stranger is no pruner: make it a subclass of gripvlm.Pruner", lambda i: {"pruner": Stranger()}),
     (PrunerError, "has no name", lambda i: {"pruner": Misfit(name=None)}),
-    (PrunerError, "stage 'layer': known are 'input', 'llm' and 'vision'", lambda i: {"pruner": Misfit(stage="layer")}),
+    (
+        PrunerError,
+        "stage 'layer', but its base class at 'input'",
+        lambda i: {"pruner": Misfit(stage="layer")},
+    ),
     (UnsupportedModelError, "got a Linear: pass a transformers model", lambda i: {"model": torch.nn.Linear(2, 2)}),
 ]
 

@@ -53,7 +53,7 @@ def bench_command(
     from gripvlm.cli.outputs import checked_json
 
     batches, lengths = _numbers(batch, "--batch", "1,8"), _numbers(prompt, "--prompt", "64,512")
-    budgets = list(dict.fromkeys(Budget.parse(part) for part in keep.split(",") if part.strip()))
+    budgets = list(dict.fromkeys(Budget(part) for part in keep.split(",") if part.strip()))
     if not budgets:
         raise GripError(f"--keep {keep!r} names nothing: type one or more budgets, such as 50%,10%")
     specs = list(dict.fromkeys(split_pruners(pruners)))

@@ -85,7 +85,7 @@ def evaluate_command(
     from gripvlm.cli.outputs import checked_json
 
     # Cheap checks first: the imports below take seconds, the model perhaps minutes.
-    budgets, numbers = [Budget.parse(text) for text in _split(keep)], _seeds(seeds)
+    budgets, numbers = [Budget(text) for text in _split(keep)], _seeds(seeds)
     if out is not None:
         checked_json(out)
     names = split_pruners(pruners)

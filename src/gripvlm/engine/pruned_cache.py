@@ -111,7 +111,7 @@ class PrunedPrompt:
 
         Args:
             cache: holds this prompt.
-            given: what the caller passes; `attention_mask`, where there is one, is of the whole conversation.
+            given: the caller's arguments; `attention_mask`, where there is one, is of the whole conversation.
             whole: whether `input_ids` are the whole conversation [R, T'], or what is new in it.
 
         Raises:
@@ -119,6 +119,7 @@ class PrunedPrompt:
         """
         if self.refusal:
             raise InputError(self.refusal)
+        given = {name: value for name, value in given.items() if value is not None}
         ids, count = given["input_ids"], self.tokens_in(cache)
         if ids.shape[0] != self.ids.shape[0]:
             raise InputError(f"the cache holds {self.ids.shape[0]} prompts, but input_ids have {ids.shape[0]}")

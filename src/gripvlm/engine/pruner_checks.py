@@ -37,12 +37,12 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
         raise PrunerError(f"pruner {name!r} needs {unread}, but known are {sorted(NEEDS)}")
     if "vision_attention" in needs and not chosen.vision_layers:
         raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
-    if stage not in ("input", "llm", "vision"):
-        raise PrunerError(f"pruner {name!r} drops rows at stage {stage!r}: known are 'input', 'llm' and 'vision'")
-    if stage == "vision" and not isinstance(chosen, TowerPruner):
-        raise PrunerError(f"pruner {name!r} merges at stage 'vision', so it must be a gripvlm.pruners.TowerPruner")
-    if stage == "llm" and not isinstance(chosen, LLMPruner):
-        raise PrunerError(f"pruner {name!r} drops rows at stage 'llm', so it must be a gripvlm.LLMPruner")
+    by_class = "vision" if isinstance(chosen, TowerPruner) else "llm" if isinstance(chosen, LLMPruner) else "input"
+    if stage != by_class:
+        raise PrunerError(
+            f"pruner {name!r} drops rows at stage {stage!r}, but its base class at {by_class!r}: leave stage out, or "
+            "make it a gripvlm.LLMPruner ('llm') or a gripvlm.pruners.TowerPruner ('vision')"
+        )
     if stage != "vision" and "groups" in needs:
         raise PrunerError(f"pruner {name!r} needs groups, which only a gripvlm.pruners.TowerPruner has")
     if stage == "vision" and (wrong := sorted(needs & {"vision_attention", "patches"})):
