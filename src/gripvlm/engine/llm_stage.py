@@ -87,11 +87,6 @@ class _Image:
         """[n] the original rows that are left when a layer is reached, before it drops any."""
         return self.rows[max(earlier for earlier in self.rows if earlier < layer)]
 
-    def choose(self, layer: int, selection: Selection) -> None:
-        left = self.entering(layer)
-        self.chosen[layer] = selection
-        self.rows[layer] = left[selection.indices.to(left.device)]
-
     def selection(self, layers: int) -> Selection:
         """What is kept of it, layer by layer."""
         left, seen = self.first.indices, []
@@ -161,9 +156,8 @@ class LLMStage:
         self._text_embeddings = questions(self.model, arguments, None) if "words" in self.pruner.llm_needs else []
         self._observed: dict[str, dict[int, list[Tensor]]] = {}
         self._done = False  # whether every layer has chosen, so that nothing needs to be observed any more
-        self.layers_that_drop = sorted(
-            {layer for images in self._images for image in images for layer in image.losses()}
-        )
+        losses = {layer for images in self._images for image in images for layer in image.losses()}
+        self.layers_that_drop = sorted(losses)
         if self.layers_that_drop:
             no_labels(self.model, (), arguments)
 
@@ -236,7 +230,7 @@ class LLMStage:
                     continue
                 # The first of the repeated rows chooses; in later steps all of them drop what was chosen then.
                 if layer not in image.chosen:
-                    image.choose(layer, self._select(entering, row, image, places))
+                    self._select(entering, row, image, places)
                 selection = image.chosen[layer]
                 keep[row, places] = False
                 keep[row, places[selection.indices]] = True
@@ -248,16 +242,16 @@ class LLMStage:
         self._done = self._done or layer == self.layers_that_drop[-1]
         return keep, partial(_merge_hidden, merges=merged)
 
-    def _select(self, entering: _LayerInput, row: int, image: _Image, places: Tensor) -> Selection:
-        """What the pruner keeps of an image whose tokens lie at these places of the row."""
-        layer, tokens = entering.layer, image.tokens
-        left = image.entering(layer)
+    def _select(self, entering: _LayerInput, row: int, image: _Image, places: Tensor) -> None:
+        """Selects from an image whose tokens lie at these places of the row."""
+        layer, left, tokens = entering.layer, image.entering(entering.layer), image.tokens
         with torch.no_grad():
             fields = self._observed_fields(entering, row, tokens.sample, places)
             seen = LLMTokens(layer, image.schedule[layer], left, tokens, **fields)
             answer = self.pruner.select_at_layer(layer, seen)
         where = f"image {tokens.image} of sample {tokens.sample} before layer {layer}"
-        return checked_selection(self.pruner.name, answer, seen, where)
+        image.chosen[layer] = selection = checked_selection(self.pruner.name, answer, seen, where)
+        image.rows[layer] = left[selection.indices.to(left.device)]
 
     def _observed_fields(self, entering: _LayerInput, row: int, sample: int, places: Tensor) -> dict[str, Any]:
         """The fields of `LLMTokens` that the pruner needs, for tokens at these places of the row."""

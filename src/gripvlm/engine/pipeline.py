@@ -169,15 +169,14 @@ def _tokens_at_input(
     request: PruneRequest, batch: list[list[VisualTokens]]
 ) -> tuple[list[VisualTokens], list[list[dict[int, int]]]]:
     """All images with the count to keep at the input; and the schedule of each, for pruners inside the LLM."""
-    pruner = request.pruner
+    flat, pruner = [tokens for images in batch for tokens in images], request.pruner
     if not isinstance(pruner, LLMPruner):
-        return [tokens for images in batch for tokens in images], []
+        return flat, []
     layers = len(request.model.get_decoder().layers)
     schedules = [[checked_schedule(pruner, tokens, layers) for tokens in images] for images in batch]
-    at_input = []
-    for images, plans in zip(batch, schedules, strict=True):
-        for tokens, plan in zip(images, plans, strict=True):
-            at_input.append(replace(tokens, keep=plan.get(0, tokens.n)))
+    plans = [plan for images in schedules for plan in images]
+    # A schedule with an entry for layer 0 drops at the input too; others leave all rows until their first layer.
+    at_input = [replace(tokens, keep=plan.get(0, tokens.n)) for tokens, plan in zip(flat, plans, strict=True)]
     return at_input, schedules
 
 
