@@ -141,6 +141,7 @@ def prune_inputs(
         model, pruner, keep, positions=positions, question=question, pad_to_multiple_of=pad_to_multiple_of
     )
     batch = prune_batch(request, inputs, encoded)
+    # The caller runs the model out of our sight, so this is the last moment at which a failed check can be raised.
     batch.checks.raise_if_failed()
     if batch.run is not None:
         raise PrunerError(
@@ -217,6 +218,7 @@ def encode(model: nn.Module, inputs: Mapping[str, Any], pruners: Sequence[str | 
     inputs = checked_inputs(model, family, inputs, None)
     needs = checked_needs(family, [checked_pruner(pruner, model) for pruner in pruners])
     prompts, watch = Prompts.of(model, inputs), Stopwatch(device_of(model))
+    # Keys cost little, and with them the encoding serves every pruner that draws at random.
     encoded = adapter.encode(prompts, family, needs._replace(keys=True))
     watch.lap("vision")
     return replace(encoded, watches=(watch,))

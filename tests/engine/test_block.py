@@ -110,10 +110,10 @@ def test_a_prompt_that_ends_in_its_image_goes_on_after_it():
         assert [int(places[0, -1]) for places in noted] == [5, 18, 19]
 
 
-class First:
+class First(gripvlm.Pruner):
     """Keeps the first rows."""
 
-    name, needs, stage = "first", frozenset({"features"}), "input"
+    name = "first"
 
     def select(self, tokens):
         return gripvlm.Selection(torch.arange(tokens.keep), tokens.n)

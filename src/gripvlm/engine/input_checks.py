@@ -35,7 +35,7 @@ def checked_inputs(
     if not isinstance(inputs, Mapping):
         raise InputError(f"inputs are a {type(inputs).__name__}: pass what the processor returns")
     given = {name: value for name, value in inputs.items() if value is not None}
-    device_of(model)  # raises for a model without weights
+    device_of(model)  # raises for a model whose weights are nowhere
     if "inputs_embeds" in given:
         raise InputError("inputs_embeds hide where the images are: pass input_ids and pixel_values")
     ids = given.get("input_ids")

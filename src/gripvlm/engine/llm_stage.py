@@ -164,6 +164,7 @@ class LLMStage:
     @contextmanager
     def block(self) -> Iterator[None]:
         """Inside, the model's language model drops."""
+        # Attention of layer i - 1 is read: it has been computed when layer i is about to run on fewer tokens.
         decoder, before = self.model.get_decoder(), [layer - 1 for layer in self.layers_that_drop]
         queries = {
             "last": lambda length: None if self._done else [length - 1],

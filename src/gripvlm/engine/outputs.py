@@ -37,6 +37,7 @@ class DeferredChecks:
     def add(self, failed: Tensor, explain: Callable[[], None]) -> None:
         """`failed` is a bool without dimensions; where it is True, `explain` finds what is wrong and raises."""
         self._pending.append((failed, explain))
+        # On a CPU there is nothing to wait for, and an error is best raised where its cause is.
         if failed.device.type == "cpu":
             self.raise_if_failed()
 
@@ -45,6 +46,7 @@ class DeferredChecks:
         pending, self._pending = self._pending, []
         if not pending:
             return
+        # One read for all checks: each read would wait for the device. With device_map they may be on several.
         device = pending[0][0].device
         flags = torch.stack([failed.to(device) for failed, _ in pending]).tolist()
         for failed, (_, explain) in zip(flags, pending, strict=True):

@@ -69,6 +69,7 @@ def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> Towe
             )
     if isinstance(pruner, LLMPruner):
         checked_layers(model)
+    # Last: it may look at weights, and the errors above are about the model at hand.
     pruner.check(model)
     return needs
 
@@ -104,6 +105,7 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> TowerRequest:
                 "divprune"
             )
         if "vision_attention" in wanted:
+            # A dict and not a set: layers in the order in which pruners name them, each once.
             layers.update(dict.fromkeys(pruner.vision_layers))
             given |= "vision_given" in pruner.needs
         patches |= "patches" in wanted

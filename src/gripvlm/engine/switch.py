@@ -99,6 +99,7 @@ class Switch:
                     "this model is already inside a gripvlm.prune block: leave that block first, or prune another model"
                 )
             if not switch.blocks:
+                # On the object, not on its class: other models of that class stay as they are.
                 for name, entry in switch.entries.items():
                     setattr(model, name, entry)
             switch.blocks.append(block)
