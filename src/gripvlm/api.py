@@ -56,12 +56,10 @@ def prune(
     Returns:
         A block, which yields the `Record` of the latest call.
 
-    `generate`: what it returns has the original prompt ids in front; stopping criteria, logits processors and
-    streamers see them too; `max_length` and `min_length` count them. A call without any image passes through
+    `generate` returns the original prompt's ids in front; stopping criteria, logits processors and streamers see them
+    too, and `max_length` and `min_length` count them. The logits of `model(**inputs)` are those of the tokens that are
+    left, `labels` lose the entries of dropped placeholders, and gradients flow. A call without any image passes through
     untouched.
-
-    `model(**inputs)`: logits are those of the tokens that are left, `labels` lose the entries of dropped placeholders,
-    and gradients flow.
 
     A further turn, by either, on the cache of a call (`return_dict_in_generate=True`, or a cache of your own) continues
     from the tokens that were kept: pass the whole conversation's ids, or the new ones with a mask of the whole.
@@ -232,7 +230,7 @@ def visual_tokens(
     question: Question = None,
     encoded: Encoded | None = None,
 ) -> list[list[VisualTokens]]:
-    """What pruners see of these inputs, all fields filled: for training a scorer, or for a look.
+    """What pruners see of these inputs, with the fields that every family can fill: to train a scorer, or to look.
 
     Args, Raises: as for `prune_inputs`.
 
@@ -252,6 +250,6 @@ def visual_tokens(
 
 
 class _ReadEverything(KeepAll):
-    """Reads everything that need not be there for every model to run."""
+    """Reads all fields that every family can fill."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"features", "question", "key"})

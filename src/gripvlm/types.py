@@ -203,13 +203,3 @@ class LLMTokens:
     @property
     def device(self) -> torch.device:
         return self.rows.device
-
-    @property
-    def sample(self) -> int:
-        """The prompt's position in the batch."""
-        return self.input.sample
-
-    @property
-    def image(self) -> int:
-        """The image's position in its prompt."""
-        return self.input.image

@@ -16,13 +16,7 @@ from gripvlm.pruners import Pruner
 from gripvlm.types import LLMTokens, Merge, Selection, VisualTokens
 from gripvlm.utils.batching import joined, per_entry
 
-__all__ = [
-    "DeferredChecks",
-    "check_features",
-    "checked_counts",
-    "checked_selection",
-    "checked_selections",
-]
+__all__ = ["DeferredChecks", "check_features", "checked_counts", "checked_selection", "checked_selections"]
 
 _TOLERANCE = 1e-3
 """By how much the weights that go to one kept row may miss a sum of 1; bfloat16 weights miss it by a little."""

@@ -34,9 +34,9 @@ class PrunedBatch:
 
     Attributes:
         prompts: as they were.
-        shortened: as they are now; `shortened.arguments` are for `generate` or `forward`.
-        selections: a list (prompts) of lists (images) of what is kept. Where rows are dropped inside the language
-            model, complete once the prompt has run.
+        shortened: as they are now.
+        selections: a list (prompts) of lists (images). Where rows are dropped inside the language model, complete once
+            the prompt has run.
         run: what is left to do inside the language model while it runs; None where there is nothing.
         watch: the times of the steps.
         checks: of values on the device, not yet read.
@@ -104,7 +104,8 @@ def prune_batch(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encod
     answers = _select(request.pruner, at_input, checks)
     watch.lap("pruner")
 
-    selections = _by_prompt(checked_selections(request.pruner, answers, at_input, checks), tokens)
+    checked = iter(checked_selections(request.pruner, answers, at_input, checks))
+    selections = [[next(checked) for _ in prompt] for prompt in tokens]
     shortened = drop(images, selections, request.drop)
     stage = None
     if isinstance(request.pruner, LLMPruner):
@@ -185,11 +186,6 @@ def _select(pruner: Pruner, images: list[VisualTokens], checks: DeferredChecks) 
     # A pruner that stumbles over NaN of the encoder is not to blame: the failed check is raised in place of its error.
     with checks.explaining_errors():
         return list(pruner.select_batch(images))
-
-
-def _by_prompt(selections: Sequence[Selection], batch: list[list[VisualTokens]]) -> list[list[Selection]]:
-    rest = iter(selections)
-    return [[next(rest) for _ in images] for images in batch]
 
 
 def _run_inside(

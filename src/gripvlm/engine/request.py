@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
@@ -113,13 +113,11 @@ def checked_positions(positions: str) -> bool:
 def _checked_multiple(pad_to_multiple_of: Any) -> int:
     if pad_to_multiple_of is None:
         return 1
-    try:
-        multiple = 0 if isinstance(pad_to_multiple_of, bool) else operator.index(pad_to_multiple_of)
-    except TypeError:
-        multiple = 0
-    if multiple < 1:
+    # A NumPy integer will do; True, which Python counts as 1, is a mistake.
+    whole = isinstance(pad_to_multiple_of, numbers.Integral) and not isinstance(pad_to_multiple_of, bool)
+    if not whole or pad_to_multiple_of < 1:
         raise InputError(f"pad_to_multiple_of={pad_to_multiple_of!r}: pass an int of 1 or more, such as 64, or None")
-    return multiple
+    return int(pad_to_multiple_of)
 
 
 def checked_budget(pruner: Pruner, keep: Any) -> Budget:
