@@ -135,6 +135,7 @@ class PrunedPrompt:
         after = mask[:, self.full :].bool()
         short_mask = self.short["attention_mask"].to(mask)
         front = mask[:, : self.full].gather(1, self.order.to(mask.device)) * short_mask
+        # Positions follow those of the full prompt, not the cache's length, which is shorter; padding does not count.
         counted = after.long().cumsum(-1) - 1
         later = (self.following[..., None] + counted).masked_fill(~after, 0)
         positions = torch.cat((self.short["position_ids"], later), -1)
@@ -142,6 +143,7 @@ class PrunedPrompt:
         visual = {*encoder_arguments(model, given), "mm_encoder_outputs"}
         arguments = {name: value for name, value in given.items() if name not in visual}
         arguments["attention_mask"] = torch.cat((front, after.to(front)), -1)
+        # Beside ids that are new, transformers expects the positions of just these, but the mask of the whole.
         if not whole:
             return {**arguments, "position_ids": positions[..., -new.shape[1] :]}
         arguments["position_ids"] = positions
@@ -247,6 +249,7 @@ def _guarded(base: Any) -> type:
         rows = torch.arange(len(self.gripvlm_prompt.ids)).repeat_interleave(repeats)
         self.gripvlm_prompt = self.gripvlm_prompt.take(rows.to(self.gripvlm_prompt.ids.device))
 
+    # copy and pickle find a class by its name in its module, where this one is not.
     def reduce(self: Any) -> tuple[Any, ...]:
         return _restored, (base,), vars(self)
 

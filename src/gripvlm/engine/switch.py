@@ -148,6 +148,7 @@ class _Entry:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _call.get()
+        # `generate` calls `forward`, here on a prompt that is shortened already.
         if call is not None and call.model is self.switch.model:
             if self.name == "forward":
                 return call.forward(self.original, args, kwargs)
