@@ -293,7 +293,7 @@ class Alone(Odd):
 def test_what_a_tower_pruner_must_be():
     model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
     for pruner, says in [
-        (Odd(), "must be a gripvlm.pruners.TowerPruner"),
+        (Odd(), "stage 'vision', but its base class at 'input'"),
         (Both(), "then has no patches for each row"),
         (Alone(), "'alone' needs groups, which only a"),
     ]:

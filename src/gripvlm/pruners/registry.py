@@ -164,7 +164,7 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
     if not callable(getattr(pruner, "select", None)):
         raise PrunerError(
             f"got a {type(pruner).__name__}, which has no select(): pass a pruner's name "
-            f"({', '.join(pruner_names())}) or an object with select(tokens) -> Selection"
+            f"({', '.join(pruner_names())}) or an object of a subclass of gripvlm.Pruner"
         )
     if options:
         raise PrunerError(f"options {sorted(options)} go with a name, not with a pruner object")
