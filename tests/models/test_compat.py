@@ -114,7 +114,7 @@ def test_every_private_helper_takes_what_it_is_given(name):
     ):
         part = getattr(model, helper, None)
         assert part is not None, (
-            f"{name}: {type(model).__name__} has no {helper}: see models/adapter.py and positions.py"
+            f"{name}: {type(model).__name__} has no {helper}: see models/adapter.py"
         )
         inspect.signature(part).bind(*given)  # a TypeError where it takes something else
 
