@@ -15,7 +15,7 @@ from gripvlm.models import FAMILIES
 from gripvlm.models.compat import cache_of
 from gripvlm.models.hooks.llm_drop import drop_in_layers
 from gripvlm.models.text import words
-from gripvlm.pruners import LLMPruner, top_k
+from gripvlm.pruners import LLMPruner, LLMScorePruner, top_k
 from gripvlm.pruners.llm.fastv import FastV
 from gripvlm.pruners.ops.schedules import average_tokens, one_layer_schedule, pyramid_schedule
 from gripvlm.types import LLMTokens, Merge, Selection
@@ -403,3 +403,19 @@ def test_what_is_refused_and_what_it_says():
         model.generate(**inputs, max_new_tokens=1)
     with gripvlm.prune(model, "fastv:layer=4", keep=8), pytest.raises(BudgetError, match="pass a layer from 1 to 3"):
         model.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("scores", [None, [0.0] * 12, torch.zeros(3)])
+def test_scores_in_a_layer_that_are_no_tensor_of_n_name_the_pruner(scores):
+    @dataclass(frozen=True)
+    class Odd(LLMScorePruner):
+        name = "odd"
+        layer: int = 1
+
+        def score_at_layer(self, layer, tokens):
+            return scores
+
+    inputs = make(TINY["llava"], [1], [7]).inputs
+    model = build("llava")
+    with gripvlm.prune(model, Odd(), keep=0.75), pytest.raises(PrunerError, match=r"'odd': score_at_layer\(\)"):
+        model(**inputs)

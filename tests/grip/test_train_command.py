@@ -15,6 +15,7 @@ from gripvlm import lab
 from gripvlm.cli import main
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import TrainConfig, read_toml
+from gripvlm.grip.train.config import RENAMED
 from tiny_train import stopping, tiny_vlm, write_jsonl
 
 
@@ -129,3 +130,14 @@ def test_help_lists_every_setting_without_loading_torch():
     assert "LOADED []" in done.stdout
     for name in TrainConfig.__dataclass_fields__:
         assert name == "stage" or f"--{name.replace('_', '-')}" in done.stdout, name
+
+
+def test_a_former_name_is_answered_with_the_present_one(tmp_path, capsys):
+    (tmp_path / "old.toml").write_text("warmup_steps = 3\n")
+    assert main(["train", "--config", str(tmp_path / "old.toml")]) == 2
+    assert "no setting 'warmup_steps': it is now distill_steps" in " ".join(capsys.readouterr().err.split())
+    assert main(["train", "--data", "q.jsonl", "--warmup-steps", "3"]) == 2
+    assert "No such option: --warmup-steps. It is now --distill-steps." in " ".join(capsys.readouterr().err.split())
+    for former, now in RENAMED.items():
+        assert former not in TrainConfig.__dataclass_fields__
+        assert now.split()[0] in TrainConfig.__dataclass_fields__

@@ -87,6 +87,12 @@ def _message(error: Exception) -> str:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "gripvlm"
         message = error.format_message()  # type: ignore[attr-defined]
+        option = getattr(error, "option_name", None) or ""
+        if command.endswith(" train") and option.startswith("--"):
+            from gripvlm.grip.train.config import RENAMED
+
+            if name := RENAMED.get(option[2:].replace("-", "_")):
+                message = f"No such option: {option}. It is now --{name.replace('_', '-')}."
         end = "" if message.endswith((".", "!", "?")) else "."
         return f"{message}{end} Type `{command} --help` to see what it takes."
     if isinstance(error, OSError) and error.filename and error.strerror:

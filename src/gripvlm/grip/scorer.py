@@ -285,7 +285,7 @@ def _fetch(name: str, hub: Mapping[str, Any]) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if name.startswith((".", "~", "/")) or name.count("/") != 1:
+    if name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") != 1:
         raise ScorerError(f"no scorer {name!r}: pass a folder that exists, or a hub id such as user/grip-llava")
     try:
         paths = [hf_hub_download(name, file, **hub) for file in SCORER_FILES]

@@ -107,6 +107,14 @@ class Pruner(ABC):
             raise PrunerError(f"pruner {self.name!r}: pass {allowed}; got {self}")
 
 
+def _checked_scores(where: str, scores: Any, n: int) -> Tensor:
+    # Checked where the method is still known; what else can be wrong the caller finds for all pruners.
+    if isinstance(scores, Tensor) and scores.shape == (n,):
+        return scores
+    got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    raise PrunerError(f"{where} must return a tensor ({n},), got {got}")
+
+
 class ScorePruner(Pruner):
     """A pruner that ranks: implement `score`, and the k highest are kept."""
 
@@ -115,11 +123,7 @@ class ScorePruner(Pruner):
         """[n] floats, higher is kept. Ties go to the lower index."""
 
     def select(self, tokens: VisualTokens) -> Selection:
-        scores = self.score(tokens)
-        # Checked here, where the method is still known; what else can be wrong the caller finds for all pruners.
-        if not isinstance(scores, Tensor) or scores.shape != (tokens.n,):
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise PrunerError(f"pruner {self.name!r}: score() must return a tensor ({tokens.n},), got {got}")
+        scores = _checked_scores(f"pruner {self.name!r}: score()", self.score(tokens), tokens.n)
         # Sound: indices made by top_k may be used on a device before they are checked.
         return Selection(top_k(scores, tokens.keep), tokens.n, scores, sound=True)
 
@@ -185,6 +189,7 @@ class LLMScorePruner(LLMPruner):
 
     def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
         scores = self.score_at_layer(layer, tokens)
+        scores = _checked_scores(f"pruner {self.name!r}: score_at_layer()", scores, tokens.n)
         return Selection(top_k(scores, tokens.keep), tokens.n, scores)
 
 

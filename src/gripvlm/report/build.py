@@ -61,7 +61,8 @@ def report(
 
     Raises:
         ResultsError: a file that cannot be read or is not what it should be; nothing is written.
-        GripError: no file, the full model is not in one of them, or the baseline is in none.
+        GripError: no file, the full model is not in one of them, or the baseline is in none (but for `random` and
+            `grid`, which the page then names as not measured).
     """
     if not paths:
         raise GripError("no results to report: pass one or more files that `gripvlm eval --out` wrote")

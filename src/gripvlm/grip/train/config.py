@@ -48,6 +48,30 @@ distill_setting, grpo_setting = partial(setting, stages=("distill",)), partial(s
 _OFF_POLICY = ("num_iterations", range(2, 2**63))
 
 
+RENAMED = {
+    "out": "output_dir",
+    "start": "init_from",
+    "steps": "max_steps",
+    "images": "per_device_train_batch_size",
+    "questions": "questions_per_image",
+    "accumulate": "gradient_accumulation_steps",
+    "rows": "rollout_batch_size",
+    "warmup_steps": "distill_steps",
+    "warmup_learning_rate": "distill_learning_rate",
+    "val_data": "eval_data",
+    "val_share": "eval_share",
+    "val_questions": "eval_questions",
+    "val_keeps": "eval_keeps",
+    "val_every": "eval_steps",
+    "val_reward": "eval_reward",
+    "save_minutes": "save_steps (steps, not minutes)",
+    "log_with": "report_to",
+    "own_answers": "pseudo_labels",
+    "on_bad": "on_bad_sample",
+}
+"""Settings of the first edition: the nearest name of today is another setting, so that a guess would mislead."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run. Names follow transformers' TrainingArguments and TRL's GRPOConfig.
@@ -239,6 +263,7 @@ def read_toml(path: str | Path, kind: type[TrainConfig] = TrainConfig) -> dict[s
         if name not in kind.__dataclass_fields__:
             near = difflib.get_close_matches(name, kind.__dataclass_fields__, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else "`gripvlm train --help` lists them"
+            hint = f"it is now {RENAMED[name]}" if name in RENAMED else hint
             raise TrainError(f"{path} has no setting {name!r}: {hint}")
     return settings
 

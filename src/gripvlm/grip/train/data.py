@@ -58,7 +58,7 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[Question]:
     if any(isinstance(task, LabTask) and task.folder == SHIPPED for task in tasks):
         raise TrainError(
             "the lab tasks are the test split, and training on it would make every later score worthless: make "
-            "training questions with examples/lab_vlm (`python -m lab_vlm.dataset FOLDER`) and type "
+            "training questions with examples/lab_vlm (docs/lab.md) and type "
             "--data FOLDER/questions.jsonl"
         )
     if held_out := [task.name for task in tasks if task.held_out]:
