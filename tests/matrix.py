@@ -33,19 +33,13 @@ SHALLOW = {"hiprune": "hiprune:middle=0", "vscan": "vscan:shallow=0,window=2", "
 """Options where a default names a block that the tiny towers do not have."""
 WRAPPERS = ("ensemble", "mmr", "split", "spread")
 MORE = (
-    "cdpruner:relevance=negative,theta=0.5",
     "ensemble(norm,divprune)",
     "ensemble(fastervlm,grid):weights=(2,1)",
-    "fopru:strategy=row",
     "mmr(norm)",
     "mmr(fopru)",
-    "ptp_vision:windows=2",
-    "pumer:order=raster",
     "split(norm)",
-    "split(norm):by=scores",
     "spread(norm)",
     "spread(visionzip)",
-    "svd_prune:adaptive=True",
 )
 """Wrappers around a pruner, and options that change what is needed or shared out."""
 EVERYTHING = ("full", "keep_all")

@@ -98,11 +98,10 @@ def sparsevlm(score: Sequence[float], rows: Tensor, kept: int, recycled: int, cl
     return groups
 
 
-def pumer(score: Sequence[float], keys: Tensor, pruned: int, merged: int, order: str = "score") -> Groups:
+def pumer(score: Sequence[float], keys: Tensor, pruned: int, merged: int) -> Groups:
     line = falling(score)[: len(score) - pruned]
-    line = sorted(line) if order == "raster" else line
     edges = []
-    for a in line[::2] if order == "raster" else line[2::2]:
+    for a in line[2::2]:
         if line[1::2]:
             b = max(line[1::2], key=lambda b: cosine(keys[a], keys[b]))
             edges.append((cosine(keys[a], keys[b]), a, b))

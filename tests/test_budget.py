@@ -80,16 +80,16 @@ def test_more_than_there_is_names_the_number_and_the_image():
     ("text", "value"),
     [("64", 64), ("1", 1), ("1.0", 1.0), ("0.1", 0.1), ("10%", 0.1), (" 11.1 % ", 0.111), ("100%", 1.0)],
 )
-def test_parse(text, value):
-    budget = Budget.parse(text)
+def test_text(text, value):
+    budget = Budget(text)
     assert budget.value == value
     assert type(budget.value) is type(value)
 
 
 @pytest.mark.parametrize("text", ["", "%", "0", "-4", "0%", "150%", "1.5", "64 tokens", "nan", "inf", "ten", "²"])
-def test_parse_refuses(text):
+def test_text_that_is_refused(text):
     with pytest.raises(BudgetError, match="is no budget"):
-        Budget.parse(text)
+        Budget(text)
 
 
 def test_budgets_are_values():
@@ -122,4 +122,4 @@ def test_a_fraction_never_leaves_the_image_and_grows_with_it(share, n):
     budget = Budget(share)
     assert 1 <= budget.count(n) <= n
     assert budget.count(n) <= budget.count(n + 1)
-    assert Budget.parse(str(budget)) == budget
+    assert Budget(str(budget)) == budget

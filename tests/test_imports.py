@@ -79,11 +79,11 @@ def test_models_know_no_method():
         assert not methods.findall(path.read_text(encoding="utf-8")), path.name
 
 
-def test_only_the_adapter_calls_private_helpers_of_transformers():
+def test_only_two_files_call_private_helpers_of_transformers():
     for path in FILES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         helpers = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.startswith("_prepare_")}
-        assert not helpers or path.name == "adapter.py", f"{path.name} calls {helpers}"
+        assert not helpers or path.name in ("adapter.py", "positions.py"), f"{path.name} calls {helpers}"
 
 
 def printed(code: str) -> str:

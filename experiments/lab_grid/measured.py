@@ -82,7 +82,7 @@ def described(row: PrunerRow) -> dict[str, Any]:
         "attention": bool(needs & {"vision_attention", "vision_given", "patches"}),
         "question": "question" in needs or row.stage == "llm",  # there the prompt has been read
         "grid": "grid" in needs,
-        "options": [str(option) if option.typeable else f"{option.name}: from Python" for option in options],
+        "options": [str(option) for option in options],
     }
 
 

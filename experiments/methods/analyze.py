@@ -12,13 +12,17 @@ from gripvlm.pruners.registry import _BUILT_IN, PrunerRow, _load, list_pruners
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "docs/methods.md"
+MEASURED = ROOT / "src/gripvlm/cli/measured.json"
 STAGES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
 HEAD = ("name", "what it does", "reads", "drops", "trained", "lab score", "time", "source")
 
 
 def idea(row: PrunerRow) -> str:
-    """What a method does, from the first line of its file, without its name in front."""
-    first = (inspect.getdoc(inspect.getmodule(_load(row.name))) or "").splitlines()[0].rstrip(".")
+    """What a method does, from the first line of its file, without its name in front; of its class in a shared file."""
+    file = _BUILT_IN[row.name].partition(":")[0]
+    shared = sum(source.startswith(f"{file}:") for source in _BUILT_IN.values()) > 1
+    described = _load(row.name) if shared else inspect.getmodule(_load(row.name))
+    first = (inspect.getdoc(described) or "").splitlines()[0].rstrip(".")
     word = first.split()[0]
     named = row.name.split("_")[0] in word.lower() and word != "Keep"
     text = first.split(": ", 1)[-1] if named else first
@@ -43,7 +47,7 @@ def score(shown: dict[str, Any]) -> str:
 
 def tables() -> dict[str, dict[str, str]]:
     """Page -> its tables, as Markdown."""
-    measured = json.loads((ROOT / "src/gripvlm/cli/measured.json").read_text(encoding="utf-8"))["pruners"]
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))["pruners"]
     lines = [HEAD, ("---",) * len(HEAD)]
     for row in list_pruners():
         if row.name not in _BUILT_IN:  # other packages' are theirs to describe

@@ -10,17 +10,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from gripvlm.engine.block import PruneBlock
+from gripvlm.engine.input_checks import checked_encoding, checked_inputs
 from gripvlm.engine.outputs import DeferredChecks
 from gripvlm.engine.pipeline import gather_tokens, prune_batch, question_embeddings
+from gripvlm.engine.pruner_checks import checked_needs, checked_pruner
 from gripvlm.engine.record import Record
-from gripvlm.engine.request import (
-    Keeps,
-    PruneRequest,
-    checked_encoding,
-    checked_inputs,
-    checked_needs,
-    checked_pruner,
-)
+from gripvlm.engine.request import Keeps, PruneRequest
 from gripvlm.errors import PrunerError
 from gripvlm.models import adapter
 from gripvlm.models.encoded import Encoded
@@ -51,30 +46,28 @@ def prune(
         with gripvlm.prune(model, "divprune", keep=64) as record:
             ids = model.generate(**inputs, max_new_tokens=32)
 
-    Args: as for `prune_inputs`, and
-        proportional_attention: every query of the language model attends to a token that a merge made of m tokens
-            as if m were there, log m added to its scores (ToMe, arXiv 2210.09461, eq. 1), in the prompt and in
-            decoding. m is how many tokens it absorbed (`gripvlm.pruners.sizes_after`), whatever their weights.
-            Exact where the m tokens are equal and see one another; where images are causal, they would not, and it
-            is as if they did. Without merges nothing changes.
+    Args:
+        model, pruner, keep, positions, question, pad_to_multiple_of: as for `prune_inputs`.
+        proportional_attention: a token that a merge made of m tokens counts in attention as m: log m is added to its
+            scores in the language model (ToMe, arXiv 2210.09461, eq. 1). m is how many tokens it absorbed
+            (`gripvlm.pruners.sizes_after`), whatever their weights. Exact where the m tokens are equal and see one
+            another, which causal images do not. Without merges nothing changes.
 
     Returns:
-        A block, which yields a `Record` of the latest call.
+        A block, which yields the `Record` of the latest call.
 
-    `generate`: what it returns has the *original* prompt ids in front; whatever it is handed and is shown ids
-    (stopping criteria, logits processors, streamers) sees them too; `max_length` and `min_length` count them. A call
-    without any image passes through untouched, with empty selections.
+    `generate` returns the original prompt's ids in front; stopping criteria, logits processors and streamers see them
+    too, and `max_length` and `min_length` count them. The logits of `model(**inputs)` are those of the tokens that are
+    left, `labels` lose the entries of dropped placeholders, and gradients flow. A call without any image passes through
+    untouched.
 
-    A further turn on the cache of a call (`return_dict_in_generate=True`, or a cache of the caller's own) continues
+    A further turn, by either, on the cache of a call (`return_dict_in_generate=True`, or a cache of your own) continues
     from the tokens that were kept: pass the whole conversation's ids, or the new ones with a mask of the whole.
     Outside of any block such a cache refuses to be used.
 
-    `model(**inputs)`: logits are those of the tokens that are left, `labels` lose the entries of dropped placeholders,
-    and gradients flow. `model(input_ids=new, past_key_values=cache)` continues from a pruned cache.
-
-    Only this object's `generate` and `forward` are replaced, and they are as before when the last block for the model
-    ends, however it ends. Threads may each open a block of their own for one model; a thread without one uses the only
-    block that is open, and is refused where there are several.
+    Only this object's `generate` and `forward` are replaced, until the last block for the model ends, however it ends.
+    Threads may each open a block of their own for one model; a thread without one uses the only block that is open,
+    and is refused where there are several.
 
     Raises:
         GripError: a block for this model is already open in this thread, or what `prune_inputs` raises; with
@@ -118,8 +111,7 @@ def prune_inputs(
             if the dropped tokens had never been.
         question: what pruners that read the question get, the same for all images of a prompt: token ids [t],
             embeddings [t, d], or a list of B of either ([B, t] ids and [B, t, d] embeddings also do; negative ids are
-            padding). By default all text tokens of the prompt that are not padding, begin, end or visual tokens, as
-            far as the model's configs tell.
+            padding). By default all text tokens of the prompt that are not padding, begin, end or visual tokens.
         encoded: what `encode` returned, to skip the vision encoder; `inputs` then need no pixels. A pruner that
             merges inside the vision tower runs it all the same, and needs them.
         pad_to_multiple_of: pad the shortened prompt to a length that is a multiple of this, so that few lengths occur
@@ -138,17 +130,16 @@ def prune_inputs(
         PrunerError: an unknown pruner, one that returned no valid selection, or one that drops inside the language
             model, which arguments cannot say (see `pruned_run`).
 
-    Ids and cache of what runs on these arguments are the shortened prompt's. A further turn on such a cache must pass
-    `position_ids` that continue the full prompt's; `gripvlm.prune` does so by itself.
-
-    Nothing is patched. Gradients flow through the kept features. On models with M-RoPE the base model's `rope_deltas`
-    are set, as transformers itself does for every prompt, so that a decoding loop of your own continues at the right
-    positions; other models need the loop to pass `position_ids` that continue the last ones here.
+    Nothing is patched, and gradients flow through the kept features. Ids and cache of what runs on these arguments are
+    the shortened prompt's: a decoding loop of your own, or a further turn on the cache, must pass `position_ids` that
+    continue the last ones here (`gripvlm.prune` does so by itself). On models with M-RoPE the base model's
+    `rope_deltas` are set, as transformers does for every prompt, so that its own counting continues.
     """
     request = PruneRequest.of(
         model, pruner, keep, positions=positions, question=question, pad_to_multiple_of=pad_to_multiple_of
     )
     batch = prune_batch(request, inputs, encoded)
+    # The caller runs the model out of our sight, so this is the last moment at which a failed check can be raised.
     batch.checks.raise_if_failed()
     if batch.run is not None:
         raise PrunerError(
@@ -181,10 +172,9 @@ def pruned_run(
 
     Yields:
         The arguments, and the `Record`, whose selections are complete once the block has ended. One prompt (batch) a
-        block: choices of the first prefill stay. Logits of a direct `forward` are those of the tokens left at the
+        block: what the first prefill chose stays. Logits of a direct `forward` are those of the tokens left at the
         end, and so is the cache: it is of no use after the block (see `gripvlm.prune` for chats). On an accelerator
-        nothing waits between the vision encoder and your call; NaN from the encoder or in a pruner's scores is then
-        found when the block ends.
+        NaN from the encoder or in a pruner's scores is found when the block ends, as nothing waits before.
     """
     request = PruneRequest.of(
         model,
@@ -226,6 +216,7 @@ def encode(model: nn.Module, inputs: Mapping[str, Any], pruners: Sequence[str | 
     inputs = checked_inputs(model, family, inputs, None)
     needs = checked_needs(family, [checked_pruner(pruner, model) for pruner in pruners])
     prompts, watch = Prompts.of(model, inputs), Stopwatch(device_of(model))
+    # Keys cost little, and with them the encoding serves every pruner that draws at random.
     encoded = adapter.encode(prompts, family, needs._replace(keys=True))
     watch.lap("vision")
     return replace(encoded, watch=watch)
@@ -239,7 +230,7 @@ def visual_tokens(
     question: Question = None,
     encoded: Encoded | None = None,
 ) -> list[list[VisualTokens]]:
-    """What pruners see of these inputs, all fields filled: for training a scorer, or for a look.
+    """What pruners see of these inputs, with the fields that every family can fill: to train a scorer, or to look.
 
     Args, Raises: as for `prune_inputs`.
 
@@ -248,9 +239,9 @@ def visual_tokens(
     """
     request = PruneRequest.of(model, _ReadEverything(), keep, question=question)
     inputs = checked_inputs(request.model, request.family, inputs, encoded)
-    encoded = checked_encoding(request, inputs, encoded)
     prompts, checks = Prompts.of(request.model, inputs), DeferredChecks()
     embeddings = question_embeddings(request, prompts)
+    encoded = checked_encoding(request, inputs, encoded)
     if encoded is None:
         encoded = adapter.encode(prompts, request.family, request.needs)
     tokens = gather_tokens(request, prompts.with_images(encoded), embeddings, checks)
@@ -259,6 +250,6 @@ def visual_tokens(
 
 
 class _ReadEverything(KeepAll):
-    """Reads everything that need not be there for every model to run."""
+    """Reads all fields that every family can fill."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"features", "question", "key"})

@@ -20,14 +20,13 @@ _AT_MOST = ("<=", "≤")
 class Budget:
     """The visual tokens of one image that the language model pays for, averaged over its layers.
 
-    An `int` is a count per image; a `float` in (0, 1] is a fraction of each image's tokens. So
-    `Budget(1)` keeps one token and `Budget(1.0)` keeps them all. NumPy scalars count as the Python
-    number they print as. A string is read as on the command line: `"64"`, `"0.1"`, `"10%"`, and with
-    `<=` (or `≤`, which shells do not interpret) in front at most so many.
+    An `int` is a count per image; a `float` in (0, 1] is a fraction of each image's tokens. So `Budget(1)` keeps one
+    token and `Budget(1.0)` keeps them all. NumPy scalars count as the Python number they print as. A string is read as
+    on the command line: `"64"`, `"0.1"`, `"10%"`, and with `<=` (or `≤`, which shells do not interpret) in front at
+    most so many.
 
-    A count is exact: where an image has fewer tokens, `count` raises instead of giving less. At most
-    64, `Budget(64, at_most=True)` or `Budget("<=64")`, keeps all of an image that has 64 or fewer, so
-    that one thumbnail does not fail a batch. A fraction is rounded to the nearest count; at most a
+    A count is exact: where an image has fewer tokens, `count` raises. `Budget("<=64")` keeps all of an image that has
+    64 or fewer, so that one thumbnail does not fail a batch. A fraction is rounded to the nearest count; at most a
     tenth is rounded down. Both keep one token at least.
 
     Attributes:
@@ -35,8 +34,8 @@ class Budget:
         at_most: whether fewer will do.
 
     Raises:
-        BudgetError: zero, negative, NaN, infinite, a fraction above 1, a bool, a string that is none
-            of these, or anything that is not a number.
+        BudgetError: zero, negative, NaN, infinite, a fraction above 1, a bool, a string that is none of these, or
+            anything that is not a number.
     """
 
     value: int | float
@@ -57,11 +56,6 @@ class Budget:
     def of(cls, keep: Keep) -> Budget:
         """`keep` as a `Budget`, itself if it is one."""
         return keep if isinstance(keep, Budget) else cls(keep)
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """A budget from a command line. As in Python, `"1"` is one token and `"1.0"` all of them."""
-        return cls(text)
 
     @property
     def is_fraction(self) -> bool:

@@ -1,7 +1,4 @@
-"""The contract between pruners and everything else: what a pruner is given, and what it returns.
-
-Tensors only. Built by keyword everywhere, as most fields are optional.
-"""
+"""The contract between pruners and everything else, in tensors: what a pruner is given, and what it returns."""
 
 from __future__ import annotations
 
@@ -18,18 +15,17 @@ __all__ = ["LLMTokens", "Merge", "Selection", "VisionRows", "VisualTokens", "siz
 class VisionRows:
     """What one block of the vision tower says about each of an image's n rows.
 
-    A row that is made of several patches gets their mean. Float32, on the model's device. Rows with no patch behind
-    them (newline rows) get zeros.
+    Float32, on the model's device. A row of several patches has their mean, one without any (a newline) zeros.
 
     Attributes:
-        received: [H, n] attention that the row gets, head by head: the mean over all queries that see it (its image,
-            tile or window), CLS included where there is one.
+        received: [H, n] attention the row receives, by head: the mean over all queries that see it (its image, tile
+            or window), CLS included.
         cls: [H, n] attention of the CLS query; None where the tower has no CLS token.
-        keys: [n, d_h] keys, the mean over heads, as attention takes them (after rotary positions).
-        patch_received: [H, n] attention received from patches alone, the mean over them: without the CLS query.
-            None where the tower has no CLS token (`received` is that), or without "vision_given" in `needs`.
-        given: [H, n] attention given to patches, the mean over them: all but what goes to the CLS token. None
-            likewise: where there is none, every row gives 1 / n.
+        keys: [n, d_h] keys after rotary positions, the mean over heads.
+        patch_received: [H, n] as `received`, without the CLS query. None where the tower has no CLS token (`received`
+            is that), or without "vision_given" in `needs`.
+        given: [H, n] the mean attention that the row gives to patches: all but what goes to the CLS token. None
+            likewise: without a CLS token every row gives 1 / n.
     """
 
     received: Tensor
@@ -51,15 +47,14 @@ class VisualTokens:
         question: [t, d] token embeddings of the question (t may be 0); None unless in `needs`.
         sample: the prompt's position in the batch.
         image: the image's position in its prompt.
-        key: a number that depends on the image's pixels alone, so that it is the same in any batch and on any device
-            (0 where a family gives none).
-        vision: layer -> `VisionRows`, one for each of the pruner's `vision_layers`, under the number as it stands
-            there; empty unless "vision_attention" is in `needs`. With "vision_given" it has what patches give to one
-            another.
-        patches: [n, d_v] what the vision tower made of each row before the projector; a row of several patches has
-            their mean. None unless in `needs`.
-        groups: [n] LongTensor, for each row the one it was merged into inside the vision tower, itself if it stands
-            for its group; features are then the group's. None but for a `TowerPruner`.
+        key: a number that depends on the image's pixels alone, the same in any batch and on any device (0 where a
+            family gives none).
+        vision: layer -> `VisionRows` for each of the pruner's `vision_layers`; empty unless "vision_attention" is in
+            `needs`.
+        patches: [n, d_v] the vision tower's output for each row, before the projector; the mean for a row of several
+            patches. None unless in `needs`.
+        groups: [n] LongTensor, for a `TowerPruner`: the row that each was merged into inside the tower, itself where
+            it stands for its group. Features are then the group's.
     """
 
     features: Tensor
@@ -99,16 +94,10 @@ class Merge:
 
 
 def sizes_after(indices: Tensor, n: int, merge: Merge | None, before: Tensor | None = None) -> Tensor:
-    """[k] float32: how many tokens each kept row stands for.
+    """[k] float32: how many of n tokens each of the kept rows `indices` [k] stands for.
 
-    A kept row's size is that of its sources together, whatever their weights. A row that goes to several slots is
-    shared equally, so that sizes add up to the rows that are in any slot; rows dropped without a merge are in none.
-
-    Args:
-        indices: [k] kept rows.
-        n: the rows there were.
-        merge: what the kept rows absorb; a slot that is no destination is its own row.
-        before: [n] sizes the rows had; 1 each if None.
+    A row's size is that of its sources together, whatever their weights; a source with several destinations is shared
+    equally. Rows dropped without a merge count nowhere. `before` [n] are the sizes the rows had, 1 each if None.
     """
     before = torch.ones(n, device=indices.device) if before is None else before.to(indices.device)
     if merge is None:
@@ -132,10 +121,9 @@ class Selection:
         n: the rows there were.
         scores: [n] what the rows were ranked by (higher is kept), or None.
         merge: what the kept rows absorb, or None.
-        layers: one LongTensor for each layer of the language model, the rows that it sees; empty where all rows are
-            dropped before the first layer.
-        sound: whether indices are right by construction, as `top_k` makes them: an accelerator may then use them
-            before they are checked.
+        layers: for each layer of the language model, a LongTensor of the rows that it sees; empty where all rows are
+            dropped at the input.
+        sound: whether indices are right by construction (`top_k`): a device may then use them before they are checked.
     """
 
     indices: Tensor
@@ -176,14 +164,14 @@ class LLMTokens:
     """The n visual tokens of one image that are left, as they enter a layer of the language model.
 
     Attributes:
-        layer: the layer that they enter, 1 or more; rows dropped now are dropped before it.
+        layer: the layer that they enter, 1 or more; rows are dropped before it.
         keep: the rows to keep, 1 <= keep <= n.
         rows: [n] LongTensor, ascending: which of the image's original rows they are.
         input: what was known before the language model: `input.features[rows]`, the grid, the vision tower's rows.
         hidden: [n, d] hidden states that enter the layer.
-        last: [H, n] attention weights of the prompt's last token on these tokens in the layer before, head by head.
-        question: [H, t, n] the same for each of the prompt's t text tokens (those that are not special tokens), in
-            order. Under causal attention those ahead of the image do not see it: zeros.
+        last: [H, n] attention of the prompt's last token on these tokens in the layer before, by head.
+        question: [H, t, n] the same for each of the prompt's t text tokens that are no special tokens. Under causal
+            attention, zeros for those ahead of the image.
         text: [t, d] hidden states of these text tokens that enter the layer; also with "question".
         after: [t] bool, which of these text tokens come after the image; with "question" or "text".
         words: [t, d] embeddings of these text tokens, as they entered the first layer.
@@ -210,19 +198,8 @@ class LLMTokens:
 
     @property
     def n(self) -> int:
-        """Tokens of the image that are left."""
         return int(self.rows.numel())
 
     @property
     def device(self) -> torch.device:
         return self.rows.device
-
-    @property
-    def sample(self) -> int:
-        """The prompt's position in the batch."""
-        return self.input.sample
-
-    @property
-    def image(self) -> int:
-        """The image's position in its prompt."""
-        return self.input.image

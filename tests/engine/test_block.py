@@ -110,10 +110,10 @@ def test_a_prompt_that_ends_in_its_image_goes_on_after_it():
         assert [int(places[0, -1]) for places in noted] == [5, 18, 19]
 
 
-class First:
+class First(gripvlm.Pruner):
     """Keeps the first rows."""
 
-    name, needs, stage = "first", frozenset({"features"}), "input"
+    name = "first"
 
     def select(self, tokens):
         return gripvlm.Selection(torch.arange(tokens.keep), tokens.n)
@@ -176,7 +176,7 @@ def test_arguments_by_position_are_read_like_those_by_name():
 
 def test_a_block_that_was_not_entered_says_so(caplog):
     model = build("llava")
-    with pytest.raises(GripError, match="is a block and has no 'generate'"):
+    with pytest.raises(AttributeError, match="is a block and has no 'generate'"):
         gripvlm.prune(model, "random", keep=5).generate(1)
     assert not hasattr(gripvlm.prune(model, "random", keep=5), "_repr_html_")
     with caplog.at_level("WARNING", "gripvlm"):

@@ -75,9 +75,8 @@ def test_a_pruner_that_returns_nonsense_is_named(model, inputs, answer, says):
         gripvlm.prune_inputs(model, inputs, Says(answer), keep=4)
 
 
-class Misfit:
+class Misfit(Pruner):
     name = "misfit"
-    needs = frozenset({"features"})
 
     def __init__(self, **attributes):
         vars(self).update(attributes)
@@ -86,8 +85,9 @@ class Misfit:
         return Selection(torch.arange(tokens.keep), tokens.n)
 
 
-def test_any_object_with_the_right_attributes_is_a_pruner(model, inputs):
-    assert gripvlm.prune_inputs(model, inputs, Misfit(), keep=2)["input_ids"].shape[1] == 42 - 28
+class Stranger:
+    def select(self, tokens):
+        return Selection(torch.arange(tokens.keep), tokens.n)
 
 
 def without(inputs: dict, *names: str) -> dict:
@@ -150,8 +150,13 @@ REFUSED: list[tuple[type[GripError], str, Callable]] = [
         lambda i: {"pruner": Misfit(needs=frozenset({"depth"}))},
     ),
     (PrunerError, "'misfit' states no needs", lambda i: {"pruner": Misfit(needs="features")}),
+    (PrunerError, "a Stranger is no pruner: make it a subclass of gripvlm.Pruner", lambda i: {"pruner": Stranger()}),
     (PrunerError, "has no name", lambda i: {"pruner": Misfit(name=None)}),
-    (PrunerError, "stage 'layer': known are 'input', 'llm' and 'vision'", lambda i: {"pruner": Misfit(stage="layer")}),
+    (
+        PrunerError,
+        "stage 'layer', but its base class at 'input'",
+        lambda i: {"pruner": Misfit(stage="layer")},
+    ),
     (UnsupportedModelError, "got a Linear: pass a transformers model", lambda i: {"model": torch.nn.Linear(2, 2)}),
 ]
 

@@ -11,7 +11,7 @@ from test_llm_stage import GREEDY, IMAGES, KEEP, WAYS, WORDS, Steps, stages_of
 
 import gripvlm
 from gripvlm.errors import InputError
-from gripvlm.pruners.llm.mustdrop_llm import MustDropLLM
+from gripvlm.pruners.llm.mustdrop import MustDropLLM
 from tiny_families import TINY, build, make
 
 

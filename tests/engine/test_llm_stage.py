@@ -115,15 +115,15 @@ def test_a_layer_shows_the_text_around_each_image(name):
         model.generate(**batch.inputs, **GREEDY)
     once = cache_of(model.generate(**batch.inputs, **{**GREEDY, "max_new_tokens": 1}))
     sizes = once.layers[1].keys.abs().sum((1, 3))
-    assert {tokens.sample for tokens in spy.seen} == {0, 1}
+    assert {tokens.input.sample for tokens in spy.seen} == {0, 1}
     visual = [(ids == IMAGE).nonzero().flatten() for ids in batch.inputs["input_ids"]]
     for tokens in spy.seen:
-        ids = batch.inputs["input_ids"][tokens.sample]
-        said, left = words(model, batch.inputs)[tokens.sample].nonzero().flatten(), visual[tokens.sample]
-        mine, visual[tokens.sample] = left[: tokens.n], left[tokens.n :]
+        ids = batch.inputs["input_ids"][tokens.input.sample]
+        said, left = words(model, batch.inputs)[tokens.input.sample].nonzero().flatten(), visual[tokens.input.sample]
+        mine, visual[tokens.input.sample] = left[: tokens.n], left[tokens.n :]
         assert tokens.after.tolist() == [place > int(mine[-1]) for place in said.tolist()]
-        torch.testing.assert_close(tokens.key_sizes, sizes[tokens.sample, mine], atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(tokens.text_key_sizes, sizes[tokens.sample, said], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(tokens.key_sizes, sizes[tokens.input.sample, mine], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(tokens.text_key_sizes, sizes[tokens.input.sample, said], atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(tokens.words, model.get_input_embeddings()(ids[said]), atol=0, rtol=0)
         torch.testing.assert_close(tokens.norm(tokens.text), model.get_decoder().norm(tokens.text), atol=0, rtol=0)
         assert tokens.text.shape == tokens.words.shape

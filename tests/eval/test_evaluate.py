@@ -156,7 +156,7 @@ def test_a_finished_run_counts_anew_where_its_rows_are_stale(whole, tmp_path):
     out.write_text(json.dumps(stale))
     samples_path(out).write_bytes(samples_path(whole[1]).read_bytes())
     run(out)
-    assert json.loads(out.read_text()) == json.loads(whole[1].read_text())
+    assert untimed(json.loads(out.read_text())["rows"]) == untimed(whole[0]["rows"])
 
 
 def test_a_damaged_line_is_named(whole, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from gripvlm.cli import main
 from gripvlm.eval import ResultsError, read_results, samples_path
-from gripvlm.eval.results import check_result, read_json
+from gripvlm.eval.results import check_result
 from places import ROOT
 from tiny_results import made_up
 
@@ -68,19 +68,6 @@ def test_a_file_that_is_cut_off_is_said_and_left(copy, share, capsys):
     assert not (copy.parent / "page").exists()
 
 
-def test_a_file_that_is_cut_anywhere_is_said_to_be_cut_off(tmp_path):
-    whole = json.dumps({"a": ["some words", False, None, -1.5e-07, {"b": {"c": True}}], "d": "end"}, indent=1)
-    file = tmp_path / "r.json"
-    for length in range(len(whole)):
-        file.write_text(whole[:length])
-        with pytest.raises(ResultsError, match=r"r.json is cut off"):
-            read_json(file)
-    for broken in (whole.replace(":", "=", 1), whole + "}", "no JSON at all, but words"):
-        file.write_text(broken)
-        with pytest.raises(ResultsError, match=r"is cut off or no JSON: .* at line"):
-            read_json(file)
-
-
 def test_packed_answers_that_are_cut_off_are_said(copy):
     file = samples_path(copy)
     whole = gzip.compress(file.read_bytes())
@@ -117,8 +104,8 @@ def edit(path, change):
         (lambda c: c["rows"][2].update(keep=0), r"rows\[2\].keep: 0 is less than or equal to the minimum of 0"),
         (lambda c: c["rows"][2].update(keep="64"), r"rows\[2\].keep: '64' does not match"),
         (lambda c: c.update(rows=[]), "rows: "),
-        (lambda c: c["rows"][2].update(score=0.123), r"score 0\.\d+, but the row in .* says 0.123000"),
-        (lambda c: c["rows"].pop(), r"has answers that .* has no row for"),
+        (lambda c: c["rows"][2].update(score=0.123), r"score 0\.\d+, but its row says 0.123000"),
+        (lambda c: c["rows"].pop(), r"there are answers without a row, such as"),
     ],
 )
 def test_what_is_wrong_is_named(copy, change, says):
@@ -131,7 +118,7 @@ def test_answers_that_lack_or_contradict_are_named(copy):
     file = samples_path(copy)
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
-    with pytest.raises(ResultsError, match=r"has 9 of the 10 answers of lab/text, mine, keep 0.025"):
+    with pytest.raises(ResultsError, match=r"there are 9 of the 10 answers of lab/text, mine, keep 0.025"):
         read_results(copy)
     file.write_text("".join([*lines, lines[5]]))  # a killed run may write one twice
     assert len(read_results(copy).records) == len(lines) - 1

@@ -99,7 +99,7 @@ def test_budgets_below_what_the_first_layers_cost_leave_llm_pruners_out():
     assert {"norm", "fastv"} <= {*names}  # the runner leaves out what is too few, and measures the rest
     names, refused = supported_pruners(tiny_llava(), [Budget(0.01), Budget(0.02)])
     assert "norm" in names
-    assert "type keep=" in refused["fastv"]
+    assert "pass keep=" in refused["fastv"]
 
 
 def test_what_a_family_cannot_supply_is_left_out():

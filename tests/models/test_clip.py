@@ -94,17 +94,8 @@ def test_cdpruner_follows_the_paper_with_clips_text_tower(keep):
     assert other  # the sign counts
 
 
-def test_one_question_for_all_and_a_choice_of_sign():
-    model, inputs = build("llava"), make(TINY["llava"], [1, 2], [7, 9]).inputs
-    text = ClipText(tiny_clip(), Letters(), "bcd")
-    assert len(text.texts) == 1
-
-    def chosen(**options: Any) -> list:
-        record = gripvlm.prune_inputs(model, inputs, CDPruner(clip=text, **options), 4, return_record=True)[1]
-        return [s.indices.tolist() for sample in record.selections for s in sample]
-
-    assert chosen() == chosen(relevance="negative")
-    assert chosen() != chosen(relevance="positive")
+def test_one_question_for_all():
+    assert len(ClipText(tiny_clip(), Letters(), "bcd").texts) == 1
     assert CDPruner().needs == {"features", "question"}
     assert get_pruner("cdpruner") == CDPruner()
 

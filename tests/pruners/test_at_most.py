@@ -78,12 +78,12 @@ def test_a_number_in_place_of_true_is_told_what_to_type():
 
 
 def test_one_value_whatever_it_was_typed_as():
-    assert Budget("<=64") == Budget(64, at_most=True) == Budget.parse("≤64") != Budget(64)
+    assert Budget("<=64") == Budget(64, at_most=True) == Budget("≤64") != Budget(64)
     assert Budget("<=10%") == Budget(0.1, at_most=True) != Budget(0.1)
     assert len({Budget(1), Budget(1.0), Budget("<=1"), Budget("<=1.0")}) == 4  # 1 == 1.0, but they keep other counts
     for budget in (Budget(64), Budget(0.125), Budget("<=64"), Budget("<=12.5%"), Budget("<=1e-5")):
         assert Budget.of(json.loads(json.dumps(budget.plain))) == budget
-        assert Budget.parse(str(budget)) == budget == Budget.parse(budget.short)
+        assert Budget(str(budget)) == budget == Budget(budget.short)
     assert (Budget("<=10%").short, Budget("<=64").words) == ("<=10%", "at most 64 tokens")
     assert (Budget(0.125).short, Budget(0.125).words) == ("12.5%", "12.5 %")
 

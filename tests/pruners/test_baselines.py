@@ -11,9 +11,8 @@ from torch import Tensor
 from gripvlm.errors import BudgetError, PrunerError
 from gripvlm.pruners import get_pruner
 from gripvlm.pruners.baselines.given import Given
-from gripvlm.pruners.baselines.grid import Grid, lattice
+from gripvlm.pruners.baselines.grid import Grid, Pool, lattice
 from gripvlm.pruners.baselines.norm import Norm
-from gripvlm.pruners.baselines.pool import Pool
 from gripvlm.pruners.baselines.random import Random
 from gripvlm.types import VisualTokens
 from pruner_inputs import image

@@ -185,30 +185,6 @@ def test_choices_inside_the_layers_at_every_count(spec, name):
             sound(answer, tokens.n, count)
 
 
-@pytest.mark.parametrize("spec", sorted({spec for spec, _ in pairs("llm")}))
-@pytest.mark.parametrize("layers", [4, 24, 32])
-def test_schedules_reach_every_budget_that_they_do_not_refuse(spec, layers):
-    """And the floor that a refusal names is the least that works."""
-    pruner = get_pruner(spec)
-    for n in (1, 2, 9, 16, 144):
-        refused = []
-        for keep in range(1, n + 1):
-            try:
-                plan = pruner.schedule(n, keep, layers)
-            except BudgetError as error:
-                refused.append((keep, int(str(error).partition("pass keep=")[2].split()[0])))
-                continue
-            counts = [n]
-            for layer in range(layers):
-                counts.append(plan.get(layer, counts[-1]))
-            assert counts == sorted(counts, reverse=True)
-            assert counts[-1] >= 1
-            assert abs(sum(counts[1:]) / layers - keep) <= 0.5
-        assert [keep for keep, _ in refused] == list(range(1, len(refused) + 1))
-        assert {floor for _, floor in refused} <= {len(refused) + 1}
-        assert len(refused) < n
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("spec", EVERYTHING)
 def test_keeping_all(spec, name):

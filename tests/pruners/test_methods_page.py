@@ -25,8 +25,8 @@ def written():
 
 
 def test_the_examples_run(written):
-    assert len(EXAMPLES) == 2
-    for name, keep, paid in (("Contrast", 8, 8), ("Steady", 12, 12)):
+    assert len(EXAMPLES) == 3
+    for name, keep, paid in (("Contrast", 8, 8), ("Steady", 12, 12), ("Halves", 8, 8)):
         with gripvlm.prune(written["model"], written[name](), keep=keep) as record:
             written["model"].generate(**written["inputs"], max_new_tokens=1)
         assert record.selections[0][0].paid == paid

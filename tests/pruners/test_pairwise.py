@@ -18,8 +18,6 @@ from gripvlm.types import VisualTokens
 METHODS = [
     "divprune",
     "cdpruner",
-    "cdpruner:relevance=none",
-    "cdpruner:theta=0.5",
     "mmr(norm)",
     "mmr(norm):balance=0",
 ]

@@ -15,7 +15,7 @@ from gripvlm.pruners import get_pruner, list_pruners, top_k
 from gripvlm.pruners.input.fastervlm import FasterVLM
 from gripvlm.pruners.input.fopru import FoPru
 from gripvlm.pruners.input.hired import HiRED
-from gripvlm.pruners.input.ptp_vision import PTPVision
+from gripvlm.pruners.llm.ptp import PTPVision
 from gripvlm.types import VisionRows, VisualTokens
 from pruner_inputs import image
 

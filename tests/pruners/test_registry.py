@@ -23,7 +23,6 @@ from gripvlm.pruners.registry import _sources
 from gripvlm.pruners.wrappers.mmr import MMR
 from gripvlm.pruners.wrappers.spread import Spread
 from gripvlm.types import VisualTokens
-from gripvlm.utils.spec import split_specs
 from pruner_inputs import image
 
 
@@ -41,11 +40,6 @@ def test_wrappers_on_the_command_line():
     assert get_pruner("mmr( random:seed=3 ):balance=0.7") == MMR(Random(3), 0.7)
     assert get_pruner("spread(mmr(norm):balance=1.0):floor=0.5") == Spread(MMR(Norm(), 1.0), 0.5)
     assert get_pruner("ensemble(random:seed=1,norm,divprune):weights=(1,2,3)").weights == (1, 2, 3)
-    assert split_specs("norm,mmr(random:seed=1,norm):a=1,b=2,grid") == [
-        "norm",
-        "mmr(random:seed=1,norm):a=1,b=2",
-        "grid",
-    ]
     assert get_pruner("mmr(cdpruner)").needs == {"features", "question"}
     assert get_pruner("ensemble(grid,random)").needs == {"grid", "key"}
 
@@ -76,9 +70,9 @@ def test_the_list_says_what_each_needs():
         (lambda: get_pruner("random:3"), "use name:option=value"),
         (
             lambda: get_pruner("given"),
-            r"'given' needs scores .*Tensor.*from Python, get_pruner\('given', scores=\.\.\.\)",
+            r"'given' needs scores .*Tensor.*: use .*, or get_pruner\('given', scores=\.\.\.\) from Python",
         ),
-        (lambda: get_pruner("given:scores=3"), "'given' needs scores .* for use from Python"),
+        (lambda: get_pruner("given:scores=3"), "'given' takes scores as .*, got 3: .* from Python"),
         (lambda: get_pruner("given", scores=[[3.0]]).select(image(1, 1, 1)), "needs a tensor .* got a float"),
         (lambda: get_pruner(DivPrune), r"the class DivPrune: pass an object, DivPrune\(\)"),
         (lambda: get_pruner(64), "got a int, which has no select"),
@@ -103,11 +97,8 @@ def test_what_the_registry_refuses(call, says):
         ("mmr(norm):balance=2", "balance=0.5, in"),
         ("norm(grid)", "'norm' has no option 'inner'"),
         ("ensemble(norm,grid):weights=(1,)", "one above 0 for each of the 2 pruners"),
-        ("split(norm):by=size", "by=tokens.scores.variety; got Split"),
         ("mmr(fastv)", "'fastv' drops them at llm"),
-        ("cdpruner:theta=1", "theta=0.5"),
         ("svd_prune:energy=0", "energy=0.9"),
-        ("fopru:strategy=column", "strategy=rank or strategy=row"),
         ("visionzip:contextual=2", "contextual=0.15625, in"),
         ("vispruner:step=0", "step=8, at least 1"),
         ("prumerge:uniform=2", "uniform=0.75"),
@@ -116,17 +107,12 @@ def test_what_the_registry_refuses(call, says):
         ("mustdrop:keys=3", "keys=0.08"),
         ("vscan_vision:window=0", "window=6"),
         ("dart_input:pivots=0", "pivots=4"),
-        ("ptp_vision:windows=0", "windows=4"),
         ("mustdrop_llm:ratio=0", "ratio=1.1"),
         ("sparsevlm:recycle=2", "recycle=0.3"),
-        ("pumer:order=rank", "order=score"),
         ("pumer:prune=0,merge=0", "not both 0"),
         ("dart:pivots=0", "pivots=4"),
         ("vscan:first=0.5", "first=1.5"),
         ("ptp:alpha=2", "alpha=0.5"),
-        ("ptp:windows=0", "windows=4"),
-        ("fopru:significance=sum", "significance=variance.received.given"),
-        ("tome:schedule=cosine", "schedule=constant or"),
     ],
 )
 def test_options_that_a_method_refuses(spec, says):
@@ -175,17 +161,16 @@ def test_options_are_read_as_their_annotations_say(others):
     assert get_pruner("plain:share=x,more=2") == ("x", {"more": 2})
     row = next(row for row in list_pruners() if row.name == "tuned")
     assert [str(option) for option in row.options][:2] == ["share (float)", "mode=soft"]
-    assert [option.name for option in row.options if not option.typeable] == ["rows"]
 
 
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
         ("tuned", r"'tuned' needs share \(float\): use tuned:share=\.\.\."),
-        ("tuned:share=much", "takes share as float, got 'much'$"),
+        ("tuned:share=much", "takes share as float, got 'much': use tuned:share=..., or "),
         ("tuned:share=1,mode=odd", r"takes mode as Literal\['soft', 'hard'\], got 'odd': use tuned:mode=soft"),
         ("tuned:share=1,flag=1", "takes flag as bool, got 1"),
-        ("tuned:share=1,rows=3", "rows=.*cannot be typed in a name: it is for use from Python"),
+        ("tuned:share=1,rows=3", "takes rows as .*Sequence.*, got 3: use tuned:rows="),
     ],
 )
 def test_values_that_do_not_fit_are_refused(others, spec, says):

@@ -20,7 +20,7 @@ from gripvlm.errors import BudgetError, InputError, PrunerError, UnsupportedMode
 from gripvlm.models import FAMILIES
 from gripvlm.pruners import Pruner, TowerPruner, get_pruner
 from gripvlm.pruners.ops.merging import soft_matching
-from gripvlm.pruners.tower.tome import SCHEDULES, ToMe
+from gripvlm.pruners.tower.tome import ToMe
 from gripvlm.types import VisualTokens, sizes_after
 from naive import cosine
 from tiny_families import TINY, build, make
@@ -84,14 +84,11 @@ def slow_tower(model: Any, name: str, pixels: Tensor, plan: list[int], proportio
 
 
 @pytest.mark.parametrize("proportional", [True, False])
-@pytest.mark.parametrize("schedule", ["constant", "decreasing"])
 @pytest.mark.parametrize("keep", [4, 7, 9, 12])
 @pytest.mark.parametrize("name", NAMES)
-def test_tome_is_the_naive_tower(name, keep, schedule, proportional):
+def test_tome_is_the_naive_tower(name, keep, proportional):
     """Which rows merge, what they become, and where they stand, image by image."""
-    if schedule == "decreasing" and keep < 9:  # its last block merges nothing
-        keep = 8
-    pruner = ToMe(schedule, proportional)
+    pruner = ToMe(proportional)
     model, batch = build(name), make(TINY[name], [1, 2], [7, 9])
     double = copy.deepcopy(model).double()
     plan = pruner.plan(16 + CLS[name], keep + CLS[name], BLOCKS[name], CLS[name])
@@ -183,9 +180,9 @@ def test_an_encoding_of_all_rows_is_not_used():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 600), st.integers(1, 24), st.integers(0, 1), st.sampled_from(SCHEDULES), st.data())
-def test_plans_are_exact_and_as_even_as_can_be(n, blocks, fixed, schedule, data):
-    keep, pruner = data.draw(st.integers(1, n)), ToMe(schedule)
+@given(st.integers(1, 600), st.integers(1, 24), st.integers(0, 1), st.data())
+def test_plans_are_exact_and_as_even_as_can_be(n, blocks, fixed, data):
+    keep, pruner = data.draw(st.integers(1, n)), ToMe()
     try:
         plan = pruner.plan(n + fixed, keep + fixed, blocks, fixed)
     except BudgetError as error:
@@ -206,8 +203,6 @@ def test_plans_by_hand():
     assert ToMe().plan(577, 193, 23, 1) == [17] * 22 + [10]  # 384 = 22 x 17 + 10
     assert ToMe().plan(577, 65, 23, 1)[0] == 23  # 23 a block would be 529 > 512, 22 would be 506
     assert ToMe().plan(17, 5, 2, 1) == [8, 4]
-    assert ToMe("decreasing").plan(16, 10, 3, 0) == [4, 2, 0]  # r = 2: from 4 to 0
-    assert ToMe("decreasing").plan(16, 8, 1, 0) == [8]
     with pytest.raises(BudgetError, match=r"3 of 16 visual tokens .* tower's 2 blocks .* pass keep=4 or more"):
         ToMe().plan(17, 4, 2, 1)
 
@@ -253,8 +248,6 @@ def test_what_else_is_refused(monkeypatch):
         gripvlm.prune_inputs(tiny_llava_own_tower(), inputs, "tome", 4)
     with pytest.raises(PrunerError, match="'mmr' wraps pruners that drop tokens at the input, but 'tome'"):
         get_pruner("mmr(tome)")
-    with pytest.raises(PrunerError, match="schedule=constant or"):
-        get_pruner("tome:schedule=cosine")
     block = model.get_encoder("image").encoder.layers[0]
     with monkeypatch.context() as changed:
         changed.setattr(model.config, "vision_feature_layer", [-2, -1])
@@ -300,7 +293,7 @@ class Alone(Odd):
 def test_what_a_tower_pruner_must_be():
     model, inputs = build("llava"), make(TINY["llava"], [1], [7]).inputs
     for pruner, says in [
-        (Odd(), "must be a gripvlm.pruners.TowerPruner"),
+        (Odd(), "stage 'vision', but its base class at 'input'"),
         (Both(), "then has no patches for each row"),
         (Alone(), "'alone' needs groups, which only a"),
     ]:

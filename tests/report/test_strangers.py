@@ -154,7 +154,6 @@ def test_packed_answers_with_a_flipped_byte_or_without_an_end(copy):
     packed = gzip.compress(file.read_bytes())
     file.unlink()
     target = file.with_name(file.name + ".gz")
-    whole = read_results(copy, answers=False)
     for place in range(10, len(packed), 40):
         target.write_bytes(packed[:place] + bytes([packed[place] ^ 0x20]) + packed[place + 1 :])
         with pytest.raises(ResultsError, match=r"samples\.jsonl"):
@@ -162,7 +161,6 @@ def test_packed_answers_with_a_flipped_byte_or_without_an_end(copy):
     target.write_bytes(gzip.compress(b" " * 2**25))
     with pytest.raises(ResultsError, match="has a line of 16777216 characters or more"):
         read_results(copy)
-    assert whole.path == copy
 
 
 @pytest.mark.parametrize(

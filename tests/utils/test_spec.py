@@ -56,7 +56,6 @@ def test_values_are_read_as_the_annotations_say():
     assert [option.required for option in (share, name, at, path)] == [True, False, False, False]
     assert (share.read("1"), name.read("7"), name.read("None"), at.read("(1,2)")) == (1, "7", None, (1, 2))
     assert (path.read("7"), share.read("much")) == ("7", "much")
-    assert [option.typeable for option in (share, name, at, path)] == [True, True, False, True]
     assert options_of(len) == ()
 
 

@@ -87,7 +87,7 @@ def ask_command(
 
 def _pruner_and_budget(text: str, keep: str | None) -> tuple[Pruner, Budget]:
     """The pruner of a name or spec, and the budget: by default a tenth, of `full` everything."""
-    budget = None if keep is None else Budget.parse(keep)
+    budget = None if keep is None else Budget(keep)
 
     from gripvlm.pruners import get_pruner
     from gripvlm.pruners.baselines.keep_all import KeepAll

@@ -57,7 +57,7 @@ def bench_command(
     """Time a model unpruned, with each pruner, and with as few tokens from the start; Ctrl-C keeps what is done."""
     batches = split_numbers(batch, "--batch", "1,8", least=1)
     lengths = split_numbers(prompt, "--prompt", "64,512", least=1)
-    budgets = list(dict.fromkeys(Budget.parse(text) for text in split_names(keep)))
+    budgets = list(dict.fromkeys(Budget(text) for text in split_names(keep)))
     specs = list(dict.fromkeys(split_pruners(pruners)))
     if out is not None:
         checked_json(out)

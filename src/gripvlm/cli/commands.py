@@ -121,7 +121,7 @@ def evaluate_command(
 ) -> None:
     """Score pruners at several budgets; Ctrl-C keeps what is done and the same command resumes."""
     # Cheap checks first: the imports below take seconds, the model perhaps minutes.
-    budgets = [Budget.parse(text) for text in split_names(keep)]
+    budgets = [Budget(text) for text in split_names(keep)]
     numbers = [] if seeds is None else split_numbers(seeds, "--seeds", "0,1,2")
     if out is not None:
         checked_json(out)

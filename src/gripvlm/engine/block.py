@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from gripvlm.engine.generate import FullPrompt, Options
+from gripvlm.engine.input_checks import checked_imageless, has_pixels
 from gripvlm.engine.pipeline import PrunedBatch, prune_batch
 from gripvlm.engine.pruned_cache import PrunedPrompt, in_use, mark, prompt_in
 from gripvlm.engine.record import Record
-from gripvlm.engine.request import PruneRequest, checked_imageless, has_pixels
+from gripvlm.engine.request import PruneRequest
 from gripvlm.engine.switch import Call, Switch, inside
-from gripvlm.errors import GripError, InputError
+from gripvlm.errors import InputError
 from gripvlm.models.compat import cache_in, cache_of
 from gripvlm.models.hooks.llm_drop import drop_in_layers
 from gripvlm.models.hooks.proportional import proportional_attention
@@ -30,12 +31,8 @@ __all__ = ["PruneBlock"]
 logger = logging.getLogger(__name__)
 
 
-class _NotABlock(GripError, AttributeError):
-    """A `PruneBlock` was used as if it were the model or the record; `hasattr` must still work on it."""
-
-
 class PruneBlock:
-    """What `gripvlm.prune` returns; to be entered with `with`."""
+    """What `gripvlm.prune` returns, to be entered with `with`."""
 
     def __init__(self, request: PruneRequest) -> None:
         self._request, self._model, self._record = request, request.model, Record()
@@ -50,10 +47,7 @@ class PruneBlock:
         self._switch.close(self)
 
     def __getattr__(self, name: str) -> Any:
-        # copy, pickle and IPython look for dunders and expect a plain answer.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _NotABlock(
+        raise AttributeError(
             f"gripvlm.prune(...) is a block and has no {name!r}: use `with gripvlm.prune(model, ...) as record:` and "
             "call the model inside"
         )
@@ -103,7 +97,7 @@ class PruneBlock:
             output = original(None, **arguments)
         refusal = ""
         if (options.get("num_beams") or 1) > 1:
-            refusal = "a cache that beam search left cannot be gone on from: pass the full prompt and no cache"
+            refusal = "a cache that beam search left serves no further turn: pass the full prompt and no cache"
         output, ids = full.in_front(output)
         _mark(cache if cache is not None else cache_of(output), batch, ids, refusal)
         return output
@@ -112,14 +106,11 @@ class PruneBlock:
         """From a cache that holds a pruned prompt."""
         options, cache = Options(self._model, kwargs), cache_in(kwargs)
         options.refuse(self._request.family, inside=prompt.held is not None or prompt.sizes is not None)
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.ndim != 2:
-            raise InputError("a further turn needs input_ids [B, L], a tensor of token ids")
+        ids, mask = _further_ids(kwargs), kwargs.get("attention_mask")
         # transformers takes both forms: all ids, or the new ones with a mask of the whole.
         whole = not isinstance(mask, Tensor) or mask.shape[1] == ids.shape[1]
         count = prompt.tokens_in(cache)
-        arguments = prompt.further_arguments(self._model, cache, given, whole=whole)
+        arguments = prompt.further_arguments(self._model, cache, kwargs, whole=whole)
         full = FullPrompt(ids, arguments["input_ids"])
         arguments = full.shown_to_callbacks(options.shifted(arguments, ids.shape[1]))
         with self._running_further(prompt, cache):
@@ -156,17 +147,14 @@ class PruneBlock:
     def _forward_further(self, prompt: PrunedPrompt, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """Of further tokens on a cache that holds a pruned prompt."""
         cache = cache_in(kwargs)
-        count = prompt.tokens_in(cache)
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if not isinstance(given.get("input_ids"), Tensor):
-            raise InputError("a further step on a pruned cache needs input_ids, a tensor of token ids")
-        arguments = prompt.further_arguments(self._model, cache, given, whole=False)
+        new, count = _further_ids(kwargs), prompt.tokens_in(cache)
+        arguments = prompt.further_arguments(self._model, cache, kwargs, whole=False)
         # A caller's own decoding loop may count by itself; `prune_inputs` says from where.
-        if given.get("position_ids") is not None:
-            arguments["position_ids"] = given["position_ids"]
+        if kwargs.get("position_ids") is not None:
+            arguments["position_ids"] = kwargs["position_ids"]
         with self._running_further(prompt, cache):
             output = original(**arguments)
-        ids = torch.cat((prompt.ids[:, :count], given["input_ids"].to(prompt.ids)), -1)
+        ids = torch.cat((prompt.ids[:, :count], new.to(prompt.ids)), -1)
         mark(cache, replace(prompt, ids=ids))
         return output
 
@@ -192,7 +180,7 @@ class PruneBlock:
             with inside(call), batch.running():
                 yield
         except BaseException:
-            # Ctrl-C in a streamer, for one: what was decoded by then can be gone on from.
+            # Ctrl-C in a streamer, for one: a further turn may follow what was decoded by then.
             refusal = (
                 "the call that began this cache ended before its prompt had run: pass the full prompt and no cache"
             )
@@ -212,6 +200,13 @@ class PruneBlock:
             yield
 
 
+def _further_ids(kwargs: Mapping[str, Any]) -> Tensor:
+    ids = kwargs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise InputError("a further turn on a pruned cache needs input_ids [B, L], a tensor of token ids")
+    return ids
+
+
 def _mark(cache: Any, batch: PrunedBatch, ids: Tensor, refusal: str = "") -> None:
     """Notes in the cache what it holds of a pruned batch, `ids` being all that it stands for."""
     # A prompt of which nothing was dropped leaves the cache that the untouched model would have made.
@@ -221,9 +216,9 @@ def _mark(cache: Any, batch: PrunedBatch, ids: Tensor, refusal: str = "") -> Non
 
 @contextmanager
 def _rope_deltas_restored(model: Any) -> Iterator[None]:
-    """M-RoPE models note of each prompt how far its positions run ahead. A pruned prompt's are passed by name, so that
-    what the model noted of an earlier, unpruned one stays, for whoever goes on from that.
-    """
+    """Leaves the model's `rope_deltas` as they were."""
+    # M-RoPE models note how far a prompt's positions run ahead. Those of a pruned prompt are passed as position_ids;
+    # what the model noted of an earlier, unpruned prompt stays for the further turns of that one.
     root = model.base_model
     before = getattr(root, "rope_deltas", None)
     try:

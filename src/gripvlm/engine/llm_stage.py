@@ -1,4 +1,4 @@
-"""Runs an `LLMPruner`: asks it before each layer of its schedule, and notes which tokens every layer sees."""
+"""Runs an `LLMPruner`: it selects before each layer of its schedule, and every layer's tokens are noted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gripvlm.pruners.ops.schedules import average_tokens
 from gripvlm.types import LLMTokens, Selection, VisualTokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from gripvlm.engine.request import PruneRequest
 
 __all__ = ["LLMStage", "Merged", "checked_schedule"]
 
@@ -49,11 +49,54 @@ def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> di
 
 
 class Merged(NamedTuple):
-    """Tokens of one image that are merged before a layer: their row of the batch, their places [n], and into what."""
+    """Tokens of one image that merge before a layer: their row of the batch, their places [n], and the selection."""
 
     row: int
     places: Tensor
     selection: Selection
+
+
+@dataclass(eq=False)
+class _Image:
+    """An image on its way through the layers.
+
+    Attributes:
+        tokens: the image before any drop, with its budget.
+        first: what it keeps at the input.
+        schedule: layer -> how many rows it and those after it see.
+        chosen: layer -> what was selected there.
+        rows: layer -> the original rows that are left from there on.
+    """
+
+    tokens: VisualTokens
+    first: Selection
+    schedule: Mapping[int, int]
+    chosen: dict[int, Selection]
+    rows: dict[int, Tensor]
+
+    def losses(self) -> list[int]:
+        """The layers, 1 or more, before which it loses rows."""
+        losing, left = [], self.first.k
+        for layer, count in sorted(self.schedule.items()):
+            if layer > 0 and count < left:
+                losing.append(layer)
+                left = count
+        return losing
+
+    def entering(self, layer: int) -> Tensor:
+        """[n] the original rows that are left when a layer is reached, before it drops any."""
+        return self.rows[max(earlier for earlier in self.rows if earlier < layer)]
+
+    def selection(self, layers: int) -> Selection:
+        """What is kept of it, layer by layer."""
+        left, seen = self.first.indices, []
+        for layer in range(layers):
+            left = self.rows.get(layer, left)
+            seen.append(left)
+        # The scores of the first choice that had all rows to choose from; later ones rank fewer rows.
+        chosen = self.chosen[min(self.chosen)] if self.chosen else self.first
+        scores = chosen.scores if chosen.n == self.first.n else self.first.scores
+        return replace(self.first, indices=left, scores=scores, layers=tuple(seen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +106,12 @@ class _LayerInput:
     Attributes:
         layer: the layer that it enters.
         hidden: [R, L, d] hidden states; the R / B rows of a prompt follow one another.
-        repeat: R / B.
         observed: name of a need -> what `capture_attention` noted for it.
-        text: [R, L] bool, the text tokens; None if nobody reads them.
+        text: [R, L] bool, the text tokens; None if the pruner does not read them.
     """
 
     layer: int
     hidden: Tensor
-    repeat: int
     observed: Mapping[str, Tensor]
     text: Tensor | None
 
@@ -82,62 +123,48 @@ class LLMStage:
     drops the same tokens. Rows that `generate` repeats (beams, several returned sequences) drop the same.
 
     Args:
-        pruner: what is asked.
-        model: a supported model whose layers may drop.
+        request: its pruner selects; its model's layers may drop.
         arguments: the prompts as the model will get them.
         batch: the images of each prompt as they were before any drop, with their budgets.
+        selections: what each image keeps at the input.
+        schedules: of each image, layer -> how many rows it and those after it see.
 
     Attributes:
-        layers_that_drop: ascending, 1 or more; known after `begin`.
+        layers_that_drop: ascending, 1 or more.
         merges: layer -> what each row merges before it, with places in the prompt.
         dropped: the latest prompt's state, for `ProportionalRun`.
     """
 
     def __init__(
         self,
-        pruner: LLMPruner,
-        model: PreTrainedModel,
+        request: PruneRequest,
         arguments: Mapping[str, Any],
         batch: Sequence[Sequence[VisualTokens]],
+        selections: Sequence[Sequence[Selection]],
+        schedules: Sequence[Sequence[Mapping[int, int]]],
     ) -> None:
-        self.pruner, self.model, self.arguments, self.batch = pruner, model, arguments, batch
-        self.layers = len(model.get_decoder().layers)
-        self.layers_that_drop: list[int] = []
+        assert isinstance(request.pruner, LLMPruner)
+        self.pruner, self.model, self.arguments = request.pruner, request.model, arguments
+        self.layers = len(self.model.get_decoder().layers)
         self.merges: dict[int, list[Merged]] = {}
         self.dropped = DropState()
-        self._is_text = words(model, arguments)
-        self._text_embeddings = questions(model, arguments, None) if "words" in pruner.llm_needs else []
+        self._images: list[list[_Image]] = []
+        for prompt in zip(batch, selections, schedules, strict=True):
+            images = zip(*prompt, strict=True)
+            self._images.append([_Image(tokens, s, plan, {}, {0: s.indices}) for tokens, s, plan in images])
+        self._is_text = words(self.model, arguments)
+        self._text_embeddings = questions(self.model, arguments, None) if "words" in self.pruner.llm_needs else []
         self._observed: dict[str, dict[int, list[Tensor]]] = {}
         self._done = False  # whether every layer has chosen, so that nothing needs to be observed any more
-
-    def begin(
-        self, selections: Sequence[Sequence[Selection]], schedules: Sequence[Sequence[Mapping[int, int]]]
-    ) -> list[list[Selection]]:
-        """Starts from what each image keeps at the input; `schedules` are layer -> count, one for each image."""
-        self._first, self._schedules = selections, schedules
-        self._selected: dict[tuple[int, int], dict[int, Selection]] = {}  # (sample, image) -> layer -> what it chose
-        self._rows: dict[tuple[int, int], dict[int, Tensor]] = {}  # (sample, image) -> layer -> rows left from there on
-        losing = set()
-        for sample, images in enumerate(selections):
-            for image, selection in enumerate(images):
-                self._selected[sample, image] = {}
-                self._rows[sample, image] = {0: selection.indices}
-                left = selection.k
-                for layer, count in sorted(schedules[sample][image].items()):
-                    if layer > 0 and count < left:
-                        losing.add(layer)
-                        left = count
-        self.layers_that_drop = sorted(losing)
-        if losing:
-            no_labels(self.model, (), self.arguments)
-        return self.selections()
+        losses = {layer for images in self._images for image in images for layer in image.losses()}
+        self.layers_that_drop = sorted(losses)
+        if self.layers_that_drop:
+            no_labels(self.model, (), arguments)
 
     @contextmanager
     def block(self) -> Iterator[None]:
-        """Inside, the model's language model drops; nothing is hooked where nothing is to be dropped."""
-        if not self.layers_that_drop:
-            yield
-            return
+        """Inside, the model's language model drops."""
+        # Attention of layer i - 1 is read: it has been computed when layer i is about to run on fewer tokens.
         decoder, before = self.model.get_decoder(), [layer - 1 for layer in self.layers_that_drop]
         queries = {
             "last": lambda length: None if self._done else [length - 1],
@@ -160,22 +187,8 @@ class LLMStage:
         return (self.dropped.take() if self.dropped.stages else None), None
 
     def selections(self) -> list[list[Selection]]:
-        """What was kept of each image, layer by layer."""
-        return [
-            [self._selection(sample, image) for image in range(len(images))]
-            for sample, images in enumerate(self._first)
-        ]
-
-    def _selection(self, sample: int, image: int) -> Selection:
-        first, rows_from = self._first[sample][image], self._rows[sample, image]
-        left, layers = first.indices, []
-        for layer in range(self.layers):
-            left = rows_from.get(layer, left)
-            layers.append(left)
-        # The scores of the first choice that had all rows to choose from; later ones rank fewer rows.
-        chosen = next((choice for _, choice in sorted(self._selected[sample, image].items())), None)
-        scores = chosen.scores if chosen is not None and chosen.n == first.n else first.scores
-        return replace(first, indices=left, scores=scores, layers=tuple(layers))
+        """What is kept of each image, layer by layer; final once the prompt has run."""
+        return [[image.selection(self.layers) for image in images] for images in self._images]
 
     # --- what is left of the prompt at present ----------------------------------------------------
 
@@ -201,20 +214,25 @@ class LLMStage:
     # --- the choice before one layer --------------------------------------------------------------
 
     def _choose(self, layer: int, hidden: Tensor, visual: Tensor) -> tuple[Tensor, MergeStates]:
-        """[R, L] bool, the visual tokens that go on, and how the hidden states merge: as `drop_in_layers` asks."""
+        """[R, L] bool, the visual tokens that stay, and how the hidden states merge: as `drop_in_layers` asks."""
         rows, length = hidden.shape[:2]
-        if rows % len(self.batch):
-            raise _another_prompt(f"{rows} prompts", f"{len(self.batch)}")
+        if rows % len(self._images):
+            raise _another_prompt(f"{rows} prompts", f"{len(self._images)}")
         observed = {name: seen.pop(layer - 1)[-1] for name, seen in self._observed.items() if seen.get(layer - 1)}
         reads_text = bool(self.pruner.llm_needs & {"question", "text"}) and not self._done
-        text = self._text(rows, length) if reads_text else None
-        entering = _LayerInput(layer, hidden, rows // len(self.batch), observed, text)
+        entering = _LayerInput(layer, hidden, observed, self._text(rows, length) if reads_text else None)
         keep, merged = visual.clone(), []
         for row in range(rows):
-            for image, places in enumerate(self._places_by_image(entering, row, visual[row])):
-                selection = self._select(entering, row, image, places)
-                if selection is None:
+            # `generate` repeats each prompt for its beams, side by side.
+            images = self._images[row // (rows // len(self._images))]
+            for image, places in zip(images, _places_by_image(layer, row, images, visual[row]), strict=True):
+                n = places.numel()
+                if image.schedule.get(layer, n) >= n:
                     continue
+                # The first of the repeated rows chooses; in later steps all of them drop what was chosen then.
+                if layer not in image.chosen:
+                    self._select(entering, row, image, places)
+                selection = image.chosen[layer]
                 keep[row, places] = False
                 keep[row, places[selection.indices]] = True
                 if selection.merge is not None:
@@ -225,44 +243,20 @@ class LLMStage:
         self._done = self._done or layer == self.layers_that_drop[-1]
         return keep, partial(_merge_hidden, merges=merged)
 
-    def _places_by_image(self, entering: _LayerInput, row: int, visual: Tensor) -> Sequence[Tensor]:
-        """The places of each image's tokens in this row, whose visual tokens `visual` [L] marks."""
-        sample, places = row // entering.repeat, visual.nonzero().flatten()
-        counts = [self._left(entering.layer, sample, image).numel() for image in range(len(self.batch[sample]))]
-        if places.numel() != sum(counts):
-            raise _another_prompt(f"{places.numel()} visual tokens in row {row}", f"{sum(counts)}")
-        return places.split(counts) if counts else ()
+    def _select(self, entering: _LayerInput, row: int, image: _Image, places: Tensor) -> None:
+        """Selects from an image whose tokens lie at these places of the row."""
+        layer, left, tokens = entering.layer, image.entering(entering.layer), image.tokens
+        with torch.no_grad():
+            fields = self._observed_fields(entering, row, tokens.sample, places)
+            seen = LLMTokens(layer, image.schedule[layer], left, tokens, **fields)
+            answer = self.pruner.select_at_layer(layer, seen)
+        where = f"image {tokens.image} of sample {tokens.sample} before layer {layer}"
+        image.chosen[layer] = selection = checked_selection(self.pruner.name, answer, seen, where)
+        image.rows[layer] = left[selection.indices.to(left.device)]
 
-    def _left(self, layer: int, sample: int, image: int) -> Tensor:
-        """[n] the image's original rows that enter this layer."""
-        rows_from = self._rows[sample, image]
-        return rows_from[max(earlier for earlier in rows_from if earlier < layer)]
-
-    def _select(self, entering: _LayerInput, row: int, image: int, places: Tensor) -> Selection | None:
-        """What this image keeps before the layer; None for all of it."""
-        layer, sample = entering.layer, row // entering.repeat
-        left = self._left(layer, sample, image)
-        count = self._schedules[sample][image].get(layer, left.numel())
-        if count >= left.numel():
-            return None
-        chosen = self._selected[sample, image]
-        if layer not in chosen:
-            tokens = self._tokens(entering, row, image, places, count)
-            chosen[layer] = self._ask(tokens)
-            self._rows[sample, image][layer] = left[chosen[layer].indices.to(left.device)]
-        return chosen[layer]
-
-    @torch.no_grad()
-    def _ask(self, tokens: LLMTokens) -> Selection:
-        answer = self.pruner.select_at_layer(tokens.layer, tokens)
-        where = f"image {tokens.image} of sample {tokens.sample} before layer {tokens.layer}"
-        return checked_selection(self.pruner.name, answer, tokens, where)
-
-    @torch.no_grad()
-    def _tokens(self, entering: _LayerInput, row: int, image: int, places: Tensor, count: int) -> LLMTokens:
-        """What the pruner sees of the image whose tokens lie at these places of the row."""
+    def _observed_fields(self, entering: _LayerInput, row: int, sample: int, places: Tensor) -> dict[str, Any]:
+        """The fields of `LLMTokens` that the pruner needs, for tokens at these places of the row."""
         needs, hidden, observed = self.pruner.llm_needs, entering.hidden, entering.observed
-        sample = row // entering.repeat
         fields: dict[str, Any] = {}
         if "hidden" in needs:
             fields["hidden"] = hidden[row, places]
@@ -287,8 +281,15 @@ class LLMStage:
                 fields["question"] = observed["question"][row][:, own][..., places]
             if "key_sizes" in needs:
                 fields["text_key_sizes"] = key_sizes[text_places]
-        rows = self._left(entering.layer, sample, image)
-        return LLMTokens(entering.layer, count, rows, self.batch[sample][image], **fields)
+        return fields
+
+
+def _places_by_image(layer: int, row: int, images: Sequence[_Image], visual: Tensor) -> Sequence[Tensor]:
+    """The places of each image's tokens in a row whose visual tokens `visual` [L] marks."""
+    places, counts = visual.nonzero().flatten(), [image.entering(layer).numel() for image in images]
+    if places.numel() != sum(counts):
+        raise _another_prompt(f"{places.numel()} visual tokens in row {row}", f"{sum(counts)}")
+    return places.split(counts) if counts else ()
 
 
 def _another_prompt(got: str, expected: str) -> InputError:

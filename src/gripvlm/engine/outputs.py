@@ -16,13 +16,7 @@ from gripvlm.pruners import Pruner
 from gripvlm.types import LLMTokens, Merge, Selection, VisualTokens
 from gripvlm.utils.batching import joined, per_entry
 
-__all__ = [
-    "DeferredChecks",
-    "check_features",
-    "checked_counts",
-    "checked_selection",
-    "checked_selections",
-]
+__all__ = ["DeferredChecks", "check_features", "checked_counts", "checked_selection", "checked_selections"]
 
 _TOLERANCE = 1e-3
 """By how much the weights that go to one kept row may miss a sum of 1; bfloat16 weights miss it by a little."""
@@ -37,6 +31,7 @@ class DeferredChecks:
     def add(self, failed: Tensor, explain: Callable[[], None]) -> None:
         """`failed` is a bool without dimensions; where it is True, `explain` finds what is wrong and raises."""
         self._pending.append((failed, explain))
+        # On a CPU there is nothing to wait for, and an error is best raised where its cause is.
         if failed.device.type == "cpu":
             self.raise_if_failed()
 
@@ -45,6 +40,7 @@ class DeferredChecks:
         pending, self._pending = self._pending, []
         if not pending:
             return
+        # One read for all checks: each read would wait for the device. With device_map they may be on several.
         device = pending[0][0].device
         flags = torch.stack([failed.to(device) for failed, _ in pending]).tolist()
         for failed, (_, explain) in zip(flags, pending, strict=True):
@@ -59,13 +55,6 @@ class DeferredChecks:
         except Exception:
             self.raise_if_failed()
             raise
-
-    @contextmanager
-    def enforced(self) -> Iterator[None]:
-        """Raises for a check that failed when the block ends, however it ends."""
-        with self.explaining_errors():
-            yield
-        self.raise_if_failed()
 
 
 def check_features(images: Sequence[VisualTokens], checks: DeferredChecks) -> None:
@@ -117,7 +106,7 @@ def checked_selections(
         for selection, prefix in zip(selections, where, strict=True):
             _check_values(selection, prefix)
 
-    checks.add(_any_wrong_value(selections), explain)
+    checks.add(_wrong_values(selections).any(), explain)
     if not all(selection.sound for selection in selections):
         # An index that is out of range would take the whole device down when rows are read by it.
         checks.raise_if_failed()
@@ -170,59 +159,54 @@ def _described(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _any_wrong_value(selections: Sequence[Selection]) -> Tensor:
-    """A bool on the device: whether `_check_values` would raise for any selection.
+def _check_values(selection: Selection, prefix: str) -> None:
+    """Raises where the values of a selection that has the right shape are wrong; waits for the device."""
+    indices, scores, n = selection.indices, selection.scores, selection.n
+    nan, outside, unordered, source, slot, weight = _wrong_values([selection]).tolist()
+    if scores is not None and nan:
+        raise PrunerError(f"{prefix}: {int(scores.isnan().sum())} of {n} scores are NaN")
+    if outside:
+        raise PrunerError(f"{prefix}: indices reach {indices.min()}..{indices.max()}, allowed 0..{n - 1}")
+    if unordered:
+        raise PrunerError(f"{prefix}: indices must be ascending, without duplicates: end with indices.sort().values")
+    if source:
+        raise PrunerError(f"{prefix}: merge.source leaves the rows 0..{n - 1}")
+    if slot:
+        raise PrunerError(f"{prefix}: merge.destination leaves the kept slots 0..{selection.k - 1}")
+    if weight:
+        raise PrunerError(f"{prefix}: merge.weight must sum to 1 over each destination")
+
+
+def _wrong_values(selections: Sequence[Selection]) -> Tensor:
+    """[6] bool on the device, whether any selection has: NaN scores, indices that are out of range, or that do not
+    ascend; and in its merge sources out of range, destinations out of range, weights that do not sum to 1.
 
     All images together, in a number of operations that does not grow with them.
     """
-    indices = [selection.indices for selection in selections]
+    indices, scores = [s.indices for s in selections], [s.scores for s in selections if s.scores is not None]
     sizes = [selection.n for selection in selections]
     starts = list(itertools.accumulate(sizes[:-1], initial=0))
-    every, device = joined(indices), indices[0].device
+    every = joined(indices)
+    fine = torch.zeros((), dtype=torch.bool, device=every.device)
+    nan = joined(scores).isnan().any() if scores else fine
+    outside = ((every < 0) | (every >= per_entry(sizes, indices))).any()
     # Numbered through all images, indices must ascend; with the range check that is ascending in each of them.
-    wrong = ((every < 0) | (every >= per_entry(sizes, indices))).any()
-    wrong = wrong | ((every + per_entry(starts, indices)).diff() <= 0).any()
-    if scores := [selection.scores.to(device) for selection in selections if selection.scores is not None]:
-        wrong = wrong | joined(scores).isnan().any()
-    if any(selection.merge is not None for selection in selections):
-        wrong = wrong | _any_wrong_merge(selections, device)
-    return wrong
+    unordered = ((every + per_entry(starts, indices)).diff() <= 0).any()
+    merges = [(s, s.merge) for s in selections if s.merge is not None]
+    return torch.stack((nan, outside, unordered, *(_wrong_merges(merges, every.device) if merges else (fine,) * 3)))
 
 
-def _any_wrong_merge(selections: Sequence[Selection], device: torch.device) -> Tensor:
-    merging = [(s, s.merge) for s in selections if s.merge is not None]
-    sources = [merge.source.to(device) for _, merge in merging]
-    slots = [merge.destination.to(device) for _, merge in merging]
-    counts = [selection.k for selection, _ in merging]
+def _wrong_merges(merges: Sequence[tuple[Selection, Merge]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether sources, destinations and weights are wrong in any merge."""
+    sources = [merge.source.to(device) for _, merge in merges]
+    slots = [merge.destination.to(device) for _, merge in merges]
+    counts = [selection.k for selection, _ in merges]
     source, slot, count = joined(sources), joined(slots), per_entry(counts, slots)
-    wrong = ((source < 0) | (source >= per_entry([s.n for s, _ in merging], sources))).any()
-    wrong = wrong | ((slot < 0) | (slot >= count)).any()
+    wrong_source = ((source < 0) | (source >= per_entry([s.n for s, _ in merges], sources))).any()
+    wrong_slot = ((slot < 0) | (slot >= count)).any()
     # Clamped, so that a slot out of range, which is noted already, does not reach another image's sums.
     starts = list(itertools.accumulate(counts[:-1], initial=0))
     slot = slot.clamp(min=0).minimum(count - 1) + per_entry(starts, slots)
-    weight = joined([merge.weight.to(device, torch.float32) for _, merge in merging])
+    weight = joined([merge.weight.to(device, torch.float32) for _, merge in merges])
     sums = torch.zeros(sum(counts), device=device).index_add(0, slot, weight)
-    return wrong | (~((sums[slot] - 1).abs() <= _TOLERANCE)).any()  # written so that NaN is wrong
-
-
-def _check_values(selection: Selection, prefix: str) -> None:
-    """Raises where the values of a selection that has the right shape are wrong; waits for the device."""
-    scores, indices, merge, n, k = selection.scores, selection.indices, selection.merge, selection.n, selection.k
-    if scores is not None and bool(scores.isnan().any()):
-        raise PrunerError(f"{prefix}: {int(scores.isnan().sum())} of {n} scores are NaN")
-    low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= n:
-        raise PrunerError(f"{prefix}: indices reach {low}..{high}, allowed 0..{n - 1}")
-    if bool((indices.diff() <= 0).any()):
-        raise PrunerError(f"{prefix}: indices must be ascending, without duplicates: end with indices.sort().values")
-    if merge is None:
-        return
-    source, slot = merge.source.to(indices.device), merge.destination.to(indices.device)
-    if bool(((source < 0) | (source >= n)).any()):
-        raise PrunerError(f"{prefix}: merge.source leaves the rows 0..{n - 1}")
-    if bool(((slot < 0) | (slot >= k)).any()):
-        raise PrunerError(f"{prefix}: merge.destination leaves the kept slots 0..{k - 1}")
-    weight = merge.weight.to(indices.device, torch.float32)
-    sums = torch.zeros(k, device=indices.device).index_add(0, slot, weight)
-    if not bool(((sums[slot] - 1).abs() <= _TOLERANCE).all()):
-        raise PrunerError(f"{prefix}: merge.weight must sum to 1 over each destination")
+    return wrong_source, wrong_slot, (~((sums[slot] - 1).abs() <= _TOLERANCE)).any()  # so that NaN is wrong

@@ -1,25 +1,22 @@
-"""The main road, `prune_batch`: encode the images, gather the tokens, select, drop."""
+"""`prune_batch`: encode the images, gather their tokens, select, drop. Every pruning goes this way."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
+from gripvlm.engine.input_checks import checked_encoding, checked_inputs
 from gripvlm.engine.llm_stage import LLMStage, checked_schedule
-from gripvlm.engine.outputs import (
-    DeferredChecks,
-    check_features,
-    checked_counts,
-    checked_selections,
-)
+from gripvlm.engine.outputs import DeferredChecks, check_features, checked_counts, checked_selections
 from gripvlm.engine.proportional import ProportionalRun
-from gripvlm.engine.request import PruneRequest, checked_encoding, checked_inputs
+from gripvlm.engine.request import PruneRequest
 from gripvlm.errors import InputError, PrunerError
-from gripvlm.models.adapter import Shortened, drop, encode
+from gripvlm.models.adapter import encode
+from gripvlm.models.drop import Shortened, drop
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.prompts import EncodedPrompts, Prompts
 from gripvlm.models.text import questions
@@ -30,8 +27,6 @@ from gripvlm.utils.timing import Stopwatch
 
 __all__ = ["PrunedBatch", "drop", "gather_tokens", "prune_batch", "question_embeddings"]
 
-Run: TypeAlias = LLMStage | ProportionalRun
-
 
 @dataclass(eq=False)
 class PrunedBatch:
@@ -39,9 +34,9 @@ class PrunedBatch:
 
     Attributes:
         prompts: as they were.
-        shortened: as they are now; `shortened.arguments` are for `generate` or `forward`.
-        selections: a list (prompts) of lists (images) of what is kept. Where rows are dropped inside the language
-            model, complete once the prompt has run.
+        shortened: as they are now.
+        selections: a list (prompts) of lists (images). Where rows are dropped inside the language model, complete once
+            the prompt has run.
         run: what is left to do inside the language model while it runs; None where there is nothing.
         watch: the times of the steps.
         checks: of values on the device, not yet read.
@@ -50,7 +45,7 @@ class PrunedBatch:
     prompts: Prompts
     shortened: Shortened
     selections: list[list[Selection]]
-    run: Run | None
+    run: LLMStage | ProportionalRun | None
     watch: Stopwatch
     checks: DeferredChecks
 
@@ -69,12 +64,13 @@ class PrunedBatch:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, run the model on the arguments, once. Checks that failed are raised when the block ends."""
-        with self.checks.enforced(), nullcontext() if self.run is None else self.run.block():
+        with self.checks.explaining_errors(), nullcontext() if self.run is None else self.run.block():
             try:
                 yield
             finally:
                 if self.run is not None:
                     self.selections = self.run.selections()
+        self.checks.raise_if_failed()
 
 
 def prune_batch(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encoded | None = None) -> PrunedBatch:
@@ -108,13 +104,16 @@ def prune_batch(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encod
     answers = _select(request.pruner, at_input, checks)
     watch.lap("pruner")
 
-    selections = _by_prompt(checked_selections(request.pruner, answers, at_input, checks), tokens)
+    checked = iter(checked_selections(request.pruner, answers, at_input, checks))
+    selections = [[next(checked) for _ in prompt] for prompt in tokens]
     shortened = drop(images, selections, request.drop)
+    stage = None
+    if isinstance(request.pruner, LLMPruner):
+        stage = LLMStage(request, shortened.arguments, tokens, selections, schedules)
+        selections = stage.selections()
+    run = _run_inside(request, shortened.arguments, selections, stage)
     watch.lap("overhead")
-
-    batch = PrunedBatch(prompts, shortened, selections, None, watch, checks)
-    _prepare_run(request, batch, tokens, schedules)
-    return batch
+    return PrunedBatch(prompts, shortened, selections, run, watch, checks)
 
 
 def question_embeddings(request: PruneRequest, prompts: Prompts) -> list[Tensor] | None:
@@ -160,11 +159,10 @@ def gather_tokens(
 
 def _with_counts_of_pruner(request: PruneRequest, images: list[VisualTokens]) -> list[VisualTokens]:
     """A prompt's images with the counts that the pruner moves between them; their sum is that of the budgets."""
-    pruner = request.pruner
-    if not images or not hasattr(pruner, "allocate_budget"):  # an object that is no `Pruner` may have none
+    if not images:
         return images
-    counts = pruner.allocate_budget(images, len(getattr(request.model.get_decoder(), "layers", ())))
-    counts = checked_counts(pruner, counts, images)
+    counts = request.pruner.allocate_budget(images, len(getattr(request.model.get_decoder(), "layers", ())))
+    counts = checked_counts(request.pruner, counts, images)
     return [replace(tokens, keep=k) for tokens, k in zip(images, counts, strict=True)]
 
 
@@ -172,43 +170,31 @@ def _tokens_at_input(
     request: PruneRequest, batch: list[list[VisualTokens]]
 ) -> tuple[list[VisualTokens], list[list[dict[int, int]]]]:
     """All images with the count to keep at the input; and the schedule of each, for pruners inside the LLM."""
-    pruner = request.pruner
+    flat, pruner = [tokens for images in batch for tokens in images], request.pruner
     if not isinstance(pruner, LLMPruner):
-        return [tokens for images in batch for tokens in images], []
+        return flat, []
     layers = len(request.model.get_decoder().layers)
     schedules = [[checked_schedule(pruner, tokens, layers) for tokens in images] for images in batch]
-    at_input = []
-    for images, plans in zip(batch, schedules, strict=True):
-        for tokens, plan in zip(images, plans, strict=True):
-            at_input.append(replace(tokens, keep=plan.get(0, tokens.n)))
+    plans = [plan for images in schedules for plan in images]
+    # A schedule with an entry for layer 0 drops at the input too; others leave all rows until their first layer.
+    at_input = [replace(tokens, keep=plan.get(0, tokens.n)) for tokens, plan in zip(flat, plans, strict=True)]
     return at_input, schedules
-
-
-def _prepare_run(
-    request: PruneRequest,
-    batch: PrunedBatch,
-    tokens: list[list[VisualTokens]],
-    schedules: list[list[dict[int, int]]],
-) -> None:
-    """Sets what is left to do inside the language model."""
-    selections, arguments, stage = batch.selections, batch.arguments, None
-    if isinstance(request.pruner, LLMPruner):
-        stage = LLMStage(request.pruner, request.model, arguments, tokens)
-        batch.selections = stage.begin(selections, schedules)
-        batch.run = stage = stage if stage.layers_that_drop else None
-    merges = any(selection.merge is not None for sample in selections for selection in sample)
-    if request.proportional_attention and (merges or stage is not None):
-        batch.run = ProportionalRun(request.model, arguments, selections, stage)
 
 
 def _select(pruner: Pruner, images: list[VisualTokens], checks: DeferredChecks) -> list[Any]:
     """What the pruner returns for all images of a batch, unchecked."""
-    select_batch = getattr(pruner, "select_batch", None)  # an object that is no `Pruner` may have none
     # A pruner that stumbles over NaN of the encoder is not to blame: the failed check is raised in place of its error.
     with checks.explaining_errors():
-        return list(select_batch(images)) if select_batch else [pruner.select(tokens) for tokens in images]
+        return list(pruner.select_batch(images))
 
 
-def _by_prompt(selections: Sequence[Selection], batch: list[list[VisualTokens]]) -> list[list[Selection]]:
-    rest = iter(selections)
-    return [[next(rest) for _ in images] for images in batch]
+def _run_inside(
+    request: PruneRequest, arguments: dict[str, Any], selections: list[list[Selection]], stage: LLMStage | None
+) -> LLMStage | ProportionalRun | None:
+    """What is left to do inside the language model while it runs; None where there is nothing."""
+    if stage is not None and not stage.layers_that_drop:
+        stage = None
+    merges = any(selection.merge is not None for images in selections for selection in images)
+    if request.proportional_attention and (merges or stage is not None):
+        return ProportionalRun(request.model, arguments, selections, stage)
+    return stage

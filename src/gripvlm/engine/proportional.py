@@ -59,6 +59,7 @@ class ProportionalRun:
     def block(self) -> Iterator[None]:
         """Inside, the model's language model attends by size, and drops what it has to."""
         with ExitStack() as stack:
+            # Entered together, both serve the same calls: layers must not drop without their sizes, or the reverse.
             with one_run(self.model.base_model, self.arguments):
                 if self.stage is not None:
                     stack.enter_context(self.stage.block())

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import InputError
-from gripvlm.models.adapter import PER_TOKEN, encoder_arguments
+from gripvlm.models.adapter import PER_TOKEN, encoder_arguments, padding_of
 from gripvlm.models.hooks.llm_drop import DropState
 from gripvlm.models.hooks.proportional import LayerSizes
-from gripvlm.models.text import full_mask, padding_token, visual_places
+from gripvlm.models.text import full_mask, visual_places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,7 +111,7 @@ class PrunedPrompt:
 
         Args:
             cache: holds this prompt.
-            given: what the caller passes; `attention_mask`, where there is one, is of the whole conversation.
+            given: the caller's arguments; `attention_mask`, where there is one, is of the whole conversation.
             whole: whether `input_ids` are the whole conversation [R, T'], or what is new in it.
 
         Raises:
@@ -119,6 +119,7 @@ class PrunedPrompt:
         """
         if self.refusal:
             raise InputError(self.refusal)
+        given = {name: value for name, value in given.items() if value is not None}
         ids, count = given["input_ids"], self.tokens_in(cache)
         if ids.shape[0] != self.ids.shape[0]:
             raise InputError(f"the cache holds {self.ids.shape[0]} prompts, but input_ids have {ids.shape[0]}")
@@ -134,6 +135,7 @@ class PrunedPrompt:
         after = mask[:, self.full :].bool()
         short_mask = self.short["attention_mask"].to(mask)
         front = mask[:, : self.full].gather(1, self.order.to(mask.device)) * short_mask
+        # Positions follow those of the full prompt, not the cache's length, which is shorter; padding does not count.
         counted = after.long().cumsum(-1) - 1
         later = (self.following[..., None] + counted).masked_fill(~after, 0)
         positions = torch.cat((self.short["position_ids"], later), -1)
@@ -141,14 +143,14 @@ class PrunedPrompt:
         visual = {*encoder_arguments(model, given), "mm_encoder_outputs"}
         arguments = {name: value for name, value in given.items() if name not in visual}
         arguments["attention_mask"] = torch.cat((front, after.to(front)), -1)
+        # Beside ids that are new, transformers expects the positions of just these, but the mask of the whole.
         if not whole:
             return {**arguments, "position_ids": positions[..., -new.shape[1] :]}
         arguments["position_ids"] = positions
         for name in PER_TOKEN.keys() & arguments.keys() - {"attention_mask", "position_ids"}:
             value = arguments[name]
-            fill = padding_token(model) if name == "input_ids" else PER_TOKEN[name]
             front = value[:, : self.full].gather(1, self.order.to(value.device))
-            front = front.masked_fill(~short_mask.bool().to(value.device), fill)
+            front = front.masked_fill(~short_mask.bool().to(value.device), padding_of(model, name))
             arguments[name] = torch.cat((front, value[:, self.full :]), -1)
         return arguments
 
@@ -247,6 +249,7 @@ def _guarded(base: Any) -> type:
         rows = torch.arange(len(self.gripvlm_prompt.ids)).repeat_interleave(repeats)
         self.gripvlm_prompt = self.gripvlm_prompt.take(rows.to(self.gripvlm_prompt.ids.device))
 
+    # copy and pickle find a class by its name in its module, where this one is not.
     def reduce(self: Any) -> tuple[Any, ...]:
         return _restored, (base,), vars(self)
 

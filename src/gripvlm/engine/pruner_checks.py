@@ -24,22 +24,25 @@ __all__ = ["checked_needs", "checked_pair", "checked_pruner"]
 def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
     """The pruner, known to have what a pruner has, and to serve `model` where one is given."""
     chosen = get_pruner(pruner)
-    name, needs, stage = (getattr(chosen, key, None) for key in ("name", "needs", "stage"))
-    stage = "input" if stage is None else stage
+    if not isinstance(chosen, Pruner):
+        raise PrunerError(
+            f"a {type(chosen).__name__} is no pruner: make it a subclass of gripvlm.Pruner, or of gripvlm.ScorePruner"
+        )
+    name, needs, stage = getattr(chosen, "name", None), chosen.needs, chosen.stage
     if not isinstance(name, str):
         raise PrunerError(f"a {type(chosen).__name__} has no name: give it name = 'snake_case'")
     if not isinstance(needs, frozenset):
         raise PrunerError(f"pruner {name!r} states no needs: give it needs = frozenset({{'features'}})")
     if unread := sorted(needs - NEEDS):
         raise PrunerError(f"pruner {name!r} needs {unread}, but known are {sorted(NEEDS)}")
-    if "vision_attention" in needs and not getattr(chosen, "vision_layers", ()):
+    if "vision_attention" in needs and not chosen.vision_layers:
         raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
-    if stage not in ("input", "llm", "vision"):
-        raise PrunerError(f"pruner {name!r} drops rows at stage {stage!r}: known are 'input', 'llm' and 'vision'")
-    if stage == "vision" and not isinstance(chosen, TowerPruner):
-        raise PrunerError(f"pruner {name!r} merges at stage 'vision', so it must be a gripvlm.pruners.TowerPruner")
-    if stage == "llm" and not isinstance(chosen, LLMPruner):
-        raise PrunerError(f"pruner {name!r} drops rows at stage 'llm', so it must be a gripvlm.LLMPruner")
+    by_class = "vision" if isinstance(chosen, TowerPruner) else "llm" if isinstance(chosen, LLMPruner) else "input"
+    if stage != by_class:
+        raise PrunerError(
+            f"pruner {name!r} drops rows at stage {stage!r}, but its base class at {by_class!r}: leave stage out, or "
+            "make it a gripvlm.LLMPruner ('llm') or a gripvlm.pruners.TowerPruner ('vision')"
+        )
     if stage != "vision" and "groups" in needs:
         raise PrunerError(f"pruner {name!r} needs groups, which only a gripvlm.pruners.TowerPruner has")
     if stage == "vision" and (wrong := sorted(needs & {"vision_attention", "patches"})):
@@ -66,8 +69,8 @@ def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> Towe
             )
     if isinstance(pruner, LLMPruner):
         checked_layers(model)
-    if hasattr(pruner, "check"):  # an object that is no `Pruner` may have none
-        pruner.check(model)
+    # Last: it may look at weights, and the errors above are about the model at hand.
+    pruner.check(model)
     return needs
 
 
@@ -94,7 +97,7 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> TowerRequest:
                 f"breaks them into lines; rasters have {_families(lambda row: row.grid is not unknown)}: use another "
                 "pruner or model"
             )
-        if getattr(pruner, "stage", "input") == "llm" and not family.layers:
+        if pruner.stage == "llm" and not family.layers:
             raise UnsupportedModelError(
                 f"pruner {pruner.name!r} drops inside the language model's layers, but {family.model_type}'s share or "
                 "carry state that still holds the dropped tokens; they can be dropped there in "
@@ -102,6 +105,7 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> TowerRequest:
                 "divprune"
             )
         if "vision_attention" in wanted:
+            # A dict and not a set: layers in the order in which pruners name them, each once.
             layers.update(dict.fromkeys(pruner.vision_layers))
             given |= "vision_given" in pruner.needs
         patches |= "patches" in wanted

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,18 +21,12 @@ from gripvlm.models.compat import cache_in
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Block", "Call", "Switch", "inside"]
+    from gripvlm.engine.block import PruneBlock
+
+__all__ = ["Call", "Switch", "inside"]
 
 
-class Block(Protocol):
-    """What runs the calls of a model."""
-
-    def run_generate(self, original: Callable[..., Any], inputs: Any, kwargs: dict[str, Any]) -> Any: ...
-
-    def run_forward(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any: ...
-
-
-_own_blocks: ContextVar[tuple[Block, ...]] = ContextVar("gripvlm_blocks", default=())
+_own_blocks: ContextVar[tuple[PruneBlock, ...]] = ContextVar("gripvlm_blocks", default=())
 _call: ContextVar[Call | None] = ContextVar("gripvlm_call", default=None)
 _lock = threading.RLock()
 
@@ -43,7 +37,7 @@ class Call:
 
     Attributes:
         length: of the prompts that it runs on.
-        ahead: [B] or [axes, B], added to the positions of later tokens; see `adapter.Shortened`.
+        ahead: [B] or [axes, B], added to the positions of later tokens; see `drop.Shortened`.
         prefilled: whether a forward has ended, so that the cache holds the whole prompt.
     """
 
@@ -88,12 +82,12 @@ class Switch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.blocks: list[Block] = []
+        self.blocks: list[PruneBlock] = []
         self.before = {name: vars(model).get(name) for name in ("generate", "forward")}
         self.entries = {name: _Entry(self, name, getattr(model, name)) for name in self.before}
 
     @classmethod
-    def opened(cls, model: PreTrainedModel, block: Block) -> Switch:
+    def opened(cls, model: PreTrainedModel, block: PruneBlock) -> Switch:
         """The model's own where a block is open already, else a new one; this block is open in it from now on."""
         with _lock:  # of two threads at once, the first makes it and the second finds it
             # A copy of the model carries entries too, whose switch is the original's.
@@ -105,13 +99,14 @@ class Switch:
                     "this model is already inside a gripvlm.prune block: leave that block first, or prune another model"
                 )
             if not switch.blocks:
+                # On the object, not on its class: other models of that class stay as they are.
                 for name, entry in switch.entries.items():
                     setattr(model, name, entry)
             switch.blocks.append(block)
             _own_blocks.set((*_own_blocks.get(), block))
         return switch
 
-    def close(self, block: Block) -> None:
+    def close(self, block: PruneBlock) -> None:
         with _lock:
             _own_blocks.set(tuple(own for own in _own_blocks.get() if own is not block))
             self.blocks.remove(block)
@@ -126,7 +121,7 @@ class Switch:
                 else:
                     setattr(self.model, name, self.before[name])
 
-    def block_of_caller(self) -> Block | None:
+    def block_of_caller(self) -> PruneBlock | None:
         """The block of this thread, or the only one there is."""
         # The innermost first: blocks of several models may be nested.
         for block in reversed(_own_blocks.get()):
@@ -153,6 +148,7 @@ class _Entry:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _call.get()
+        # `generate` calls `forward`, here on a prompt that is shortened already.
         if call is not None and call.model is self.switch.model:
             if self.name == "forward":
                 return call.forward(self.original, args, kwargs)

@@ -19,7 +19,10 @@ from gripvlm.pruners import Pruner
 from gripvlm.types import Selection
 from gripvlm.utils.timing import device_time
 
-__all__ = ["BatchAnswers", "answer", "make_inputs", "question_ids"]
+__all__ = ["SECONDS", "BatchAnswers", "answer", "make_inputs", "question_ids"]
+
+SECONDS = ("vision", "pruner", "overhead", "prefill", "decode")
+"""The parts of an answer's time, in their order."""
 
 
 @dataclass
@@ -29,8 +32,8 @@ class BatchAnswers:
     Attributes:
         predictions: [B] decoded answers without special tokens.
         selections: [B] lists of one `Selection` an image; empty lists for prompts without images.
-        seconds: {"vision", "pruner", "overhead", "prefill", "decode"} of the whole batch. Prefill ends when the first
-            new token's logits are there, dropping inside the language model included; decode is all that follows.
+        seconds: one for each of `SECONDS`, of the whole batch. Prefill ends when the first new token's logits are
+            there, dropping inside the language model included; decode is all that follows.
         peak_memory: bytes on the accelerator at most, None where the device does not count them.
     """
 
@@ -147,7 +150,7 @@ def answer(
             num_beams=1,
             logits_processor=LogitsProcessorList([first_token]),
         )
-    seconds = dict.fromkeys(("vision", "pruner", "overhead"), 0.0) | record.seconds
+    seconds = dict.fromkeys(SECONDS, 0.0) | record.seconds
     # A pruner that merges inside the vision tower runs the tower itself, and its record says how long that took.
     if encoded is not None and not seconds["vision"]:
         seconds["vision"] = encoded.seconds

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,13 @@ _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy",
 
 def versions() -> dict[str, str]:
     """Of Python, gripvlm and the packages it uses."""
-    found = {"python": platform.python_version(), "gripvlm": gripvlm.__version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    own = {"python": platform.python_version(), "gripvlm": gripvlm.__version__}
+    return own | {name: version(name) for name in _PACKAGES}
 
 
 def hardware(device: torch.device | None = None) -> dict[str, Any]:
     """The processor, its cores and threads, the memory in GiB, and the accelerator if there is one."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         # A container or a scheduler may give this process fewer cores than the machine has.
@@ -43,10 +38,10 @@ def hardware(device: torch.device | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        found["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+        facts["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
     kind = device.type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    found["device"] = torch.cuda.get_device_name(device) if kind == "cuda" else kind
-    return found
+    facts["device"] = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    return facts
 
 
 @lru_cache(maxsize=1)

@@ -54,25 +54,21 @@ class Journal:
 
     The first line holds the configuration, each session of work adds one line of its own, all others are records. A
     record that is written twice counts once. A last line without its end is what a killed run leaves, and is dropped.
-    Whoever enters the block is the only writer (`disk.one_writer`).
+    Whoever enters `session` must be the only writer (`disk.one_writer`).
     """
 
-    def __init__(
-        self, path: Path | None, config: Mapping[str, Any], session: Mapping[str, Any], overwrite: bool = False
-    ) -> None:
-        """Reads the file; nothing is written before the block is entered.
+    def __init__(self, path: Path | None, config: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Reads the file; nothing is written before a session begins.
 
         Raises:
             ResumeError: it belongs to another configuration (the differences are named), or a line in its middle is
                 damaged.
         """
-        self.path = path
+        self.path, self._overwrite = path, overwrite
         # As it will be read back: tuples are lists there, and would differ.
         self.config = json.loads(json.dumps(config))
         self.sessions: list[dict[str, Any]] = []
         self.records: dict[Key, dict[str, Any]] = {}
-        self._session = dict(session)
-        self._open, self._overwrite = False, overwrite
         self._from_shards: list[dict[str, Any]] = []
         self._complete_bytes = 0
         if path is not None and path.exists() and not overwrite:
@@ -81,7 +77,7 @@ class Journal:
     def read_shards(self) -> None:
         """Takes the answers that `--shard` runs of the same configuration left beside the file.
 
-        They are copied into the file when the block is entered.
+        They are copied into the file when a session begins.
 
         Raises:
             ResumeError: as for the file itself.
@@ -127,31 +123,24 @@ class Journal:
         """Whether every one of these samples is answered."""
         return all((task, pruner, keep, name) in self.records for name in ids)
 
+    def session(self, session: dict[str, Any]) -> None:
+        """Begins to write: makes the file, or resumes it, with a line about this session of work."""
+        own = len(self.records) > len(self._from_shards)
+        self.sessions.append(session)
+        if self.path is not None and own:
+            # The half line goes first, or the next line would be written behind it.
+            disk.cut(self.path, self._complete_bytes)
+            disk.append(self.path, _lines([{"session": session}]))
+        elif self.path is not None:
+            disk.write(self.path, _lines([{"config": self.config}, {"session": session}]))
+        self.add(self._from_shards)
+
     def add(self, records: list[dict[str, Any]]) -> None:
         """Keeps the records; when this returns they are in the file."""
-        if self.path is not None and self._open:
+        if self.path is not None:
             disk.append(self.path, _lines(records))
         # After the write: a full disk must not leave answers in memory that the file does not have.
         self.records.update((key_of(record), record) for record in records)
-
-    def __enter__(self) -> Journal:
-        """Opens the file, or resumes it, with a line that a session began."""
-        own = len(self.records) > len(self._from_shards)
-        self.sessions.append(self._session)
-        self._open = True
-        if self.path is None:
-            return self
-        if own:
-            # The half line goes first, or the next line would be written behind it.
-            disk.cut(self.path, self._complete_bytes)
-            disk.append(self.path, _lines([{"session": self._session}]))
-        else:
-            disk.write(self.path, _lines([{"config": self.config}, {"session": self._session}]))
-        self.add(self._from_shards)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._open = False
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import GripError
-from gripvlm.eval.answering import BatchAnswers
+from gripvlm.eval.answering import SECONDS, BatchAnswers
 from gripvlm.eval.variants import Variant
 from gripvlm.models.encoded import Encoded, Item
 from gripvlm.tasks import Sample, Task
@@ -32,11 +32,9 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "n": (int,),
     "seconds": (dict,),
 }
-_SECONDS = {"vision", "pruner", "overhead", "prefill", "decode"}
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
-    """The record's key."""
     return str(record["task"]), str(record["pruner"]), str(record["keep"]), str(record["id"])
 
 
@@ -53,6 +51,9 @@ def make_records(
     records = []
     for i, sample in enumerate(samples):
         selections, prediction = answers.selections[i], answers.predictions[i]
+        score, paid = float(task.score(prediction, sample)), sum(selection.paid for selection in selections)
+        if not math.isfinite(score):
+            raise GripError(f"task {task.name!r} scores sample {sample.id!r} with {score}: return a finite number")
         record = {
             "task": task.name,
             "pruner": variant.label,
@@ -61,8 +62,9 @@ def make_records(
             "image_id": sample.image_id,
             "answer": sample.answer,
             "prediction": prediction,
-            "score": _finite_score(task, prediction, sample),
-            "k": _plain(sum(selection.paid for selection in selections)),
+            "score": score,
+            # An int where it is one, so that counts look like counts.
+            "k": int(paid) if paid == int(paid) else round(paid, 4),
             "n": sum(selection.n for selection in selections),
             "seconds": seconds,
             "peak_memory": answers.peak_memory,
@@ -74,18 +76,6 @@ def make_records(
             record["kept"] = [pack_mask(*pair) for pair in zip(selections, encoded.samples[i], strict=True)]
         records.append(record)
     return records
-
-
-def _finite_score(task: Task, prediction: str, sample: Sample) -> float:
-    score = float(task.score(prediction, sample))
-    if not math.isfinite(score):
-        raise GripError(f"task {task.name!r} scores sample {sample.id!r} with {score}: return a finite number")
-    return score
-
-
-def _plain(number: float) -> int | float:
-    """An int where it is one, so that counts look like counts."""
-    return int(number) if number == int(number) else round(number, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,31 +121,28 @@ def unpack_masks(items: Sequence[Mapping[str, Any]]) -> list[TokenMask]:
     return masks
 
 
-def check_record(row: Any) -> dict[str, Any]:
-    """The line of a samples file, known to be an answer that can be counted and drawn.
-
-    By hand and not by a JSON schema: files have hundreds of thousands of lines.
+def check_record(row: Any) -> None:
+    """Passes for the line of a samples file that is an answer that can be counted and drawn.
 
     Raises:
         BadJSON: with the first thing that is wrong.
     """
+    # By hand and not by a JSON schema: files have hundreds of thousands of lines.
     try:
-        wrong = next((name for name, kinds in _FIELDS.items() if not _has_type(row[name], kinds)), "")
-        if not wrong and not all(_has_type(row["seconds"][name], _NUMBER) for name in row["seconds"].keys() | _SECONDS):
-            wrong = "seconds"
-        elif not wrong and not all(_is_mask(item) for item in row.get("kept", ())):
-            wrong = "kept"
+        sound = {name: _has_type(row[name], kinds) for name, kinds in _FIELDS.items()}
+        if sound["seconds"]:
+            sound["seconds"] = all(_has_type(row["seconds"][name], _NUMBER) for name in (*SECONDS, *row["seconds"]))
+        sound["kept"] = all(_is_mask(item) for item in row.get("kept", ()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadJSON(f"is no answer ({type(error).__name__}: {error})") from None
-    if wrong:
-        text = json.dumps(row[wrong], ensure_ascii=False)
-        raise BadJSON(f"says that {wrong} is {text if len(text) <= 60 else text[:57] + '...'}")
-    return row
+    for name in sound:
+        if not sound[name]:
+            text = json.dumps(row[name], ensure_ascii=False)
+            raise BadJSON(f"says that {name} is {text if len(text) <= 60 else text[:57] + '...'}")
 
 
 def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:
-    # `type`, since True is an int for isinstance.
-    # Strict JSON has no NaN, but Python writes and reads it.
+    # `type`, since True is an int for isinstance. Strict JSON has no NaN, but Python writes and reads it.
     return type(value) in kinds and (type(value) is not float or math.isfinite(value))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gripvlm.errors import GripError
+from gripvlm.eval.answering import SECONDS
 from gripvlm.eval.journal import read_rows, samples_path
 from gripvlm.eval.records import Key, key_of
 from gripvlm.eval.stats import ScoresByImage, interval
@@ -26,17 +26,15 @@ from gripvlm.tasks.base import Sample, Task, normalise
 from gripvlm.utils import disk
 from gripvlm.utils.strict_json import BadJSON, read
 
-__all__ = ["Results", "ResultsError", "evaluation_files", "read_json", "read_results", "write_result"]
+__all__ = ["Results", "ResultsError", "evaluation_files", "read_results", "write_result"]
 
-SCHEMA = "gripvlm.evaluate/1"
-SECONDS = ("vision", "pruner", "overhead", "prefill", "decode")
 _KIND, _VERSION = "gripvlm.evaluate", 1
+SCHEMA = f"{_KIND}/{_VERSION}"
 # Violations of the schema in one message.
 _SHOWN = 3
 # Characters: a small .gz may unpack to a line without end.
 _MAX_LINE = 2**24
-_REQUIRED_OPTIONS = {"model", "weights", "tasks", "arms", "limit", "seed", "batch_size"}
-_SAME_OPTIONS = {*_REQUIRED_OPTIONS, "positions", "dtype"}
+_OPTIONS = ("model", "weights", "tasks", "arms", "limit", "seed", "batch_size", "positions", "dtype")
 
 
 class ResultsError(GripError):
@@ -60,7 +58,6 @@ def make_row(
     """One row of the results: `head` (model, task, pruner, ...) and the means of its records."""
     scores = [record["score"] for record in records]
     low, high = interval([(scores, [record["image_id"] for record in records])], seed)
-    peaks = [record["peak_memory"] for record in records if record.get("peak_memory") is not None]
     times = {f"seconds_{name}": float(np.mean([record["seconds"][name] for record in records])) for name in SECONDS}
     return {
         **head,
@@ -74,7 +71,7 @@ def make_row(
         "majority": majority_score,
         **times,
         "seconds_total": sum(times.values()),
-        "peak_memory": max(peaks, default=None),
+        "peak_memory": _highest(records),
     }
 
 
@@ -94,19 +91,21 @@ def mean_rows(
     for (pruner, keep), members in groups.items():
         if len(members) < 2:
             continue
-        low, high = interval([scores[row["task"], pruner, keep] for row in members], seed)
         averaged = ["keep_fraction", "tokens", "score", "majority", "seconds_total", *(f"seconds_{s}" for s in SECONDS)]
         # One task without the blind score would make the mean that of other tasks.
         if all(row["blind"] is not None for row in members):
             averaged.append("blind")
-        peaks = [row["peak_memory"] for row in members if row["peak_memory"] is not None]
-        means.append(
-            members[0]
-            | {"task": "mean", "ci_low": low, "ci_high": high, "n": sum(row["n"] for row in members), "extras": {}}
-            | {"peak_memory": max(peaks, default=None)}
-            | {name: float(np.mean([row[name] for row in members])) for name in averaged}
-        )
+        mean = members[0] | {name: float(np.mean([row[name] for row in members])) for name in averaged}
+        mean["ci_low"], mean["ci_high"] = interval([scores[row["task"], pruner, keep] for row in members], seed)
+        mean |= {"task": "mean", "n": sum(row["n"] for row in members), "extras": {}}
+        mean["peak_memory"] = _highest(members)
+        means.append(mean)
     return means
+
+
+def _highest(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The highest of their peaks of memory; a processor counts none."""
+    return max((row["peak_memory"] for row in rows if row.get("peak_memory") is not None), default=None)
 
 
 # --- the schema ---------------------------------------------------------------------------------------------------
@@ -147,33 +146,31 @@ def check_result(content: Any, where: str) -> dict[str, Any]:
     """
     if not _is_result(content):
         raise ResultsError(f"{where} is no result of an evaluation: use a file that `gripvlm eval --out` wrote")
-    version = re.fullmatch(rf"{re.escape(_KIND)}/(\d+)", content["schema"])
-    if version is None:
+    version = content["schema"].partition("/")[2]
+    if not version.isdecimal():
         raise ResultsError(f"{where} has the schema {content['schema']!r}, expected {SCHEMA!r}: is it damaged?")
-    if int(version[1]) > _VERSION:
+    if int(version) > _VERSION:
         raise ResultsError(
             f"{where} was written by a newer gripvlm (schema {content['schema']}, this one reads up to {SCHEMA}): "
             "pip install --upgrade gripvlm"
         )
-    if wrong := [_violation(error) for error in _validator().iter_errors(content)]:
+    wrong = [_violation(error) for error in _validator().iter_errors(content)]
+    # Two things that a JSON schema cannot say.
+    if not wrong:
+        tasks, specs = content["header"]["tasks"], content["header"].get("task_specs")
+        if specs is not None and len(specs) != len(tasks):
+            wrong.append(f"header.task_specs has {len(specs)} entries for {len(tasks)} tasks")
+        for part in ("rows", "means"):
+            keys = Counter((row["task"], row["pruner"], str(row["keep"])) for row in content[part])
+            for (task, pruner, keep), count in keys.items():
+                if count > 1:
+                    wrong.append(f"it holds a row twice in {part!r}: task {task}, pruner {pruner}, keep {keep}")
+    if wrong:
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ResultsError(
             f"{where} does not follow the schema {SCHEMA}: {'; '.join(wrong[:_SHOWN])}{more}. Run the evaluation "
             "again, or restore the file"
         )
-    tasks, specs = content["header"]["tasks"], content["header"].get("task_specs")
-    if specs is not None and len(specs) != len(tasks):
-        raise ResultsError(
-            f"{where}: header.task_specs has {len(specs)} entries for {len(tasks)} tasks: restore the file"
-        )
-    for part in ("rows", "means"):
-        keys = Counter((row["task"], row["pruner"], str(row["keep"])) for row in content[part])
-        for (task, pruner, keep), count in keys.items():
-            if count > 1:
-                raise ResultsError(
-                    f"{where} holds a row twice in {part!r}: task {task}, pruner {pruner}, keep {keep}. Remove one of "
-                    "them, or run the evaluation again"
-                )
     return content
 
 
@@ -199,14 +196,12 @@ class Results:
         path: the JSON.
         content: its content, checked against the schema.
         records: every answer by (task, pruner, keep, id); None where `missing` says that they are not there.
-        config: the run's configuration in the samples file, `{}` without one.
         missing: the samples file that was looked for and is not there, else None.
     """
 
     path: Path
     content: dict[str, Any]
     records: dict[Key, dict[str, Any]] | None
-    config: dict[str, Any]
     missing: Path | None = None
 
     @property
@@ -241,15 +236,6 @@ class Results:
         """id -> record of one row; {} without a samples file."""
         return self._by_row.get((task, pruner, keep), {})
 
-    def check_answers(self) -> None:
-        """Passes where the answers are there.
-
-        Raises:
-            ResultsError: they are not.
-        """
-        if self.records is None:
-            raise ResultsError(f"the answers of {self.path} are not there ({self.missing}): copy them beside it")
-
     @cached_property
     def _by_row(self) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
         by_row: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
@@ -258,7 +244,7 @@ class Results:
         return by_row
 
 
-def read_json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     """The file's JSON.
 
     Raises:
@@ -277,32 +263,30 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def read_results(path: str | Path, answers: bool = True) -> Results:
+def read_results(path: str | Path) -> Results:
     """A results file, and the answers beside it (`.samples.jsonl` or `.samples.jsonl.gz`).
-
-    Args:
-        answers: whether to read them too.
 
     Raises:
         ResultsError: cut off, damaged, of a newer version, a row or an answer twice, or answers that are not those of
             the rows.
     """
     path = Path(path)
-    content = check_result(read_json(path), str(path))
+    content = check_result(_read_json(path), str(path))
     name = content.get("samples") or samples_path(path).name
     # A stranger's file may name any path: only one beside the file is read.
     if name in (".", "..") or set(name) & {"/", "\\", "\0"}:
         raise ResultsError(f"{path} says that its samples are {name!r}: write the name of a file in the same folder")
-    if not answers:
-        return Results(path, content, None, {})
     # Published files have their answers packed.
     plain = path.with_name(name)
     file = next((file for file in (plain, path.with_name(f"{name}.gz")) if file.exists()), None)
     if file is None:
-        return Results(path, content, None, {}, missing=plain)
+        return Results(path, content, None, missing=plain)
     config, records = _read_answers(file)
-    results = Results(path, content, records, config)
-    _check_answers(results, file)
+    results = Results(path, content, records)
+    if problem := _contradiction(results, config):
+        raise ResultsError(
+            f"{file} and {path} are not of one run: {problem}. Restore them, or run the evaluation again"
+        )
     return results
 
 
@@ -310,7 +294,7 @@ def evaluation_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """(evaluations, other JSON files); for the files of a folder that a shell pattern names."""
     kinds: dict[bool, list[Path]] = {True: [], False: []}
     for path in paths:
-        kinds[_is_result(read_json(path))].append(path)
+        kinds[_is_result(_read_json(path))].append(path)
     return kinds[True], kinds[False]
 
 
@@ -327,17 +311,17 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _read_answers(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
-    """(config, records). A run that was killed may have written an answer twice; two that differ are an error."""
+    """(configuration, records). An answer that is there twice counts once; two that differ are an error."""
     config: dict[str, Any] = {}
     records: dict[Key, dict[str, Any]] = {}
     advice = "run its evaluation again, which resumes there"
     for number, row in read_rows(_lines(path), path, lambda text: ResultsError(f"{text}: {advice}")):
         if number == 1:
-            config = row["config"] if isinstance(row["config"], dict) else {}
+            config = row["config"]
         elif "session" not in row:
             key = key_of(row)
             # A killed run may have written part of a batch, and measured all of it again.
-            known = records.setdefault(key, row)
+            known = records.get(key, row)
             if (known["prediction"], known["score"]) != (row["prediction"], row["score"]):
                 raise ResultsError(
                     f"{path} holds two answers that differ to one question (task {key[0]}, pruner {key[1]}, keep "
@@ -347,35 +331,25 @@ def _read_answers(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]
     return config, records
 
 
-def _check_answers(results: Results, file: Path) -> None:
-    """The answers are all there, belong to the rows, and give their scores."""
-    advice = "the two files are not of one run; restore them, or run the evaluation again"
-    unlike = {name for name in _SAME_OPTIONS if results.config.get(name) != results.header.get(name)}
-    if unlike or not results.config.keys() >= _REQUIRED_OPTIONS:
-        raise ResultsError(f"the first line of {file} has other options than {results.path}: {advice}")
-    first: dict[str, tuple[str, set[str]]] = {}
+def _contradiction(results: Results, config: Any) -> str:
+    """The first way in which the answers are not those of the rows; "" where they are all there and give the scores."""
+    if not isinstance(config, dict):
+        return "the first line of the answers has other options"
+    if differ := [name for name in _OPTIONS if config.get(name) != results.header.get(name)]:
+        return f"the first line of the answers has other options ({', '.join(differ)})"
     for row in results.rows:
         answers = results.of(row["task"], row["pruner"], str(row["keep"]))
         title = f"{row['task']}, {row['pruner']}, keep {row['keep']}"
         if len(answers) != row["n"]:
-            raise ResultsError(
-                f"{file} has {len(answers)} of the {row['n']} answers of {title} in {results.path}: {advice}"
-            )
+            return f"there are {len(answers)} of the {row['n']} answers of {title}"
         # fsum, since the rounding of a plain sum depends on the order of the lines.
         score = math.fsum(record["score"] for record in answers.values()) / len(answers)
         if not math.isclose(score, row["score"], abs_tol=1e-9):
-            raise ResultsError(
-                f"the answers of {title} in {file} score {score:.6f}, but the row in {results.path} says "
-                f"{row['score']:.6f}: {advice}"
-            )
-        pruner, ids = first.setdefault(row["task"], (row["pruner"], set(answers)))
-        if differ := sorted(ids ^ set(answers)):
-            raise ResultsError(
-                f"{file} has an answer to {row['task']}, id {differ[0]}, of one of {row['pruner']} and {pruner} only: "
-                f"{advice}"
-            )
+            return f"the answers of {title} score {score:.6f}, but its row says {row['score']:.6f}"
     rows = {(row["task"], row["pruner"], str(row["keep"])) for row in results.rows}
+    # A pruner that failed at a late image has answers to the questions before it, and no row.
     unreached = {(row["pruner"], str(row["keep"])) for row in results.unreached}
     for key in results.records or ():
         if key[:3] not in rows and key[1] != BLIND and key[1:3] not in unreached:
-            raise ResultsError(f"{file} has answers that {results.path} has no row for, such as {key}: {advice}")
+            return f"there are answers without a row, such as {key}"
+    return ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,21 @@ from transformers import PreTrainedModel
 from gripvlm.api import encode, pruned_run
 from gripvlm.budget import Keep
 from gripvlm.errors import BudgetError, GripError, Interrupted
-from gripvlm.eval.answering import BatchAnswers, answer, make_inputs, question_ids
+from gripvlm.eval.answering import answer, make_inputs, question_ids
 from gripvlm.eval.environment import command_line, git_state, hardware, utc, versions
 from gripvlm.eval.journal import Journal, ResumeError, samples_path
 from gripvlm.eval.oracle import oracle
 from gripvlm.eval.plan import Batch, Plan, parse_shard
 from gripvlm.eval.records import make_records
-from gripvlm.eval.results import SCHEMA, majority, make_row, mean_rows, write_result
+from gripvlm.eval.results import (
+    SCHEMA,
+    ResultsError,
+    majority,
+    make_row,
+    mean_rows,
+    read_results,
+    write_result,
+)
 from gripvlm.eval.stats import ScoresByImage
 from gripvlm.eval.variants import BLIND, FULL, ORACLE, Variant, fingerprint, make_variants
 from gripvlm.models.encoded import Encoded
@@ -30,7 +38,7 @@ from gripvlm.pruners import Pruner
 from gripvlm.tasks import Task, get_tasks
 from gripvlm.utils.disk import one_writer
 from gripvlm.utils.progress import Progress
-from gripvlm.utils.strict_json import BadJSON, parse, read
+from gripvlm.utils.strict_json import BadJSON, parse
 
 __all__ = ["check_resume", "evaluate"]
 
@@ -58,7 +66,7 @@ def check_resume(out: Path, plan: Plan, model_name: str, overwrite: bool) -> Non
         config = None
     # What depends on the model is taken from the file: the run itself compares it once the model is loaded.
     if isinstance(config, dict):
-        Journal(answers, config | plan.config(model_name), {})
+        Journal(answers, config | plan.config(model_name))
 
 
 def evaluate(
@@ -133,164 +141,115 @@ def evaluate(
     with one_writer(locked) if locked is not None else nullcontext():
         if target is not None:
             check_resume(target, plan, name, overwrite)
-        journal = Journal(answers, config, session, overwrite)
-        return _run(plan, _Runner(model, processor, plan, progress), journal, target)
-
-
-def _run(plan: Plan, runner: _Runner, journal: Journal, target: Path | None) -> dict[str, Any]:
-    """Asks what the journal has not, and puts the result together."""
-    started = time.monotonic()
-    total = len(runner.variants) * sum(len(batch.samples) for batch in plan.batches)
-    # Only while answers are missing: a finished run does not depend on files of shards.
-    if plan.shard is None and len(journal.records) < total:
-        journal.read_shards()
-    reused = len(journal.records)
-    if runner.show_progress and reused:
-        print(_reused(journal, total), file=sys.stderr)
-    # A shard answers only part of what the JSON holds, so it leaves the JSON alone.
-    target = target if plan.shard is None else None
-    if reused == total and target is not None and (old := _finished(target)) is not None:
-        result = old | _result(plan, runner.variants, journal) | {"header": old["header"]}
-        # Only where the statistics have changed since: a finished file is otherwise left as it is.
-        if json.loads(json.dumps(result)) != old:
-            write_result(target, result)
-        return result
-    if reused < total:
-        runner.rehearse()
-    with journal:
-        try:
-            runner.run(journal)
-        except KeyboardInterrupt:
-            raise Interrupted(_stopped(journal, total)) from None
-        result = _result(plan, [v for v in runner.variants if v.key not in runner.unreached], journal)
-    if runner.unreached:
-        left_out = [variant for variant in runner.variants if variant.key in runner.unreached]
-        result["unreached"] = [{"pruner": v.label, "keep": v.keep, "why": runner.unreached[v.key]} for v in left_out]
-    session = journal.sessions[-1]
-    result["header"] |= {
-        "command": session["command"],
-        "task_specs": [task.spec for task in plan.tasks],
-        "git": session["git"],
-        "versions": versions(),
-        "hardware": hardware(runner.model.device),
-        "attention": getattr(runner.model.config, "_attn_implementation", None),
-        "finished": utc(),
-        "seconds": round(time.monotonic() - started, 3),
-        "sessions": journal.sessions,
-    }
-    if journal.path is not None:
-        result["samples"] = journal.path.name
-    if target is not None:
-        write_result(target, result)
-    return result
-
-
-def _result(plan: Plan, variants: Sequence[Variant], journal: Journal) -> dict[str, Any]:
-    """Header, rows and means from complete records."""
-    rows: list[dict[str, Any]] = []
-    scores: dict[tuple[str, str, str], ScoresByImage] = {}
-    for task in plan.tasks:
-        ids = [name for batch in plan.batches if batch.task is task for name in batch.ids]
-        # A shard may have no batch of a small task.
-        if not ids:
-            continue
-        # The commonest answer is that of the whole task, in a shard too.
-        common, majority_score = majority(task, plan.samples[task.name])
-        blind_score = None
-        if any(variant.label == BLIND for variant in variants):
-            blind_score = sum(journal.records[task.name, BLIND, "", name]["score"] for name in ids) / len(ids)
-        for variant in variants:
-            if variant.label == BLIND:
-                continue
-            records = [journal.records[task.name, variant.label, variant.keep_text, name] for name in ids]
-            head = {
-                "model": journal.config["model"],
-                "task": task.name,
-                "pruner": variant.label,
-                "pruner_config": variant.config,
-                "keep": variant.keep,
-                "trained": variant.trained,
-            }
-            row = make_row(head, records, blind_score, majority_score, plan.seed)
-            rows.append(row | {"extras": {"majority_answer": common, **task.summary(records)}})
-            scores[task.name, variant.label, variant.keep_text] = (
-                [record["score"] for record in records],
-                [record["image_id"] for record in records],
-            )
-    means = mean_rows(rows, scores, plan.seed)
-    return {"schema": SCHEMA, "header": dict(journal.config), "rows": rows, "means": means}
+        runner = _Runner(model, processor, plan, Journal(answers, config, overwrite), progress)
+        # A shard answers only part of what the JSON holds, so it leaves the JSON alone.
+        return runner.finish(session, target if part is None else None)
 
 
 class _Runner:
-    """The loop over batches and variants.
+    """The loop over batches and variants, and the result that it ends in.
 
     A variant whose budget cannot be reached (by its method in this model, or with an image this small) is not measured:
-    why is in `unreached`, and the rest goes on.
+    `unreached` says why, and the other variants are.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, plan: Plan, show_progress: bool) -> None:
-        self.model, self.processor, self.plan, self.show_progress = model, processor, plan, show_progress
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, plan: Plan, journal: Journal, show_progress: bool
+    ) -> None:
+        self.model, self.processor, self.plan, self.journal = model, processor, plan, journal
+        self.show_progress = show_progress
         self.variants = plan.variants or ()
+        self.total = len(self.variants) * sum(len(batch.samples) for batch in plan.batches)
         self.unreached: dict[tuple[str, str], str] = {}
 
-    def run(self, journal: Journal) -> None:
+    def finish(self, session: dict[str, Any], target: Path | None) -> dict[str, Any]:
+        """Asks what the journal does not have, puts the result together, and writes it to `target`."""
+        started, journal = time.monotonic(), self.journal
+        # Only while answers are missing: a finished run does not depend on files of shards.
+        if self.plan.shard is None and len(journal.records) < self.total:
+            journal.read_shards()
+        reused = len(journal.records)
+        if self.show_progress and reused:
+            print(self._reused(reused), file=sys.stderr)
+        if reused == self.total and target is not None:
+            # A finished file is left as it is; one that is damaged or has other scores is written anew below.
+            with suppress(ResultsError):
+                return read_results(target).content
+        if reused < self.total:
+            self._rehearse()
+        journal.session(session)
+        try:
+            self._answer_all()
+        except KeyboardInterrupt:
+            raise Interrupted(self._stopped()) from None
+        result = self._result([variant for variant in self.variants if variant.key not in self.unreached])
+        result["header"] |= {
+            "command": session["command"],
+            "task_specs": [task.spec for task in self.plan.tasks],
+            "git": session["git"],
+            "versions": versions(),
+            "hardware": hardware(self.model.device),
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "finished": utc(),
+            "seconds": round(time.monotonic() - started, 3),
+            "sessions": journal.sessions,
+        }
+        left_out = [variant for variant in self.variants if variant.key in self.unreached]
+        if left_out:
+            result["unreached"] = [{"pruner": v.label, "keep": v.keep, "why": self.unreached[v.key]} for v in left_out]
+        if journal.path is not None:
+            result["samples"] = journal.path.name
+        if target is not None:
+            write_result(target, result)
+        return result
+
+    def _answer_all(self) -> None:
         """Every batch with every variant that the journal does not have yet."""
-        total = len(self.variants) * sum(len(batch.samples) for batch in self.plan.batches)
         # Batches outside, variants inside: an image is encoded once for all variants.
-        with Progress("answers", total, show=self.show_progress) as bar:
+        with Progress("answers", self.total, show=self.show_progress) as bar:
             for batch in self.plan.batches:
-                bar.about(batch.task.name)
-                todo = [v for v in self.variants if not journal.has(batch.task.name, v.label, v.keep_text, batch.ids)]
-                bar.advance((len(self.variants) - len(todo)) * len(batch.samples), reused=True)
+                task, ids = batch.task.name, batch.ids
+                bar.about(task)
+                todo = [v for v in self.variants if not self.journal.has(task, v.label, v.keep_text, ids)]
+                bar.advance((len(self.variants) - len(todo)) * len(ids), reused=True)
                 for records in self._answers(batch, todo):
-                    journal.add(records)
-                    bar.advance(len(batch.samples))
+                    self.journal.add(records)
+                    bar.advance(len(ids))
 
     def _answers(self, batch: Batch, variants: Sequence[Variant]) -> Iterator[list[dict[str, Any]]]:
         """The records of one batch, variant by variant; the image goes through the vision encoder once."""
         if not variants:
             return
         inputs, question, encoded = self._encode(batch)
+        ask = partial(answer, self.model, self.processor, max_new_tokens=batch.task.max_new_tokens)
+        options: dict[str, Any] = {"positions": self.plan.positions, "question": question, "encoded": encoded}
         for variant in variants:
             if variant.key in self.unreached:
                 continue
             try:
-                answers = self._answer(batch, variant, inputs, question, encoded)
+                if variant.label == BLIND:
+                    answers = ask(self._inputs(batch, with_images=False), None)
+                else:
+                    answers = ask(inputs, _pruner_of(variant, batch, encoded), variant.keep, **options)
             except BudgetError as error:
                 self._leave_out(variant, error)
                 continue
             yield make_records(batch.task, batch.samples, variant, answers, encoded)
 
-    def _answer(
-        self, batch: Batch, variant: Variant, inputs: Mapping[str, Any], question: list[list[int]], encoded: Encoded
-    ) -> BatchAnswers:
-        limit = batch.task.max_new_tokens
-        if variant.label == BLIND:
-            texts = [batch.task.prompt(sample) for sample in batch.samples]
-            inputs = make_inputs(self.model, self.processor, texts, None)
-            return answer(self.model, self.processor, inputs, None, max_new_tokens=limit)
-        return answer(
-            self.model,
-            self.processor,
-            inputs,
-            _pruner_of(variant, batch, encoded),
-            variant.keep,
-            max_new_tokens=limit,
-            positions=self.plan.positions,
-            question=question,
-            encoded=encoded,
-        )
+    def _inputs(self, batch: Batch, with_images: bool = True) -> dict[str, Any]:
+        texts = [batch.task.prompt(sample) for sample in batch.samples]
+        images = [sample.image for sample in batch.samples] if with_images else None
+        return make_inputs(self.model, self.processor, texts, images)
 
     @torch.no_grad()
     def _encode(self, batch: Batch) -> tuple[dict[str, Any], list[list[int]], Encoded]:
-        texts = [batch.task.prompt(sample) for sample in batch.samples]
-        inputs = make_inputs(self.model, self.processor, texts, [sample.image for sample in batch.samples])
+        inputs = self._inputs(batch)
         question = question_ids(self.processor, [sample.question for sample in batch.samples])
         # All variants' needs at once (attention of the tower, its states), since encoding is not repeated.
         pruners = [variant.pruner for variant in self.variants if variant.pruner is not None]
         return inputs, question, encode(self.model, inputs, pruners)
 
-    def rehearse(self) -> None:
+    def _rehearse(self) -> None:
         """Every variant once on the first batch, before anything is written: mistakes show now, and caches are warm.
 
         Raises:
@@ -326,35 +285,57 @@ class _Runner:
         if self.show_progress:
             print(f"not measured: {variant.title}: {error}", file=sys.stderr)
 
+    def _result(self, variants: Sequence[Variant]) -> dict[str, Any]:
+        """Header, rows and means from complete records."""
+        plan, records = self.plan, self.journal.records
+        rows: list[dict[str, Any]] = []
+        scores: dict[tuple[str, str, str], ScoresByImage] = {}
+        for task in plan.tasks:
+            ids = [name for batch in plan.batches if batch.task is task for name in batch.ids]
+            # A shard may have no batch of a small task.
+            if not ids:
+                continue
+            # The commonest answer is that of the whole task, in a shard too.
+            common, majority_score = majority(task, plan.samples[task.name])
+            blind = None
+            if any(variant.label == BLIND for variant in variants):
+                blind = sum(records[task.name, BLIND, "", name]["score"] for name in ids) / len(ids)
+            for variant in variants:
+                if variant.label == BLIND:
+                    continue
+                answers = [records[task.name, variant.label, variant.keep_text, name] for name in ids]
+                head = {
+                    "model": self.journal.config["model"],
+                    "task": task.name,
+                    "pruner": variant.label,
+                    "pruner_config": variant.config,
+                    "keep": variant.keep,
+                    "trained": variant.trained,
+                }
+                row = make_row(head, answers, blind, majority_score, plan.seed)
+                rows.append(row | {"extras": {"majority_answer": common, **task.summary(answers)}})
+                by_image = [record["score"] for record in answers], [record["image_id"] for record in answers]
+                scores[task.name, variant.label, variant.keep_text] = by_image
+        means = mean_rows(rows, scores, plan.seed)
+        return {"schema": SCHEMA, "header": dict(self.journal.config), "rows": rows, "means": means}
+
+    def _reused(self, done: int) -> str:
+        path = self.journal.path
+        if done < self.total:
+            return f"{done} of {self.total} answers are in {path} already; resuming from there."
+        return (
+            f"All {self.total} answers are in {path} already: nothing is measured again, times are those of that run. "
+            "To measure anew, pass overwrite=True (--overwrite) or another out."
+        )
+
+    def _stopped(self) -> str:
+        if self.journal.path is None:
+            return "Stopped; nothing is kept, because no --out was given."
+        done = f"{len(self.journal.records)} of {self.total} answers are in {self.journal.path}"
+        return f"Stopped. {done}; the same command resumes from there."
+
 
 def _pruner_of(variant: Variant, batch: Batch, encoded: Encoded) -> Pruner:
     if variant.pruner is not None:
         return variant.pruner
     return oracle(batch.samples, encoded, batch.task.evidence_grid)
-
-
-def _finished(target: Path) -> dict[str, Any] | None:
-    """The result that a finished run wrote, with its header; None where there is none."""
-    try:
-        old = read(target)
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(old, dict) and old.get("schema") == SCHEMA and isinstance(old.get("header"), dict)
-    return old if whole else None
-
-
-def _reused(journal: Journal, total: int) -> str:
-    done = len(journal.records)
-    if done < total:
-        return f"{done} of {total} answers are in {journal.path} already; resuming from there."
-    return (
-        f"All {total} answers are in {journal.path} already: nothing is measured again, times are those of that run. "
-        "To measure anew, pass overwrite=True (--overwrite) or another out."
-    )
-
-
-def _stopped(journal: Journal, total: int) -> str:
-    if journal.path is None:
-        return "Stopped; nothing is kept, because no --out was given."
-    done = f"{len(journal.records)} of {total} answers are in {journal.path}"
-    return f"Stopped. {done}; the same command resumes from there."

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from gripvlm.budget import Budget
 from gripvlm.eval.results import Results, ResultsError
 from gripvlm.eval.stats import Estimate, bootstrap, estimate, holm, sign_flip
 from gripvlm.eval.variants import BLIND, FULL
 from gripvlm.utils.spec import parse_spec
 
-__all__ = ["Difference", "Scores", "Setting", "absolute", "differences_from", "relative", "scores_of", "was_trained"]
+__all__ = ["Difference", "Scores", "Setting", "absolute", "differences_from", "method_of", "relative", "scores_of"]
 
 Array = np.ndarray
 
@@ -28,24 +27,13 @@ class Setting:
         method: the pruner as typed, without its seed.
         keep: the requested budget, a number or `"<=64"`.
         labels: of the variants, one for each seed.
-        seeds: the mean score over tasks of each variant.
-        kept, tokens: the share and the number of visual tokens that were paid for, mean over tasks.
-        trained: whether the method has weights that were trained for pruning.
         file: the number of the results file it was measured in.
     """
 
     method: str
     keep: int | float | str
     labels: tuple[str, ...]
-    seeds: tuple[float, ...]
-    kept: float
-    tokens: float
-    trained: bool
     file: int = 0
-
-    @property
-    def full(self) -> bool:
-        return self.method == FULL
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,20 +45,14 @@ class Scores:
         tasks: [G] names.
         images: [I] names; an image that two tasks ask about is one.
         sums: [S, G, I] sums of an image's scores, mean over seeds.
-        seconds: [S, G, I] sums of its questions' times.
         counts: [G, I] its questions.
-        seed: of the bootstrap.
-        draws: how many times the images are drawn.
     """
 
     settings: tuple[Setting, ...]
     tasks: tuple[str, ...]
     images: tuple[str, ...]
     sums: Array
-    seconds: Array
     counts: Array
-    seed: int = 0
-    draws: int = 2000
 
     @cached_property
     def means(self) -> Array:
@@ -78,27 +60,16 @@ class Scores:
         return self.sums.sum(-1) / self.counts.sum(-1)
 
     @cached_property
-    def times(self) -> Array:
-        """[S] seconds a question, mean over tasks."""
-        return (self.seconds.sum(-1) / self.counts.sum(-1)).mean(-1)
-
-    @cached_property
     def drawn(self) -> Array:
         """[usable draws, S, G] scores under the bootstrap; the same images for every setting, so that they pair."""
-        return bootstrap(self.sums, self.counts, self.seed, self.draws)
+        return bootstrap(self.sums, self.counts, seed=0)
 
     def index(self, method: str, keep: Any = None) -> int | None:
         """The setting of this name and budget, None where there is none; any budget for `full`."""
         for number, setting in enumerate(self.settings):
-            if setting.method == method and (keep is None or setting.full or setting.keep == keep):
+            if setting.method == method and (method == FULL or setting.keep == keep):
                 return number
         return None
-
-    @property
-    def keeps(self) -> list[int | float | str]:
-        """Requested budgets, without `full`'s, the largest first."""
-        keeps = {setting.keep for setting in self.settings if not setting.full}
-        return sorted(keeps, key=lambda keep: Budget.of(keep).order, reverse=True)
 
 
 def method_of(label: str) -> str:
@@ -107,12 +78,6 @@ def method_of(label: str) -> str:
     name = spec.name if spec.inner is None else f"{spec.name}({spec.inner})"
     others = [f"{word}={value}" for word, value in spec.options if word != "seed"]
     return f"{name}:{','.join(others)}" if others else name
-
-
-def was_trained(row: dict[str, Any]) -> bool:
-    """Whether the row's pruner has weights that were trained for pruning."""
-    # The first published files have no such field, and `grip` was the only one then.
-    return bool(row.get("trained", row["pruner_config"]["name"] == "grip"))
 
 
 class _Questions:
@@ -128,21 +93,29 @@ class _Questions:
         self._place = [np.array([place[image] for image in images], dtype=int) for images in names]
         self.counts = self._by_image([np.ones(len(ids)) for ids in self.ids])
 
-    def sums(self, answers: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> Array:
-        """[G, I] sums over each image's questions of a value of their records, from one {id: record} a task."""
-        return self._by_image(
-            [np.array([value(records[i]) for i in ids]) for records, ids in zip(answers, self.ids, strict=True)]
-        )
+    def sums(self, result: Results, label: str, keep: str) -> Array:
+        """[G, I] sums over each image's questions of one variant's scores.
+
+        Raises:
+            ResultsError: it has other questions than the full model.
+        """
+        scores = []
+        for task, ids in zip(self.tasks, self.ids, strict=True):
+            records = result.of(task, label, keep)
+            if sorted(records) != ids:
+                raise ResultsError(f"{result.path}: {label} at {keep} has other questions of {task} than full")
+            scores.append(np.array([records[i]["score"] for i in ids]))
+        return self._by_image(scores)
 
     def _by_image(self, values: Sequence[Array]) -> Array:
         pairs = zip(self._place, values, strict=True)
         return np.stack([np.bincount(place, weights, minlength=len(self.images)) for place, weights in pairs])
 
 
-def scores_of(results: Sequence[Results], seed: int = 0, draws: int = 2000) -> Scores:
+def scores_of(results: Sequence[Results]) -> Scores:
     """The answers of one run, or of several that asked the same questions of the same model.
 
-    `full` is taken from the first; every setting's times stay with its own file (see `Setting.file`).
+    `full` is taken from the first.
 
     Raises:
         ResultsError: answers are missing, the runs asked different questions, or one of them has a setting that another
@@ -152,72 +125,34 @@ def scores_of(results: Sequence[Results], seed: int = 0, draws: int = 2000) -> S
     questions = _Questions(results[0])
     settings: dict[tuple[str, str], Setting] = {}
     sums: dict[tuple[str, str], list[Array]] = {}
-    seconds: dict[tuple[str, str], list[Array]] = {}
     for number, result in enumerate(results):
         for row in result.rows:
             label, keep = row["pruner"], str(row["keep"])
-            # One row a setting is enough: its other tasks are looked up below.
+            # One row a setting is enough: the answers to its other tasks are looked up by name.
             if row["task"] != questions.tasks[0] or label == BLIND or (number and label == FULL):
                 continue
             key = method_of(label), keep
-            known = settings.get(key)
-            if known is not None and (known.file != number or label in known.labels):
+            known = settings.setdefault(key, Setting(key[0], row["keep"], (), number))
+            if known.file != number or label in known.labels:
                 raise ResultsError(
                     f"{result.path} and {results[known.file].path} both have {label} at {keep}: leave one out"
                 )
-            answers = [result.of(task, label, keep) for task in questions.tasks]
-            for task, records, ids in zip(questions.tasks, answers, questions.ids, strict=True):
-                if sorted(records) != ids:
-                    raise ResultsError(f"{result.path}: {label} at {keep} has other questions of {task} than full")
-            score = questions.sums(answers, lambda record: record["score"])
-            time = questions.sums(answers, lambda record: sum(record["seconds"].values()))
-            rows = [r for r in result.rows if (r["pruner"], str(r["keep"])) == (label, keep)]
-            new = Setting(
-                method=key[0],
-                keep=row["keep"],
-                labels=(label,),
-                seeds=(float((score.sum(-1) / questions.counts.sum(-1)).mean()),),
-                kept=float(np.mean([r["keep_fraction"] for r in rows])),
-                tokens=float(np.mean([r["tokens"] for r in rows])),
-                trained=was_trained(row),
-                file=number,
-            )
-            settings[key] = new if known is None else _with_seed(known, new)
-            sums.setdefault(key, []).append(score)
-            seconds.setdefault(key, []).append(time)
-    return Scores(
-        settings=tuple(settings.values()),
-        tasks=questions.tasks,
-        images=questions.images,
-        sums=np.stack([np.mean(sums[key], axis=0) for key in settings]),
-        seconds=np.stack([np.mean(seconds[key], axis=0) for key in settings]),
-        counts=questions.counts,
-        seed=seed,
-        draws=draws,
-    )
+            settings[key] = replace(known, labels=(*known.labels, label))
+            sums.setdefault(key, []).append(questions.sums(result, label, keep))
+    by_setting = np.stack([np.mean(sums[key], axis=0) for key in settings])
+    return Scores(tuple(settings.values()), questions.tasks, questions.images, by_setting, questions.counts)
 
 
 def _check_same_questions(results: Sequence[Results]) -> None:
     first = results[0]
     for result in results:
-        result.check_answers()
+        if result.records is None:
+            raise ResultsError(f"the answers of {result.path} are not there ({result.missing}): copy them beside it")
         if result.questions != first.questions:
             raise ResultsError(
                 f"{result.path} and {first.path} differ in model, weights, questions or positions: compare within one "
                 "file"
             )
-
-
-def _with_seed(known: Setting, new: Setting) -> Setting:
-    """The setting with one more seed."""
-    n = len(known.labels)
-    return replace(
-        known,
-        labels=known.labels + new.labels,
-        seeds=known.seeds + new.seeds,
-        kept=(known.kept * n + new.kept) / (n + 1),
-        tokens=(known.tokens * n + new.tokens) / (n + 1),
-    )
 
 
 def absolute(scores: Scores) -> list[tuple[Estimate, ...]]:
@@ -254,16 +189,13 @@ class Difference:
 
     Attributes:
         setting: its number in `Scores.settings`.
-        by_task: one for each task.
         mean: over tasks.
-        p: of no difference in the mean, two-sided, from sign flips (see `sign_flip`).
-        p_holm: the same after Holm's correction for all settings that were compared.
+        p_holm: of no difference in the mean, two-sided, from sign flips (see `sign_flip`), after Holm's correction for
+            all settings that were compared.
     """
 
     setting: int
-    by_task: tuple[Estimate, ...]
     mean: Estimate
-    p: float
     p_holm: float
 
 
@@ -281,7 +213,7 @@ def differences_from(scores: Scores, baseline: str) -> list[Difference]:
     pairs = []
     for s, setting in enumerate(scores.settings):
         b = scores.index(baseline, setting.keep)
-        if b is not None and setting.method != baseline and not setting.full:
+        if b is not None and setting.method not in (baseline, FULL):
             pairs.append((s, b))
     if not pairs:
         return []
@@ -289,11 +221,9 @@ def differences_from(scores: Scores, baseline: str) -> list[Difference]:
     questions = scores.counts.sum(-1)
     # Each image's share of the mean difference: the shares sum to it, and each may flip its sign.
     shares = ((scores.sums[compared] - scores.sums[baselines]) / questions[:, None]).mean(axis=1)
-    p = sign_flip(shares, scores.seed)
-    corrected = holm(p.tolist())
+    corrected = holm(sign_flip(shares, seed=0).tolist())
     differences = []
-    for n, (s, b) in enumerate(pairs):
+    for (s, b), p in zip(pairs, corrected, strict=True):
         mean, drawn = scores.means[s] - scores.means[b], scores.drawn[:, s] - scores.drawn[:, b]  # [G], [draws, G]
-        by_task = tuple(estimate(mean[g], drawn[:, g]) for g in range(len(scores.tasks)))
-        differences.append(Difference(s, by_task, estimate(mean.mean(), drawn.mean(-1)), float(p[n]), corrected[n]))
+        differences.append(Difference(s, estimate(mean.mean(), drawn.mean(-1)), p))
     return differences

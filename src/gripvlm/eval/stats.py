@@ -9,7 +9,6 @@ import numpy as np
 
 __all__ = ["Estimate", "interval"]
 
-LEVEL = 0.95
 ScoresByImage = tuple[Sequence[float], Sequence[str]]
 """Scores [n], and the image [n] that each belongs to."""
 _MIN_IMAGES, _MIN_USABLE = 2, 0.5
@@ -60,19 +59,18 @@ def bootstrap(values: np.ndarray, counts: np.ndarray, seed: int, draws: int = 20
     return means if len(means) > _MIN_USABLE * draws else none
 
 
-def percentile_ends(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float] | tuple[None, None]:
-    """The percentiles of [draws] that hold `level` of them; None where there are no draws."""
+def percentile_ends(draws: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """The percentiles of [draws] that hold 95 % of them; None where there are no draws."""
     if not len(draws):
         return None, None
-    tail = 50 * (1 - level)
+    # Not 2.5: published intervals have been counted with this rounding of it.
+    tail = 50 * (1 - 0.95)
     low, high = np.percentile(draws, [tail, 100 - tail])
     return float(low), float(high)
 
 
-def interval(
-    groups: Sequence[ScoresByImage], seed: int, draws: int = 2000, level: float = LEVEL
-) -> tuple[float, float] | tuple[None, None]:
-    """Percentile interval of the mean over groups of each group's mean score (see `bootstrap`).
+def interval(groups: Sequence[ScoresByImage], seed: int, draws: int = 2000) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of the mean over groups of each group's mean score (see `bootstrap`).
 
     Where all scores are equal the interval is a point, which understates what is unknown; with too few images there is
     none.
@@ -89,7 +87,7 @@ def interval(
         indices = [place[image] for image in images]
         np.add.at(sums[group], indices, np.asarray(scores, dtype=float))
         np.add.at(counts[group], indices, 1.0)
-    return percentile_ends(bootstrap(sums[None], counts, seed, draws).mean(-1)[:, 0], level)
+    return percentile_ends(bootstrap(sums[None], counts, seed, draws).mean(-1)[:, 0])
 
 
 def sign_flip(shares: np.ndarray, seed: int, draws: int = 10000) -> np.ndarray:

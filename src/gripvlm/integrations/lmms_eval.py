@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lmms_eval import evaluator
@@ -21,7 +21,6 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from PIL import Image
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from gripvlm.api import prune
 from gripvlm.budget import Budget
@@ -92,9 +91,11 @@ class GripVLM(lmms):
         checked_positions(positions)
         self.batch_size = int(batch_size)
         quiet()
-        self._model, self.processor = load_model(pretrained, self._place(device), dtype, attn_implementation)
+        # lmms-eval itself reads `device` under accelerate.
+        self.model, self.processor = load_model(pretrained, self._place(device), dtype, attn_implementation)
+        self.device, self.tokenizer = self.model.device, getattr(self.processor, "tokenizer", self.processor)
         # Again, now that the model is there: the pruner may need what it cannot supply.
-        checked_pruner(self.pruner, self._model)
+        checked_pruner(self.pruner, self.model)
         self.kept = self.seen = 0.0
 
     @classmethod
@@ -120,25 +121,13 @@ class GripVLM(lmms):
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         return str(accelerator.device)
 
-    @property
-    def model(self) -> PreTrainedModel:
-        return self._model
-
-    @property
-    def tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
-
-    @property
-    def device(self) -> torch.device:
-        return self._model.device
-
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
         """Refused: pruned prompts are answered, not scored."""
-        raise _unsupported(requests, "the log-likelihood of given answers")
+        _refuse(requests, "the log-likelihood of given answers")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
         """Refused: a later round would have to prune anew what an earlier one dropped."""
-        raise _unsupported(requests, "several rounds")
+        _refuse(requests, "several rounds")
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers in the order of the requests.
@@ -206,25 +195,25 @@ class GripVLM(lmms):
             self.kept += selection.paid
             self.seen += selection.n
         decoded = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [_cut(text, settings.get("until") or ()).strip() for text in decoded]
+        until = settings.get("until") or ()
+        for stop in filter(None, [until] if isinstance(until, str) else until):
+            decoded = [text.partition(stop)[0] for text in decoded]
+        return [text.strip() for text in decoded]
 
     def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `generate`: greedy, unless the task samples with a temperature."""
         # Tasks say "greedy" in two ways: do_sample false, or a temperature of 0.
         sample = bool(settings.get("do_sample", True)) and bool(settings.get("temperature") or 0)
-        given = {name: settings[name] for name in _GENERATION if settings.get(name) is not None}
-        if not sample:
-            # transformers warns at every call about settings of sampling that greedy decoding does not use.
-            given = {name: value for name, value in given.items() if name not in ("temperature", "top_p", "top_k")}
-        return given | {
-            "max_new_tokens": int(settings.get("max_new_tokens") or self.max_new_tokens),
-            "do_sample": sample,
-        }
+        # transformers warns at every call about settings of sampling that greedy decoding does not use.
+        names = [name for name in _GENERATION if sample or name not in ("temperature", "top_p", "top_k")]
+        length = int(settings.get("max_new_tokens") or self.max_new_tokens)
+        given = {name: settings[name] for name in names if settings.get(name) is not None}
+        return given | {"max_new_tokens": length, "do_sample": sample}
 
 
-def _unsupported(requests: Sequence[Any], what: str) -> SystemExit:
+def _refuse(requests: Sequence[Any], what: str) -> NoReturn:
     tasks = sorted({str(getattr(request, "task_name", "?")) for request in requests})
-    return SystemExit(
+    raise SystemExit(
         f"gripvlm answers tasks of the type generate_until; {', '.join(tasks)} asks for {what}: choose its "
         "generate_until variant"
     )
@@ -249,10 +238,3 @@ def _check_filelock() -> None:
             f"lmms-eval {version('lmms_eval')} does not work with filelock {version('filelock')} ({error}): type "
             'pip install "filelock<4.3"; make test-lmms installs versions that work together (locks/lmms.txt)'
         ) from error
-
-
-def _cut(text: str, until: str | Iterable[str]) -> str:
-    """The text before the first of the stop words."""
-    for stop in [until] if isinstance(until, str) else until:
-        text = text.partition(stop)[0] if stop else text
-    return text

@@ -49,6 +49,7 @@ class Prompts:
     @classmethod
     def of(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Prompts:
         """Reads checked inputs."""
+        # Pixels stay where they are: nothing on the host reads their values, and they are large.
         host = {name: value if name.startswith("pixel") else _to_host(value) for name, value in inputs.items()}
         ids, mask = host["input_ids"].numpy(), (full_mask(model, host) != 0).cpu().numpy()
         placeholders = {}
@@ -89,6 +90,7 @@ class Prompts:
                         f"{sum(ends[-1:])} visual tokens are encoded for it"
                     )
                 located += zip(same, np.split(columns, ends[:-1]), strict=False)
+            # Modality by modality so far; callers and pruners count images as the prompt has them.
             located.sort(key=lambda pair: int(pair[1][0]))
             mask = self.mask[sample]
             spans.append([Span(item, torch.from_numpy(at), int(mask[at].sum())) for item, at in located])

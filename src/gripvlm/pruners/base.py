@@ -295,13 +295,3 @@ class Wrapper(Pruner):
         """As the inner pruner does; `tokens.keep` of each where there are several."""
         allocate = self.inners[0].allocate_budget if len(self.inners) == 1 else super().allocate_budget
         return allocate(images, num_layers)
-
-    def scores_of(self, pruner: Pruner, tokens: VisualTokens) -> Tensor:
-        """[n] float scores of an inner pruner that ranks; a `PrunerError` for one that only chooses."""
-        scores = pruner.select(tokens).scores
-        if scores is None:
-            raise PrunerError(
-                f"pruner {self.name!r} needs scores, but {pruner.name!r} chooses a set without any: "
-                "use one that ranks, such as norm"
-            )
-        return scores.float().to(tokens.features.device)

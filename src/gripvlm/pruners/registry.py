@@ -1,8 +1,7 @@
-"""Pruners by name. Strings only: no method is imported before it is used."""
+"""Pruners by name. No method is imported before it is used."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -20,7 +19,7 @@ ENTRY_POINTS = "gripvlm.pruners"
 _BUILT_IN: dict[str, str] = {
     "cdpruner": "gripvlm.pruners.input.cdpruner:CDPruner",
     "dart": "gripvlm.pruners.llm.dart:DART",
-    "dart_input": "gripvlm.pruners.input.dart_input:DARTInput",
+    "dart_input": "gripvlm.pruners.llm.dart:DARTInput",
     "divprune": "gripvlm.pruners.input.divprune:DivPrune",
     "ensemble": "gripvlm.pruners.wrappers.ensemble:Ensemble",
     "fastervlm": "gripvlm.pruners.input.fastervlm:FasterVLM",
@@ -34,14 +33,14 @@ _BUILT_IN: dict[str, str] = {
     "hired": "gripvlm.pruners.input.hired:HiRED",
     "keep_all": "gripvlm.pruners.baselines.keep_all:KeepAll",
     "mmr": "gripvlm.pruners.wrappers.mmr:MMR",
-    "mustdrop": "gripvlm.pruners.input.mustdrop:MustDrop",
-    "mustdrop_llm": "gripvlm.pruners.llm.mustdrop_llm:MustDropLLM",
+    "mustdrop": "gripvlm.pruners.llm.mustdrop:MustDrop",
+    "mustdrop_llm": "gripvlm.pruners.llm.mustdrop:MustDropLLM",
     "norm": "gripvlm.pruners.baselines.norm:Norm",
-    "pool": "gripvlm.pruners.baselines.pool:Pool",
+    "pool": "gripvlm.pruners.baselines.grid:Pool",
     "prumerge": "gripvlm.pruners.input.prumerge:PruMerge",
-    "prumerge_plus": "gripvlm.pruners.input.prumerge_plus:PruMergePlus",
+    "prumerge_plus": "gripvlm.pruners.input.prumerge:PruMergePlus",
     "ptp": "gripvlm.pruners.llm.ptp:PTP",
-    "ptp_vision": "gripvlm.pruners.input.ptp_vision:PTPVision",
+    "ptp_vision": "gripvlm.pruners.llm.ptp:PTPVision",
     "pumer": "gripvlm.pruners.llm.pumer:PuMer",
     "pyramiddrop": "gripvlm.pruners.llm.pyramiddrop:PyramidDrop",
     "random": "gripvlm.pruners.baselines.random:Random",
@@ -53,7 +52,7 @@ _BUILT_IN: dict[str, str] = {
     "visionzip": "gripvlm.pruners.input.visionzip:VisionZip",
     "vispruner": "gripvlm.pruners.input.vispruner:VisPruner",
     "vscan": "gripvlm.pruners.llm.vscan:VScan",
-    "vscan_vision": "gripvlm.pruners.input.vscan_vision:VScanVision",
+    "vscan_vision": "gripvlm.pruners.llm.vscan:VScanVision",
 }
 _registered: dict[str, str | Callable[..., Pruner]] = {}
 
@@ -62,7 +61,8 @@ class PrunerRow(NamedTuple):
     """One line of `list_pruners`.
 
     Attributes:
-        needs: fields of `VisualTokens`, with default options.
+        needs: fields of `VisualTokens`, with default options; empty for wrappers and trained pruners, which need what
+            they hold.
         llm_needs: fields of `LLMTokens`, for pruners inside the language model.
         stage: where tokens are dropped: "input", "llm" or "vision".
         trained: whether it has weights that were trained for pruning.
@@ -70,9 +70,9 @@ class PrunerRow(NamedTuple):
     """
 
     name: str
-    needs: tuple[str, ...]
-    stage: str
-    source: str
+    needs: tuple[str, ...] = ()
+    stage: str = ""
+    source: str = ""
     options: tuple[Option, ...] = ()
     llm_needs: tuple[str, ...] = ()
     trained: bool = False
@@ -94,9 +94,9 @@ def register_pruner(name: str, factory: str | Callable[..., Pruner]) -> None:
     if not name.isidentifier():
         raise PrunerError(f"pruner name {name!r} must be snake_case, such as 'my_pruner'")
     taken = _sources().get(name)
-    if taken is not None and taken != factory and _qualified(taken) != _qualified(factory):
+    if taken is not None and _qualified(taken) != _qualified(factory):
         raise PrunerError(f"pruner name {name!r} is taken by {taken}: choose another")
-    # Not loaded yet: a string is imported when it is first used.
+    # A string is imported when it is first used.
     _registered[name] = factory
 
 
@@ -112,41 +112,30 @@ def pruner_names() -> list[str]:
 
 def list_pruners() -> list[PrunerRow]:
     """One row a pruner, by name. Imports them all; those of other packages that fail have a row that says so."""
-    return [_row(name) if name in _BUILT_IN else _foreign_row(name) for name in pruner_names()]
+    return [_row(name) for name in pruner_names()]
 
 
 def _row(name: str) -> PrunerRow:
-    factory = _load(name)
-    needs = getattr(factory, "needs", ())
-    if isinstance(needs, property):  # it depends on the options
-        needs = _default_needs(factory)
-    return PrunerRow(
-        name,
-        tuple(sorted(needs)) if isinstance(needs, frozenset) else (),
-        getattr(factory, "stage", ""),
-        getattr(factory, "source", ""),
-        options_of(factory),
-        tuple(sorted(getattr(factory, "llm_needs", ()))),
-        bool(getattr(factory, "trained", False)),
-    )
-
-
-def _default_needs(factory: Any) -> frozenset[str]:
-    """What a pruner needs without any options; nothing for a wrapper or a trained one, which need what they hold."""
     try:
-        return frozenset() if getattr(factory, "trained", False) else factory().needs
-    except TypeError:
-        return frozenset()
-
-
-def _foreign_row(name: str) -> PrunerRow:
-    """The row of another package's pruner."""
-    try:
-        row = _row(name)
-        return row._replace(stage=str(row.stage), source=str(row.source))
-    except (Exception, SystemExit) as error:  # noqa: BLE001  it runs other people's code, which may raise anything
-        fault = str(error) if isinstance(error, PrunerError) else _fault(name, error)
-        return PrunerRow(name, (), "", "", fault=fault)
+        factory = _load(name)
+        options, trained = options_of(factory), bool(getattr(factory, "trained", False))
+        needs = getattr(factory, "needs", ())
+        if isinstance(needs, property):  # they depend on the options
+            needs = () if trained or any(option.required for option in options) else factory().needs
+        return PrunerRow(
+            name,
+            needs=tuple(sorted(needs)),
+            stage=str(getattr(factory, "stage", "")),
+            source=str(getattr(factory, "source", "")),
+            options=options,
+            llm_needs=tuple(sorted(getattr(factory, "llm_needs", ()))),
+            trained=trained,
+        )
+    except (Exception, SystemExit) as error:
+        # Other people's code may raise anything, and must not cost a user the rest of the list.
+        if name in _BUILT_IN:
+            raise
+        return PrunerRow(name, fault=str(error) if isinstance(error, PrunerError) else _fault(name, error))
 
 
 def _fault(name: str, error: BaseException) -> str:
@@ -175,7 +164,7 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
     if not callable(getattr(pruner, "select", None)):
         raise PrunerError(
             f"got a {type(pruner).__name__}, which has no select(): pass a pruner's name "
-            f"({', '.join(pruner_names())}) or an object with select(tokens) -> Selection"
+            f"({', '.join(pruner_names())}) or an object of a subclass of gripvlm.Pruner"
         )
     if options:
         raise PrunerError(f"options {sorted(options)} go with a name, not with a pruner object")
@@ -186,57 +175,48 @@ def _from_spec(text: str, options: Mapping[str, Any]) -> Pruner:
     spec = parse_spec(text)
     if spec.argument:
         raise PrunerError(f"cannot read {spec.argument!r} in {text!r}: use name:option=value,option=value")
-    values: dict[str, Any] = {}
     if spec.inner == "":
         raise PrunerError(f"cannot read {text!r}: use wrapper(pruner):option=value, such as mmr(norm):balance=0.5")
-    if spec.inner is not None:
-        inner = tuple(get_pruner(pruner) for pruner in split_specs(spec.inner))
-        values["inner"] = inner[0] if len(inner) == 1 else inner
     factory = _load(spec.name)
     known = {option.name: option for option in options_of(factory)}
+    values: dict[str, Any] = {}
+    if spec.inner is not None:
+        values["inner"] = tuple(get_pruner(pruner) for pruner in split_specs(spec.inner))
     # Read by the annotation of the option, so that a folder called 7 stays a name.
     for word, value in spec.options:
         values[word] = known[word].read(value) if word in known else read_value(value)
-    return _build(spec.name, factory, {**values, **options})
-
-
-def _build(name: str, factory: Callable[..., Pruner], values: Mapping[str, Any]) -> Pruner:
-    """The pruner with these options, or a `PrunerError` that says which there are."""
-    known = {option.name: option for option in options_of(factory)}
-    # What other classes and functions take they check themselves: a TypeError, below.
+    values |= options
+    # What other classes and functions take they check themselves: a TypeError.
     if is_dataclass(factory):
-        for word, value in values.items():
-            if word not in known:
-                options = ", ".join(map(str, known.values()))
-                takes = f"its options are {options}" if known else f"it has none: use {name!r} alone"
-                hint = did_you_mean(word, known, count=1, cutoff=0.5)
-                raise PrunerError(f"pruner {name!r} has no option {word!r}: {hint}{takes}")
-            _check_value(name, known[word], value)
-    for option in known.values():
-        if option.required and option.name not in values:
-            _check_typeable(name, option)
-            raise PrunerError(f"pruner {name!r} needs {option}: use {name}:{option.name}=...")
+        _check_options(spec.name, known, values)
     try:
-        return factory(**values)
+        pruner: Pruner = factory(**values)
     except TypeError as error:
         given = ", ".join(f"{key}={value!r}" for key, value in values.items()) or "no options"
-        raise PrunerError(f"pruner {name!r} cannot be made with {given}: {error}") from error
+        raise PrunerError(f"pruner {spec.name!r} cannot be made with {given}: {error}") from error
+    return pruner
 
 
-def _check_value(name: str, option: Option, value: Any) -> None:
-    if not fits(value, option.kind):
-        _check_typeable(name, option)
-        kind = inspect.formatannotation(option.kind)
-        example = f": use {name}:{option.name}={option.default}" if not option.required else ""
-        raise PrunerError(f"pruner {name!r} takes {option.name} as {kind}, got {value!r}{example}")
+def _check_options(name: str, known: Mapping[str, Option], values: Mapping[str, Any]) -> None:
+    """Refuses an option that there is not, a value that does not fit, and a required option without a value."""
+    for word, value in values.items():
+        if word not in known:
+            options = ", ".join(map(str, known.values()))
+            takes = f"its options are {options}" if known else f"it has none: use {name!r} alone"
+            hint = did_you_mean(word, known, count=1, cutoff=0.5)
+            raise PrunerError(f"pruner {name!r} has no option {word!r}: {hint}{takes}")
+        if not fits(value, known[word].kind):
+            raise PrunerError(
+                f"pruner {name!r} takes {word} as {known[word].annotation}, got {value!r}: {_usage(name, known[word])}"
+            )
+    for option in known.values():
+        if option.required and option.name not in values:
+            raise PrunerError(f"pruner {name!r} needs {option.name} ({option.annotation}): {_usage(name, option)}")
 
 
-def _check_typeable(name: str, option: Option) -> None:
-    if not option.typeable:
-        raise PrunerError(
-            f"pruner {name!r} needs {option}, which cannot be typed in a name: it is for use from Python, "
-            f"get_pruner({name!r}, {option.name}=...)"
-        )
+def _usage(name: str, option: Option) -> str:
+    shown = "..." if option.required else option.default
+    return f"use {name}:{option.name}={shown}, or get_pruner({name!r}, {option.name}=...) from Python"
 
 
 def _sources() -> dict[str, Any]:
@@ -255,6 +235,7 @@ def _load(name: str) -> Any:
             hint = did_you_mean(name, sources)
             raise PrunerError(f"unknown pruner {name!r}: {hint}known are {', '.join(sorted(sources))}")
         source = sources[name]
+    # A class or a function that was registered as it is.
     if not isinstance(source, str):
         return source
     module, _, attribute = source.partition(":")

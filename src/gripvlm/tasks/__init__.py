@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from gripvlm.tasks.base import Sample, Task, TaskError, named_choice, normalise
@@ -13,7 +12,7 @@ from gripvlm.tasks.lab_tasks import FAMILIES, LabTask
 from gripvlm.tasks.metrics import METRICS
 from gripvlm.tasks.pictures import open_image
 from gripvlm.tasks.table_task import HubTask
-from gripvlm.utils.spec import join_options, parse_spec
+from gripvlm.utils.spec import did_you_mean, join_options, parse_spec
 
 __all__ = [
     "METRICS",
@@ -70,10 +69,12 @@ def get_tasks(names: str | Task | Sequence[str | Task]) -> list[Task]:
 
 
 def _named(name: str) -> list[Task]:
-    if name == "lab":
-        return [LabTask(family) for family in FAMILIES]
+    """The tasks of one name; it has options where there is a colon."""
     # A path may hold colons itself: only the first one ends the task's kind.
     kind, colon, rest = name.partition(":")
+    benchmark_name = kind.partition("/")[0]
+    if name == "lab":
+        return [LabTask(family) for family in FAMILIES]
     if kind in ("jsonl", "custom") and rest:
         path, options = _read_options(kind, rest)
         return [JsonlTask(path, metric=options.get("metric", "choice"), name=name)]
@@ -81,44 +82,33 @@ def _named(name: str) -> list[Task]:
         repo, options = _read_options(kind, rest)
         return [HubTask(name, repo, options)]
     if kind == "benchmarks":
-        _, options = _read_options(kind, rest)
-        return [_from_folder(one, options) for one in BENCHMARKS]
-    if kind.partition("/")[0] in BENCHMARKS:
+        # Of a folder that holds all six, each takes the one of its name.
+        folder = _read_options(kind, rest)[1].get("path")
+        return [benchmark(name, {"path": str(Path(folder) / name)} if folder else {}) for name in BENCHMARKS]
+    if benchmark_name in BENCHMARKS:
         if colon and not rest:
             raise TaskError(f"{name!r} ends too early: type {kind}:path=FOLDER, or {kind} alone for the hub's")
-        return [benchmark(kind, _read_options(kind.partition("/")[0], rest)[1])]
+        return [benchmark(kind, _read_options(benchmark_name, rest)[1])]
     if name in task_names():
         return [LabTask(name.partition("/")[2])]
     if name.endswith((".jsonl", ".json")):
         raise TaskError(f"unknown task {name!r}: for a file of your own questions type jsonl:{name}")
-    near = difflib.get_close_matches(name, [*task_names(), *FAMILIES], n=2, cutoff=0.5)
-    near = [f"lab/{one}" if one in FAMILIES else one for one in near]
-    hint = f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}? " if near else ""
+    hint = did_you_mean(name, task_names(), count=2, cutoff=0.5)
     raise TaskError(f"unknown task {name!r}: {hint}known are {', '.join(task_names())}, hf:REPO and jsonl:PATH")
 
 
-def _from_folder(name: str, options: Mapping[str, str]) -> Task:
-    """One of the six, from the folder of that name where a folder is given."""
-    return benchmark(name, {"path": str(Path(options["path"]) / name)} if options else {})
-
-
 def _read_options(kind: str, text: str) -> tuple[str, dict[str, str]]:
-    """("my.jsonl", {"metric": "vqa"}) from "my.jsonl,metric=vqa"; a comma elsewhere belongs to the value before it.
-
-    The six have options only, the others a path or a name before them.
-    """
-    spec = parse_spec(f"{kind}:{text}", takes_argument=kind in ("jsonl", "custom", "hf"))
-    if spec.argument and kind not in ("jsonl", "custom", "hf"):
-        raise _no_option(kind, spec.argument)
+    """("my.jsonl", {"metric": "vqa"}) from "my.jsonl,metric=vqa"; a comma elsewhere belongs to the value before it."""
+    takes_argument = kind in ("jsonl", "custom", "hf")
+    spec = parse_spec(f"{kind}:{text}", takes_argument)
+    known = ", ".join(_OPTIONS[kind])
+    if spec.argument and not takes_argument:
+        raise TaskError(f"{kind} has no option {spec.argument!r}: type name=value with {known}")
     options: dict[str, str] = {}
     for key, value in spec.options:
         if key not in _OPTIONS[kind] or not value:
-            raise _no_option(kind, f"{key}={value}")
+            raise TaskError(f"{kind} has no option '{key}={value}': type name=value with {known}")
         if key in options:
             raise TaskError(f"{kind} is given {key}= twice: type it once")
         options[key] = value
     return spec.argument, options
-
-
-def _no_option(kind: str, option: str) -> TaskError:
-    return TaskError(f"{kind} has no option {option!r}: type name=value with {', '.join(_OPTIONS[kind])}")

@@ -113,7 +113,7 @@ class Task:
     held_out: bool = False
     evidence_grid: tuple[int, int] | None = None
 
-    @property
+    @cached_property
     def spec(self) -> str:
         """What `get_tasks` makes this task of: its name, with the options that the name leaves out."""
         return self.name

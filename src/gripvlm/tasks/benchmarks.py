@@ -6,8 +6,7 @@ benchmark's own code differ, the class says which is followed.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ class Benchmark(TableTask):
     parts: tuple[str, ...] = ()
 
     def __init__(self, name: str, options: Mapping[str, str]) -> None:
+        # A single file has no splits, so that the task's own must not be looked for in it.
         path = Path(options["path"]).expanduser() if "path" in options else None
         super().__init__(
             Source(
@@ -57,15 +57,23 @@ class Benchmark(TableTask):
             )
         )
         self.part = name.partition("/")[2]
-        self._spec = f"{name}:{','.join(f'{key}={value}' for key, value in options.items())}" if options else name
+        self.spec = f"{name}:{','.join(f'{key}={value}' for key, value in options.items())}" if options else name
         # Who names the split means it, for training on it too.
         self.held_out = "split" not in options
+        # Scores of another split must not be taken for the published one's.
         if options.get("split", self.split) != self.split:
             self.name = f"{name}:split={options['split']}"
 
-    @property
-    def spec(self) -> str:
-        return self._spec
+    def yes_or_no(self, index: int, row: Mapping[str, Any], categories: Sequence[str]) -> tuple[str, str]:
+        """(category, "Yes" or "No") of a row.
+
+        Raises:
+            TaskError: they are something else.
+        """
+        category, answer = str(row["category"]), str(row["answer"]).strip().rstrip(".").capitalize()
+        if category not in categories or answer not in ("Yes", "No"):
+            raise self.refused(index, f"has the category {category!r} and the answer {str(row['answer'])!r}")
+        return category, answer
 
 
 class POPE(Benchmark):
@@ -81,15 +89,14 @@ class POPE(Benchmark):
     suffix, max_new_tokens = SHORT, 128
 
     def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        category, answer = str(row["category"]), str(row["answer"]).strip().lower()
-        if category not in self.parts or answer not in ("yes", "no"):
-            raise self.refused(index, f"has the category {category!r} and the answer {answer!r}")
+        category, answer = self.yes_or_no(index, row, self.parts)
         if self.part not in ("", category):
             return None
         return {
+            # Question numbers start anew in each category.
             "id": f"{category}/{row['question_id']}",
             "question": row["question"].strip(),
-            "answer": answer.capitalize(),
+            "answer": answer,
             "family": category,
             "image_id": str(row["image_source"]),
         }
@@ -103,22 +110,27 @@ class POPE(Benchmark):
         summary = _pope_summary(answered)
         categories = [part for part in self.parts if any(sample.family == part for _, sample in answered)]
         for category in categories if len(categories) > 1 else []:
-            part = _pope_summary([(said_yes, sample) for said_yes, sample in answered if sample.family == category])
+            part = _pope_summary([(yes, sample) for yes, sample in answered if sample.family == category])
             summary |= {f"{name}_{category}": part[name] for name in ("accuracy", "f1")}
         return summary
 
 
 def _pope_summary(answered: list[tuple[bool, Sample]]) -> dict[str, float]:
     """Of samples with whether the answer was yes."""
-    said_yes, is_yes = [yes for yes, _ in answered], [sample.answer == "Yes" for _, sample in answered]
-    right = sum(said == true for said, true in zip(said_yes, is_yes, strict=True))
-    return {"accuracy": right / len(answered) if answered else 0.0, **yes_no_summary(said_yes, is_yes)}
+    predicted, true = [yes for yes, _ in answered], [sample.answer == "Yes" for _, sample in answered]
+    right = sum(a == b for a, b in zip(predicted, true, strict=True))
+    return {"accuracy": right / len(answered) if answered else 0.0, **yes_no_summary(predicted, true)}
 
 
 class _ByLetter(Benchmark):
     """Options are listed with letters, and the answer is one of them (`option_letter`)."""
 
     suffix, shared_pictures = BY_LETTER, True
+
+    def lettered(self, question: str, options: Sequence[str], answer: int) -> dict[str, Any]:
+        """The fields of a sample that every such row has."""
+        listed, letters = lettered(options)
+        return {"question": f"{question}\n{listed}", "answer": letters[answer], "choices": letters}
 
     def score(self, prediction: str, sample: Sample) -> float:
         return float(option_letter(prediction, len(sample.choices)) == sample.answer)
@@ -134,14 +146,9 @@ class ScienceQA(_ByLetter):
     columns = ("question", "choices", "answer", "hint")
 
     def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        options, letters = lettered(row["choices"])
         hint = f"Context: {row['hint']}\n" if row["hint"] else ""
-        return {
-            "question": f"{hint}{row['question']}\n{options}",
-            "answer": letters[int(row["answer"])],
-            "choices": letters,
-            "family": str(row.get("subject") or ""),
-        }
+        fields = self.lettered(f"{hint}{row['question']}", row["choices"], int(row["answer"]))
+        return fields | {"family": str(row.get("subject") or "")}
 
 
 class AI2D(_ByLetter):
@@ -153,12 +160,7 @@ class AI2D(_ByLetter):
     repo, columns = "lmms-lab-encoder/ai2d", ("question", "options", "answer")
 
     def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        options, letters = lettered(row["options"])
-        return {
-            "question": f"{row['question']}\n{options}",
-            "answer": letters[int(row["answer"])],
-            "choices": letters,
-        }
+        return self.lettered(row["question"], row["options"], int(row["answer"]))
 
 
 class MME(Benchmark):
@@ -179,15 +181,14 @@ class MME(Benchmark):
     suffix = SHORT
 
     def fields(self, index: int, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        category, answer = str(row["category"]), str(row["answer"]).strip().rstrip(".").lower()
-        if category not in self.PERCEPTION + self.COGNITION or answer not in ("yes", "no"):
-            raise self.refused(index, f"has the category {category!r} and the answer {answer!r}")
+        category, answer = self.yes_or_no(index, row, self.PERCEPTION + self.COGNITION)
         if self.part and (category in self.PERCEPTION) != (self.part == "perception"):
             return None
         return {
+            # `question_id` names the picture: both questions of a pair have the same.
             "id": f"{category}/{row['question_id']}/{index}",
             "question": row["question"].strip().replace(" Please answer yes or no.", ""),
-            "answer": answer.capitalize(),
+            "answer": answer,
             "family": category,
             "pair": str(row["question_id"]),
             "image_id": f"{category}/{row['question_id']}",
@@ -201,17 +202,17 @@ class MME(Benchmark):
 
         A total is there only where all of its subtasks are.
         """
-        scores: dict[str, list[tuple[str, str | None, float]]] = {}
+        by_image: dict[tuple[str, str], list[float]] = {}
         for record, sample in self.with_samples(records):
-            scores.setdefault(sample.family, []).append((sample.image_id, sample.pair, record["score"]))
-        summary = pair_accuracy(score for subtask in scores.values() for score in subtask)
+            by_image.setdefault((sample.family, sample.image_id), []).append(record["score"])
+        # Half a pair says nothing about accuracy+, so it does not count for the accuracy beside it either.
+        pairs = [(subtask, pair) for (subtask, _), pair in by_image.items() if len(pair) == 2]
+        summary = pair_accuracy([pair for _, pair in pairs])
         for subtask in self.PERCEPTION + self.COGNITION:
-            images = Counter(image for image, _, _ in scores.get(subtask, ()))
-            # Half a pair says nothing about accuracy+, so it does not count for the accuracy beside it either.
-            whole = [score for score in scores.get(subtask, ()) if images[score[0]] == 2]
-            if whole:
-                accuracy = sum(score for _, _, score in whole) / len(whole)
-                summary[subtask] = 100 * (accuracy + pair_accuracy(whole)["accuracy_plus"])
+            own = [pair for name, pair in pairs if name == subtask]
+            if own:
+                accuracy = sum(map(sum, own)) / (2 * len(own))
+                summary[subtask] = 100 * (accuracy + pair_accuracy(own)["accuracy_plus"])
         for total, subtasks in (("perception", self.PERCEPTION), ("cognition", self.COGNITION)):
             if all(subtask in summary for subtask in subtasks):
                 summary[total] = sum(summary[subtask] for subtask in subtasks)
@@ -245,9 +246,10 @@ class OCRBench(Benchmark):
     def summary(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """final_score, 1000 x the mean (how many of the 1000 are right), and the accuracy of each kind of question."""
         by_kind: dict[str, list[float]] = {}
+        scores = []
         for record, sample in self.with_samples(records):
             by_kind.setdefault(sample.family, []).append(record["score"])
-        scores = [score for kind in by_kind.values() for score in kind]
+            scores.append(record["score"])
         if not scores:
             return {}
         accuracies = {kind: sum(values) / len(values) for kind, values in sorted(by_kind.items())}
@@ -270,6 +272,7 @@ class TextVQA(Benchmark):
             raise self.refused(index, "has no answers: the test split keeps them back, type split=validation")
         return {
             "id": str(row["question_id"]),
+            # As lmms-eval writes them: the data set has them in lower case.
             "question": row["question"].capitalize(),
             "answer": commonest(answers),
             "image_id": str(row["image_id"]),

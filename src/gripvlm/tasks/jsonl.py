@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,21 @@ def read_samples(file: Path, images: Path, answers: bool = True) -> list[Sample]
     Raises:
         TaskError: with the line's number, where a line is none of that or an id comes twice.
     """
+    samples: dict[str, Sample] = {}
+    for number, row in _rows(file):
+        sample = _sample(row, f"{file}:{number}", number, images, answers)
+        if sample.id in samples:
+            raise TaskError(f"{str(file)!r} has the id {sample.id!r} twice: ids must differ")
+        samples[sample.id] = sample
+    if not samples:
+        raise TaskError(f"{str(file)!r} has no questions: write one a line, such as {_EXAMPLE}")
+    return list(samples.values())
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of each line that is not blank."""
     try:
+        # Editors on Windows put a mark in front of the text, which is no part of the first line.
         lines = read_text(file, "utf-8-sig").split("\n")
     except FileNotFoundError:
         raise TaskError(
@@ -37,43 +51,35 @@ def read_samples(file: Path, images: Path, answers: bool = True) -> list[Sample]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TaskError(f"{str(file)!r} cannot be read as text: {reason}") from None
-    samples = [_sample(line, f"{file}:{i}", i, images, answers) for i, line in enumerate(lines, 1) if line.strip()]
-    if not samples:
-        raise TaskError(f"{str(file)!r} has no questions: write one a line, such as {_EXAMPLE}")
-    seen: set[str] = set()
-    for sample in samples:
-        if sample.id in seen:
-            raise TaskError(f"{str(file)!r} has the id {sample.id!r} twice: ids must differ")
-        seen.add(sample.id)
-    return samples
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        advice = f"write one object a line, such as {_EXAMPLE}"
+        try:
+            row = parse(line)
+        except BadJSON as error:
+            raise TaskError(f"{file}:{number} is not JSON that can be used (it {error}): {advice}") from None
+        if not isinstance(row, dict):
+            raise TaskError(f"{file}:{number} is a {type(row).__name__}: {advice}")
+        yield number, row
 
 
-def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> Sample:
-    try:
-        row: Any = parse(line)
-    except BadJSON as error:
-        raise TaskError(
-            f"{where} is not JSON that can be used (it {error}): write one object a line, such as {_EXAMPLE}"
-        ) from None
-    if not isinstance(row, dict):
-        raise TaskError(f"{where} is a {type(row).__name__}: write one object a line, such as {_EXAMPLE}")
+def _sample(row: dict[str, Any], where: str, number: int, images: Path, answers: bool) -> Sample:
     accepted = _list_of(row, "answers", where, "texts", lambda text: isinstance(text, str) and text.strip() != "")
     choices = _list_of(row, "choices", where, "texts", lambda text: isinstance(text, str))
     evidence = _list_of(row, "evidence", where, "patch indices", lambda patch: type(patch) is int and patch >= 0)
-    if accepted and row.get("answer") is None:
+    if row.get("answer") is None and accepted:
         row["answer"] = Counter(accepted).most_common(1)[0][0]
-    if not answers and row.get("answer") is None:
+    # Training may take the model's own answer, and reports blank ones itself.
+    if row.get("answer") is None and not answers:
         row["answer"] = ""
     for key in ("image", "question", "answer"):
-        if key == "answer" and not answers and isinstance(row[key], str):
-            # Training may take the model's own answer, and reports blank ones itself.
-            continue
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise TaskError(f"{where} needs a text {key!r}, got {row.get(key)!r}: write for instance {_EXAMPLE}")
+        value, may_be_blank = row.get(key), key == "answer" and not answers
+        if not isinstance(value, str) or not (value.strip() or may_be_blank):
+            raise TaskError(f"{where} needs a text {key!r}, got {value!r}: write for instance {_EXAMPLE}")
     # An answer that is no choice could never be scored as right.
     if choices and row["answer"] and row["answer"] not in choices:
         raise TaskError(f"{where}: the answer {row['answer']!r} is none of the choices {list(choices)}")
-    pair = row.get("pair")
     return Sample(
         id=str(row.get("id", number)),
         picture=images / row["image"],
@@ -81,7 +87,7 @@ def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> 
         answer=row["answer"],
         choices=choices,
         family=str(row.get("family", "custom")),
-        pair=None if pair is None else str(pair),
+        pair=None if row.get("pair") is None else str(row["pair"]),
         evidence=evidence,
         image_id=row["image"],
         answers=accepted,
@@ -91,7 +97,7 @@ def _sample(line: str, where: str, number: int, images: Path, answers: bool) -> 
 def _list_of(row: dict[str, Any], key: str, where: str, kind: str, fits: Callable[[Any], bool]) -> tuple[Any, ...]:
     """The row's list of that name, () where there is none."""
     values = row.get(key) or []
-    if not isinstance(values, list) or not all(fits(value) for value in values):
+    if not isinstance(values, list) or not all(map(fits, values)):
         raise TaskError(f"{where}: {key} must be a list of {kind}, got {values!r}")
     return tuple(values)
 
@@ -115,38 +121,30 @@ class JsonlTask(Task):
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        samples = tuple(read_samples(self.path, self.path.parent, self.answers))
-        if (grid := self.evidence_grid) is not None:
+        samples, folder = tuple(read_samples(self.path, self.path.parent, self.answers)), self.path.parent
+        if self.evidence_grid is not None:
+            h, w = self.evidence_grid
             for sample in samples:
-                if max(sample.evidence, default=0) >= grid[0] * grid[1]:
+                if max(sample.evidence, default=0) >= h * w:
                     raise TaskError(
                         f"{str(self.path)!r}: sample {sample.id!r} marks patch {max(sample.evidence)}, but "
-                        f"evidence_grid {list(grid)} has patches 0 to {grid[0] * grid[1] - 1}"
+                        f"evidence_grid {[h, w]} has patches 0 to {h * w - 1}"
                     )
-        if not self.answers:
-            # Training decides by itself what a missing picture does.
-            return samples
-        # Before the run and not in the middle of it.
-        missing = [
-            name for name in dict.fromkeys(s.image_id for s in samples) if not (self.path.parent / name).exists()
-        ]
-        if missing:
+        # Before the run and not in the middle of it; training decides by itself what a missing picture does.
+        names = dict.fromkeys(sample.image_id for sample in samples if self.answers)
+        if missing := [name for name in names if not (folder / name).exists()]:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise TaskError(
                 f"{str(self.path)!r} asks about {missing[0]!r}{more}, but there is no such file: paths are relative to "
-                f"the folder {str(self.path.parent)!r}"
+                f"the folder {str(folder)!r}"
             )
         return samples
 
     @cached_property
     def evidence_grid(self) -> tuple[int, int] | None:  # type: ignore[override]
         """(h, w) as the file's first line says, None where it does not."""
-        try:
-            lines = read_text(self.path, "utf-8-sig").split("\n")
-            first = parse(next((line for line in lines if line.strip()), "{}"))
-        except (OSError, UnicodeDecodeError, BadJSON) as error:
-            raise TaskError(f"{str(self.path)!r} cannot be read: {error}") from None
-        grid = first.get("evidence_grid") if isinstance(first, dict) else None
+        _, first = next(_rows(self.path), (0, {}))
+        grid = first.get("evidence_grid")
         if grid is None:
             return None
         if not (isinstance(grid, list) and len(grid) == 2 and all(type(side) is int and side > 0 for side in grid)):

@@ -47,10 +47,13 @@ class LabTask(Task):
         """existence: F1, precision, recall, yes_share; perception: accuracy_plus."""
         answered = self.with_samples(records)
         if self.family == "existence":
-            said_yes = [named_choice(record["prediction"], ("yes", "no")) == "yes" for record, _ in answered]
-            return yes_no_summary(said_yes, [sample.answer == "yes" for _, sample in answered])
+            predicted = [named_choice(record["prediction"], ("yes", "no")) == "yes" for record, _ in answered]
+            return yes_no_summary(predicted, [sample.answer == "yes" for _, sample in answered])
         if self.family == "perception":
-            # Only some of the questions come in pairs.
-            paired = [(record, sample) for record, sample in answered if sample.pair is not None]
-            return pair_accuracy([(sample.image_id, sample.pair, record["score"]) for record, sample in paired])
+            pairs: dict[tuple[str, str], list[float]] = {}
+            for record, sample in answered:
+                # Only some of the questions come in pairs.
+                if sample.pair is not None:
+                    pairs.setdefault((sample.image_id, sample.pair), []).append(record["score"])
+            return pair_accuracy(pairs.values())
         return {}

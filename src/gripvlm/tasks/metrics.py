@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from gripvlm.tasks.base import Sample, TaskError, default_score, named_choice, normalise
 from gripvlm.tasks.vqa_answer import vqa_accuracy
@@ -65,20 +65,14 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
 
     Source: OCRBench (arXiv 2305.07895, example.py); full-width letters as in lmms-eval since 0.7.
     """
-
-    def plain(text: str) -> str:
-        return text.translate(_FULL_WIDTH).lower().strip().replace("\n", " ")
-
-    return float(any(plain(answer) in plain(prediction) for answer in answers))
+    texts = [text.translate(_FULL_WIDTH).lower().strip().replace("\n", " ") for text in (prediction, *answers)]
+    return float(any(answer in texts[0] for answer in texts[1:]))
 
 
 def contains_verbatim(prediction: str, answers: Sequence[str]) -> float:
     """As `contains`, but case counts and spaces don't: OCRBench's rule for the formulas of HME100k."""
-
-    def without_spaces(text: str) -> str:
-        return text.strip().replace("\n", " ").replace(" ", "")
-
-    return float(any(without_spaces(answer) in without_spaces(prediction) for answer in answers))
+    texts = [text.strip().replace("\n", "").replace(" ", "") for text in (prediction, *answers)]
+    return float(any(answer in texts[0] for answer in texts[1:]))
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
@@ -107,23 +101,16 @@ def _levenshtein(a: str, b: str) -> int:
     return before[-1]
 
 
-def _letter(prediction: str, sample: Sample) -> float:
-    letter = option_letter(prediction, len(sample.choices) or 26)
-    return float(letter is not None and letter == sample.answer.strip().upper())
-
-
-def _yes_no(prediction: str, sample: Sample) -> float:
-    return float(named_choice(prediction, ("yes", "no")) == normalise(sample.answer))
-
-
 METRICS: Mapping[str, Metric] = {
     "choice": default_score,
     "exact": lambda prediction, sample: exact(prediction, sample.accepted),
     "vqa": lambda prediction, sample: vqa_accuracy(prediction, sample.accepted),
     "anls": lambda prediction, sample: anls(prediction, sample.accepted),
     "contains": lambda prediction, sample: contains(prediction, sample.accepted),
-    "letter": _letter,
-    "yes_no": _yes_no,
+    "letter": lambda prediction, sample: float(
+        option_letter(prediction, len(sample.choices) or 26) == sample.answer.strip().upper()
+    ),
+    "yes_no": lambda prediction, sample: float(named_choice(prediction, ("yes", "no")) == normalise(sample.answer)),
 }
 """What `metric=` may name for questions of one's own."""
 
@@ -139,26 +126,23 @@ def get_metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def yes_no_summary(said_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict[str, float]:
+def yes_no_summary(predicted: Sequence[bool], true: Sequence[bool]) -> dict[str, float]:
     """f1, precision and recall of "yes", and yes_share, the share of questions that are answered by yes.
 
     A quotient with nothing below is 0.
     """
-    hits = sum(a and b for a, b in zip(said_yes, is_yes, strict=True))
-    precision = hits / sum(said_yes) if any(said_yes) else 0.0
-    recall = hits / sum(is_yes) if any(is_yes) else 0.0
+    hits = sum(a and b for a, b in zip(predicted, true, strict=True))
+    precision = hits / sum(predicted) if any(predicted) else 0.0
+    recall = hits / sum(true) if any(true) else 0.0
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    share = sum(said_yes) / len(said_yes) if said_yes else 0.0
+    share = sum(predicted) / len(predicted) if predicted else 0.0
     return {"f1": f1, "precision": precision, "recall": recall, "yes_share": share}
 
 
-def pair_accuracy(scores: Iterable[tuple[Any, Any, float]]) -> dict[str, float]:
-    """{"accuracy_plus": the share of pairs whose two questions are both right} from (image, pair, score).
+def pair_accuracy(groups: Iterable[Sequence[float]]) -> dict[str, float]:
+    """{"accuracy_plus": the share of pairs whose two questions are both right} from the scores of each pair.
 
     Lone questions don't count; {} without any pair.
     """
-    pairs: dict[tuple[Any, Any], list[float]] = {}
-    for image, pair, score in scores:
-        pairs.setdefault((image, pair), []).append(score)
-    both = [min(pair) for pair in pairs.values() if len(pair) == 2]
+    both = [min(scores) for scores in groups if len(scores) == 2]
     return {"accuracy_plus": sum(both) / len(both)} if both else {}

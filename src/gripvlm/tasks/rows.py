@@ -50,10 +50,10 @@ class Rows:
     """
 
     def __init__(self, table: Any, image: str, source: Source) -> None:
-        # Undecoded: a run of thousands of questions would otherwise decode every image when the columns are read.
         from datasets import Image as ImageFeature
 
         self.image, self.source = image, source
+        # Undecoded: a run of thousands of questions would otherwise decode every image when the columns are read.
         feature = table.features.get(image)
         if isinstance(feature, ImageFeature):
             table = table.cast_column(image, ImageFeature(decode=False))
@@ -61,43 +61,29 @@ class Rows:
         elif isinstance(getattr(feature, "feature", None), ImageFeature):
             table = table.cast_column(image, type(feature)(ImageFeature(decode=False)))
         self.table = table
+        # JSON Lines name picture files, relative to the file or the folder that was given.
         self.folder = source.path.parent if source.path and source.path.is_file() else source.path or Path()
 
     def texts(self) -> list[dict[str, Any]]:
         """All columns but the pictures, row by row."""
         return self.table.remove_columns([self.image]).to_list()
 
-    def has(self, *columns: str) -> None:
-        """Passes where all these columns are there.
-
-        Raises:
-            TaskError: one is not.
-        """
-        if lacking := [name for name in (*columns, self.image) if name not in self.table.column_names]:
-            raise TaskError(
-                f"{self.source.task}: {self.source} has no column {', '.join(map(repr, lacking))}, only "
-                f"{', '.join(self.table.column_names)}: is this the right data set?"
-            )
-
     def picture(self, index: int) -> Image.Image:
         """The picture of a row, RGB and upright."""
         place = f"the picture of row {index} in {self.source}"
         value = self._encoded(index)
-        if value is None:
+        if not value:
             raise TaskError(f"{place} is empty: leave that row out")
         return open_image(value if isinstance(value, bytes) else self.folder / value, place)
 
-    def fingerprints(self) -> list[str]:
-        """For each row a short hash of its encoded picture, "" for none: equal ones are the same picture."""
-        keys = []
-        for index in range(len(self.table)):
-            value = self._encoded(index)
-            held = value if isinstance(value, bytes) else (value or "").encode()
-            keys.append(hashlib.blake2b(held, digest_size=8).hexdigest() if held else "")
-        return keys
+    def fingerprint(self, index: int) -> str:
+        """A short hash of a row's encoded picture, "" for none: equal ones are the same picture."""
+        value = self._encoded(index)
+        content = value.encode() if isinstance(value, str) else value
+        return hashlib.blake2b(content, digest_size=8).hexdigest() if content else ""
 
-    def _encoded(self, index: int) -> bytes | str | None:
-        """What the row holds of its picture: the bytes of a file, its path, or nothing."""
+    def _encoded(self, index: int) -> bytes | str:
+        """What the row holds of its picture: the bytes of a file, its path, or "" for none."""
         value = self.table[index][self.image]
         if isinstance(value, list):
             if len(value) > 1:
@@ -109,18 +95,23 @@ class Rows:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if value is None or isinstance(value, (bytes, str)):
-            return value or None
+            return value or ""
         raise TaskError(
             f"{self.source}: column {self.image!r} holds a {type(value).__name__} in row {index}, no picture: name "
             "the column with image="
         )
 
 
-def load_rows(source: Source, image: str = "image") -> Rows:
+def load_rows(source: Source, image: str, columns: tuple[str, ...]) -> Rows:
     """The rows that `source` names.
 
+    Args:
+        image: the column with the pictures.
+        columns: the others that must be there.
+
     Raises:
-        TaskError: `datasets` is not installed, or there are no such data; with what can be typed instead.
+        TaskError: `datasets` is not installed, there are no such data, with what can be typed instead, or a column is
+            not there.
     """
     try:
         import datasets
@@ -130,7 +121,7 @@ def load_rows(source: Source, image: str = "image") -> Rows:
             "pip install 'gripvlm[bench]'"
         ) from None
     try:
-        table = _local(datasets, source) if source.path else _hub(datasets, source)
+        table = _from_path(datasets, source, source.path) if source.path else _from_hub(datasets, source)
     except TaskError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -142,17 +133,20 @@ def load_rows(source: Source, image: str = "image") -> Rows:
             "elsewhere check the spelling (a gated data set needs `hf auth login`)"
         )
         raise TaskError(f"{source.task}: {source} cannot be loaded: {first} ({advice})") from error
+    if lacking := [name for name in (*columns, image) if name not in table.column_names]:
+        raise TaskError(
+            f"{source.task}: {source} has no column {', '.join(map(repr, lacking))}, only "
+            f"{', '.join(table.column_names)}: is this the right data set?"
+        )
     return Rows(table, image, source)
 
 
-def _hub(datasets: Any, source: Source) -> Any:
+def _from_hub(datasets: Any, source: Source) -> Any:
     split = source.split or _only("split", source, datasets.get_dataset_split_names(source.repo, source.config))
     return datasets.load_dataset(source.repo, source.config, split=split)
 
 
-def _local(datasets: Any, source: Source) -> Any:
-    path = source.path
-    assert path is not None
+def _from_path(datasets: Any, source: Source, path: Path) -> Any:
     if path.is_file():
         if path.suffix not in _FORMATS:
             raise TaskError(f"{source.task}: {path} is no {', '.join(_FORMATS)} file: type the path of one")
@@ -164,6 +158,7 @@ def _local(datasets: Any, source: Source) -> Any:
         return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
     if not path.is_dir():
         raise TaskError(f"{source.task}: no folder or file {str(path)!r}: check the path")
+    # `load_dataset` refuses what `save_to_disk` wrote.
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _saved_split(datasets.load_from_disk(str(path)), source)
     config = source.config

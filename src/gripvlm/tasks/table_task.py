@@ -10,7 +10,7 @@ from typing import Any
 
 from gripvlm.tasks.base import Sample, Task, TaskError
 from gripvlm.tasks.metrics import get_metric
-from gripvlm.tasks.rows import Rows, Source, load_rows
+from gripvlm.tasks.rows import Source, load_rows
 
 __all__ = ["BY_LETTER", "HubTask", "TableTask", "commonest", "lettered"]
 
@@ -57,16 +57,15 @@ class TableTask(Task):
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        rows = load_rows(self.source, self.image)
-        rows.has(*self.columns)
-        # Where no column names the image, equal files are the same one: intervals are clustered by it.
-        keys = rows.fingerprints() if self.shared_pictures else [f"row {i}" for i in range(len(rows.table))]
+        rows = load_rows(self.source, self.image, self.columns)
         samples = []
-        for index, (row, key) in enumerate(zip(rows.texts(), keys, strict=True)):
+        for index, row in enumerate(rows.texts()):
+            # Where no column names the image, equal files are the same one: intervals are clustered by it.
+            image_id = rows.fingerprint(index) if self.shared_pictures else f"row {index}"
             # Some data sets also hold questions without a picture: there is nothing to prune for them.
-            fields = self.fields(index, row) if key else None
+            fields = self.fields(index, row) if image_id else None
             if fields is not None:
-                own: dict[str, Any] = {"id": str(index), "picture": partial(Rows.picture, rows, index), "image_id": key}
+                own: dict[str, Any] = {"id": str(index), "picture": partial(rows.picture, index), "image_id": image_id}
                 samples.append(Sample(**own | fields))
         if not samples:
             raise TaskError(f"{self.name}: {self.source} has no questions for it: is this the right data set?")
@@ -112,7 +111,10 @@ class HubTask(TableTask):
         question, given = row[self.question], row[self.answer]
         if not isinstance(question, str) or not question.strip():
             raise self.refused(index, f"has no text in {self.question!r}: name a column of texts, question=")
-        answers, letters = self._answers(index, given), tuple[str, ...]()
+        answers = [str(answer) for answer in (given if isinstance(given, list) else [given]) if answer is not None]
+        if not any(answer.strip() for answer in answers):
+            raise self.refused(index, f"has no text in {self.answer!r}: name a column of texts, answer=")
+        letters: tuple[str, ...] = ()
         if self.choices:
             options = row[self.choices]
             if not isinstance(options, list) or not options:
@@ -121,12 +123,6 @@ class HubTask(TableTask):
             question, answers = f"{question}\n{listed}", [self._letter(index, given, options, letters)]
         several = tuple(answers) if len(answers) > 1 else ()
         return {"question": question, "answer": commonest(answers), "choices": letters, "answers": several}
-
-    def _answers(self, index: int, given: Any) -> list[str]:
-        answers = [str(one) for one in (given if isinstance(given, list) else [given]) if one is not None]
-        if not any(answer.strip() for answer in answers):
-            raise self.refused(index, f"has no text in {self.answer!r}: name a column of texts, answer=")
-        return answers
 
     def _letter(self, index: int, given: Any, options: Sequence[Any], letters: tuple[str, ...]) -> str:
         text, texts = str(given).strip(), [str(option).strip() for option in options]

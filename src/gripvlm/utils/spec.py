@@ -22,36 +22,17 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = [
-    "Option",
-    "Spec",
-    "did_you_mean",
-    "fits",
-    "join_options",
-    "options_of",
-    "parse_spec",
-    "read_value",
-    "split_specs",
-]
-
 T = TypeVar("T")
 _OPTION = re.compile(r"\s*(\w+)\s*=")
 
 
 class Spec(NamedTuple):
-    """A spec, cut into pieces.
-
-    Attributes:
-        name: what it names.
-        inner: the text in parentheses after the name; None without parentheses, "" where they do not close.
-        argument: the text after the colon, ahead of the options.
-        options: (word, text of the value), in order.
-    """
+    """A spec, cut into pieces: the text in parentheses after the name is `inner`."""
 
     name: str
-    inner: str | None
-    argument: str
-    options: list[tuple[str, str]]
+    inner: str | None  # None without parentheses, "" where they do not close
+    argument: str  # the text after the colon, ahead of the options
+    options: list[tuple[str, str]]  # (word, text of the value), in order
 
 
 def parse_spec(text: str, takes_argument: bool = False) -> Spec:
@@ -61,12 +42,12 @@ def parse_spec(text: str, takes_argument: bool = False) -> Spec:
         text: such as "mmr(norm):balance=0.5".
         takes_argument: whether the text up to the first comma is an argument, also where it has a "=".
     """
-    head, _, rest = _partition(text, ":")
+    head, rest = _cut(text)
     name, opened, inner = head.strip().partition("(")
     inner = inner[:-1].strip() if inner.endswith(")") else ""
     argument: list[str] = []
     options: list[tuple[str, str]] = []
-    for piece in _split(rest, ","):
+    for piece in _split(rest or "", ","):
         match = _OPTION.match(piece)
         if match and (argument or not takes_argument):
             options.append((match[1], piece[match.end() :].strip()))
@@ -88,7 +69,7 @@ def join_options(pieces: Iterable[T]) -> list[T]:
     joined: list[Any] = []
     for piece in pieces:
         last = joined[-1] if joined else None
-        if isinstance(piece, str) and isinstance(last, str) and _OPTION.match(piece) and _partition(last, ":")[1]:
+        if isinstance(piece, str) and isinstance(last, str) and _OPTION.match(piece) and _cut(last)[1] is not None:
             joined[-1] = f"{last},{piece.strip()}"
         else:
             joined.append(piece)
@@ -107,10 +88,10 @@ def _split(text: str, mark: str) -> list[str]:
     return pieces if depth == 0 else text.split(mark)
 
 
-def _partition(text: str, mark: str) -> tuple[str, str, str]:
-    """`str.partition` at the first mark outside of brackets."""
-    head, *rest = _split(text, mark)
-    return head, mark if rest else "", mark.join(rest)
+def _cut(text: str) -> tuple[str, str | None]:
+    """The text before and after the first colon outside of brackets; None where there is no colon."""
+    head, *rest = _split(text, ":")
+    return head, ":".join(rest) if rest else None
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.6) -> str:
@@ -120,40 +101,36 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3, cutoff: float 
 
 
 class Option(NamedTuple):
-    """One field of a dataclass, as an option of a spec.
-
-    Attributes:
-        name: as in a spec.
-        kind: its annotation.
-        default: its value where it is left out; `dataclasses.MISSING` if it must be given.
-    """
+    """One field of a dataclass, as an option of a spec; `kind` is its annotation."""
 
     name: str
     kind: Any
-    default: Any
+    default: Any  # `dataclasses.MISSING` if it must be given
 
     @property
     def required(self) -> bool:
-        """True where there is no default."""
         return self.default is dataclasses.MISSING
 
     @property
-    def typeable(self) -> bool:
-        """Whether a spec can hold a value of it; a tensor or a list cannot be typed."""
-        members = get_args(self.kind) if get_origin(self.kind) in (Union, types.UnionType) else (self.kind,)
-        return any(kind in (int, float, bool) or get_origin(kind) is Literal or fits("", kind) for kind in members)
+    def annotation(self) -> str:
+        return inspect.formatannotation(self.kind)
 
     def read(self, text: str) -> Any:
         """The value of a spec's text: a Python literal where that fits, else the text."""
         value = read_value(text)
-        return (
-            text if not fits(value, self.kind) and fits(text, self.kind) else value
-        )  # a name that looks like a number
+        # A name may look like a number.
+        return text if not fits(value, self.kind) and fits(text, self.kind) else value
+
+    @property
+    def has_text_form(self) -> bool:
+        """Whether a spec can hold a value of it: it cannot hold a tensor or a module."""
+        members = get_args(self.kind) if get_origin(self.kind) in (Union, types.UnionType) else (self.kind,)
+        return any(kind in (int, float, bool) or get_origin(kind) is Literal or fits("", kind) for kind in members)
 
     def __str__(self) -> str:
-        return (
-            f"{self.name} ({inspect.formatannotation(self.kind)})" if self.required else f"{self.name}={self.default}"
-        )
+        if not self.has_text_form:
+            return f"{self.name}: from Python"
+        return f"{self.name} ({self.annotation})" if self.required else f"{self.name}={self.default}"
 
 
 @cache
@@ -188,7 +165,7 @@ def fits(value: Any, kind: Any) -> bool:
         return any(fits(value, member) for member in get_args(kind))
     if origin is Literal:
         return value in get_args(kind)
-    if origin in (None, types.NoneType):
+    if origin is types.NoneType:
         return value is None
     # A TypeVar or an unresolved string says nothing that could be checked.
     if origin in (Any, object) or not isinstance(origin, type):

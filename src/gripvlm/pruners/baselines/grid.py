@@ -1,4 +1,4 @@
-"""Keep an even lattice of visual tokens: spatial coverage without looking at any of them."""
+"""Even coverage of the image without looking at any token: a lattice of points, and pooling into them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.pruners.base import Pruner
-from gripvlm.types import Selection, VisualTokens
+from gripvlm.types import Merge, Selection, VisualTokens
 from gripvlm.utils.batching import onto
 
 
@@ -40,10 +40,9 @@ def lattice(grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Grid(Pruner):
-    """Rows of the image at the points of an even k-point lattice (see `lattice`).
+    """Keep an even lattice of visual tokens: spatial coverage without looking at any of them.
 
-    Uniform sub-sampling; a strong baseline in UniPruneBench, arXiv 2511.02650. It reads no feature,
-    so its choice is known from the image's size alone.
+    The tokens at the points of `lattice`. Uniform sub-sampling; a strong baseline in UniPruneBench, arXiv 2511.02650.
     """
 
     name = "grid"
@@ -54,3 +53,40 @@ class Grid(Pruner):
         assert tokens.grid is not None
         indices, _ = lattice(tokens.grid, tokens.keep)
         return Selection(onto(indices, tokens.features.device), tokens.n, sound=True)
+
+
+@dataclass(frozen=True)
+class Pool(Pruner):
+    """Average pooling to any count: every token is averaged into the nearest point of a lattice.
+
+    x'_a = mean of x_i over the tokens i whose nearest lattice point is a. The points are those of `Grid`; where they
+    divide the raster into equal blocks the result is block average pooling exactly.
+
+    1. Distance is Euclidean between cell centres and lattice points, in cells; ties go to the
+       anchor with the lower index.
+    2. An anchor's own cell always belongs to it, so no mean is empty.
+    """
+
+    name = "pool"
+    needs = frozenset({"features", "grid"})
+    source = "baseline: average pooling"
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        assert tokens.grid is not None
+        h, w = tokens.grid
+        # All on the host: sizes alone decide, and nothing has to wait for the device.
+        anchors, centres = lattice(tokens.grid, tokens.keep)
+        y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+        cells = torch.stack((y.flatten(), x.flatten()), dim=-1)  # [n, 2]
+        squared = (cells[:, None] - centres[None]).square().sum(-1)  # [n, k]
+        slot = squared.argmin(dim=-1)  # [n]
+        # On a crowded lattice an anchor's own cell may lie nearer to another point: its mean would be empty.
+        slot[anchors] = torch.arange(tokens.keep)
+        size = torch.bincount(slot, minlength=tokens.keep)
+        device = tokens.features.device
+        merge = Merge(
+            source=torch.arange(tokens.n, device=device),
+            destination=onto(slot, device),
+            weight=onto(size[slot].reciprocal(), device),
+        )
+        return Selection(onto(anchors, device), tokens.n, merge=merge)

@@ -13,7 +13,7 @@ from gripvlm.types import Selection, VisualTokens
 
 @dataclass(frozen=True)
 class KeepAll(Pruner):
-    """Keeps all n rows; the logits are those of the untouched model, bit for bit.
+    """Keep every visual token: the logits are those of the untouched model, bit for bit.
 
     `keep` can be left away. Any budget below n is refused, since it could not be met.
     `full`, as tables call it, is another name of it.
@@ -42,7 +42,7 @@ class KeepAll(Pruner):
 
 @dataclass(frozen=True)
 class Full(KeepAll):
-    """`KeepAll` under the name that results give it."""
+    """`keep_all` under the name that results give it."""
 
     name = "full"
     source = "no pruning: alias of keep_all"

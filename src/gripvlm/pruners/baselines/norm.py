@@ -15,7 +15,7 @@ class Norm(ScorePruner):
     """score_i = ||x_i||_2, the Euclidean norm of row i after the projector.
 
     A folk baseline without a paper of its own: it asks whether a token's size alone says that it
-    matters. Computed in float32 whatever the model's dtype.
+    matters.
     """
 
     name = "norm"

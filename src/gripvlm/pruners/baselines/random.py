@@ -36,6 +36,7 @@ class Random(ScorePruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         identity = f"{self.seed}/{tokens.key}/{tokens.image}/{tokens.n}".encode()
+        # 7 bytes: a generator's seed has 63 bits.
         state = int.from_bytes(hashlib.blake2b(identity, digest_size=7).digest(), "little")
         generator = torch.Generator().manual_seed(state)
         # Drawn on the CPU: generators of devices differ.

@@ -14,7 +14,6 @@ from gripvlm.pruners.ops.pairwise import GreedyPruner, padding_of
 from gripvlm.types import VisualTokens
 from gripvlm.utils.batching import padded
 
-RELEVANCE = ("default", "positive", "negative", "none")
 EPS = 1e-5  # of a unit variance: less than this is rounding
 
 
@@ -45,26 +44,15 @@ class CDPruner(GreedyPruner):
     3. Once C is explained to 1e-5 (k above its rank, or duplicates), the rest is filled by relevance.
     4. min and max are over the image alone, not over the batch. An empty question, or one equally
        far from all tokens, gives r = 1.
-    5. Float32 whatever the dtype; ties go to the lower index; raster order is restored.
 
     Attributes:
-        relevance: "positive" (near the question is relevant), "negative" (far is), "none" (r = 1, a plain
-            DPP), or "default": negative with `clip`, as in the paper, else positive.
-        theta: None for r as above; else r_i becomes exp(a r_i), a = theta / (2 (1 - theta)), theta in
-            [0, 1): 0 is diversity alone.
         clip: CLIP's text tower with the questions of the batch; from Python only.
     """
 
     name = "cdpruner"
     source = "CDPruner, arXiv 2506.10967 (NeurIPS 2025); without `clip`, question embeddings stand in"
 
-    relevance: str = "default"
-    theta: float | None = None
     clip: TextTower | None = None
-
-    def __post_init__(self) -> None:
-        valid = self.relevance in RELEVANCE and (self.theta is None or 0 <= self.theta < 1)
-        self.require(valid, f"relevance={'|'.join(RELEVANCE)} and theta=0.5, in [0, 1)")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -74,27 +62,23 @@ class CDPruner(GreedyPruner):
         if self.clip is not None:
             self.clip.check(model)
 
-    def cosine(self, rows: Tensor, tokens: VisualTokens) -> Tensor | None:
-        """[n] mean cosine of [n, d] unit rows, or of their patches, with the question; None without one."""
+    def relevance(self, rows: Tensor, tokens: VisualTokens) -> Tensor | None:
+        """[n] c_i of [n, d] unit rows, or of their patches; None without a question."""
         if self.clip is not None:
             assert tokens.patches is not None
-            return self.clip.cosine(tokens.patches, tokens.sample).to(rows)
+            return -self.clip.cosine(tokens.patches, tokens.sample).to(rows)
         if tokens.question is None or not tokens.question.shape[0]:
             return None
         return (rows @ normalize(tokens.question.to(rows), dim=-1).T).mean(dim=1)
 
     def quality(self, rows: Tensor, tokens: VisualTokens) -> Tensor:
         """[n] r_i of [n, d] unit rows."""
-        cosine = None if self.relevance == "none" else self.cosine(rows, tokens)
-        if cosine is None:
-            quality = torch.ones_like(rows[:, 0])
-        else:
-            far = self.relevance == "negative" or (self.relevance == "default" and self.clip is not None)
-            cosine = -cosine if far else cosine
-            low, high = cosine.aminmax()
-            differ = high > low  # a tensor: reading it would wait for the device
-            quality = torch.where(differ, (cosine - low) / torch.where(differ, high - low, 1) + 1e-6, 1)
-        return quality if self.theta is None else (quality * (self.theta / (2 - 2 * self.theta))).exp()
+        relevance = self.relevance(rows, tokens)
+        if relevance is None:
+            return torch.ones_like(rows[:, 0])
+        low, high = relevance.aminmax()
+        differ = high > low  # a tensor: reading it would wait for the device
+        return torch.where(differ, (relevance - low) / torch.where(differ, high - low, 1) + 1e-6, 1)
 
     def pick(self, images: Sequence[VisualTokens], rows: Sequence[Tensor], cosine: Tensor) -> Tensor:
         each = [self.quality(*pair) for pair in zip(rows, images, strict=True)]

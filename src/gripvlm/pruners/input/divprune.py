@@ -22,10 +22,8 @@ class DivPrune(GreedyPruner):
 
     1. One running minimum makes it O(n^2 d) for the distances and O(k n) for the choice, where a
        minimum over all of S at each step would be O(k^2 n). The choice is the same.
-    2. k is exact and comes from the budget, not from a ratio alone.
-    3. Distances in float32 whatever the dtype. Ties go to the lower index; the first token is often
-       one, since two tokens may be each other's nearest. A row of zeros is at distance 1 from all.
-    4. Raster order is restored at the end.
+    2. The first token is often a tie, since two tokens may be each other's nearest. A row of zeros is at distance 1
+       from all.
     """
 
     name = "divprune"

@@ -18,7 +18,6 @@ class FasterVLM(ScorePruner):
     arXiv 2412.01818.
 
     1. The paper prunes before the projector, which treats rows one by one: the result is the same.
-    2. Towers without a CLS token: the mean attention that j receives.
     """
 
     name = "fastervlm"

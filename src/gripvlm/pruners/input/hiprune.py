@@ -24,7 +24,6 @@ class HiPrune(Pruner):
     1. Where five tokens an anchor are more than k, as alpha far above 0.1 allows, there are k // 5 anchors:
        the authors' code stops.
     2. The authors count blocks from 1 and call theirs 9 for CLIP's 24 and 16 for Qwen2.5-VL.
-    3. Ties go to the lower index; raster order is restored.
 
     Attributes:
         alpha: share of anchors and buffers, in [0, 1]; halves are rounded to even, as by Python.
@@ -50,6 +49,7 @@ class HiPrune(Pruner):
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.grid is not None
         deep, k = received_attention(tokens, self.deep), tokens.keep
+        # At most k // 5, as each anchor takes four neighbours along.
         anchors = top_k(received_attention(tokens, self.middle), min(k // 5, round(k * self.alpha / 5)))
         kept = torch.zeros_like(deep, dtype=torch.bool)
         # Clamped, not wrapped or dropped: as the authors' code treats neighbours outside of the raster.

@@ -29,7 +29,6 @@ class HiRED(ScorePruner):
        contiguous strips as there are tiles, for 2 x 2 tiles a quarter of the height each: of tiles that lie side by
        side, each is given a strip as wide as both.
     3. How tiles lie is not in the data a pruner gets: pass `layout`. It works through `allocate_budget`.
-    4. Towers without a CLS token: the mean attention received.
 
     Attributes:
         alpha: in [0, 1].

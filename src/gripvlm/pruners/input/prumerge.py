@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: keep what the CLS token looks at, and let it absorb what resembles it."""
+"""LLaVA-PruMerge and PruMerge+ (arXiv 2403.15388): salient tokens absorb what resembles them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from gripvlm.types import Merge, Selection, VisualTokens
 
 @dataclass(frozen=True)
 class PruMerge(Pruner):
-    """PruMerge (arXiv 2403.15388): tokens with outlying CLS attention a, with their neighbours merged in.
+    """Keep what the CLS token looks at, and let it absorb what resembles it.
 
-    Block: the last. A kept row becomes x_i + sum of a_j x_j over the `neighbours` other tokens whose
-    keys are most like its own (cosine); one more row holds the sum of a_j x_j over all that are not kept.
-    The paper keeps as many as there are outliers, a_i > Q3 + 1.5 (Q3 - Q1); `count` says how many.
+    Kept are the tokens with the largest CLS attention a in the last block. A kept row becomes x_i + sum of a_j x_j over
+    the `neighbours` other tokens whose keys are most like its own (cosine); from k = 2 on one more row holds the sum of
+    a_j x_j over all that are not kept. The paper keeps as many as there are outliers, a_i > Q3 + 1.5 (Q3 - Q1).
 
-    1. k is exact: the k tokens with the largest a. For the paper's count pass `count` as the budget.
+    1. For the paper's count pass `count` as the budget.
     2. Weighted means: the weights 1, a_j, ... are divided by their sum.
     3. The extra row is one of the k. It stands at the strongest token that is not kept.
     4. Attention and keys are means over heads; the code computes both as one head of full width.
-       Towers without a CLS token: the mean attention received.
     5. Projected rows are merged; the paper merges before the projector. With k = n nothing is.
 
     Attributes:
         neighbours: tokens that a kept row absorbs; they may be kept themselves.
-        extra: whether there is an extra row (from k = 2 on).
         uniform: share of k that is spread evenly over the image: 0 here, more in PruMerge+.
     """
 
@@ -41,7 +39,6 @@ class PruMerge(Pruner):
     source = "LLaVA-PruMerge, arXiv 2403.15388 (ICCV 2025)"
 
     neighbours: int = 32
-    extra: bool = True
     uniform: float = 0.0
 
     def __post_init__(self) -> None:
@@ -60,13 +57,14 @@ class PruMerge(Pruner):
         evenly = min(k - 1, int(self.uniform * k + 0.5))
         kept = mask_of(top_k(attention, k - evenly), attention.numel())
         rest = (~kept).nonzero().flatten()
+        # Even steps over the others in raster order, not over the image: some of its even points are kept already.
         kept[rest[torch.arange(evenly, device=rest.device) * rest.numel() // max(1, evenly)]] = True
         return kept
 
     def select(self, tokens: VisualTokens) -> Selection:
         n, k = tokens.n, tokens.keep
         attention = cls_attention(tokens, -1)
-        extra = int(self.extra and 1 < k < n)
+        extra = int(1 < k < n)
         kept = self._anchors(attention, k - extra)
         anchors, rest = kept.nonzero().flatten(), (~kept).nonzero().flatten()
         indices = anchors
@@ -94,3 +92,20 @@ class PruMerge(Pruner):
             destination = [*destination, hole.expand_as(rest)]
         merge = Merge(torch.cat(source), torch.cat(destination), torch.cat(weight))
         return Selection(indices, n, attention, merge if k < n else None)
+
+
+@dataclass(frozen=True)
+class PruMergePlus(PruMerge):
+    """Evenly spread tokens beside the salient ones, and what resembles them merged in.
+
+    `uniform` x k of the kept tokens lie evenly over the others, in raster order. The paper adds to the outliers, a
+    share r of the tokens, every floor(step / 3)-th token, step = floor(1 / r): about three for each outlier, so three
+    quarters of k here.
+
+    1. The paper's even tokens may fall on outliers, and then there are fewer.
+    """
+
+    name = "prumerge_plus"
+    source = "PruMerge+, arXiv 2403.15388 (ICCV 2025)"
+
+    uniform: float = 0.75

@@ -27,7 +27,7 @@ class VisionZip(Pruner):
     2. Projected rows are merged; the paper merges before the projector.
     3. The paper counts the CLS token itself as dominant; language models here get patches only.
     4. A contextual token stands where its target stood, not after all dominant ones.
-    5. Towers without a CLS token: the mean attention received; without visible keys: projected rows.
+    5. Towers without visible keys: projected rows.
 
     Attributes:
         contextual: C / k, in [0, 1].

@@ -23,8 +23,7 @@ class VisPruner(Pruner):
     the most similar first, then the odd ones; and so on until k are left in all.
 
     1. An odd number of tokens is no special case: there is one more even one than odd ones. The code stops.
-    2. Towers without a CLS token: the mean attention received.
-    3. Cosines of the tower's rows, before the projector, in float32; ties go to the higher attention.
+    2. Cosines of the tower's rows, before the projector; ties go to the higher attention.
 
     Attributes:
         important: in [0, 1].
@@ -58,5 +57,6 @@ class VisPruner(Pruner):
         while (over := left.numel() - diverse) > 0:
             even, odd = left[::2], left[1::2]
             alike = cosine[even[:, None], odd].amax(dim=1)
+            # Sorted, not only cut: which tokens the next round finds at even places depends on the order.
             left = torch.cat((even[descending(alike)[min(self.step, over) :]], odd))
         return Selection(torch.cat((order[:first], rest[left])).sort().values, tokens.n, scores)

@@ -1,1 +1,1 @@
-"""Pruners that drop inside the language model."""
+"""Pruners that drop inside the language model, with their variants at the input."""

@@ -19,9 +19,8 @@ class FastV(LLMScorePruner):
     output enters layer `layer` (counted from 0): the first `layer` layers see every token.
 
     1. The paper says "received from all other tokens"; its code takes the last token's row, and so does this.
-    2. `keep` is the average over layers: of 576 tokens with 32 layers, keep=192, 128 and 64 leave 166, 98 and 30.
+    2. Of 576 tokens with 32 layers, keep=192, 128 and 64 leave 166, 98 and 30.
     3. Each image has its own budget; the code ranks the tokens of all images together.
-    4. Ties go to the lower index; raster order is kept; kept tokens stay at their positions, as in the code.
 
     Attributes:
         layer: rows are dropped before it, 1 or more; the paper's K = 2.

@@ -26,16 +26,14 @@ class PuMer(LLMPruner):
     1. PuMer is for cross-modal encoders and fine-tuned with reduction; this is its reducer, untrained, in a
        decoder. The paper's ViLT reduces in the layers 2, 5 and 8 of 12, between attention and MLP; here after that
        MLP, before the layers 3, 6 and 9, at the same relative depth.
-    2. `keep` is the average over layers, the same share going on at each layer. Of the tokens that have to go there,
-       those dropped and those merged are as prune to merge, as far as pairs go.
+    2. The same share of the tokens stays at each layer. Of those that have to go there, those dropped and those merged
+       are as prune to merge, as far as pairs go.
     3. Text is not merged: the prompt's tokens are not the pruner's. So merging is within the modality.
     4. Text ahead of the image, which does not see it, does not count. Without text after it, the last token.
-    5. A merged token stands where its odd one stood; raster order is restored for the kept ones.
+    5. A merged token stands where its odd one stood.
 
     Attributes:
         prune, merge: shares of tokens pruned and merged; only their ratio counts.
-        order: "score" matches in the order of c as the code does, "raster" in that of the image, where no token
-            is protected.
         layers: of a model of 12.
     """
 
@@ -45,19 +43,18 @@ class PuMer(LLMPruner):
 
     prune: float = 0.1
     merge: float = 0.3
-    order: str = "score"
     layers: tuple[int, ...] = (3, 6, 9)
 
     def __post_init__(self) -> None:
-        valid = self.order in ("score", "raster") and min(self.prune, self.merge) >= 0 < self.prune + self.merge
-        self.require(valid, "prune=0.1 and merge=0.3, not both 0, and order=score or order=raster")
+        valid = min(self.prune, self.merge) >= 0 < self.prune + self.merge
+        self.require(valid, "prune=0.1 and merge=0.3, not both 0")
 
     def schedule(self, n: int, keep: int, num_layers: int) -> dict[int, int]:
         return pyramid_schedule(self.name, n, keep, num_layers, same_depths(self.layers, 12, num_layers))
 
     def merges(self, n: int, count: int) -> int:
         """How many of the n - count tokens that go are merged: as pairs allow, and the protected one."""
-        return min(count - (self.order == "score"), int((n - count) * self.merge / (self.prune + self.merge) + 0.5))
+        return min(count - 1, int((n - count) * self.merge / (self.prune + self.merge) + 0.5))
 
     def select_at_layer(self, layer: int, tokens: LLMTokens) -> Selection:
         assert tokens.keys is not None
@@ -65,11 +62,9 @@ class PuMer(LLMPruner):
         merges = self.merges(tokens.n, tokens.keep)
         # In falling order even and odd places alternate by importance: pairs join a strong and a weaker token.
         left = descending(scores)[: tokens.keep + merges]
-        if self.order == "raster":
-            left = left.sort().values
         if not merges:
             return Selection(left.sort().values, tokens.n, scores)
-        source, destination = soft_matching(tokens.keys[left], merges, int(self.order == "score"))
+        source, destination = soft_matching(tokens.keys[left], merges, fixed=1)
         stays = torch.ones_like(left, dtype=torch.bool)
         stays[source] = False
         indices = left[stays].sort().values

@@ -16,14 +16,13 @@ from gripvlm.types import LLMTokens
 class PyramidDrop(LLMScorePruner):
     """Pyramid visual redundancy reduction (arXiv 2410.17247), as for inference.
 
-    Before the layers 8, 16 and 24 of 32 the same share of the tokens goes on, those with the largest
-    attention of the prompt's last token, the mean over heads.
+    Before the layers 8, 16 and 24 of 32 the same share of the tokens stays, those with the largest attention of the
+    prompt's last token, the mean over heads.
 
-    1. `keep` is the average over layers and the share is solved from it. The paper's share of a half
-       gives 288, 144 and 72 of 576, 270 on average.
+    1. The share is solved from `keep`. The paper's share of a half gives 288, 144 and 72 of 576, 270 on average.
     2. Attention is that of the layer before; the code recomputes the one query with the
        queries and keys of the layer after it.
-    3. Each image has its own budget. Kept tokens stay at their positions; the code counts anew.
+    3. Kept tokens stay at their positions; the code counts anew.
 
     Attributes:
         layers: of a model of 32; other depths drop at the same relative ones.

@@ -37,15 +37,14 @@ class SparseVLM(LLMPruner):
     floor(0.3 p) + 1 are recycled: grouped by density peaks into floor(that / 10) + 1 clusters, and each cluster's
     mean is kept.
 
-    1. `keep` is the average over layers, recycled tokens included, and the same share goes on at each layer. The
-       code's settings for 192, 128 and 64 of 576 keep 300/200/110, 303/110/36 and 66/30/17 at these three; with all
-       576 before and what is recycled they cost 206.5, 145.4 and 82.3 a layer. A layer with too few tokens for a
-       cluster recycles nothing.
+    1. `keep` includes recycled tokens, and the same share of the tokens stays at each layer. The code's settings for
+       192, 128 and 64 of 576 keep 300/200/110, 303/110/36 and 66/30/17 at these three; with all 576 before and what is
+       recycled they cost 206.5, 145.4 and 82.3 a layer. A layer with too few tokens for a cluster recycles nothing.
     2. A word whose share is the mean, up to rounding, rates too: else a single word, or equal ones, would not. Where
        no text comes after the image, the prompt's last token rates. Special tokens do not.
     3. A cluster's mean stands at its centre, not after all kept tokens, whose positions do not change.
     4. Without the random noise that the code adds to densities, which decides between equals there (with two clusters
-       any two that are nearest to one another); ties go to the lower index.
+       any two that are nearest to one another).
 
     Attributes:
         layers: of a model of 32; other depths drop at the same relative ones.
@@ -100,6 +99,7 @@ class SparseVLM(LLMPruner):
         centres, nearest = density_peaks(tokens.hidden[pool], clusters)
         indices = torch.cat((order[:kept], pool[centres])).sort().values
         slots = torch.searchsorted(indices, pool[centres])
+        # A centre is its slot's own row, so only the others are merged in.
         others = torch.ones_like(pool, dtype=torch.bool)
         others[centres] = False
         merge = mean_merge(indices, pool[others], slots[nearest[others]])

@@ -62,6 +62,7 @@ def mean_merge(indices: Tensor, source: Tensor, slot: Tensor) -> Merge | None:
     if not source.numel():
         return None
     size = torch.bincount(slot, minlength=indices.numel())
+    # A slot's own row is a source too. Slots that nothing goes to stay out of the merge, and the same bit for bit.
     into = size.nonzero().flatten()
     destination = torch.cat((into, slot))
     return Merge(torch.cat((indices[into], source)), destination, (size[destination] + 1).float().reciprocal())

@@ -43,5 +43,6 @@ def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
 def window_numbers(grid: tuple[int, int], size: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
     """[n] number of the window, of `size` cells from the top left, that each cell of a raster lies in."""
     (h, w), (high, wide) = grid, size
+    # Windows at the right and at the bottom may be smaller.
     y, x = torch.arange(h, device=device) // high, torch.arange(w, device=device) // wide
     return (y[:, None] * -(-w // wide) + x).flatten()

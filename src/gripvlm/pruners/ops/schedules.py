@@ -36,6 +36,7 @@ def one_layer_schedule(name: str, n: int, keep: int, num_layers: int, layer: int
 
 def least_keep(n: int, num_layers: int, layer: int) -> int:
     """The smallest `keep` that `one_layer_schedule` takes: one token is left from `layer` on."""
+    # Where that schedule's count becomes 1, solved for `keep` and rounded up.
     return -(-(2 * layer * n + num_layers - layer) // (2 * num_layers))
 
 
@@ -75,6 +76,7 @@ def entering_tokens(n: int, keep: int, num_layers: int, layer: int, first: float
 
     For large budgets all n enter; for small ones fewer than `first` x keep, so that one is left from `layer` on.
     """
+    # All layers together pay num_layers x keep, and those from `layer` on at least one token each.
     most = (num_layers * keep - (num_layers - layer)) // layer
     return max(keep, min(n, int(first * keep + 0.5), most))
 
@@ -86,7 +88,9 @@ def same_depths(published: Sequence[int], of: int, num_layers: int) -> list[int]
     """
     layers: list[int] = []
     for layer in published:
+        # round() would round halves to even.
         scaled = (2 * layer * num_layers + of) // (2 * of)
+        # In a shallow model two published layers may fall on the same one.
         scaled = max(scaled, layers[-1] + 1 if layers else 1)
         if scaled < num_layers or not layers:
             layers.append(scaled)

@@ -10,8 +10,6 @@ from gripvlm.errors import BudgetError
 from gripvlm.pruners.base import TowerPruner
 from gripvlm.pruners.ops.merging import soft_matching
 
-SCHEDULES = ("constant", "decreasing")
-
 
 @dataclass(frozen=True)
 class ToMe(TowerPruner):
@@ -23,7 +21,7 @@ class ToMe(TowerPruner):
 
     1. r follows from `keep`: the smallest r for which the blocks merge n - keep tokens in all. Once that many are
        merged the later blocks merge none, so k is exact.
-    2. "decreasing" is the paper's schedule from 2r to 0; shares are rounded down.
+    2. The paper's other schedule, falling from 2r to 0, is not here.
     3. After each block tokens go back to raster order, so even and odd alternate along it; the code puts the odd
        ones behind the even ones that are left. A merged token stands where its odd one stood.
     4. Only blocks whose output the projector reads count; a block merges at most half of its tokens.
@@ -32,18 +30,13 @@ class ToMe(TowerPruner):
     6. Projected is each merged token once; what the projector makes of it is the kept row.
 
     Attributes:
-        schedule: "constant" merges r tokens in every block, "decreasing" 2r in the first and 0 in the last.
         proportional: False attends to merged tokens as to any other.
     """
 
     name = "tome"
     source = "ToMe, arXiv 2210.09461 (ICLR 2023)"
 
-    schedule: str = "constant"
     proportional: bool = True
-
-    def __post_init__(self) -> None:
-        self.require(self.schedule in SCHEDULES, "schedule=constant or schedule=decreasing")
 
     def plan(self, tokens: int, left: int, blocks: int, fixed: int) -> list[int]:
         merges: list[int] = [0] * blocks
@@ -61,10 +54,8 @@ class ToMe(TowerPruner):
     def _merges(self, r: int, tokens: int, left: int, blocks: int, fixed: int) -> list[int]:
         """What each block merges at a rate of r, as far as there are pairs and tokens to lose."""
         merges = []
-        for block in range(blocks):
-            falls = self.schedule == "decreasing" and blocks > 1
-            share = 2 * r * (blocks - 1 - block) // (blocks - 1) if falls else r
-            merges.append(max(0, min(share, (tokens - fixed) // 2, tokens - left)))
+        for _ in range(blocks):
+            merges.append(max(0, min(r, (tokens - fixed) // 2, tokens - left)))
             tokens -= merges[-1]
         return merges
 

@@ -48,6 +48,7 @@ class Ensemble(Wrapper):
         total = torch.zeros(tokens.n, dtype=torch.float64)
         for inner, weight in zip(self.inners, weights, strict=True):
             choice = inner.select(tokens)
+            # A set without scores: its rows share the upper rank, all others the lower one.
             votes = choice.scores if choice.scores is not None else choice.mask()
             total += weight * mid_ranks(votes.float().cpu()).double()
         scores = (total / sum(weights)).to(tokens.features.device, torch.float32)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Wrapper
 from gripvlm.pruners.ops.pairwise import GreedyPruner, padding_of
 from gripvlm.types import VisualTokens
@@ -24,7 +25,6 @@ class MMR(Wrapper, GreedyPruner):
     1. The first token is argmax s_i: with S empty there is nothing to repeat.
     2. Scores that are all equal count as 1. Infinite ones count as the largest (smallest) finite one.
     3. What the inner pruner would merge is dropped: its kept rows are others.
-    4. Float32 whatever the dtype; ties go to the lower index; raster order is restored.
 
     Attributes:
         balance: 1 is the inner ranking alone, 0 is diversity alone after the first token.
@@ -43,7 +43,7 @@ class MMR(Wrapper, GreedyPruner):
     def pick(self, images: Sequence[VisualTokens], rows: Sequence[Tensor], cosine: Tensor) -> Tensor:
         scores = padded([self._scaled(tokens) for tokens in images], 0.0)  # [B, n]
         picked = padding_of(images)
-        value = scores
+        value = scores  # the first by score alone: there is nothing to repeat yet
         closest = torch.full_like(scores, -torch.inf)  # [B, n], cosine to the nearest picked token
         batch = torch.arange(len(images), device=cosine.device)
         most = max(tokens.keep for tokens in images)
@@ -58,7 +58,13 @@ class MMR(Wrapper, GreedyPruner):
 
     def _scaled(self, tokens: VisualTokens) -> Tensor:
         """[n] s."""
-        scores = self.scores_of(self.inner, tokens)
+        scores = self.inner.select(tokens).scores
+        if scores is None:
+            raise PrunerError(
+                f"pruner {self.name!r} needs scores, but {self.inner.name!r} chooses a set without any: "
+                "use one that ranks, such as norm"
+            )
+        scores = scores.float().to(tokens.features.device)
         finite = scores.isfinite()
         # Infinite scores would make every finite one 0 or NaN.
         low, high = scores.where(finite, torch.inf).amin(), scores.where(finite, -torch.inf).amax()
