@@ -29,7 +29,7 @@ class DeferredChecks:
         self._pending: list[tuple[Tensor, Callable[[], None]]] = []
 
     def add(self, failed: Tensor, explain: Callable[[], None]) -> None:
-        """`failed` is a bool without dimensions; where it is True, `explain` finds what is wrong and raises."""
+        """`failed` is a bool without dimensions; if it is True, `explain` finds the cause and raises the error."""
         self._pending.append((failed, explain))
         # On a CPU there is nothing to wait for, and an error is best raised where its cause is.
         if failed.device.type == "cpu":

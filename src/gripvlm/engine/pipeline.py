@@ -37,7 +37,7 @@ class PrunedBatch:
         shortened: as they are now.
         selections: a list (prompts) of lists (images). Where rows are dropped inside the language model, complete once
             the prompt has run.
-        run: what is left to do inside the language model while it runs; None where there is nothing.
+        run: the work inside the language model while it runs; None if there is none.
         watch: the times of the steps.
         checks: of values on the device, not yet read.
     """

@@ -234,9 +234,9 @@ class Scorer(
             missing = [file.name for file in (config_file, weights_file) if not file.is_file()]
             raise ScorerError(f"{name} holds no scorer: {' and '.join(missing)} missing") from None
         except BadJSON as error:
-            raise ScorerError(f"{config_file} is not JSON that can be used (it {error}): copy it anew") from None
+            raise ScorerError(f"{config_file} is not JSON that can be used (it {error}): copy it again") from None
         except SafetensorError as error:
-            raise ScorerError(f"{weights_file} is damaged ({error}): copy it anew") from None
+            raise ScorerError(f"{weights_file} is damaged ({error}): copy it again") from None
         written = about.get("format") if isinstance(about, dict) else None
         if written != FORMAT:
             raise ScorerError(f"{name} has format {written!r}, this gripvlm reads {FORMAT!r}: update it")
@@ -244,12 +244,12 @@ class Scorer(
             base = None if about["base"] is None else ModelFingerprint.read(about["base"])
             config, notes = ScorerConfig(**about["scorer"]), dict(about["notes"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ScorerError(f"{config_file} is damaged ({type(error).__name__}: {error}): copy it anew") from None
+            raise ScorerError(f"{config_file} is damaged ({type(error).__name__}: {error}): copy it again") from None
         try:
             scorer = _assembled(cls, config, weights)
         except RuntimeError as error:
             raise ScorerError(
-                f"{name}: {weights_file.name} does not fit {config_file.name} ({error}): copy both anew"
+                f"{name}: {weights_file.name} does not fit {config_file.name} ({error}): copy both again"
             ) from None
         scorer.base, scorer.notes = base, notes
         return scorer.eval()

@@ -40,7 +40,7 @@ class TowerMerging(NamedTuple):
 
 
 class TowerRequest(NamedTuple):
-    """What pruners need of the tower beside its features.
+    """The tensors of the vision tower that pruners need in addition to its features.
 
     Attributes:
         layers: capture attention and keys in these blocks; negative ones count from the last.
@@ -116,7 +116,7 @@ ItemRows: TypeAlias = tuple[dict[int, VisionRows], Tensor | None]
 def split_by_item(
     rule: VisionRule | None, capture: TowerCapture, inputs: Mapping[str, Any], counts: Mapping[str, list[int]]
 ) -> dict[str, list[ItemRows]]:
-    """modality -> what was captured for each item, in the items' rows. Empties the capture.
+    """modality -> the captured tensors of each item, converted to rows. Empties the capture.
 
     Args:
         counts: modality -> the rows of each item, in the order in which the tower ran.
