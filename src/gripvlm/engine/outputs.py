@@ -49,7 +49,7 @@ class DeferredChecks:
 
     @contextmanager
     def explaining_errors(self) -> Iterator[None]:
-        """If the block raises an error, a check that failed before is its cause: the check's error is raised instead."""
+        """If the block raises an error after a check failed, the check is its cause: its error is raised instead."""
         try:
             yield
         except Exception:
