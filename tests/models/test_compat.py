@@ -113,9 +113,7 @@ def test_every_private_helper_takes_what_it_is_given(name):
         ("_prepare_position_ids_for_generation", (None, {})),
     ):
         part = getattr(model, helper, None)
-        assert part is not None, (
-            f"{name}: {type(model).__name__} has no {helper}: see models/adapter.py"
-        )
+        assert part is not None, f"{name}: {type(model).__name__} has no {helper}: see models/adapter.py"
         inspect.signature(part).bind(*given)  # a TypeError where it takes something else
 
 
