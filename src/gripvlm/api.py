@@ -41,38 +41,38 @@ def prune(
     proportional_attention: bool = False,
     pad_to_multiple_of: int | None = None,
 ) -> PruneBlock:
-    """Inside the block, `model.generate` and `model(...)` prune; the code that calls them stays as it is.
+    """Inside the block, `model.generate` and `model(...)` are pruned; your code that calls them need not change.
 
         with gripvlm.prune(model, "divprune", keep=64) as record:
             ids = model.generate(**inputs, max_new_tokens=32)
 
     Args:
         model, pruner, keep, positions, question, pad_to_multiple_of: as for `prune_inputs`.
-        proportional_attention: a token that a merge made of m tokens counts in attention as m: log m is added to its
-            scores in the language model (ToMe, arXiv 2210.09461, eq. 1). m is how many tokens it absorbed
-            (`gripvlm.pruners.sizes_after`), whatever their weights. Exact where the m tokens are equal and see one
-            another, which causal images do not. Without merges nothing changes.
+        proportional_attention: weigh merged tokens by their size: log m is added to the attention scores of a token
+            that m tokens were merged into (ToMe, arXiv 2210.09461, eq. 1). m counts the tokens, whatever their weights
+            (`gripvlm.pruners.sizes_after`). The result is exact if the m tokens are equal and attend to one another,
+            which they do not under a causal mask. Without merges nothing changes.
 
     Returns:
         A block, which yields the `Record` of the latest call.
 
-    `generate` returns the original prompt's ids in front; stopping criteria, logits processors and streamers see them
-    too, and `max_length` and `min_length` count them. The logits of `model(**inputs)` are those of the tokens that are
-    left, `labels` lose the entries of dropped placeholders, and gradients flow. A call without any image passes through
-    untouched.
+    The output of `generate` begins with the original prompt's ids; stopping criteria, logits processors and streamers
+    see them too, and `max_length` and `min_length` count them. The logits of `model(**inputs)` are those of the
+    remaining tokens, `labels` lose the entries of dropped placeholders, and gradients flow. A call without any image
+    runs unchanged.
 
-    A further turn, by either, on the cache of a call (`return_dict_in_generate=True`, or a cache of your own) continues
-    from the tokens that were kept: pass the whole conversation's ids, or the new ones with a mask of the whole.
-    Outside of any block such a cache refuses to be used.
+    A further turn on the cache of a call (`return_dict_in_generate=True`, or a cache that you passed) continues from
+    the kept tokens. It may use `generate` or `model(...)`. Pass the ids of the whole conversation, or only the new ids
+    with a mask for the whole conversation. Outside of a block such a cache raises an error.
 
-    Only this object's `generate` and `forward` are replaced, until the last block for the model ends, however it ends.
-    Threads may each open a block of their own for one model; a thread without one uses the only block that is open,
-    and is refused where there are several.
+    Only this object's `generate` and `forward` are replaced, until the last block for the model ends, also after an
+    exception. Each thread may open its own block for one model. A thread without a block uses the only open block; if
+    several are open, its call is refused.
 
     Raises:
-        GripError: a block for this model is already open in this thread, or what `prune_inputs` raises; with
-            `proportional_attention`, an `UnsupportedModelError` where a bias for each key cannot be carried, and an
-            `InputError` for a static cache.
+        GripError: a block for this model is already open in this thread; also the errors of `prune_inputs`. With
+            `proportional_attention`, an `UnsupportedModelError` if the model's attention takes no bias for each key,
+            and an `InputError` for a static cache.
     """
     request = PruneRequest.of(
         model,
@@ -105,35 +105,35 @@ def prune_inputs(
         inputs: what its processor returns. Any padding side; `labels` [B, L], where given, lose the entries of
             dropped placeholders (which carry no target) and are padded with -100.
         pruner: a name, a spec such as `"random:seed=3"`, or a `Pruner`.
-        keep: a count per image, a fraction in (0, 1], `"<=64"` for at most so many (see `Budget`); or a list with one
-            such per sample, or with one list per sample that has one per image. Only `keep_all` does without.
-        positions: "original" leaves every kept token at its position in the full prompt; "renumbered" counts anew, as
-            if the dropped tokens had never been.
-        question: what pruners that read the question get, the same for all images of a prompt: token ids [t],
-            embeddings [t, d], or a list of B of either ([B, t] ids and [B, t, d] embeddings also do; negative ids are
-            padding). By default all text tokens of the prompt that are not padding, begin, end or visual tokens.
-        encoded: what `encode` returned, to skip the vision encoder; `inputs` then need no pixels. A pruner that
-            merges inside the vision tower runs it all the same, and needs them.
-        pad_to_multiple_of: pad the shortened prompt to a length that is a multiple of this, so that few lengths occur
-            and a compiled model is used again.
+        keep: a count per image, a fraction in (0, 1], or `"<=64"` for at most 64 (see `Budget`). Or a list with a value
+            for each sample; the value may itself be a list with a value for each image. Only `keep_all` needs none.
+        positions: "original" leaves every kept token at its position in the full prompt; "renumbered" closes the gaps,
+            as if the dropped tokens had never been there.
+        question: the question for pruners that read it, the same for all images of a prompt. Token ids [t],
+            embeddings [t, d], a list with either for each of the B samples, or padded ids [B, t] (negative ids are
+            padding) or embeddings [B, t, d]. Default: all text tokens of the prompt except padding, begin and end.
+        encoded: the result of `encode`, to skip the vision encoder; `inputs` then need no pixels. A pruner that
+            merges inside the vision tower runs the encoder again, and needs the pixels.
+        pad_to_multiple_of: pad the shortened prompt to a multiple of this length, so that few lengths occur and
+            compiled code is reused.
         return_record: also return the `Record`.
 
     Returns:
         A dict with `input_ids`, `attention_mask` (always, 2D), `position_ids` (always), `mm_encoder_outputs`, and
-        everything else in `inputs` that is not the vision encoder's; or (dict, Record).
+        all other `inputs` that are not for the vision encoder. With `return_record`, (dict, Record).
 
     Raises:
         UnsupportedModelError: no support for this model, or none for this pruner on it.
         InputError: no image, a cache or embeddings instead of a full prompt, placeholders and images that do not
             match, a per-token input that gripvlm does not know.
         BudgetError: not a budget, or more than an image has.
-        PrunerError: an unknown pruner, one that returned no valid selection, or one that drops inside the language
-            model, which arguments cannot say (see `pruned_run`).
+        PrunerError: an unknown pruner, an invalid selection, or a pruner that drops inside the language model, which
+            needs hooks and not only arguments (see `pruned_run`).
 
-    Nothing is patched, and gradients flow through the kept features. Ids and cache of what runs on these arguments are
-    the shortened prompt's: a decoding loop of your own, or a further turn on the cache, must pass `position_ids` that
-    continue the last ones here (`gripvlm.prune` does so by itself). On models with M-RoPE the base model's
-    `rope_deltas` are set, as transformers does for every prompt, so that its own counting continues.
+    Nothing is patched, and gradients flow through the kept features. Output ids and the cache are those of the
+    shortened prompt. Your own decoding loop, or a further turn on the cache, must therefore pass `position_ids` that
+    continue those of this prompt (`gripvlm.prune` does this itself). On models with M-RoPE the base model's
+    `rope_deltas` are set, as transformers does for every prompt, so that the model can continue the positions.
     """
     request = PruneRequest.of(
         model, pruner, keep, positions=positions, question=question, pad_to_multiple_of=pad_to_multiple_of
@@ -143,7 +143,7 @@ def prune_inputs(
     batch.checks.raise_if_failed()
     if batch.run is not None:
         raise PrunerError(
-            f"pruner {request.pruner.name!r} drops inside the language model, which arguments alone cannot say: use "
+            f"pruner {request.pruner.name!r} drops inside the language model, which needs more than arguments: use "
             "`with gripvlm.pruned_run(model, inputs, pruner, keep) as (arguments, record):` and run the model inside, "
             "or use gripvlm.prune"
         )
@@ -163,7 +163,7 @@ def pruned_run(
     proportional_attention: bool = False,
     pad_to_multiple_of: int | None = None,
 ) -> Iterator[tuple[dict[str, Any], Record]]:
-    """`prune_inputs` for every pruner, those that drop inside the language model too: run the model in the block.
+    """`prune_inputs` for every pruner, also inside the language model; run the model inside the block.
 
         with gripvlm.pruned_run(model, inputs, "fastv", keep=192) as (arguments, record):
             logits = model(**arguments).logits          # or model.generate(**arguments)
@@ -171,10 +171,11 @@ def pruned_run(
     Args, Raises: as for `prune_inputs`, and `proportional_attention` as for `prune`.
 
     Yields:
-        The arguments, and the `Record`, whose selections are complete once the block has ended. One prompt (batch) a
-        block: what the first prefill chose stays. Logits of a direct `forward` are those of the tokens left at the
-        end, and so is the cache: it is of no use after the block (see `gripvlm.prune` for chats). On an accelerator
-        NaN from the encoder or in a pruner's scores is found when the block ends, as nothing waits before.
+        The arguments, and the `Record`, whose selections are complete once the block has ended. Use a block for one
+        batch of prompts: the selection of its first prefill is final. The logits of a direct `forward`, and the cache,
+        have only the tokens that are left, so the cache cannot be used after the block (for chats see `gripvlm.prune`).
+        On an accelerator NaN from the encoder or in a pruner's scores raises an error when the block ends, because
+        nothing waits for the device before.
     """
     request = PruneRequest.of(
         model,
@@ -201,7 +202,7 @@ def encode(model: nn.Module, inputs: Mapping[str, Any], pruners: Sequence[str | 
         model: a supported transformers model.
         inputs: what its processor returns: `input_ids` [B, L] (they say which images belong to which prompt) and the
             pixels.
-        pruners: those that will prune it, where any needs attention or patches of the vision tower.
+        pruners: the pruners that will use the encoding; needed if one reads attention or patches of the vision tower.
 
     Returns:
         `Encoded`, to pass as `prune_inputs(..., encoded=...)` with these inputs or with other questions about the
@@ -230,7 +231,7 @@ def visual_tokens(
     question: Question = None,
     encoded: Encoded | None = None,
 ) -> list[list[VisualTokens]]:
-    """What pruners see of these inputs, with the fields that every family can fill: to train a scorer, or to look.
+    """The `VisualTokens` that pruners get for these inputs, with the fields that every family has.
 
     Args, Raises: as for `prune_inputs`.
 

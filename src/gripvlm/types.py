@@ -13,7 +13,7 @@ __all__ = ["LLMTokens", "Merge", "Selection", "VisionRows", "VisualTokens", "siz
 
 @dataclass(frozen=True, eq=False)
 class VisionRows:
-    """What one block of the vision tower says about each of an image's n rows.
+    """Attention and keys of one block of the vision tower, for each of an image's n rows.
 
     Float32, on the model's device. A row of several patches has their mean, one without any (a newline) zeros.
 
@@ -94,10 +94,10 @@ class Merge:
 
 
 def sizes_after(indices: Tensor, n: int, merge: Merge | None, before: Tensor | None = None) -> Tensor:
-    """[k] float32: how many of n tokens each of the kept rows `indices` [k] stands for.
+    """[k] float32: how many of n tokens were merged into each of the kept rows `indices` [k].
 
-    A row's size is that of its sources together, whatever their weights; a source with several destinations is shared
-    equally. Rows dropped without a merge count nowhere. `before` [n] are the sizes the rows had, 1 each if None.
+    The size of a row is the sum of the sizes of its sources, whatever their weights; a source with several destinations
+    is divided equally. Rows that are dropped without a merge are not counted. `before` [n]: sizes before; None: all 1.
     """
     before = torch.ones(n, device=indices.device) if before is None else before.to(indices.device)
     if merge is None:
@@ -118,9 +118,9 @@ class Selection:
     Attributes:
         indices: [k] LongTensor, ascending and unique, rows of `VisualTokens.features`. Where rows are dropped inside
             the language model, those that are left in its last layer.
-        n: the rows there were.
-        scores: [n] what the rows were ranked by (higher is kept), or None.
-        merge: what the kept rows absorb, or None.
+        n: the number of rows before.
+        scores: [n] the scores that ranked the rows (higher is kept), or None.
+        merge: the rows that are merged into kept rows, or None.
         layers: for each layer of the language model, a LongTensor of the rows that it sees; empty where all rows are
             dropped at the input.
         sound: whether indices are right by construction (`top_k`): a device may then use them before they are checked.
@@ -149,7 +149,7 @@ class Selection:
 
     @property
     def paid(self) -> float:
-        """Rows the language model pays for, averaged over its layers: what `keep` asks for."""
+        """Rows in the language model, averaged over its layers: the number that `keep` requests."""
         return sum(self.counts) / len(self.counts)
 
     def mask(self) -> Tensor:

@@ -84,7 +84,7 @@ def test_ctrl_c_in_the_command_is_no_error_text(tmp_path, capsys, monkeypatch):
         (["--pruners", "oracle"], "type `gripvlm eval --pruners oracle`"),
         (["--pruners", "grip:scorer=lab"], "this scorer was trained for"),
         (["--dtype", "int8"], "a random model takes float32, bfloat16 or float16"),
-        (["--device", "nonsense"], "none that PyTorch knows"),
+        (["--device", "nonsense"], "not a device of PyTorch"),
         (["--out", "bench.txt"], "type a name that ends in .json"),
         (["--new", "1"], "--new"),
     ],

@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python on the lab model, its commands as far as they parse."""
+"""The README's examples: its Python runs on the lab model, its commands parse."""
 
 import re
 import shlex
@@ -20,13 +20,19 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for
 
 @pytest.fixture(scope="module")
 def names():
-    """What a reader has at hand: a model, inputs, gripvlm."""
+    """The names that the examples use: a model, inputs, gripvlm."""
     model, processor = lab.load()
     task = get_tasks("lab/existence")[0]
     samples = task.samples[:2]
     texts = [task.prompt(sample) for sample in samples]
     inputs = make_inputs(model, processor, texts, [sample.image for sample in samples])
     return {"model": model, "inputs": inputs, "gripvlm": gripvlm}
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch):
+    """The README registers a pruner, which other tests must not see."""
+    monkeypatch.setattr("gripvlm.pruners.registry._registered", {})
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
@@ -41,7 +47,7 @@ def test_the_pruner_of_the_readme_prunes(names):
     exec(compile(block, "README.md", "exec"), names)
     with gripvlm.prune(names["model"], "contrast", keep=7) as record:
         names["model"].generate(**names["inputs"], max_new_tokens=1)
-    assert [[s.k for s in mine] for mine in record.selections] == [[7], [7]]
+    assert [[selection.k for selection in images] for images in record.selections] == [[7], [7]]
     assert len([line for line in block.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 10
 
 

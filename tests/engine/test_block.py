@@ -324,7 +324,7 @@ def test_a_cache_of_an_interrupted_call_is_gone_on_from(pruner):
         ids = torch.cat((inputs["input_ids"], said[1][None], said[2][None]), -1)
         rest = model.generate(input_ids=ids, **cache, max_new_tokens=2, do_sample=False)
     assert torch.equal(rest, whole)
-    with pytest.raises(InputError, match=r"go on inside `with gripvlm\.prune"):
+    with pytest.raises(InputError, match=r"use it inside `with gripvlm\.prune"):
         model.generate(input_ids=torch.cat((rest, said[1][None]), -1), **cache, max_new_tokens=1)
 
 

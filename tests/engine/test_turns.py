@@ -174,7 +174,7 @@ def test_outside_a_block_a_pruned_cache_says_what_to_do():
 
 
 WRONG = [
-    (lambda ids: ids[:, :-5], "already stands for"),
+    (lambda ids: ids[:, :-5], "already covers"),
     (lambda ids: ids.index_fill(1, torch.tensor([2]), 7), "token 2 of sample 0 is 7"),
     (lambda ids: ids.expand(3, -1), "holds 1 prompts, but input_ids have 3"),
     (lambda ids: ids.index_fill(1, torch.tensor([ids.shape[1] - 2]), IMAGE), "a further picture on a pruned cache"),

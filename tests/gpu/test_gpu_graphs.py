@@ -1,7 +1,7 @@
 """`pad_to_multiple_of` gives static shapes: the language model is captured once and replayed with other prompts.
 
 All of a model's forward is not captured: transformers asks there whether placeholders and rows are as many
-(docs/speed.md, How to be fast).
+(docs/speed.md, Faster runs).
 """
 
 from __future__ import annotations

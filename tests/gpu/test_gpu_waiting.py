@@ -1,4 +1,4 @@
-"""A real GPU is not waited for between the vision encoder and the prefill (docs/speed.md, What is waited for).
+"""A real GPU is not waited for between the vision encoder and the prefill (docs/speed.md, Where the host waits).
 
 `no_waiting.py` shows it for a device in name only; here the device is kept busy after the encoder, and the arguments of
 the prefill must be there while it still is. PyTorch refuses what it knows to wait (`set_sync_debug_mode`) in between.

@@ -76,7 +76,7 @@ def test_the_list_says_what_each_needs():
         (lambda: get_pruner("given", scores=[[3.0]]).select(image(1, 1, 1)), "needs a tensor .* got a float"),
         (lambda: get_pruner(DivPrune), r"the class DivPrune: pass an object, DivPrune\(\)"),
         (lambda: get_pruner(64), "got a int, which has no select"),
-        (lambda: get_pruner(Random(), seed=1), "go with a name"),
+        (lambda: get_pruner(Random(), seed=1), "set them on the object"),
         (lambda: register_pruner("divprune", Norm), "'divprune' is taken"),
         (lambda: register_pruner("my-pruner", Norm), "must be snake_case"),
     ],

@@ -312,7 +312,7 @@ def test_other_json_files_are_left_out_and_said(made, tmp_path, capsys):
     other = tmp_path / "families.json"
     other.write_text('{"rows": []}')
     assert main(["report", str(made), str(other), "--out", str(tmp_path / "page")]) == 0
-    assert "families.json is no result of `gripvlm eval`: left out" in capsys.readouterr().err
+    assert "families.json is not a result of `gripvlm eval`: ignored" in capsys.readouterr().err
     assert main(["report", str(other), "--out", str(tmp_path / "none")]) == 2
     assert "none of these files" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -64,7 +64,7 @@ def fits(
         model, prompts, lengths, new: as for `bench`; one prompt is made, and repeated.
         settings: as in `bench`; limits are left out.
         most: the largest batch tried.
-        report: is called with what is tried.
+        report: called with each batch that is tried.
 
     Yields:
         {"prompt", "kind", "setting", "pruner", "keep", "most", "fits", "fails", "to_full"}; docs/bench.md says what

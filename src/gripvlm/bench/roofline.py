@@ -191,7 +191,7 @@ def _shares(
 ) -> dict[str, float]:
     """The least time / the measured time of each phase that the roofline speaks about."""
     machine, weights = hardware
-    # each new token reads all weights and the cache anew
+    # each new token reads all weights and the cache again
     token = machine.seconds(counts.flops["decode"] / (new - 1), weights.language + counts.kv_bytes)
     least = {
         "vision": machine.seconds(counts.flops["vision"], weights.vision),

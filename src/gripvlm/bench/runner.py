@@ -31,7 +31,7 @@ Prompts = Callable[[int, int], Mapping[str, Any]]
 
 
 class BenchInterrupted(Interrupted):
-    """Ctrl-C in `bench`; its text says what is kept, `result` is what was measured."""
+    """Ctrl-C in `bench`; its text says which rows are saved, `result` has the measurements so far."""
 
     def __init__(self, text: str, result: dict[str, Any]) -> None:
         super().__init__(text)
@@ -77,7 +77,7 @@ def bench(
         new: tokens to generate, at least 2.
         repeats: turns that count; one more warms up. FLOPs are counted on one prompt.
         fit: also look for the largest batch, up to this one, that the accelerator's memory holds; 0 does not.
-        out: where the JSON is written, after each cell and at the end; what is there is replaced.
+        out: where the JSON is written, after each cell and at the end; an existing file is replaced.
         about: what the result should say of the model besides its type, dtype, device and size.
         progress: show how far it is on standard error: a bar, or without a terminal a line now and then.
 
@@ -119,7 +119,7 @@ def bench(
             text = "Stopped; nothing is kept, because no --out was given."
             if out is not None:
                 text = (
-                    f"Stopped. {done} of {planned} rows are in {out}, some perhaps with fewer repeats than asked for."
+                    f"Stopped. {done} of {planned} rows are in {out}, some perhaps with fewer repeats than requested."
                 )
             raise BenchInterrupted(text, run.result) from None
         run.result["finished"] = True
@@ -128,7 +128,7 @@ def bench(
 
 
 class _Run:
-    """A benchmark under way: what it measures, and what it has measured so far (`result`, ready to be written)."""
+    """A running benchmark: its settings, and its measurements so far (`result`, ready to be written)."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class Architecture:
     """One model that can be built without any download.
 
     Attributes:
-        note: what it is, one line.
+        note: one line about the shape.
         model_type: the family.
         words: token ids from 3 up to this one are plain text.
         config: arguments of its transformers config.
@@ -95,7 +95,7 @@ def random_pruner(spec: str, model: PreTrainedModel) -> Pruner:
     """
     if spec != "grip":
         return get_pruner(spec)
-    # the caller's random numbers are what they would be without us
+    # the caller's random numbers are the same as without this call
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         width = model.get_input_embeddings().weight.shape[1]

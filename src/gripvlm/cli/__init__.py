@@ -1,4 +1,4 @@
-"""The command line: `gripvlm quickstart | ask | train | eval | ...`, thin over the Python of the same names."""
+"""The command line: `gripvlm quickstart | ask | train | eval | ...`. Each command calls Python functions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def root(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0 is success, 2 an error that the user can mend (one paragraph on standard error), 130 Ctrl-C.
+    0 is success, 2 an error that the user can fix (one paragraph on standard error), 130 Ctrl-C.
     `--debug` anywhere shows the traceback as well.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Stopped.", file=sys.stderr)
         return 130
     except (_UsageError, OSError, GripError, ImportError, MemoryError, RuntimeError) as error:
-        # PyTorch has no class of its own for memory that runs out; any other RuntimeError is a bug of ours.
+        # PyTorch has no error class for missing memory on all devices; any other RuntimeError is a bug in gripvlm.
         if isinstance(error, RuntimeError) and "out of memory" not in str(error):
             raise
         if debug:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    """What is wrong and what to do, for any error that a user can mend."""
+    """The message for an error that a user can fix: what is wrong and what to do."""
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "gripvlm"
@@ -94,7 +94,7 @@ def _message(error: Exception) -> str:
             if name := RENAMED.get(option[2:].replace("-", "_")):
                 message = f"No such option: {option}. It is now --{name.replace('_', '-')}."
         end = "" if message.endswith((".", "!", "?")) else "."
-        return f"{message}{end} Type `{command} --help` to see what it takes."
+        return f"{message}{end} Type `{command} --help` to see its options."
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, RuntimeError):

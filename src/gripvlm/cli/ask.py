@@ -24,7 +24,7 @@ def ask_command(
     pruner: Annotated[str, typer.Option("--pruner", "-p", help="A name from `gripvlm list`.")] = "divprune",
     keep: Annotated[str | None, typer.Option("--keep", "-k", help=f"{BUDGETS}; by default 10%, with full all.")] = None,
     overlay: Annotated[
-        Path | None, typer.Option(dir_okay=False, writable=True, help="Picture of what was kept (.png), to be written.")
+        Path | None, typer.Option(dir_okay=False, writable=True, help="File for a picture of the kept tokens (.png).")
     ] = None,
     positions: Positions = "original",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
@@ -54,7 +54,7 @@ def ask_command(
     vlm, processor = load_model(model, device)
     inputs = make_inputs(vlm, processor, [question], [picture])
     encoded = encode(vlm, inputs, [chosen])
-    # before the answer: a layout that is not known is refused without running the model
+    # before the answer: an unknown layout is refused before the model runs
     parts = layout(processor, picture.size, [item.grid for item in encoded.samples[0]]) if overlay is not None else []
     outcome = answer(
         vlm,
@@ -68,7 +68,7 @@ def ask_command(
         encoded=encoded,
     )
     text, selections, screen = outcome.predictions[0], outcome.selections[0], console()
-    # What is paid inside the language model is an average over its layers, so not always a whole number.
+    # Inside the language model the count is an average over its layers, so not always a whole number.
     kept, total = round(sum(s.paid for s in selections), 1), sum(s.n for s in selections)
     screen.print(escape(text or "(an empty answer)"), style="bold")
     screen.print(f"{kept:g} of {total} visual tokens kept ({100 * kept / total:.1f} %) by {escape(chosen.name)}")
@@ -82,11 +82,11 @@ def ask_command(
         path = overlay.with_stem(f"{overlay.stem}-{part.name}") if part.name else overlay
         caption = f"{question}\n{text}  |  {kept:g} of {total} tokens, {chosen.name}"
         draw(picture, part.of(selections), part.geometry, path, caption)
-        screen.print(f"picture of what was kept: {escape(str(path))}", soft_wrap=True)
+        screen.print(f"picture of the kept tokens: {escape(str(path))}", soft_wrap=True)
 
 
 def _pruner_and_budget(text: str, keep: str | None) -> tuple[Pruner, Budget]:
-    """The pruner of a name or spec, and the budget: by default a tenth, of `full` everything."""
+    """The pruner of a name or spec, and the budget: by default a tenth; for `full`, all tokens."""
     budget = None if keep is None else Budget(keep)
 
     from gripvlm.pruners import get_pruner

@@ -54,7 +54,7 @@ def bench_command(
     dtype: Annotated[str | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")] = None,
     attention: Annotated[str | None, typer.Option(help="transformers' attn_implementation.")] = None,
 ) -> None:
-    """Time a model unpruned, with each pruner, and with as few tokens from the start; Ctrl-C keeps what is done."""
+    """Time a model unpruned, with each pruner, and with few tokens from the start; Ctrl-C keeps finished results."""
     batches = split_numbers(batch, "--batch", "1,8", least=1)
     lengths = split_numbers(prompt, "--prompt", "64,512", least=1)
     budgets = list(dict.fromkeys(Budget(text) for text in split_names(keep)))
@@ -94,7 +94,7 @@ def bench_command(
 
 
 def _loaded(model: str, picture: int, device: str | None, dtype: str | None, attention: str | None) -> Any:
-    """(model, (batch, length) -> inputs): one that is loaded, or a shape with random weights."""
+    """(model, (batch, length) -> inputs): a loaded model, or a shape with random weights."""
     import torch
 
     from gripvlm.bench.shapes import PREFIX, architecture, random_model, random_prompts, real_prompts

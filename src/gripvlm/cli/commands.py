@@ -26,7 +26,7 @@ EVAL_ONLY = {
     "type `gripvlm eval --pruners oracle` to see it on the lab's tasks",
     "blind": "'blind', the model without the picture, is no pruner: `gripvlm eval` measures it by itself",
 }
-"""Names that only `eval` knows, and why."""
+"""Names that only `eval` accepts, and why."""
 
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, a local folder, or a Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
@@ -39,13 +39,13 @@ Out = Annotated[
 
 
 def console() -> Console:
-    """For results on standard output; as wide as a page where it is no terminal."""
+    """For results on standard output; 80 columns if that is not a terminal."""
     # no highlighting: rich would colour numbers and paths in answers
     return Console(width=None if sys.stdout.isatty() else 80, highlight=False)
 
 
 def filled(text: str, width: int = 80, indent: str = "") -> str:
-    """A paragraph. Filled here, as rich would break long words, such as file names."""
+    """A paragraph. Filled here, because rich would break long words, such as file names."""
     return textwrap.fill(
         " ".join(text.split()),
         width,
@@ -57,7 +57,7 @@ def filled(text: str, width: int = 80, indent: str = "") -> str:
 
 
 def split_names(text: str) -> list[str]:
-    """What stands between commas, of which there must be something."""
+    """The parts between commas; at least one is needed."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise GripError(f"{text!r} names nothing: type one or more names, separated by commas")
@@ -65,7 +65,7 @@ def split_names(text: str) -> list[str]:
 
 
 def split_pruners(text: str) -> list[str]:
-    """Names and specs at commas; none at all is an error (see `split_specs`)."""
+    """Names and specs, split at commas; an empty list is an error (see `split_specs`)."""
     from gripvlm.utils.spec import split_specs
 
     return split_specs(text) or split_names(text)
@@ -105,21 +105,22 @@ def evaluate_command(
     keep: Budgets = "10%",
     model: Model = "lab",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the questions drawn and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing questions, and for the intervals.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
     out: Out = None,
     positions: Positions = "original",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where results exist.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where results exist.")] = False,
     seeds: Annotated[
-        str | None, typer.Option(help="Such as 0,1,2: each pruner that has a seed, and none typed, with each of them.")
+        str | None,
+        typer.Option(help="Such as 0,1,2: measure pruners that have a seed option with each of these seeds."),
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(help="Such as 2/3: only the second third. Afterwards run it once without."),
+        typer.Option(help="Such as 2/3: only the second third. After all shards, run the command without it."),
     ] = None,
     device: Device = None,
 ) -> None:
-    """Score pruners at several budgets; Ctrl-C keeps what is done and the same command resumes."""
+    """Score pruners at several budgets. After Ctrl-C the same command resumes."""
     # Cheap checks first: the imports below take seconds, the model perhaps minutes.
     budgets = [Budget(text) for text in split_names(keep)]
     numbers = [] if seeds is None else split_numbers(seeds, "--seeds", "0,1,2")
@@ -136,7 +137,7 @@ def evaluate_command(
     from gripvlm.models.loading import load_model, quiet
     from gripvlm.tasks import get_tasks
 
-    # For their errors only: evaluate makes the pruners itself, with the model.
+    # Only to raise their errors early: evaluate makes the pruners itself, with the model.
     variants = make_variants([name for name in names if name != "all"], budgets, seeds=numbers)
     chosen = get_tasks(split_names(tasks))
     for task in chosen:
@@ -175,7 +176,7 @@ def evaluate_command(
 
 
 def _expand_all(names: list[str], model: PreTrainedModel, budgets: list[Budget]) -> list[str]:
-    """The names with every pruner that serves this model instead of `all`, which only the loaded model can tell."""
+    """The names, with `all` replaced by every pruner that this model supports; this needs the loaded model."""
     from gripvlm.eval.variants import supported_pruners
 
     supported, refused = supported_pruners(model, budgets)
@@ -184,7 +185,7 @@ def _expand_all(names: list[str], model: PreTrainedModel, budgets: list[Budget])
 
 
 def _show(result: Mapping[str, Any], out: Path | None, sharded: bool) -> None:
-    """The tables of an evaluation, below them what is not in them, and where the files are."""
+    """Prints the tables of an evaluation, the settings without a row, and where the files are."""
     from gripvlm.report import table
     from gripvlm.report.tables import unreached
 

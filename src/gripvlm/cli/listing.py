@@ -1,7 +1,7 @@
-"""`gripvlm list`: pruners with what was measured of them, tasks, and what to take.
+"""`gripvlm list`: pruners with their measurements, tasks, and recommendations.
 
-All of it is in measured.json, which a script writes from results and a test compares with the code: a list that is read
-in a moment must not import PyTorch. Only pruners of other packages are loaded, where there are any.
+Everything comes from measured.json, so that the command need not import PyTorch, which takes seconds. A script writes
+the file from results, and a test compares it with the code. Only pruners of other packages are imported.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ def list_command() -> None:
     for sentence in known["advice"]:
         _print(screen, sentence)
     screen.print()
-    _print(screen, "options are typed as name:option=value, such as random:seed=3; wrappers around others: mmr(norm)")
-    _print(screen, "in `eval` also: oracle (each lab question's own evidence); full and no image are always there")
+    _print(screen, "type options as name:option=value, such as random:seed=3, and wrappers as mmr(norm)")
+    _print(
+        screen,
+        "in `eval` also: oracle (keeps the evidence of each lab question); full and no image are always measured",
+    )
     _print(screen, f"tasks: {', '.join(known['tasks'])}, hf:REPO, jsonl:PATH")
-    # Entry points are read without importing what they name.
+    # Entry points are read without an import of their modules.
     others = {point.name for point in entry_points(group=PLUGINS)} - known["pruners"].keys()
     if others:
         _print_others(screen, others)
@@ -77,7 +80,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _details(name: str, row: dict[str, Any]) -> str:
-    """Where it comes from, what else it needs, its options, and the spec that its score belongs to."""
+    """Its source, what else it needs, its options, and the spec with which its score was measured."""
     spec = row.get("measured_as", name)
     parts = (
         row["source"],
@@ -93,7 +96,7 @@ def _legend(known: dict[str, Any]) -> str:
     prefill, sources = known["prefill"], ", ".join(known["files"])
     return (
         "drops: before the LLM (input), inside the LLM, or by merging in the vision tower. attention: reads the "
-        "vision tower's. question: sees it, so that it chooses anew for each. inner: as the pruner in parentheses. "
+        "vision tower's. question: reads it, and selects again for each question. inner: as the pruner in parentheses. "
         f"lab score: mean over {known['questions']} of the lab's questions in percent, at the share of the tokens in "
         "brackets; README's scores are of the whole test sample and differ a little, and the lab's small model ranks "
         f"pruners its own way. time: of the pruner alone, as a share of the prefill of one image of "

@@ -1,4 +1,4 @@
-"""Whether a command can write its output, checked before any work is done; what typer can check is in the options."""
+"""Checks that a command can write its output, before any work is done; typer checks the rest from the options."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def checked_folder(folder: Path, option: str) -> None:
     """A folder that exists, or that can be made."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
-        raise GripError(f"{option}: {existing} is a file, so nothing can be put in it: type a folder")
+        raise GripError(f"{option}: {existing} is a file and not a folder: type a folder")
     if not os.access(existing, os.W_OK):
         raise GripError(f"{option}: you may not write to {existing}: type another place")
 

@@ -40,7 +40,7 @@ class Example(NamedTuple):
 
 
 def run(screen: Console, limit: int, out: Path) -> None:
-    """Examples, the table, what it costs, pictures; everything written goes to `out`."""
+    """Prints examples, the table and the costs, and draws pictures; all files go to `out`."""
     start = time.monotonic()
     tasks = get_tasks("lab")
     model, processor = load_model("lab")
@@ -50,7 +50,7 @@ def run(screen: Console, limit: int, out: Path) -> None:
         f"{model.device}): {limit} questions\nof each of six families, with all visual tokens and with a tenth."
     )
     file = out / "quickstart.json"
-    # Anew each time: what an older version measured must not show here.
+    # Measured again each time: results of an older version must not show here.
     result = evaluate(
         model,
         processor,
@@ -71,12 +71,12 @@ def run(screen: Console, limit: int, out: Path) -> None:
     screen.print()
     screen.print(table([*result["rows"], *result["means"]]))
     screen.print(what_it_costs(model), markup=False, soft_wrap=True)
-    screen.print("\nWhat was kept, picture by picture:")
+    screen.print("\nPictures of the kept tokens:")
     for path in [*_draw(processor, shown, outcomes, out), file]:
         screen.print(f"  {path}", markup=False, soft_wrap=True)
     screen.print(f"\n{time.monotonic() - start:.0f} seconds in all. Next, with a model of your own:", style="bold")
     screen.print("  with gripvlm.prune(model, 'divprune', keep=64):\n      model.generate(**inputs)", markup=False)
-    screen.print("and `gripvlm list`, which says which pruner to take at which budget.", markup=False)
+    screen.print("and `gripvlm list`, which recommends a pruner for each budget.", markup=False)
 
 
 def examples(questions: Sequence[tuple[Task, Sample]], results: Results) -> list[Example]:
@@ -117,11 +117,11 @@ def _print_examples(screen: Console, shown: Sequence[Example], outcomes: Mapping
             head = f"    {'all' if name == FULL else name}, {count} tokens"
             verdict = "right" if task.score(text, sample) >= 1 else "WRONG"
             screen.print(f"{head:<26}{verdict}  {text or '(nothing)'}", markup=False)
-    screen.print("\nChosen for what they show; how often each happens is in the table.", style="dim")
+    screen.print("\nThese examples were chosen; the table shows how often each case occurs.", style="dim")
 
 
 def _draw(processor: Any, shown: Sequence[Example], outcomes: Mapping[str, BatchAnswers], out: Path) -> list[Path]:
-    """A picture of what was kept, for each example and pruner."""
+    """A picture of the kept tokens, for each example and pruner."""
     paths = []
     for number, (_, task, sample) in enumerate(shown):
         cells = geometry(processor, sample.image.size, task.evidence_grid)
@@ -135,12 +135,12 @@ def _draw(processor: Any, shown: Sequence[Example], outcomes: Mapping[str, Batch
 
 
 def what_it_costs(model: Any) -> str:
-    """What Grip costs here and why, and what it costs a model of a real size; measured numbers only."""
+    """The cost of Grip on the lab's model, and on models of real size; measured numbers only."""
     known = measured()
     toy, small = known["costs"]
     module: Any = get_pruner("grip").module  # type: ignore[attr-defined]
     return filled(
-        f"Grip's own cost is a toy's here: its scorer has {_millions(module):.1f} M weights, this language model "
+        f"Grip is expensive for this small model: the scorer has {_millions(module):.1f} M weights, the language model "
         f"{_millions(model.get_decoder()):.1f} M, so that pruning adds {100 * toy['added']:.0f} % of the unpruned "
         f"prefill and a question takes {toy['whole']:.2f} of its time. With a language model of 0.5 B it adds "
         f"{100 * small['added']:.1f} % and a question takes {small['whole']:.2f}; of a 7 B model's prefill the scorer "

@@ -66,7 +66,7 @@ def _configuration(options: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
 
 
 def _warn(config: TrainConfig, answers: list[str]) -> None:
-    """Says what a newcomer may not expect."""
+    """Prints warnings about settings that may surprise."""
     if (missing := answers.count("")) and not config.pseudo_labels:
         _say(f"{missing} of {len(answers)} questions have no answer: the model's own are taken")
     folder = Path(config.output_dir).expanduser()
@@ -85,7 +85,7 @@ def _suggest_eval(config: TrainConfig, pruner: Grip, screen: Console) -> None:
     words = ["--model", config.model, "--tasks", tasks, "--pruners", f"{pruner.name}:scorer={folder},random"]
     screen.print("try it:  gripvlm eval " + shlex.join([*words, "--keep", "10%"]), soft_wrap=True)
     if not config.eval_data:
-        screen.print("         (on questions that it was trained with; name others that are like them)")
+        screen.print("         (these are the training questions; name similar questions that it has not seen)")
 
 
 def _say(text: str) -> None:
@@ -116,7 +116,7 @@ def _signature() -> inspect.Signature:
     from gripvlm.grip.train.config import STAGES, TrainConfig, help_of
 
     stage = typer.Argument(help=f"{', '.join(STAGES)}; by default all", show_default=False)
-    file = typer.Option("--config", help="TOML file of settings; flags win over it.")
+    file = typer.Option("--config", help="TOML file of settings; flags override it.")
     first = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("stage", first, default=None, annotation=Annotated[str | None, stage])]
     parameters.append(_parameter("config", Path, file))

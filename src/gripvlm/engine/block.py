@@ -89,7 +89,7 @@ class PruneBlock:
         with torch.no_grad():
             batch = self._prune(request, kwargs)
         options.check_beams(request.family, batch)
-        if options.get("do_sample"):  # sampling from NaN takes an accelerator down before anyone can say why
+        if options.get("do_sample"):  # sampling from NaN crashes an accelerator before the check could explain it
             batch.checks.raise_if_failed()
         full = FullPrompt(batch.prompts.inputs["input_ids"], batch.arguments["input_ids"])
         arguments = full.shown_to_callbacks(options.shifted(batch.arguments, full.prompt.shape[1]))
@@ -180,7 +180,7 @@ class PruneBlock:
             with inside(call), batch.running():
                 yield
         except BaseException:
-            # Ctrl-C in a streamer, for one: a further turn may follow what was decoded by then.
+            # For example Ctrl-C in a streamer: a further turn may follow the tokens that were decoded by then.
             refusal = (
                 "the call that began this cache ended before its prompt had run: pass the full prompt and no cache"
             )
@@ -190,7 +190,7 @@ class PruneBlock:
 
     @contextmanager
     def _running_further(self, prompt: PrunedPrompt, cache: Any) -> Iterator[None]:
-        """Around a further run on a pruned cache: its layers are shown what they hold."""
+        """Around a further run on a pruned cache: each layer gets the mask for the tokens that it holds."""
         self._record.add([list(images) for images in prompt.selections], Stopwatch(device_of(self._model)))
         with inside(Call(self._model)), in_use(cache), ExitStack() as stack:
             if prompt.held is not None:
@@ -208,8 +208,8 @@ def _further_ids(kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _mark(cache: Any, batch: PrunedBatch, ids: Tensor, refusal: str = "") -> None:
-    """Notes in the cache what it holds of a pruned batch, `ids` being all that it stands for."""
-    # A prompt of which nothing was dropped leaves the cache that the untouched model would have made.
+    """Stores in the cache which tokens of a pruned batch it holds; `ids` are all tokens that it covers."""
+    # If nothing was dropped, the cache is the one of the unpruned model.
     if cache is not None and cache.get_seq_length() > 0 and not batch.untouched:
         mark(cache, PrunedPrompt.of(batch, ids, refusal))
 
@@ -217,7 +217,7 @@ def _mark(cache: Any, batch: PrunedBatch, ids: Tensor, refusal: str = "") -> Non
 @contextmanager
 def _rope_deltas_restored(model: Any) -> Iterator[None]:
     """Leaves the model's `rope_deltas` as they were."""
-    # M-RoPE models note how far a prompt's positions run ahead. Those of a pruned prompt are passed as position_ids;
+    # M-RoPE models store the offset of a prompt's positions. Those of a pruned prompt are passed as position_ids;
     # what the model noted of an earlier, unpruned prompt stays for the further turns of that one.
     root = model.base_model
     before = getattr(root, "rope_deltas", None)

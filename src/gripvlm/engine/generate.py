@@ -43,7 +43,7 @@ class Options:
         self.model_config = getattr(model, "generation_config", None)
 
     def get(self, name: str) -> Any:
-        """The option's value, None where nobody set it."""
+        """The option's value, None if it is not set."""
         for value in (self.kwargs.get(name), getattr(self.config, name, None)):
             if value is not None:
                 return value

@@ -31,7 +31,7 @@ def has_pixels(inputs: Mapping[str, Any]) -> bool:
 def checked_inputs(
     model: PreTrainedModel, family: Family, inputs: Mapping[str, Any], encoded: Encoded | None
 ) -> dict[str, Any]:
-    """The inputs as a dict without None, or an `InputError` that says what is wrong with them."""
+    """The inputs as a dict without None, or an `InputError` with the reason."""
     if not isinstance(inputs, Mapping):
         raise InputError(f"inputs are a {type(inputs).__name__}: pass what the processor returns")
     given = {name: value for name, value in inputs.items() if value is not None}
@@ -43,7 +43,7 @@ def checked_inputs(
         raise InputError("input_ids must be a tensor of token ids [B, L]: use return_tensors='pt'")
     if (cache := cache_in(given)) is not None and cache.get_seq_length() > 0:
         raise InputError(
-            "the cache already holds tokens: pass the full prompt and no cache; each turn of a chat selects anew"
+            "the cache already holds tokens: pass the full prompt and no cache; tokens are selected again in each turn"
         )
     if isinstance(given.get("logits_to_keep"), Tensor):
         raise InputError(

@@ -101,7 +101,7 @@ class _Image:
 
 @dataclass(frozen=True, eq=False)
 class _LayerInput:
-    """What enters a layer, and what was observed in the layer before.
+    """The input of a layer, and the tensors that were captured in the layer before.
 
     Attributes:
         layer: the layer that it enters.
@@ -119,8 +119,8 @@ class _LayerInput:
 class LLMStage:
     """The dropping inside the language model for one batch of prompts, from its prefill to its last token.
 
-    The choice is made in the first prefill and stays: without a cache, every later step runs the prompt anew and
-    drops the same tokens. Rows that `generate` repeats (beams, several returned sequences) drop the same.
+    The selection of the first prefill is final: without a cache, every later step runs the prompt again and drops
+    the same tokens. Rows that `generate` repeats (beams, several returned sequences) drop the same.
 
     Args:
         request: its pruner selects; its model's layers may drop.
@@ -190,7 +190,7 @@ class LLMStage:
         """What is kept of each image, layer by layer; final once the prompt has run."""
         return [[image.selection(self.layers) for image in images] for images in self._images]
 
-    # --- what is left of the prompt at present ----------------------------------------------------
+    # --- the tokens that are left at present ----------------------------------------------------
 
     def _columns(self, rows: int, length: int) -> Tensor:
         """[rows, length] columns of the prompt that the tokens left at present are from."""
@@ -229,7 +229,7 @@ class LLMStage:
                 n = places.numel()
                 if image.schedule.get(layer, n) >= n:
                     continue
-                # The first of the repeated rows chooses; in later steps all of them drop what was chosen then.
+                # The first of the repeated rows selects; in later steps all of them drop the same tokens.
                 if layer not in image.chosen:
                     self._select(entering, row, image, places)
                 selection = image.chosen[layer]

@@ -1,4 +1,4 @@
-"""What pruners return, checked for all of them alike: types and sizes at once, values without making a device wait."""
+"""Checks of every pruner's output: types and sizes at once, values without a wait for the device."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from gripvlm.utils.batching import joined, per_entry
 __all__ = ["DeferredChecks", "check_features", "checked_counts", "checked_selection", "checked_selections"]
 
 _TOLERANCE = 1e-3
-"""By how much the weights that go to one kept row may miss a sum of 1; bfloat16 weights miss it by a little."""
+"""Allowed difference between 1 and the sum of a kept row's weights; bfloat16 weights do not sum to exactly 1."""
 
 
 class DeferredChecks:
-    """Checks of values on a device, read together once the device is done; on a CPU each is read at once."""
+    """Checks of values on a device. All are read together after the device is done; on a CPU each is read at once."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[Tensor, Callable[[], None]]] = []
 
     def add(self, failed: Tensor, explain: Callable[[], None]) -> None:
-        """`failed` is a bool without dimensions; where it is True, `explain` finds what is wrong and raises."""
+        """`failed` is a bool without dimensions; if it is True, `explain` finds the cause and raises the error."""
         self._pending.append((failed, explain))
-        # On a CPU there is nothing to wait for, and an error is best raised where its cause is.
+        # On a CPU nothing waits, and the traceback should show where the cause is.
         if failed.device.type == "cpu":
             self.raise_if_failed()
 
@@ -49,7 +49,7 @@ class DeferredChecks:
 
     @contextmanager
     def explaining_errors(self) -> Iterator[None]:
-        """Where the block raises: a check that failed before is the cause, so its error is raised instead."""
+        """If the block raises an error after a check failed, the check is its cause: its error is raised instead."""
         try:
             yield
         except Exception:
@@ -59,8 +59,8 @@ class DeferredChecks:
 
 def check_features(images: Sequence[VisualTokens], checks: DeferredChecks) -> None:
     """Schedules a NaN check on the visual features."""
-    # A sum is NaN where any of its terms is, and is far cheaper than looking at each. (It is NaN for inf - inf too:
-    # then no image turns out to have NaN, and nothing is raised.)
+    # A sum is NaN if one of its terms is, and it is far cheaper than a check of each value. (inf - inf is NaN as well:
+    # in that case no image has NaN, and nothing is raised.)
     total = joined([tokens.features.detach() for tokens in images]).sum(dtype=torch.float32)
 
     def explain() -> None:
@@ -108,7 +108,7 @@ def checked_selections(
 
     checks.add(_wrong_values(selections).any(), explain)
     if not all(selection.sound for selection in selections):
-        # An index that is out of range would take the whole device down when rows are read by it.
+        # An index out of range would crash the whole device when rows are read by it.
         checks.raise_if_failed()
     return selections
 

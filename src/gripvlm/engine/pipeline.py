@@ -1,4 +1,4 @@
-"""`prune_batch`: encode the images, gather their tokens, select, drop. Every pruning goes this way."""
+"""`prune_batch`: encode the images, gather their tokens, select, drop. Every public call prunes with it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PrunedBatch:
         shortened: as they are now.
         selections: a list (prompts) of lists (images). Where rows are dropped inside the language model, complete once
             the prompt has run.
-        run: what is left to do inside the language model while it runs; None where there is nothing.
+        run: the work inside the language model while it runs; None if there is none.
         watch: the times of the steps.
         checks: of values on the device, not yet read.
     """
@@ -86,8 +86,8 @@ def prune_batch(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encod
     inputs = checked_inputs(request.model, request.family, inputs, encoded)
     encoded = checked_encoding(request, inputs, encoded)
     watch, checks = Stopwatch(device_of(request.model)), DeferredChecks()
-    # All that has to be read from an accelerator is read before the encoder starts. From then on nothing waits, so
-    # that the prefill is queued while the encoder still runs; values are checked when the model has run.
+    # Values on an accelerator are read before the encoder starts. From then on nothing waits, so that the prefill is
+    # queued while the encoder still runs; values are checked after the model has run.
     prompts = Prompts.of(request.model, inputs)
     question = question_embeddings(request, prompts)
     watch.lap("overhead")
@@ -126,7 +126,7 @@ def question_embeddings(request: PruneRequest, prompts: Prompts) -> list[Tensor]
 def gather_tokens(
     request: PruneRequest, images: EncodedPrompts, question: Sequence[Tensor] | None, checks: DeferredChecks
 ) -> list[list[VisualTokens]]:
-    """What the pruner sees: a list (prompts) of lists (images, in prompt order) with the count to keep of each."""
+    """The tokens that the pruner gets: a list (prompts) of lists (images, in prompt order), each with its count."""
     pruner = request.pruner
     if not any(images.spans):
         raise InputError("no prompt has an image: there is nothing to prune")
@@ -182,8 +182,8 @@ def _tokens_at_input(
 
 
 def _select(pruner: Pruner, images: list[VisualTokens], checks: DeferredChecks) -> list[Any]:
-    """What the pruner returns for all images of a batch, unchecked."""
-    # A pruner that stumbles over NaN of the encoder is not to blame: the failed check is raised in place of its error.
+    """The pruner's output for all images of a batch, unchecked."""
+    # NaN of the encoder may make a pruner fail: the error of the failed check is then raised instead of the pruner's.
     with checks.explaining_errors():
         return list(pruner.select_batch(images))
 
@@ -191,7 +191,7 @@ def _select(pruner: Pruner, images: list[VisualTokens], checks: DeferredChecks) 
 def _run_inside(
     request: PruneRequest, arguments: dict[str, Any], selections: list[list[Selection]], stage: LLMStage | None
 ) -> LLMStage | ProportionalRun | None:
-    """What is left to do inside the language model while it runs; None where there is nothing."""
+    """The work inside the language model while it runs; None if there is none."""
     if stage is not None and not stage.layers_that_drop:
         stage = None
     merges = any(selection.merge is not None for images in selections for selection in images)

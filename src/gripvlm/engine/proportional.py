@@ -57,7 +57,7 @@ class ProportionalRun:
 
     @contextmanager
     def block(self) -> Iterator[None]:
-        """Inside, the model's language model attends by size, and drops what it has to."""
+        """Inside, the language model attends by size, and drops the tokens of its stage."""
         with ExitStack() as stack:
             # Entered together, both serve the same calls: layers must not drop without their sizes, or the reverse.
             with one_run(self.model.base_model, self.arguments):

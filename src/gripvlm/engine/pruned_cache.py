@@ -1,7 +1,7 @@
-"""A key-value cache that holds a pruned prompt: what a further turn must know of it, and a guard against other uses.
+"""A key-value cache that holds a pruned prompt: the state that a further turn needs, and a guard against other uses.
 
 transformers counts the tokens of a further turn against the length of the cache. A pruned cache is shorter than the
-caller's ids, so without a translation the turn would run at the wrong tokens and positions, and nothing would say so.
+caller's ids, so without a translation the turn would silently run at the wrong tokens and positions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PrunedPrompt:
     """R prompts of L tokens of which a cache holds l, and the tokens that came after, all of which it holds.
 
     Attributes:
-        ids: [R, T] the tokens that the cache stands for, as its caller counts them, T >= L. The last decoded token is
+        ids: [R, T] the tokens that the cache covers, in the caller's unpruned ids, T >= L. The last decoded token is
             among them, though its keys are not in the cache yet.
         full: L.
         order: [R, l] the columns of the prompt that are left.
@@ -44,7 +44,7 @@ class PrunedPrompt:
         selections: of each row's images, for the record.
         held: what layers that dropped tokens hold; None where all layers hold the same.
         sizes: layer -> the sizes of merged tokens, None where all count as one.
-        refusal: why no turn can go on from this cache; empty where one can.
+        refusal: why no further turn can use this cache; empty if it can.
     """
 
     ids: Tensor
@@ -91,7 +91,7 @@ class PrunedPrompt:
         )
 
     def tokens_in(self, cache: Any) -> int:
-        """How many of the caller's tokens the cache stands for.
+        """How many of the caller's tokens the cache covers.
 
         Raises:
             InputError: it was cropped into the prompt, or its rows are not these.
@@ -112,7 +112,7 @@ class PrunedPrompt:
         Args:
             cache: holds this prompt.
             given: the caller's arguments; `attention_mask`, where there is one, is of the whole conversation.
-            whole: whether `input_ids` are the whole conversation [R, T'], or what is new in it.
+            whole: whether `input_ids` are the whole conversation [R, T'], or only its new tokens.
 
         Raises:
             InputError: the turn is not a continuation of this prompt.
@@ -172,7 +172,7 @@ class PrunedPrompt:
     def _check_same(self, ids: Tensor, count: int) -> None:
         if ids.shape[1] <= count:
             raise InputError(
-                f"input_ids have {ids.shape[1]} tokens, but the cache already stands for {count}: pass the whole "
+                f"input_ids have {ids.shape[1]} tokens, but the cache already covers {count}: pass the whole "
                 "conversation, with something new at its end"
             )
         known = self.ids[:, :count].to(ids.device)  # of a call that was interrupted, not all that it decoded
@@ -192,7 +192,7 @@ _cache_in_use: ContextVar[Any] = ContextVar("gripvlm_cache_in_use", default=None
 
 
 def mark(cache: Any, prompt: PrunedPrompt) -> None:
-    """Notes in the cache what it holds; from now on it takes no keys but inside `in_use`."""
+    """Stores the prompt in the cache; from now on the cache accepts new keys only inside `in_use`."""
     if not hasattr(cache, "gripvlm_prompt"):
         # A subclass, not a wrapper: transformers tests caches by isinstance, and callers hold on to this very object.
         kind: Any = type(cache)
@@ -201,7 +201,7 @@ def mark(cache: Any, prompt: PrunedPrompt) -> None:
 
 
 def prompt_in(cache: Any) -> PrunedPrompt | None:
-    """What a cache holds that a pruned prompt filled; None for any other, and for None."""
+    """The pruned prompt that a cache holds; None for other caches, and for None."""
     return getattr(cache, "gripvlm_prompt", None)
 
 
@@ -217,7 +217,7 @@ def in_use(cache: Any) -> Iterator[None]:
 
 @functools.cache
 def _guarded(base: Any) -> type:
-    """A subclass of a cache's class that refuses what would go wrong in silence; named as its base."""
+    """A subclass of a cache's class that refuses uses with silently wrong results; it has the name of its base."""
 
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Every layer comes by here first, so nothing has been written yet.
@@ -226,7 +226,7 @@ def _guarded(base: Any) -> type:
             kept, total = sum(image.k for image in images), sum(image.n for image in images)
             raise InputError(
                 f"this cache holds {kept} of a prompt's {total} visual tokens, so a further turn must be translated: "
-                "go on inside `with gripvlm.prune(...)` for this model, or pass the full prompt and no cache"
+                "use it inside `with gripvlm.prune(...)` for this model, or pass the full prompt and no cache"
             )
         return base.update(self, *args, **kwargs)
 
@@ -236,7 +236,7 @@ def _guarded(base: Any) -> type:
 
     def reset(self: Any) -> None:
         base.reset(self)
-        # An empty cache is anybody's again.
+        # An empty cache may be used without gripvlm again.
         del self.gripvlm_prompt
         self.__class__ = base
 

@@ -1,4 +1,4 @@
-"""`PruneRequest`: what a caller wants pruned and how, checked once."""
+"""`PruneRequest`: the options of a caller, checked once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PruneOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class PruneRequest:
-    """Everything a caller decides before the inputs are there.
+    """The options that do not depend on the inputs of a call.
 
     Attributes:
         model: the transformers model, out of its wrappers.
@@ -113,7 +113,7 @@ def checked_positions(positions: str) -> bool:
 def _checked_multiple(pad_to_multiple_of: Any) -> int:
     if pad_to_multiple_of is None:
         return 1
-    # A NumPy integer will do; True, which Python counts as 1, is a mistake.
+    # NumPy integers are allowed; True, which is an int in Python, is a mistake.
     whole = isinstance(pad_to_multiple_of, numbers.Integral) and not isinstance(pad_to_multiple_of, bool)
     if not whole or pad_to_multiple_of < 1:
         raise InputError(f"pad_to_multiple_of={pad_to_multiple_of!r}: pass an int of 1 or more, such as 64, or None")

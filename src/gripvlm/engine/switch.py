@@ -1,4 +1,4 @@
-"""Which block serves a call: what stands for `model.generate` and `model.forward` while blocks are open."""
+"""Finds the block that a call belongs to: replaces `model.generate` and `model.forward` while blocks are open."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _lock = threading.RLock()
 
 @dataclass(eq=False)
 class Call:
-    """A run of `model` that gripvlm has prepared: what is called inside it is not pruned again.
+    """A run of `model` that gripvlm has prepared: calls inside it are not pruned again.
 
     Attributes:
         length: of the prompts that it runs on.
@@ -78,7 +78,7 @@ def inside(call: Call) -> Iterator[None]:
 
 
 class Switch:
-    """The blocks that are open for one model, in any thread, and what stands for its methods meanwhile."""
+    """The blocks that are open for one model, in any thread, and the replacements of its methods."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -114,7 +114,7 @@ class Switch:
                 return
             for name, entry in self.entries.items():
                 if vars(self.model).get(name) is not entry:
-                    continue  # somebody put a wrapper of theirs around it; it now leads to the original
+                    continue  # the caller wrapped our replacement; the wrapper now leads to the original
                 # Usually the method is the class's, and the object had no attribute of that name.
                 if self.before[name] is None:
                     delattr(self.model, name)

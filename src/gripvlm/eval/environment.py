@@ -65,7 +65,7 @@ def command_line() -> str:
     """This process's command, as one would type it."""
     program, *arguments = sys.argv or ["python"]
     path = Path(program)
-    # `python -m gripvlm` has the path of a file here, which nobody types.
+    # For `python -m gripvlm` this is the path of a file, which is not what a user types.
     if path.name == "__main__.py":
         words = ["python", "-m", path.parent.name, *arguments]
     else:

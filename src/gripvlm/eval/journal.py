@@ -98,7 +98,7 @@ class Journal:
         config: Any = None
         sessions: list[dict[str, Any]] = []
         records: dict[Key, dict[str, Any]] = {}
-        advice = "remove that line to have it measured again, or pass overwrite=True (--overwrite) to start anew"
+        advice = "remove that line to have it measured again, or pass overwrite=True (--overwrite) to start again"
         rows = read_rows(content.splitlines(), path, lambda text: ResumeError(f"{text}: {advice}"))
         for number, row in rows:
             if number == 1:
@@ -110,7 +110,7 @@ class Journal:
         if records and config != self.config:
             raise ResumeError(
                 f"{path} holds {len(records)} answers of another run ({differences(config, self.config)}): choose "
-                "another out, use the same options to resume it, or pass overwrite=True (--overwrite) to start anew"
+                "another out, use the same options to resume it, or pass overwrite=True (--overwrite) to start again"
             )
         # A file without answers holds nothing to resume, whatever its configuration.
         if records:

@@ -46,7 +46,7 @@ def make_records(
     `k` of the sample's `n` visual tokens were paid for. `kept` has one mask an image (see `pack_mask`), or `layers` the
     counts of each layer where tokens are dropped inside the language model.
     """
-    # A batch is timed as a whole: a sample's own time cannot be told apart.
+    # A batch is timed as a whole: the time of a single sample is unknown.
     seconds = {name: value / len(samples) for name, value in answers.seconds.items()}
     records = []
     for i, sample in enumerate(samples):

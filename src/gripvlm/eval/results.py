@@ -38,7 +38,7 @@ _OPTIONS = ("model", "weights", "tasks", "arms", "limit", "seed", "batch_size", 
 
 
 class ResultsError(GripError):
-    """A results file cannot be read, or is not what it should be."""
+    """A results file cannot be read, or is damaged or inconsistent."""
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class Results:
 
     @property
     def task_specs(self) -> dict[str, str]:
-        """Task -> what to type for it; in files that do not say, its name."""
+        """Task -> the text that selects it on the command line; its name if the file has no such text."""
         names = [text.rpartition(" (")[0] for text in self.header["tasks"]]
         return dict(zip(names, self.header.get("task_specs", names), strict=True))
 
@@ -264,7 +264,7 @@ def _read_json(path: Path) -> Any:
 
 
 def read_results(path: str | Path) -> Results:
-    """A results file, and the answers beside it (`.samples.jsonl` or `.samples.jsonl.gz`).
+    """A results file, and its file of answers (`.samples.jsonl` or `.samples.jsonl.gz`).
 
     Raises:
         ResultsError: cut off, damaged, of a newer version, a row or an answer twice, or answers that are not those of

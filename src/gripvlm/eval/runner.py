@@ -103,7 +103,7 @@ def evaluate(
         out: where the JSON goes; the answers go beside it, to `<out>.samples.jsonl`, as they are finished, and the same
             call resumes from them. None keeps everything in memory.
         positions: "original" or "renumbered".
-        overwrite: start anew where `out` or its samples exist; answers of shards are not taken then.
+        overwrite: start again if `out` or its samples exist; answers of shards are then ignored.
         blind: also ask every question without the image.
         model_name, command: as the results should say; by default the model's own and `sys.argv`.
         progress: show progress on standard error: a bar, or without a terminal a line now and then.
@@ -172,7 +172,7 @@ class _Runner:
         if self.show_progress and reused:
             print(self._reused(reused), file=sys.stderr)
         if reused == self.total and target is not None:
-            # A finished file is left as it is; one that is damaged or has other scores is written anew below.
+            # A finished file is left as it is; one that is damaged or has other scores is written again below.
             with suppress(ResultsError):
                 return read_results(target).content
         if reused < self.total:
@@ -325,7 +325,7 @@ class _Runner:
             return f"{done} of {self.total} answers are in {path} already; resuming from there."
         return (
             f"All {self.total} answers are in {path} already: nothing is measured again, times are those of that run. "
-            "To measure anew, pass overwrite=True (--overwrite) or another out."
+            "To measure again, pass overwrite=True (--overwrite) or another out."
         )
 
     def _stopped(self) -> str:

@@ -1,4 +1,4 @@
-"""Answers of one comparison as arrays, and what they say: absolute and relative scores, paired differences."""
+"""Answers of one comparison as arrays: absolute and relative scores, paired differences."""
 
 from __future__ import annotations
 

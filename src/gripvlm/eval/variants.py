@@ -39,7 +39,7 @@ class Variant:
     Attributes:
         label: as typed, `"random:seed=3"`; or `full`, `oracle`, `blind`.
         keep: the requested budget, as JSON holds it (`Budget.plain`); None for `blind`.
-        pruner: None for `oracle`, which is made anew for each batch, and for `blind`.
+        pruner: None for `oracle`, which needs a new pruner for each batch, and for `blind`.
         config: the pruner's name and every one of its fields.
         trained: whether it, or a pruner inside it, has weights that were trained for pruning.
     """
@@ -71,7 +71,7 @@ def make_variants(
 ) -> list[Variant]:
     """`full`, every pruner at every budget, and `blind`.
 
-    With `seeds`, a pruner that has a `seed` and was named without one stands for one of each.
+    With `seeds`, a pruner that has a `seed` option but no seed in its spec becomes a variant for each seed.
 
     Raises:
         GripError: an unknown pruner, no budget for one that needs it, or two pruners that would have the same rows.
@@ -134,7 +134,7 @@ def _with_seeds(pruner: str | Pruner, seeds: Sequence[int]) -> list[str | Pruner
 
 
 def _is_trained(pruner: Pruner | None) -> bool:
-    # A wrapper is trained where what it wraps is.
+    # A wrapper counts as trained if a pruner inside it is.
     inner = getattr(pruner, "inner", ())
     parts = inner if isinstance(inner, (tuple, list)) else (inner,)
     return bool(getattr(pruner, "trained", False)) or any(_is_trained(part) for part in parts if part is not None)

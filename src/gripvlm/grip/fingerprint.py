@@ -1,4 +1,4 @@
-"""Which model a scorer belongs to: by what survives a change of dtype and a fine-tuned language model."""
+"""Which model a scorer belongs to. The comparison allows another dtype and a fine-tuned language model."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ class ModelFingerprint:
             unlike |= abs(first - other_first) > 0.05 * abs(first) + 2e-3
         if unlike:
             raise ScorerError(
-                f"{owner}, and the model is a {other.model_type} with other weights ({other.name}): its features mean "
-                f"something else; {advice}"
+                f"{owner}, but the model is a {other.model_type} with other weights ({other.name}): its features have "
+                f"another meaning; {advice}"
             )
 
 

@@ -99,7 +99,7 @@ def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> 
 
 
 class _Loaded:
-    """A scorer with what is derived from it: copies on other devices, and the models that it was compared with.
+    """A scorer, its copies on other devices, and the models that it was already checked against.
 
     Pruners of one name share it, so that a call by name costs no more than one by object. The scorer's weights, and
     those of a model that has been compared, are taken not to change.
@@ -146,7 +146,7 @@ def _load(name: str) -> _Loaded:
             "(for the lab's model), a folder that exists, or a hub id such as user/grip-llava"
         )
     files = [Path(place).expanduser() / file for file in SCORER_FILES]
-    # A hub id, or an error that says what is missing.
+    # A hub id, or an error that names the missing file.
     if not all(file.is_file() for file in files):
         return _Loaded(Scorer.from_pretrained(place))
     return _read(str(place), tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files))

@@ -119,7 +119,7 @@ class Scorer(
         # Modules keep these names: they are those of saved weights, and part of `digest`.
         self.enter = nn.Sequential(nn.LayerNorm(config.features), nn.Linear(config.features, width))
         self.place = nn.Linear(4 * _PLACES, width)
-        # Tells visual tokens [0] from words [1], which come through the same projection.
+        # Distinguishes visual tokens [0] from words [1], which share a projection.
         self.kind = nn.Parameter(torch.zeros(2, width))
         if config.question:
             self.order = nn.Linear(2 * _ORDERS, width)
@@ -187,7 +187,7 @@ class Scorer(
 
     @property
     def parameters_count(self) -> int:
-        """Numbers that are trained."""
+        """The number of trained weights."""
         return sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
@@ -202,7 +202,7 @@ class Scorer(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Writes `model.safetensors`, in the scorer's dtype, and `config.json`."""
-        # The mixin saves the same file in place; this one is written beside it and then moved.
+        # The mixin writes the file in place; here a temporary file is moved into place, so that no half file remains.
         weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
         disk.write(save_directory / SCORER_FILES[0], save(weights))
         about = {
@@ -211,7 +211,7 @@ class Scorer(
             "base": None if self.base is None else asdict(self.base),
             "notes": self.notes,
         }
-        # Last: a folder with a config.json is whole.
+        # Last, so that a folder with a config.json is complete.
         disk.write(save_directory / SCORER_FILES[1], json.dumps(about, indent=1) + "\n")
 
     @classmethod
@@ -234,9 +234,9 @@ class Scorer(
             missing = [file.name for file in (config_file, weights_file) if not file.is_file()]
             raise ScorerError(f"{name} holds no scorer: {' and '.join(missing)} missing") from None
         except BadJSON as error:
-            raise ScorerError(f"{config_file} is not JSON that can be used (it {error}): copy it anew") from None
+            raise ScorerError(f"{config_file} is not JSON that can be used (it {error}): copy it again") from None
         except SafetensorError as error:
-            raise ScorerError(f"{weights_file} is damaged ({error}): copy it anew") from None
+            raise ScorerError(f"{weights_file} is damaged ({error}): copy it again") from None
         written = about.get("format") if isinstance(about, dict) else None
         if written != FORMAT:
             raise ScorerError(f"{name} has format {written!r}, this gripvlm reads {FORMAT!r}: update it")
@@ -244,12 +244,12 @@ class Scorer(
             base = None if about["base"] is None else ModelFingerprint.read(about["base"])
             config, notes = ScorerConfig(**about["scorer"]), dict(about["notes"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ScorerError(f"{config_file} is damaged ({type(error).__name__}: {error}): copy it anew") from None
+            raise ScorerError(f"{config_file} is damaged ({type(error).__name__}: {error}): copy it again") from None
         try:
             scorer = _assembled(cls, config, weights)
         except RuntimeError as error:
             raise ScorerError(
-                f"{name}: {weights_file.name} does not fit {config_file.name} ({error}): copy both anew"
+                f"{name}: {weights_file.name} does not fit {config_file.name} ({error}): copy both again"
             ) from None
         scorer.base, scorer.notes = base, notes
         return scorer.eval()
@@ -264,7 +264,7 @@ def _assembled(kind: type[Scorer], config: ScorerConfig, weights: dict[str, Tens
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     if config.blocks != depth:
         raise RuntimeError(f"blocks = {config.blocks}, but there are {depth}")
-    # Without memory for its own weights: a damaged config.json may ask for terabytes.
+    # Without memory for its own weights: a damaged config.json may describe terabytes of them.
     with torch.device("meta"):
         scorer = kind(config)
     scorer.load_state_dict(weights, assign=True)
@@ -272,7 +272,7 @@ def _assembled(kind: type[Scorer], config: ScorerConfig, weights: dict[str, Tens
 
 
 def has_scorer(folder: Path) -> bool:
-    """Whether the folder holds a scorer that was saved to its end."""
+    """Whether the folder holds a completely saved scorer."""
     return (folder / SCORER_FILES[1]).exists()
 
 

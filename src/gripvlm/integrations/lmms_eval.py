@@ -126,7 +126,7 @@ class GripVLM(lmms):
         _refuse(requests, "the log-likelihood of given answers")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
-        """Refused: a later round would have to prune anew what an earlier one dropped."""
+        """Refused: a later round would have to prune again what an earlier one dropped."""
         _refuse(requests, "several rounds")
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

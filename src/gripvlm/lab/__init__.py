@@ -27,7 +27,7 @@ def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if not (MODEL / "config.json").exists():
-        raise FileNotFoundError(f"{MODEL} holds no lab model: install gripvlm anew")
+        raise FileNotFoundError(f"{MODEL} holds no lab model: install gripvlm again")
     # A few megabytes from this disk: a bar would flash up and stay in logs.
     with _no_progress_bar():
         model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="float32")

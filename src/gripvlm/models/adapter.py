@@ -59,12 +59,12 @@ def locate(model: PreTrainedModel, ids: Tensor, encoded: Encoded) -> list[list[S
 
 
 def encode(prompts: Prompts, family: Family, wanted: TowerRequest) -> Encoded:
-    """Runs the vision encoder and projector once over all pixels, noting what is `wanted` of the tower."""
+    """Runs the vision encoder and projector once over all pixels, and records what `wanted` lists of the tower."""
     model = prompts.model
     with ExitStack() as stack:
         merged = None if wanted.merging is None else stack.enter_context(merge_in_tower(model, wanted.merging))
         capture = stack.enter_context(capture_tower(model, wanted)) if wanted.layers or wanted.patches else None
-        # The helper takes the pixels out of what it is given: hence a copy.
+        # A copy, because the helper removes the pixels from its argument.
         filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(prompts.inputs))
     outputs = filled["mm_encoder_outputs"]
     groups = None if merged is None else _expand_groups(outputs, merged())

@@ -1,6 +1,6 @@
-"""CLIP's text tower beside a VLM that was built on CLIP's vision tower: how near a patch is to the question.
+"""CLIP's text tower, for VLMs with CLIP's vision tower: the similarity of each patch to the question.
 
-No VLM carries the text tower of its CLIP; a `transformers.CLIPModel` of the same checkpoint does.
+A VLM does not contain the text tower of its CLIP; load it as a `transformers.CLIPModel` of the same checkpoint.
 
     clip = CLIPModel.from_pretrained("openai/clip-vit-large-patch14-336")
     text = ClipText(clip, CLIPTokenizer.from_pretrained(...), ["What is on the table?"])

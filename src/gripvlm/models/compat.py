@@ -61,7 +61,7 @@ def _minor(version: str) -> tuple[int, int]:
 
 def takes(function: Callable[..., Any]) -> frozenset[str]:
     """The names of a function's parameters; those of a class's method are read once."""
-    # Bound methods are new objects at every access, so what is remembered goes by the function below them.
+    # A bound method is a new object at every access, so the result is cached for the function below it.
     plain = getattr(function, "__func__", None)
     return frozenset(inspect.signature(function).parameters) if plain is None else _parameters(plain)
 
@@ -84,7 +84,7 @@ def cache_of(output: Any) -> Any:
 
 
 def is_cache(value: Any) -> bool:
-    """By what it does: its name differs between versions."""
+    """By its method, not by its class: class names differ between versions."""
     return callable(getattr(value, "get_seq_length", None))
 
 

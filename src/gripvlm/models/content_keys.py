@@ -18,7 +18,7 @@ SAMPLES = 4096  # values of an image that are hashed: enough to tell images apar
 
 
 def content_keys(inputs: Mapping[str, Any], modality: str, count: int) -> list[int]:
-    """One key for each of `count` items; zeros where the pixels cannot be told apart by item."""
+    """One key for each of `count` items; zeros if the pixels cannot be divided by item."""
     pixels = inputs.get(PIXELS[modality])
     if not isinstance(pixels, Tensor):
         return [0] * count
@@ -27,7 +27,7 @@ def content_keys(inputs: Mapping[str, Any], modality: str, count: int) -> list[i
 
 
 def _pieces(inputs: Mapping[str, Any], modality: str, pixels: Tensor, count: int) -> list[Tensor]:
-    """Each item's own pixels; the list's length differs from `count` where that cannot be told."""
+    """Each item's own pixels; a list of another length than `count` if they cannot be divided."""
     if (grids := inputs.get(f"{modality}_grid_thw")) is not None:  # [patches of all items, d]
         sizes = grids.prod(-1).tolist()
         return list(pixels.split(sizes)) if sum(sizes) == pixels.shape[0] else []

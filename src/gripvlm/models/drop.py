@@ -32,7 +32,7 @@ class DropOptions(NamedTuple):
     """How a prompt looks once rows are dropped.
 
     Attributes:
-        renumbered: count positions anew, as if the dropped rows had never been.
+        renumbered: number the remaining tokens from the start, as if the dropped rows had never been there.
         pad_to_multiple_of: pad to a length that is a multiple of this.
         spare_column: leave a column of padding. `generate` throws away a mask of ones, and without a cache
             transformers then takes gaps in the positions for packed sequences.

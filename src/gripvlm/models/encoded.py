@@ -1,4 +1,4 @@
-"""What the vision encoder made of a batch, kept so that it need not be made again."""
+"""The output of the vision encoder for a batch, stored for reuse."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """The encoder's and projector's work for a batch, reusable across prunings and questions.
+    """The output of encoder and projector for a batch, reusable across prunings and questions.
 
     Attributes:
         model_type: the family that made it.
         samples: a tuple (batch) of tuples of `Item`, in prompt order; () for a prompt without any.
         outputs: modality -> `Output`.
-        watch: has timed the encoder, where somebody did.
-        tower_request: what of the vision tower was captured on the way.
+        watch: the time of the encoder, if it was measured.
+        tower_request: which tensors of the vision tower were captured.
     """
 
     model_type: str

@@ -1,7 +1,7 @@
-"""What differs between model families, as data: one row each. Nothing else in gripvlm names a model.
+"""The differences between model families, as data: a row for each family. No other module names a model.
 
 To add a family: a row here, a tiny random model in `tests/tiny_families/`, and
-`pytest tests/models/test_families.py -k NAME`; docs/families.md goes through an example.
+`pytest tests/models/test_families.py -k NAME`; docs/families.md shows an example.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Family:
         equals: what pruning equals. "masking": the full model with the dropped keys masked at the same positions.
             "deletion": the model that never saw the dropped rows, in prefill and decoding alike. Recurrent and
             convolutional layers mix neighbours, so for them a masked token is not a deleted one.
-        beams: False where transformers itself gives the wrong images to the beams of a prompt with several.
+        beams: False where transformers itself gives wrong images to the beams of a prompt with several images.
         chunks: False where image tokens see each other in both directions, so that transformers itself is wrong where
             it prefills an image in two chunks; or a function of the model that decides.
         layers: False where tokens cannot be dropped inside the language model: states or keys that later layers read
@@ -122,7 +122,7 @@ REFUSED: dict[str, str] = {
     "llama4": "its forward projects the encoder's rows itself, after the point where rows are dropped",
     "mllama": "its visual tokens are read by cross-attention and are never in the sequence",
 }
-"""model type -> why pruning at the input is not right or not worth it, whatever the row."""
+"""model type -> why pruning at the input is impossible or not useful for it."""
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -157,7 +157,7 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def not_supported(config: Any) -> UnsupportedModelError:
-    """The error for a model whose `config.model_type` has no row: why, and what is near."""
+    """The error for a model whose `config.model_type` has no row, with the reason and similar names."""
     name = config.model_type
     near = difflib.get_close_matches(name, FAMILIES, n=2, cutoff=0.5)
     hint = f" (the nearest is {' or '.join(near)})" if near else ""

@@ -27,7 +27,7 @@ def from_pixels(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: li
     """Towers that see each image whole: h / w is the image's own height / width.
 
     Needs no patch size, so it serves any tower whose rows are one square patch (or one square block of them) each.
-    None where n does not factor so (a CLS row kept in front, for instance).
+    None if n has no such factors (for instance, if a CLS row stays in front).
     """
     # Where a processor pads pixels to the largest image, it also says how large each one is.
     shapes = inputs.get("image_sizes")

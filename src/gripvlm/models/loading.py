@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
-# torch and transformers are imported inside functions: the CLI checks what was typed before it waits for them.
+# torch and transformers are imported inside functions: the CLI checks its arguments before it waits for these imports.
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -24,7 +24,7 @@ class ModelError(GripError):
 
 
 def quiet() -> None:
-    """Silences what transformers says while loading: advice on back ends, bars for local weights."""
+    """Silences transformers while it loads: advice on back ends, progress bars for local weights."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
@@ -94,7 +94,7 @@ def chosen_device(name: str | None) -> torch.device:
     """The device of that name, or the first accelerator there is, or the CPU.
 
     Raises:
-        ModelError: none that PyTorch knows, or one that cannot be used.
+        ModelError: not a device of PyTorch, or one that cannot be used.
     """
     import torch
 
@@ -104,7 +104,7 @@ def chosen_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ModelError(f"--device {name!r} is none that PyTorch knows: type cpu, cuda, cuda:1, mps or xpu") from error
+        raise ModelError(f"--device {name!r} is not a device of PyTorch: type cpu, cuda, cuda:1, mps or xpu") from error
     # torch takes a device by name that the machine does not have; only using it shows.
     try:
         torch.empty(1, device=device)

@@ -1,7 +1,7 @@
 """Position ids of prompts, before and after visual tokens are dropped. M-RoPE is known here and nowhere else.
 
 Shapes: [B, L] for most models. For M-RoPE [axes, B, L], where the axes are t, h, w, or a row that counts the text and
-then t, h, w. What is said of one position of each prompt is [B] or [axes, B].
+then t, h, w. A single position of each prompt is [B] or [axes, B].
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def shortened_positions(
         positions: of the columns that are left, in the full prompts.
         mask: [B, l] of the shortened prompts.
         following: the position of the first token after the full prompts.
-        renumbered: whether to count anew, as if the dropped tokens had never been.
+        renumbered: number the remaining tokens from the start, as if the dropped ones had never been there.
     """
     if positions.ndim == 2 and not renumbered:
         return positions, following

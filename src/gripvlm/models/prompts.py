@@ -1,6 +1,6 @@
 """A batch of prompts, read to the host once, before the vision encoder starts.
 
-Reading a value from an accelerator waits for all that it was asked before. What is read here, while the accelerator
+Reading a value from an accelerator waits for all operations queued before. What is read here, while the accelerator
 is idle, need not be read later, when it would wait for the encoder.
 """
 

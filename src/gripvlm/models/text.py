@@ -24,7 +24,7 @@ SPECIAL = ("bos", "eos", "pad", "decoder_start", *VISUAL, "audio", "vision_start
 
 
 def placeholder(model: PreTrainedModel, modality: str) -> int:
-    """The token id that stands for one visual token in the prompt."""
+    """The token id of the placeholder for one visual token in the prompt."""
     return int(getattr(model.config, f"{modality}_token_id"))
 
 

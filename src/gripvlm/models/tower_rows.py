@@ -40,7 +40,7 @@ class TowerMerging(NamedTuple):
 
 
 class TowerRequest(NamedTuple):
-    """What pruners need of the tower beside its features.
+    """The tensors of the vision tower that pruners need in addition to its features.
 
     Attributes:
         layers: capture attention and keys in these blocks; negative ones count from the last.
@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
     "received": ("received", lambda weights: weights),
     "cls": ([0], lambda weights: weights[:, :, 0]),
     "keys": ("keys", lambda keys: keys.transpose(1, 2)),
-    # A row of weights sums to 1: what does not go to the CLS token goes to patches.
+    # A row of weights sums to 1, so the weight of all patches is 1 minus the weight of the CLS token.
     "given": ("to_first", lambda to_cls: (1 - to_cls) / (to_cls.shape[-1] - 1)),
 }
 
@@ -110,13 +110,13 @@ def capture_tower(model: PreTrainedModel, request: TowerRequest) -> Iterator[Tow
 
 
 ItemRows: TypeAlias = tuple[dict[int, VisionRows], Tensor | None]
-"""What the tower gave for one item: layer as requested -> `VisionRows`, and patches [n, d_v] or None."""
+"""The captured rows of one item: layer as requested -> `VisionRows`, and patches [n, d_v] or None."""
 
 
 def split_by_item(
     rule: VisionRule | None, capture: TowerCapture, inputs: Mapping[str, Any], counts: Mapping[str, list[int]]
 ) -> dict[str, list[ItemRows]]:
-    """modality -> what was captured for each item, in the items' rows. Empties the capture.
+    """modality -> the captured tensors of each item, converted to rows. Empties the capture.
 
     Args:
         counts: modality -> the rows of each item, in the order in which the tower ran.
@@ -125,7 +125,7 @@ def split_by_item(
     split = {}
     for modality, rows in counts.items():
         items = TowerItems(capture.model, inputs, modality, rows)
-        # Two numbers may name one block, such as -1 and the last: it is brought to rows once.
+        # Two numbers may name the same block, such as -1 and the last: it is converted once.
         number = {layer: layer % capture.blocks for layer in capture.request.layers}
         blocks = {block: _rows_in_block(rule, capture, items, block) for block in dict.fromkeys(number.values())}
         patches: Sequence[Tensor | None] = [None] * len(rows)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class TowerItems(NamedTuple):
-    """The items of one modality in a batch, as a vision rule needs to know them; counts: the rows of each."""
+    """The items of one modality in a batch, as input of a vision rule; counts: the rows of each item."""
 
     model: PreTrainedModel
     inputs: Mapping[str, Any]
@@ -42,7 +42,7 @@ class VisionRule:
         return False
 
     def rescale(self, received: list[Tensor], counts: list[int]) -> list[Tensor]:
-        """Received attention as the mean over the queries of an item's own call."""
+        """Received attention as the mean over the queries of one item."""
         return received
 
 
@@ -94,7 +94,7 @@ class _InOneRow(VisionRule):
 
 
 class _Packed(VisionRule):
-    """Towers whose tiles the model itself packs, unpads and breaks into lines: its own method packs the maps too.
+    """Towers whose tiles the model packs, unpads and breaks into lines: the same method of the model packs the maps.
 
     Newline rows, which have no patch behind them, get zeros.
     """
@@ -111,7 +111,7 @@ class _Packed(VisionRule):
         # From the end: a CLS token, where there is one, is in front.
         patches = (vision.image_size // vision.patch_size) ** 2
         features = list(tiles[..., -patches:].transpose(1, 2).split(counts))  # [tiles, patches, c] of each image
-        # Zeros where features have the learnt newline row: no patch is behind it.
+        # Zeros in place of the learnt newline row, which belongs to no patch.
         options: dict[str, Any] = {"image_newline": tiles.new_zeros(tiles.shape[1])}
         # LLaVA-NeXT's method needs the strategy to count patches, LLaVA-OneVision's does not take it.
         if "vision_feature_select_strategy" in takes(base.pack_image_features):
@@ -168,7 +168,7 @@ def merged_rows(tower: PreTrainedModel, calls: Sequence[Tensor], grids: Tensor) 
 
 
 def _window_order(tower: PreTrainedModel, grids: Tensor) -> Tensor:
-    """[rows] the row that the tower's order has at each place; older transformers have it as a method."""
+    """[rows] the row at each place of the tower's order; in older transformers this is a method."""
     if hasattr(tower, "get_window_index"):
         return torch.as_tensor(tower.get_window_index(grids)[0])
     from transformers.vision_utils import get_vision_window_index

@@ -24,7 +24,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     """
     while (inner := _inside(model)) is not None:
         model = inner
-    # An unknown wrapper may change what the model is given, so it is named, not looked through.
+    # An unknown wrapper may change the model's inputs, so it is refused and not unwrapped.
     if not _takes_encoded_images(model):
         for name in ("module", "model", "base_model"):
             inner = getattr(model, name, None)
@@ -41,7 +41,7 @@ def _takes_encoded_images(model: Any) -> bool:
 
 
 def _inside(model: Any) -> Any:
-    """What a wrapper is around; None for what is no wrapper."""
+    """The module inside a wrapper; None if `model` is not a wrapper."""
     kind = type(model).__name__
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""The base classes of pruners. Tensors only: nothing in this folder knows transformers or any model family."""
+"""The base classes of pruners. Tensors only: no module in this folder depends on transformers or a model family."""
 
 from __future__ import annotations
 
@@ -267,9 +267,9 @@ class Wrapper(Pruner):
         if len(given) > 1 and not self.many:
             raise PrunerError(f"pruner {self.name!r} takes one pruner, got {len(given)}: use {self.name}(norm)")
         pruners = tuple(get_pruner(pruner) for pruner in given)
-        # The dataclass is frozen. Names become pruners once, here, so that mmr("norm") == mmr(Norm()).
+        # object.__setattr__, as the dataclass is frozen. Names become pruners here, so that mmr("norm") == mmr(Norm()).
         object.__setattr__(self, "inner", pruners if self.many else pruners[0])
-        # A wrapper changes which rows enter the language model: there is nothing to change of what drops elsewhere.
+        # A wrapper changes which rows enter the language model, so it cannot change a pruner that drops elsewhere.
         for pruner in pruners:
             if pruner.stage != "input":
                 raise PrunerError(

@@ -101,7 +101,7 @@ def register_pruner(name: str, factory: str | Callable[..., Pruner]) -> None:
 
 
 def _qualified(factory: object) -> object:
-    """The module and name of a class: a notebook cell that runs again defines the same one anew."""
+    """The module and name of a class: a notebook cell that runs again makes a new class of the same name."""
     return (factory.__module__, factory.__qualname__) if isinstance(factory, type) else factory
 
 
@@ -145,7 +145,7 @@ def _fault(name: str, error: BaseException) -> str:
 
 
 def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
-    """The pruner that a name, a spec or an object stands for.
+    """The pruner for a name, a spec or an object.
 
     Args:
         pruner: a name (`"divprune"`), a spec with options (`"random:seed=3"`, several separated by
@@ -167,7 +167,9 @@ def get_pruner(pruner: str | Pruner, **options: Any) -> Pruner:
             f"({', '.join(pruner_names())}) or an object of a subclass of gripvlm.Pruner"
         )
     if options:
-        raise PrunerError(f"options {sorted(options)} go with a name, not with a pruner object")
+        raise PrunerError(
+            f"options {sorted(options)} were passed with a pruner object: set them on the object, or pass a name"
+        )
     return pruner
 
 
@@ -228,7 +230,7 @@ def _sources() -> dict[str, Any]:
 def _load(name: str) -> Any:
     """The class or function behind a name."""
     source: Any = _BUILT_IN.get(name) or _registered.get(name)
-    # Only now, as looking through all that is installed takes milliseconds.
+    # Only now, because a search of all installed packages takes milliseconds.
     if source is None:
         sources = _sources()
         if name not in sources:
@@ -242,7 +244,7 @@ def _load(name: str) -> Any:
     try:
         return getattr(import_module(module), attribute)
     except (Exception, SystemExit) as error:
-        # A fault of our own must show its whole trace; one of another package is a line that names it.
+        # An error in gripvlm must show its whole trace; for another package one line that names it is enough.
         if name in _BUILT_IN:
             raise
         raise PrunerError(_fault(name, error)) from error

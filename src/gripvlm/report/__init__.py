@@ -1,4 +1,4 @@
-"""Results for people: tables, plots, pictures of what was kept, and pages of all of them."""
+"""Tables, plots, pictures of kept tokens, and pages with all of these."""
 
 from gripvlm.report.build import report
 from gripvlm.report.overlay import Geometry, GeometryError, Part, geometry, layout, overlay

@@ -262,7 +262,7 @@ def code(value: object) -> str:
     return f"{fence}{space}{line}{space}{fence}"
 
 
-# --- pictures of what was kept ----------------------------------------------------------------------------------------
+# --- pictures of kept tokens ------------------------------------------------------------------------------------------
 
 
 class Picture(NamedTuple):

@@ -188,7 +188,7 @@ def _prepared(images: Any, name: str, x: _Axis, y: _Axis) -> tuple[_Axis, _Axis]
 
 
 def _sizes(size: Any) -> dict[str, float]:
-    """A size in any of transformers' forms as a plain dict of what is set."""
+    """A size in any form of transformers as a plain dict of the values that are set."""
     if isinstance(size, int):
         return {"height": size, "width": size}
     if size is None:
@@ -280,7 +280,7 @@ def overlay(
 
     Args:
         image: the original picture, of `geometry.image_size`.
-        selection: what was kept of `geometry`'s cells.
+        selection: the kept cells of `geometry`.
         geometry: from `gripvlm.report.geometry`.
         path: where to write a PNG as well.
         caption: lines below the picture, the first of them larger; by default "k of n visual tokens". What a picture

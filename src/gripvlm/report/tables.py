@@ -87,7 +87,7 @@ def _settings(rows: Sequence[Row]) -> Iterable[tuple[str, str, str, dict[str, Ro
 
 
 def _references(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, list[str]]:
-    """What the model scores without the image, and the commonest answer, by task; only what was measured."""
+    """The scores without the image, and of the commonest answer, by task; only those that were measured."""
     first = next(iter(by_setting(rows).values()))
     columns = {name: [first.get(task, {}).get(name) for task in tasks] for name in REFERENCES}
     return {

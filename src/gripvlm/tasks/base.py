@@ -78,7 +78,7 @@ class Sample:
 
     @property
     def image(self) -> Image.Image:
-        """The image, RGB. Read anew at each call, so that a long run holds none of them."""
+        """The image, RGB. Read again at each call, so that a long run holds none of them."""
         return open_image(self.picture) if isinstance(self.picture, Path) else self.picture().convert("RGB")
 
 

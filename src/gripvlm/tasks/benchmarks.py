@@ -93,7 +93,7 @@ class POPE(Benchmark):
         if self.part not in ("", category):
             return None
         return {
-            # Question numbers start anew in each category.
+            # Question numbers start again in each category.
             "id": f"{category}/{row['question_id']}",
             "question": row["question"].strip(),
             "answer": answer,

@@ -37,7 +37,7 @@ class LabTask(Task):
     def samples(self) -> tuple[Sample, ...]:
         file = self.folder / "questions.jsonl"
         if not file.exists():
-            raise TaskError(f"the lab's sample is not in this installation ({file}): install gripvlm anew")
+            raise TaskError(f"the lab's sample is not in this installation ({file}): install gripvlm again")
         samples = tuple(s for s in read_samples(file, self.folder / "images") if s.family == self.family)
         if not samples:
             raise TaskError(f"{file} has no question of the family {self.family!r}")

@@ -1,4 +1,4 @@
-"""Reading an image file that anybody may have made: it comes back as RGB, or one sentence says why not."""
+"""Reads an image file from an unknown source: returns it as RGB, or raises an error of one sentence."""
 
 from __future__ import annotations
 

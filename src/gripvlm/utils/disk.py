@@ -158,7 +158,7 @@ def one_writer(path: str | Path, folder: bool = False) -> Iterator[None]:
             os.close(file)
         try:
             with suppress(FileNotFoundError):
-                os.unlink(name)  # while it is held, so that nobody's new lock is removed
+                os.unlink(name)  # while it is held, so that the new lock of another process is not removed
         finally:
             if fcntl is not None:
                 os.close(file)

@@ -19,7 +19,7 @@ class Progress:
     On a terminal a bar is drawn and removed at the end. Elsewhere `line()` is printed every `EVERY` seconds.
 
     Args:
-        unit: of what is counted, such as "answers".
+        unit: the things that are counted, such as "answers".
         total: how many there will be.
         done: how many are done already; they do not count as work of this run.
         show: False prints nothing at all.

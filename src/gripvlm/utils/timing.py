@@ -11,7 +11,7 @@ __all__ = ["Stopwatch", "device_time"]
 
 
 def device_time(device: torch.device) -> float:
-    """Seconds on a steady clock, after the device has done all it was asked."""
+    """Seconds on a steady clock, after the device has finished all queued operations."""
     if device.type not in ("cpu", "meta"):
         getattr(torch, device.type).synchronize(device)
     return time.perf_counter()

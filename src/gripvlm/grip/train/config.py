@@ -33,7 +33,7 @@ def setting(
     """A field of a configuration.
 
     Args:
-        help: what it means, in one line.
+        help: its meaning, in one line.
         choices: the values that are allowed; none for any.
         at_least, above, below: the range of numbers that are allowed.
         stages: those that read it.

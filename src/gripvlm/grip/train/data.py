@@ -176,7 +176,7 @@ class QuestionStream:
         chosen = []
         for place in range(number * self.images, (number + 1) * self.images):
             epoch, index = divmod(place, len(self._groups))
-            # One epoch is kept; a resumed run makes it anew, from the same numbers.
+            # One epoch is kept; a resumed run makes it again, from the same numbers.
             if self._order[0] != epoch:
                 shuffled = torch.randperm(len(self._groups), generator=generator(self.seed, "order", epoch))
                 self._order = (epoch, shuffled.tolist())

@@ -155,7 +155,7 @@ def _attention_bias(engine: Engine, batch: Batch, mask: Tensor, biases: Sequence
     visible = causal & mask[:, None] | own  # padding sees itself, or it would be NaN
     lowest = torch.tensor(torch.finfo(engine.model.dtype).min, device=mask.device)
     full = torch.where(visible, bias[:, None], lowest)[:, None]
-    # A visual token always sees itself fully: a dropped token's own row is read by nobody, and must not be NaN.
+    # A visual token always sees itself fully: the row of a dropped token is not used, but must not be NaN.
     return torch.where(own, torch.zeros((), device=mask.device), full).to(engine.model.dtype)
 
 
@@ -167,7 +167,7 @@ def _require_gradients(arguments: dict[str, Any]) -> None:
     """
     for output in arguments["mm_encoder_outputs"].values():
         rows = output.pooler_output  # detached: the rows themselves are the batch's, and stay as they are
-        one = isinstance(rows, Tensor)
+        in_one_tensor = isinstance(rows, Tensor)
         output.pooler_output = (
-            rows.detach().requires_grad_() if one else [each.detach().requires_grad_() for each in rows]
+            rows.detach().requires_grad_() if in_one_tensor else [row.detach().requires_grad_() for row in rows]
         )

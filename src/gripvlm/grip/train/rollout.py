@@ -225,7 +225,7 @@ class Engine:
         once = make_inputs(self.model, self.processor, [texts[i] for i in firsts], list(images.values()))
         # Pixels go through the tower once; what follows only repeats the rows of its output.
         encoded = encode(self.model, once).take([pictures.index(name) for name in names])
-        # Prompts of all questions. The processor prepares their pixels anew, which nobody reads.
+        # Prompts of all questions. The processor also prepares their pixels again, which are not used.
         if len(pictures) < len(samples):
             once = make_inputs(self.model, self.processor, texts, [images[name] for name in names])
         prompts = {k: v for k, v in once.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids")}

@@ -55,7 +55,7 @@ _DAMAGED = (
 
 
 class Stage(ABC):
-    """What is particular to one way of training: a loss, and modules of its own besides the scorer.
+    """One way of training: a loss, and modules in addition to the scorer.
 
     Attributes:
         name: of its checkpoint, its folder and its lines in metrics.jsonl.
@@ -119,7 +119,7 @@ class Trainer:
         self.stage, self.data, self.evaluator, self.accelerator = stage, data, evaluator, accelerator
         self.config, self.quiet = stage.config, quiet
         self.modules: dict[str, nn.Module] = {"scorer": stage.scorer, **stage.modules()}
-        self.eval_scorer = stage.scorer  # what is validated and, in the end, returned
+        self.eval_scorer = stage.scorer  # the scorer that is validated and, in the end, returned
         if self.config.ema_decay:
             # A copy that the optimiser does not know: it only follows the weights.
             self.modules["average"] = self.eval_scorer = copy.deepcopy(stage.scorer).requires_grad_(False)
@@ -149,7 +149,7 @@ class Trainer:
         config, state, last = self.config, self.state, self.stage.max_steps
         shown = not self.quiet and self.accelerator.is_main_process
         with self.stop_signal, Progress(f"steps of {self.stage.name}", last, state.step, show=shown) as bar:
-            # The start is a candidate too: a stage that does harm returns what it began with.
+            # The start is a candidate too: a stage that makes the scorer worse returns the scorer that it started from.
             if state.step == 0 and last:
                 bar.about("first validation")
                 self._evaluate()
@@ -206,7 +206,7 @@ class Trainer:
         return {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, **self._mean_over_processes(collected)}
 
     def _losses(self, micro: int, progress: float) -> Generator[tuple[Tensor, Stats], None, None]:
-        """The stage's losses of one micro-batch of this step, which is prepared when the first is asked for."""
+        """The stage's losses of one micro-batch of this step; the batch is prepared when the first loss is needed."""
         step = self.state.step
         batch = self._batch(step * self.config.gradient_accumulation_steps + micro)
         if batch is not None:
@@ -358,7 +358,7 @@ class Trainer:
         return str(content["questions"])
 
     def _forget_later_lines(self) -> None:
-        """Drops what was logged after the checkpoint (all of it without one), so that no step is there twice."""
+        """Drops log lines after the checkpoint (all lines if there is none), so that no step is logged twice."""
         if not self.metrics.exists():
             return
         text = disk.read_bytes(self.metrics)

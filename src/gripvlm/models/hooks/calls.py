@@ -71,7 +71,7 @@ BeforeAttention: TypeAlias = Callable[[AttentionCall], None]
 
 
 class _Run:
-    """One prompt's run, recognised by what was handed out for it: its encoded images, then its cache."""
+    """One prompt's run, recognised by the encoded images in its arguments, then by its cache."""
 
     def __init__(self, root: nn.Module, arguments: Mapping[str, Any]) -> None:
         self.root = root
@@ -119,7 +119,9 @@ class _Block:
 
 _lock = threading.RLock()
 _blocks: tuple[_Block, ...] = ()  # of all contexts; replaced, never changed, so that readers need no lock
-_hooks: dict[tuple[str, nn.Module | None], Callable[[], None]] = {}  # what is set at present -> what removes it
+_hooks: dict[
+    tuple[str, nn.Module | None], Callable[[], None]
+] = {}  # each hook that is set -> the function that removes it
 _own: ContextVar[tuple[_Block, ...]] = ContextVar("gripvlm_blocks", default=())
 _run: ContextVar[_Run | None] = ContextVar("gripvlm_run", default=None)  # that blocks opened now belong to
 _served: ContextVar[_Run | None] = ContextVar("gripvlm_served", default=None)  # another context's, for one forward
@@ -170,7 +172,7 @@ def call_hooks(
     try:
         yield
     finally:
-        # Blocks may end in any order, and in another context than they began in: what is closed is filtered out.
+        # Blocks may end in any order, and in another context than they began in: closed blocks are filtered out.
         block.open = False
         _own.set(tuple(other for other in _own.get() if other.open))
         with _lock:
@@ -200,7 +202,7 @@ def _acting(module: nn.Module) -> list[_Block]:
     if len({id(block.run) for block in blocks}) > 1:
         raise GripError(
             "backward runs layers again (gradient checkpointing) in a thread of autograd's own while several gripvlm "
-            "blocks are open on this model, so it cannot be told whose they are: train in one thread at a time"
+            "blocks are open on this model, so their block is unknown: train in one thread at a time"
         )
     return blocks
 
@@ -324,7 +326,7 @@ def _attention_replaced() -> Iterator[None]:
     original = AttentionInterface.get_interface
     AttentionInterface.get_interface = replacement = _with_hooks(original)
     yield
-    # If somebody else has wrapped the replacement, it stays inside theirs and lets every call pass.
+    # If other code has wrapped the replacement, it stays inside that wrapper and passes every call on.
     if AttentionInterface.get_interface is replacement:
         AttentionInterface.get_interface = original
 
@@ -338,7 +340,7 @@ def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
         def attend_with_hooks(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
-            # The query and the key stay as they are: blocks change what is attended to by the mask alone.
+            # The query and the key do not change: blocks change attention only through the mask.
             call = AttentionCall(module, query, key, attention_mask, options)
             for block in _acting(module):
                 if module in block.attention:

@@ -5,7 +5,7 @@
 1. Before the whole model: is this a prompt (nothing is cached yet) or decoding? Of a prompt, note its mask and which
    of its tokens are visual.
 2. Before layer k, in a prompt: choose which tokens to keep, note them as a `Stage`, and gather their hidden states.
-   From there on every layer is handed fewer positions and fewer rows and columns of the mask, so its cache is shorter.
+   Every later layer gets fewer positions and a smaller mask, so its cache is shorter.
 3. Before the same layers, in decoding: transformers builds one mask, as long as the first layer's cache. Each later
    layer gets one as long as its own.
 4. Before the first decoded token, if `evict_from` says so: shorten the caches of earlier layers too.
@@ -46,13 +46,13 @@ Text always stays. Called once a prompt: where backward runs a layer again (grad
 
 @dataclass
 class Stage:
-    """The tokens that are left from one layer on.
+    """The tokens that are left from some layer on.
 
     Attributes:
         order: [B, l] their places in the prompt; padded on the left with places of dropped ones.
         real: [B, l] False for that padding and for the prompt's own.
         previous: [B, l] their places among the tokens that the layer before saw.
-        merge: what is done to the hidden states before the others are dropped, if anything.
+        merge: merges the hidden states before tokens are dropped; None without a merge.
     """
 
     order: Tensor
@@ -66,7 +66,7 @@ class Stage:
         return bool(self.real.all())
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """[B, l, d]: what is left of the hidden states of the layer before."""
+        """[B, l, d]: the hidden states of the layer before, for the tokens that are left."""
         hidden = hidden if self.merge is None else self.merge(hidden)
         return hidden.gather(1, self.previous[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -97,7 +97,7 @@ class DropState:
         return self.stages[max(self.stages)] if self.stages else None
 
     def in_layer(self, index: int) -> Stage | None:
-        """What layer `index` sees of the prompt while the prompt runs; None for all of it."""
+        """The tokens of the prompt in layer `index` while the prompt runs; None for all tokens."""
         return self.stages.get(max((layer for layer in self.stages if layer <= index), default=-1))
 
     def take(self, rows: Tensor | slice = slice(None)) -> DropState:
@@ -204,7 +204,7 @@ def no_labels(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
 
 
 class _Dropper:
-    """The hooks of one block, and what they must remember between them beside the state."""
+    """The hooks of one block, and the values that they share in addition to the state."""
 
     def __init__(self, model: PreTrainedModel, choose: Mapping[int, Choose], state: DropState) -> None:
         self.model, self.decoder, self.choose, self.state = model, model.get_decoder(), choose, state
@@ -235,7 +235,7 @@ class _Dropper:
             self._evict(cache, state.evict_from)  # the first run on this cache since the prompt's
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """After the whole model: a layer that runs from now on is run again by backward, and must not choose anew."""
+        """After the whole model: a layer that runs later is run again by backward, and must not select again."""
         self.running = False
 
     def _start(self, ids: Tensor, kwargs: dict[str, Any]) -> None:
@@ -306,7 +306,7 @@ class _Dropper:
         """Before layer `index`: hands it the tokens that are left, with a mask and positions to match."""
         hidden, state = args[0], self.state
         if self.prefill and index in self.choose:
-            # Backward (gradient checkpointing) must find the stage of the first run, not choose anew.
+            # Backward (gradient checkpointing) must use the stage of the first run, not select again.
             if self.running:
                 self._choose(index, hidden)
             elif index not in state.stages:

@@ -1,4 +1,4 @@
-"""Proportional attention: a token that stands for m tokens is attended to as if all m were there.
+"""Proportional attention: a token that m tokens were merged into gets the attention of m tokens.
 
 softmax(q k^T / sqrt(d) + log s), s the size of each key's token: ToMe, arXiv 2210.09461, eq. 1. The logarithms join
 the mask where every transformers model hands its keys to its attention function (`calls.py`), so the bias is as long

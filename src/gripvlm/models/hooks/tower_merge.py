@@ -33,7 +33,7 @@ class MergedRows(NamedTuple):
     """What became of the tower's rows.
 
     Attributes:
-        groups: [b, n] for each row, the row whose place it was merged into (itself, if it stands for its group).
+        groups: [b, n] for each row, the row that it was merged into (itself, if it was not merged).
         rank: [b, n] which of the rows that came out of the tower that is.
     """
 
@@ -112,7 +112,7 @@ class _TowerRun:
         self.plan: list[int] = []  # how many tokens each block merges away
         self.special = 0  # tokens in front that never merge
         self.keys = torch.empty(0)  # [b, t, d_h] of the present block, the mean over heads
-        self.sizes = torch.empty(0)  # [b, t] how many tokens each one stands for
+        self.sizes = torch.empty(0)  # [b, t] how many tokens were merged into each
         self.first = torch.empty(0)  # [b, t] the first block's token that each one is
         self.place = torch.empty(0)  # [b, T] where each token of the first block is now
         self.merged = self.mlp = torch.empty(0)  # [b, t, d] the present block's states, and what its MLP makes of them
