@@ -21,7 +21,18 @@ FILES = [
     for room in ("src", "tests", "docs", "examples", "experiments")
     for path in (ROOT / room).rglob("*")
 ]
-USERS = {"config.json", "questions.jsonl", "lab.json", "r.json", "page/report.md", "evaluate.py"}
+USERS = {
+    "config.json",
+    "questions.jsonl",
+    "lab.json",
+    "r.json",
+    "page/report.md",
+    "evaluate.py",
+    "example.py",
+    "calculation.py",
+    "eval_science_qa.py",
+    "scorer.json",
+}
 """Files of users, of a run's folder, or of another project."""
 
 
@@ -55,8 +66,12 @@ def test_files_in_backticks_are_there(page):
 def test_commands_have_these_options(page):
     commands = get_command(app).commands
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    for line in re.findall(r"^(?:\S+=\S+ )*gripvlm ([a-z].*)$|`gripvlm ([^`]+)`", text, re.MULTILINE):
-        words = " ".join(line).partition(" #")[0].split()
+    blocks = "\n".join(re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL))
+    typed = re.findall(r"^ *(?:\w+=\S+ )*gripvlm ([a-z].*)$", blocks, re.MULTILINE) + re.findall(
+        r"`gripvlm ([^`]+)`", text
+    )
+    for line in typed:
+        words = line.partition(" #")[0].split()
         if words[0] not in commands:
             assert words[0].startswith("-") or page.name == "CHANGELOG.md", f"{page.name}: no command {words[0]}"
             continue
