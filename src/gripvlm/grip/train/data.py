@@ -58,7 +58,7 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[Question]:
     if any(isinstance(task, LabTask) and task.folder == SHIPPED for task in tasks):
         raise TrainError(
             "the lab tasks are the test split, and training on it would make every later score worthless: make "
-            "training questions with examples/lab_vlm (docs/lab.md) and type "
+            "training questions (`PYTHONPATH=examples python -m lab_vlm.dataset FOLDER` in a clone) and type "
             "--data FOLDER/questions.jsonl"
         )
     if held_out := [task.name for task in tasks if task.held_out]:
@@ -130,7 +130,7 @@ def split(questions: list[Question], share: float) -> tuple[list[Question], list
     if not train or not held_out:
         side = "validation" if not held_out else "training"
         raise TrainError(
-            f"{len(questions)} questions about {len({picture_of(*q) for q in questions})} pictures: --eval-share "
+            f"questions: {len(questions)}, pictures: {len({picture_of(*q) for q in questions})}: --eval-share "
             f"{share:g} leaves none for {side}; type another --eval-share, bring more pictures, or name --eval-data"
         )
     return train, held_out
