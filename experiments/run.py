@@ -3,8 +3,9 @@
     python -m experiments.run grip_ablation grpo --seed 0       # what it starts from is trained first
     python -m experiments.run grip_shipped grpo_2 --limit 0     # the whole test sample
 
-Interrupt it at any time: the same command resumes. Questions to train on are made once, some minutes of CPU, by
-`python -m examples.lab_vlm.dataset WORK/train --split train --pictures 4000`, and the same with WORK/val, val and 150.
+Interrupt it at any time: the same command resumes. Questions to train on are made once, some minutes of CPU:
+
+    PYTHONPATH=examples python -m lab_vlm.dataset WORK/train --split train --pictures 4000      # and WORK/val, val, 150
 """
 
 from __future__ import annotations

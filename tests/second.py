@@ -1,7 +1,7 @@
 """Second implementations of methods, after what their authors' code does: plain lists, float64, one pair at a time.
 
 What the authors' own code chose is in tests/pruners/authors/choices.json, which holds these and ours to it
-(test_authors_choices.py); test_zoo_llm.py and test_zoo_vision.py hold ours to these on many other inputs.
+(test_authors_choices.py); test_llm.py and test_input.py hold ours to these on many other inputs.
 """
 
 from __future__ import annotations
