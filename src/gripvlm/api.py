@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from gripvlm.engine.block import PruneBlock
-from gripvlm.engine.input_checks import checked_encoding, checked_inputs
+from gripvlm.engine.input_checks import checked_inputs
 from gripvlm.engine.outputs import DeferredChecks
-from gripvlm.engine.pipeline import gather_tokens, prune_batch, question_embeddings
+from gripvlm.engine.pipeline import encode_tokens, prune_batch
 from gripvlm.engine.pruner_checks import checked_needs, checked_pruner
 from gripvlm.engine.record import Record
 from gripvlm.engine.request import Keeps, PruneRequest
@@ -239,13 +239,8 @@ def visual_tokens(
         A list (samples) of lists (images, in prompt order) of `VisualTokens`.
     """
     request = PruneRequest.of(model, _ReadEverything(), keep, question=question)
-    inputs = checked_inputs(request.model, request.family, inputs, encoded)
-    prompts, checks = Prompts.of(request.model, inputs), DeferredChecks()
-    embeddings = question_embeddings(request, prompts)
-    encoded = checked_encoding(request, inputs, encoded)
-    if encoded is None:
-        encoded = adapter.encode(prompts, request.family, request.needs)
-    tokens = gather_tokens(request, prompts.with_images(encoded), embeddings, checks)
+    checks = DeferredChecks()
+    _, tokens = encode_tokens(request, inputs, encoded, Stopwatch(device_of(request.model)), checks)
     checks.raise_if_failed()
     return tokens
 

@@ -25,7 +25,7 @@ from gripvlm.pruners import LLMPruner, Pruner
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.timing import Stopwatch
 
-__all__ = ["PrunedBatch", "drop", "gather_tokens", "prune_batch", "question_embeddings"]
+__all__ = ["PrunedBatch", "drop", "encode_tokens", "gather_tokens", "prune_batch", "question_embeddings"]
 
 
 @dataclass(eq=False)
@@ -83,21 +83,8 @@ def prune_batch(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encod
     Raises:
         GripError: the inputs, or what the pruner returned, cannot be used.
     """
-    inputs = checked_inputs(request.model, request.family, inputs, encoded)
-    encoded = checked_encoding(request, inputs, encoded)
     watch, checks = Stopwatch(device_of(request.model)), DeferredChecks()
-    # Values on an accelerator are read before the encoder starts. From then on nothing waits, so that the prefill is
-    # queued while the encoder still runs; values are checked after the model has run.
-    prompts = Prompts.of(request.model, inputs)
-    question = question_embeddings(request, prompts)
-    watch.lap("overhead")
-
-    if encoded is None:
-        encoded = encode(prompts, request.family, request.needs)
-        watch.lap("vision")
-
-    images = prompts.with_images(encoded)
-    tokens = gather_tokens(request, images, question, checks)
+    images, tokens = encode_tokens(request, inputs, encoded, watch, checks)
     at_input, schedules = _tokens_at_input(request, tokens)
     watch.lap("overhead")
 
@@ -113,7 +100,29 @@ def prune_batch(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encod
         selections = stage.selections()
     run = _run_inside(request, shortened.arguments, selections, stage)
     watch.lap("overhead")
-    return PrunedBatch(prompts, shortened, selections, run, watch, checks)
+    return PrunedBatch(images.prompts, shortened, selections, run, watch, checks)
+
+
+def encode_tokens(
+    request: PruneRequest,
+    inputs: Mapping[str, Any],
+    encoded: Encoded | None,
+    watch: Stopwatch,
+    checks: DeferredChecks,
+) -> tuple[EncodedPrompts, list[list[VisualTokens]]]:
+    """The encoded images of a batch, and what the pruner gets for each."""
+    inputs = checked_inputs(request.model, request.family, inputs, encoded)
+    encoded = checked_encoding(request, inputs, encoded)
+    # Values on an accelerator are read before the encoder starts. From then on nothing waits, so that the prefill is
+    # queued while the encoder still runs; values are checked after the model has run.
+    prompts = Prompts.of(request.model, inputs)
+    question = question_embeddings(request, prompts)
+    watch.lap("overhead")
+    if encoded is None:
+        encoded = encode(prompts, request.family, request.needs)
+        watch.lap("vision")
+    images = prompts.with_images(encoded)
+    return images, gather_tokens(request, images, question, checks)
 
 
 def question_embeddings(request: PruneRequest, prompts: Prompts) -> list[Tensor] | None:
