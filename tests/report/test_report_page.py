@@ -110,7 +110,7 @@ def test_the_tables_say_what_the_results_say(page, made):
         "Relative accuracy",
         "Differences from random",
         "Each seed's mean score",
-        "The frontier of mean score",
+        "On the frontier of score",
     ):
         assert part in page[0]
         assert part in page[1]
@@ -151,7 +151,7 @@ def test_runs_of_the_same_questions_are_shown_together_without_their_times(made,
     assert {p.method for p in found[0].points} == {"full", "random", "grid", "mine", "extra"}
     report([made, more], tmp_path / "page")
     html = (tmp_path / "page" / "index.html").read_text()
-    assert "The frontier of mean score and time" not in html
+    assert "On the frontier of score and time" not in html
     assert "Each file's times are divided by its own full model's" in html
 
 
