@@ -72,10 +72,12 @@ class Painter:
         self.blend(mask, x, y, ink)
         return (x, y, x + w, y + h)
 
-    def text(self, string: str, x: float, cy: float, size: int, ink: np.ndarray, **labels) -> Box:
-        """Draw `string` as capitals from x on, centred on line cy; one part a character."""
+    def text(
+        self, string: str, x: float, cy: float, size: int, ink: np.ndarray, face: str = "", **labels
+    ) -> Box:
+        """Draw `string` as capitals from x on, centred on line cy, in `face` or a random one; one part a character."""
         faces = art.typefaces(self.split)
-        face = faces[self.rng.integers(len(faces))]
+        face = face or faces[self.rng.integers(len(faces))]
         x = min(x, SIZE - 2 - sum(art.character(face, c.upper(), size)[1] for c in string))
         start, lines = x, []
         for i, char in enumerate(string):

@@ -56,9 +56,10 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys([*SPECIAL, *"?:,.", *letters, *(f"##{c}" for c in letters), *words]))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: list[str] | None = None, length: int = 1024) -> PreTrainedTokenizerFast:
     """WordPiece over the lab's words; any other word of letters and digits falls apart into characters."""
-    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(vocabulary())}, unk_token="<unk>"))
+    words = words or vocabulary()
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
@@ -71,7 +72,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
         padding_side="left",
-        model_max_length=1024,
+        model_max_length=length,
     )
 
 
@@ -81,7 +82,9 @@ def spell(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return tokenizer.convert_tokens_to_ids(pieces)
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(
+    tokenizer: PreTrainedTokenizerFast | None = None, template: str = CHAT_TEMPLATE
+) -> LlavaProcessor:
     """Pads nothing and crops nothing: the whole picture is resized to a square, so patch (r, c) is easy to find."""
     images = CLIPImageProcessor(
         do_resize=True,
@@ -93,12 +96,12 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(),
+        tokenizer=tokenizer or build_tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     )
 
 
