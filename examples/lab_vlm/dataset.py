@@ -1,4 +1,4 @@
-"""Questions of the lab's training or validation split as a folder that `gripvlm train --data` takes.
+"""Questions of one of the lab's splits (art.SPLITS) as a folder that `gripvlm train --data` takes.
 
     python -m lab_vlm.dataset OUT --split train --pictures 4000
 
@@ -27,7 +27,7 @@ from .scenes import GRID
 SHARE = {"existence": 4, "perception": 4, "science": 3, "diagram": 3, "reading": 3, "text": 2}
 """Questions a picture, by family."""
 
-FIRST = {"train": 300_000, "val": 400_000, "test": 500_000}
+FIRST = {"train": 300_000, "val": 400_000, "test": 500_000, "scorer": 600_000}
 """Seeds that neither the VLM's own training nor the shipped sample uses."""
 
 

@@ -14,8 +14,8 @@ def draw(p: Painter, kind: str, cx: float, cy: float, size: float, state: str) -
 
 
 def _ink(p: Painter) -> np.ndarray:
-    """Line colour of devices; the test split draws in other inks than training."""
-    low, high = {"train": (0, 60), "val": (30, 80), "test": (20, 90)}[p.split]
+    """Line colour of devices; the other splits draw in other inks than training."""
+    low, high = {"train": (0, 60), "val": (30, 80), "test": (20, 90), "scorer": (10, 70)}[p.split]
     return p.rng.uniform(low, high, 3).astype(np.float32)
 
 

