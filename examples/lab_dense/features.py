@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from lab_vlm.pool import load_shard, shards
 from lab_vlm.train_tower import normalised
@@ -52,8 +51,7 @@ def make(pool: Path, out: Path, split: str) -> None:
 def load(pool: Path, out: Path, split: str) -> torch.Tensor:
     """bfloat16 [pictures, 256, WIDTH], mapped from disk."""
     path = path_of(out, pool, split)
-    values = np.memmap(path, np.int16, "r").reshape(-1, 256, WIDTH)
-    return torch.from_numpy(np.asarray(values)).view(torch.bfloat16)
+    return torch.from_file(str(path), size=path.stat().st_size // 2, dtype=torch.bfloat16).view(-1, 256, WIDTH)
 
 
 def main() -> None:

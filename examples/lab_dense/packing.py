@@ -116,43 +116,43 @@ def block_mask(segment: torch.Tensor) -> torch.Tensor:
     return ((same | (segment[:, None, :] == 0)) & causal)[:, None]
 
 
-def drop(
-    batch: Sequence[list[Asked]], units: Sequence[np.ndarray], pictures: int, rng: np.random.Generator
-) -> tuple[str, list[np.ndarray]]:
-    """Which cells each prompt of the batch keeps, and the name of the way: the same number in every prompt.
+WAYS = {"blind": 0.03, "full": 0.14, "random": 0.27, "even": 0.38, "evidence": 0.18}
+"""How often tokens are dropped in which way."""
 
-    units: for each prompt the unit of each cell, [pictures * PATCHES], -1 where none; distinct over its pictures.
+
+def drop(
+    batch: Sequence[list[Asked]], units: Sequence[np.ndarray], way: str, share: float, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Which cells each prompt of the batch keeps: the same number in every prompt.
+
+    share: in 0..1, how much is kept where the way leaves that open. units: for each prompt the unit of each cell, [pictures * PATCHES], -1 where none; distinct over its pictures.
 
     - blind: none. full: all. random: a uniform share.
     - even: the same number of cells of every unit, then cells of no unit. A reader that has only seen random shares
       counts by area; this one has to count things.
     - evidence: one or a few cells of each group of some questions' evidence, then random ones.
     """
-    n = pictures * PATCHES
-    way = str(rng.choice(("blind", "full", "random", "even", "evidence"), p=(0.03, 0.14, 0.27, 0.38, 0.18)))
+    n = len(units[0])
     if way == "blind":
-        return way, [np.arange(0)] * len(batch)
+        return [np.arange(0)] * len(batch)
     if way == "full":
-        return way, [np.arange(n)] * len(batch)
+        return [np.arange(n)] * len(batch)
+    scores = [rng.random(n) for _ in batch]
     if way == "even" and all((u >= 0).any() for u in units):
         each = int(rng.choice((1, 2, 3), p=(0.6, 0.25, 0.15)))
-        scores = []
-        for unit in units:
-            score = rng.random(n)
-            turn = _turn(unit, score)
-            scores.append(score + 4.0 * ((unit >= 0) & (turn < each)) + 2.0 * (unit < 0))
-        k = min(n, int(max((s > 4).sum() for s in scores) + rng.integers(0, 24 * pictures)))
+        for score, unit in zip(scores, units, strict=True):
+            score += 4.0 * ((unit >= 0) & (_turn(unit, score) < each)) + 2.0 * (unit < 0)
+        k = min(n, max(int((score > 4).sum()) for score in scores) + int(0.1 * share * n))
     else:
         low = 0.03 if way == "evidence" else 0.06
-        k = max(8, round(n * float(np.exp(rng.uniform(np.log(low), np.log(0.8))))))
-        scores = [rng.random(n) for _ in batch]
+        k = max(8, round(n * low * (0.8 / low) ** share))
         if way == "evidence":
             each = int(rng.integers(1, 4))
             for score, questions in zip(scores, batch, strict=True):
                 for i in rng.permutation(len(questions))[: int(rng.integers(1, 6))]:
                     for cells in questions[i].groups:
                         score[rng.permutation(cells)[:each]] += 2.0
-    return way, [np.sort(np.argpartition(-score, k - 1)[:k]) for score in scores]
+    return [np.sort(np.argpartition(-score, k - 1)[:k]) for score in scores]
 
 
 def _turn(unit: np.ndarray, score: np.ndarray) -> np.ndarray:

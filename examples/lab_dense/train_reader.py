@@ -1,6 +1,6 @@
 """Stage 2 of `lab-dense`: the language model learns to answer from evidence that is spread.
 
-    python -m lab_dense.train_reader BOARDS SCENES OUT --steps 5000
+    torchrun --nproc-per-node 2 -m lab_dense.train_reader BOARDS SCENES OUT --steps 5000
 
 Starts from the first lab's reader with more layers (vlm.build_model), on the frozen tower's tokens (features.py).
 Prompts have one, two or four boards; a seventh of the steps are the first lab's scenes and questions. Most steps drop
@@ -30,8 +30,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gripvlm.utils import disk
 
-from . import features
-from .packing import IMAGE, Asked, Packed, Packer, block_mask, drop
+from . import features, parallel
+from .blocks import NAME as BLOCKS
+from .blocks import Blocks
+from .packing import IMAGE, WAYS, Asked, Packed, Packer, drop
 from .questions import FAMILIES, OF_SEVERAL, PATCHES, Things, ask
 from .vlm import build_model
 
@@ -40,8 +42,10 @@ SHARE = {
     **{"pictures": 5, "both": 2},
 }
 """How often each family is asked."""
-PROMPTS = {1: 14, 2: 9, 4: 5}
-"""Prompts a step, by pictures a prompt: about as many tokens each."""
+PROMPTS = {1: 7, 2: 5, 4: 3}
+"""Prompts a step in each process, by pictures a prompt: about as many tokens each."""
+PICTURES = (1 / 7, 0.4, 0.2, 1 - 1 / 7 - 0.6)
+"""Share of the steps with the first lab's scenes, one, two and four boards."""
 SPELLED = ("extreme", "string", "reading", "text")
 
 
@@ -156,7 +160,8 @@ def forward(model: LlavaForConditionalGeneration, tokens: torch.Tensor, packed: 
         embeds = embeds.masked_scatter((packed.ids == IMAGE)[..., None], visual.to(embeds.dtype))
     hidden = model.model.language_model(
         inputs_embeds=embeds,
-        attention_mask=block_mask(packed.segment),
+        attention_mask=packed.segment >= 0,
+        blocks=Blocks.of(packed.segment),
         position_ids=packed.positions,
         use_cache=False,
     ).last_hidden_state
@@ -169,13 +174,17 @@ class Run:
     def __init__(self, boards: Path, scenes: Path, out: Path, name: str, recipe: Recipe) -> None:
         self.checkpoint, self.recipe = out / f"{name}.pt", recipe
         torch.manual_seed(1)
-        self.rng = np.random.default_rng(1)
+        self.rank, _ = parallel.start()
         self.packer, self.first = Packer(), first_packing.Packer()
         self.model = build_model(recipe.layers)
+        self.model.set_attn_implementation({"text_config": BLOCKS})
         self.model.model.vision_tower = features.load_tower(out)
         self.boards, self.scenes = Boards(boards, out, "train"), Scenes(scenes, out, "train")
         self.val, self.val_scenes = Boards(boards, out, "val"), Scenes(scenes, out, "val")
         self.hints = Hints(self.model, HINT_LAYERS)
+        for layer in self.model.model.language_model.layers:
+            for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+                module.compile(dynamic=True)  # many small operations in one; a tenth of a step
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.weights, lr=recipe.rate, weight_decay=0.02, betas=(0.9, 0.98), fused=True
@@ -187,39 +196,42 @@ class Run:
                 raise SystemExit(f"{self.checkpoint} was trained with {state['recipe']}: type another --name")
             self.model.load_state_dict(state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
-            self.rng.bit_generator.state = state["rng"]
             self.seconds, self.step, self.seen = state["seconds"], state["step"], state["seen"]
             print(f"resuming at step {self.step}, {self.seconds / 60:.1f} minutes spent", flush=True)
+        # What a step is about is the same in every process, so that none waits for another; the boards are not.
+        self.plan = np.random.default_rng((1, self.step))
+        self.rng = np.random.default_rng((2, self.rank, self.step))
 
     def save(self) -> None:
+        if self.rank:
+            return
         save_checkpoint(
             self.checkpoint,
             recipe=asdict(self.recipe),
             model=self.model.state_dict(),
             optimiser=self.optimiser.state_dict(),
-            rng=self.rng.bit_generator.state,
             seconds=self.seconds,
             step=self.step,
             seen=self.seen,
         )
 
     def batch(self) -> tuple[torch.Tensor, Packed]:
-        rng = self.rng
-        if rng.random() < 1 / 7:
-            pictures = 1
+        plan, rng = self.plan, self.rng
+        pictures = int(plan.choice((0, 1, 2, 4), p=PICTURES))
+        way, share, renumber = str(plan.choice(list(WAYS), p=list(WAYS.values()))), plan.random(), plan.random() < 0.25
+        if pictures == 0:
             index = rng.integers(0, len(self.scenes), PROMPTS[1])
             tokens = self.scenes.tokens[torch.from_numpy(index)]
             asked = [ask_first_lab(self.scenes.questions[i], self.first, self.packer, rng) for i in index]
             units = [np.full(PATCHES, -1)] * len(index)
         else:
-            pictures = int(rng.choice((1, 2, 4), p=(0.45, 0.25, 0.3)))
             index = rng.integers(0, len(self.boards), (PROMPTS[pictures], pictures))
             tokens = self.boards.tokens[torch.from_numpy(index)].flatten(1, 2)
             prompts = [[self.boards.things[i] for i in row] for row in index]
             asked = [ask_many(things, self.packer, self.recipe.questions, rng) for things in prompts]
             units = [prompt_units(things) for things in prompts]
-        _, keep = drop(asked, units, pictures, rng)
-        return tokens, self.packer.pack(asked, keep, pictures, renumber=bool(rng.random() < 0.25))
+        keep = drop(asked, units, way, share, rng)
+        return tokens, self.packer.pack(asked, keep, max(pictures, 1), renumber=bool(renumber))
 
     def learn(self) -> dict[str, float]:
         """One step; returns its losses."""
@@ -238,6 +250,7 @@ class Run:
                 total = total + weight * missed
         self.optimiser.zero_grad()
         total.backward()
+        parallel.average_gradients(self.weights)
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimiser.step()
         self.step, self.seen = self.step + 1, self.seen + len(packed.spans)
@@ -281,7 +294,7 @@ def train(run: Run, prompts: int) -> None:
         recent.append(run.learn())
         now = time.monotonic()
         run.seconds, clock = run.seconds + now - clock, now
-        if run.step % 50 == 0:
+        if run.step % 50 == 0 and run.rank == 0:
             line: dict[str, object] = {"step": run.step, "minutes": round(run.seconds / 60, 2)}
             for key in ("loss", "hint"):
                 if values := [losses[key] for losses in recent if key in losses]:
@@ -294,6 +307,8 @@ def train(run: Run, prompts: int) -> None:
             run.save()
             saved = now
     run.save()
+    if run.rank:
+        return
     report = {"minutes": run.seconds / 60, "steps": run.step, "questions": run.seen, "val": run.validate(10 * prompts)}
     print(json.dumps(report), flush=True)
     disk.write(run.checkpoint.with_suffix(".json"), json.dumps(report, indent=1))

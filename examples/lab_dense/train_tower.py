@@ -1,6 +1,6 @@
 """Stage 1 of `lab-dense`: the first lab's tower learns to tag boards, and its CLS token to know what is on them.
 
-    python -m lab_dense.train_tower BOARDS SCENES OUT --minutes 14
+    torchrun --nproc-per-node 2 -m lab_dense.train_tower BOARDS SCENES OUT --steps 2750
 
 Starts from the tower that ships with the first lab. A fifth of the pictures are the first lab's scenes, so that it
 keeps what it knew. The CLS token learns which classes and which colours are in the picture; nothing in the first lab
@@ -25,6 +25,7 @@ from gripvlm import lab
 from gripvlm.lab.tower import LabVisionConfig, LabVisionModel
 from gripvlm.utils import disk
 
+from . import parallel
 from .boards import GRID
 from .pool import HEADS, UNKNOWN, first_lab_labels, load_shard, shards
 
@@ -98,40 +99,42 @@ def tag_accuracy(model: Tagger, images: np.ndarray, planes: np.ndarray) -> dict[
     return scores | {f"CLS {name}": round(float(np.mean(values)), 4) for name, values in precision.items()}
 
 
-def train(boards: Path, scenes: Path, out: Path, minutes: float, batch: int = 20, rate: float = 7e-4) -> None:
+def train(boards: Path, scenes: Path, out: Path, steps: int, batch: int = 10, rate: float = 7e-4) -> None:
+    """`batch` pictures a step in each process (parallel.py)."""
+    rank, _ = parallel.start()
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
     first = lab.load()[0].model.vision_tower
     model = Tagger(first.config)
     model.tower.load_state_dict(first.state_dict())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     checkpoint = out / "tower.pt"
-    spent, seen, step = 0.0, 0, 0
+    spent, step = 0.0, 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        spent, seen, step = state["spent"], state["seen"], state["step"]
-        rng.bit_generator.state = state["rng"]
+        spent, step = state["spent"], state["step"]
         print(f"resuming at step {step}, {spent / 60:.1f} minutes spent", flush=True)
+    rng = np.random.default_rng((0, rank, step))
 
     def save() -> None:
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "rng": rng.bit_generator.state}
-        save_checkpoint(checkpoint, **state, spent=spent, seen=seen, step=step)
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            save_checkpoint(checkpoint, **state, spent=spent, step=step)
 
     val = load_shard(shards(boards, "val")[0])
-    clock, saved = time.monotonic(), time.monotonic()
+    clock = saved = time.monotonic()
     few = batch // 5  # scenes of the first lab
-    while spent < minutes * 60:
+    while step < steps:
         new, old = shards(boards, "train"), shards(scenes, "train")
         shard, other = load_shard(new[rng.integers(len(new))]), load_shard(old[rng.integers(len(old))])
         other["labels"] = first_lab_labels(other["labels"])
         order = rng.permutation(len(shard["images"]))
-        for rows in np.split(order, range(batch - few, len(order), batch - few)):
-            done = min(spent / (minutes * 60), 1.0)
+        for rows in order[: len(order) // (batch - few) * (batch - few)].reshape(-1, batch - few):
             for group in optimiser.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+                decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = rate * min(1.0, (step + 1) / 200) * decay
             more = rng.integers(0, len(other["images"]), few)
             images = np.concatenate([shard["images"][rows], other["images"][more]])
             planes = torch.from_numpy(np.concatenate([shard["labels"][rows], other["labels"][more]]))
@@ -140,27 +143,28 @@ def train(boards: Path, scenes: Path, out: Path, minutes: float, batch: int = 20
             loss = tag_loss(patches, cls, planes)
             optimiser.zero_grad()
             loss.backward()
+            parallel.average_gradients(model.parameters())
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-            step, seen = step + 1, seen + len(images)
+            step += 1
             now = time.monotonic()
             spent, clock = spent + now - clock, now
-            if step % 100 == 0:
-                line: dict[str, object] = {"step": step, "minutes": round(spent / 60, 2), "images": seen}
-                line["loss"] = round(loss.item(), 3)
+            if step % 100 == 0 and rank == 0:
+                line: dict[str, object] = {"step": step, "minutes": round(spent / 60, 2), "loss": round(loss.item(), 3)}
                 if step % 500 == 0:
                     line["val"] = tag_accuracy(model, val["images"][:256], val["labels"][:256])
                 print(json.dumps(line), flush=True)
             if now - saved > 60:
                 save()
                 saved = now
-            if spent >= minutes * 60:
+            if step == steps:
                 break
     save()
-    report: dict[str, object] = {"minutes": spent / 60, "images": seen}
-    report["val"] = tag_accuracy(model, val["images"], val["labels"])
-    print(json.dumps(report), flush=True)
-    disk.write(out / "tower.json", json.dumps(report, indent=1))
+    if rank == 0:
+        report: dict[str, object] = {"minutes": spent / 60, "steps": step}
+        report["val"] = tag_accuracy(model, val["images"], val["labels"])
+        print(json.dumps(report), flush=True)
+        disk.write(out / "tower.json", json.dumps(report, indent=1))
 
 
 def main() -> None:
@@ -168,9 +172,9 @@ def main() -> None:
     parser.add_argument("boards", type=Path, help="the pool of boards")
     parser.add_argument("scenes", type=Path, help="the pool of the first lab's scenes")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=14)
+    parser.add_argument("--steps", type=int, default=2750)
     args = parser.parse_args()
-    train(args.boards, args.scenes, args.out, args.minutes)
+    train(args.boards, args.scenes, args.out, args.steps)
 
 
 if __name__ == "__main__":

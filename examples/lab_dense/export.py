@@ -1,0 +1,56 @@
+"""Stage 3 of `lab-dense`: the trained model, and questions of the test split, as a folder.
+
+    python -m lab_dense.export OUT FOLDER
+
+FOLDER gets `model/`, which transformers loads, and `sample/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from gripvlm.utils import disk
+
+from . import features
+from .dataset import write_questions
+from .questions import FAMILIES
+from .vlm import build_model, build_processor
+
+
+def export_model(out: Path, reader: str, folder: Path) -> None:
+    """Half-precision safetensors whose config asks for float32, as processors without half units need."""
+    state = torch.load(out / f"{reader}.pt", weights_only=False)
+    model = build_model(state["recipe"]["layers"])
+    model.model.vision_tower = features.load_tower(out)
+    model.load_state_dict(state["model"])
+    shutil.rmtree(folder, ignore_errors=True)
+    model.half().save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "float32"
+    disk.write(path, json.dumps(config, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the training folder, with tower.pt and the reader's checkpoint")
+    parser.add_argument("folder", type=Path, help="its model/ and sample/ are replaced")
+    parser.add_argument("--reader", default="reader")
+    parser.add_argument("--groups", type=int, nargs=3, default=(300, 100, 60), metavar="N", help="0 0 0: no sample")
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    args = parser.parse_args()
+    export_model(args.out, args.reader, args.folder / "model")
+    if sum(args.groups):
+        shutil.rmtree(args.folder / "sample", ignore_errors=True)
+        write_questions(args.folder / "sample", "test", args.groups, args.families.split(","), quality=90)
+
+
+if __name__ == "__main__":
+    main()
