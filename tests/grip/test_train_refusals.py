@@ -156,7 +156,7 @@ WRAPPERS = {"mmr", "spread", "split", "ensemble"}
 def test_every_pruner_runs_on_the_lab(name):
     model, processor = lab.load()
     sample = get_tasks("lab/text")[0].samples[0]
-    inputs = make_inputs(model, processor, [sample.question], [sample.image])
+    inputs = make_inputs(model, processor, [sample.question], [sample.images])
     keep = 1.0 if name in ("full", "keep_all") else 154
     with gripvlm.prune(model, TOLD.get(name, name), keep=keep) as record:
         model.generate(**inputs, max_new_tokens=1)

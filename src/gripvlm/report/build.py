@@ -22,7 +22,7 @@ from gripvlm.eval.results import read_results
 from gripvlm.eval.scores import differences_from, relative
 from gripvlm.eval.stats import Estimate
 from gripvlm.eval.variants import FULL, ORACLE
-from gripvlm.report.overlay import layout, overlay
+from gripvlm.report.overlay import layout_of_images, overlay
 from gripvlm.report.plots import ALWAYS, draw, styles_of
 from gripvlm.report.points import Comparison, Keep, Point, comparisons, frontier
 from gripvlm.report.tables import MEAN, Row, short, unreached
@@ -188,11 +188,11 @@ class Page:
         return methods, questions, ""
 
     def _pictures(self, comparison: Comparison, question: Question, point: Point, processor: Any) -> Iterator[Picture]:
-        """What the method kept of the question's image, a picture for each part of it."""
-        image, answer = question.sample.image, point.answers(question.task)[question.id]
+        """What the method kept of the question's images, a picture for each part of them."""
+        images, answer = question.sample.images, point.answers(question.task)[question.id]
         items = unpack_masks(answer["kept"])
-        for part in layout(processor, image.size, [item.grid for item in items]):
-            drawn = overlay(image, part.of(items), part.geometry, caption="")
+        for part in layout_of_images(processor, [image.size for image in images], [item.grid for item in items]):
+            drawn = overlay(images[part.image], part.of(items), part.geometry, caption="")
             # the HTML holds every picture: at full size it would be many megabytes
             drawn.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()

@@ -38,7 +38,8 @@ class LabTask(Task):
         file = self.folder / "questions.jsonl"
         if not file.exists():
             raise TaskError(f"the lab's sample is not in this installation ({file}): install gripvlm again")
-        samples = tuple(s for s in read_samples(file, self.folder / "images") if s.family == self.family)
+        read = read_samples(file, self.folder / "images", grid=self.evidence_grid)
+        samples = tuple(sample for sample in read if sample.family == self.family)
         if not samples:
             raise TaskError(f"{file} has no question of the family {self.family!r}")
         return samples
