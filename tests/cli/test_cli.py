@@ -54,6 +54,19 @@ def test_ask_answers_and_says_what_it_cost(capsys):
     assert Image.open("o.png").height > 300
 
 
+def test_ask_about_several_pictures_draws_each(capsys):
+    Image.new("RGB", (100, 100), (60, 60, 180)).save("dog.png")
+    both = [*ASK, "--image", "dog.png", "--pruner", "grid", "--keep", "10%"]
+    assert main([*both, "--overlay", "o.png"]) == 0
+    assert "52 of 512 visual tokens kept (10.2 %) by grid" in capsys.readouterr().out
+    sizes = [Image.open(f"o-picture-{number}.png").size for number in (1, 2)]
+    assert sizes[0] != sizes[1]
+    Path("dog.png").rename("o-picture-1.png")
+    both[-5] = "o-picture-1.png"
+    assert main([*both, "--overlay", "o.png"]) == 2
+    assert "--overlay o-picture-1.png is the picture itself" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("keep", "said"), [("64", "64 of 256"), ("0.5", "128 of 256"), ("1", "1 of 256")])
 def test_keep_is_a_count_a_fraction_or_a_percentage(capsys, keep, said):
     assert main([*ASK, "--pruner", "norm", "--keep", keep, "--max-new-tokens", "1"]) == 0
