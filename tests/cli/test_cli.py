@@ -29,13 +29,13 @@ from tiny_lab import tiny_lab, write_sample
 @pytest.fixture(autouse=True)
 def tiny(tmp_path, monkeypatch):
     """`lab` is the tiny untrained model with a sample of its own; the working folder is empty."""
-    monkeypatch.setattr(lab, "load", tiny_lab)
-    monkeypatch.setattr(grip, "SHIPPED", tmp_path / "grip")
+    monkeypatch.setattr(lab, "load", lambda name: tiny_lab())
+    monkeypatch.setattr(grip, "SHIPPED", tmp_path)
     model, _ = tiny_lab()
     Scorer(ScorerConfig(32, width=16, blocks=1), ModelFingerprint.of(model)).save_pretrained(
         tmp_path / "grip" / "question"
     )
-    monkeypatch.setattr(lab_tasks, "SAMPLE", write_sample(tmp_path / "sample", pictures=3))
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", write_sample(tmp_path / "sample", pictures=3))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable is read at import
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -343,7 +343,7 @@ def test_batches_are_padded_on_the_left_and_a_template_may_bring_its_own_start()
 
 
 def test_the_lab_sample_runs_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_tasks, "SAMPLE", write_sample(tmp_path, pictures=2))
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", write_sample(tmp_path, pictures=2))
     result = run(tasks="lab", pruners=["pool", "divprune", "norm"], keeps=[0.25], limit=2)
     assert {row["task"] for row in result["rows"]} == {f"lab/{family}" for family in lab_tasks.FAMILIES}
     extras = {row["task"]: row["extras"] for row in result["rows"]}

@@ -14,7 +14,7 @@ import gripvlm
 from gripvlm import lab
 from gripvlm.errors import TrainError
 from gripvlm.eval import make_inputs
-from gripvlm.grip.pruner import SHIPPED
+from gripvlm.grip.pruner import place_of
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerError
 from gripvlm.grip.train import Engine, train, write_toml
 from gripvlm.grip.train.run import check_settings
@@ -43,8 +43,8 @@ def test_another_tower_or_projector_is_refused(vlm, part):
 
 def test_the_shipped_scorers_are_the_lab_models():
     model, _ = lab.load()
-    for folder in ("question", "blind"):
-        scorer = Scorer.from_pretrained(SHIPPED / folder)
+    for name in ("lab", "lab-blind", "lab-small"):
+        scorer = Scorer.from_pretrained(place_of(name))
         scorer.base.check(model)
         assert scorer.base.weights
         assert "/" not in str(scorer.notes["config"].get("start", ""))

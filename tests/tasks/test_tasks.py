@@ -17,7 +17,7 @@ from tiny_train import picture, write_several
 
 @pytest.fixture
 def sample_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_tasks, "SAMPLE", write_sample(tmp_path / "sample"))
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", write_sample(tmp_path / "sample"))
     return tmp_path / "sample"
 
 
@@ -208,7 +208,7 @@ def test_evidence_beyond_the_last_picture_is_refused(tmp_path):
 
 
 def test_missing_files_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_tasks, "SAMPLE", tmp_path / "nowhere")
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", tmp_path / "nowhere")
     with pytest.raises(TaskError, match="not in this installation"):
         _ = LabTask("text").samples
     with pytest.raises(TaskError, match="no file"):

@@ -38,7 +38,8 @@ PARTS = {
 
 def bench_command(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="lab, a local folder, a Hugging Face hub id, or random:llava-1.5-7b...")
+        str,
+        typer.Option("--model", "-m", help="lab, lab-dense, a local folder, a hub id, or random:llava-1.5-7b..."),
     ] = "lab",
     batch: Annotated[str, typer.Option(help="Prompts at a time, such as 1,8.")] = "1",
     prompt: Annotated[str, typer.Option(help="Text tokens a prompt, such as 64 or 64,512.")] = "64",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from gripvlm import lab
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 from gripvlm.eval.records import unpack_masks
@@ -101,8 +102,8 @@ class Page:
         filters = (text, code, score, verdict, short, unreached)
         environment.filters |= {function.__name__: function for function in filters}
         environment.filters["budget"] = lambda keep: Budget.of(keep).words
-        lab = any(results.header["model"] == "lab" for c in self.comparisons for results in c.results)
-        names = {"page": self, "title": title, "full": FULL, "frontier": frontier, "lab": lab}
+        of_lab = any(results.header["model"] in lab.FOLDERS for c in self.comparisons for results in c.results)
+        names = {"page": self, "title": title, "full": FULL, "frontier": frontier, "lab": of_lab}
         words = environment.get_template("report.md.jinja").render(names)
         # parts that are left out leave their blank lines behind
         return re.sub(r"\n{3,}", "\n\n", words).strip() + "\n"
@@ -326,10 +327,8 @@ def _in_turn(by_task: list[list[Question]]) -> list[Question]:
 
 
 def _processor(model: str) -> Any:
-    if model == "lab":
-        from gripvlm import lab
-
-        return lab.load()[1]
+    if model in lab.FOLDERS:
+        return lab.load(model)[1]
     from transformers import AutoProcessor
 
     try:

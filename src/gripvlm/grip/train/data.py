@@ -21,7 +21,7 @@ from torch import Tensor
 from gripvlm.errors import TrainError
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.tasks import JsonlTask, LabTask, Sample, Task, get_tasks
-from gripvlm.tasks.lab_tasks import SAMPLE as SHIPPED
+from gripvlm.tasks.lab_tasks import SAMPLES
 
 Question: TypeAlias = tuple[Task, Sample]
 
@@ -55,10 +55,10 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[Question]:
     else:
         tasks = [data] if isinstance(data, Task) else data
     # Scores on questions that were trained on say nothing.
-    if any(isinstance(task, LabTask) and task.folder == SHIPPED for task in tasks):
+    if any(isinstance(task, LabTask) and task.folder in SAMPLES.values() for task in tasks):
         raise TrainError(
             "the lab tasks are the test split, and training on it would make every later score worthless: make "
-            "training questions (`PYTHONPATH=examples python -m lab_vlm.dataset FOLDER` in a clone) and type "
+            "training questions (docs/lab.md; for lab `PYTHONPATH=examples python -m lab_vlm.dataset FOLDER`) and type "
             "--data FOLDER/questions.jsonl"
         )
     if held_out := [task.name for task in tasks if task.held_out]:
