@@ -32,7 +32,7 @@ class Letters(Task):
         return tuple(
             Sample(
                 id=f"{self.name}{i}",
-                picture=lambda i=i: picture(i // 2),
+                pictures=(lambda i=i: picture(i // 2),),
                 question=("read the word.", "is there a big red cat?")[i % 2],
                 answer="abc",
                 family="letters",

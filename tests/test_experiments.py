@@ -13,7 +13,7 @@ from experiments import results, run, tables
 from experiments.lab_grid import measured
 from gripvlm import get_pruner
 from gripvlm.eval import read_results
-from gripvlm.grip.pruner import SHIPPED
+from gripvlm.grip.pruner import place_of
 from gripvlm.grip.train import TrainConfig
 from places import ROOT
 from tiny_results import made_up
@@ -107,7 +107,7 @@ def test_a_trained_scorer_is_measured_and_its_result_kept(tmp_path, monkeypatch)
     (tmp_path / "s" / "configs" / "default.toml").write_text("bf16 = true\n")
     (tmp_path / "s" / "configs" / "ours.toml").write_text('stage = "grpo"\n')
     scorer = tmp_path / "ours-1"
-    shutil.copytree(SHIPPED / "question", scorer)
+    shutil.copytree(place_of("lab"), scorer)
     (scorer / "metrics.jsonl").write_text('{"step": 0, "minutes": 0.1, "eval": {"objective": 0.5}}\n{"step": 2}\n')
     (scorer / "environment.json").write_text("{}")
     run.measure("s", "ours", 1, scorer, limit=1)

@@ -104,7 +104,7 @@ def asked(pictures: int = 4, each: int = 2, name: str = "asked") -> Asked:
         marks = (p % 16, (p + 5) % 16)
         for q in range(each):
             made = partial(picture, p)
-            samples.append(Sample(f"{p}-{q}", made, *ASKED[(p + q) % 3], image_id=f"{p}.png", evidence=marks))
+            samples.append(Sample(f"{p}-{q}", (made,), *ASKED[(p + q) % 3], image_id=f"{p}.png", evidence=marks))
     return Asked(samples, name)
 
 
@@ -118,6 +118,25 @@ def write_jsonl(folder: Path, pictures: int = 8) -> Path:
             question, answer = ASKED[(p + q) % 3]
             rows.append({"image": f"{p}.png", "question": question, "answer": answer})
     file = folder / "q.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+SEVERAL = ((0,), (0, 1), (2, 1), (0, 1), (3, 4, 5, 6), (7,))
+"""The pictures of each question of `write_several`: 0, 1 and 2 are one cluster, 3 to 6 another, 7 a third."""
+
+
+def write_several(folder: Path) -> Path:
+    """Questions about one picture or several, as files; each marks patch 5 of the first, 7 and 0 of the last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for q, shown in enumerate(SEVERAL):
+        for p in shown:
+            picture(p).save(folder / f"{p}.png")
+        names, (question, answer), last = [f"{p}.png" for p in shown], ASKED[q % 3], 16 * (len(shown) - 1)
+        row = {"id": f"q{q}", "image": names if len(names) > 1 else names[0], "question": question, "answer": answer}
+        rows.append(row | {"evidence": [last + 7, 5, last], "evidence_grid": [4, 4]})
+    file = folder / "several.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

@@ -40,8 +40,9 @@ def main() -> None:
         if scorer.base is not None:
             scorer.base.check(model)
         scorer.base = replace(ModelFingerprint.of(model), name="gripvlm's lab model")
-        scorer.half().save_pretrained(SHIPPED / name)
-        print(f"{SHIPPED / name}: {scorer.parameters_count / 1e6:.2f} M parameters")
+        folder = SHIPPED / "grip" / name
+        scorer.half().save_pretrained(folder)
+        print(f"{folder}: {scorer.parameters_count / 1e6:.2f} M parameters")
 
 
 if __name__ == "__main__":

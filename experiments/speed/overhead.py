@@ -33,7 +33,7 @@ def turn(batch: int) -> dict[str, dict[str, float]]:
     """Pruner -> phase -> milliseconds a sample."""
     model, processor = lab.load()
     samples = get_tasks("lab/text")[0].samples[:batch]
-    inputs = make_inputs(model, processor, [one.question for one in samples], [one.image for one in samples])
+    inputs = make_inputs(model, processor, [one.question for one in samples], [one.images for one in samples])
     calls: dict[str, list[dict[str, float]]] = {pruner: [] for pruner in PRUNERS}
     for _ in range(CALLS + 1):
         for pruner in PRUNERS:

@@ -358,7 +358,23 @@ def test_a_real_prompt_has_exactly_so_many_text_tokens():
         real_prompts(model, processor, 1, 2, 64)
 
 
+@pytest.mark.parametrize("name", ["lab", "tiny", "tiny-qwen"])
+def test_a_prompt_with_several_pictures_has_as_many_text_tokens(name):
+    if name == "lab":
+        model, processor = tiny_lab()
+        inputs, n = real_prompts(model, processor, 2, 32, 64, images=3), 256
+    else:
+        model = shapes.random_model(name, CPU, torch.float32)
+        inputs, n = random_prompts(model, architecture(name), 2, 32, 112, images=3), 16
+    visual = visual_places(model, inputs["input_ids"])
+    assert visual.sum(-1).tolist() == [3 * n, 3 * n]
+    assert (~visual).sum(-1).tolist() == [32, 32]
+    assert Cell(model, inputs, [HALF], 2).sizes == [n] * 6
+
+
 def test_prompts_that_cannot_be_are_refused(tiny):
+    with pytest.raises(GripError, match="--prompt 5: a prompt has 6 text tokens at least"):
+        random_prompts(tiny, architecture("tiny"), 1, 5, 112, images=2)
     with pytest.raises(GripError, match="--prompt 3: a prompt has 4 text tokens at least"):
         prompts(tiny)(1, 3)
     qwen = shapes.random_model("tiny-qwen", CPU, torch.float32)

@@ -30,12 +30,15 @@ def test_the_command_writes_and_does_not_overwrite(tmp_path, capsys):
     assert "Ratios of whole" in text
     rows = json.loads(out.read_text())["rows"]
     assert [row["kept"] for row in rows] == [16, 4, 2, 4, 4, 2, 2]
+    assert json.loads(out.read_text())["model"]["images"] == 1
     before = out.read_text()
     assert main([*COMMAND, *options, "--out", str(out)]) == 2
     assert "exists: type --overwrite" in " ".join(capsys.readouterr().err.split())
     assert out.read_text() == before
     assert main([*COMMAND, *options[:-2], "--keep", "4", "--out", str(out), "--overwrite"]) == 0
     assert len(json.loads(out.read_text())["rows"]) == 4
+    assert main([*COMMAND, *options[:-2], "--keep", "4", "--images", "3", "--out", str(out), "--overwrite"]) == 0
+    assert [row["kept"] for row in json.loads(out.read_text())["rows"]] == [48, 12, 12, 12]
 
 
 def test_what_failed_and_what_fits_is_shown(capsys):

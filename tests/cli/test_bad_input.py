@@ -169,7 +169,7 @@ CALLS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
      UnsupportedModelError, "got a str: pass a transformers model"),
     ("pixels that are NaN", lambda: pruned(given=inputs() | {"pixel_values": inputs()["pixel_values"] * torch.nan}),
      InputError, "the vision encoder made NaN of image 0 of sample 0"),
-    ("an empty question", lambda: ask(Path("cat.png"), " "), GripError, f"the question is empty: {DO}"),
+    ("an empty question", lambda: ask([Path("cat.png")], " "), GripError, f"the question is empty: {DO}"),
     ("the question as text", lambda: pruned(ReadsQuestion(), question="what is it?"),
      InputError, f"question is text, which only the tokenizer can read: {DO} question=tokenizer"),
     ("a pruner that scores NaN", lambda: returning(nan_scores),

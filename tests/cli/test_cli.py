@@ -29,13 +29,13 @@ from tiny_lab import tiny_lab, write_sample
 @pytest.fixture(autouse=True)
 def tiny(tmp_path, monkeypatch):
     """`lab` is the tiny untrained model with a sample of its own; the working folder is empty."""
-    monkeypatch.setattr(lab, "load", tiny_lab)
-    monkeypatch.setattr(grip, "SHIPPED", tmp_path / "grip")
+    monkeypatch.setattr(lab, "load", lambda name: tiny_lab())
+    monkeypatch.setattr(grip, "SHIPPED", tmp_path)
     model, _ = tiny_lab()
     Scorer(ScorerConfig(32, width=16, blocks=1), ModelFingerprint.of(model)).save_pretrained(
         tmp_path / "grip" / "question"
     )
-    monkeypatch.setattr(lab_tasks, "SAMPLE", write_sample(tmp_path / "sample", pictures=3))
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", write_sample(tmp_path / "sample", pictures=3))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable is read at import
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -52,6 +52,19 @@ def test_ask_answers_and_says_what_it_cost(capsys):
     assert "26 of 256 visual tokens kept (10.2 %) by grid" in text
     assert all(name in text for name in ("vision", "pruner", "prefill", "decode"))
     assert Image.open("o.png").height > 300
+
+
+def test_ask_about_several_pictures_draws_each(capsys):
+    Image.new("RGB", (100, 100), (60, 60, 180)).save("dog.png")
+    both = [*ASK, "--image", "dog.png", "--pruner", "grid", "--keep", "10%"]
+    assert main([*both, "--overlay", "o.png"]) == 0
+    assert "52 of 512 visual tokens kept (10.2 %) by grid" in capsys.readouterr().out
+    sizes = [Image.open(f"o-picture-{number}.png").size for number in (1, 2)]
+    assert sizes[0] != sizes[1]
+    Path("dog.png").rename("o-picture-1.png")
+    both[-5] = "o-picture-1.png"
+    assert main([*both, "--overlay", "o.png"]) == 2
+    assert "--overlay o-picture-1.png is the picture itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("keep", "said"), [("64", "64 of 256"), ("0.5", "128 of 256"), ("1", "1 of 256")])

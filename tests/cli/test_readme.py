@@ -25,7 +25,7 @@ def names():
     task = get_tasks("lab/existence")[0]
     samples = task.samples[:2]
     texts = [task.prompt(sample) for sample in samples]
-    inputs = make_inputs(model, processor, texts, [sample.image for sample in samples])
+    inputs = make_inputs(model, processor, texts, [sample.images for sample in samples])
     return {"model": model, "inputs": inputs, "gripvlm": gripvlm}
 
 

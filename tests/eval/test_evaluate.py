@@ -83,7 +83,7 @@ def test_scores_are_those_of_generate_inside_a_prune_block(whole):
     lines = map(json.loads, samples_path(whole[1]).read_text().splitlines()[2:])
     record = next(r for r in lines if (r["pruner"], r["keep"], r["id"]) == ("grid", "0.1", "letters3"))
     sample = Letters().samples[3]
-    inputs = make_inputs(model, processor, [sample.question], [sample.image])
+    inputs = make_inputs(model, processor, [sample.question], [sample.images])
     with gripvlm.prune(model, "grid", keep=0.1):
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     said = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -260,7 +260,7 @@ def test_what_was_kept_is_recorded(tmp_path):
     run(out, tasks=[Letters(count=2)], pruners=["grid", "pool"], keeps=[40])
     model, processor = tiny_lab()
     sample = Letters(count=2).samples[1]
-    inputs = make_inputs(model, processor, [sample.question], [sample.image])
+    inputs = make_inputs(model, processor, [sample.question], [sample.images])
     encoded = gripvlm.encode(model, inputs, [get_pruner("grid")])
     ids = question_ids(processor, [sample.question])
     _, record = gripvlm.prune_inputs(model, inputs, "grid", 40, encoded=encoded, question=ids, return_record=True)
@@ -296,7 +296,7 @@ def test_every_prefix_of_the_spread_covers_the_picture(grid):
 def test_the_oracle_keeps_what_is_marked_in_a_real_batch():
     model, processor = tiny_lab()
     samples = Letters().samples[:3]
-    inputs = make_inputs(model, processor, [s.question for s in samples], [s.image for s in samples])
+    inputs = make_inputs(model, processor, [s.question for s in samples], [s.images for s in samples])
     encoded = gripvlm.encode(model, inputs)
     outcome = answer(model, processor, inputs, oracle(samples, encoded, (16, 16)), 2, max_new_tokens=1, encoded=encoded)
     assert [selections[0].indices.tolist() for selections in outcome.selections] == [[0, 1], [1, 2], [2, 3]]
@@ -343,7 +343,7 @@ def test_batches_are_padded_on_the_left_and_a_template_may_bring_its_own_start()
 
 
 def test_the_lab_sample_runs_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_tasks, "SAMPLE", write_sample(tmp_path, pictures=2))
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", write_sample(tmp_path, pictures=2))
     result = run(tasks="lab", pruners=["pool", "divprune", "norm"], keeps=[0.25], limit=2)
     assert {row["task"] for row in result["rows"]} == {f"lab/{family}" for family in lab_tasks.FAMILIES}
     extras = {row["task"]: row["extras"] for row in result["rows"]}

@@ -16,9 +16,20 @@ from gripvlm.grip.train.distill import get_teacher, masked_forward
 from gripvlm.grip.train.rewards import checked_reward, get_reward, log_prob, probability
 from gripvlm.pruners.base import top_k_of_each
 from gripvlm.pruners.baselines.given import Given
-from gripvlm.tasks import Sample, TaskError
+from gripvlm.tasks import Sample, TaskError, get_tasks
 from places import ROOT
-from tiny_train import Asked, Counted, asked, drawn, pairs, picture, tiny_config, tiny_scorer, tiny_vlm
+from tiny_train import (
+    Asked,
+    Counted,
+    asked,
+    drawn,
+    pairs,
+    picture,
+    tiny_config,
+    tiny_scorer,
+    tiny_vlm,
+    write_several,
+)
 
 sys.path.insert(0, str(ROOT))
 from experiments.grip_ablation.teachers import best_of, imitate
@@ -53,7 +64,7 @@ def just(kept: torch.Tensor) -> Given:
 def alone(engine, batch, row: int, kept: torch.Tensor) -> torch.Tensor:
     """[t] log-probabilities by one plain forward of one prompt and its answer."""
     task, sample = batch.tasks[row], batch.samples[row]
-    inputs = make_inputs(engine.model, engine.processor, [task.prompt(sample)], [sample.image])
+    inputs = make_inputs(engine.model, engine.processor, [task.prompt(sample)], [sample.images])
     told = torch.tensor([batch.answers[row]])
     inputs["input_ids"] = torch.cat((inputs["input_ids"], told), 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -151,7 +162,7 @@ def test_exact_is_one_where_greedy_decoding_gives_the_answer(engine):
 def test_own_answers_are_what_the_model_says_up_to_its_end(engine, monkeypatch):
     task = asked(pictures=2, each=2)
     inputs = make_inputs(
-        engine.model, engine.processor, [s.question for s in task.samples], [s.image for s in task.samples]
+        engine.model, engine.processor, [s.question for s in task.samples], [s.images for s in task.samples]
     )
     said = engine.model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert engine.prepare(pairs(task), pseudo_labels=True).answers == said.tolist()  # cut off: no end is put behind
@@ -175,15 +186,15 @@ def test_a_sample_without_an_answer_gets_the_models_own(engine):
 
 @pytest.mark.parametrize("other", ["yes", ""])
 def test_an_answer_of_nothing_stops_with_its_id(engine, other):
-    samples = [Sample("fine", lambda: picture(0), "is there a cat?", other)]
-    samples.append(Sample("row 7", lambda: picture(1), "is there a cat?", " "))
+    samples = [Sample("fine", (lambda: picture(0),), "is there a cat?", other)]
+    samples.append(Sample("row 7", (lambda: picture(1),), "is there a cat?", " "))
     with pytest.raises(TrainError, match="'row 7' tokenises to nothing"):
         engine.prepare(pairs(Asked(samples)))
 
 
 def test_a_picture_that_cannot_be_read_stops_with_its_id(engine, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
-    task = Asked([Sample("row 9", tmp_path / "x.png", "is there a cat?", "yes")])
+    task = Asked([Sample("row 9", (tmp_path / "x.png",), "is there a cat?", "yes")])
     with pytest.raises(TaskError, match=r"'row 9'.*not a picture"):
         engine.prepare(pairs(task))
 
@@ -192,7 +203,7 @@ def test_decode_agrees_with_evaluate(engine, batch):
     said = engine.run(batch, ROWS, KEPT).decode()
     for text, row, kept in zip(said, ROWS, KEPT, strict=True):
         sample = batch.samples[row]
-        inputs = make_inputs(engine.model, engine.processor, [sample.question], [sample.image])
+        inputs = make_inputs(engine.model, engine.processor, [sample.question], [sample.images])
         alone = answer(engine.model, engine.processor, inputs, just(kept[0]), len(kept[0]), max_new_tokens=5)
         assert [text] == alone.predictions
 
@@ -237,6 +248,62 @@ def test_the_scorer_sees_the_question_or_the_whole_prompt(engine):
     assert engine.prepare(pairs(task)).for_scorer(False).question is None
     assert bare.owner.tolist() == [0, 1, 2, 3]
     assert bare.sizes.tolist() == [16] * 4
+
+
+# --- several pictures ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(engine, tmp_path_factory):
+    """Questions about one, two, two, the same two, four and one pictures."""
+    questions = pairs(get_tasks(f"jsonl:{write_several(tmp_path_factory.mktemp('several'))}")[0])
+    questions[2], questions[3] = questions[3], questions[2]  # those about the same pictures side by side
+    with Counted(engine.model) as counted:
+        batch = engine.prepare(questions)
+    assert counted.pictures == 1 + 2 + 2 + 4 + 1
+    assert [len(tokens) for tokens in batch.tokens] == [1, 2, 2, 2, 4, 1]
+    return batch
+
+
+def test_rollouts_with_several_pictures_equal_single_forwards(engine, several):
+    """Each picture has a subset of its own."""
+    rows = [1, 4, 0, 4]
+    subsets = [
+        [torch.tensor([0, 9]), torch.tensor([3])],
+        [torch.tensor([i, i + 5, 15]) for i in range(4)],
+        [torch.tensor([2])],
+        [torch.arange(16)] * 4,
+    ]
+    rollout = engine.run(several, rows, subsets)
+    for i, (row, kept) in enumerate(zip(rows, subsets, strict=True)):
+        sample, told = several.samples[row], torch.tensor([several.answers[row]])
+        inputs = make_inputs(engine.model, engine.processor, [several.tasks[row].prompt(sample)], [sample.images])
+        inputs["input_ids"] = torch.cat((inputs["input_ids"], told), 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        chosen = Given([[torch.zeros(16).index_fill(0, k, 1.0) for k in kept]])
+        budget = {len(k) for k in kept}
+        if len(budget) == 1:
+            arguments = prune_inputs(engine.model, inputs, chosen, budget.pop())
+        else:  # no single budget gives these counts: the other tokens are masked instead
+            places = (inputs["input_ids"][0] == engine.model.config.image_token_id).nonzero().flatten()
+            inputs["attention_mask"][0, places[torch.cat(chosen.scores[0]) == 0]] = 0
+            positions = torch.arange(inputs["input_ids"].shape[1])[None]
+            arguments = inputs | {"position_ids": positions}
+        with torch.no_grad():
+            logits = engine.model(**arguments).logits[0, -told.shape[1] - 1 : -1]
+        mine = rollout.log_probs[i][rollout.mask[i]]
+        assert torch.allclose(mine, logits.log_softmax(-1).gather(-1, told[0][:, None])[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("teacher", ["attention", "gradient"])
+def test_teachers_look_at_each_picture(engine, several, teacher):
+    counts = torch.full((12,), 4)
+    looks = get_teacher(teacher)(engine, several, counts, drawn())
+    assert [len(look) for look in looks] == [16] * 12
+    assert [float(look.sum()) for look in looks] == pytest.approx([1] * 12, abs=1e-4)
+    alone = get_teacher(teacher)(engine, engine.prepare([(several.tasks[4], several.samples[4])]), counts[:4], drawn())
+    for mine, other in zip(looks[7:11], alone, strict=True):
+        assert torch.allclose(mine, other, atol=1e-4)
 
 
 # --- validation and teachers --------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def vlm():
 @pytest.fixture
 def tiny_lab_here(tmp_path, monkeypatch, vlm):
     """`lab` is the tiny model; questions.jsonl is here."""
-    monkeypatch.setattr(lab, "load", lambda: vlm)
+    monkeypatch.setattr(lab, "load", lambda name: vlm)
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path, 8)
     return ["train", "--device", "cpu", "--data", "q.jsonl", "--width", "16", "--blocks", "1", "--eval-share", "0.3"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,12 +11,16 @@ from gripvlm.errors import TrainError
 from gripvlm.grip.train import Engine
 from gripvlm.grip.train.data import (
     QuestionStream,
+    check_apart,
+    check_pictures,
     draw_counts,
     generator,
     load_questions,
+    pictures_of,
     split,
 )
-from tiny_train import Asked, asked, drawn, pairs, picture, tiny_config, tiny_vlm, write_jsonl
+from gripvlm.tasks import Sample
+from tiny_train import Asked, asked, drawn, pairs, picture, tiny_config, tiny_vlm, write_jsonl, write_several
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,44 @@ def test_pictures_of_two_tasks_are_not_mixed_up(tmp_path, engine):
 def test_the_same_file_in_two_tasks_is_one_picture(tmp_path):
     file = write_jsonl(tmp_path, 3)
     assert len(QuestionStream(load_questions(str(file)) + load_questions(str(file)), 2, 2, 0)) == 3
+
+
+def test_questions_about_several_pictures_are_grouped_by_all_of_them(tmp_path):
+    questions = load_questions(str(write_several(tmp_path)))
+    ids = {sample.id: pictures_of(task, sample) for task, sample in questions}
+    assert ids["q1"] == ids["q3"]
+    assert len(set(ids.values())) == 5  # the order counts, too: it is another prompt
+    stream = QuestionStream(questions, 1, 2, 0)
+    assert sorted(sorted(s.id for _, s in stream.batch(i)) for i in range(5)) == [
+        *(["q0"], ["q1", "q3"], ["q2"], ["q4"], ["q5"])
+    ]
+    made = [Sample(f"m{i}", (lambda: picture(0), lambda: picture(1)), "q", "a", image_id="0") for i in range(2)]
+    assert len({pictures_of(Asked(made), sample) for sample in made}) == 2  # what functions make is not known
+
+
+def test_no_picture_is_on_both_sides_of_the_split(tmp_path):
+    questions = load_questions(str(write_several(tmp_path)))
+    found = set()
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        try:
+            sides = split(questions, share)
+        except TrainError:
+            continue
+        train, held = ({path for _, sample in side for path in sample.pictures} for side in sides)
+        assert not train & held
+        found.add(len(held))
+    assert found
+
+
+def test_each_picture_of_a_question_must_be_there_and_validation_is_apart(tmp_path):
+    questions = load_questions(str(write_several(tmp_path)))
+    with pytest.raises(TrainError, match="1 of 1 validation questions are training questions too, such as 'q1'"):
+        check_apart(questions, [questions[1]])
+    swapped = replace(questions[1][1], pictures=questions[1][1].pictures[::-1])
+    check_apart(questions, [(questions[1][0], swapped)])
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(TrainError, match=r"sample 'q1' asks about '.*1\.png', .* no such file \(and 2 more samples\)"):
+        check_pictures(questions)
 
 
 def test_a_stream_with_nothing_left_stops():

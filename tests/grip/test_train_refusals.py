@@ -14,7 +14,7 @@ import gripvlm
 from gripvlm import lab
 from gripvlm.errors import TrainError
 from gripvlm.eval import make_inputs
-from gripvlm.grip.pruner import SHIPPED
+from gripvlm.grip.pruner import place_of
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerError
 from gripvlm.grip.train import Engine, train, write_toml
 from gripvlm.grip.train.run import check_settings
@@ -43,8 +43,8 @@ def test_another_tower_or_projector_is_refused(vlm, part):
 
 def test_the_shipped_scorers_are_the_lab_models():
     model, _ = lab.load()
-    for folder in ("question", "blind"):
-        scorer = Scorer.from_pretrained(SHIPPED / folder)
+    for name in ("lab", "lab-blind", "lab-small"):
+        scorer = Scorer.from_pretrained(place_of(name))
         scorer.base.check(model)
         assert scorer.base.weights
         assert "/" not in str(scorer.notes["config"].get("start", ""))
@@ -156,7 +156,7 @@ WRAPPERS = {"mmr", "spread", "split", "ensemble"}
 def test_every_pruner_runs_on_the_lab(name):
     model, processor = lab.load()
     sample = get_tasks("lab/text")[0].samples[0]
-    inputs = make_inputs(model, processor, [sample.question], [sample.image])
+    inputs = make_inputs(model, processor, [sample.question], [sample.images])
     keep = 1.0 if name in ("full", "keep_all") else 154
     with gripvlm.prune(model, TOLD.get(name, name), keep=keep) as record:
         model.generate(**inputs, max_new_tokens=1)

@@ -15,12 +15,13 @@ import torch
 
 import gripvlm
 from gripvlm.errors import Interrupted, TrainError
+from gripvlm.eval import evaluate
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Evaluator, TrainConfig, read_toml, train
 from gripvlm.grip.train.trainer import Trainer
-from gripvlm.tasks import Sample, TaskError
+from gripvlm.tasks import Sample, TaskError, get_tasks
 from places import TESTS
-from tiny_train import Asked, asked, stopping, tiny_config, tiny_vlm
+from tiny_train import Asked, asked, stopping, tiny_config, tiny_vlm, write_several
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,15 @@ def lines(folder: Path) -> list[dict]:
 def same_weights(one: Path, other: Path) -> bool:
     a, b = (Scorer.from_pretrained(folder).state_dict() for folder in (one, other))
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_scorer_is_trained_on_questions_about_several_pictures(vlm, tmp_path):
+    file = write_several(tmp_path / "data")
+    config = tiny_config(data=str(file), output_dir=str(tmp_path / "r"), distill_steps=2, max_steps=2, eval_share=0.5)
+    scorer = train(config, *vlm)
+    (task,) = get_tasks(f"jsonl:{file}")
+    result = evaluate(*vlm, [task], [scorer], [0.25])
+    assert [row["tokens"] for row in result["rows"]] == [32, 8]
 
 
 def test_a_run_leaves_everything_in_its_folder(whole):
@@ -274,8 +284,8 @@ def with_bad_ones(folder: Path) -> tuple[Asked, Asked]:
     """(training, validation) questions, each with a picture that is none and an answer of nothing."""
     (folder / "bad.png").write_bytes(b"no picture")
     good = asked(5)
-    bad = [Sample("corrupt", folder / "bad.png", "is there a cat?", "yes")]
-    bad.append(Sample("empty", good.samples[0].picture, "is there a cat?", " ", image_id="0.png"))
+    bad = [Sample("corrupt", (folder / "bad.png",), "is there a cat?", "yes")]
+    bad.append(Sample("empty", good.samples[0].pictures, "is there a cat?", " ", image_id="0.png"))
     again = replace(bad[0], question="is the dog red?")
     return Asked([*good.samples, *bad], "train"), Asked([again, *asked(7).samples[-4:], bad[1]], "held")
 

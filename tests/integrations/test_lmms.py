@@ -20,9 +20,9 @@ from PIL import Image
 
 from gripvlm.errors import GripError
 from gripvlm.eval import evaluate
+from gripvlm.lab import SAMPLE
 from gripvlm.tasks import JsonlTask, get_tasks
 from gripvlm.tasks.benchmarks import AI2D, MME, OCRBench, ScienceQA
-from gripvlm.tasks.lab_tasks import SAMPLE
 from gripvlm.tasks.metrics import mme_answer
 from gripvlm.tasks.vqa_answer import _CONTRACTIONS, _WITHOUT, vqa_accuracy, vqa_normalise
 from tiny_benchmarks import AI2D_ROWS, OCRBENCH_ROWS, SCIENCEQA_ROWS, TEXTVQA_ROWS, mme_rows, pope_rows, write_all

@@ -38,7 +38,7 @@ def batch(loaded):
     samples = task.samples[:3]
     texts = [task.prompt(sample) for sample in samples]
     texts[1] = texts[1].replace("answer:", "choose: one, two, three. answer:")  # ragged: padding on the left
-    return make_inputs(model, processor, texts, [sample.image for sample in samples])
+    return make_inputs(model, processor, texts, [sample.images for sample in samples])
 
 
 def test_it_is_a_small_stock_llava_in_half_precision():

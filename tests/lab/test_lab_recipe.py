@@ -265,7 +265,7 @@ def test_the_whole_recipe_makes_a_model_that_answers(tmp_path, monkeypatch):
     out = tmp_path / "out"
     model, processor = load_model(str(out / "model"))
     task = LabTask("existence", out / "sample")
-    inputs = make_inputs(model, processor, [task.prompt(task.samples[0])], [task.samples[0].image])
+    inputs = make_inputs(model, processor, [task.prompt(task.samples[0])], [task.samples[0].images])
     outcome = answer(model, processor, inputs, get_pruner("grid"), 0.1, max_new_tokens=2)
     assert outcome.selections[0][0].k == 26
 

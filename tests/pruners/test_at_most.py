@@ -198,7 +198,7 @@ def test_arms_and_bench_settings_have_each_budget_once():
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gripvlm.models.loading.load_model", lambda *args, **options: tiny_lab())
     picture = tmp_path / "a.png"
-    replace(Letters().samples[0]).image.save(picture)
+    replace(Letters().samples[0]).images[0].save(picture)
     ask = ["ask", "--image", str(picture), "--question", "what?", "--pruner", "norm", "--max-new-tokens", "2"]
     for keep, said in (("<=1000", "256 of 256"), ("≤10%", "25 of 256"), ("<= 64", "64 of 256")):
         assert main([*ask, "--keep", keep]) == 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import overlay_scenes as overlays
 import pytest
+import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from gripvlm.report import GeometryError, layout, overlay
+from gripvlm.eval.records import TokenMask
+from gripvlm.report import GeometryError, layout, layout_of_images, overlay
 
 PLACES = [((640, 360), (440, 195, 505, 240)), ((300, 700), (30, 560, 90, 620)), ((500, 480), (10, 20, 80, 90))]
 
@@ -52,6 +54,22 @@ def test_the_overlay_leaves_the_block_bright_and_dims_the_rest(name):
             assert (middle.mean() > 200) == bool(same[centre[1], centre[0]])
         if name == "video" and not lit:
             assert same.mean() < 0.02
+
+
+def test_several_pictures_have_a_part_each():
+    processor = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    sizes, grids = [(64, 32), (32, 32), (96, 96)], [(2, 2), (1, 3), (3, 3)]
+    parts = layout_of_images(processor, sizes, grids)
+    assert [(part.name, part.start, part.image) for part in parts] == [
+        *(("picture 1", 0, 0), ("picture 2", 4, 1), ("picture 3", 7, 2))
+    ]
+    assert [part.geometry.image_size for part in parts] == sizes
+    assert parts[0].geometry.boxes[3] == (32, 16, 64, 32)
+    masks = [TokenMask(torch.tensor(kept)) for kept in ([True] * 4, [False, True, False], [False] * 9)]
+    assert parts[1].of(masks).mask().tolist() == [False, True, False]
+    assert layout_of_images(processor, sizes[:1], grids[:1]) == layout(processor, sizes[0], grids[:1])
+    with pytest.raises(GeometryError, match="3 images became 4 visual items"):
+        layout_of_images(processor, sizes, [*grids, (1, 1)])
 
 
 def test_every_token_is_in_one_part_and_tiles_cover_the_picture():

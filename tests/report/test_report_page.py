@@ -221,8 +221,8 @@ def test_a_script_names_its_own_command(made, tmp_path):
 
 def test_pictures_show_failures_first(tmp_path, monkeypatch, capsys):
     """A real run of the tiny model: its answers, its pictures, through the command line."""
-    monkeypatch.setattr(lab, "load", tiny_lab)
-    monkeypatch.setattr(lab_tasks, "SAMPLE", write_sample(tmp_path / "sample", pictures=6))
+    monkeypatch.setattr(lab, "load", lambda name: tiny_lab())
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", write_sample(tmp_path / "sample", pictures=6))
     out = tmp_path / "r.json"
     run(out, tasks="lab/existence", pruners=["random", "grid", "norm"], keeps=[0.1], model_name="lab", batch_size=6)
     content = json.loads(out.read_text())
@@ -250,7 +250,7 @@ def test_pictures_show_failures_first(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "page" / "figures").glob("*.jpg"))) == 12
     assert main(["report", str(out), "--out", str(tmp_path / "bare"), "--no-pictures"]) == 0
     assert "data:image/jpeg" not in (tmp_path / "bare" / "index.html").read_text()
-    monkeypatch.setattr(lab_tasks, "SAMPLE", tmp_path / "gone")
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", tmp_path / "gone")
     assert main(["report", str(out), "--out", str(tmp_path / "without")]) == 0
     assert "Pictures are left out: " in (tmp_path / "without" / "index.html").read_text()
 

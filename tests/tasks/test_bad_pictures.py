@@ -80,7 +80,7 @@ def test_training_leaves_bad_pictures_out(tmp_path):
     for name, content in BAD_PICTURES.items():
         (tmp_path / f"{name}.png").write_bytes(content)
     for name in (*BAD_PICTURES, "pipe", "folder", "not there", "a\0b", "x" * 300):
-        samples.append(Sample(name, tmp_path / f"{name}.png", "is there a cat?", "yes"))
+        samples.append(Sample(name, (tmp_path / f"{name}.png",), "is there a cat?", "yes"))
     data = Asked([*asked(4).samples, *samples])
     config = tiny_config(
         output_dir=str(tmp_path / "grip"),

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gripvlm.errors import TrainError
-from gripvlm.grip.train.data import load_questions, picture_of
+from gripvlm.grip.train.data import load_questions, pictures_of
 from gripvlm.tasks import TaskError, get_tasks
 from gripvlm.tasks.benchmarks import BENCHMARKS, MME
 from tiny_benchmarks import (
@@ -55,7 +55,7 @@ def test_all_six_from_one_folder(six):
     tasks = get_tasks(f"benchmarks:path={six}")
     assert [one.name for one in tasks] == list(BENCHMARKS)
     for one in tasks:
-        assert one.samples[0].image.size == (16, 12)
+        assert one.samples[0].images[0].size == (16, 12)
         assert one.score(one.samples[0].answer, one.samples[0]) == 1
         assert one.score("qqq", one.samples[0]) == (1 if one.name == "pope" else 0)  # POPE: what is not no is yes
         assert one.held_out
@@ -237,7 +237,7 @@ def test_json_lines_with_pictures_beside_them(tmp_path):
     (tmp_path / "pope.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     samples = task(f"pope:path={tmp_path / 'pope.jsonl'}").samples
     assert len(samples) == 30
-    assert samples[0].image.getpixel((0, 0)) == (1, 1, 1)
+    assert samples[0].images[0].getpixel((0, 0)) == (1, 1, 1)
     with pytest.raises(TaskError, match="one file, which has no config and no split: leave out split"):
         _ = task(f"pope:path={tmp_path / 'pope.jsonl'},split=test").samples
 
@@ -324,7 +324,7 @@ def test_any_data_set(tmp_path):
     with pytest.raises(TaskError, match="has no column 'question', 'answer', 'image', only img, q, a"):
         _ = task(f"hf:{file}").samples
     with pytest.raises(TaskError, match="no image the picture of row 0"):
-        _ = task(f"hf:{file},image=a,question=q,answer=q").samples[0].image
+        _ = task(f"hf:{file},image=a,question=q,answer=q").samples[0].images
     with pytest.raises(TaskError, match="cannot be the picture and a text"):
         task(f"hf:{file},image=q,question=q")
     with pytest.raises(TaskError, match="has no text in 'img': name a column of texts, question="):
@@ -353,7 +353,7 @@ def test_several_answers_and_several_pictures(tmp_path):
     rows_ = [{"image": [picture(1)], "question": "Which?", "answer": ["cat", "dog", "dog"]}]
     mine = task(f"hf:{write(rows_, tmp_path / 'mine.parquet')},metric=vqa")
     assert mine.samples[0].answer == "dog"
-    assert mine.samples[0].image.size == (16, 12)
+    assert mine.samples[0].images[0].size == (16, 12)
     assert mine.score("dog", mine.samples[0]) == pytest.approx((2 * 1 / 3 + 2 / 3) / 3)
     both = [{"image": [picture(1), picture(2)], "question": "Which?", "answer": "cat"}]
     with pytest.raises(TaskError, match=r"row 0 of .* has 2 pictures"):
@@ -364,7 +364,7 @@ def test_training_takes_data_sets_but_not_what_is_scored(tmp_path, six):
     file = write(MINE[:2], tmp_path / "mine.parquet")
     questions = load_questions(f"hf:{file},image=img,question=q,answer=a")
     assert [sample.answer for _, sample in questions] == ["cat", "dog"]
-    assert picture_of(*questions[0]) == picture_of(*questions[1])
+    assert pictures_of(*questions[0]) == pictures_of(*questions[1])
     with pytest.raises(TrainError, match="scores are published on the questions of pope"):
         load_questions(f"pope:path={six / 'pope'}")
     assert len(load_questions(f"pope:path={six / 'pope'},split=test")) == 30

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gripvlm.tasks import LabTask, Sample, Task, TaskError, get_tasks, lab_tasks, named_choice, normalise, open_image
+from gripvlm.tasks.jsonl import read_samples
 from tiny_lab import write_sample
+from tiny_train import picture, write_several
 
 
 @pytest.fixture
 def sample_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_tasks, "SAMPLE", write_sample(tmp_path / "sample"))
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", write_sample(tmp_path / "sample"))
     return tmp_path / "sample"
 
 
@@ -63,13 +65,13 @@ def test_a_choice_is_named_as_whole_words_and_alone(said, named):
 
 
 def test_yes_and_no_are_judged_by_the_one_that_is_named():
-    sample = Sample("1", lambda: Image.new("RGB", (4, 4)), "is it?", "no")
+    sample = Sample("1", (lambda: Image.new("RGB", (4, 4)),), "is it?", "no")
     task = Task()
     assert [task.score(said, sample) for said in ("No, it is not.", "yes", "nothing", "yes no")] == [1, 0, 0, 0]
 
 
 def test_free_answers_must_be_equal():
-    sample = Sample("1", lambda: Image.new("RGB", (4, 4)), "read it", "abc")
+    sample = Sample("1", (lambda: Image.new("RGB", (4, 4)),), "read it", "abc")
     assert [Task().score(said, sample) for said in ("ABC.", "abcd", "it says abc")] == [1, 0, 0]
 
 
@@ -78,7 +80,7 @@ def test_lab_is_six_tasks_and_each_has_its_own_samples(sample_folder):
     assert [task.name for task in tasks] == [f"lab/{family}" for family in lab_tasks.FAMILIES]
     assert all({sample.family for sample in task.samples} == {task.family} for task in tasks)
     first = tasks[0].samples[0]
-    assert first.image.size == (128, 128)
+    assert first.images[0].size == (128, 128)
     assert first.evidence == (3, 4, 200)
     assert get_tasks(["lab/text", "lab", "lab/text"])[0].name == "lab/text"
     assert len(get_tasks(["lab/text", "lab"])) == 6
@@ -146,7 +148,7 @@ def test_your_own_questions(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (task,) = get_tasks(f"jsonl:{file}")
     one, two = task.samples
-    assert one.image.mode == "RGB"
+    assert one.images[0].mode == "RGB"
     assert one.image_id == two.image_id
     assert one.id != two.id
     assert task.prompt(one).startswith("What?\n")
@@ -160,6 +162,9 @@ def test_your_own_questions(tmp_path):
         ('{"image": "a.png", "question": "q"}', ":1 needs a text 'answer'"),
         ('{"image": "a.png", "question": "q", "answer": "a"}\n{', ":2 is not JSON"),
         ("[1]", "is a list"),
+        ('{"image": [], "question": "q", "answer": "a"}', r"a picture's path 'image', or a list .*got \[\]"),
+        ('{"image": ["a.png", ""], "question": "q", "answer": "a"}', r"list of such paths, got \['a.png', ''\]"),
+        ('{"question": "q", "answer": "a"}', ":1 needs a picture's path 'image'"),
         ('{"image": "a.png", "question": "q", "answer": "a", "choices": ["b"]}', "none of the choices"),
         ('{"image": "a.png", "question": "q", "answer": "a", "evidence": [-1]}', "patch indices"),
         ('{"image": "a.png", "question": "q", "answer": "a", "id": 1}\n' * 2, "twice"),
@@ -173,8 +178,37 @@ def test_a_bad_line_is_named(tmp_path, text, complaint):
         _ = get_tasks(f"jsonl:{file}")[0].samples
 
 
+def test_a_line_may_show_several_pictures(tmp_path):
+    (task,) = get_tasks(f"jsonl:{write_several(tmp_path)}")
+    one, two, *_, four, _ = task.samples
+    assert [path.name for path in two.pictures] == ["0.png", "1.png"]
+    assert [image.tobytes() for image in two.images] == [picture(p).tobytes() for p in (0, 1)]
+    assert four.evidence == (55, 5, 48)
+    assert four.evidence_by_image((4, 4)) == [[5], [], [], [7, 0]]
+    assert one.evidence_by_image((4, 4)) == [[7, 5, 0]]
+    clusters = [sample.image_id for sample in task.samples]
+    assert clusters[0] == clusters[1] == clusters[2] == clusters[3]  # 1.png links 0.png and 2.png
+    assert len(set(clusters)) == 3
+    assert clusters[5] == "7.png"
+
+
+def test_long_chains_of_pictures_are_one_cluster(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    chain = [[f"{i}.png", f"{i + 1}.png"] for i in range(2000)]
+    for rows in (chain, chain[::-1], [names[::-1] for names in chain], [*chain[::2], *chain[1::2]]):
+        file.write_text("".join(json.dumps({"image": names, "question": "q"}) + "\n" for names in rows))
+        assert len({sample.image_id for sample in read_samples(file, tmp_path, answers=False)}) == 1
+
+
+def test_evidence_beyond_the_last_picture_is_refused(tmp_path):
+    file = write_several(tmp_path)
+    file.write_text(file.read_text().replace("[23, 5, 16]", "[23, 5, 32]", 1))
+    with pytest.raises(TaskError, match=r"jsonl:2: sample 'q1' marks patch 32, .* 0 to 31 in 2 pictures: count them"):
+        _ = get_tasks(f"jsonl:{file}")[0].samples
+
+
 def test_missing_files_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_tasks, "SAMPLE", tmp_path / "nowhere")
+    monkeypatch.setitem(lab_tasks.SAMPLES, "lab", tmp_path / "nowhere")
     with pytest.raises(TaskError, match="not in this installation"):
         _ = LabTask("text").samples
     with pytest.raises(TaskError, match="no file"):

@@ -21,7 +21,7 @@ from gripvlm.tasks.vqa_answer import vqa_accuracy, vqa_normalise
 
 
 def sample(answer: str, *answers: str, choices: tuple[str, ...] = ()) -> Sample:
-    return Sample("1", lambda: Image.new("RGB", (4, 4)), "q", answer, choices=choices, answers=answers)
+    return Sample("1", (lambda: Image.new("RGB", (4, 4)),), "q", answer, choices=choices, answers=answers)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_eval_bench_and_train_say_how_far_they_are(monkeypatch, capsys, tmp_path
     assert re.search(r"\d+ of 30 answers \(\d+ %\), .*: lab/text\n", capsys.readouterr().err)
 
     def prompts(batch, length):
-        return make_inputs(model, processor, ["is there a cat?"] * batch, [task.samples[0].image] * batch)
+        return make_inputs(model, processor, ["is there a cat?"] * batch, [task.samples[0].images] * batch)
 
     bench(model, prompts, [("norm", get_pruner("norm"))], [Budget(0.5)], new=2, repeats=2, progress=True)
     assert re.search(r"\d+ of 9 prompts \(\d+ %\), .*: batch 1, prompt 64\n", capsys.readouterr().err)

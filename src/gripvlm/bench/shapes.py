@@ -28,8 +28,6 @@ from gripvlm.utils.spec import did_you_mean
 
 PREFIX = "random:"
 QUESTION = "Describe the picture."
-FEWEST = 4
-"""Text tokens that a random model's prompt has at least: begin, two marks around the picture, one word."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +101,23 @@ def random_pruner(spec: str, model: PreTrainedModel) -> Pruner:
     return get_pruner(spec, module=scorer.eval().to(model.device))
 
 
-def real_prompts(model: PreTrainedModel, processor: Any, batch: int, prompt: int, side: int) -> dict[str, Any]:
+def real_prompts(
+    model: PreTrainedModel, processor: Any, batch: int, prompt: int, side: int, images: int = 1
+) -> dict[str, Any]:
     """Inputs of B samples with pictures of noise, made by the model's own processor, then filled up with words.
 
     Args:
         batch: B.
         prompt: text tokens a sample, the chat template's included.
         side: width and height of each picture in pixels, before the processor makes of it what it will.
+        images: pictures a sample.
 
     Raises:
         GripError: the template and a short question are longer than `prompt`.
     """
     random = np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(batch)]
+    noise = random.integers(0, 256, (batch, images, side, side, 3), dtype=np.uint8)
+    pictures = [[Image.fromarray(one) for one in sample] for sample in noise]
     inputs = make_inputs(model, processor, [QUESTION] * batch, pictures)
     text = int((~visual_places(model, inputs["input_ids"][:1])).sum())
     if text > prompt:
@@ -124,7 +126,7 @@ def real_prompts(model: PreTrainedModel, processor: Any, batch: int, prompt: int
             f"--prompt {text} or more"
         )
     words = torch.tensor(question_ids(processor, [QUESTION])[0], device=model.device)
-    # words at the end, after the chat template: nothing in front of the image moves
+    # words at the end, after the chat template: nothing in front of the images moves
     more = words.repeat(1 + (prompt - text) // len(words))[: prompt - text].expand(batch, -1)
     for name, fill in {**PER_TOKEN, "attention_mask": 1}.items():
         if (value := inputs.get(name)) is not None:
@@ -134,16 +136,20 @@ def real_prompts(model: PreTrainedModel, processor: Any, batch: int, prompt: int
 
 
 def random_prompts(
-    model: PreTrainedModel, shape: Architecture, batch: int, prompt: int, side: int
+    model: PreTrainedModel, shape: Architecture, batch: int, prompt: int, side: int, images: int = 1
 ) -> dict[str, torch.Tensor]:
     """Inputs of B samples for a random model: pixels of noise, random words, `prompt` text tokens a sample.
 
+    Args:
+        side, images: as for `real_prompts`.
+
     Raises:
-        GripError: fewer than 4 text tokens, or a picture too small for one visual token.
+        GripError: too few text tokens, or a picture too small for one visual token.
     """
-    if prompt < FEWEST:
+    fewest = 2 + 2 * images  # begin, two marks around each picture, one word
+    if prompt < fewest:
         raise GripError(
-            f"--prompt {prompt}: a prompt has {FEWEST} text tokens at least: type --prompt {FEWEST} or more"
+            f"--prompt {prompt}: a prompt has {fewest} text tokens at least: type --prompt {fewest} or more"
         )
     random = torch.Generator().manual_seed(0)
     config, vision = model.config, model.config.vision_config
@@ -156,14 +162,16 @@ def random_prompts(
             raise GripError(f"--picture {side}: type {merge * patch} or more pixels")
         n, patches = rows * rows, rows * merge
         values = vision.in_channels * vision.temporal_patch_size * patch**2
-        inputs = {"pixel_values": torch.randn(batch * patches**2, values, generator=random)}
-        inputs["image_grid_thw"] = torch.tensor([[1, patches, patches]] * batch)
+        inputs = {"pixel_values": torch.randn(batch * images * patches**2, values, generator=random)}
+        inputs["image_grid_thw"] = torch.tensor([[1, patches, patches]] * (batch * images))
         before, after = [config.vision_start_token_id], [config.vision_end_token_id]
     else:
         n = (vision.image_size // vision.patch_size) ** 2
-        inputs = {"pixel_values": torch.randn(batch, 3, vision.image_size, vision.image_size, generator=random)}
-    words = torch.randint(3, shape.words, (batch, prompt - 1 - len(before) - len(after)), generator=random)
-    start = torch.tensor([1, *before, *[config.image_token_id] * n, *after]).expand(batch, -1)
+        pixels = (batch * images, 3, vision.image_size, vision.image_size)
+        inputs = {"pixel_values": torch.randn(pixels, generator=random)}
+    picture = [*before, *[config.image_token_id] * n, *after]
+    words = torch.randint(3, shape.words, (batch, prompt - 1 - images * len(before + after)), generator=random)
+    start = torch.tensor([1, *picture * images]).expand(batch, -1)
     ids = torch.cat((start, words), 1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if shape.model_type == "qwen2_5_vl":

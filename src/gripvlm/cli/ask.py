@@ -1,4 +1,4 @@
-"""`gripvlm ask`: one question about one picture."""
+"""`gripvlm ask`: one question about one picture or several."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def ask_command(
-    image: Annotated[Path, typer.Option("--image", "-i", help="A picture.")],
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
+    image: Annotated[
+        list[Path], typer.Option("--image", "-i", help="A picture; once for each of several, in their order.")
+    ],
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about them.")],
     model: Model = "lab",
     pruner: Annotated[str, typer.Option("--pruner", "-p", help="A name from `gripvlm list`.")] = "divprune",
     keep: Annotated[str | None, typer.Option("--keep", "-k", help=f"{BUDGETS}; by default 10%, with full all.")] = None,
@@ -30,32 +32,38 @@ def ask_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
     device: Device = None,
 ) -> None:
-    """Ask one question about one picture with fewer visual tokens."""
+    """Ask one question about one picture, or several, with fewer visual tokens."""
     # Cheap checks first: the imports below take seconds, the model perhaps minutes.
     if not question.strip():
         raise GripError("the question is empty: type --question 'what is in the picture?'")
-    if image.parts[:1] in (("http:",), ("https:",)):
+    if any(path.parts[:1] in (("http:",), ("https:",)) for path in image):
         raise GripError("--image takes a file: download the picture first, then type its path")
     chosen, budget = _pruner_and_budget(pruner, keep)
 
     from gripvlm.tasks import open_image
 
-    picture = open_image(image)
+    pictures = [open_image(path) for path in image]
     if overlay is not None:
         checked_picture(overlay, image)
 
     from gripvlm.api import encode
     from gripvlm.eval import answer, make_inputs, question_ids
     from gripvlm.models.loading import load_model, quiet
-    from gripvlm.report import layout
+    from gripvlm.report import layout_of_images
     from gripvlm.report import overlay as draw
 
     quiet()
     vlm, processor = load_model(model, device)
-    inputs = make_inputs(vlm, processor, [question], [picture])
+    inputs = make_inputs(vlm, processor, [question], [pictures])
     encoded = encode(vlm, inputs, [chosen])
     # before the answer: an unknown layout is refused before the model runs
-    parts = layout(processor, picture.size, [item.grid for item in encoded.samples[0]]) if overlay is not None else []
+    drawings = {}
+    if overlay is not None:
+        grids = [item.grid for item in encoded.samples[0]]
+        for part in layout_of_images(processor, [picture.size for picture in pictures], grids):
+            path = overlay.with_stem(f"{overlay.stem}-{part.name.replace(' ', '-')}") if part.name else overlay
+            checked_picture(path, image)
+            drawings[path] = part
     outcome = answer(
         vlm,
         processor,
@@ -77,11 +85,9 @@ def ask_command(
         screen.print(f"that is the average over {len(layers)} layers, which see {', '.join(map(str, layers))}")
     times = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in outcome.seconds.items())
     screen.print(f"milliseconds: {times}", style="dim")
-    for part in parts:  # tiles and the like: a picture each
-        assert overlay is not None
-        path = overlay.with_stem(f"{overlay.stem}-{part.name}") if part.name else overlay
+    for path, part in drawings.items():  # several pictures, tiles and the like: a drawing each
         caption = f"{question}\n{text}  |  {kept:g} of {total} tokens, {chosen.name}"
-        draw(picture, part.of(selections), part.geometry, path, caption)
+        draw(pictures[part.image], part.of(selections), part.geometry, path, caption)
         screen.print(f"picture of the kept tokens: {escape(str(path))}", soft_wrap=True)
 
 

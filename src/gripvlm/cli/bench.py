@@ -38,7 +38,8 @@ PARTS = {
 
 def bench_command(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="lab, a local folder, a Hugging Face hub id, or random:llava-1.5-7b...")
+        str,
+        typer.Option("--model", "-m", help="lab, lab-dense, a local folder, a hub id, or random:llava-1.5-7b..."),
     ] = "lab",
     batch: Annotated[str, typer.Option(help="Prompts at a time, such as 1,8.")] = "1",
     prompt: Annotated[str, typer.Option(help="Text tokens a prompt, such as 64 or 64,512.")] = "64",
@@ -48,6 +49,7 @@ def bench_command(
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count; one more warms up.")] = 7,
     fit: Annotated[int, typer.Option(min=0, help="Also find the largest batch, up to this, that fits in memory.")] = 0,
     picture: Annotated[int, typer.Option(min=1, help="Width and height of each picture in pixels.")] = 672,
+    images: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 1,
     out: Out = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace it where it exists.")] = False,
     device: Device = None,
@@ -78,9 +80,9 @@ def bench_command(
     if fit:
         check_limit(chosen_device(device))
     is_random = model.startswith(PREFIX)
-    vlm, prompts = _loaded(model, picture, device, dtype, attention)
+    vlm, prompts = _loaded(model, {"side": picture, "images": images}, device, dtype, attention)
     chosen = [(spec, random_pruner(spec, vlm) if is_random else get_pruner(spec)) for spec in specs]
-    about = {"name": model, "weights": "random" if is_random else "as loaded", "picture": picture}
+    about = {"name": model, "weights": "random" if is_random else "as loaded", "picture": picture, "images": images}
     sizes: dict[str, Any] = {"batches": batches, "lengths": lengths, "new": new, "repeats": repeats, "fit": fit}
     try:
         result = bench(vlm, prompts, chosen, budgets, **sizes, out=out, about=about, progress=True)
@@ -93,7 +95,7 @@ def bench_command(
         console().print(f"results: {escape(str(out))}", soft_wrap=True)
 
 
-def _loaded(model: str, picture: int, device: str | None, dtype: str | None, attention: str | None) -> Any:
+def _loaded(model: str, pictures: dict[str, int], device: str | None, dtype: str | None, attention: str | None) -> Any:
     """(model, (batch, length) -> inputs): a loaded model, or a shape with random weights."""
     import torch
 
@@ -102,13 +104,13 @@ def _loaded(model: str, picture: int, device: str | None, dtype: str | None, att
 
     if not model.startswith(PREFIX):
         vlm, processor = load_model(model, device, dtype, attention)
-        return vlm, partial(real_prompts, vlm, processor, side=picture)
+        return vlm, partial(real_prompts, vlm, processor, **pictures)
     shape, place = architecture(model), chosen_device(device)
     name = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if name not in ("float32", "bfloat16", "float16"):
         raise GripError(f"--dtype {dtype}: a random model takes float32, bfloat16 or float16")
     vlm = random_model(model, place, getattr(torch, name), attention)
-    return vlm, partial(random_prompts, vlm, shape, side=picture)
+    return vlm, partial(random_prompts, vlm, shape, **pictures)
 
 
 def show(result: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ EVAL_ONLY = {
 }
 """Names that only `eval` accepts, and why."""
 
-Model = Annotated[str, typer.Option("--model", "-m", help="lab, a local folder, or a Hugging Face hub id.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="lab, lab-dense, a local folder, or a Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
 Positions = Annotated[Literal["original", "renumbered"], typer.Option(help="Position ids of the tokens that are kept.")]
 Budgets = Annotated[str, typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from gripvlm.errors import GripError
@@ -14,13 +15,13 @@ def checked_json(path: Path) -> None:
     checked_folder(path.parent, f"--out {path}")
 
 
-def checked_picture(path: Path, source: Path) -> None:
-    """`--overlay`: a picture in a folder that exists, and not the picture that the question is about."""
+def checked_picture(path: Path, sources: Iterable[Path]) -> None:
+    """`--overlay`: a picture in a folder that exists, and none of those that the question is about."""
     _check_suffix(path, "--overlay", (".png", ".jpg", ".jpeg", ".webp"))
     if not path.parent.is_dir():
         make = f"make it first (mkdir -p {path.parent}), or type a name in one that exists"
         raise GripError(f"--overlay {path}: there is no folder {path.parent}: {make}")
-    if path.exists() and path.samefile(source):
+    if path.exists() and any(path.samefile(source) for source in sources):
         raise GripError(f"--overlay {path} is the picture itself, which would be lost: type another name")
     checked_folder(path.parent, f"--overlay {path}")
 

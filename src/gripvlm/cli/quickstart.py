@@ -99,7 +99,7 @@ def _answered(task: Task, sample: Sample, results: Results) -> tuple[bool, ...]:
 def _answers(model: Any, processor: Any, shown: Sequence[Example]) -> dict[str, BatchAnswers]:
     """Name -> answers to the examples, with all tokens and with a tenth of them."""
     texts = [example.task.prompt(example.sample) for example in shown]
-    inputs = make_inputs(model, processor, texts, [example.sample.image for example in shown])
+    inputs = make_inputs(model, processor, texts, [example.sample.images for example in shown])
     question = question_ids(processor, [example.sample.question for example in shown])
     longest = max(example.task.max_new_tokens for example in shown)
     return {
@@ -124,13 +124,14 @@ def _draw(processor: Any, shown: Sequence[Example], outcomes: Mapping[str, Batch
     """A picture of the kept tokens, for each example and pruner."""
     paths = []
     for number, (_, task, sample) in enumerate(shown):
-        cells = geometry(processor, sample.image.size, task.evidence_grid)
+        (image,) = sample.images  # the lab's questions are about one each
+        cells = geometry(processor, image.size, task.evidence_grid)
         for name in (GOOD, BAD):
             selection = outcomes[name].selections[number][0]
             pruned = f"{selection.k} of {selection.n} tokens ({name}): {outcomes[name].predictions[number]}"
             full = f"all {selection.n}: {outcomes[FULL].predictions[number]}   |   true: {sample.answer}"
             paths.append(out / f"kept-{number + 1}-{name}.png")
-            overlay(sample.image, selection, cells, paths[-1], f"{sample.question}\n{pruned}\n{full}")
+            overlay(image, selection, cells, paths[-1], f"{sample.question}\n{pruned}\n{full}")
     return paths
 
 

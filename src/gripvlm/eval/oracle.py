@@ -1,4 +1,4 @@
-"""The oracle: keep the patches that hold the answer, then cover the rest of the image evenly.
+"""The oracle: keep the patches that hold the answer, then cover the rest of each image evenly.
 
 No pruner can know the evidence: the oracle is close to an upper bound of what a choice of tokens can reach.
 """
@@ -50,28 +50,32 @@ def oracle_order(evidence: Sequence[int], grid: tuple[int, int]) -> list[int]:
 
 
 def oracle(samples: Sequence[Sample], encoded: Encoded, evidence_grid: tuple[int, int] | None) -> Given:
-    """A pruner that keeps the first k cells of each sample's `oracle_order`.
+    """A pruner that keeps the first k cells of each image's `oracle_order`, k being the image's own.
 
     Args:
-        samples: [B], as encoded, one image each.
-        evidence_grid: the raster that `Sample.evidence` counts in.
+        samples: [B], as encoded.
+        evidence_grid: the raster of each image that `Sample.evidence` counts in.
 
     Raises:
-        TaskError: the task marks no evidence, or on another raster than the model's.
+        TaskError: the task marks no evidence, or on another raster than the model's, or beyond the last image.
     """
     if evidence_grid is None:
         raise TaskError("the oracle needs a task that marks its evidence, such as lab: leave 'oracle' out")
     scores: list[list[Tensor]] = []
     for sample, items in zip(samples, encoded.samples, strict=True):
-        if [item.grid for item in items] != [evidence_grid]:
+        if [item.grid for item in items] != [evidence_grid] * len(sample.pictures):
             tokens = " + ".join(f"{item.features.shape[0]} in {item.grid}" for item in items)
             raise TaskError(
                 f"the oracle's evidence is marked on {evidence_grid[0]} x {evidence_grid[1]} cells, but this model "
                 f"has visual tokens {tokens}: leave 'oracle' out, or use --model lab"
             )
-        order = torch.tensor(oracle_order(sample.evidence, evidence_grid))
-        rank = torch.empty(len(order))
-        # The first cell of the order gets the highest score: pruners keep the largest.
-        rank[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
-        scores.append([rank])
+        scores.append([_scores(evidence, evidence_grid) for evidence in sample.evidence_by_image(evidence_grid)])
     return Given(scores)
+
+
+def _scores(evidence: Sequence[int], grid: tuple[int, int]) -> Tensor:
+    """[h * w] the first cell of `oracle_order` has the highest score: pruners keep the largest."""
+    order = torch.tensor(oracle_order(evidence, grid))
+    scores = torch.empty(len(order))
+    scores[order] = torch.arange(len(order), 0, -1, dtype=torch.float32)
+    return scores

@@ -238,7 +238,7 @@ class _Runner:
 
     def _inputs(self, batch: Batch, with_images: bool = True) -> dict[str, Any]:
         texts = [batch.task.prompt(sample) for sample in batch.samples]
-        images = [sample.image for sample in batch.samples] if with_images else None
+        images = [sample.images for sample in batch.samples] if with_images else None
         return make_inputs(self.model, self.processor, texts, images)
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class Scores:
     Attributes:
         settings: [S], `full` first.
         tasks: [G] names.
-        images: [I] names; an image that two tasks ask about is one.
+        images: [I] names; an image that two tasks ask about is one, and so are images that a question shows together.
         sums: [S, G, I] sums of an image's scores, mean over seeds.
         counts: [G, I] its questions.
     """

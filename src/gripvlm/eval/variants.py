@@ -180,8 +180,9 @@ def digest(samples: Sequence[Sample]) -> str:
     """A short hash of the questions and of what counts as right."""
     text = "\n".join(
         f"{s.id}\t{s.image_id}\t{s.question}\t{s.answer}\t{s.choices}\t{s.evidence}"
-        # Added later: hashes of samples without `answers` had to stay what published files say.
+        # Added later: hashes of samples with one answer and one picture had to stay what published files say.
         + (f"\t{s.answers}" if s.answers else "")
+        + (f"\t{[getattr(one, 'name', '') for one in s.pictures]}" if len(s.pictures) > 1 else "")
         for s in samples
     )
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gripvlm.errors import PrunerError
 from gripvlm.grip.fingerprint import ScorerError
-from gripvlm.grip.scorer import SCORER_FILES, Scorer, coordinates
+from gripvlm.grip.scorer import SCORER_FILES, Scorer, coordinates, has_scorer
 from gripvlm.pruners.base import ScorePruner, top_k_of_each
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.batching import onto, padded
@@ -24,18 +24,35 @@ from gripvlm.utils.spec import did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHIPPED = Path(__file__).parents[1] / "lab" / "data" / "grip"
-"""Scorers for the lab VLM that come with the package, one folder each: `question`, `blind` and `small`."""
+SHIPPED = Path(__file__).parents[1] / "lab" / "data"
 
-SHIPPED_NAMES = {"lab": "question", "lab-blind": "blind", "lab-small": "small"}
+SHIPPED_NAMES = {
+    "lab": "grip/question",
+    "lab-blind": "grip/blind",
+    "lab-small": "grip/small",
+    "lab-dense": "dense/grip/question",
+}
+"""Scorers that come with the package, for the models `lab` and `lab-dense`: name -> folder in `SHIPPED`."""
 
 MAX_BATCH = 32
 """Images in one run of the scorer."""
 
 
 def place_of(name: str | Path) -> str | Path:
-    """The folder of a shipped scorer, or the name itself."""
-    return SHIPPED / SHIPPED_NAMES[str(name)] if str(name) in SHIPPED_NAMES else name
+    """The folder of a shipped scorer, or the name itself.
+
+    Raises:
+        ScorerError: a shipped scorer that is not in this installation.
+    """
+    if str(name) not in SHIPPED_NAMES:
+        return name
+    folder = SHIPPED / SHIPPED_NAMES[str(name)]
+    if not has_scorer(folder):
+        raise ScorerError(
+            f"the scorer {name} is not in this installation ({folder} has no config.json): install a gripvlm that has "
+            "it, or train one with `gripvlm train`"
+        )
+    return folder
 
 
 @dataclass(eq=False)
@@ -143,7 +160,7 @@ def _load(name: str) -> _Loaded:
     if place == name and "/" not in name and not Path(name).expanduser().is_dir():
         raise ScorerError(
             f"no scorer {name!r}: {did_you_mean(name, SHIPPED_NAMES, count=1)}pass one of {', '.join(SHIPPED_NAMES)} "
-            "(for the lab's model), a folder that exists, or a hub id such as user/grip-llava"
+            "(for the labs' models), a folder that exists, or a hub id such as user/grip-llava"
         )
     files = [Path(place).expanduser() / file for file in SCORER_FILES]
     # A hub id, or an error that names the missing file.
@@ -170,8 +187,9 @@ class Grip(ScorePruner):
     only; scorer and training are ours (`gripvlm.grip.scorer`, `gripvlm.grip.train`).
 
     Attributes:
-        scorer: a name for `Scorer.from_pretrained`, or one that comes with the package for its lab VLM: `lab`,
-            `lab-blind` (without the question), `lab-small` (a fifth of the arithmetic).
+        scorer: a name for `Scorer.from_pretrained`, or one that comes with the package: for its model `lab` the
+            scorers `lab`, `lab-blind` (without the question) and `lab-small` (a fifth of the arithmetic), for its model
+            `lab-dense` the scorer `lab-dense`.
         dtype: what the scorer computes in: "float32", "bfloat16", or "auto", bfloat16 where the features are and
             float32 elsewhere.
         module: the scorer itself; by default that of the name. Its weights are taken not to change from here on: make

@@ -39,7 +39,7 @@ class GripVLM(lmms):
     """What `--model_args` sets.
 
     Args:
-        pretrained: lab, a local folder, or a Hugging Face hub id.
+        pretrained: lab, lab-dense, a local folder, or a Hugging Face hub id.
         pruner: a name or spec from `gripvlm list`; a spec with commas in quotes. By default nothing is pruned.
         keep: 64, 0.1 or 10%, as on gripvlm's own command line; at most 64 is ≤64, since lmms-eval splits at each =.
         positions: original or renumbered.

@@ -1,4 +1,6 @@
-"""The embedded lab: a small trained VLM and a sample of its questions; examples/lab_vlm is the recipe.
+"""The embedded labs: small trained VLMs, each with a sample of its questions; docs/lab.md.
+
+`lab` has prompts with one picture; `lab-dense` has one, two or four, and questions whose evidence is spread.
 
 What is measured on it is lab evidence, never a statement about a 7B model. Importing this package registers the
 lab's vision tower with transformers' Auto classes, so that
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gripvlm.errors import GripError
 from gripvlm.lab import tower as _tower  # noqa: F401  (registers the tower with AutoConfig and AutoModel)
 
 if TYPE_CHECKING:
@@ -20,18 +23,30 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 MODEL = DATA / "model"
 SAMPLE = DATA / "sample"
+FOLDERS = {"lab": DATA, "lab-dense": DATA / "dense"}
+"""Name -> the folder with its `model/`, `sample/` and `grip/`."""
 
 
-def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The lab VLM (float32, eval mode) and its processor, from the package's own folder."""
+def load(name: str = "lab") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The VLM of a lab (float32, eval mode) and its processor, from the package's own folder.
+
+    Raises:
+        GripError: no lab of that name, or one whose model is not in this installation.
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if not (MODEL / "config.json").exists():
-        raise FileNotFoundError(f"{MODEL} holds no lab model: install gripvlm again")
+    if name not in FOLDERS:
+        raise GripError(f"no lab {name!r}: use one of {', '.join(FOLDERS)}")
+    folder = FOLDERS[name] / "model"
+    if not (folder / "config.json").exists():
+        raise GripError(
+            f"the model {name} is not in this installation ({folder} has no config.json): install a gripvlm that has "
+            "it, or use another model"
+        )
     # A few megabytes from this disk: a bar would flash up and stay in logs.
     with _no_progress_bar():
-        model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="float32")
-    return model.eval(), AutoProcessor.from_pretrained(MODEL)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
+    return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
 @contextmanager

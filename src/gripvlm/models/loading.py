@@ -1,4 +1,4 @@
-"""Models by what a user types: `lab`, a local folder, or a hub id."""
+"""Models by what a user types: `lab`, `lab-dense`, a local folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -39,24 +39,25 @@ def load_model(
     """(model, processor), in eval mode.
 
     Args:
-        name: `lab`, a folder, or a hub id.
+        name: `lab`, `lab-dense`, a folder, or a hub id.
         device: as PyTorch names it; by default the first accelerator there is.
         dtype: of the weights, one of `DTYPES`; by default float32 on a CPU, elsewhere as they were saved.
         attention: as transformers' `attn_implementation`, such as sdpa; by default its own choice.
 
     Raises:
+        GripError: `lab-dense` is not in this installation.
         ModelError: no such folder or hub id, no network, files that are no VLM, no such device or dtype.
         UnsupportedModelError: a family that gripvlm doesn't prune; raised before weights are loaded.
     """
     place = chosen_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    if name == "lab":
+    from gripvlm import lab
+
+    if name in lab.FOLDERS:
         import torch
 
-        from gripvlm import lab
-
-        model, processor = lab.load()
+        model, processor = lab.load(name)
         if attention is not None:
             model.set_attn_implementation(attention)
         return model.to(place, None if dtype in (None, "auto") else getattr(torch, dtype)).eval(), processor
@@ -124,7 +125,8 @@ def _checked_name(name: str) -> str | Path:
         raise ModelError(f"{name} is a file: use the folder it lies in")
     if name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") != 1 or " " in name:
         raise ModelError(
-            f"no model {name!r}: use 'lab', a folder that exists, or a hub id such as llava-hf/llava-1.5-7b-hf"
+            f"no model {name!r}: use 'lab', 'lab-dense', a folder that exists, or a hub id such as "
+            "llava-hf/llava-1.5-7b-hf"
         )
     return name
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from gripvlm import lab
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 from gripvlm.eval.records import unpack_masks
@@ -22,7 +23,7 @@ from gripvlm.eval.results import read_results
 from gripvlm.eval.scores import differences_from, relative
 from gripvlm.eval.stats import Estimate
 from gripvlm.eval.variants import FULL, ORACLE
-from gripvlm.report.overlay import layout, overlay
+from gripvlm.report.overlay import layout_of_images, overlay
 from gripvlm.report.plots import ALWAYS, draw, styles_of
 from gripvlm.report.points import Comparison, Keep, Point, comparisons, frontier
 from gripvlm.report.tables import MEAN, Row, short, unreached
@@ -101,8 +102,8 @@ class Page:
         filters = (text, code, score, verdict, short, unreached)
         environment.filters |= {function.__name__: function for function in filters}
         environment.filters["budget"] = lambda keep: Budget.of(keep).words
-        lab = any(results.header["model"] == "lab" for c in self.comparisons for results in c.results)
-        names = {"page": self, "title": title, "full": FULL, "frontier": frontier, "lab": lab}
+        of_lab = any(results.header["model"] in lab.FOLDERS for c in self.comparisons for results in c.results)
+        names = {"page": self, "title": title, "full": FULL, "frontier": frontier, "lab": of_lab}
         words = environment.get_template("report.md.jinja").render(names)
         # parts that are left out leave their blank lines behind
         return re.sub(r"\n{3,}", "\n\n", words).strip() + "\n"
@@ -188,11 +189,11 @@ class Page:
         return methods, questions, ""
 
     def _pictures(self, comparison: Comparison, question: Question, point: Point, processor: Any) -> Iterator[Picture]:
-        """What the method kept of the question's image, a picture for each part of it."""
-        image, answer = question.sample.image, point.answers(question.task)[question.id]
+        """What the method kept of the question's images, a picture for each part of them."""
+        images, answer = question.sample.images, point.answers(question.task)[question.id]
         items = unpack_masks(answer["kept"])
-        for part in layout(processor, image.size, [item.grid for item in items]):
-            drawn = overlay(image, part.of(items), part.geometry, caption="")
+        for part in layout_of_images(processor, [image.size for image in images], [item.grid for item in items]):
+            drawn = overlay(images[part.image], part.of(items), part.geometry, caption="")
             # the HTML holds every picture: at full size it would be many megabytes
             drawn.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
@@ -326,10 +327,8 @@ def _in_turn(by_task: list[list[Question]]) -> list[Question]:
 
 
 def _processor(model: str) -> Any:
-    if model == "lab":
-        from gripvlm import lab
-
-        return lab.load()[1]
+    if model in lab.FOLDERS:
+        return lab.load(model)[1]
     from transformers import AutoProcessor
 
     try:

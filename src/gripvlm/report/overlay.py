@@ -10,7 +10,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,20 +56,22 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Part:
-    """One picture to draw of an image that is several visual items.
+    """One picture to draw of an image that is several visual items, or of a prompt's images.
 
     Attributes:
-        name: "" where it is the only one, "tiles", "whole", or "frame 0" and so on.
+        name: "" where it is the only one, "tiles", "whole", "frame 0" and so on, or "picture 1" and so on.
         geometry: where each of its cells lies in the user's picture (or frame).
-        start: the first of its cells among all rows of the image, items one after the other.
+        start: the first of its cells among all rows of the image or prompt, items one after the other.
+        image: which of the prompt's images it is of, from 0.
     """
 
     name: str
     geometry: Geometry
     start: int
+    image: int = 0
 
     def of(self, selections: Sequence[Selection | TokenMask]) -> TokenMask:
-        """What of it was kept, from the image's selections (one an item, in order), to hand to `overlay`."""
+        """What of it was kept, from all selections (one an item, in order), to hand to `overlay`."""
         mask = torch.cat([selection.mask() for selection in selections])
         merge = next((selection.merge for selection in selections if selection.merge is not None), None)
         return TokenMask(mask[self.start : self.start + len(self.geometry.boxes)], merge=merge)
@@ -162,6 +164,33 @@ def layout(
     (cell,) = rasters
     tiles = _tiled(image_size, _tile_counts(images, image_size, len(grids)), cell)
     return [Part("tiles", tiles, 0), Part("whole", _tiled(image_size, (1, 1), cell), len(tiles.boxes))]
+
+
+def layout_of_images(
+    processor: Any, image_sizes: Sequence[tuple[int, int]], grids: Sequence[tuple[int, int] | None]
+) -> list[Part]:
+    """`layout` for a prompt with one image or several; of several, each must be one visual item.
+
+    Args:
+        image_sizes: (width, height) of each image, in the prompt's order.
+        grids: (h, w) of the prompt's visual items, in order.
+
+    Raises:
+        GeometryError: as `layout`, and for several images of which some are cut into tiles.
+    """
+    if len(image_sizes) == 1:
+        return layout(processor, image_sizes[0], grids)
+    if len(grids) != len(image_sizes):
+        raise GeometryError(
+            f"{len(image_sizes)} images became {len(grids)} visual items, and which belong to which image is not "
+            "known here: leave the overlay out"
+        )
+    parts: list[Part] = []
+    for number, (size, grid) in enumerate(zip(image_sizes, grids, strict=True)):
+        (part,) = layout(processor, size, [grid])
+        start = sum(len(before.geometry.boxes) for before in parts)
+        parts.append(replace(part, name=f"picture {number + 1}", start=start, image=number))
+    return parts
 
 
 def _prepared(images: Any, name: str, x: _Axis, y: _Axis) -> tuple[_Axis, _Axis]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from gripvlm.tasks.base import Sample, Task, TaskError, named_choice, normalise
 from gripvlm.tasks.benchmarks import BENCHMARKS, benchmark
 from gripvlm.tasks.jsonl import JsonlTask
-from gripvlm.tasks.lab_tasks import FAMILIES, LabTask
+from gripvlm.tasks.lab_tasks import FAMILIES, LabTask, dense_families
 from gripvlm.tasks.metrics import METRICS
 from gripvlm.tasks.pictures import open_image
 from gripvlm.tasks.table_task import HubTask
@@ -39,19 +39,20 @@ _OPTIONS = {
 
 
 def task_names() -> list[str]:
-    """What `get_tasks` takes, besides `jsonl:PATH` and `hf:REPO`."""
+    """What `get_tasks` takes, besides `lab-dense/FAMILY`, `jsonl:PATH` and `hf:REPO`."""
     parts = [f"{name}/{part}" for name, kind in BENCHMARKS.items() for part in kind.parts]
-    return ["lab", *(f"lab/{family}" for family in FAMILIES), "benchmarks", *BENCHMARKS, *parts]
+    return ["lab", *(f"lab/{family}" for family in FAMILIES), "lab-dense", "benchmarks", *BENCHMARKS, *parts]
 
 
 def get_tasks(names: str | Task | Sequence[str | Task]) -> list[Task]:
     """The tasks that names stand for; a group's name stands for all of its members.
 
     Args:
-        names: `"lab"` (six tasks), `"lab/reading"`, `"benchmarks"` (six published ones), `"pope"`, `"pope/random"`,
-            `"pope:path=/data/pope"`, `"hf:REPO,split=train"`, `"jsonl:my/questions.jsonl,metric=vqa"`, a `Task`, or
-            several of them. A task that is named twice is there once. A piece such as `"split=train"` goes on with
-            the name before it, so that a list that was cut at commas reads like the text.
+        names: `"lab"` (six tasks), `"lab/reading"`, `"lab-dense"` (a task for each family in its sample),
+            `"benchmarks"` (six published ones), `"pope"`, `"pope/random"`, `"pope:path=/data/pope"`,
+            `"hf:REPO,split=train"`, `"jsonl:my/questions.jsonl,metric=vqa"`, a `Task`, or several of them. A task that
+            is named twice is there once. A piece such as `"split=train"` goes on with the name before it, so that a
+            list that was cut at commas reads like the text.
 
     Raises:
         TaskError: an unknown name or option, the nearest known ones are listed; or one task from two places.
@@ -75,6 +76,10 @@ def _named(name: str) -> list[Task]:
     benchmark_name = kind.partition("/")[0]
     if name == "lab":
         return [LabTask(family) for family in FAMILIES]
+    if name == "lab-dense":
+        return [LabTask(family, lab=name) for family in dense_families()]
+    if name.startswith("lab-dense/"):
+        return [LabTask(name.partition("/")[2], lab="lab-dense")]
     if kind in ("jsonl", "custom") and rest:
         path, options = _read_options(kind, rest)
         return [JsonlTask(path, metric=options.get("metric", "choice"), name=name)]

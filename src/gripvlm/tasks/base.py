@@ -46,22 +46,23 @@ def named_choice(prediction: str, choices: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image.
+    """One question about one image or several.
 
     Attributes:
         id: unique in its task.
-        picture: the image's file, or a function that makes it; read when `image` is first asked for.
+        pictures: each image's file, or a function that makes it, in the order of the prompt; at least one.
         question, answer: as text.
         choices: the answers to choose from, () where the answer is free.
         family: the kind of question, such as "reading".
-        pair: the two questions of a yes/no pair share it; None elsewhere.
-        evidence: raster indices of the patches that hold the answer, most covered first; may be ().
-        image_id: samples about the same image share it; intervals are clustered by it.
+        pair: the two questions of a yes/no pair share it, and no others of their `image_id`; None elsewhere.
+        evidence: raster indices of the patches that hold the answer, most covered first; may be (). Counted through
+            the images one after another: patch c of image p is p * h * w + c where the raster is [h, w].
+        image_id: samples that have an image in common share it; intervals are clustered by it.
         answers: all that are accepted, or that people gave, where there are several; else ().
     """
 
     id: str
-    picture: Path | Callable[[], Image.Image]
+    pictures: tuple[Path | Callable[[], Image.Image], ...]
     question: str
     answer: str
     choices: tuple[str, ...] = ()
@@ -77,9 +78,26 @@ class Sample:
         return self.answers or (self.answer,)
 
     @property
-    def image(self) -> Image.Image:
-        """The image, RGB. Read again at each call, so that a long run holds none of them."""
-        return open_image(self.picture) if isinstance(self.picture, Path) else self.picture().convert("RGB")
+    def images(self) -> list[Image.Image]:
+        """The images, RGB. Read again at each call, so that a long run holds none of them."""
+        return [open_image(one) if isinstance(one, Path) else one().convert("RGB") for one in self.pictures]
+
+    def evidence_by_image(self, grid: tuple[int, int]) -> list[list[int]]:
+        """For each image the raster indices of its patches that hold the answer, in the order of `evidence`.
+
+        Args:
+            grid: (h, w) of the raster that `evidence` counts in.
+
+        Raises:
+            TaskError: a patch beyond the last image.
+        """
+        (h, w), count = grid, len(self.pictures)
+        if max(self.evidence, default=0) >= count * h * w:
+            raise TaskError(
+                f"sample {self.id!r} marks patch {max(self.evidence)}, but evidence_grid {[h, w]} has patches 0 to "
+                f"{count * h * w - 1} in {count} picture{'s' * (count > 1)}: count them from 0, picture after picture"
+            )
+        return [[patch % (h * w) for patch in self.evidence if patch // (h * w) == p] for p in range(count)]
 
 
 def default_score(prediction: str, sample: Sample) -> float:
@@ -104,7 +122,7 @@ class Task:
     Attributes:
         name: as typed in `--tasks`.
         max_new_tokens: how long an answer may get.
-        evidence_grid: (h, w) of the raster that `Sample.evidence` counts in; None without evidence.
+        evidence_grid: (h, w) of each image's raster that `Sample.evidence` counts in; None without evidence.
         held_out: scores are published on its samples; training takes them only by their split's name.
     """
 
@@ -124,7 +142,7 @@ class Task:
         raise NotImplementedError
 
     def prompt(self, sample: Sample) -> str:
-        """The user's turn, without the image and without any template."""
+        """The user's turn, without the images and without any template."""
         return sample.question
 
     def score(self, prediction: str, sample: Sample) -> float:

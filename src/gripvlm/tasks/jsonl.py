@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,58 @@ __all__ = ["JsonlTask", "read_samples"]
 _EXAMPLE = '{"image": "cat.png", "question": "What is this?", "answer": "a cat"}'
 
 
-def read_samples(file: Path, images: Path, answers: bool = True) -> list[Sample]:
+def read_samples(file: Path, images: Path, answers: bool = True, grid: tuple[int, int] | None = None) -> list[Sample]:
     """One sample a line; blank lines are skipped. Without `answers` a line may leave its answer out.
 
-    A line is an object with `image` (a path, relative to `images`), `question` and `answer`, and if
-    wanted `choices` (list of strings), `id`, `family`, `pair`, `evidence` (list of patch indices), `answers` (list of
-    strings: all that are accepted, or that people gave; the commonest is the `answer` where none is written).
+    A line is an object with `image` (a path relative to `images`, or a list of them), `question` and `answer`, and if
+    wanted `choices` (list of strings), `id`, `family`, `pair`, `evidence` (list of patch indices, see `Sample`),
+    `answers` (list of strings: all that are accepted, or that people gave; the commonest is the `answer` where none is
+    written).
+
+    Args:
+        grid: (h, w) that `evidence` counts in; where it is None, indices are not checked.
 
     Raises:
         TaskError: with the line's number, where a line is none of that or an id comes twice.
     """
     samples: dict[str, Sample] = {}
+    names: list[tuple[str, ...]] = []
     for number, row in _rows(file):
-        sample = _sample(row, f"{file}:{number}", number, images, answers)
+        where = f"{file}:{number}"
+        names.append(_pictures(row, where))
+        sample = _sample(row, where, number, tuple(images / name for name in names[-1]), answers)
         if sample.id in samples:
             raise TaskError(f"{str(file)!r} has the id {sample.id!r} twice: ids must differ")
         samples[sample.id] = sample
+        if grid is not None:
+            try:
+                sample.evidence_by_image(grid)
+            except TaskError as error:
+                raise TaskError(f"{where}: {error}") from None
     if not samples:
         raise TaskError(f"{str(file)!r} has no questions: write one a line, such as {_EXAMPLE}")
-    return list(samples.values())
+    clusters = zip(samples.values(), _clusters(names), strict=True)
+    return [replace(sample, image_id=cluster) for sample, cluster in clusters]
+
+
+def _clusters(names: Sequence[tuple[str, ...]]) -> list[str]:
+    """For each question's pictures [n] the name of their cluster, which is one of its pictures.
+
+    Two pictures are in one cluster where a question shows both, or a chain of such pairs leads from one to the other:
+    questions of different clusters have no picture in common, so that they can be drawn independently.
+    """
+    leads = {name: name for question in names for name in question}
+
+    def first(name: str) -> str:
+        while leads[name] != name:
+            leads[name] = leads[leads[name]]  # chains stay short
+            name = leads[name]
+        return name
+
+    for question in names:
+        for other in question[1:]:
+            leads[first(other)] = first(question[0])
+    return [first(question[0]) for question in names]
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -64,7 +98,19 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _sample(row: dict[str, Any], where: str, number: int, images: Path, answers: bool) -> Sample:
+def _pictures(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The names of the row's pictures, one or several."""
+    value = row.get("image")
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise TaskError(
+            f"{where} needs a picture's path 'image', or a list of such paths, got {value!r}: write for instance "
+            f"{_EXAMPLE}"
+        )
+    return tuple(names)
+
+
+def _sample(row: dict[str, Any], where: str, number: int, pictures: tuple[Path, ...], answers: bool) -> Sample:
     accepted = _list_of(row, "answers", where, "texts", lambda text: isinstance(text, str) and text.strip() != "")
     choices = _list_of(row, "choices", where, "texts", lambda text: isinstance(text, str))
     evidence = _list_of(row, "evidence", where, "patch indices", lambda patch: type(patch) is int and patch >= 0)
@@ -73,7 +119,7 @@ def _sample(row: dict[str, Any], where: str, number: int, images: Path, answers:
     # Training may take the model's own answer, and reports blank ones itself.
     if row.get("answer") is None and not answers:
         row["answer"] = ""
-    for key in ("image", "question", "answer"):
+    for key in ("question", "answer"):
         value, may_be_blank = row.get(key), key == "answer" and not answers
         if not isinstance(value, str) or not (value.strip() or may_be_blank):
             raise TaskError(f"{where} needs a text {key!r}, got {value!r}: write for instance {_EXAMPLE}")
@@ -82,14 +128,13 @@ def _sample(row: dict[str, Any], where: str, number: int, images: Path, answers:
         raise TaskError(f"{where}: the answer {row['answer']!r} is none of the choices {list(choices)}")
     return Sample(
         id=str(row.get("id", number)),
-        picture=images / row["image"],
+        pictures=pictures,
         question=row["question"],
         answer=row["answer"],
         choices=choices,
         family=str(row.get("family", "custom")),
         pair=None if row.get("pair") is None else str(row["pair"]),
         evidence=evidence,
-        image_id=row["image"],
         answers=accepted,
     )
 
@@ -108,8 +153,8 @@ class JsonlTask(Task):
     They are scored by one of `METRICS`, `jsonl:PATH,metric=vqa`; by default "choice".
 
     Where a line has choices that its question does not name, the prompt lists them. Without `answers`
-    lines may leave theirs out: enough to train on, but not to be scored. `evidence` counts in the raster that the
-    first line names as `evidence_grid`, [h, w].
+    lines may leave theirs out: enough to train on, but not to be scored. `evidence` counts in the raster of a picture
+    that the first line names as `evidence_grid`, [h, w].
     """
 
     max_new_tokens = 32
@@ -121,21 +166,15 @@ class JsonlTask(Task):
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        samples, folder = tuple(read_samples(self.path, self.path.parent, self.answers)), self.path.parent
-        if self.evidence_grid is not None:
-            h, w = self.evidence_grid
-            for sample in samples:
-                if max(sample.evidence, default=0) >= h * w:
-                    raise TaskError(
-                        f"{str(self.path)!r}: sample {sample.id!r} marks patch {max(sample.evidence)}, but "
-                        f"evidence_grid {[h, w]} has patches 0 to {h * w - 1}"
-                    )
+        folder = self.path.parent
+        samples = tuple(read_samples(self.path, folder, self.answers, self.evidence_grid))
         # Before the run and not in the middle of it; training decides by itself what a missing picture does.
-        names = dict.fromkeys(sample.image_id for sample in samples if self.answers)
-        if missing := [name for name in names if not (folder / name).exists()]:
+        paths = dict.fromkeys(path for sample in samples for path in sample.pictures if self.answers)
+        if missing := [path for path in paths if isinstance(path, Path) and not path.exists()]:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            name = str(missing[0].relative_to(folder) if missing[0].is_relative_to(folder) else missing[0])
             raise TaskError(
-                f"{str(self.path)!r} asks about {missing[0]!r}{more}, but there is no such file: paths are relative to "
+                f"{str(self.path)!r} asks about {name!r}{more}, but there is no such file: paths are relative to "
                 f"the folder {str(folder)!r}"
             )
         return samples

@@ -88,8 +88,8 @@ class Rows:
         if isinstance(value, list):
             if len(value) > 1:
                 raise TaskError(
-                    f"row {index} of {self.source} has {len(value)} pictures in {self.image!r}; tasks ask about one: "
-                    "name a column with image=, or leave such rows out"
+                    f"row {index} of {self.source} has {len(value)} pictures in {self.image!r}; such tasks ask about "
+                    "one: name a column with image=, leave such rows out, or use jsonl:, where a line may show several"
                 )
             value = value[0] if value else None
         if isinstance(value, dict):

@@ -65,7 +65,7 @@ class TableTask(Task):
             # Some data sets also hold questions without a picture: there is nothing to prune for them.
             fields = self.fields(index, row) if image_id else None
             if fields is not None:
-                own: dict[str, Any] = {"id": str(index), "picture": partial(rows.picture, index), "image_id": image_id}
+                own = {"id": str(index), "pictures": (partial(rows.picture, index),), "image_id": image_id}
                 samples.append(Sample(**own | fields))
         if not samples:
             raise TaskError(f"{self.name}: {self.source} has no questions for it: is this the right data set?")

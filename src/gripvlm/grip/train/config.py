@@ -81,7 +81,7 @@ class TrainConfig:
     """
 
     # what
-    model: str = setting("lab", "lab, a local folder, or a Hugging Face hub id; stays frozen")
+    model: str = setting("lab", "lab, lab-dense, a local folder, or a Hugging Face hub id; stays frozen")
     data: str = setting("", "training questions: PATH.jsonl ({image, question, answer?, choices?} a line) or tasks")
     output_dir: str = setting(
         "grip", "folder of the run: scorer, settings, metrics, checkpoint; the same command resumes"

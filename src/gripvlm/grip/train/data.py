@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from gripvlm.errors import TrainError
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.tasks import JsonlTask, LabTask, Sample, Task, get_tasks
-from gripvlm.tasks.lab_tasks import SAMPLE as SHIPPED
+from gripvlm.tasks.lab_tasks import SAMPLES
 
 Question: TypeAlias = tuple[Task, Sample]
 
@@ -55,10 +55,10 @@ def load_questions(data: str | Task | Sequence[Task]) -> list[Question]:
     else:
         tasks = [data] if isinstance(data, Task) else data
     # Scores on questions that were trained on say nothing.
-    if any(isinstance(task, LabTask) and task.folder == SHIPPED for task in tasks):
+    if any(isinstance(task, LabTask) and task.folder in SAMPLES.values() for task in tasks):
         raise TrainError(
             "the lab tasks are the test split, and training on it would make every later score worthless: make "
-            "training questions (`PYTHONPATH=examples python -m lab_vlm.dataset FOLDER` in a clone) and type "
+            "training questions (docs/lab.md; for lab `PYTHONPATH=examples python -m lab_vlm.dataset FOLDER`) and type "
             "--data FOLDER/questions.jsonl"
         )
     if held_out := [task.name for task in tasks if task.held_out]:
@@ -79,26 +79,29 @@ def check_pictures(questions: Sequence[Question]) -> None:
     Raises:
         TrainError: with the first sample whose picture is missing.
     """
-    exists = {path: path.is_file() for path in {s.picture for _, s in questions if isinstance(s.picture, Path)}}
-    missing = [s for _, s in questions if isinstance(s.picture, Path) and not exists[s.picture]]
-    if missing:
+    files = {path for _, sample in questions for path in sample.pictures if isinstance(path, Path)}
+    lost = {path for path in files if not path.is_file()}
+    if missing := [sample for _, sample in questions if lost.intersection(sample.pictures)]:
+        path = next(path for path in missing[0].pictures if path in lost)
         more = f" (and {len(missing) - 1} more samples)" if len(missing) > 1 else ""
         raise TrainError(
-            f"sample {missing[0].id!r} asks about {str(missing[0].picture)!r}, but there is no such file{more}: mend "
-            "the paths, or type --on-bad-sample skip"
+            f"sample {missing[0].id!r} asks about {str(path)!r}, but there is no such file{more}: mend the paths, or "
+            "type --on-bad-sample skip"
         )
 
 
 def check_apart(questions: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Refuses validation questions that are training questions: the same words about the same file.
+    """Refuses validation questions that are training questions: the same words about the same files.
 
     Raises:
         TrainError: some are.
     """
 
-    known = {(os.path.abspath(s.picture), s.question) for _, s in questions if isinstance(s.picture, Path)}
-    files = [(s.picture, s) for _, s in held_out if isinstance(s.picture, Path)]
-    if same := [s.id for picture, s in files if (os.path.abspath(picture), s.question) in known]:
+    def asked(sample: Sample) -> tuple[Any, ...]:
+        return (*(os.path.abspath(path) for path in _files(sample)), sample.question)
+
+    known = {asked(s) for _, s in questions if _files(s)}
+    if same := [s.id for _, s in held_out if _files(s) and asked(s) in known]:
         raise TrainError(
             f"{len(same)} of {len(held_out)} validation questions are training questions too, such as {same[0]!r}: "
             "name others with --eval-data, or leave it out, and --eval-share of the pictures is held out"
@@ -110,27 +113,36 @@ def key_of(task: Task, sample: Sample) -> str:
     return f"{task.name}/{sample.id}"
 
 
-def picture_of(task: Task, sample: Sample) -> str:
-    """What the samples about one picture share: its file; for pictures that are made, the task and its image id."""
-    if isinstance(sample.picture, Path):
-        return str(sample.picture)
-    return f"{task.name}/{sample.image_id or sample.id}"
+def pictures_of(task: Task, sample: Sample) -> str:
+    """What the samples with the same pictures share: the files; for a picture that is made, the task and its image id.
+
+    Of several pictures that are made nothing says whether two samples show the same ones.
+    """
+    if files := _files(sample):
+        return "\n".join(map(str, files))
+    return f"{task.name}/{sample.id if len(sample.pictures) > 1 else sample.image_id or sample.id}"
+
+
+def _files(sample: Sample) -> list[Path]:
+    """The files of its pictures, [] where one of them is made by a function."""
+    files = [path for path in sample.pictures if isinstance(path, Path)]
+    return files if len(files) == len(sample.pictures) else []
 
 
 def split(questions: list[Question], share: float) -> tuple[list[Question], list[Question]]:
-    """(training, validation) questions: whole images, chosen by a hash of their names, so that it never changes.
+    """(training, validation) questions: whole clusters of images (`Sample.image_id`), chosen by a hash of their names.
 
     Raises:
         TrainError: one side would be empty; with a share for which neither is.
     """
-    # A hash and no draw: pictures that are added later do not move the others to the other side.
+    # A hash and no draw, so that it never changes: pictures that are added later do not move the others.
     places = [zlib.crc32(f"validation {s.image_id or s.id}".encode()) % _PLACES for _, s in questions]
     train = [q for q, place in zip(questions, places, strict=True) if place >= share * _PLACES]
     held_out = [q for q, place in zip(questions, places, strict=True) if place < share * _PLACES]
     if not train or not held_out:
         side = "validation" if not held_out else "training"
         raise TrainError(
-            f"questions: {len(questions)}, pictures: {len({picture_of(*q) for q in questions})}: --eval-share "
+            f"questions: {len(questions)}, pictures: {len({pictures_of(*q) for q in questions})}: --eval-share "
             f"{share:g} leaves none for {side}; type another --eval-share, bring more pictures, or name --eval-data"
         )
     return train, held_out
@@ -140,8 +152,10 @@ def split(questions: list[Question], share: float) -> tuple[list[Question], list
 class QuestionStream:
     """An endless, shuffled stream of images with some questions about each.
 
+    An image here is what a question shows: for a question about several pictures, all of them together.
+
     Attributes:
-        questions: (task, sample) pairs; see `picture_of` for those that share an image.
+        questions: (task, sample) pairs; see `pictures_of` for those that share an image.
         images: images in a micro-batch.
         per_image: questions an image at most.
         seed: of the order.
@@ -157,7 +171,7 @@ class QuestionStream:
     def __post_init__(self) -> None:
         groups: dict[str, list[int]] = {}
         for i, pair in enumerate(self.questions):
-            groups.setdefault(picture_of(*pair), []).append(i)
+            groups.setdefault(pictures_of(*pair), []).append(i)
         self._groups = list(groups.values())
         self._order: tuple[int, list[int]] = (-1, [])
 

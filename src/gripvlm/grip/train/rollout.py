@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import jinja2
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -24,7 +25,7 @@ from gripvlm.engine.pipeline import drop
 from gripvlm.errors import GripError, InputError, TrainError
 from gripvlm.eval import make_inputs, question_ids
 from gripvlm.grip.pruner import ScorerInputs
-from gripvlm.grip.train.data import Question, picture_of
+from gripvlm.grip.train.data import Question, pictures_of
 from gripvlm.models import adapter
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.prompts import Prompts
@@ -203,10 +204,10 @@ class Engine:
     def prepare(
         self, questions: Sequence[Question], *, pseudo_labels: bool = False, whole_prompt: bool = False
     ) -> Batch:
-        """Reads, tokenises and encodes; each picture once, however many questions are about it.
+        """Reads, tokenises and encodes; the same pictures once, however many questions are about them.
 
         Args:
-            questions: (task, sample) pairs, those about one picture side by side.
+            questions: (task, sample) pairs, those about the same pictures side by side.
             pseudo_labels: force the unpruned model's own greedy answers; also done for samples without an answer.
             whole_prompt: the scorer reads the whole prompt's text, as inside `gripvlm.prune`, and not the bare
                 question.
@@ -218,10 +219,10 @@ class Engine:
         """
         tasks, samples = [task for task, _ in questions], [sample for _, sample in questions]
         texts = [task.prompt(sample) for task, sample in questions]
-        names = [picture_of(task, sample) for task, sample in questions]
+        names = [pictures_of(task, sample) for task, sample in questions]
         pictures = list(dict.fromkeys(names))
-        firsts = [names.index(name) for name in pictures]  # a question about each picture
-        images = dict(zip(pictures, (_image_of(samples[i]) for i in firsts), strict=True))
+        firsts = [names.index(name) for name in pictures]  # a question about each
+        images = dict(zip(pictures, (_images_of(samples[i]) for i in firsts), strict=True))
         once = make_inputs(self.model, self.processor, [texts[i] for i in firsts], list(images.values()))
         # Pixels go through the tower once; what follows only repeats the rows of its output.
         encoded = encode(self.model, once).take([pictures.index(name) for name in names])
@@ -377,13 +378,13 @@ class Engine:
         return log_probs.masked_fill(targets < 0, 0.0)
 
 
-def _image_of(sample: Sample) -> Any:
-    """The sample's picture, read.
+def _images_of(sample: Sample) -> list[Image.Image]:
+    """The sample's pictures, read.
 
     Raises:
-        TaskError: it cannot be read; with the sample's id.
+        TaskError: one cannot be read; with the sample's id.
     """
     try:
-        return sample.image
+        return sample.images
     except TaskError as error:
         raise TaskError(error_about(sample, error)) from error
