@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -20,12 +21,13 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gripvlm.errors import GripError
 from gripvlm.serve.chat import ChatRequest, Refusal, chunk, completion, error_body, parse
 from gripvlm.serve.metrics import Metrics
-from gripvlm.serve.prompts import Preparer
+from gripvlm.serve.prompts import Preparer, Prompt
 from gripvlm.serve.settings import Settings
 from gripvlm.serve.worker import Answer, Job, Worker, requests_of
 
@@ -99,9 +101,8 @@ class _Server:
                 "gripvlm_controller_keep", "Share kept for requests that name none.", lambda: controller.keep.value
             )
             for way in controller.steps:
-                metrics.watch(
-                    f"gripvlm_controller_steps_{way}", f"Steps {way} the ladder.", lambda way=way: controller.steps[way]
-                )
+                count = partial(controller.steps.__getitem__, way)
+                metrics.watch(f"gripvlm_controller_steps_{way}", f"Steps {way} the ladder.", count)
 
     # --- before an endpoint -------------------------------------------------------------------------------------
 
@@ -162,12 +163,10 @@ class _Server:
 
     async def chat(self, request: Request) -> Response:
         try:
-            chat = parse(await self._body(request))
-            if chat.model != self.settings.model:
-                raise self._no_model(chat.model)
-            if self._preparing is None:
+            body = await self._body(request)
+            if self._preparing is None:  # it belongs to the running event loop
                 self._preparing = anyio.CapacityLimiter(PREPARING)
-            prompt = await anyio.to_thread.run_sync(self._prepare, chat, limiter=self._preparing)
+            chat, prompt = await anyio.to_thread.run_sync(self._read, body, limiter=self._preparing)
             results: asyncio.Queue[str | Answer | Exception] = asyncio.Queue()
             job = Job(prompt, _sender(results))
             request.state.job = job
@@ -176,10 +175,18 @@ class _Server:
         except Exception as error:  # noqa: BLE001  each becomes an answer
             return _refused(_refusal_of(error, request.state.id))
 
+    def _read(self, body: bytes) -> tuple[ChatRequest, Prompt]:
+        """What a body asks for; takes too long for the event loop."""
+        chat = parse(body)
+        if chat.model != self.settings.model:
+            raise self._no_model(chat.model)
+        return chat, self._prepare(chat)
+
     async def _body(self, request: Request) -> bytes:
         most, body = self.settings.limits.body, bytearray()
         refusal = Refusal(f"the body has more than {most} bytes: send smaller pictures", status=413)
-        if int(request.headers.get("content-length", "0")) > most:
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > most:
             raise refusal
 
         async def read() -> None:
@@ -211,7 +218,8 @@ class _Server:
                     media_type="text/event-stream",
                     headers={"Cache-Control": "no-cache"},
                 )
-            text, result = [], first
+            text: list[str] = []
+            result: str | Answer | Exception = first
             while isinstance(result, str):
                 text.append(result)
                 result = await _unless(left, results)
@@ -298,6 +306,8 @@ def _refusal_of(error: Exception, request: str) -> Refusal:
         return error
     if isinstance(error, GripError):
         return Refusal(str(error))
+    if isinstance(error, ClientDisconnect):
+        return _left()
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return Refusal(
             "the server ran out of memory: send fewer or smaller pictures, or a smaller keep",
@@ -336,6 +346,10 @@ async def _unless(
     if result.done():
         return result.result()
     result.cancel()
+    return _left()
+
+
+def _left() -> Refusal:
     return Refusal("the client left", status=499, kind="cancelled")
 
 

@@ -119,7 +119,9 @@ class Chooser:
         """
         # On the host, so that a seed draws the same on every device, and in any batch.
         scores = logits[None].float().cpu()
-        scores = self._processors(torch.cat((self._prompt.ids, torch.tensor([list(said)], dtype=torch.long)), -1), scores)
+        scores = self._processors(
+            torch.cat((self._prompt.ids, torch.tensor([list(said)], dtype=torch.long)), -1), scores
+        )
         if self._random is None:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._random))

@@ -1,4 +1,4 @@
-"""`Worker`: the one thread that owns the model. It takes waiting jobs in batches, prunes, decodes, and sends the text."""
+"""`Worker`: the one thread that owns the model. It takes waiting jobs in batches, prunes and decodes them."""
 
 from __future__ import annotations
 
@@ -165,12 +165,7 @@ class Worker:
         while jobs := self._next_batch():
             started = time.perf_counter()
             self.running = len(jobs)
-            try:
-                self._run(jobs)
-            except Exception as error:  # noqa: BLE001  whatever it was, the next batch may be fine
-                logger.exception("a batch of %d failed", len(jobs))
-                for job in jobs:
-                    job.end(error)
+            self._run(jobs)
             self.running = 0
             self.batch_seconds += 0.3 * (time.perf_counter() - started - self.batch_seconds)
 
@@ -184,18 +179,21 @@ class Worker:
                 self._waiting.remove(job)
             return jobs
 
-    def _run(self, jobs: list[Job]) -> None:
-        with ExitStack() as stack:
-            try:
+    def _run(self, jobs: Sequence[Job]) -> None:
+        decoding = False
+        try:
+            with ExitStack() as stack:
                 rows = self._prefill(jobs, stack)
-            except Exception as error:  # noqa: BLE001  the first job's error must not be the others'
-                if len(jobs) == 1:
-                    jobs[0].end(error)
-                    return
-                logger.warning("a batch of %d failed (%s); its requests run one by one", len(jobs), error)
-            else:
+                decoding = True
                 self._decode(jobs, rows)
                 return
+        except Exception as error:  # noqa: BLE001  whatever it was, the next batch may be fine
+            if decoding or len(jobs) == 1:
+                for job in jobs:
+                    job.end(error)
+                return
+            logger.warning("a batch of %d failed (%s); its requests run one by one", len(jobs), error)
+        # Outside of the handler, so that the error no longer holds what the batch had on the device.
         for job in jobs:
             if not job.cancelled:
                 self._run([job])
@@ -213,13 +211,11 @@ class Worker:
         else:
             encodings = [self._encoded(job.prompt) for job in jobs]
             encoded_at = time.perf_counter()
-            for job in jobs:
-                job.keep = job.prompt.keep or self._default_keep(name)
-            request = replace(
-                self._requests[name],
-                budgets=[job.keep for job in jobs],
-                question=[list(job.prompt.question) for job in jobs],
-            )
+            budgets = [job.prompt.keep or self._default_keep(name) for job in jobs]
+            for job, budget in zip(jobs, budgets, strict=True):
+                job.keep = budget
+            questions = [list(job.prompt.question) for job in jobs]
+            request = replace(self._requests[name], budgets=budgets, question=questions)
             batch = prune_batch(request, inputs, together(encodings))
             stack.enter_context(batch.running())
             shortened, fixed = batch.shortened, batch.run is not None
@@ -275,9 +271,7 @@ class Worker:
             for row, (job, text, choose) in enumerate(active):
                 if not choose.plain:
                     tokens[row] = choose(text.ids, rows.logits[row])
-                if not self._goes_on(job, text, tokens[row]):
-                    self._metrics.phase("decode", time.perf_counter() - started)
-                else:
+                if self._goes_on(job, text, tokens[row], started):
                     kept.append(row)
             if len(kept) < len(active):
                 active = [active[row] for row in kept]
@@ -290,7 +284,7 @@ class Worker:
     def _chooser(self, prompt: Prompt) -> Chooser:
         return Chooser(prompt, self._model.generation_config)
 
-    def _goes_on(self, job: Job, text: Text, token: int) -> bool:
+    def _goes_on(self, job: Job, text: Text, token: int, started: float) -> bool:
         """Takes a token of a job and sends its text; whether there is a next one."""
         if job.cancelled:
             job.end(Refusal("the client left", status=499, kind="cancelled"))
@@ -305,6 +299,7 @@ class Worker:
         words = int(job.prompt.ids.shape[1]) - job.prompt.visual
         reason = "stop" if ended or text.stopped else "length"
         self._metrics.decoded(len(text.ids))
+        self._metrics.phase("decode", time.perf_counter() - started)
         job.end(Answer(reason, len(text.ids), words + job.paid, job.prompt.visual, job.paid, job.keep))
         return False
 
