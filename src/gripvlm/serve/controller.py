@@ -52,8 +52,8 @@ class Controller:
     """Goes down the ladder when requests are late, and up again when they are all fast.
 
     `observe` is called once for each request. One step down follows as soon as more than `LATE` requests of a window
-    are late; one step up, when all of a window are faster than `CALM` of the target. Each step up that proves too slow
-    doubles the number of windows that must be calm before the next. Only requests that arrived after the latest step
+    are late; one step up, when all of a window are faster than `CALM` of the target. Each step up that is taken back
+    within a window doubles the number of windows that must be calm before the next. Only requests that arrived after the latest step
     count, as others waited behind the work of the old budget.
 
     Attributes:
@@ -63,8 +63,9 @@ class Controller:
     def __init__(self, ladder: Ladder) -> None:
         self._ladder, self._rung = ladder, 0
         self._since = float("-inf")
-        self._seen = self._late = self._slow = 0
-        self._windows, self._climbed = 1, False
+        self._seen = self._late = self._slow = 0  # in this window
+        self._calm, self._needed = 0, 1  # calm windows in a row, and how many a step up needs
+        self._climbed = False  # whether the latest step went up, less than a window ago
         self.steps = {"down": 0, "up": 0}
 
     @property
@@ -90,20 +91,19 @@ class Controller:
         self._slow += waited > CALM * self._ladder.target
         if self._late > LATE:
             if self._climbed:
-                self._windows = min(2 * self._windows, LONGEST)
+                self._needed = min(2 * self._needed, LONGEST)
             self._step(1, first_token)
-        elif self._seen >= WINDOW * self._windows and not self._slow:
-            self._step(-1, first_token)
-        elif self._seen >= WINDOW * self._windows:
-            self._forget()
-            self._climbed = False  # the budget was held for a whole window
+        elif self._seen == WINDOW:
+            if self._climbed:
+                self._climbed, self._needed = False, 1
+            self._calm = 0 if self._slow else self._calm + 1
+            self._seen = self._late = self._slow = 0
+            if self._calm >= self._needed:
+                self._step(-1, first_token)
 
     def _step(self, down: int, now: float) -> None:
         rung = min(max(self._rung + down, 0), len(self._ladder.budgets) - 1)
         if rung != self._rung:
             self._rung, self._since, self._climbed = rung, now, down < 0
             self.steps["down" if down > 0 else "up"] += 1
-        self._forget()
-
-    def _forget(self) -> None:
-        self._seen = self._late = self._slow = 0
+        self._seen = self._late = self._slow = self._calm = 0

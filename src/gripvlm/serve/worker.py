@@ -287,6 +287,7 @@ class Worker:
     def _goes_on(self, job: Job, text: Text, token: int, started: float) -> bool:
         """Takes a token of a job and sends its text; whether there is a next one."""
         if job.cancelled:
+            self._metrics.decoded(len(text.ids))
             job.end(Refusal("the client left", status=499, kind="cancelled"))
             return False
         ended = token in self._ends
