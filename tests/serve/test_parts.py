@@ -95,9 +95,9 @@ def test_one_server_under_a_load_that_triples_holds_the_target_more_often(load):
 
 def test_a_budget_that_proved_too_slow_is_tried_less_and_less_often():
     controller, at = Controller(LADDER), 0.0
-    for _ in range(100):  # the largest is too slow, the next is fast
-        at = feed(controller, 2.0 if controller.keep == Budget("50%") else 0.1, WINDOW, at)
-    assert controller.steps["up"] <= 12  # and not 50
+    for _ in range(100 * WINDOW):  # the largest is too slow, the next is fast
+        at = feed(controller, 2.0 if controller.keep == Budget("50%") else 0.1, 1, at)
+    assert controller.steps["up"] <= 10  # and not 50
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import hmac
 import json
@@ -56,7 +57,8 @@ def create_app(model: PreTrainedModel, processor: Any, settings: Settings) -> Fa
     """
     requests = requests_of(model, settings)
     metrics = Metrics()
-    worker = Worker(model, getattr(processor, "tokenizer", processor), requests, settings, metrics)
+    # A copy: a fast tokenizer fails where one thread decodes while another changes its padding.
+    worker = Worker(model, copy.deepcopy(getattr(processor, "tokenizer", processor)), requests, settings, metrics)
     server = _Server(worker, Preparer(model, processor, requests, settings), settings, metrics)
 
     @asynccontextmanager
@@ -168,7 +170,7 @@ class _Server:
                 self._preparing = anyio.CapacityLimiter(PREPARING)
             chat, prompt = await anyio.to_thread.run_sync(self._read, body, limiter=self._preparing)
             results: asyncio.Queue[str | Answer | Exception] = asyncio.Queue()
-            job = Job(prompt, _sender(results))
+            job = Job(prompt, _sender(results), arrived=request.state.arrived)
             request.state.job = job
             self.worker.submit(job)
             return await self._answer(request, chat, job, results)
@@ -265,8 +267,8 @@ class _Edge:
         server, request = self._server, Request(scope)
         given = request.headers.get("x-request-id", "")
         request.state.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
-        request.state.job = None
-        status, began = 499, time.perf_counter()  # where nothing is sent, the client has left
+        request.state.job, request.state.arrived = None, time.perf_counter()
+        status = 499  # where nothing is sent, the client has left
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -288,7 +290,7 @@ class _Edge:
                 server.worker.cancel(job)
             if chat:
                 server.metrics.request(status)
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - request.state.arrived
             logger.info("%s %s %s %d %.3f s", request.state.id, request.method, request.url.path, status, seconds)
 
 

@@ -52,9 +52,9 @@ class Controller:
     """Goes down the ladder when requests are late, and up again when they are all fast.
 
     `observe` is called once for each request. One step down follows as soon as more than `LATE` requests of a window
-    are late; one step up, when all of a window are faster than `CALM` of the target. Each step up that is taken back
-    within a window doubles the number of windows that must be calm before the next. Only requests that arrived after the latest step
-    count, as others waited behind the work of the old budget.
+    are late; one step up, when all of a window are faster than `CALM` of the target. A budget that proves too slow
+    within its first window is tried again only after twice as many calm windows as before. Only requests that arrived
+    after the latest step count, as others waited behind the work of the old budget.
 
     Attributes:
         steps: how many steps were taken, by direction: "down", "up".
@@ -64,7 +64,8 @@ class Controller:
         self._ladder, self._rung = ladder, 0
         self._since = float("-inf")
         self._seen = self._late = self._slow = 0  # in this window
-        self._calm, self._needed = 0, 1  # calm windows in a row, and how many a step up needs
+        self._calm = 0  # windows in a row
+        self._needed = [1] * len(ladder.budgets)  # how many of them it takes to step up to each budget
         self._climbed = False  # whether the latest step went up, less than a window ago
         self.steps = {"down": 0, "up": 0}
 
@@ -91,14 +92,14 @@ class Controller:
         self._slow += waited > CALM * self._ladder.target
         if self._late > LATE:
             if self._climbed:
-                self._needed = min(2 * self._needed, LONGEST)
+                self._needed[self._rung] = min(2 * self._needed[self._rung], LONGEST)
             self._step(1, first_token)
         elif self._seen == WINDOW:
             if self._climbed:
-                self._climbed, self._needed = False, 1
+                self._climbed, self._needed[self._rung] = False, 1
             self._calm = 0 if self._slow else self._calm + 1
             self._seen = self._late = self._slow = 0
-            if self._calm >= self._needed:
+            if self._calm >= self._needed[max(self._rung - 1, 0)]:
                 self._step(-1, first_token)
 
     def _step(self, down: int, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Chooser", "Rows", "Text", "end_tokens"]
 
+logger = logging.getLogger(__name__)
+
 _PENALTIES: Mapping[str, tuple[Any, Callable[[Any], Any]]] = {
     "repetition_penalty": (1.0, RepetitionPenaltyLogitsProcessor),
     "no_repeat_ngram_size": (0, NoRepeatNGramLogitsProcessor),
@@ -34,6 +37,8 @@ _PENALTIES: Mapping[str, tuple[Any, Callable[[Any], Any]]] = {
 }
 """Settings of a model's generation config that also shape its likeliest answer -> what changes nothing, and how to
 apply it."""
+
+_IGNORED = ("num_beams", "bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
 
 
 class Rows:
@@ -128,7 +133,10 @@ class Chooser:
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end an answer."""
+    """The tokens that end an answer. Warns of settings beside them that this decoding does not have."""
+    for name in _IGNORED:
+        if getattr(model.generation_config, name, None) not in (None, 1, []):
+            logger.warning("the model's generation config sets %s, which the server does not apply", name)
     ends = getattr(model.generation_config, "eos_token_id", None)
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 

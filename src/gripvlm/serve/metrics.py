@@ -21,7 +21,7 @@ class Metrics:
         self._cancelled = Counter("gripvlm_cancelled", "Requests whose client left while they ran.", registry=r)
         self._phases = Histogram(
             "gripvlm_phase_seconds",
-            "Time of a request in the queue, the vision tower, the prefill (pruning included) and decoding.",
+            "Time of a request: read, queue, tower (vision), prefill (pruning included), decode.",
             ["phase"],
             buckets=SECONDS,
             registry=r,

@@ -71,11 +71,16 @@ class Job:
         send: called from the worker's thread with each piece of text, and at the end once with an `Answer` or an
             exception.
         arrived: when the request came, on `time.perf_counter`'s clock.
+        read: when its prompt was ready, and it could have begun.
+        cancelled: whether its client has left.
+        ended: whether its result was sent.
+        keep, paid: the budget, and the visual tokens paid for, once they are known.
     """
 
     prompt: Prompt
     send: Callable[[str | Answer | Exception], None]
     arrived: float = field(default_factory=time.perf_counter)
+    read: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
     ended: bool = False
     keep: Budget | None = None
@@ -231,7 +236,8 @@ class Worker:
         rows.logits.argmax(-1).tolist()  # waits for the device, so that the times are those of the work
         done = time.perf_counter()
         for job in jobs:
-            self._metrics.phase("queue", started - job.arrived)
+            self._metrics.phase("read", job.read - job.arrived)
+            self._metrics.phase("queue", started - job.read)
             self._metrics.phase("tower", encoded_at - started)
             self._metrics.phase("prefill", done - encoded_at)
             self._metrics.first_token(done - job.arrived)
