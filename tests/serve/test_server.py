@@ -121,6 +121,9 @@ async def test_a_conversation_and_a_stop_text():
         assert short.json()["usage"]["completion_tokens"] <= 1
 
 
+HALVES = [{"type": "text", "text": half} for half in ("an <ima", "ge> here")]
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -142,7 +145,9 @@ async def test_a_conversation_and_a_stop_text():
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": "an <image> here"}]}, "placeholder of a picture: leave it out"),
+        ({"messages": [{"role": "user", "content": HALVES}]}, "placeholder of a picture: leave it out"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "allowed are"),
+        ({"stop": ["x"] * 9}, "stop"),
     ],
     ids=str,
 )

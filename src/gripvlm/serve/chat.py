@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -68,6 +68,9 @@ class Message(_Part):
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
+Stop: TypeAlias = Annotated[str, Field(max_length=200)]
+
+
 class StreamOptions(_Part):
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -89,7 +92,7 @@ class ChatRequest(_Part):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -141,8 +141,10 @@ class Preparer:
         """What the processor makes of the prompt, and the ids of its question."""
         question: list[int] = []
         for message in messages:
-            ids = self._ids(" ".join(part.text for part in message.parts if isinstance(part, TextPart)))
-            if self._placeholders & {*ids}:
+            texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+            ids = self._ids(" ".join(texts))
+            # Templates may put texts side by side, where two halves make a whole.
+            if self._placeholders & {*ids, *self._ids("".join(texts))}:
                 raise Refusal("a text holds the model's own placeholder of a picture: leave it out")
             if any(isinstance(part, PicturePart) for part in message.parts):
                 question = ids
