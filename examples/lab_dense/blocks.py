@@ -1,4 +1,4 @@
-"""Attention for many questions behind one prompt: each sees the prompt's pictures and itself, and nothing else is computed.
+"""Attention for many questions behind one prompt: each sees the prompt's pictures and itself only.
 
 With a mask over the whole sequence most of the work goes into pairs that the mask removes: with 24 questions behind
 60 visual tokens, six of seven pairs.
@@ -32,7 +32,7 @@ class Blocks:
     @classmethod
     def of(cls, segment: Tensor) -> Blocks:
         """segment: [b, l], 0 in the prefix, 1.. in a question, -1 in padding."""
-        b, length = segment.shape
+        length = segment.shape[1]
         prefix = int((segment[0] == 0).sum())
         count = int(segment.max())
         sizes = torch.stack([(segment == s).sum(1) for s in range(1, count + 1)], 1)  # [b, s]

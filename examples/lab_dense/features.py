@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from lab_vlm.pool import load_shard, shards
-from lab_vlm.train_tower import normalised
 
 from gripvlm import lab
 from gripvlm.lab.tower import LabVisionModel
+from lab_vlm.pool import load_shard, shards
+from lab_vlm.train_tower import normalised
 
 WIDTH = 160
 

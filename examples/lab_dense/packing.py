@@ -125,7 +125,8 @@ def drop(
 ) -> list[np.ndarray]:
     """Which cells each prompt of the batch keeps: the same number in every prompt.
 
-    share: in 0..1, how much is kept where the way leaves that open. units: for each prompt the unit of each cell, [pictures * PATCHES], -1 where none; distinct over its pictures.
+    units: for each prompt the unit of each cell, [pictures * PATCHES], -1 where none; distinct over its pictures.
+    share: in 0..1, how much is kept where the way leaves that open.
 
     - blind: none. full: all. random: a uniform share.
     - even: the same number of cells of every unit, then cells of no unit. A reader that has only seen random shares

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from lab_vlm import art
 from lab_vlm.questions import plural
 
@@ -245,7 +246,9 @@ def both(boards: Sequence[Things], rng: np.random.Generator) -> Question | None:
     if len(shared) != 1 or any(shared & set(name) for t in boards for name in t.name[t.kind == "sign"]):
         return None
     letter = shared.pop()
-    evidence = [[(p, int(i)) for i in np.flatnonzero(t.kind == "letter") if t.name[i] == letter] for p, t in enumerate(boards)]
+    evidence = [
+        [(p, int(i)) for i in np.flatnonzero((t.kind == "letter") & (t.name == letter))] for p, t in enumerate(boards)
+    ]
     return Question("both", "letter", "which letter is in both pictures?", letter, evidence)
 
 

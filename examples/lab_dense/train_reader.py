@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lab_vlm import packing as first_packing
-from lab_vlm.pool import load_shard, shards
-from lab_vlm.train_reader import HINT_LAYERS
-from lab_vlm.train_tower import save_checkpoint
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gripvlm.utils import disk
+from lab_vlm import packing as first_packing
+from lab_vlm.pool import load_shard, shards
+from lab_vlm.train_reader import HINT_LAYERS
+from lab_vlm.train_tower import save_checkpoint
 
 from . import features, parallel
 from .blocks import NAME as BLOCKS
@@ -109,7 +109,10 @@ def ask_many(things: list[Things], packer: Packer, count: int, rng: np.random.Ge
     return asked
 
 
-def ask_first_lab(questions: list, first: first_packing.Packer, packer: Packer, rng: np.random.Generator) -> list[Asked]:
+def ask_first_lab(
+    questions: list, first: first_packing.Packer, packer: Packer, rng: np.random.Generator
+) -> list[Asked]:
+    """A few questions of the first lab about one of its scenes."""
     asked = []
     for q in (*first.choose(questions, rng), *first.stepping_stones(questions, rng)):
         cells = np.flatnonzero(q.evidence > 40)
@@ -271,9 +274,7 @@ class Run:
                 else:
                     index = rng.integers(0, len(self.val_scenes), 8)
                     tokens = self.val_scenes.tokens[torch.from_numpy(index)]
-                    asked = [
-                        ask_first_lab(self.val_scenes.questions[i], self.first, self.packer, rng) for i in index
-                    ]
+                    asked = [ask_first_lab(self.val_scenes.questions[i], self.first, self.packer, rng) for i in index]
                 keep = [np.arange(max(pictures, 1) * PATCHES)] * 8
                 packed = self.packer.pack(asked, keep, max(pictures, 1), renumber=False)
                 hit = torch.zeros_like(packed.target, dtype=torch.bool)

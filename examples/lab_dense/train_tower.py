@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lab_vlm.train_tower import augment, normalised, save_checkpoint
 from torch import nn
 from torch.nn import functional as F
 
 from gripvlm import lab
 from gripvlm.lab.tower import LabVisionConfig, LabVisionModel
 from gripvlm.utils import disk
+from lab_vlm.train_tower import augment, normalised, save_checkpoint
 
 from . import parallel
 from .boards import GRID
