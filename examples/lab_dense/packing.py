@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -37,6 +37,11 @@ class Packed:
     rows: torch.Tensor  # [r, 2] (prompt, index into l) of each question's last prompt token
     evidence: torch.Tensor  # [r, v] bool: kept cells that are that question's evidence
     spans: list[tuple[int, int, int, str]]  # prompt, first and last target index, family
+
+    def to(self, device: torch.device) -> Packed:
+        """The same batch with its tensors there."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Packed(**{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in moved.items()})
 
 
 class Packer:

@@ -1,7 +1,7 @@
 """Which families of `lab-dense` can tell pruners apart? Measured on validation boards, before any trained pruner.
 
-    PYTHONPATH=examples python -m lab_dense.dataset WORK/val --split val --groups 120 40 30
-    python -m experiments.lab_dense.admit WORK          # writes results/admission/; analyze.py judges
+PYTHONPATH=examples python -m lab_dense.dataset WORK/val --split val --groups 120 40 30
+python -m experiments.lab_dense.admit WORK          # writes results/admission/; analyze.py judges
 """
 
 from __future__ import annotations
