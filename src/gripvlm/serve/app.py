@@ -40,6 +40,9 @@ __all__ = ["create_app"]
 logger = logging.getLogger(__name__)
 
 CHAT = "/v1/chat/completions"
+OPEN = ("/health", "/metrics")
+"""Paths that need no API key."""
+
 PREPARING = 4
 """Requests whose pictures are read at a time: each may take the memory of a large picture."""
 
@@ -79,7 +82,7 @@ def create_app(model: PreTrainedModel, processor: Any, settings: Settings) -> Fa
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        return _refused(Refusal(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code))
+        return _refused(Refusal(f"{request.method} {request.url.path[:200]}: {error.detail}", status=error.status_code))
 
     return app
 
@@ -110,8 +113,8 @@ class _Server:
 
     def refusal(self, request: Request) -> Refusal | None:
         """Why a request is refused before anything of it is read."""
-        path = request.url.path
-        if path.startswith("/v1/") and self._keys and not self._knows(request.headers.get("authorization", "")):
+        path = request.scope["path"]
+        if path not in OPEN and self._keys and not self._knows(request.headers.get("authorization", "")):
             return Refusal(
                 "the API key is missing or wrong: send the header Authorization: Bearer KEY",
                 status=401,
@@ -278,7 +281,7 @@ class _Edge:
                 message = {**message, "headers": headers}
             await send(message)
 
-        chat = request.url.path == CHAT
+        chat = scope["path"] == CHAT
         refusal = server.refusal(request)
         server.open += chat
         try:
@@ -291,7 +294,7 @@ class _Edge:
             if chat:
                 server.metrics.request(status)
             seconds = time.perf_counter() - request.state.arrived
-            logger.info("%s %s %s %d %.3f s", request.state.id, request.method, request.url.path, status, seconds)
+            logger.info("%s %s %r %d %.3f s", request.state.id, request.method, scope["path"], status, seconds)
 
 
 def _digest(key: str) -> bytes:
