@@ -51,7 +51,7 @@ def main() -> None:
     export_model(args.out, args.reader, args.folder / "model")
     if sum(args.groups):
         shutil.rmtree(args.folder / "sample", ignore_errors=True)
-        write_questions(args.folder / "sample", "test", args.groups, args.families.split(","), quality=90)
+        write_questions(args.folder / "sample", "test", args.groups, args.families.split(","), quality=80)
 
 
 if __name__ == "__main__":

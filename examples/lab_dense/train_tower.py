@@ -96,7 +96,7 @@ def tag_accuracy(model: Tagger, images: np.ndarray, planes: np.ndarray) -> dict[
             at = hit.cumsum(1) / torch.arange(1, hit.shape[1] + 1, device=device)
             precision[name] += ((at * hit).sum(1) / hit.sum(1).clamp(min=1)).tolist()
     model.train()
-    scores = {name: round(right[name] / max(total[name], 1), 4) for name in HEADS}
+    scores = {name: round(right[name] / total[name], 4) for name in HEADS if total[name]}
     return scores | {f"CLS {name}": round(float(np.mean(values)), 4) for name, values in precision.items()}
 
 

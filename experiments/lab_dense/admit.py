@@ -54,6 +54,7 @@ def main() -> None:
     evaluate(
         *(model, processor, tasks, PRUNERS, BUDGETS),
         **{"limit": given.limit, "batch_size": 16, "model_name": "lab-dense", "out": out, "progress": True},
+        command=f"python -m experiments.lab_dense.admit WORK --limit {given.limit}",
     )
     split(out, STUDIES / "lab_dense" / "results" / "admission", {"study": "lab_dense"})
 
