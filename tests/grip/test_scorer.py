@@ -258,10 +258,10 @@ def test_another_width_is_refused(model):
 class Spy(Scorer):
     """Notes the logits it gives, image by image, without padding."""
 
-    def forward(self, *args, **kwargs):
-        logits = super().forward(*args, **kwargs)
-        self.__dict__.setdefault("seen", []).extend(row[row.isfinite()] for row in logits)
-        return logits
+    def read(self, *args, **kwargs):
+        scored = super().read(*args, **kwargs)
+        self.__dict__.setdefault("seen", []).extend(row[row.isfinite()] for row in scored.logits)
+        return scored
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next"])
