@@ -105,6 +105,12 @@ class ScorerInputs:
         rows = [row[:count] for row, count in zip(order, counts, strict=True)]
         return self.by_image(rows), scored.logits
 
+    def totals(self, counts: Tensor) -> Tensor:
+        """[S] sums over the images of each sequence of counts [I]."""
+        if len(counts) == len(self.parts):
+            return counts
+        return torch.stack([part.sum() for part in counts.split([len(sizes) for sizes in self.parts])])
+
     def by_image(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Tokens of each sequence, ascending, as tokens of its images: [S] tensors -> one for each image."""
         if all(len(sizes) == 1 for sizes in self.parts):

@@ -106,6 +106,9 @@ class TrainConfig:
     heads: int = setting(4, "its attention heads", at_least=1)
     question: bool = setting(True, "whether the scorer reads the question")
     budget: bool = setting(True, "whether the scorer is given the budget")
+    joint: bool = setting(True, "one budget for all pictures and tiles of a question, which compete for it")
+    rounds: int = setting(2, "in how many the tokens are chosen; later ones see what is kept", at_least=1)
+    diversity: bool = setting(True, "whether tokens lose by being like kept ones", only=("rounds", range(2, 2**63)))
     # batches and budgets
     per_device_train_batch_size: int = setting(
         4, "pictures a micro-batch; the memory of distilling goes with it", at_least=1
@@ -141,8 +144,20 @@ class TrainConfig:
     )
     pseudo_labels: bool = setting(False, "force the unpruned model's own answers and not the data's")
     beta: float = grpo_setting(0.0, "weight of the KL to the scorer that GRPO started from", at_least=0)
-    epsilon: float = grpo_setting(0.2, "clipping of the ratio, per token of the subset", at_least=0, only=_OFF_POLICY)
+    importance_sampling_level: str = grpo_setting(
+        "sequence", "ratios of whole subsets, per token, or of each token", ("sequence", "token"), only=_OFF_POLICY
+    )
+    epsilon: float = grpo_setting(
+        0.2,
+        "clipping of a token's ratio; that of k tokens is clipped to the power of 1 / sqrt(k)",
+        at_least=0,
+        below=1,
+        only=_OFF_POLICY,
+    )
     epsilon_high: float = grpo_setting(0.0, "upper clipping; 0 means epsilon", at_least=0, only=_OFF_POLICY)
+    importance_sampling_cap: float = grpo_setting(
+        2.0, "a token's ratio is at most this, also where clipping sets no limit", above=1, only=_OFF_POLICY
+    )
     num_iterations: int = grpo_setting(1, "optimiser steps a group of rollouts; 1 is strictly on-policy", at_least=1)
     scale_rewards: str = grpo_setting(
         "batch", "advantages are divided by this standard deviation", ("group", "batch", "budget", "none")

@@ -1,7 +1,8 @@
 """Stage 1: the scorer imitates a teacher on the full input (the paper's supervised warm-up), and the teachers.
 
-A teacher returns, for every image of a batch, a distribution over its tokens [n] that sums to 1 (or a set, as a uniform
-distribution over it), from the frozen model's run on the *full* input.
+A teacher returns, for every image of a batch, weights of its tokens [n], 0 or more (or a set, as a uniform weight of its
+tokens), from the frozen model's run on the *full* input. The images of a question are on one scale: what the scorer
+imitates is a distribution over each image's tokens, or over all tokens of a question where its budget is joint.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import UnsupportedModelError
+from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
@@ -24,7 +26,7 @@ from gripvlm.models.hooks.attention import capture_attention
 from gripvlm.models.hooks.llm_drop import checked_keys
 
 Teacher: TypeAlias = Callable[[Engine, Batch, Tensor, torch.Generator], list[Tensor]]
-"""(engine, batch, counts [I], random numbers) -> a distribution [n] for each of the batch's I images."""
+"""(engine, batch, counts [I], random numbers) -> weights [n] for each of the batch's I images."""
 
 
 class Distill(Stage):
@@ -43,16 +45,33 @@ class Distill(Stage):
         self.teacher = get_teacher(config.teacher)
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
-        inputs = batch.for_scorer(self.scorer.config.question)
-        counts = draw_counts(self.config, inputs.sizes, inputs.owner, random)
-        targets = nn.utils.rnn.pad_sequence(self.teacher(self.engine, batch, counts, random), batch_first=True)
-        logits = inputs.score(self.scorer, counts)
-        # Padding is -inf there, and its target is 0: the product would be NaN.
-        log_probs = logits.log_softmax(-1).masked_fill(~inputs.valid, 0.0)
-        # A constant for the scorer; with it the loss is 0 for a perfect imitation.
-        entropy = -(targets * targets.clamp(min=1e-12).log()).sum(-1)
-        kl = -(targets * log_probs).sum(-1) - entropy
-        yield kl.mean(), {"kl_teacher": float(kl.detach().mean())}
+        scorer = self.scorer
+        inputs = batch.for_scorer(scorer.config.question, scorer.config.joint)
+        owner = torch.tensor(batch.owner, device=batch.sizes.device)
+        counts = draw_counts(self.config, batch.sizes, owner, random)
+        targets = _targets(self.teacher(self.engine, batch, counts, random), inputs)
+        kl = _divergence(targets, inputs.score(scorer, inputs.totals(counts)), inputs.valid)
+        # The mean over questions, however many sequences each has.
+        weights = 1 / torch.bincount(inputs.owner)[inputs.owner]
+        loss = (kl * weights).sum() / len(batch)
+        yield loss, {"kl_teacher": float(loss.detach())}
+
+
+def _targets(weights: Sequence[Tensor], inputs: ScorerInputs) -> Tensor:
+    """[S, n] distributions over each sequence's tokens from weights [n_i] of each image, 0 at padding."""
+    images = iter(weights)
+    rows = [torch.cat([next(images) for _ in sizes]) for sizes in inputs.parts]
+    targets = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return targets / targets.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+def _divergence(targets: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
+    """[S] KL(targets || softmax of the logits)."""
+    # Padding is -inf there, and its target is 0: the product would be NaN.
+    log_probs = logits.log_softmax(-1).masked_fill(~valid, 0.0)
+    # A constant for the scorer; with it the loss is 0 for a perfect imitation.
+    entropy = -(targets * targets.clamp(min=1e-12).log()).sum(-1)
+    return -(targets * log_probs).sum(-1) - entropy
 
 
 # --- teachers -----------------------------------------------------------------------------------------------------
@@ -75,8 +94,7 @@ def attention(engine: Engine, batch: Batch, counts: Tensor, random: torch.Genera
     rows = torch.stack([seen[layer][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
     predicts = (batch.inputs["labels"][:, -width:] >= 0).to(rows)
     weights = (rows * predicts[..., None]).sum(1)
-    per_image = [weights[i, positions] for i, positions in engine.image_positions(batch)]
-    return [each / each.sum().clamp(min=1e-9) for each in per_image]
+    return [weights[i, positions] for i, positions in engine.image_positions(batch)]
 
 
 def gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
@@ -89,8 +107,7 @@ def gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generat
     log_probs = masked_forward(engine, batch, gates)
     (log_probs.sum(-1) / batch.answer_lengths).sum().backward()
     slopes = [gate.grad.clamp(min=0) for gate in gates if gate.grad is not None]
-    chances = [slope + 1e-6 * slope.mean() + 1e-12 for slope in slopes]  # no token has a chance of 0
-    return [chance / chance.sum() for chance in chances]
+    return [slope + 1e-6 * slope.mean() + 1e-12 for slope in slopes]  # no token has a weight of 0
 
 
 TEACHERS: dict[str, Teacher] = {"gradient": gradient, "attention": attention}

@@ -95,10 +95,20 @@ class Batch:
         values = iter(per_image)
         return [[next(values) for _ in tokens] for tokens in self.tokens]
 
-    def for_scorer(self, question: bool) -> ScorerInputs:
-        """Everything the scorer reads, padded."""
+    @cached_property
+    def owner(self) -> list[int]:
+        """[I] the question that each image belongs to."""
+        return [i for i, sample in enumerate(self.tokens) for _ in sample]
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """[I] tokens of each image."""
+        return torch.tensor([t.n for sample in self.tokens for t in sample], device=self.inputs["input_ids"].device)
+
+    def for_scorer(self, question: bool, joint: bool = False) -> ScorerInputs:
+        """Everything the scorer reads, padded; `joint`: the images of a question are one sequence."""
         images = [tokens for sample in self.tokens for tokens in sample]
-        return ScorerInputs.of(images, question, [i for i, sample in enumerate(self.tokens) for _ in sample])
+        return ScorerInputs.of(images, question, self.owner, joint)
 
 
 @dataclass(eq=False)

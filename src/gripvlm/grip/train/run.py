@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Settings that the scorer itself has.
-_SIZES = ("width", "blocks", "heads", "question", "budget")
+_SIZES = ("width", "blocks", "heads", "question", "budget", "joint", "rounds", "diversity")
 # What may differ between a run and its continuation.
 _FREE = {"output_dir", "device", "report_to", "rollout_batch_size", "on_bad_sample", "save_steps", "eval_steps"}
 _CONFIG = "config.toml"
@@ -221,8 +221,9 @@ def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -
     if source:
         return _loaded(source, config, model), ""
     base = ModelFingerprint.of(model)
-    sizes = ScorerConfig(base.features, config.width, config.blocks, config.heads, config.question, config.budget)
-    return Scorer(sizes, base).to(model.device), ""
+    sizes = {name: getattr(config, name) for name in _SIZES}
+    sizes["diversity"] = config.diversity and config.rounds > 1
+    return Scorer(ScorerConfig(base.features, **sizes), base).to(model.device), ""
 
 
 def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel) -> Scorer:

@@ -32,7 +32,6 @@ from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.grip.train.data import Question, QuestionStream, generator, key_of
 from gripvlm.grip.train.rewards import Reward, checked_reward, needs_of
 from gripvlm.grip.train.rollout import BAD_QUESTION, Batch, Engine, error_about
-from gripvlm.pruners.base import top_k_of_each
 from gripvlm.utils import disk
 from gripvlm.utils.progress import Progress
 from gripvlm.utils.strict_json import BadJSON, parse
@@ -81,6 +80,13 @@ class Stage(ABC):
             progress: share of the training that is over, in [0, 1].
             random: of this step and micro-batch.
         """
+
+    def explore(self, batch: Batch, random: torch.Generator) -> Any:
+        """What all micro-batches of a step need of this one before the first loss, on the CPU; None for nothing."""
+        return None
+
+    def pool(self, explored: list[Any]) -> None:  # noqa: B027
+        """Receives what `explore` returned for each micro-batch of the step, those of all processes, in order."""
 
     def modules(self) -> dict[str, nn.Module]:
         """Further modules that a checkpoint must hold; those that require gradients are trained."""
@@ -183,7 +189,9 @@ class Trainer:
         stage.scorer.train()
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         # Which process computes a micro-batch changes nothing in it: its random numbers come from its number.
-        micro_batches = [self._losses(m, progress) for m in range(rank, config.gradient_accumulation_steps, ranks)]
+        numbers = range(rank, config.gradient_accumulation_steps, ranks)
+        micro_batches = [self._losses(m, progress) for m in numbers]
+        self._pool(dict(zip(numbers, [next(losses, None) for losses in micro_batches], strict=True)))
         collected: list[Stats] = []
         for iteration in range(stage.num_iterations):
             # Zeros, not None: a process whose questions were all left out still takes part in the sum.
@@ -205,13 +213,19 @@ class Trainer:
         self._share_left_out()
         return {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, **self._mean_over_processes(collected)}
 
-    def _losses(self, micro: int, progress: float) -> Generator[tuple[Tensor, Stats], None, None]:
-        """The stage's losses of one micro-batch of this step; the batch is prepared when the first loss is needed."""
+    def _losses(self, micro: int, progress: float) -> Generator[Any, None, None]:
+        """What the stage explores in one micro-batch of this step, and then its losses (tensor, what to log)."""
         step = self.state.step
         batch = self._batch(step * self.config.gradient_accumulation_steps + micro)
         if batch is not None:
-            stream = self.stage.random_stream or self.stage.name
-            yield from self.stage.losses(batch, progress, generator(self.config.seed, stream, step, micro))
+            random = generator(self.config.seed, self.stage.random_stream or self.stage.name, step, micro)
+            yield self.stage.explore(batch, random)
+            yield from self.stage.losses(batch, progress, random)
+
+    def _pool(self, explored: dict[int, Any]) -> None:
+        """Gives the stage what it explored in all micro-batches of this step, in the order of their numbers."""
+        of_all = [pair for each in self._gather(explored) for pair in each.items()]
+        self.stage.pool([found for _, found in sorted(of_all, key=lambda pair: pair[0]) if found is not None])
 
     def _set_learning_rate(self) -> float:
         """Sets the rate of this step: a linear rise, then a cosine to a tenth. Returns the progress, in [0, 1]."""
@@ -377,7 +391,7 @@ class Trainer:
 
 
 class Evaluator:
-    """Scores scorers on the same held-out questions every time: hard top-k at several budgets.
+    """Scores scorers on the same held-out questions every time: what they keep at several budgets.
 
     Args:
         questions: (task, sample) pairs. Their images are encoded once and stay in memory.
@@ -401,13 +415,10 @@ class Evaluator:
         totals: dict[str, float] = {}
         batches = self._prepared()
         for batch in batches:
-            inputs = batch.for_scorer(scorer.config.question)
+            inputs = batch.for_scorer(scorer.config.question, scorer.config.joint)
             for keep in self.keeps:
-                counts = torch.tensor(
-                    [Budget(keep).count(n) for n in inputs.sizes.tolist()], device=inputs.sizes.device
-                )
-                chosen = top_k_of_each(inputs.score(scorer, counts), counts.tolist())
-                subsets = batch.by_question(chosen)
+                counts = [sum(Budget(keep).count(n) for n in sizes) for sizes in inputs.parts]
+                subsets = batch.by_question(inputs.choose(scorer, counts)[0])
                 rollout = self.engine.run(batch, range(len(batch)), subsets, logits="logits" in needs_of(self.reward))
                 for name, values in (("reward", checked_reward(self.reward, rollout)), ("exact", rollout.exact)):
                     key = f"{name}@{keep:g}"
