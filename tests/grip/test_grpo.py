@@ -10,7 +10,7 @@ import torch
 
 from gripvlm.grip.policy import PlackettLuce
 from gripvlm.grip.train import Batch
-from gripvlm.grip.train.distill import Distill
+from gripvlm.grip.train.distill import Distill, _divergence
 from gripvlm.grip.train.grpo import Draws, Grpo, advantages
 from gripvlm.models.encoded import Encoded
 from tiny_train import drawn, tiny_config, tiny_scorer
@@ -411,3 +411,32 @@ def test_distilling_a_joint_scorer_weighs_all_images_of_a_question_together(engi
     expected = torch.nn.functional.kl_div(log_probs, targets, reduction="batchmean")
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
     assert asked == [[4, 4, 4, 4]]
+
+
+def test_what_a_teacher_says_nothing_about_is_left_out():
+    logits = torch.randn(2, 5, generator=drawn())
+    weights = torch.tensor([[1.0, -1.0, 3.0, 0.0, -1.0], [2.0, 2.0, 2.0, -1.0, -1.0]])
+    valid = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
+    found = _divergence(weights, logits, valid)
+    for row, asked, target in ((0, [0, 2, 3], [0.25, 0.75, 0.0]), (1, [0, 1, 2], [1 / 3] * 3)):
+        by_hand = torch.nn.functional.kl_div(logits[row, asked].log_softmax(0), torch.tensor(target), reduction="sum")
+        assert float(found[row]) == pytest.approx(float(by_hand), abs=1e-5)
+
+
+def test_later_rounds_are_taught_what_is_missing(engine, batch):
+    """Each step teaches one round: the first by random sets, the second by what the scorer draws itself."""
+    torch.manual_seed(0)
+    stage = Distill(
+        tiny_config(teacher="gradient_at_k"), tiny_scorer(engine.model, rounds=2, diversity=True, joint=True), engine
+    )
+    taught = set()
+    for seed in range(8):
+        stage.scorer.zero_grad()
+        loss, _ = next(stage.losses(batch, 0.0, drawn(seed)))
+        loss.backward()
+        change = stage.scorer.update.change.weight.grad
+        taught.add(change is not None and bool(change.abs().sum() > 0))
+    assert taught == {True, False}
+    seen = trained(stage, batch, 40, 1e-2)
+    mean = [sum(s["kl_teacher"] for s in part) / 10 for part in (seen[:10], seen[-10:])]
+    assert mean[1] < 0.9 * mean[0]

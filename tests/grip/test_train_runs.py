@@ -242,7 +242,10 @@ def test_a_reward_or_a_loss_that_is_no_number_stops(vlm, tmp_path, monkeypatch):
     nan_at_the_third.calls = 0
     with pytest.raises(TrainError, match=r"'nan_at_the_third' is nan for sample '\d-\d'"):
         train(tiny_config(output_dir=str(tmp_path / "a"), reward=f"{__name__}:nan_at_the_third"), *vlm, asked(8))
-    monkeypatch.setattr("gripvlm.grip.train.grpo.Grpo.surrogate", lambda *a: (a[4] * torch.nan, 0.0))
+    monkeypatch.setattr(
+        "gripvlm.grip.train.grpo.Grpo.surrogate",
+        lambda self, policy, draws, advantage: (advantage * torch.nan, {"kl_old": 0.0, "clipped": 0.0}),
+    )
     with pytest.raises(TrainError, match="the loss of grpo is nan at step 0: lower --learning-rate"):
         train(tiny_config(output_dir=str(tmp_path / "b"), stage="grpo"), *vlm, asked(8))
 

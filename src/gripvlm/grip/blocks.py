@@ -76,10 +76,9 @@ class Update(nn.Module):
             nn.init.zeros_(self.film.bias)
         if diversity:
             self.compare = nn.Linear(width, DIVERSITY_WIDTH, bias=False)
-            self.penalty = nn.Linear(width, 1) if film else nn.Parameter(torch.empty(1))
-            nn.init.constant_(self.penalty.bias if film else self.penalty, -4.0)
-            if film:
-                nn.init.zeros_(self.penalty.weight)
+            self.penalty = nn.Linear(width, 1)
+            nn.init.zeros_(self.penalty.weight)
+            nn.init.constant_(self.penalty.bias, -4.0)
 
     def forward(self, x: Tensor, kept: Tensor, film: Tensor | None) -> Tensor:
         """[B, G, n] float32 changes of the scores.
@@ -104,7 +103,7 @@ class Update(nn.Module):
 
     def _alike(self, x: Tensor, kept: Tensor, film: Tensor | None) -> Tensor:
         """[B, G, n]: lambda x the largest cosine of each token with a kept one."""
-        raw = self.penalty if film is None else self.penalty(film)[:, :, None]  # [1] or [B, 1, 1]
+        raw: Tensor = self.penalty.bias if film is None else self.penalty(film)[:, :, None]  # [1] or [B, 1, 1]
         places = F.normalize(self.compare(x).float(), dim=-1)
         wide = (-1, -1, places.shape[-1])
         with torch.no_grad():  # which is nearest; its cosine alone is kept for the backward pass

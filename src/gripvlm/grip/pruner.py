@@ -184,9 +184,7 @@ class ScorerInputs:
 
 
 @lru_cache(maxsize=64)
-def _coordinates(
-    shape: tuple[tuple[int, tuple[int, int] | None], ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _coordinates(shape: tuple[tuple[int, tuple[int, int] | None], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """[n, 2] `coordinates` and [n] numbers of a sequence of images (n_i, grid); cached: a model's are of few sizes."""
     with torch.inference_mode(False):
         places = [coordinates(n, grid, device) for n, grid in shape]
@@ -344,7 +342,9 @@ class Grip(ScorePruner):
         inputs = ScorerInputs.of(images, self._loaded.scorer.config.question, owner, self.joint)
         counts = [sum(tokens.keep for tokens in group) for group in groups]
         rows, logits = inputs.choose(self.scorer_for(inputs.features), counts)
-        scores = [part for line, sizes in zip(logits, inputs.parts, strict=True) for part in line[: sum(sizes)].split(sizes)]
+        scores = [
+            part for line, sizes in zip(logits, inputs.parts, strict=True) for part in line[: sum(sizes)].split(sizes)
+        ]
         return [
             Selection(indices, tokens.n, own, sound=True)
             for tokens, indices, own in zip(images, rows, scores, strict=True)

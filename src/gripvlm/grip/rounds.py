@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gripvlm.grip.policy import PlackettLuce, samples_to_mask
 
-__all__ = ["Rescore", "Rounds", "greedy"]
+__all__ = ["Rescore", "Rounds", "first_items", "greedy"]
 
 Rescore: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(kept [B, G, m] items, -1 at padding; [B] how many of each row are still to be kept) -> logits [B, G, n]."""
@@ -98,7 +98,7 @@ class Rounds:
         size = self.bound(r + 1) - self.bound(r)
         if r == 0:
             return PlackettLuce(self.logits, size, self._whole.valid)
-        kept = _before(samples, self.bound(r), _bound(self.k_max, r, self.rounds))
+        kept = first_items(samples, self.bound(r), _bound(self.k_max, r, self.rounds))
         logits = self.rescore(kept, self.k - self.bound(r))
         left = self._whole.valid[:, None] & ~samples_to_mask(kept, self.logits.shape[1])
         return PlackettLuce(logits.flatten(0, 1), size.repeat_interleave(samples.shape[1]), left.flatten(0, 1))
@@ -154,8 +154,10 @@ def greedy(logits: Tensor, k: Tensor, k_max: int, rounds: int, rescore: Rescore)
     for r in range(rounds):
         begin, end = _bound(k, r, rounds), _bound(k, r + 1, rounds)
         if r:
-            kept = _before(picks[:, None], begin, _bound(k_max, r, rounds))
-            logits = rescore(kept, k - begin)[:, 0].masked_fill(samples_to_mask(kept[:, 0], logits.shape[1]), -torch.inf)
+            kept = first_items(picks[:, None], begin, _bound(k_max, r, rounds))
+            logits = rescore(kept, k - begin)[:, 0].masked_fill(
+                samples_to_mask(kept[:, 0], logits.shape[1]), -torch.inf
+            )
         # Not topk, which breaks ties as it likes.
         best = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :width]
         best = best.masked_fill(rank[: best.shape[1]] >= (end - begin)[:, None], -1)
@@ -168,7 +170,7 @@ def _bound(k: _Counts, r: int, rounds: int) -> _Counts:
     return (k * r + rounds - 1) // rounds
 
 
-def _before(samples: Tensor, bound: Tensor, width: int) -> Tensor:
+def first_items(samples: Tensor, bound: Tensor, width: int) -> Tensor:
     """[B, G, width]: the first `bound` [B] items of each sample [B, G, K], then -1."""
     after = torch.arange(width, device=samples.device) >= bound[:, None]
     return samples[..., :width].masked_fill(after[:, None], -1)

@@ -134,7 +134,7 @@ class TrainConfig:
     # the supervised stage
     distill_steps: int = distill_setting(400, "steps of distilling; 0 leaves it out", at_least=0)
     distill_learning_rate: float = distill_setting(1e-3, "of distilling", above=0)
-    teacher: str = distill_setting("gradient", "gradient, attention, or module:function of your own")
+    teacher: str = distill_setting("gradient", "gradient, gradient_at_k, attention, or module:function of your own")
     # GRPO
     num_generations: int = grpo_setting(16, "G, subsets a question", at_least=2)
     reward: str = setting(

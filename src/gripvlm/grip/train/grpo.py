@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gripvlm.errors import TrainError
 from gripvlm.grip.policy import PlackettLuce, samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.rounds import Rounds
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
+from gripvlm.grip.train.policies import policy_of
 from gripvlm.grip.train.rewards import checked_reward, get_reward, needs_of
 from gripvlm.grip.train.rollout import Batch, Engine
 from gripvlm.grip.train.trainer import Stage, Stats
@@ -50,7 +50,9 @@ def advantages(
     scale of its own, a group that hardly differs is noise made loud. `budget`, ours, is between them: mean squares of
     all groups, weighted by a Gaussian in the logarithm of the share with a standard deviation of half an octave.
     """
-    centred, everything = (each - each.mean(-1, keepdim=True) for each in (rewards, rewards if pool is None else pool[0]))
+    centred, everything = (
+        each - each.mean(-1, keepdim=True) for each in (rewards, rewards if pool is None else pool[0])
+    )
     useful, counted = (_vary(each, everything) for each in (centred, everything))
     if scale == "group":
         # 1e-4 here and below: a group of nearly equal rewards must not become a large step.
@@ -123,17 +125,7 @@ class Grpo(Stage):
         Raises:
             TrainError: logits that are not finite.
         """
-        scored, temperature = inputs.read(scorer, counts), self.config.temperature
-        first = _finite(scored.logits, inputs.valid) / temperature
-        if scorer.config.rounds == 1:
-            return PlackettLuce(first, counts, inputs.valid)
-        rescore = scorer.rescore(scored, inputs.sizes)
-
-        def later(kept: Tensor, left: Tensor) -> Tensor:
-            logits = rescore(kept, left)
-            return _finite(logits, inputs.valid[:, None].expand_as(logits)) / temperature
-
-        return Rounds(first, counts, inputs.valid, scorer.config.rounds, later)
+        return policy_of(scorer, inputs, counts, self.config.temperature)
 
     def explore(self, batch: Batch, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draws subsets and scores them; returns the rewards [B, G] and the shares [B] that were kept."""
@@ -177,8 +169,8 @@ class Grpo(Stage):
             surrogate, moved = self.surrogate(policy, draws, advantage)
             loss = (surrogate * weight[:, None]).mean(-1).sum()
             if self.reference is not None:
-                kl = policy.kl(self.policy(self.reference, inputs, draws.counts), draws.samples)
-                kl = self._per_token(kl, draws)
+                other = self.policy(self.reference, inputs, draws.counts)
+                kl = self._per_token(policy.kl(other, draws.samples), draws)  # type: ignore[arg-type]  # of one kind
                 loss = loss + config.beta * kl
                 stats["kl"] = float(kl.detach())
             with torch.set_grad_enabled(bool(config.entropy_coef)):
@@ -236,21 +228,6 @@ class Grpo(Stage):
             # Schulman's third estimate: of each step, never negative, 0 where nothing has moved.
             moved = ((gap.exp() - 1 - gap) * inside).sum() / inside.sum()
         return -chosen, {"clipped": float(outside.sum() / real.sum()), "kl_old": float(moved)}
-
-
-def _finite(logits: Tensor, valid: Tensor) -> Tensor:
-    """The logits, if they are finite where `valid`.
-
-    Raises:
-        TrainError: they are not.
-    """
-    # The policy would refuse them as well, without saying what to do.
-    if not bool(logits[valid].isfinite().all()):
-        raise TrainError(
-            "the scorer has diverged, its logits are not finite any more: lower --learning-rate, and use another "
-            "--output-dir if this one has a checkpoint"
-        )
-    return logits
 
 
 def _sum_by(values: Tensor, owner: Tensor, groups: int) -> Tensor:

@@ -193,12 +193,13 @@ class Trainer:
         micro_batches = [self._losses(m, progress) for m in numbers]
         self._pool(dict(zip(numbers, [next(losses, None) for losses in micro_batches], strict=True)))
         collected: list[Stats] = []
+        left_out: tuple[None, Stats] = (None, {})  # where every question of a micro-batch was
         for iteration in range(stage.num_iterations):
             # Zeros, not None: a process whose questions were all left out still takes part in the sum.
             self.optimizer.zero_grad(set_to_none=False)
             for losses in micro_batches:
-                loss, stats = next(losses, (None, {}))
-                if loss is None:  # every question of the micro-batch was left out
+                loss, stats = next(losses, left_out)
+                if loss is None:
                     continue
                 # Before backward, so that no weight is touched and the checkpoint before it stands.
                 if not bool(loss.isfinite()):
