@@ -5,8 +5,9 @@ it goes, the earlier ones first; round r keeps items b_r to b_(r+1) of a sample,
 are those of `policy`.
 
 1. Inside a round the law is Plackett-Luce over what is left, so that a sample's probability is exact, and the highest
-   logits of a round are one top-k. What a round keeps does not change the logits inside it, also not a diversity term's:
-   a greedy choice one by one would take k steps of several kernels each, and its probability [B, G, K, n] numbers.
+   logits of a round are one top-k. What a round keeps does not change the logits inside it, not even by the diversity
+   term: a greedy choice one by one would take k steps of several kernels each, and its probability B x G x K x n
+   numbers.
 2. With logits that do not change, R rounds are the same law as one: what a new scorer begins with.
 """
 
