@@ -30,8 +30,9 @@ def train_command(**options: Any) -> None:
     Ctrl-C keeps a checkpoint and the same command resumes. Several processes: accelerate launch -m gripvlm train ...
     """
     from gripvlm.cli.commands import console
-    from gripvlm.grip.train.run import check_settings, launched_device, train_on
-    from gripvlm.models.loading import load_model, quiet
+    from gripvlm.grip.train.processes import EndedTogether
+    from gripvlm.grip.train.run import check_settings, first_process, launched_device, train_on
+    from gripvlm.models.loading import load_model, quiet, training_dtype
 
     config, explicit = _configuration(options)
     # Flags only: a file of settings may serve several stages.
@@ -40,12 +41,21 @@ def train_command(**options: Any) -> None:
     questions, held_out = check_settings(config)
     _warn(config, [sample.answer for _, sample in questions + held_out])
     quiet()
-    model, processor = load_model(config.model, launched_device(config.device) or None)
+    device = launched_device(config.device) or None
+    dtype = config.dtype or training_dtype(device)
+    model, processor = load_model(config.model, device, dtype, config.attn_implementation or None)
     try:
         pruner = train_on((questions, held_out), config, model, processor, quiet=False)
     except Interrupted as stop:
-        _say(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False))
+        if first_process():
+            _say(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False))
         raise typer.Exit(130) from None
+    except EndedTogether:
+        if first_process():  # all say the same
+            raise
+        raise typer.Exit(2) from None
+    if not first_process():
+        return
     if pruner.module is not None and (left_out := pruner.module.notes.get("left_out")):
         metrics = Path(config.output_dir).expanduser() / "metrics.jsonl"
         _say(f"left out: {left_out} questions that could not be used; why: {metrics}")

@@ -114,6 +114,16 @@ def chosen_device(name: str | None) -> torch.device:
     return device
 
 
+def training_dtype(device: str | None) -> str:
+    """bfloat16 on an accelerator that computes in it, else float32: float16 is too small for some gradients."""
+    import torch
+
+    place = chosen_device(device)
+    if place.type == "cpu" or (place.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        return "float32"
+    return "bfloat16"
+
+
 def _checked_name(name: str) -> str | Path:
     """A folder that exists, or what may be a hub id."""
     folder = Path(name).expanduser()

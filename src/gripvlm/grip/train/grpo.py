@@ -13,6 +13,7 @@ On-policy (`num_iterations=1`, the default, as TwigVLM++) the ratio is 1 and cli
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
@@ -24,8 +25,8 @@ from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
-from gripvlm.grip.train.rewards import checked_reward, get_reward, needs_of
-from gripvlm.grip.train.rollout import Batch, Engine
+from gripvlm.grip.train.rewards import Reward, Rewards, needs_of, scores_of
+from gripvlm.grip.train.rollout import Batch, Engine, Subsets
 from gripvlm.grip.train.trainer import Stage, Stats
 
 __all__ = ["Grpo", "advantages"]
@@ -67,10 +68,10 @@ class Grpo(Stage):
 
     name = "grpo"
 
-    def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
+    def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine, reward: Reward | None = None) -> None:
         super().__init__(config, scorer, engine, config.max_steps, config.learning_rate)
         self.num_iterations = config.num_iterations
-        self.reward = get_reward(config.reward)
+        self.reward = reward or Rewards.named(config.reward_funcs, config.reward_weights)
         self.reference: Scorer | None = None
         if config.beta:
             # Before the first step; the trainer saves it, so that a resumed run compares with the same scorer.
@@ -105,7 +106,7 @@ class Grpo(Stage):
             rewards, stats = self._rewards(batch, samples)  # [B, G]
         share = _sum_by(counts, inputs.owner, len(batch)) / _sum_by(inputs.sizes, inputs.owner, len(batch))
         advantage, useful = advantages(rewards, config.scale_rewards, share)
-        stats["zero_std"] = float((~useful).float().mean())
+        stats["frac_reward_zero_std"] = float((~useful).float().mean())
         # Groups that teach nothing do not dilute the others; all images of a question share its advantage.
         weight = (useful.float() / useful.float().sum().clamp(min=1))[inputs.owner]  # [I]
         advantage = advantage[inputs.owner]  # [I, G]
@@ -121,7 +122,7 @@ class Grpo(Stage):
             if config.entropy_coef:
                 loss = loss - config.entropy_coef * (policy.entropy(samples).mean(-1) / counts).mean()
             if iteration or config.num_iterations == 1:  # before the policy has moved nothing can be clipped
-                stats["clipped"] = clipped
+                stats["clip_ratio"] = clipped
             with torch.no_grad():
                 stats["entropy"] = float((policy.entropy(samples).mean(-1) / counts).mean())
             yield loss, dict(stats)
@@ -135,12 +136,16 @@ class Grpo(Stage):
         rows = [question for question in range(len(batch)) for _ in range(group)]
         subsets = [tries[g][question] for question in range(len(batch)) for g in range(group)]
         rollout = self.engine.run(batch, rows, subsets, logits="logits" in needs_of(self.reward))
-        rewards = checked_reward(self.reward, rollout).view(len(batch), group)
-        return rewards, {
+        values, each = scores_of(self.reward, rollout)
+        rewards = values.view(len(batch), group)
+        stats = {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(-1).mean()),
             "exact": float(rollout.exact.mean()),
         }
+        for name, one in each.items():
+            stats |= {f"rewards/{name}/mean": float(one.mean()), f"rewards/{name}/std": float(one.std())}
+        return rewards, stats | _by_octave(batch, tries[0], rewards.mean(-1))
 
     def surrogate(self, policy: PlackettLuce, samples: Tensor, old: Tensor, advantage: Tensor) -> tuple[Tensor, float]:
         """[I, G] losses of the subsets, and the share of their ratios that lies outside the clipping range."""
@@ -150,6 +155,15 @@ class Grpo(Stage):
         chosen = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         clipped = (ratio.detach() < low) | (ratio.detach() > high)
         return -chosen, float(clipped.float().mean())
+
+
+def _by_octave(batch: Batch, subsets: Subsets, rewards: Tensor) -> Stats:
+    """The mean of the rewards [B] of the questions whose share of kept tokens lies in each halving of 1."""
+    found: dict[int, list[float]] = {}
+    for tokens, kept, reward in zip(batch.tokens, subsets, rewards.tolist(), strict=True):
+        share = sum(map(len, kept)) / sum(t.n for t in tokens)
+        found.setdefault(min(math.floor(math.log2(share)), -1), []).append(reward)
+    return {f"reward/keep_{2.0**low:.3g}-{2.0 ** (low + 1):.3g}": sum(of) / len(of) for low, of in found.items()}
 
 
 def _sum_by(values: Tensor, owner: Tensor, groups: int) -> Tensor:
