@@ -66,10 +66,13 @@ def launched(folder: Path, code: str, source: Path | None = None) -> tuple[int, 
     ("code", "text"),
     [
         ("def what(): raise GripError('a bad picture')\nat(1, what)", "process 1 of 2: a bad picture"),
-        ("def what(): raise torch.OutOfMemoryError('full')\nat(1, what)", "process 1 of 2: grpo ran out of memory: use"),
+        (
+            "def what(): raise torch.OutOfMemoryError('full')\nat(1, what)",
+            "process 1 of 2: grpo ran out of memory: use",
+        ),
         (
             "from gripvlm.grip.train.grpo import Grpo\nbefore = Grpo.surrogate\n"
-            "def surrogate(*a):\n    loss, clipped = before(*a)\n    return loss * (torch.nan if rank else 1), clipped\n"
+            "def surrogate(*a):\n    loss, more = before(*a)\n    return loss * (torch.nan if rank else 1), more\n"
             "Grpo.surrogate = surrogate",
             "process 1 of 2: the loss of grpo is nan at step 0: lower --learning-rate",
         ),
@@ -94,9 +97,13 @@ def test_a_process_that_is_killed_does_not_leave_the_other_waiting(tmp_path):
 def test_other_settings_or_questions_in_one_process_are_refused(tmp_path):
     code, said = launched(tmp_path, "run(seed=rank)")
     assert code
-    assert said[0] == said[1] == (
-        "EndedTogether: process 1 of 2 has other settings than process 0: start all with the same command and the same "
-        "files"
+    assert (
+        said[0]
+        == said[1]
+        == (
+            "EndedTogether: process 1 of 2 has other settings than process 0: start all with the same command and "
+            "the same files"
+        )
     )
 
 
@@ -118,7 +125,9 @@ def test_only_the_first_process_has_a_disk_and_all_go_on_with_its_weights(tmp_pa
     """Stopped at its second step, the run goes on at the third in both, from the checkpoint that one of them has."""
     stop = "at(1, lambda: os.kill(os.getpid(), signal.SIGINT))\n"
     scorers = "grip = run(folder)\ntorch.save(grip.module.state_dict(), out.parent / f'end{rank}')"
-    code, said = launched(tmp_path, EACH_ITS_DISK + stop + "try:\n    run(folder)\nexcept KeyboardInterrupt:\n    pass\n")
+    code, said = launched(
+        tmp_path, EACH_ITS_DISK + stop + "try:\n    run(folder)\nexcept KeyboardInterrupt:\n    pass\n"
+    )
     assert code == 0, said
     assert (tmp_path / "disk0" / "grpo.ckpt").exists()
     assert not (tmp_path / "disk1").exists()

@@ -52,7 +52,7 @@ class Processes:
                 alone, the error itself.
         """
         error: Exception | None = None
-        value: T | None = None
+        value: Any = None
         try:
             value = work()
         except Exception as caught:  # noqa: BLE001  (whatever it is, the others must hear of it)
@@ -60,7 +60,7 @@ class Processes:
         if self.count == 1:
             if error is not None:
                 raise error
-            return [value]  # type: ignore[list-item]
+            return [value]
         values = self.gather((value, None if error is None else _text(error)))
         failed = [(rank, text) for rank, (_, text) in enumerate(values) if text is not None]
         if failed:

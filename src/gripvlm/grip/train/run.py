@@ -112,8 +112,9 @@ def train_on(
             processes.together(lambda: record_run(config) if if_first else None)
             # Trackers count the steps of a run of both stages through.
             before = config.distill_steps if (config.stage, name) == ("all", "grpo") else 0
-            told = {"reward": reward, "callbacks": callbacks, "first_step": before}
-            scorer = run_stage(stage, questions, accelerator, quiet=quiet, **told)
+            scorer = run_stage(
+                *(stage, questions, accelerator), quiet=quiet, reward=reward, callbacks=callbacks, first_step=before
+            )
         processes.together(lambda: scorer.save_pretrained(folder) if if_first else None)
         accelerator.end_training()
     return Grip(str(folder), scorer.eval())
@@ -296,7 +297,8 @@ def _first_scorer(
         return _initial_scorer(config, folder, model)
 
     found = processes.together(begin)
-    sizes, base, done = processes.broadcast(None if found is None else (found[0].config, found[0].base, found[1]))
+    about: Any = None if found is None else (found[0].config, found[0].base, found[1])
+    sizes, base, done = processes.broadcast(about)
     scorer = found[0] if found else Scorer(sizes, base).to(model.device)
     processes.together(lambda: base.check(model))
     processes.copy_first(scorer.state_dict().values())

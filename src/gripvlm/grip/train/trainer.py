@@ -488,7 +488,9 @@ class Evaluator:
     ) -> None:
         self.engine, self.questions, self.reward, self.config = engine, list(questions), reward, config
         self.keeps, self.batch_size = parse_shares(config.eval_keeps, "eval_keeps"), batch_size
-        self.kept: dict[int, Batch | None] = {}  # batches by their first question, on a CPU
+        # On an accelerator the features of 256 pictures take gigabytes, and encoding them again little time.
+        self.keeps_batches = engine.model.device.type == "cpu"
+        self.kept: dict[int, Batch | None] = {}  # batches by their first question
         self.skipped: dict[str, dict[str, str]] = {}
         """`key_of` -> what to log, for questions that were left out."""
 
@@ -557,8 +559,7 @@ class Evaluator:
             batch, unusable = usable_of(self.engine, part, self.config, error, options)
             for pair, reason in unusable:
                 self.skipped[key_of(*pair)] = {"skipped": pair[1].id, "task": pair[0].name, "why": reason}
-        # On an accelerator the features of 256 pictures take gigabytes, and encoding them again little time.
-        if self.engine.model.device.type == "cpu":
+        if self.keeps_batches:
             self.kept[start] = batch
         return batch
 
