@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 sizes, tokens, checkpointing = json.loads(sys.argv[1])
 model, processor = tiny_vlm(**sizes)
 config = TrainConfig(
-    per_device_train_batch_size=2, questions_per_image=2, num_generations=8, max_tokens_per_forward=tokens,
+    per_device_train_batch_size=2, questions_per_image=2, num_generations=4, max_tokens_per_forward=tokens,
     gradient_checkpointing=checkpointing,
 )
 task = asked(2, each=2)
@@ -75,7 +75,7 @@ def test_memory_is_what_a_cpu_takes(told, tmp_path):
     (tmp_path / "measured.py").write_text(MEASURED)
     paths = os.pathsep.join([str(TESTS), str(Path(gripvlm.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     done = subprocess.run(
         [sys.executable, str(tmp_path / "measured.py"), json.dumps(told)],
         capture_output=True,

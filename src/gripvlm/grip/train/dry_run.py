@@ -139,9 +139,10 @@ def memory(sizes: Sizes, config: TrainConfig) -> dict[str, int]:
     # The teacher: every token of the batch, in parts; the rows that a layer begins with, one layer's own, and the bias.
     full = s.row(1)
     together = max(1, min(config.max_tokens_per_forward // full, questions))
-    own = together * full * (6 * s.hidden + 4 * s.inner) * b + 3 * together * s.heads * full**2 * b
-    kept = together * full * s.hidden * b
-    layers = kept * s.layers + own if config.gradient_checkpointing else own * s.layers
+    scores = together * s.heads * full**2 * b  # of attention, where the kernel stores them
+    own = together * full * (6 * s.hidden + 4 * s.inner) * b + scores
+    begun = together * full * s.hidden * b
+    layers = s.layers * begun + own if config.gradient_checkpointing else s.layers * own
     bias = together * full**2 * (2 * 4 + 3 * b)
     pictures = config.per_device_train_batch_size
     parts = {
@@ -157,7 +158,7 @@ def memory(sizes: Sizes, config: TrainConfig) -> dict[str, int]:
         + (config.rounds - 1) * rollouts * s.visual * 4 * 10 * config.width,
     }
     if config.stage != "grpo" and config.distill_steps and config.teacher.startswith("gradient"):
-        parts["teacher"] = layers + bias + together * (s.answer + 1) * s.vocabulary * (b + 12)
+        parts["teacher"] = layers + 2 * scores + bias + together * (s.answer + 1) * s.vocabulary * (b + 12)
     elif config.stage != "grpo" and config.distill_steps:
         parts["teacher"] = own
     return parts
