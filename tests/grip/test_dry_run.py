@@ -39,7 +39,8 @@ task = asked(2, each=2)
 parts = memory(Sizes.of(model, processor, pairs(task), config), config)
 engine = Engine(model, processor, tokens, gradient_checkpointing=checkpointing)
 batch = engine.prepare(pairs(task))
-stage = Grpo(config, tiny_scorer(model, width=config.width, blocks=config.blocks, heads=config.heads), engine)
+names = "width", "blocks", "heads", "joint", "rounds", "diversity"
+stage = Grpo(config, tiny_scorer(model, **{name: getattr(config, name) for name in names}), engine)
 engine.run(batch, [0], [[torch.arange(4)]])
 
 def now(name):
@@ -59,7 +60,7 @@ def step():
         loss.backward()
 
 taken = {"teacher": peak_of(lambda: get_teacher("gradient")(engine, batch, None, drawn())), "grpo": peak_of(step)}
-told = {"teacher": parts["teacher"], "grpo": parts["scorer"] + max(parts["rollouts"], parts["logits"])}
+told = {"teacher": parts["teacher"], "grpo": max(parts[name] for name in ("scorer", "rollouts", "logits"))}
 print(json.dumps([taken, told]))
 """
 SMALL = {"hidden": 64, "layers": 4, "inner": 256, "heads": 8, "vocabulary": 2000, "image": 128}
