@@ -321,7 +321,7 @@ class Grip(ScorePruner):
         return self.select_batch([tokens])[0]
 
     def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        selections = []
+        selections: list[Selection] = []
         groups = [[tokens] for tokens in images]
         if self.joint:
             groups = [list(group) for _, group in itertools.groupby(images, key=lambda tokens: tokens.sample)]
@@ -332,7 +332,7 @@ class Grip(ScorePruner):
                 selections += self._select(part)
                 part = []
             part.append(group)
-        return selections + self._select(part)
+        return selections + self._select(part) if part else selections
 
     @torch.no_grad()
     def _select(self, groups: Sequence[Sequence[VisualTokens]]) -> list[Selection]:

@@ -5,8 +5,9 @@ it goes, the earlier ones first; round r keeps items b_r to b_(r+1) of a sample,
 are those of `policy`.
 
 1. Inside a round the law is Plackett-Luce over what is left, so that a sample's probability is exact, and the highest
-   logits of a round are one top-k. What a round keeps does not change the logits inside it: a greedy choice one by one
-   would take k steps of a few kernels each, milliseconds at k = 64 beside a prefill of tens.
+   logits of a round are one top-k. What a round keeps does not change the logits inside it, not even by the diversity
+   term: a greedy choice one by one would take k steps of several kernels each, and its probability B x G x K x n
+   numbers.
 2. With logits that do not change, R rounds are the same law as one: what a new scorer begins with.
 """
 
@@ -33,7 +34,7 @@ class Rounds:
 
     Args:
         logits: [B, n] of the first round; -inf marks an item that is never sampled.
-        k: int64 [B], at least 1.
+        k: int64 [B], or one int for all rows.
         mask: bool [B, n], True for an item that exists. None: all exist.
         rounds: R, at least 1.
         rescore: the logits of later rounds.
