@@ -90,11 +90,12 @@ def measure(study: str, variant: str, seed: int, folder: Path, limit: int) -> No
     from gripvlm.eval import evaluate
     from gripvlm.pruners import register_pruner
 
-    model, processor = lab.load()
+    name = settings_of(study, variant).get("model", "lab")
+    model, processor = lab.load(name)
     register_pruner(variant, lambda: Grip(str(folder)))
     file = folder / "eval.json"
-    keeps, settings = [*map(float, BUDGETS)], {"limit": limit or None, "batch_size": 16, "model_name": "lab"}
-    evaluate(model, processor, "lab", [variant], keeps, **settings, out=file)
+    keeps, settings = [*map(float, BUDGETS)], {"limit": limit or None, "batch_size": 16, "model_name": name}
+    evaluate(model, processor, name, [variant], keeps, **settings, out=file)
     about = {"study": study, "seed": seed, "pruner": "grip", "training": summary(folder, study, variant)}
     split(file, STUDIES / study / "results", about, {variant: variant})
 

@@ -1,4 +1,4 @@
-"""Attention for many questions behind one prompt: each sees the prompt's pictures and itself, and nothing else is computed.
+"""Attention for many questions behind one prompt: each sees the prompt's pictures and itself only.
 
 With a mask over the whole sequence most of the work goes into pairs that the mask removes: with 24 questions behind
 60 visual tokens, six of seven pairs.
@@ -32,12 +32,12 @@ class Blocks:
     @classmethod
     def of(cls, segment: Tensor) -> Blocks:
         """segment: [b, l], 0 in the prefix, 1.. in a question, -1 in padding."""
-        b, length = segment.shape
+        length = segment.shape[1]
         prefix = int((segment[0] == 0).sum())
         count = int(segment.max())
         sizes = torch.stack([(segment == s).sum(1) for s in range(1, count + 1)], 1)  # [b, s]
         start = prefix + sizes.cumsum(1) - sizes
-        step = torch.arange(int(sizes.max()))
+        step = torch.arange(int(sizes.max()), device=segment.device)
         index = (start[..., None] + step).clamp(max=length - 1)
         return cls(prefix, index, step < sizes[..., None])
 
@@ -64,7 +64,7 @@ def attention(
     flat = blocks.index.reshape(b, 1, s * t, 1).expand(-1, h, -1, d)
     q, k, v = (x.gather(2, flat) for x in (query, key, value))  # [b, h, s * t, d]
     before = q @ key[:, :, :p].transpose(2, 3)
-    hidden = torch.ones(t, t, dtype=torch.bool).triu(1)
+    hidden = torch.ones(t, t, dtype=torch.bool, device=query.device).triu(1)
     inside = q.view(b, h, s, t, d) @ k.view(b, h, s, t, d).transpose(3, 4)
     scores = torch.cat([before.view(b, h, s, t, p), inside.masked_fill(hidden, -torch.inf)], -1)
     share = scores.softmax(-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from lab_vlm import art
 from lab_vlm.painter import Painter, around
 from lab_vlm.scenes import CHARACTERS, GRID, SIZE, Part, Scene

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from lab_vlm import art
 from PIL import Image
 
 from gripvlm.utils import disk
+from lab_vlm import art
 
 from .boards import GRID, Board, Facts, compose, units
 from .questions import FAMILIES, OF_SEVERAL, Question, Things, ask, order

@@ -31,6 +31,8 @@ def export_model(out: Path, reader: str, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.half().save_pretrained(folder)
     build_processor().save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for part in (config, config["text_config"], config["vision_config"]):

@@ -11,11 +11,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from lab_vlm.pool import load_shard, shards
-from lab_vlm.train_tower import normalised
 
 from gripvlm import lab
 from gripvlm.lab.tower import LabVisionModel
+from lab_vlm.pool import load_shard, shards
+from lab_vlm.train_tower import normalised
+
+from . import parallel
 
 WIDTH = 160
 
@@ -23,7 +25,7 @@ WIDTH = 160
 def load_tower(out: Path) -> LabVisionModel:
     """The tower of a finished stage 1."""
     tower = LabVisionModel(lab.load()[0].config.vision_config)
-    state = torch.load(out / "tower.pt", weights_only=False)["model"]
+    state = torch.load(out / "tower.pt", weights_only=False, map_location="cpu")["model"]
     tower.load_state_dict({k.removeprefix("tower."): v for k, v in state.items() if k.startswith("tower.")})
     return tower.eval().requires_grad_(False)
 
@@ -35,15 +37,19 @@ def path_of(out: Path, pool: Path, split: str) -> Path:
 @torch.no_grad()
 def make(pool: Path, out: Path, split: str) -> None:
     """Writes the tokens of every picture of the split, in the order of its shards."""
-    path, tower = path_of(out, pool, split), load_tower(out)
+    path = path_of(out, pool, split)
+    if path.exists():
+        return
+    device = parallel.device()
+    tower = load_tower(out).to(device)
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         for shard in shards(pool, split):
             images = load_shard(shard)["images"]
             for start in range(0, len(images), 50):
-                with torch.autocast("cpu", torch.bfloat16):
-                    tokens = tower(normalised(images[start : start + 50])).last_hidden_state[:, 1:]
-                file.write(tokens.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+                with torch.autocast(device.type, torch.bfloat16):
+                    tokens = tower(normalised(images[start : start + 50]).to(device)).last_hidden_state[:, 1:]
+                file.write(tokens.cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
             print(f"{shard.name} done", flush=True)
     part.rename(path)
 

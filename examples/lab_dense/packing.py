@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -37,6 +37,11 @@ class Packed:
     rows: torch.Tensor  # [r, 2] (prompt, index into l) of each question's last prompt token
     evidence: torch.Tensor  # [r, v] bool: kept cells that are that question's evidence
     spans: list[tuple[int, int, int, str]]  # prompt, first and last target index, family
+
+    def to(self, device: torch.device) -> Packed:
+        """The same batch with its tensors there."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Packed(**{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in moved.items()})
 
 
 class Packer:
@@ -125,7 +130,8 @@ def drop(
 ) -> list[np.ndarray]:
     """Which cells each prompt of the batch keeps: the same number in every prompt.
 
-    share: in 0..1, how much is kept where the way leaves that open. units: for each prompt the unit of each cell, [pictures * PATCHES], -1 where none; distinct over its pictures.
+    units: for each prompt the unit of each cell, [pictures * PATCHES], -1 where none; distinct over its pictures.
+    share: in 0..1, how much is kept where the way leaves that open.
 
     - blind: none. full: all. random: a uniform share.
     - even: the same number of cells of every unit, then cells of no unit. A reader that has only seen random shares

@@ -15,12 +15,21 @@ import torch
 from torch import distributed
 
 
-def start() -> tuple[int, int]:
-    """(rank, processes); joins the group that torchrun describes, if any."""
+def start() -> int:
+    """This process's number; joins the group that torchrun describes, if any."""
     if "RANK" not in os.environ:
-        return 0, 1
+        return 0
     distributed.init_process_group("gloo")
-    return distributed.get_rank(), distributed.get_world_size()
+    return distributed.get_rank()
+
+
+def processes() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def average_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
@@ -29,8 +38,8 @@ def average_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
         return
     weights = list(weights)
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    flat = torch.cat([g.reshape(-1) for g in grads])
+    flat = torch.cat([g.reshape(-1) for g in grads]).cpu()
     distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
+    flat = flat.to(grads[0].device) / processes()
     for weight, grad in zip(weights, flat.split([g.numel() for g in grads]), strict=True):
         weight.grad = grad.view_as(weight)

@@ -13,11 +13,11 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+
+from gripvlm.utils import disk
 from lab_vlm import art, pool
 from lab_vlm.pool import load_shard, shards
 from lab_vlm.scenes import SIZE
-
-from gripvlm.utils import disk
 
 from .boards import DIGITS, GRID, KINDS, Board, Facts, compose, units
 

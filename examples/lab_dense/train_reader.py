@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m lab_dense.train_reader BOARDS SCENES OUT --steps 5000
 
 Starts from the first lab's reader with more layers (vlm.build_model), on the frozen tower's tokens (features.py).
-Prompts have one, two or four boards; a seventh of the steps are the first lab's scenes and questions. Most steps drop
+Prompts have one, two or four boards; an eighth of the steps are the first lab's scenes and questions. Most steps drop
 tokens (packing.drop). In the first half of the run the last prompt token's attention in two layers is rewarded for
 falling on the evidence. Checkpoints every two minutes and resumes.
 """
@@ -19,32 +19,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lab_vlm import packing as first_packing
-from lab_vlm.pool import load_shard, shards
-from lab_vlm.train_reader import HINT_LAYERS
-from lab_vlm.train_tower import save_checkpoint
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gripvlm.utils import disk
+from lab_vlm import packing as first_packing
+from lab_vlm.pool import load_shard, shards
+from lab_vlm.train_reader import HINT_LAYERS
+from lab_vlm.train_tower import save_checkpoint
 
 from . import features, parallel
 from .blocks import NAME as BLOCKS
 from .blocks import Blocks
 from .packing import IMAGE, WAYS, Asked, Packed, Packer, drop
-from .questions import FAMILIES, OF_SEVERAL, PATCHES, Things, ask
+from .questions import OF_ONE, PATCHES, Things, ask
 from .vlm import build_model
 
 SHARE = {
     **{"half": 3, "colours": 3, "classes": 3, "extreme": 3, "common": 3, "missing": 3, "count": 3, "string": 2},
-    **{"pictures": 5, "both": 2},
+    **{"pictures": 5, "both": 2, "where": 4},
 }
 """How often each family is asked."""
 PROMPTS = {1: 7, 2: 5, 4: 3}
 """Prompts a step in each process, by pictures a prompt: about as many tokens each."""
-PICTURES = (1 / 7, 0.4, 0.2, 1 - 1 / 7 - 0.6)
+PICTURES = (0.12, 0.33, 0.25, 0.3)
 """Share of the steps with the first lab's scenes, one, two and four boards."""
 SPELLED = ("extreme", "string", "reading", "text")
 
@@ -91,7 +91,7 @@ def prompt_units(things: list[Things]) -> np.ndarray:
 
 def ask_many(things: list[Things], packer: Packer, count: int, rng: np.random.Generator) -> list[Asked]:
     """`count` random questions about a prompt's boards."""
-    names = [f for f in FAMILIES if len(things) > 1 or f not in OF_SEVERAL]
+    names = [f for f in SHARE if len(things) > 1 or f in OF_ONE]
     share = np.array([SHARE[f] for f in names], float)
     asked: list[Asked] = []
     for family in rng.choice(names, 4 * count, p=share / share.sum()):
@@ -109,7 +109,10 @@ def ask_many(things: list[Things], packer: Packer, count: int, rng: np.random.Ge
     return asked
 
 
-def ask_first_lab(questions: list, first: first_packing.Packer, packer: Packer, rng: np.random.Generator) -> list[Asked]:
+def ask_first_lab(
+    questions: list, first: first_packing.Packer, packer: Packer, rng: np.random.Generator
+) -> list[Asked]:
+    """A few questions of the first lab about one of its scenes."""
     asked = []
     for q in (*first.choose(questions, rng), *first.stepping_stones(questions, rng)):
         cells = np.flatnonzero(q.evidence > 40)
@@ -174,7 +177,7 @@ class Run:
     def __init__(self, boards: Path, scenes: Path, out: Path, name: str, recipe: Recipe) -> None:
         self.checkpoint, self.recipe = out / f"{name}.pt", recipe
         torch.manual_seed(1)
-        self.rank, _ = parallel.start()
+        self.rank, self.device = parallel.start(), parallel.device()
         self.packer, self.first = Packer(), first_packing.Packer()
         self.model = build_model(recipe.layers)
         self.model.set_attn_implementation({"text_config": BLOCKS})
@@ -185,13 +188,14 @@ class Run:
         for layer in self.model.model.language_model.layers:
             for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
                 module.compile(dynamic=True)  # many small operations in one; a tenth of a step
+        self.model.to(self.device)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.weights, lr=recipe.rate, weight_decay=0.02, betas=(0.9, 0.98), fused=True
         )
         self.seconds, self.step, self.seen = 0.0, 0, 0
         if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, weights_only=False)
+            state = torch.load(self.checkpoint, weights_only=False, map_location=self.device)
             if state["recipe"] != asdict(recipe):
                 raise SystemExit(f"{self.checkpoint} was trained with {state['recipe']}: type another --name")
             self.model.load_state_dict(state["model"])
@@ -231,7 +235,8 @@ class Run:
             asked = [ask_many(things, self.packer, self.recipe.questions, rng) for things in prompts]
             units = [prompt_units(things) for things in prompts]
         keep = drop(asked, units, way, share, rng)
-        return tokens, self.packer.pack(asked, keep, max(pictures, 1), renumber=bool(renumber))
+        packed = self.packer.pack(asked, keep, max(pictures, 1), renumber=bool(renumber))
+        return tokens.to(self.device), packed.to(self.device)
 
     def learn(self) -> dict[str, float]:
         """One step; returns its losses."""
@@ -240,7 +245,7 @@ class Run:
         self.optimiser.param_groups[0]["lr"] = recipe.rate * min(1.0, (self.step + 1) / 100) * (0.02 + 0.98 * decay)
         tokens, packed = self.batch()
         losses = {}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             logits = forward(self.model, tokens, packed)
             loss = F.cross_entropy(logits, packed.target[packed.target >= 0])
             total, weight = loss, recipe.hint * max(0.0, 1 - done / 0.5)
@@ -253,7 +258,7 @@ class Run:
         parallel.average_gradients(self.weights)
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimiser.step()
-        self.step, self.seen = self.step + 1, self.seen + len(packed.spans)
+        self.step, self.seen = self.step + 1, self.seen + len(packed.spans) * parallel.processes()
         return {"loss": float(loss.detach()), **losses}
 
     @torch.no_grad()
@@ -271,14 +276,12 @@ class Run:
                 else:
                     index = rng.integers(0, len(self.val_scenes), 8)
                     tokens = self.val_scenes.tokens[torch.from_numpy(index)]
-                    asked = [
-                        ask_first_lab(self.val_scenes.questions[i], self.first, self.packer, rng) for i in index
-                    ]
+                    asked = [ask_first_lab(self.val_scenes.questions[i], self.first, self.packer, rng) for i in index]
                 keep = [np.arange(max(pictures, 1) * PATCHES)] * 8
-                packed = self.packer.pack(asked, keep, max(pictures, 1), renumber=False)
+                packed = self.packer.pack(asked, keep, max(pictures, 1), renumber=False).to(self.device)
                 hit = torch.zeros_like(packed.target, dtype=torch.bool)
-                with torch.autocast("cpu", torch.bfloat16):
-                    best = forward(self.model, tokens, packed).argmax(-1)
+                with torch.autocast(self.device.type, torch.bfloat16):
+                    best = forward(self.model, tokens.to(self.device), packed).argmax(-1)
                 hit[packed.target >= 0] = best == packed.target[packed.target >= 0]
                 for b, first, last, family in packed.spans:
                     name = f"{family} {pictures}" if pictures else family
@@ -322,7 +325,9 @@ def main() -> None:
     parser.add_argument("--name", default="reader")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="length of the whole schedule")
     parser.add_argument("--rate", type=float, default=Recipe.rate)
-    parser.add_argument("--layers", type=int, default=Recipe.layers)
+    parser.add_argument(
+        "--layers", type=int, default=Recipe.layers, help="of the language model; 5 are the first lab's"
+    )
     args = parser.parse_args()
     recipe = Recipe(steps=args.steps, rate=args.rate, layers=args.layers)
     train(Run(args.boards, args.scenes, args.out, args.name, recipe), 48)

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lab_vlm.train_tower import augment, normalised, save_checkpoint
 from torch import nn
 from torch.nn import functional as F
 
 from gripvlm import lab
 from gripvlm.lab.tower import LabVisionConfig, LabVisionModel
 from gripvlm.utils import disk
+from lab_vlm.train_tower import augment, normalised, save_checkpoint
 
 from . import parallel
 from .boards import GRID
@@ -59,7 +59,7 @@ def present(planes: torch.Tensor, name: str) -> torch.Tensor:
 
 def tag_loss(patches: dict[str, torch.Tensor], cls: dict[str, torch.Tensor], planes: torch.Tensor) -> torch.Tensor:
     """Cross-entropy per head, patches with and without a tag weighing the same in total; and the CLS token's."""
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=planes.device)
     for i, name in enumerate(HEADS):
         target = planes[:, i].long()
         entropy = F.cross_entropy(patches[name].transpose(1, 2), target, reduction="none", ignore_index=UNKNOWN)
@@ -67,7 +67,7 @@ def tag_loss(patches: dict[str, torch.Tensor], cls: dict[str, torch.Tensor], pla
         weight = 2.0 if name in HARD else 1.0
         loss = loss + weight * (entropy * tagged).sum() / tagged.sum().clamp(min=1)
         loss = loss + 0.5 * (entropy * empty).sum() / empty.sum().clamp(min=1)
-    cells = torch.arange(GRID * GRID)
+    cells = torch.arange(GRID * GRID, device=planes.device)
     for name, target in (("row", cells // GRID), ("column", cells % GRID)):
         loss = loss + 0.3 * F.cross_entropy(patches[name].flatten(0, 1), target.repeat(len(planes)))
     for name in PRESENT:
@@ -82,8 +82,9 @@ def tag_accuracy(model: Tagger, images: np.ndarray, planes: np.ndarray) -> dict[
     right, total = dict.fromkeys(HEADS, 0.0), dict.fromkeys(HEADS, 0.0)
     precision: dict[str, list[float]] = {name: [] for name in PRESENT}
     for start in range(0, len(images), 64):
-        labels = torch.from_numpy(planes[start : start + 64])
-        patches, cls = model(normalised(images[start : start + 64]))
+        device = next(model.parameters()).device
+        labels = torch.from_numpy(planes[start : start + 64]).to(device)
+        patches, cls = model(normalised(images[start : start + 64]).to(device))
         for i, name in enumerate(HEADS):
             tagged = (labels[:, i] > 0) & (labels[:, i] != UNKNOWN)
             right[name] += float((patches[name].argmax(-1)[tagged] == labels[:, i].long()[tagged]).sum())
@@ -92,7 +93,7 @@ def tag_accuracy(model: Tagger, images: np.ndarray, planes: np.ndarray) -> dict[
             hit = present(labels, name)[:, 1:]
             order = cls[name][:, 1:].argsort(descending=True)
             hit = hit.gather(1, order)
-            at = hit.cumsum(1) / torch.arange(1, hit.shape[1] + 1)
+            at = hit.cumsum(1) / torch.arange(1, hit.shape[1] + 1, device=device)
             precision[name] += ((at * hit).sum(1) / hit.sum(1).clamp(min=1)).tolist()
     model.train()
     scores = {name: round(right[name] / max(total[name], 1), 4) for name in HEADS}
@@ -101,17 +102,18 @@ def tag_accuracy(model: Tagger, images: np.ndarray, planes: np.ndarray) -> dict[
 
 def train(boards: Path, scenes: Path, out: Path, steps: int, batch: int = 10, rate: float = 7e-4) -> None:
     """`batch` pictures a step in each process (parallel.py)."""
-    rank, _ = parallel.start()
+    rank, device = parallel.start(), parallel.device()
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     first = lab.load()[0].model.vision_tower
     model = Tagger(first.config)
     model.tower.load_state_dict(first.state_dict())
+    model.to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     checkpoint = out / "tower.pt"
     spent, step = 0.0, 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False)
+        state = torch.load(checkpoint, weights_only=False, map_location=device)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         spent, step = state["spent"], state["step"]
@@ -137,9 +139,9 @@ def train(boards: Path, scenes: Path, out: Path, steps: int, batch: int = 10, ra
                 group["lr"] = rate * min(1.0, (step + 1) / 200) * decay
             more = rng.integers(0, len(other["images"]), few)
             images = np.concatenate([shard["images"][rows], other["images"][more]])
-            planes = torch.from_numpy(np.concatenate([shard["labels"][rows], other["labels"][more]]))
-            with torch.autocast("cpu", torch.bfloat16):
-                patches, cls = model(augment(images, rng))
+            planes = torch.from_numpy(np.concatenate([shard["labels"][rows], other["labels"][more]])).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                patches, cls = model(augment(images, rng).to(device))
             loss = tag_loss(patches, cls, planes)
             optimiser.zero_grad()
             loss.backward()

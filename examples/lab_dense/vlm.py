@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 import torch
-from lab_vlm import vlm
-from lab_vlm.questions import NUMBERS as FIRST_NUMBERS
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from gripvlm import lab
+from lab_vlm import vlm
+from lab_vlm.questions import NUMBERS as FIRST_NUMBERS
 
 from .questions import NUMBERS, ORDINALS
 

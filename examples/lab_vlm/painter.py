@@ -72,9 +72,7 @@ class Painter:
         self.blend(mask, x, y, ink)
         return (x, y, x + w, y + h)
 
-    def text(
-        self, string: str, x: float, cy: float, size: int, ink: np.ndarray, face: str = "", **labels
-    ) -> Box:
+    def text(self, string: str, x: float, cy: float, size: int, ink: np.ndarray, face: str = "", **labels) -> Box:
         """Draw `string` as capitals from x on, centred on line cy, in `face` or a random one; one part a character."""
         faces = art.typefaces(self.split)
         face = face or faces[self.rng.integers(len(faces))]

@@ -82,9 +82,7 @@ def spell(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return tokenizer.convert_tokens_to_ids(pieces)
 
 
-def build_processor(
-    tokenizer: PreTrainedTokenizerFast | None = None, template: str = CHAT_TEMPLATE
-) -> LlavaProcessor:
+def build_processor(tokenizer: PreTrainedTokenizerFast | None = None, template: str = CHAT_TEMPLATE) -> LlavaProcessor:
     """Pads nothing and crops nothing: the whole picture is resized to a square, so patch (r, c) is easy to find."""
     images = CLIPImageProcessor(
         do_resize=True,
