@@ -332,8 +332,10 @@ def test_settings_that_the_model_contradicts_are_refused(vlm, tmp_path):
     ):
         with pytest.raises(TrainError, match=said):
             run(vlm, tmp_path, **wrong)
-    with pytest.raises(TrainError, match="float16' is too small for the gradients"):
+    with pytest.raises(TrainError, match="float16 is too small for the gradients"):
         run(vlm, tmp_path, stage="distill", dtype="float16")
+    with pytest.raises(TrainError, match="float16 is too small for the gradients"):
+        run((copy.deepcopy(vlm[0]).half(), vlm[1]), tmp_path, stage="distill")
     half = copy.deepcopy(vlm[0]).to(torch.bfloat16)
     with pytest.raises(TrainError, match="bf16 is for models in float32, and this one is bfloat16"):
         run((half, vlm[1]), tmp_path, bf16=True)

@@ -59,7 +59,10 @@ def load_model(
 
         model, processor = lab.load(name)
         if attention is not None:
-            model.set_attn_implementation(attention)
+            try:
+                model.set_attn_implementation(attention)
+            except (ValueError, ImportError) as error:
+                raise ModelError(f"attn_implementation {attention!r} cannot be used: {_short(error)}") from error
         return model.to(place, None if dtype in (None, "auto") else getattr(torch, dtype)).eval(), processor
     from safetensors import SafetensorError
 

@@ -234,7 +234,8 @@ class TrainConfig:
 def _outside(value: Any, allowed: Any) -> str:
     """What a setting may be, where `value` is not that; "" where it is."""
     if allowed["choices"]:
-        return "" if value in allowed["choices"] else f"one of {', '.join(map(repr, allowed['choices']))}"
+        named = ", ".join(repr(choice) for choice in allowed["choices"] if choice)
+        return "" if value in allowed["choices"] else f"one of {named}"
     if isinstance(value, str | bool):
         return ""
     limit = min(allowed["below"], 2**63) if isinstance(value, int) else allowed["below"]  # counts and seeds are int64

@@ -19,6 +19,7 @@ from gripvlm.eval.answering import prompt_text
 from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.grip.train.data import Question
+from gripvlm.grip.train.rollout import PSEUDO_LABEL_TOKENS
 
 SAMPLED = 16
 """Questions that are tokenised, and whose pictures are read, for the lengths."""
@@ -69,14 +70,15 @@ class Sizes:
     @classmethod
     def of(cls, model: Any, processor: Any, questions: Sequence[Question], config: TrainConfig) -> Sizes:
         """Of a model, which may be on the device meta, and of some of the questions."""
-        text, vision = model.config.get_text_config(), model.config.vision_config
+        text = model.config.get_text_config()
+        vision = getattr(model.config, "vision_config", text)
         decoder = model.get_decoder()
         language = _count(decoder.layers)
         table = _count(model.get_input_embeddings())
         head = _count(model.get_output_embeddings()) if model.get_output_embeddings() is not None else table
         shared = table if getattr(text, "tie_word_embeddings", False) else table + head
-        placeholder = getattr(model.config, "image_token_id", None)
         tokenizer = getattr(processor, "tokenizer", processor)
+        placeholder = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
         visual, words, answers, patches, began = [1], [1], [1], [1], time.monotonic()
         chosen = questions[:: max(1, len(questions) // SAMPLED)][:SAMPLED]
         for task, sample in chosen:
@@ -86,7 +88,9 @@ class Sizes:
             shown = int((made["input_ids"] == placeholder).sum())
             visual.append(shown)
             words.append(made["input_ids"].shape[1] - shown)
-            answers.append(len(tokenizer(sample.answer, add_special_tokens=False)["input_ids"]) + 1)
+            own = config.pseudo_labels or not sample.answer
+            known = 0 if own else len(tokenizer(sample.answer, add_special_tokens=False)["input_ids"])
+            answers.append(PSEUDO_LABEL_TOKENS if own else known + 1)
             patches.append(_patches(made["pixel_values"], vision))
         inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
         scorer = ScorerConfig(

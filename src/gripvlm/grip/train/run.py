@@ -20,7 +20,7 @@ from gripvlm.grip.pruner import Grip, place_of
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig, has_scorer
 from gripvlm.grip.train.config import STAGES, TrainConfig, read_toml, stages_of, write_toml
 from gripvlm.grip.train.data import Question, QuestionStream, check_apart, check_pictures, load_questions, split
-from gripvlm.grip.train.distill import Distill, get_teacher, gradient
+from gripvlm.grip.train.distill import Distill, get_teacher, gradient, gradient_at_k
 from gripvlm.grip.train.grpo import Grpo
 from gripvlm.grip.train.processes import Processes
 from gripvlm.grip.train.rewards import Reward, Rewards, name_of
@@ -101,21 +101,21 @@ def train_on(
     processes.agree("settings", {name: value for name, value in config.to_dict().items() if name not in _FREE})
     # The other processes write nothing.
     with frozen(model), ExitStack() as held:
-        if_first = processes.first
-        processes.together(lambda: held.enter_context(disk.one_writer(folder, folder=True)) if if_first else None)
+        first = processes.first
+        processes.together(lambda: held.enter_context(disk.one_writer(folder, folder=True)) if first else None)
         engine = make_engine(config, model, processor)
         scorer, done = _first_scorer(processes, config, folder, model)
         for name in _stages_left(config, done):
             make = partial(Distill if name == "distill" else partial(Grpo, reward=reward), config, scorer, engine)
             stage = processes.together(make)
             # Only now, as the stage has refused settings that do not fit the model.
-            processes.together(lambda: record_run(config) if if_first else None)
+            processes.together(lambda: record_run(config) if first else None)
             # Trackers count the steps of a run of both stages through.
             before = config.distill_steps if (config.stage, name) == ("all", "grpo") else 0
             scorer = run_stage(
                 *(stage, questions, accelerator), quiet=quiet, reward=reward, callbacks=callbacks, first_step=before
             )
-        processes.together(lambda: scorer.save_pretrained(folder) if if_first else None)
+        processes.together(lambda: scorer.save_pretrained(folder) if first else None)
         accelerator.end_training()
     return Grip(str(folder), scorer.eval())
 
@@ -134,6 +134,7 @@ def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
     name = str(model.dtype).removeprefix("torch.")
     if config.dtype not in ("", "auto", name):
         raise TrainError(f"dtype = {config.dtype!r}, but the model is {name}: load it so, or leave that setting out")
+    _check_half(config, name)
     attention = getattr(model.config, "_attn_implementation", None)
     if config.attn_implementation not in ("", attention):
         raise TrainError(
@@ -146,6 +147,14 @@ def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
         raise TrainError(
             f"the model lies on {', '.join(sorted(places))}: training needs it on one device; load it without "
             "device_map, in bfloat16 (--dtype), and type --dry-run to see whether it fits"
+        )
+
+
+def _check_half(config: TrainConfig, dtype: str) -> None:
+    if dtype == "float16" and config.stage != "grpo" and get_teacher(config.teacher) in (gradient, gradient_at_k):
+        raise TrainError(
+            f"float16 is too small for the gradients of the teacher {config.teacher}: use --dtype bfloat16 or float32, or "
+            "--teacher attention"
         )
 
 
@@ -255,11 +264,8 @@ def check_settings(
         Rewards.named(config.reward_funcs, config.reward_weights)
     if config.eval_reward:
         Rewards.named(config.eval_reward)
-    if get_teacher(config.teacher) is gradient and config.dtype == "float16" and config.stage != "grpo":
-        raise TrainError(
-            "dtype = 'float16' is too small for the gradients of the teacher gradient: use bfloat16, float32, or "
-            "--teacher attention"
-        )
+    get_teacher(config.teacher)
+    _check_half(config, config.dtype)
     if first_process():
         _check_folder(config, Path(config.output_dir).expanduser())
     if config.init_from:

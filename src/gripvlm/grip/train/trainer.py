@@ -31,7 +31,7 @@ from gripvlm.errors import Interrupted, TrainError
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.grip.train.data import Question, QuestionStream, generator, key_of
-from gripvlm.grip.train.processes import Processes
+from gripvlm.grip.train.processes import EndedTogether, Processes
 from gripvlm.grip.train.rewards import Reward, needs_of, scores_of
 from gripvlm.grip.train.rollout import BAD_QUESTION, Batch, Engine, ReadAhead, error_about
 from gripvlm.utils import disk
@@ -315,7 +315,7 @@ class Trainer:
             weight.grad = self.processes.sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
         norm = float(nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm))
         if not math.isfinite(norm):
-            raise self._diverged("gradient", norm)
+            raise EndedTogether(str(self._diverged("gradient", norm)))  # the sum is the same in all processes
         self.optimizer.step()
         if self.eval_scorer is not self.stage.scorer:
             # In the first steps over fewer of them, so that the average soon forgets where the stage began.
