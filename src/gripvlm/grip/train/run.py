@@ -153,8 +153,8 @@ def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
 def _check_half(config: TrainConfig, dtype: str) -> None:
     if dtype == "float16" and config.stage != "grpo" and get_teacher(config.teacher) in (gradient, gradient_at_k):
         raise TrainError(
-            f"float16 is too small for the gradients of the teacher {config.teacher}: use --dtype bfloat16 or float32, or "
-            "--teacher attention"
+            f"float16 is too small for the gradients of the teacher {config.teacher}: use --dtype bfloat16 or float32, "
+            "or --teacher attention"
         )
 
 
