@@ -217,8 +217,8 @@ def test_several_iterations_reuse_the_rollouts_and_are_clipped(engine, batch, mo
     assert next(steps, None) is None
     assert len(rollouts) == 1
     assert first["reward"] == second["reward"]
-    assert "clipped" not in first  # nothing has moved yet
-    assert second["clipped"] > 0.5
+    assert "clip_ratio" not in first  # nothing has moved yet
+    assert second["clip_ratio"] > 0.5
 
 
 def test_divergence_and_entropy_enter_the_loss(engine, batch):
@@ -242,14 +242,14 @@ def test_groups_without_variance_teach_nothing_and_are_counted(engine, batch):
     stage = grpo(engine)
     stage.reward = lambda r: torch.tensor([float(s.id == "1-0") for s in r.samples]) * r.log_probs.sum(-1)
     loss, stats = losses(stage, batch)[0]
-    assert stats["zero_std"] == 0.75
+    assert stats["frac_reward_zero_std"] == 0.75
     loss.backward()
     assert stage.scorer.score.weight.grad.abs().sum() > 0
     stage.reward = lambda r: torch.ones(len(r.samples))
     stage.scorer.zero_grad()
     loss, stats = losses(stage, batch)[0]
     loss.backward()
-    assert stats["zero_std"] == 1
+    assert stats["frac_reward_zero_std"] == 1
     assert stage.scorer.score.weight.grad.abs().max() == 0
 
 

@@ -75,9 +75,9 @@ def alone(engine, batch, row: int, kept: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, told[0][:, None])[:, 0]
 
 
-@pytest.mark.parametrize("rows", [128, 2])
-def test_rollouts_equal_single_forwards(engine, batch, rows, monkeypatch):
-    monkeypatch.setattr(engine, "rollout_batch_size", rows)
+@pytest.mark.parametrize("tokens", [16384, 60, 1])
+def test_rollouts_equal_single_forwards(engine, batch, tokens, monkeypatch):
+    monkeypatch.setattr(engine, "max_tokens_per_forward", tokens)
     with Counted(engine.model) as counted:
         rollout = engine.run(batch, ROWS, KEPT)
     assert counted.pictures == 0
@@ -94,7 +94,7 @@ def test_rows_may_be_shorter_than_an_answer_elsewhere_in_the_batch(engine, monke
     samples = list(asked(pictures=2, each=1).samples)
     samples[0] = replace(samples[0], answer="cat dog red " * 10)
     mixed = engine.prepare(pairs(Asked(samples)))
-    monkeypatch.setattr(engine, "rollout_batch_size", 1)
+    monkeypatch.setattr(engine, "max_tokens_per_forward", 1)
     kept = torch.tensor([3])
     rollout = engine.run(mixed, [0, 1], [[kept], [kept]])
     assert rollout.log_probs.shape[1] > len(engine.pruned(mixed, mixed.inputs, [1], [[kept]])["input_ids"][0])
@@ -131,7 +131,7 @@ def test_logits_are_kept_where_they_are_read(engine, batch, monkeypatch):
 
 def test_rows_of_like_length_run_together(engine, batch, monkeypatch):
     """Length is what is kept and the text: the questions and answers here differ by some words."""
-    monkeypatch.setattr(engine, "rollout_batch_size", 2)
+    monkeypatch.setattr(engine, "max_tokens_per_forward", 60)
     masks: list[torch.Tensor] = []
     hook = engine.model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
@@ -143,6 +143,8 @@ def test_rows_of_like_length_run_together(engine, batch, monkeypatch):
     words = [int(m.sum()) - 16 + len(a) for m, a in zip(batch.prompts["attention_mask"], batch.answers, strict=True)]
     assert len(set(words[:3])) > 1
     assert lengths == sorted(words[row] + len(k[0]) for row, k in zip(rows, kept, strict=True))
+    assert 1 < len(masks) < len(rows)
+    assert all(mask.numel() <= 60 for mask in masks)
 
 
 def test_forced_answers_are_the_datas_and_end_as_the_model_ends(engine, batch):
@@ -418,12 +420,12 @@ def test_attention_is_told_in_every_layer_that_gradients_are_wanted(engine, batc
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     found = once()
-    assert asked == [True, True]  # layers
+    assert asked == [True] * 4  # two layers, and again in the backward pass
     assert not any(item.features.requires_grad for sample in batch.encoded.samples for item in sample)
     monkeypatch.setattr(distill, "_require_gradients", lambda arguments: None)
     for mine, plain in zip(found, once(), strict=True):
         assert torch.equal(mine, plain)
-    assert asked == [True, True, False, True]
+    assert asked == [True] * 4 + [False, True, True, False]
 
 
 def test_the_gradient_teacher_points_at_what_the_answer_hangs_on(engine, batch):

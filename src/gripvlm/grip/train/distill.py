@@ -118,6 +118,10 @@ def attention(engine: Engine, batch: Batch, counts: Tensor, random: torch.Genera
 
     TwigVLM++ (arXiv 2503.14075) distils one designated deep layer; the mean over the second half needs no choice.
     """
+    return _in_parts(engine, batch, _attention)
+
+
+def _attention(engine: Engine, batch: Batch, rows: Sequence[int]) -> list[Tensor]:
     model = engine.model
     depth = model.config.get_text_config().num_hidden_layers
     layers = tuple(range(depth // 2, depth))
@@ -125,7 +129,7 @@ def attention(engine: Engine, batch: Batch, counts: Tensor, random: torch.Genera
     queries = list(range(-width - 1, -1))  # the row before each answer token predicts it
     arguments = engine.whole(batch)
     with capture_attention(model.get_decoder(), layers, queries) as seen:
-        model(**arguments, use_cache=False)
+        model(**arguments, **engine.last(1), use_cache=False)
     rows = torch.stack([seen[layer][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
     predicts = (batch.inputs["labels"][:, -width:] >= 0).to(rows)
     weights = (rows * predicts[..., None]).sum(1)
@@ -138,6 +142,10 @@ def gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generat
     The gate is a factor on the token's attention weights, not on its features: a scaled feature passes the
     first normalisation unchanged.
     """
+    return _in_parts(engine, batch, _gradient)
+
+
+def _gradient(engine: Engine, batch: Batch, rows: Sequence[int]) -> list[Tensor]:
     gates = [torch.zeros(t.n, device=t.features.device, requires_grad=True) for m in batch.tokens for t in m]
     log_probs = masked_forward(engine, batch, gates)
     (log_probs.sum(-1) / batch.answer_lengths).sum().backward()
@@ -168,6 +176,15 @@ def missing(engine: Engine, batch: Batch, kept: Sequence[Tensor]) -> list[Tensor
     Returns:
         [n] weights for each image, -1 for what is kept.
     """
+    mine = batch.by_question(kept)
+
+    def look(engine: Engine, part: Batch, rows: Sequence[int]) -> list[Tensor]:
+        return _missing(engine, part, [image for row in rows for image in mine[row]])
+
+    return _in_parts(engine, batch, look)
+
+
+def _missing(engine: Engine, batch: Batch, kept: Sequence[Tensor]) -> list[Tensor]:
     biases = [torch.where(mine, 0.0, math.log(FLOOR)).requires_grad_() for mine in kept]
     log_probs = masked_forward(engine, batch, biases)
     (log_probs.sum(-1) / batch.answer_lengths).sum().backward()
@@ -176,6 +193,22 @@ def missing(engine: Engine, batch: Batch, kept: Sequence[Tensor]) -> list[Tensor
         slope = torch.zeros_like(bias) if bias.grad is None else bias.grad.clamp(min=0)
         weights.append((slope + 1e-6 * slope.mean() + 1e-12).masked_fill(mine, -1.0))
     return weights
+
+
+def _in_parts(
+    engine: Engine, batch: Batch, look: Callable[[Engine, Batch, Sequence[int]], list[Tensor]]
+) -> list[Tensor]:
+    """What `look` gives for every image of the batch, from forwards of `max_tokens_per_forward` tokens at most.
+
+    Args:
+        look: (engine, some questions as a batch, which of the batch they are).
+    """
+    found: dict[int, list[Tensor]] = {}
+    for part in engine.parts(batch, range(len(batch)), batch.everything):
+        each = batch.take(part)
+        for row, images in zip(part, each.by_question(look(engine, each, part)), strict=True):
+            found[row] = images
+    return [image for row in range(len(batch)) for image in found[row]]
 
 
 TEACHERS: dict[str, Teacher] = {"gradient": gradient, "gradient_at_k": gradient_at_k, "attention": attention}

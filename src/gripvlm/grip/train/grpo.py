@@ -13,6 +13,7 @@ On-policy (`num_iterations=1`, the default, as TwigVLM++) the ratio is 1 and cli
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,8 +27,8 @@ from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
 from gripvlm.grip.train.policies import policy_of
-from gripvlm.grip.train.rewards import checked_reward, get_reward, needs_of
-from gripvlm.grip.train.rollout import Batch, Engine
+from gripvlm.grip.train.rewards import Reward, Rewards, needs_of, scores_of
+from gripvlm.grip.train.rollout import Batch, Engine, Subsets
 from gripvlm.grip.train.trainer import Stage, Stats
 
 __all__ = ["Grpo", "advantages"]
@@ -105,10 +106,10 @@ class Grpo(Stage):
 
     name = "grpo"
 
-    def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
+    def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine, reward: Reward | None = None) -> None:
         super().__init__(config, scorer, engine, config.max_steps, config.learning_rate)
         self.num_iterations = config.num_iterations
-        self.reward = get_reward(config.reward)
+        self.reward = reward or Rewards.named(config.reward_funcs, config.reward_weights)
         self._drawn: dict[Batch, Draws] = {}  # explored, and not yet trained on
         self._pool: tuple[Tensor, Tensor] | None = None  # rewards and shares of all micro-batches of the step
         self.reference: Scorer | None = None
@@ -163,7 +164,7 @@ class Grpo(Stage):
         counted = _vary(everything, everything).float().sum().clamp(min=1)
         parts = 1 if alone else config.gradient_accumulation_steps
         weight = useful.float() * parts / counted  # [B]
-        inputs, stats = draws.inputs, {**draws.stats, "zero_std": float((~useful).float().mean())}
+        inputs, stats = draws.inputs, {**draws.stats, "frac_reward_zero_std": float((~useful).float().mean())}
         for iteration in range(config.num_iterations):
             policy = self.policy(self.scorer, inputs, draws.counts)
             surrogate, moved = self.surrogate(policy, draws, advantage)
@@ -180,7 +181,7 @@ class Grpo(Stage):
                 loss = loss - config.entropy_coef * entropy
             stats["kl_old"] = moved["kl_old"]
             if iteration or config.num_iterations == 1:  # before the policy has moved nothing can be clipped
-                stats["clipped"] = moved["clipped"]
+                stats["clip_ratio"] = moved["clipped"]
             yield loss, dict(stats)
 
     def _per_token(self, values: Tensor, draws: Draws) -> Tensor:
@@ -198,12 +199,16 @@ class Grpo(Stage):
         rows = [question for question in range(len(batch)) for _ in range(group)]
         subsets = [tries[g][question] for question in range(len(batch)) for g in range(group)]
         rollout = self.engine.run(batch, rows, subsets, logits="logits" in needs_of(self.reward))
-        rewards = checked_reward(self.reward, rollout).view(len(batch), group)
-        return rewards, {
+        values, each = scores_of(self.reward, rollout)
+        rewards = values.view(len(batch), group)
+        stats = {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(-1).mean()),
             "exact": float(rollout.exact.mean()),
         }
+        for name, one in each.items():
+            stats |= {f"rewards/{name}/mean": float(one.mean()), f"rewards/{name}/std": float(one.std())}
+        return rewards, stats | _by_octave(batch, tries[0], rewards.mean(-1))
 
     def surrogate(self, policy: PlackettLuce | Rounds, draws: Draws, advantage: Tensor) -> tuple[Tensor, Stats]:
         """[B, G] losses of the subsets, one for all images of a question, and how far the policy has moved."""
@@ -228,6 +233,15 @@ class Grpo(Stage):
             # Schulman's third estimate: of each step, never negative, 0 where nothing has moved.
             moved = ((gap.exp() - 1 - gap) * inside).sum() / inside.sum()
         return -chosen, {"clipped": float(outside.sum() / real.sum()), "kl_old": float(moved)}
+
+
+def _by_octave(batch: Batch, subsets: Subsets, rewards: Tensor) -> Stats:
+    """The mean of the rewards [B] of the questions whose share of kept tokens lies in each halving of 1."""
+    found: dict[int, list[float]] = {}
+    for tokens, kept, reward in zip(batch.tokens, subsets, rewards.tolist(), strict=True):
+        share = sum(map(len, kept)) / sum(t.n for t in tokens)
+        found.setdefault(min(math.floor(math.log2(share)), -1), []).append(reward)
+    return {f"reward/keep_{2.0**low:.3g}-{2.0 ** (low + 1):.3g}": sum(of) / len(of) for low, of in found.items()}
 
 
 def _sum_by(values: Tensor, owner: Tensor, groups: int) -> Tensor:
