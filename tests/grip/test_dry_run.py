@@ -115,10 +115,18 @@ def test_settings_move_the_estimate_as_they_move_the_run():
         sizes = Sizes.of(model, processor, questions, config)
         return memory(sizes, config), operations(sizes, config), hours(sizes, config, 1e9)
 
+    def features(processes, **changes):
+        config = tiny_config(**changes)
+        return memory(Sizes.of(model, processor, questions, config), config, processes)["features"]
+
     parts, count, time = told()
     assert sum(parts.values()) > peak(parts) > parts["weights"] > 0
     assert told(max_tokens_per_forward=128)[0]["rollouts"] < parts["rollouts"]
     assert "teacher" not in told(stage="grpo")[0]
+    assert told(teacher="gradient_at_k")[0] == parts
+    # All micro-batches of a step are in memory at once, each in one process.
+    assert features(1, gradient_accumulation_steps=4) == 4 * parts["features"]
+    assert features(2, gradient_accumulation_steps=4) == 2 * parts["features"]
     assert told(gradient_checkpointing=False)[0]["teacher"] > parts["teacher"]
     assert told(max_steps=12)[1]["grpo"] == 2 * count["grpo"]
     assert told(num_iterations=4)[1]["grpo"] > count["grpo"]

@@ -130,9 +130,9 @@ def _attention(engine: Engine, batch: Batch, rows: Sequence[int]) -> list[Tensor
     arguments = engine.whole(batch)
     with capture_attention(model.get_decoder(), layers, queries) as seen:
         model(**arguments, **engine.last(1), use_cache=False)
-    rows = torch.stack([seen[layer][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
-    predicts = (batch.inputs["labels"][:, -width:] >= 0).to(rows)
-    weights = (rows * predicts[..., None]).sum(1)
+    paid = torch.stack([seen[layer][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
+    predicts = (batch.inputs["labels"][:, -width:] >= 0).to(paid)
+    weights = (paid * predicts[..., None]).sum(1)
     return [weights[i, positions] for i, positions in engine.image_positions(batch)]
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from gripvlm.eval.answering import prompt_text
-from gripvlm.grip.scorer import Scorer, ScorerConfig
+from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.grip.train.data import Question
 from gripvlm.grip.train.rollout import PSEUDO_LABEL_TOKENS
+from gripvlm.grip.train.run import new_scorer
 
 SAMPLED = 16
 """Questions that are tokenised, and whose pictures are read, for the lengths."""
@@ -93,19 +94,8 @@ class Sizes:
             answers.append(PSEUDO_LABEL_TOKENS if own else known + 1)
             patches.append(_patches(made["pixel_values"], vision))
         inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
-        scorer = ScorerConfig(
-            text.hidden_size,
-            config.width,
-            config.blocks,
-            config.heads,
-            config.question,
-            config.budget,
-            config.joint,
-            config.rounds,
-            config.diversity and config.rounds > 1,
-        )
         with torch.device("meta"):
-            scorer_size = _count(Scorer(scorer))
+            scorer_size = _count(Scorer(new_scorer(config, text.hidden_size)))
         return cls(
             itemsize=model.dtype.itemsize,
             weights=_count(model),
@@ -130,8 +120,8 @@ class Sizes:
         return math.ceil(share * self.visual) + self.text + self.answer
 
 
-def memory(sizes: Sizes, config: TrainConfig) -> dict[str, int]:
-    """Bytes by part; `peak` says which are there at once."""
+def memory(sizes: Sizes, config: TrainConfig, processes: int = 1) -> dict[str, int]:
+    """Bytes by part in each of the processes; `peak` says which are there at once."""
     s, b = sizes, sizes.itemsize
     questions = config.per_device_train_batch_size * config.questions_per_image
     low, high = _shares(config)
@@ -152,8 +142,8 @@ def memory(sizes: Sizes, config: TrainConfig) -> dict[str, int]:
     parts = {
         "weights": s.weights * b,
         "optimiser": s.scorer * 4 * (4 + bool(config.ema_decay) + bool(config.beta)),
-        # Of all micro-batches of a step: their rewards have one scale.
-        "features": config.gradient_accumulation_steps * (pictures + questions) * s.visual * s.hidden * b,
+        # Of all micro-batches that a process has in a step: their rewards have one scale.
+        "features": config.gradient_accumulation_steps // processes * (pictures + questions) * s.visual * s.hidden * b,
         "vision tower": pictures * s.patches * (2 * s.tower_inner + s.hidden) * b,
         "rollouts": tokens * (3 * s.hidden + 3 * s.inner) * b + tokens * s.row(high),
         "logits": logits * ((b if b < 4 else 0) + 8),
@@ -239,7 +229,7 @@ def speed_of(device: torch.device, dtype: torch.dtype, width: int, seconds: floa
 
 def report(sizes: Sizes, config: TrainConfig, device: torch.device, dtype: torch.dtype, processes: int = 1) -> str:
     """A text of several lines: memory by part, hours by stage."""
-    parts = memory(sizes, config)
+    parts = memory(sizes, config, processes)
     lines = [f"a question has {sizes.visual} visual tokens, {sizes.text} of text, an answer of {sizes.answer} at most"]
     lines += ["", f"memory of each process on {device}, {str(dtype).removeprefix('torch.')}"]
     for name, size in parts.items():

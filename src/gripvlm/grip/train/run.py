@@ -170,7 +170,7 @@ def run_stage(
 ) -> Scorer:
     """Trains the stage's scorer on (training, validation) questions; saves it in a folder of the stage's name.
 
-    A stage of another package is trained so too: anything with a `Stage`'s attributes and `losses`.
+    A stage of another package is trained so too: anything with a `Stage`'s attributes and methods.
 
     Args:
         reward: what validation measures, instead of the settings' reward.
@@ -329,9 +329,14 @@ def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -
     if source:
         return _loaded(source, config, model), ""
     base = ModelFingerprint.of(model)
+    return Scorer(new_scorer(config, base.features), base).to(model.device), ""
+
+
+def new_scorer(config: TrainConfig, features: int) -> ScorerConfig:
+    """The sizes of a new scorer for features of so many channels."""
     sizes = {name: getattr(config, name) for name in _SIZES}
     sizes["diversity"] = config.diversity and config.rounds > 1
-    return Scorer(ScorerConfig(base.features, **sizes), base).to(model.device), ""
+    return ScorerConfig(features, **sizes)
 
 
 def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel) -> Scorer:

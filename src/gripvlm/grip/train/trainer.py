@@ -225,7 +225,7 @@ class Trainer:
         micro_batches = [self._losses(m, progress) for m in mine]
         explored = self._everyone(partial(_explored, dict(zip(mine, micro_batches, strict=True))))
         in_order = sorted((pair for of_one in explored for pair in of_one.items()), key=lambda pair: pair[0])
-        stage.pool([found for _, found in in_order if found is not None])
+        self._everyone(partial(stage.pool, [found for _, found in in_order if found is not None]))
         collected: list[Stats] = []
         for iteration in range(stage.num_iterations):
             # Zeros, not None: a process whose questions were all left out still takes part in the sum.
