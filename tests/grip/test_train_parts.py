@@ -114,16 +114,16 @@ def test_other_questions_than_were_begun_are_read_again(engine):
 # --- teachers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("teacher", ["gradient", "attention"])
+@pytest.mark.parametrize("teacher", ["gradient", "gradient_at_k", "attention"])
 def test_teachers_make_logits_at_the_answer_alone(engine, batch, teacher):
     made = []
     hook = engine.model.lm_head.register_forward_hook(lambda module, args, out: made.append(out.shape[1]))
     get_teacher(teacher)(engine, batch, torch.tensor([4] * 4), drawn())
     hook.remove()
-    assert made == [batch.longest + 1 if teacher == "gradient" else 1]
+    assert made == [1 if teacher == "attention" else batch.longest + 1]
 
 
-@pytest.mark.parametrize("teacher", ["gradient", "attention"])
+@pytest.mark.parametrize("teacher", ["gradient", "gradient_at_k", "attention"])
 def test_a_teacher_in_parts_gives_what_it_gives_at_once(engine, batch, teacher, monkeypatch):
     look = get_teacher(teacher)
     whole = look(engine, batch, torch.tensor([4] * 4), drawn())
@@ -156,8 +156,9 @@ def test_checkpointing_stores_less_and_changes_no_gradient(engine, batch, monkey
 # --- validation ---------------------------------------------------------------------------------------------------
 
 
-def test_shards_of_the_validation_are_the_whole(engine):
-    scorer = tiny_scorer(engine.model)
+@pytest.mark.parametrize("own", [{}, {"joint": True, "rounds": 2, "diversity": True}], ids=["one round", "joint"])
+def test_shards_of_the_validation_are_the_whole(engine, own):
+    scorer = tiny_scorer(engine.model, **own)
     whole, parts = (
         Evaluator(engine, pairs(asked(5)), get_reward("probability"), tiny_config(), batch_size=3) for _ in range(2)
     )

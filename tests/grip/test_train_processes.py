@@ -76,8 +76,14 @@ def launched(folder: Path, code: str, source: Path | None = None) -> tuple[int, 
             "Grpo.surrogate = surrogate",
             "process 1 of 2: the loss of grpo is nan at step 0: lower --learning-rate",
         ),
+        (
+            "from gripvlm.grip.train.grpo import Grpo\nbefore = Grpo.pool\n"
+            "def pool(self, explored):\n    if rank:\n        raise GripError('no room')\n    before(self, explored)\n"
+            "Grpo.pool = pool",
+            "process 1 of 2: no room",
+        ),
     ],
-    ids=["error", "memory", "nan"],
+    ids=["error", "memory", "nan", "pool"],
 )
 def test_an_error_in_one_process_ends_both_with_the_same_words(tmp_path, code, text):
     code, said = launched(tmp_path, code + "\nrun()")
