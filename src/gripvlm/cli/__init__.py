@@ -15,6 +15,7 @@ from gripvlm.cli.bench import bench_command
 from gripvlm.cli.commands import env_command, evaluate_command, filled, quickstart_command
 from gripvlm.cli.listing import list_command
 from gripvlm.cli.results import report_command
+from gripvlm.cli.serving import serve_command
 from gripvlm.cli.training import train_command
 from gripvlm.errors import GripError
 
@@ -32,6 +33,7 @@ app.command(name="eval")(evaluate_command)
 app.command(name="report")(report_command)
 app.command(name="bench")(bench_command)
 app.command(name="train")(train_command)
+app.command(name="serve")(serve_command)
 app.command(name="list")(list_command)
 app.command(name="env")(env_command)
 

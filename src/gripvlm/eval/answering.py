@@ -19,7 +19,7 @@ from gripvlm.pruners import Pruner
 from gripvlm.types import Selection
 from gripvlm.utils.timing import device_time
 
-__all__ = ["SECONDS", "BatchAnswers", "answer", "make_inputs", "question_ids"]
+__all__ = ["SECONDS", "BatchAnswers", "answer", "make_inputs", "processed", "prompt_text", "question_ids"]
 
 SECONDS = ("vision", "pruner", "overhead", "prefill", "decode")
 """The parts of an answer's time, in their order."""
@@ -90,6 +90,12 @@ def make_inputs(
             )
     by_question = [[item] if isinstance(item, Image.Image) else list(item) for item in images or [()] * len(questions)]
     texts = [prompt_text(processor, text, len(own)) for text, own in zip(questions, by_question, strict=True)]
+    made = processed(processor, texts, None if images is None else by_question)
+    return dict(made.to(model.device) if images is None else made.to(model.device, dtype=model.dtype))
+
+
+def processed(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None) -> Any:
+    """What the processor makes of B full prompts, left-padded, and of the images of each; None for no images."""
     tokenizer = getattr(processor, "tokenizer", processor)
     begin = getattr(tokenizer, "bos_token", None)
     options = {
@@ -100,8 +106,8 @@ def make_inputs(
         "add_special_tokens": not (begin and texts[0].startswith(begin)),
     }
     if images is None:
-        return dict(tokenizer(texts, return_token_type_ids=False, **options).to(model.device))
-    return dict(processor(text=texts, images=by_question, **options).to(model.device, dtype=model.dtype))
+        return tokenizer(texts, return_token_type_ids=False, **options)
+    return processor(text=texts, images=images, **options)
 
 
 def question_ids(processor: Any, questions: Sequence[str]) -> list[list[int]]:

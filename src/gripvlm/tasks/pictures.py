@@ -25,16 +25,17 @@ class TaskError(GripError):
     """A task is unknown, or its files are not there or not readable."""
 
 
-def open_image(path: Path | bytes, name: str | None = None) -> Image.Image:
+def open_image(path: Path | bytes, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
     """The image as RGB, turned upright as its EXIF says.
 
     Args:
         path: its file, or the content of such a file.
         name: what messages call it; by default the path.
+        max_pixels: how many it may have; by default `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        TaskError: no such file, not an image, a damaged one, or one of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels,
-            which is refused before they are unpacked: a few kilobytes can hold gigabytes.
+        TaskError: no such file, not an image, a damaged one, or one of more than `max_pixels` pixels, which is refused
+            before they are unpacked: a few kilobytes can hold gigabytes.
     """
     name = name or ("a picture" if isinstance(path, bytes) else repr(str(path)))
     try:
@@ -42,11 +43,11 @@ def open_image(path: Path | bytes, name: str | None = None) -> Image.Image:
             regular(path)
         with Image.open(BytesIO(path) if isinstance(path, bytes) else path) as image:
             # Pillow itself only warns up to twice the limit.
-            limit = Image.MAX_IMAGE_PIXELS
+            limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
             if limit is not None and image.width * image.height > limit:
                 raise TaskError(
-                    f"{name} has {image.width} x {image.height} pixels, allowed are {limit} in all: make it smaller, "
-                    "or set PIL.Image.MAX_IMAGE_PIXELS"
+                    f"{name} has {image.width} x {image.height} pixels, allowed are {limit} in all: make it smaller"
+                    f"{', or set PIL.Image.MAX_IMAGE_PIXELS' if max_pixels is None else ''}"
                 )
             # In place: the copy would hold a second image of the full size.
             ImageOps.exif_transpose(image, in_place=True)
