@@ -29,26 +29,34 @@ def picture(seed: int, size: int = 32) -> Image.Image:
     return Image.fromarray(small).resize((size, size), Image.Resampling.NEAREST)
 
 
-def tiny_vlm(seed: int = 0) -> tuple[Any, Any]:
-    """(model, processor): LLaVA of 4 x 4 visual tokens that speaks the lab's words."""
+def tiny_vlm(
+    seed: int = 0,
+    hidden: int = 32,
+    layers: int = 2,
+    inner: int = 64,
+    heads: int = 2,
+    vocabulary: int = 0,
+    image: int = 32,
+) -> tuple[Any, Any]:
+    """(model, processor): LLaVA of 4 x 4 visual tokens that speaks the lab's words, or of other sizes."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = lab_processor().tokenizer
     torch.manual_seed(seed)
     text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
+        vocab_size=vocabulary or len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=256 if image == 32 else 2048,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     vision = CLIPVisionConfig(
-        **TOWER, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, projection_dim=32
+        **TOWER, num_hidden_layers=2, num_attention_heads=2, image_size=image, patch_size=8, projection_dim=32
     )
     image = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=image))

@@ -116,8 +116,8 @@ class Selection:
     """The kept rows of one image.
 
     Attributes:
-        indices: [k] LongTensor, ascending and unique, rows of `VisualTokens.features`. Where rows are dropped inside
-            the language model, those that are left in its last layer.
+        indices: [k] LongTensor, ascending and unique, rows of `VisualTokens.features`; k may be 0 of a joint pruner.
+            Where rows are dropped inside the language model, those that are left in its last layer.
         n: the number of rows before.
         scores: [n] the scores that ranked the rows (higher is kept), or None.
         merge: the rows that are merged into kept rows, or None.

@@ -385,7 +385,8 @@ REFUSED = [
     (lambda: PlackettLuce(torch.ones(2, 3), 4), r"k=\[4, 4\], and the rows have \[3, 3\] items"),
     (lambda: PlackettLuce(torch.tensor([[-torch.inf, 1.0]]), 2), r"k=\[2\], and the rows have \[1\]"),
     (lambda: PlackettLuce(torch.ones(2, 3), 2, torch.tensor([[1, 1, 1], [0, 1, 0]]).bool()), r"have \[3, 1\]"),
-    (lambda: PlackettLuce(torch.ones(1, 3), 0), r"k=\[0\].*pass k from 1"),
+    (lambda: PlackettLuce(torch.ones(1, 3), -1), r"k=\[-1\].*pass k from 0"),
+    (lambda: ConditionalBernoulli(torch.ones(1, 3), 0), r"k=\[0\].*pass k from 1"),
 ]
 
 

@@ -138,7 +138,7 @@ def test_each_relaxation_gives_the_scorer_a_gradient(engine, batch, relaxation):
 def test_a_hard_straight_through_mask_is_worth_what_dropping_is(engine, batch, reward):
     """The loss at the floor's small leak equals the reward of the subsets that the mask keeps."""
     scorer = tiny_scorer(engine.model)
-    cold = {"tau_start": 1e-4, "tau_end": 1e-4, "reward": reward}
+    cold = {"tau_start": 1e-4, "tau_end": 1e-4, "reward_funcs": reward}
     config = relaxed_config(relaxation="straight_through", budgets="choices", keep_choices="0.25", **cold)
     ((loss, _),) = Relaxed(config, scorer, engine).losses(batch, 0.0, drawn())
     inputs = batch.for_scorer(True)
@@ -150,7 +150,7 @@ def test_a_hard_straight_through_mask_is_worth_what_dropping_is(engine, batch, r
 
 def test_a_reward_without_a_gradient_is_refused():
     with pytest.raises(TrainError, match="'agreement' has no gradient: use probability"):
-        relaxed_config(reward="agreement")
+        relaxed_config(reward_funcs="agreement")
 
 
 # --- DynamicViT ---------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_the_dynamicvit_loss_is_the_answers_and_the_ratios(engine, batch):
     scorer = tiny_scorer(engine.model)
     with torch.no_grad():
         scorer.score.bias.fill_(60.0)
-    settings = {"budgets": "choices", "keep_choices": "0.25", "ratio_weight": 3.0, "reward": "log_prob"}
+    settings = {"budgets": "choices", "keep_choices": "0.25", "ratio_weight": 3.0, "reward_funcs": "log_prob"}
     config = relaxed_config(relaxation="dynamicvit", **settings)
     ((loss, stats),) = DynamicViT(config, scorer, engine).losses(batch, 0.0, drawn())
     full = engine.run(batch, range(4), EVERYTHING)
@@ -310,7 +310,7 @@ def test_each_is_trained_saved_and_resumed(tmp_path, relaxation):
     (checkpoint,) = (tmp_path / "one").glob("*.ckpt")
     modules = torch.load(checkpoint, weights_only=True)["modules"]
     assert {"config.toml", "environment.json", "metrics.jsonl"} <= {path.name for path in (tmp_path / "one").iterdir()}
-    assert sorted(modules) == (["denoiser", "scorer"] if relaxation == "diffprune" else ["scorer"])
+    assert sorted(modules) == ["average", *(["denoiser"] if relaxation == "diffprune" else []), "scorer"]
     again = replace(config, output_dir=str(tmp_path / "two"))
     assert train_relaxed(again, model, processor, asked(6)).digest() == trained.digest()
     assert train_relaxed(config, model, processor, asked(6)).digest() == trained.digest()  # nothing is left to do
@@ -319,5 +319,5 @@ def test_each_is_trained_saved_and_resumed(tmp_path, relaxation):
 
 
 def test_mistakes_are_one_line():
-    with pytest.raises(SystemExit, match="Error: reward = 'agreement' has no gradient"):
-        main(["--reward", "agreement"])
+    with pytest.raises(SystemExit, match="Error: reward_funcs = 'agreement' has no gradient"):
+        main(["--reward-funcs", "agreement"])

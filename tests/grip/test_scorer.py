@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import gripvlm
 from gripvlm.errors import GripError, InputError, PrunerError
 from gripvlm.grip.pruner import Grip
 from gripvlm.grip.scorer import FORMAT, ModelFingerprint, Scorer, ScorerConfig, ScorerError, coordinates
+from gripvlm.types import VisualTokens
 from tiny_families import build, make
 from tiny_models import llava_inputs, tiny_llava
 
@@ -28,8 +30,10 @@ def scorer_of(model=None, seed: int = 0, **changes) -> Scorer:
     scorer = Scorer(config, None if model is None else ModelFingerprint.of(model))
     with torch.no_grad():
         for name, weight in scorer.named_parameters():
-            if ".film." in name or name == "score.weight":
+            if ".film." in name or name in ("score.weight", "image.weight", "update.change.weight"):
                 weight.normal_(std=0.3)
+            if name == "update.penalty.bias":
+                weight.fill_(1.0)
     return scorer.eval()
 
 
@@ -112,8 +116,131 @@ def test_without_the_question():
         one(scorer_of(), features, None, 0.5, None)
 
 
+# --- rounds, diversity, one budget for a prompt -------------------------------------------------------------------
+
+
+def kept_by(scorer: Scorer, tokens: list, **options) -> list[list[int]]:
+    """What the scorer keeps of each image."""
+    return [one.indices.tolist() for one in Grip(module=scorer, **options).select_batch(tokens)]
+
+
+def tokens_of(sizes: list[list[tuple[int, int]]]) -> list[VisualTokens]:
+    """Images of (n, k), a list for each prompt."""
+    made = torch.Generator().manual_seed(4)
+    words = [torch.randn(3 + i, WIDTH, generator=made) for i in range(len(sizes))]
+    return [
+        VisualTokens(torch.randn(n, WIDTH, generator=made), k, question=words[i], sample=i, image=j)
+        for i, prompt in enumerate(sizes)
+        for j, (n, k) in enumerate(prompt)
+    ]
+
+
+@torch.no_grad()
+def test_a_new_scorer_of_several_rounds_keeps_what_one_round_keeps():
+    torch.manual_seed(0)
+    plain = Scorer(ScorerConfig(WIDTH, 32, 2, 2))
+    several = Scorer(ScorerConfig(WIDTH, 32, 2, 2, rounds=3))
+    several.load_state_dict(plain.state_dict(), strict=False)
+    some = tokens_of([[(16, 5)], [(30, 12)], [(9, 9)], [(4, 1)]])
+    assert kept_by(several.eval(), some) == kept_by(plain.eval(), some)
+    everything = scorer_of(rounds=3)
+    everything.load_state_dict({**everything.state_dict(), **plain.state_dict()})
+    assert kept_by(everything, some) != kept_by(plain, some)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"rounds": 3, "diversity": True}, {"rounds": 2, "budget": False}, {"rounds": 4}])
+def test_rounds_by_hand(changes):
+    """One image at a time, one round after another, against the batch."""
+    scorer, some = scorer_of(**changes), tokens_of([[(16, 7)], [(30, 12)], [(9, 2)]])
+    for tokens, kept in zip(some, kept_by(scorer, some), strict=True):
+        share = torch.tensor([tokens.keep / tokens.n])
+        read = scorer.read(tokens.features[None], coordinates(tokens.n, None)[None], share, None, tokens.question[None])
+        logits, picks = read.logits[0].clone(), []
+        for r in range(scorer.config.rounds):
+            upto = -(-tokens.keep * (r + 1) // scorer.config.rounds)
+            if r:
+                left, now = torch.tensor([tokens.keep - len(picks)]), torch.tensor([[picks]])
+                logits = scorer.rescore(read, torch.tensor([tokens.n]))(now, left)[0, 0]
+            logits[picks] = -torch.inf
+            picks += logits.argsort(descending=True)[: upto - len(picks)].tolist()
+        assert sorted(picks) == kept
+
+
+@torch.no_grad()
+def test_diversity_takes_lambda_times_the_largest_cosine():
+    scorer = scorer_of(rounds=2, diversity=True)
+    tokens = tokens_of([[(10, 4)]])[0]
+    read = scorer.read(
+        tokens.features[None], coordinates(10, None)[None], torch.tensor([0.4]), None, tokens.question[None]
+    )
+    kept, left = torch.tensor([[[3, 7, -1], [0, 5, 2]]]), torch.tensor([2])
+    found = scorer.rescore(read, torch.tensor([10]))(kept, left)[0]
+    scorer.update.penalty.bias.fill_(-torch.inf)
+    without = scorer.rescore(read, torch.tensor([10]))(kept, left)[0]
+    places = torch.nn.functional.normalize(scorer.update.compare(read.states[0]), dim=-1)
+    for row, others in enumerate(([3, 7], [0, 5, 2])):
+        nearest = (places @ places[others].T).max(-1).values
+        lost = torch.nn.functional.softplus(torch.tensor(1.0)) * nearest
+        assert torch.allclose(without[row] - found[row], lost, atol=1e-5)
+
+
+def test_everything_of_the_update_is_learnt():
+    scorer, tokens = scorer_of(rounds=2, diversity=True), tokens_of([[(10, 4)]])[0]
+    read = scorer.read(
+        tokens.features[None], coordinates(10, None)[None], torch.tensor([0.4]), None, tokens.question[None]
+    )
+    scorer.rescore(read, torch.tensor([10]))(torch.tensor([[[3, 7]]]), torch.tensor([2])).square().sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in scorer.update.parameters())
+
+
+@torch.no_grad()
+def test_one_budget_moves_between_the_images_of_a_prompt():
+    """Exact in the total; to the images whose tokens score highest; a prompt does not see another."""
+    some = tokens_of([[(16, 4), (9, 3)], [(12, 5)], [(6, 2), (6, 2), (20, 2)]])
+    scorer = scorer_of(joint=True)
+    kept = kept_by(scorer, some)
+    counts = [len(rows) for rows in kept]
+    assert [sum(counts[:2]), counts[2], sum(counts[3:])] == [7, 5, 6]
+    assert counts != [tokens.keep for tokens in some]
+    grip = Grip(module=scorer)
+    for group in (some[:2], some[2:3], some[3:]):
+        scores = torch.cat([one.scores for one in grip.select_batch(group)])
+        n, k = sum(tokens.n for tokens in group), sum(tokens.keep for tokens in group)
+        best = set(scores.argsort(descending=True)[:k].tolist())
+        starts = [sum(tokens.n for tokens in group[:i]) for i in range(len(group))]
+        alone = kept_by(scorer, group)
+        assert {start + i for start, rows in zip(starts, alone, strict=True) for i in rows} == best
+        assert len(scores) == n
+    assert kept == [rows for group in (some[:2], some[2:3], some[3:]) for rows in kept_by(scorer, group)]
+    # An image of a prompt changes what is kept of another; each image has its number.
+    assert kept_by(scorer, some[:2]) != kept_by(scorer, [some[0], replace(some[2], sample=0)])
+    apart = kept_by(scorer_of(), some)
+    assert [len(rows) for rows in apart] == [tokens.keep for tokens in some]
+
+
+@torch.no_grad()
+def test_a_joint_scorer_of_one_image_is_one_that_scores_images_apart():
+    plain, joint = scorer_of(), scorer_of(joint=True)
+    joint.load_state_dict({**joint.state_dict(), **plain.state_dict()})
+    joint.image.weight.zero_()
+    some = tokens_of([[(16, 5)], [(30, 12)], [(9, 9)]])
+    assert kept_by(joint, some) == kept_by(plain, some)
+
+
+@torch.no_grad()
+def test_many_prompts_are_scored_in_parts_that_do_not_divide_a_prompt(monkeypatch):
+    some, scorer = tokens_of([[(8, 2)] * 3, [(8, 1)] * 5, [(8, 3)], [(8, 3)] * 2]), scorer_of(joint=True, rounds=2)
+    whole = kept_by(scorer, some)
+    for most in (1, 4, 6):
+        monkeypatch.setattr("gripvlm.grip.pruner.MAX_BATCH", most)
+        assert kept_by(scorer, some) == whole
+
+
 def test_sizes_that_cannot_be():
-    for sizes in ({"width": 30, "heads": 4}, {"blocks": 0}, {"width": 0}):
+    with pytest.raises(InputError, match="use rounds=2 or more"):
+        ScorerConfig(WIDTH, diversity=True)
+    for sizes in ({"width": 30, "heads": 4}, {"blocks": 0}, {"width": 0}, {"rounds": 0}):
         with pytest.raises(InputError, match="heads must divide width"):
             ScorerConfig(WIDTH, **sizes)
 
@@ -122,8 +249,9 @@ def test_sizes_that_cannot_be():
 
 
 @torch.no_grad()
-def test_saved_and_loaded_it_is_the_same(model, tmp_path):
-    scorer = scorer_of(model)
+@pytest.mark.parametrize("changes", [{}, {"joint": True, "rounds": 3, "diversity": True}])
+def test_saved_and_loaded_it_is_the_same(model, tmp_path, changes):
+    scorer = scorer_of(model, **changes)
     scorer.notes = {"stage": "grpo", "steps": 7}
     scorer.train()
     scorer.save_pretrained(tmp_path / "a" / "b")
@@ -176,6 +304,21 @@ def test_a_scorer_without_a_model_loads_and_may_not_prune(model, inputs, tmp_pat
     assert grip.module.base is None
     with pytest.raises(PrunerError, match="never trained"):
         gripvlm.prune_inputs(model, inputs, grip, 4)
+
+
+@torch.no_grad()
+def test_a_scorer_of_the_first_edition_loads(model, tmp_path):
+    """Its config.json knows no rounds, no diversity and no joint budget."""
+    scorer = scorer_of(model)
+    scorer.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    for name in ("joint", "rounds", "diversity"):
+        del about["scorer"][name]
+    (tmp_path / "config.json").write_text(json.dumps(about), encoding="utf-8")
+    loaded = Scorer.from_pretrained(tmp_path)
+    assert loaded.config == scorer.config
+    assert (loaded.config.joint, loaded.config.rounds, loaded.config.diversity) == (False, 1, False)
+    assert loaded.digest() == scorer.digest()
 
 
 def broken(folder, what: str) -> None:
@@ -258,10 +401,10 @@ def test_another_width_is_refused(model):
 class Spy(Scorer):
     """Notes the logits it gives, image by image, without padding."""
 
-    def forward(self, *args, **kwargs):
-        logits = super().forward(*args, **kwargs)
-        self.__dict__.setdefault("seen", []).extend(row[row.isfinite()] for row in logits)
-        return logits
+    def read(self, *args, **kwargs):
+        scored = super().read(*args, **kwargs)
+        self.__dict__.setdefault("seen", []).extend(row[row.isfinite()] for row in scored.logits)
+        return scored
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gripvlm
 from gripvlm import lab
@@ -16,6 +18,9 @@ from gripvlm.cli import main
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import TrainConfig, read_toml
 from gripvlm.grip.train.config import RENAMED
+from gripvlm.grip.train.processes import EndedTogether
+from gripvlm.models import loading
+from gripvlm.models.loading import training_dtype
 from tiny_train import stopping, tiny_vlm, write_jsonl
 
 
@@ -41,8 +46,8 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
         (["sideways"], "use one of 'all', 'distill', 'grpo'"),
         (["--data", ""], "no training data: type --data"),
         (["--data", "nothing.jsonl"], "no file 'nothing.jsonl'"),
-        (["--reward", "nonsense"], "unknown reward 'nonsense'"),
-        (["--reward", "..:x"], "no reward '..:x': TypeError"),
+        (["--reward-funcs", "nonsense"], "unknown reward 'nonsense'"),
+        (["--reward-funcs", "..:x"], "no reward '..:x': TypeError"),
         (["--keep-low", "0"], "keep_low = 0.0: use a number above 0"),
         (["--teacher", "nobody"], "unknown teacher 'nobody'"),
         (["--config", "nothing.toml"], "no config file 'nothing.toml'"),
@@ -59,6 +64,11 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
         (["--budgets", "choices", "--keep-choices", "0.1", "--keep-low", "0.2"], "--keep-low has no effect with"),
         (["distill", "--num-generations", "8"], "--num-generations has no effect in distill"),
         (["grpo", "--init-from", "nowhere"], "nowhere"),
+        (["--dtype", "int8"], "dtype = 'int8': use one of 'auto', 'float32', 'bfloat16', 'float16'"),
+        (["--dtype", "float16"], "float16 is too small for the gradients of the teacher gradient"),
+        (["--bf16", "--dtype", "bfloat16"], "bf16 is for models in float32, and this one is bfloat16: leave bf16 out"),
+        (["--attn-implementation", "nonsense"], "attn_implementation 'nonsense'"),
+        (["--reward-weights", "1,2"], "use one number for each of 1 reward_funcs"),
         (["--eval-data", "q.jsonl"], "--eval-share has no effect with eval_data q.jsonl (it would with none)"),
     ],
 )
@@ -118,6 +128,38 @@ def test_flags_win_over_the_file_and_ctrl_c_says_what_is_kept(tiny_lab_here, cap
     written = read_toml("elsewhere/config.toml")
     assert (written["max_steps"], written["distill_steps"], written["question"]) == (2, 2, False)
     assert not Scorer.from_pretrained("elsewhere").config.question
+
+
+def test_the_model_is_loaded_as_it_is_told(tiny_lab_here, monkeypatch, vlm):
+    loaded = []
+    monkeypatch.setattr(
+        "gripvlm.models.loading.load_model", lambda name, *how: loaded.append(how) or (copy.deepcopy(vlm[0]), vlm[1])
+    )
+    short = [*tiny_lab_here, "grpo", "--max-steps", "1", "--eval-keeps", "0.5"]
+    assert main(short) == 0
+    assert (
+        main([*short, "--dtype", "bfloat16", "--attn-implementation", "sdpa", "--output-dir", "b"]) == 2
+    )  # is float32
+    assert loaded == [("cpu", "float32", None), ("cpu", "bfloat16", "sdpa")]
+
+
+def test_the_dtype_of_an_accelerator_is_bfloat16_if_it_has_it(monkeypatch):
+    assert training_dtype("cpu") == "float32"
+    monkeypatch.setattr(loading, "chosen_device", torch.device)
+    for has, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **how: has)
+        assert training_dtype("cuda") == dtype
+
+
+def test_one_process_says_what_ended_all(tiny_lab_here, monkeypatch, capsys):
+    def ended(*args, **kwargs):
+        raise EndedTogether("process 1 of 2: no luck")
+
+    monkeypatch.setattr("gripvlm.grip.train.run.train_on", ended)
+    for rank, said in (("0", "Error: process 1 of 2: no luck"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert main(tiny_lab_here) == 2
+        assert capsys.readouterr().err.strip() == said
 
 
 def test_help_lists_every_setting_without_loading_torch():

@@ -18,7 +18,6 @@ from gripvlm.grip.pruner import place_of
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerError
 from gripvlm.grip.train import Engine, train, write_toml
 from gripvlm.grip.train.run import check_settings
-from gripvlm.grip.train.trainer import Trainer
 from gripvlm.tasks import TaskError, get_tasks
 from places import TESTS
 from tiny_train import asked, tiny_config, tiny_vlm, write_jsonl
@@ -65,7 +64,7 @@ def test_mistakes_show_before_the_model_is_loaded(tmp_path):
     file = write_jsonl(tmp_path / "d", 4)
     check_settings(tiny_config(data=str(file), output_dir=str(tmp_path / "r")))
     with pytest.raises(TrainError, match="unknown reward"):
-        check_settings(tiny_config(data=str(file), reward="nonsense"))
+        check_settings(tiny_config(data=str(file), reward_funcs="nonsense"))
     (tmp_path / "d" / "2.png").unlink()
     with pytest.raises(TrainError, match=r"2\.png.*no such file \(and 1 more samples\).*--on-bad-sample skip"):
         check_settings(tiny_config(data=str(file)))
@@ -93,11 +92,11 @@ def test_a_folder_without_its_settings_is_refused(tmp_path):
 
 
 def test_out_of_memory_says_what_to_lower(vlm, tmp_path, monkeypatch):
-    def full(self):
+    def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Trainer, "_step", full)
-    with pytest.raises(TrainError, match="grpo ran out of memory: use a smaller --rollout-batch-size"):
+    monkeypatch.setattr(Engine, "_forward", full)
+    with pytest.raises(TrainError, match="grpo ran out of memory: use a smaller --max-tokens-per-forward"):
         train(tiny_config(output_dir=str(tmp_path), stage="grpo"), *vlm, asked(8))
 
 
@@ -105,7 +104,9 @@ def test_task_score_needs_answers(vlm, tmp_path):
     file = write_jsonl(tmp_path, 8)
     file.write_text("".join(line.split(', "answer"')[0] + "}\n" for line in file.read_text().splitlines()))
     with pytest.raises(TrainError, match="has no answer to compare with: use the reward agreement"):
-        train(tiny_config(data=str(file), output_dir=str(tmp_path / "r"), stage="grpo", reward="task_score"), *vlm)
+        train(
+            tiny_config(data=str(file), output_dir=str(tmp_path / "r"), stage="grpo", reward_funcs="task_score"), *vlm
+        )
 
 
 def test_evidence_outside_its_raster_is_refused(tmp_path):

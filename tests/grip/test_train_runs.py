@@ -17,7 +17,7 @@ import gripvlm
 from gripvlm.errors import Interrupted, TrainError
 from gripvlm.eval import evaluate
 from gripvlm.grip.scorer import Scorer
-from gripvlm.grip.train import Evaluator, TrainConfig, read_toml, train
+from gripvlm.grip.train import TrainConfig, read_toml, train
 from gripvlm.grip.train.trainer import Trainer
 from gripvlm.tasks import Sample, TaskError, get_tasks
 from places import TESTS
@@ -39,8 +39,9 @@ def whole(vlm, tmp_path_factory):
 
 def lines(folder: Path) -> list[dict]:
     """The metrics without clock times."""
+    clock = ("minutes", "step_time")
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "minutes"} for line in found]
+    return [{key: value for key, value in line.items() if key not in clock} for line in found]
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -48,10 +49,12 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_scorer_is_trained_on_questions_about_several_pictures(vlm, tmp_path):
-    file = write_several(tmp_path / "data")
-    config = tiny_config(data=str(file), output_dir=str(tmp_path / "r"), distill_steps=2, max_steps=2, eval_share=0.5)
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_scorer_is_trained_on_questions_about_several_pictures(vlm, tmp_path, joint):
+    file, steps = write_several(tmp_path / "data"), {"distill_steps": 2, "max_steps": 2, "teacher": "gradient_at_k"}
+    config = tiny_config(data=str(file), output_dir=str(tmp_path / "r"), eval_share=0.5, joint=joint, **steps)
     scorer = train(config, *vlm)
+    assert (scorer.joint, scorer.module.config.rounds, scorer.module.config.diversity) == (joint, 2, True)
     (task,) = get_tasks(f"jsonl:{file}")
     result = evaluate(*vlm, [task], [scorer], [0.25])
     assert [row["tokens"] for row in result["rows"]] == [32, 8]
@@ -76,9 +79,10 @@ def test_a_run_leaves_everything_in_its_folder(whole):
         name: [one["eval"]["objective"] for one in lines(whole) if one["stage"] == name and "eval" in one]
         for name in ("distill", "grpo")
     }
-    assert max(judged["distill"]) == judged["grpo"][0]  # one judge, and the best goes on
+    assert judged["distill"][-1] == judged["grpo"][0]  # what distilling ended with
     grpo = [line for line in lines(whole) if line["stage"] == "grpo" and "loss" in line]
-    assert set(grpo[0]) >= {"lr", "grad_norm", "reward", "reward_std", "exact", "zero_std", "entropy"}
+    assert set(grpo[0]) >= {"learning_rate", "grad_norm", "reward", "reward_std", "exact", "entropy", "num_tokens"}
+    assert set(grpo[0]) >= {"frac_reward_zero_std", "rewards/probability/mean", "rewards/probability/std"}
     assert TrainConfig(**read_toml(whole / "config.toml")) == tiny_config(output_dir=str(whole))
     assert not same_weights(whole, whole / "distill")
 
@@ -159,7 +163,7 @@ def test_another_run_is_kept_out_of_the_folder(vlm, whole, tmp_path):
         train(tiny_config(output_dir=str(whole), seed=1), *vlm, asked(8))
     train(tiny_config(output_dir=str(tmp_path), stage="distill"), *vlm, asked(8))
     mistakes = {
-        "unknown reward": {"reward": "nonsense"},
+        "unknown reward": {"reward_funcs": "nonsense"},
         "eval_keeps": {"eval_keeps": "2"},
         "no scorer": {"init_from": "/no/x"},
     }
@@ -169,28 +173,8 @@ def test_another_run_is_kept_out_of_the_folder(vlm, whole, tmp_path):
     assert read_toml(tmp_path / "config.toml")["stage"] == "distill"  # what failed at once left no trace
 
 
-def test_the_best_step_is_kept(vlm, tmp_path, monkeypatch):
-    scores, states = iter([1.0, 3.0, 2.0, 2.5]), []
-
-    def judge(self, scorer):
-        states.append({name: value.clone() for name, value in scorer.state_dict().items()})
-        return {"objective": next(scores)}
-
-    monkeypatch.setattr(Evaluator, "evaluate", judge)
-    config = tiny_config(output_dir=str(tmp_path), stage="grpo", max_steps=3, eval_steps=1)
-    grip = train(config, *vlm, asked(8))
-    assert len(states) == 4
-    assert all(torch.equal(value, states[1][name]) for name, value in grip.module.state_dict().items())
-    assert not torch.equal(states[1]["score.weight"], states[3]["score.weight"])
-    assert max(line["step"] for line in lines(tmp_path)) == 3
-
-
 def test_a_running_average_of_the_weights_is_kept_and_resumed(vlm, tmp_path, monkeypatch):
-    steps, before, evaluate = [], Trainer._step, Evaluator.evaluate
-    counted = iter(range(1000))
-    monkeypatch.setattr(
-        Evaluator, "evaluate", lambda self, scorer: evaluate(self, scorer) | {"objective": next(counted)}
-    )
+    steps, before = [], Trainer._step
 
     def noted(self):
         steps.append({name: value.clone() for name, value in self.stage.scorer.state_dict().items()})
@@ -201,8 +185,9 @@ def test_a_running_average_of_the_weights_is_kept_and_resumed(vlm, tmp_path, mon
     kept = train(tiny_config(output_dir=str(tmp_path / "a"), **settings), *vlm, asked(8)).module.state_dict()
     state = torch.load(tmp_path / "a" / "grpo.ckpt", weights_only=True)["modules"]
     expected = steps[0]
-    for after in [*steps[1:], state["scorer"]]:
-        expected = {name: 0.7 * expected[name] + 0.3 * after[name] for name in expected}
+    for step, after in enumerate([*steps[1:], state["scorer"]]):
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = {name: decay * expected[name] + (1 - decay) * after[name] for name in expected}
     moved = [(expected[name] - steps[0][name]).abs().max() > 1e-3 for name in expected]
     assert sum(moved) > len(moved) / 2
     assert all(torch.allclose(kept[name], expected[name], atol=1e-5) for name in expected)
@@ -241,8 +226,11 @@ def nan_at_the_third(rollout):
 def test_a_reward_or_a_loss_that_is_no_number_stops(vlm, tmp_path, monkeypatch):
     nan_at_the_third.calls = 0
     with pytest.raises(TrainError, match=r"'nan_at_the_third' is nan for sample '\d-\d'"):
-        train(tiny_config(output_dir=str(tmp_path / "a"), reward=f"{__name__}:nan_at_the_third"), *vlm, asked(8))
-    monkeypatch.setattr("gripvlm.grip.train.grpo.Grpo.surrogate", lambda *a: (a[4] * torch.nan, 0.0))
+        train(tiny_config(output_dir=str(tmp_path / "a"), reward_funcs=f"{__name__}:nan_at_the_third"), *vlm, asked(8))
+    monkeypatch.setattr(
+        "gripvlm.grip.train.grpo.Grpo.surrogate",
+        lambda self, policy, draws, advantage: (advantage * torch.nan, {"kl_old": 0.0, "clipped": 0.0}),
+    )
     with pytest.raises(TrainError, match="the loss of grpo is nan at step 0: lower --learning-rate"):
         train(tiny_config(output_dir=str(tmp_path / "b"), stage="grpo"), *vlm, asked(8))
 
@@ -313,7 +301,7 @@ FOUR_STEPS = {
     "stage": "grpo",
     "on_bad_sample": "skip",
     "seed": 2,
-    "reward": "log_prob",
+    "reward_funcs": "log_prob",
 }
 SCRIPT = f"""
 import sys, torch

@@ -11,7 +11,7 @@ from tiny_train import tiny_config
 
 def test_settings_survive_their_file(tmp_path):
     odd = tiny_config(
-        output_dir='C:\\runs\\"a" \u00fc', learning_rate=1e-7, question=False, keep_low=0.015, reward="a:b"
+        output_dir='C:\\runs\\"a" \u00fc', learning_rate=1e-7, question=False, keep_low=0.015, reward_funcs="a:b"
     )
     write_toml(odd, tmp_path / "c.toml")
     assert TrainConfig(**read_toml(tmp_path / "c.toml")) == odd

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from gripvlm.errors import GripError, Interrupted
 from gripvlm.grip.pruner import place_of
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig
-from gripvlm.grip.train import Engine, Stage
+from gripvlm.grip.train import Stage
 from gripvlm.grip.train.config import help_of, read_toml
-from gripvlm.grip.train.run import check_settings, make_accelerator, record_run, run_stage
+from gripvlm.grip.train.run import check_settings, make_accelerator, make_engine, record_run, run_stage
 from gripvlm.models.loading import load_model
 from gripvlm.tasks import Task
 
@@ -41,7 +41,7 @@ def train_relaxed(config: RelaxedConfig, model: PreTrainedModel, processor: Any,
     base = ModelFingerprint.of(model)
     sizes = ScorerConfig(base.features, config.width, config.blocks, config.heads, config.question, config.budget)
     scorer = Scorer.from_pretrained(place_of(config.init_from)) if config.init_from else Scorer(sizes, base)
-    engine = Engine(model, processor, config.rollout_batch_size, bf16=config.bf16)
+    engine = make_engine(config, model, processor)
     stage = STAGES.get(config.relaxation, Relaxed)(config, scorer.to(model.device), engine)
     record_run(config)
     scorer = run_stage(stage, questions, make_accelerator(config, model.device), quiet=False)

@@ -15,7 +15,14 @@ __all__ = ["ConditionalGrpo"]
 
 
 class _SetPolicy(ConditionalBernoulli):
-    """The closed forms of the sets' entropy and KL, one number for all samples of a row."""
+    """The closed forms of the sets' entropy and KL, one number for all samples of a row.
+
+    A set has no order; its log-probability is divided evenly among its k items.
+    """
+
+    def step_log_probs(self, samples: Tensor) -> Tensor:
+        """[B, G, K]."""
+        return (self.log_prob(samples) / self.k[:, None])[..., None] * (samples >= 0)
 
     def entropy(self, samples: Tensor | None = None) -> Tensor:
         """[B, 1]."""
@@ -33,5 +40,5 @@ class ConditionalGrpo(Grpo):
     random_stream = "grpo"  # the published runs were GRPO's with another policy
 
     def policy(self, scorer: Scorer, inputs: ScorerInputs, counts: Tensor) -> _SetPolicy:  # type: ignore[override]
-        ordered = super().policy(scorer, inputs, counts)
-        return _SetPolicy(ordered.logits, torch.as_tensor(counts), inputs.valid)
+        logits = inputs.score(scorer, counts) / self.config.temperature
+        return _SetPolicy(logits, torch.as_tensor(counts), inputs.valid)

@@ -29,5 +29,5 @@ class RelaxedConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.relaxation != "conditional_bernoulli" and self.reward not in ("probability", "log_prob"):
-            raise TrainError(f"reward = {self.reward!r} has no gradient: use probability or log_prob")
+        if self.relaxation != "conditional_bernoulli" and self.reward_funcs not in ("probability", "log_prob"):
+            raise TrainError(f"reward_funcs = {self.reward_funcs!r} has no gradient: use probability or log_prob")

@@ -146,4 +146,4 @@ class Relaxed(Stage):
     def reward_of(self, log_probs: Tensor, batch: Batch) -> Tensor:
         """[B] as `rewards.probability` or `rewards.log_prob` say, from log-probabilities [B, T], with a gradient."""
         mean = log_probs.sum(-1) / batch.answer_lengths
-        return mean.exp() if self.config.reward == "probability" else mean
+        return mean.exp() if self.config.reward_funcs == "probability" else mean

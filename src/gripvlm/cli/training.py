@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import shlex
 import sys
 import textwrap
@@ -30,9 +31,11 @@ def train_command(**options: Any) -> None:
     Ctrl-C keeps a checkpoint and the same command resumes. Several processes: accelerate launch -m gripvlm train ...
     """
     from gripvlm.cli.commands import console
-    from gripvlm.grip.train.run import check_settings, launched_device, train_on
-    from gripvlm.models.loading import load_model, quiet
+    from gripvlm.grip.train.processes import EndedTogether
+    from gripvlm.grip.train.run import check_settings, first_process, launched_device, train_on
+    from gripvlm.models.loading import load_model, quiet, training_dtype
 
+    dry_run = options.pop("dry_run")
     config, explicit = _configuration(options)
     # Flags only: a file of settings may serve several stages.
     for name, why in config.without_effect(explicit).items():
@@ -40,12 +43,24 @@ def train_command(**options: Any) -> None:
     questions, held_out = check_settings(config)
     _warn(config, [sample.answer for _, sample in questions + held_out])
     quiet()
-    model, processor = load_model(config.model, launched_device(config.device) or None)
+    device = launched_device(config.device) or None
+    dtype = config.dtype or training_dtype(device)
+    if dry_run:
+        console().print(_estimate(config, questions, device, dtype), soft_wrap=True, highlight=False)
+        return
+    model, processor = load_model(config.model, device, dtype, config.attn_implementation or None)
     try:
         pruner = train_on((questions, held_out), config, model, processor, quiet=False)
     except Interrupted as stop:
-        _say(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False))
+        if first_process():
+            _say(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False))
         raise typer.Exit(130) from None
+    except EndedTogether:
+        if first_process():  # all say the same
+            raise
+        raise typer.Exit(2) from None
+    if not first_process():
+        return
     if pruner.module is not None and (left_out := pruner.module.notes.get("left_out")):
         metrics = Path(config.output_dir).expanduser() / "metrics.jsonl"
         _say(f"left out: {left_out} questions that could not be used; why: {metrics}")
@@ -73,6 +88,16 @@ def _warn(config: TrainConfig, answers: list[str]) -> None:
     begun = (folder / "distill").exists() or (folder / "grpo.ckpt").exists()
     if config.stage == "grpo" and not config.init_from and not begun:
         _say(f"no --init-from, and no distilled scorer in {config.output_dir}: grpo begins with a new scorer")
+
+
+def _estimate(config: TrainConfig, questions: list[Any], device: str | None, dtype: str) -> str:
+    """What the run would need."""
+    from gripvlm.grip.train.dry_run import Sizes, report
+    from gripvlm.models.loading import chosen_device, load_sizes
+
+    model, processor = load_sizes(config.model, dtype)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return report(Sizes.of(model, processor, questions, config), config, chosen_device(device), model.dtype, processes)
 
 
 def _suggest_eval(config: TrainConfig, pruner: Grip, screen: Console) -> None:
@@ -120,6 +145,8 @@ def _signature() -> inspect.Signature:
     first = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("stage", first, default=None, annotation=Annotated[str | None, stage])]
     parameters.append(_parameter("config", Path, file))
+    dry = typer.Option("--dry-run", help="Only say what memory and how many hours it will need.")
+    parameters.append(_parameter("dry_run", bool, dry))
     hints = get_type_hints(TrainConfig)
     panel = ""
     for field in dataclasses.fields(TrainConfig):

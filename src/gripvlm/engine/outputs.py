@@ -100,7 +100,11 @@ def checked_selections(
     if len(answers) != len(images):
         raise PrunerError(f"pruner {pruner.name!r} returned {len(answers)} selections for {len(images)} images")
     where = [f"pruner {pruner.name!r} on image {tokens.image} of sample {tokens.sample}" for tokens in images]
-    selections = [_with_right_shape(*each) for each in zip(answers, images, where, strict=True)]
+    # Any object with select() will do as a pruner, and may lack the attribute.
+    joint = getattr(pruner, "joint", False)
+    selections = [_with_right_shape(*each, exact=not joint) for each in zip(answers, images, where, strict=True)]
+    if joint:
+        _check_sums(pruner, selections, images)
 
     def explain() -> None:
         for selection, prefix in zip(selections, where, strict=True):
@@ -121,8 +125,22 @@ def checked_selection(name: str, answer: Any, tokens: VisualTokens | LLMTokens, 
     return selection
 
 
-def _with_right_shape(selection: Any, tokens: VisualTokens | LLMTokens, prefix: str) -> Selection:
-    """The selection on its image's device, known to be of the right types and sizes."""
+def _check_sums(pruner: Pruner, selections: Sequence[Selection], images: Sequence[VisualTokens]) -> None:
+    """Refuses a joint pruner's selections of a prompt that do not add up to its budget."""
+    spare: dict[int, list[int]] = {}
+    for selection, tokens in zip(selections, images, strict=True):
+        spare.setdefault(tokens.sample, []).append(tokens.keep - selection.k)
+    for sample, each in spare.items():
+        if sum(each):
+            asked = sum(tokens.keep for tokens in images if tokens.sample == sample)
+            raise PrunerError(
+                f"pruner {pruner.name!r} kept {asked - sum(each)} tokens of the {len(each)} images of sample {sample}, "
+                f"but their budget is exactly {asked}"
+            )
+
+
+def _with_right_shape(selection: Any, tokens: VisualTokens | LLMTokens, prefix: str, exact: bool = True) -> Selection:
+    """The selection on its image's device, known to be of the right types and sizes (`exact`: of `tokens.keep`)."""
     n, k, device = tokens.n, tokens.keep, tokens.device
     if not isinstance(selection, Selection):
         raise PrunerError(f"{prefix}: select() returned a {type(selection).__name__}, expected a Selection")
@@ -137,7 +155,7 @@ def _with_right_shape(selection: Any, tokens: VisualTokens | LLMTokens, prefix: 
         raise PrunerError(f"{prefix}: indices must be a LongTensor [k], got {_described(indices)}")
     if indices.device.type == "meta":
         raise PrunerError(f"{prefix}: indices are on the meta device, which holds no data: make them on {device}")
-    if indices.numel() != k:
+    if exact and indices.numel() != k:
         raise PrunerError(f"{prefix}: returned {indices.numel()} indices, but the budget is exactly {k} of {n}")
     if selection.n != n:
         raise PrunerError(f"{prefix}: says n={selection.n}, but there are {n} visual tokens")

@@ -7,6 +7,8 @@ divergences are in nats, float32 (float64 for float64 logits). Inside, arithmeti
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
@@ -22,16 +24,19 @@ class SubsetPolicy:
 
     Args:
         logits: [B, n], any float type. -inf marks an item that is never sampled.
-        k: int64 [B], or one int for all rows: the size of the subset, at least 1.
+        k: int64 [B], or one int for all rows: the size of the subset, at least `smallest`.
         mask: bool [B, n], True for an item that exists. None: all exist.
 
     Attributes:
         valid: bool [B, n], True for the items that can be sampled.
         k_max: the width K of samples.
+        smallest: the smallest k that is allowed.
 
     Raises:
         InputError: NaN, +inf or |logit| > 1e20 at an item that exists, or a row with fewer than k items.
     """
+
+    smallest: ClassVar[int] = 1
 
     def __init__(self, logits: Tensor, k: int | Tensor, mask: Tensor | None = None) -> None:
         self.logits = logits
@@ -42,10 +47,10 @@ class SubsetPolicy:
         if bool((exists & ~finite & (logits.detach() != -torch.inf)).any()):
             raise InputError("logits of a policy are -inf (never sampled) or finite up to 1e20: mask the other items")
         available = self.valid.sum(-1)
-        if bool(((self.k < 1) | (self.k > available)).any()):
+        if bool(((self.k < self.smallest) | (self.k > available)).any()):
             raise InputError(
                 f"k={self.k.tolist()}, and the rows have {available.tolist()} items that can be sampled: pass k from "
-                "1 to that number"
+                f"{self.smallest} to that number"
             )
         self.k_max = int(self.k.max())
         # Rows of a smaller k end in -1.
@@ -70,7 +75,8 @@ class SubsetPolicy:
     def _kth_largest(self) -> Tensor:
         """[B, 1], wide: the k-th largest logit, a constant: a centre that keeps what is near rank k exact."""
         wide = self.logits.detach().to(wide_type(self.logits.device)).masked_fill(~self.valid, -torch.inf)
-        return wide.sort(dim=-1, descending=True).values.gather(-1, self.k[:, None] - 1)
+        largest = wide.sort(dim=-1, descending=True).values.gather(-1, (self.k[:, None] - 1).clamp_min(0))
+        return largest.masked_fill(largest == -torch.inf, 0.0)  # a row without items, whose k is 0
 
     def _narrowed(self, value: Tensor) -> Tensor:
         """`value` in the type the caller sees."""
@@ -91,8 +97,11 @@ class PlackettLuce(SubsetPolicy):
     2. Entropy and KL are those of the ordered samples. A bonus on this entropy also rewards shuffling, and this KL is
        an upper bound of the sets' KL.
 
-    Args and raises: see `SubsetPolicy`. Methods that take samples take those of `sample`, or `mode()[:, None]`.
+    Args and raises: see `SubsetPolicy`; k may be 0 here, and the row's one sample is empty then. Methods that take
+    samples take those of `sample`, or `mode()[:, None]`.
     """
+
+    smallest = 0
 
     def sample(self, num_samples: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
         """int64 [B, G, K]: ordered samples; the noise is drawn on the generator's device, for all devices alike."""

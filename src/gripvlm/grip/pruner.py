@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gripvlm.errors import PrunerError
 from gripvlm.grip.fingerprint import ScorerError
-from gripvlm.grip.scorer import SCORER_FILES, Scorer, coordinates, has_scorer
-from gripvlm.pruners.base import ScorePruner, top_k_of_each
+from gripvlm.grip.policy import samples_to_mask
+from gripvlm.grip.rounds import greedy
+from gripvlm.grip.scorer import SCORER_FILES, Scored, Scorer, coordinates, has_scorer
+from gripvlm.pruners.base import ScorePruner
 from gripvlm.types import Selection, VisualTokens
-from gripvlm.utils.batching import onto, padded
+from gripvlm.utils.batching import joined, onto, padded, per_entry
 from gripvlm.utils.spec import did_you_mean
 
 if TYPE_CHECKING:
@@ -57,42 +61,111 @@ def place_of(name: str | Path) -> str | Path:
 
 @dataclass(eq=False)
 class ScorerInputs:
-    """All images of a batch, padded for the scorer: I images of at most n tokens, questions of at most t."""
+    """Sequences of a batch, padded for the scorer: an image each, or (`joint`) all images of a prompt.
 
-    features: Tensor  # [I, n, d]
-    places: Tensor  # [I, n, 2]
-    valid: Tensor  # [I, n]
-    question: Tensor | None  # [I, t, d]
-    question_mask: Tensor | None  # [I, t]
-    owner: Tensor  # [I] the sample each image belongs to
-    sizes: Tensor  # [I] tokens of each image
-    even: tuple[bool, bool]  # whether all images, and all questions, are of one length
+    S sequences of at most n tokens, questions of at most t.
+    """
 
-    def score(self, scorer: Scorer, counts: Tensor) -> Tensor:
-        """[I, n] logits when `counts` [I] tokens will be left, -inf at padding."""
+    features: Tensor  # [S, n, d]
+    places: Tensor  # [S, n, 2]
+    valid: Tensor  # [S, n]
+    question: Tensor | None  # [S, t, d]
+    question_mask: Tensor | None  # [S, t]
+    images: Tensor | None  # [S, n] the number of each token's image in its sequence; None where all have one image
+    owner: Tensor  # [S] the sample each belongs to
+    sizes: Tensor  # [S] tokens of each
+    parts: list[list[int]]  # [S] lists of the tokens of each of its images
+    even: tuple[bool, bool]  # whether all sequences, and all questions, are of one length
+
+    def read(self, scorer: Scorer, counts: Tensor) -> Scored:
+        """The scorer's states and logits [S, n] when `counts` [S] tokens will be left, -inf at padding."""
         # A mask that hides nothing is left out: attention has faster kernels without one.
         valid = None if self.even[0] else self.valid
         question_mask = None if self.even[1] else self.question_mask
-        logits: Tensor = scorer(self.features, self.places, counts / self.sizes, valid, self.question, question_mask)
-        return logits.masked_fill(~self.valid, -torch.inf)
+        share = counts / self.sizes
+        scored = scorer.read(self.features, self.places, share, valid, self.question, question_mask, self.images)
+        return scored._replace(logits=scored.logits.masked_fill(~self.valid, -torch.inf))
+
+    def score(self, scorer: Scorer, counts: Tensor) -> Tensor:
+        """[S, n] logits of the first round."""
+        return self.read(scorer, counts).logits
+
+    def choose(self, scorer: Scorer, counts: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """What the scorer keeps of each image, ascending, and the first round's logits [S, n].
+
+        With several images in a sequence this reads from the device how many tokens of each are kept.
+        """
+        k = onto(list(counts), self.features.device)
+        scored = self.read(scorer, k)
+        rounds = scorer.config.rounds
+        picks = greedy(scored.logits, k, max(counts), rounds, scorer.rescore(scored, self.sizes))
+        member = samples_to_mask(picks, scored.logits.shape[1])
+        # A stable sort of kept and other places brings the kept ones to the front, in raster order.
+        order = torch.sort(~member, dim=-1, stable=True).indices
+        rows = [row[:count] for row, count in zip(order, counts, strict=True)]
+        return self.by_image(rows), scored.logits
+
+    def totals(self, counts: Tensor) -> Tensor:
+        """[S] sums over the images of each sequence of counts [I]."""
+        if len(counts) == len(self.parts):
+            return counts
+        return torch.stack([part.sum() for part in counts.split([len(sizes) for sizes in self.parts])])
+
+    def by_image(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Tokens of each sequence, ascending, as tokens of its images: [S] tensors -> one for each image."""
+        if all(len(sizes) == 1 for sizes in self.parts):
+            return list(rows)
+        ends = [onto(np.cumsum(sizes), rows[0].device) for sizes in self.parts]
+        # All counts in one read: each would wait for the device.
+        upto = [torch.searchsorted(row.contiguous(), end) for row, end in zip(rows, ends, strict=True)]
+        counts = iter(torch.cat(upto).tolist())
+        found = []
+        for row, sizes in zip(rows, self.parts, strict=True):
+            begin = start = 0
+            for size in sizes:
+                end = next(counts)
+                found.append(row[begin:end] - start)
+                begin, start = end, start + size
+        return found
 
     @classmethod
-    def of(cls, images: Sequence[VisualTokens], question: bool, owner: Sequence[int] | None = None) -> ScorerInputs:
-        """Pads the images; `owner` says which sample each belongs to (by default its own)."""
+    def of(
+        cls,
+        images: Sequence[VisualTokens],
+        question: bool,
+        owner: Sequence[int] | None = None,
+        joint: bool = False,
+    ) -> ScorerInputs:
+        """Pads the images; `owner` says which sample each belongs to (by default its own), ascending.
+
+        Args:
+            joint: the images of a sample are one sequence.
+        """
         device = images[0].features.device
+        owner = range(len(images)) if owner is None else owner
+        sequences = [[tokens] for tokens in images]
+        if joint:
+            groups = itertools.groupby(zip(images, owner, strict=True), key=lambda pair: pair[1])
+            sequences, owner = [], []
+            for sample, pairs in groups:
+                sequences.append([tokens for tokens, _ in pairs])
+                owner.append(sample)
         # Detached: what a pruner chooses has no gradient, and padding a view must not keep the encoder's graph alive.
-        features = padded([tokens.features.detach() for tokens in images])
-        shapes = {(tokens.n, tokens.grid): _coordinates(tokens.n, tokens.grid, device) for tokens in images}
-        if len(shapes) == 1:
-            places = next(iter(shapes.values())).expand(len(images), -1, -1)
+        features = padded([joined([tokens.features.detach() for tokens in sequence]) for sequence in sequences])
+        lengths = [sum(tokens.n for tokens in sequence) for sequence in sequences]
+        shapes = [tuple((tokens.n, tokens.grid) for tokens in sequence) for sequence in sequences]
+        made = {shape: _coordinates(shape, device) for shape in shapes}
+        if len(made) == 1:
+            places, numbers = (each.expand(len(shapes), *each.shape) for each in made[shapes[0]])
         else:
-            places = padded([shapes[tokens.n, tokens.grid] for tokens in images])
-        sizes = onto([tokens.n for tokens in images], device)
-        words, words_mask, lengths = None, None, {0}
+            places, numbers = (padded([made[shape][i] for shape in shapes]) for i in (0, 1))
+        sizes = onto(lengths, device)
+        words, words_mask, spoken = None, None, {0}
         if question:
             empty = features.new_zeros(0, features.shape[-1])
-            texts = [empty if tokens.question is None else tokens.question.detach() for tokens in images]
-            lengths = {len(text) for text in texts}
+            asked = [sequence[0].question for sequence in sequences]
+            texts = [empty if text is None else text.detach() for text in asked]
+            spoken = {len(text) for text in texts}
             words = padded(texts)
             ends = onto([len(text) for text in texts], device)
             words_mask = torch.arange(words.shape[1], device=device) < ends[:, None]
@@ -102,17 +175,20 @@ class ScorerInputs:
             valid=torch.arange(features.shape[1], device=device) < sizes[:, None],
             question=words,
             question_mask=words_mask,
-            owner=onto(list(range(len(images)) if owner is None else owner), device),
+            images=numbers if any(len(sequence) > 1 for sequence in sequences) else None,
+            owner=onto(list(owner), device),
             sizes=sizes,
-            even=(len({tokens.n for tokens in images}) == 1, len(lengths) == 1),
+            parts=[[tokens.n for tokens in sequence] for sequence in sequences],
+            even=(len(set(lengths)) == 1, len(spoken) == 1),
         )
 
 
 @lru_cache(maxsize=64)
-def _coordinates(n: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor:
-    """`coordinates`, cached: a model's images are of few sizes."""
+def _coordinates(shape: tuple[tuple[int, tuple[int, int] | None], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[n, 2] `coordinates` and [n] numbers of a sequence of images (n_i, grid); cached: a model's are of few sizes."""
     with torch.inference_mode(False):
-        return coordinates(n, grid, device)
+        places = [coordinates(n, grid, device) for n, grid in shape]
+        return joined(places), per_entry(range(len(shape)), places)
 
 
 class _Loaded:
@@ -183,8 +259,12 @@ class Grip(ScorePruner):
         grip = gripvlm.Grip.from_pretrained("folder-or-hub-id")
         with gripvlm.prune(model, grip, keep=0.1): ...
 
-    Inference takes the mode of the policy that was trained, the k highest logits. The paper publishes an abstract
-    only; scorer and training are ours (`gripvlm.grip.scorer`, `gripvlm.grip.train`).
+    Inference takes the most probable tokens of the policy that was trained: the k highest logits, or those of each
+    round. The paper publishes an abstract only; scorer and training are ours (`gripvlm.grip.scorer`,
+    `gripvlm.grip.train`). The scores of a selection are the logits of the first round.
+
+    A scorer that was trained for it (`joint` in its config.json) has one budget for all images of a prompt, the sum of
+    theirs; an image may then lose all of its tokens.
 
     Attributes:
         scorer: a name for `Scorer.from_pretrained`, or one that comes with the package: for its model `lab` the
@@ -227,26 +307,48 @@ class Grip(ScorePruner):
             raise PrunerError(f"this {self.name} scorer was never trained: train one with `gripvlm train`")
         self._loaded.check(model)
 
-    def score(self, tokens: VisualTokens) -> Tensor:
-        return self._scores([tokens])[0, : tokens.n]
-
-    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        selections = []
-        # In parts: attention among n tokens of many images at once would not fit.
-        for start in range(0, len(images), MAX_BATCH):
-            part = images[start : start + MAX_BATCH]
-            scores = self._scores(part)
-            chosen = top_k_of_each(scores, [tokens.keep for tokens in part])
-            for tokens, row, indices in zip(part, scores, chosen, strict=True):
-                selections.append(Selection(indices, tokens.n, row[: tokens.n], sound=True))
-        return selections
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        return self._loaded.scorer.config.joint
 
     @torch.no_grad()
-    def _scores(self, images: Sequence[VisualTokens]) -> Tensor:
-        """[I, n] logits of all images from one run of the scorer, -inf at padding."""
-        inputs = ScorerInputs.of(images, self._loaded.scorer.config.question)
-        counts = onto([tokens.keep for tokens in images], inputs.features.device)
-        return inputs.score(self.scorer_for(inputs.features), counts)
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """[n] the logits of the first round."""
+        inputs = ScorerInputs.of([tokens], self._loaded.scorer.config.question)
+        return inputs.score(self.scorer_for(inputs.features), onto([tokens.keep], tokens.device))[0]
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return self.select_batch([tokens])[0]
+
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        selections: list[Selection] = []
+        groups = [[tokens] for tokens in images]
+        if self.joint:
+            groups = [list(group) for _, group in itertools.groupby(images, key=lambda tokens: tokens.sample)]
+        part: list[list[VisualTokens]] = []
+        # In parts: attention among n tokens of many images at once would not fit.
+        for group in groups:
+            if part and sum(map(len, part)) + len(group) > MAX_BATCH:
+                selections += self._select(part)
+                part = []
+            part.append(group)
+        return selections + self._select(part) if part else selections
+
+    @torch.no_grad()
+    def _select(self, groups: Sequence[Sequence[VisualTokens]]) -> list[Selection]:
+        """What is kept of each image of some sequences."""
+        images = [tokens for group in groups for tokens in group]
+        owner = [i for i, group in enumerate(groups) for _ in group]
+        inputs = ScorerInputs.of(images, self._loaded.scorer.config.question, owner, self.joint)
+        counts = [sum(tokens.keep for tokens in group) for group in groups]
+        rows, logits = inputs.choose(self.scorer_for(inputs.features), counts)
+        scores = [
+            part for line, sizes in zip(logits, inputs.parts, strict=True) for part in line[: sum(sizes)].split(sizes)
+        ]
+        return [
+            Selection(indices, tokens.n, own, sound=True)
+            for tokens, indices, own in zip(images, rows, scores, strict=True)
+        ]
 
     def scorer_for(self, features: Tensor) -> Scorer:
         """The scorer on the features' device, in the type it computes in."""

@@ -59,7 +59,10 @@ def load_model(
 
         model, processor = lab.load(name)
         if attention is not None:
-            model.set_attn_implementation(attention)
+            try:
+                model.set_attn_implementation(attention)
+            except (ValueError, ImportError) as error:
+                raise ModelError(f"attn_implementation {attention!r} cannot be used: {_short(error)}") from error
         return model.to(place, None if dtype in (None, "auto") else getattr(torch, dtype)).eval(), processor
     from safetensors import SafetensorError
 
@@ -74,8 +77,46 @@ def load_model(
     return model.to(place).eval(), processor
 
 
+def load_sizes(name: str, dtype: str) -> tuple[Any, Any]:
+    """(model, processor) where the model has shapes but, unless it is the lab's, no weights: it is on the device meta.
+
+    Raises:
+        as `load_model`.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from gripvlm import lab
+
+    if name in lab.FOLDERS:
+        model, processor = lab.load(name)
+        return model.to(None if dtype == "auto" else getattr(torch, dtype)), processor
+    source = _checked_name(name)
+    try:
+        config, processor = _described(source)
+        stored = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config).to(
+                stored if dtype == "auto" else getattr(torch, dtype)
+            )
+    except GripError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(_advice(name, source, error)) from error
+    return model, processor
+
+
 def _load(source: str | Path, dtype: str, attention: str | None) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
+
+    _, processor = _described(source)
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    return model, processor
+
+
+def _described(source: str | Path) -> tuple[Any, Any]:
+    """(configuration, processor)."""
+    from transformers import AutoConfig, AutoProcessor
 
     import gripvlm.lab  # noqa: F401  (a folder may hold the lab's own tower)
     from gripvlm.models.families import FAMILIES, not_supported
@@ -87,8 +128,7 @@ def _load(source: str | Path, dtype: str, attention: str | None) -> tuple[Any, A
     processor = AutoProcessor.from_pretrained(source)
     if not hasattr(processor, "image_processor"):
         raise ValueError("its processor has no image processor.")
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=attention)
-    return model, processor
+    return config, processor
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -112,6 +152,16 @@ def chosen_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {name} cannot be used: {_short(error)}") from error
     return device
+
+
+def training_dtype(device: str | None) -> str:
+    """bfloat16 on an accelerator that computes in it, else float32: float16 is too small for some gradients."""
+    import torch
+
+    place = chosen_device(device)
+    if place.type == "cpu" or (place.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        return "float32"
+    return "bfloat16"
 
 
 def _checked_name(name: str) -> str | Path:

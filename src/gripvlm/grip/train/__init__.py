@@ -16,7 +16,7 @@ _NAMES = {
     "rewards": ("REWARDS", "Reward"),
     "rollout": ("Batch", "Engine", "Rollout"),
     "run": ("train",),
-    "trainer": ("Evaluator", "Stage", "Trainer"),
+    "trainer": ("Callback", "Evaluator", "Stage", "Trainer"),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOME)

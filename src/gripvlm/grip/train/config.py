@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,8 @@ RENAMED = {
     "images": "per_device_train_batch_size",
     "questions": "questions_per_image",
     "accumulate": "gradient_accumulation_steps",
-    "rows": "rollout_batch_size",
+    "rows": "max_tokens_per_forward (tokens, not rows)",
+    "rollout_batch_size": "max_tokens_per_forward (tokens, not rows)",
     "warmup_steps": "distill_steps",
     "warmup_learning_rate": "distill_learning_rate",
     "val_data": "eval_data",
@@ -64,6 +65,7 @@ RENAMED = {
     "val_keeps": "eval_keeps",
     "val_every": "eval_steps",
     "val_reward": "eval_reward",
+    "reward": "reward_funcs",
     "save_minutes": "save_steps (steps, not minutes)",
     "log_with": "report_to",
     "own_answers": "pseudo_labels",
@@ -99,6 +101,12 @@ class TrainConfig:
     eval_questions: int = setting(256, "validation questions at most", at_least=1)
     seed: int = setting(0, "of everything random", at_least=0)
     device: str = setting("", "such as cpu or cuda:0; default: an accelerator if there is one")
+    dtype: str = setting(
+        "",
+        "of the model: default bfloat16 on an accelerator that has it, else float32; auto: as it was saved",
+        ("", "auto", "float32", "bfloat16", "float16"),
+    )
+    attn_implementation: str = setting("", "as transformers', such as sdpa; default: its own choice")
     on_bad_sample: str = setting("stop", "what a picture that cannot be read or an empty answer does", ("stop", "skip"))
     # the scorer
     width: int = setting(128, "channels of the scorer's transformer", at_least=1)
@@ -106,14 +114,22 @@ class TrainConfig:
     heads: int = setting(4, "its attention heads", at_least=1)
     question: bool = setting(True, "whether the scorer reads the question")
     budget: bool = setting(True, "whether the scorer is given the budget")
+    joint: bool = setting(True, "one budget for all pictures and tiles of a question, which compete for it")
+    rounds: int = setting(2, "in how many the tokens are chosen; later ones see what is kept", at_least=1)
+    diversity: bool = setting(True, "whether tokens lose by being like kept ones", only=("rounds", range(2, 2**63)))
     # batches and budgets
-    per_device_train_batch_size: int = setting(
-        4, "pictures a micro-batch; the memory of distilling goes with it", at_least=1
-    )
+    per_device_train_batch_size: int = setting(4, "pictures a micro-batch", at_least=1)
     questions_per_image: int = setting(4, "questions a picture at most", at_least=1)
     gradient_accumulation_steps: int = setting(1, "micro-batches a step, over all processes", at_least=1)
-    rollout_batch_size: int = setting(64, "subsets in one forward; GRPO's memory goes with it", at_least=1)
+    max_tokens_per_forward: int = setting(
+        16384, "rows of the frozen model times the longest; memory goes with it", at_least=1
+    )
     bf16: bool = setting(False, "the frozen model under bfloat16 autocast, for models loaded in float32")
+    gradient_checkpointing: bool = distill_setting(
+        True,
+        "the gradient teacher computes layers twice, and stores less",
+        only=("teacher", ("gradient", "gradient_at_k")),
+    )
     budgets: str = setting(
         "log_uniform", "how a group's budget is drawn, log-uniformly or from --keep-choices", ("log_uniform", "choices")
     )
@@ -126,23 +142,36 @@ class TrainConfig:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
     weight_decay: float = setting(0.0, "of AdamW", at_least=0)
     ema_decay: float = setting(
-        0.0, "of a running average of the weights, such as 0.98; 0 for none", at_least=0, below=1
+        0.98, "of the running average of the weights, which is the result; 0 for the last step's", at_least=0, below=1
     )
     # the supervised stage
     distill_steps: int = distill_setting(400, "steps of distilling; 0 leaves it out", at_least=0)
     distill_learning_rate: float = distill_setting(1e-3, "of distilling", above=0)
-    teacher: str = distill_setting("gradient", "gradient, attention, or module:function of your own")
+    teacher: str = distill_setting("gradient", "gradient, gradient_at_k, attention, or module:function of your own")
     # GRPO
     num_generations: int = grpo_setting(16, "G, subsets a question", at_least=2)
-    reward: str = setting(
+    reward_funcs: str = setting(
         "probability",
-        "maximised: log_prob, probability, agreement (no labels), exact_match, task_score or module:function; "
-        "also chooses the best step of each stage",
+        "what is maximised, one or several with commas: log_prob, probability, agreement (no labels), exact_match, "
+        "task_score or module:function of your own",
     )
+    reward_weights: str = setting("", "of the reward_funcs, such as 1,0.5; default: 1 each")
     pseudo_labels: bool = setting(False, "force the unpruned model's own answers and not the data's")
     beta: float = grpo_setting(0.0, "weight of the KL to the scorer that GRPO started from", at_least=0)
-    epsilon: float = grpo_setting(0.2, "clipping of the ratio, per token of the subset", at_least=0, only=_OFF_POLICY)
+    importance_sampling_level: str = grpo_setting(
+        "sequence", "ratios of whole subsets, per token, or of each token", ("sequence", "token"), only=_OFF_POLICY
+    )
+    epsilon: float = grpo_setting(
+        0.2,
+        "clipping of a token's ratio; that of k tokens is clipped to the power of 1 / sqrt(k)",
+        at_least=0,
+        below=1,
+        only=_OFF_POLICY,
+    )
     epsilon_high: float = grpo_setting(0.0, "upper clipping; 0 means epsilon", at_least=0, only=_OFF_POLICY)
+    importance_sampling_cap: float = grpo_setting(
+        2.0, "a token's ratio is at most this, also where clipping sets no limit", above=1, only=_OFF_POLICY
+    )
     num_iterations: int = grpo_setting(1, "optimiser steps a group of rollouts; 1 is strictly on-policy", at_least=1)
     scale_rewards: str = grpo_setting(
         "batch", "advantages are divided by this standard deviation", ("group", "batch", "budget", "none")
@@ -152,9 +181,10 @@ class TrainConfig:
     # running
     save_steps: int = setting(100, "steps between checkpoints; Ctrl-C writes one as well", at_least=1)
     eval_steps: int = setting(100, "steps between validations", at_least=1)
-    eval_reward: str = setting("", "chooses the best step, if not --reward; as there")
+    eval_reward: str = setting("", "what validation measures, if not --reward-funcs; as there")
     eval_keeps: str = setting("0.25,0.125,0.06,0.03,0.015", "budgets of the validation")
-    report_to: str = setting("", "also log to tensorboard or trackio", ("", "tensorboard", "trackio"))
+    report_to: str = setting("", "also log to a tracker", ("", "tensorboard", "trackio", "wandb"))
+    run_name: str = setting("", "of the run in the tracker; default: --output-dir")
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -204,7 +234,8 @@ class TrainConfig:
 def _outside(value: Any, allowed: Any) -> str:
     """What a setting may be, where `value` is not that; "" where it is."""
     if allowed["choices"]:
-        return "" if value in allowed["choices"] else f"one of {', '.join(map(repr, allowed['choices']))}"
+        named = ", ".join(repr(choice) for choice in allowed["choices"] if choice)
+        return "" if value in allowed["choices"] else f"one of {named}"
     if isinstance(value, str | bool):
         return ""
     limit = min(allowed["below"], 2**63) if isinstance(value, int) else allowed["below"]  # counts and seeds are int64
@@ -227,6 +258,28 @@ def parse_shares(text: str, name: str) -> list[float]:
     if not shares or not all(0 < share <= 1 for share in shares):
         raise TrainError(f"{name} = {text!r}: use fractions in (0, 1], such as 0.25,0.1")
     return list(dict.fromkeys(shares))
+
+
+def split_names(text: str) -> list[str]:
+    """The names in a list with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_weights(text: str, names: Sequence[object]) -> list[float]:
+    """The weights of the rewards `names`; 1 each for "".
+
+    Raises:
+        TrainError: not one finite number for each.
+    """
+    try:
+        weights = [float(part) for part in split_names(text)] if text else [1.0] * len(names)
+    except ValueError:
+        weights = []
+    if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+        raise TrainError(
+            f"reward_weights = {text!r}: use one number for each of {len(names)} reward_funcs, such as 1,0.5"
+        )
+    return weights
 
 
 def stages_of(name: str, kind: type[TrainConfig] = TrainConfig) -> tuple[str, ...]:

@@ -1,11 +1,13 @@
 """Stage 1: the scorer imitates a teacher on the full input (the paper's supervised warm-up), and the teachers.
 
-A teacher returns, for every image of a batch, a distribution over its tokens [n] that sums to 1 (or a set, as a uniform
-distribution over it), from the frozen model's run on the *full* input.
+A teacher returns, for every image of a batch, weights of its tokens [n], 0 or more (or a set, as a uniform weight of
+its tokens), -1 for tokens that it says nothing about. The images of a question are on one scale: what the scorer
+imitates is a distribution over each image's tokens, or over all tokens of a question where its budget is joint.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeAlias
 
@@ -13,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import UnsupportedModelError
+from gripvlm.grip.policy import samples_to_mask
+from gripvlm.grip.pruner import ScorerInputs
+from gripvlm.grip.rounds import Rounds, first_items
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
+from gripvlm.grip.train.policies import policy_of
 from gripvlm.grip.train.rewards import by_name
 from gripvlm.grip.train.rollout import Batch, Engine
 from gripvlm.grip.train.trainer import Stage, Stats
@@ -24,14 +30,21 @@ from gripvlm.models.hooks.attention import capture_attention
 from gripvlm.models.hooks.llm_drop import checked_keys
 
 Teacher: TypeAlias = Callable[[Engine, Batch, Tensor, torch.Generator], list[Tensor]]
-"""(engine, batch, counts [I], random numbers) -> a distribution [n] for each of the batch's I images."""
+"""(engine, batch, counts [I], random numbers) -> weights [n] for each of the batch's I images."""
+
+FLOOR = 0.05
+"""The share of its attention that a token has in `missing` while it is not kept. At 0 there would be no slope, and near
+0 the answer's change is steepest at first and soon over: the slope says little about the token's arrival."""
 
 
 class Distill(Stage):
     """Loss: KL(teacher || softmax of the logits), mean over images, at budgets drawn as in GRPO.
 
-    TwigVLM++ (arXiv 2503.14075) distils attention so. The teacher does not depend on the budget, unless it chooses
-    sets; the scorer sees one nevertheless, so that its ranking is good at all of them when exploration starts.
+    TwigVLM++ (arXiv 2503.14075) distils attention so. Most teachers see the full input and do not depend on the budget;
+    the scorer sees one nevertheless, so that its ranking is good at all of them when exploration starts.
+
+    With `gradient_at_k` a scorer of several rounds learns in each step one of them, drawn evenly: in later ones what is
+    missing after what it has drawn itself.
     """
 
     name = "distill"
@@ -43,16 +56,57 @@ class Distill(Stage):
         self.teacher = get_teacher(config.teacher)
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
-        inputs = batch.for_scorer(self.scorer.config.question)
-        counts = draw_counts(self.config, inputs.sizes, inputs.owner, random)
-        targets = nn.utils.rnn.pad_sequence(self.teacher(self.engine, batch, counts, random), batch_first=True)
-        logits = inputs.score(self.scorer, counts)
-        # Padding is -inf there, and its target is 0: the product would be NaN.
-        log_probs = logits.log_softmax(-1).masked_fill(~inputs.valid, 0.0)
-        # A constant for the scorer; with it the loss is 0 for a perfect imitation.
-        entropy = -(targets * targets.clamp(min=1e-12).log()).sum(-1)
-        kl = -(targets * log_probs).sum(-1) - entropy
-        yield kl.mean(), {"kl_teacher": float(kl.detach().mean())}
+        scorer = self.scorer
+        inputs = batch.for_scorer(scorer.config.question, scorer.config.joint)
+        owner = torch.tensor(batch.owner, device=batch.sizes.device)
+        counts = draw_counts(self.config, batch.sizes, owner, random)
+        # The first round alone has targets, unless the teacher can say what is missing.
+        later = self.teacher is gradient_at_k and scorer.config.rounds > 1
+        r = int(torch.randint(scorer.config.rounds, (), generator=random)) if later else 0
+        if r:
+            logits, kept = self._later(inputs, inputs.totals(counts), r, random)
+            weights = missing(self.engine, batch, kept)
+        else:
+            weights = self.teacher(self.engine, batch, counts, random)
+            logits = inputs.score(scorer, inputs.totals(counts))
+        kl = _divergence(_rows(weights, inputs), logits, inputs.valid)
+        # The mean over questions, however many sequences each has.
+        loss = (kl / torch.bincount(inputs.owner)[inputs.owner]).sum() / len(batch)
+        yield loss, {"kl_teacher": float(loss.detach())}
+
+    def _later(
+        self, inputs: ScorerInputs, counts: Tensor, r: int, random: torch.Generator
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits [S, n] of round r after what the scorer itself draws before it, and that as [n_i] bool by image."""
+        with torch.no_grad():
+            policy = policy_of(self.scorer, inputs, counts)
+            assert isinstance(policy, Rounds)
+            bound = policy.bound(r)
+            kept = first_items(policy.sample(1, generator=random), bound, int(bound.max()))
+        scored = inputs.read(self.scorer, counts)
+        logits = self.scorer.rescore(scored, inputs.sizes)(kept, counts - bound)[:, 0]
+        member = samples_to_mask(kept[:, 0], logits.shape[1])
+        lines = zip(member, inputs.parts, strict=True)
+        return logits, [part for line, sizes in lines for part in line[: sum(sizes)].split(sizes)]
+
+
+def _rows(weights: Sequence[Tensor], inputs: ScorerInputs) -> Tensor:
+    """[S, n] weights of each sequence's tokens from those [n_i] of its images, -1 at padding."""
+    images = iter(weights)
+    rows = [torch.cat([next(images) for _ in sizes]) for sizes in inputs.parts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1.0)
+
+
+def _divergence(weights: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
+    """[S] KL(weights, made a distribution || softmax of the logits), over the tokens whose weight is not negative."""
+    asked = valid & (weights >= 0)
+    targets = weights * asked
+    targets = targets / targets.sum(-1, keepdim=True).clamp(min=1e-20)
+    # -inf where nothing is asked, and the target is 0: the product would be NaN.
+    log_probs = logits.masked_fill(~asked, -torch.inf).log_softmax(-1).masked_fill(~asked, 0.0)
+    # A constant for the scorer; with it the loss is 0 for a perfect imitation.
+    entropy = -(targets * targets.clamp(min=1e-12).log()).sum(-1)
+    return -(targets * log_probs).sum(-1) - entropy
 
 
 # --- teachers -----------------------------------------------------------------------------------------------------
@@ -64,6 +118,10 @@ def attention(engine: Engine, batch: Batch, counts: Tensor, random: torch.Genera
 
     TwigVLM++ (arXiv 2503.14075) distils one designated deep layer; the mean over the second half needs no choice.
     """
+    return _in_parts(engine, batch, _attention)
+
+
+def _attention(engine: Engine, batch: Batch, rows: Sequence[int]) -> list[Tensor]:
     model = engine.model
     depth = model.config.get_text_config().num_hidden_layers
     layers = tuple(range(depth // 2, depth))
@@ -71,12 +129,11 @@ def attention(engine: Engine, batch: Batch, counts: Tensor, random: torch.Genera
     queries = list(range(-width - 1, -1))  # the row before each answer token predicts it
     arguments = engine.whole(batch)
     with capture_attention(model.get_decoder(), layers, queries) as seen:
-        model(**arguments, use_cache=False)
-    rows = torch.stack([seen[layer][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
-    predicts = (batch.inputs["labels"][:, -width:] >= 0).to(rows)
-    weights = (rows * predicts[..., None]).sum(1)
-    per_image = [weights[i, positions] for i, positions in engine.image_positions(batch)]
-    return [each / each.sum().clamp(min=1e-9) for each in per_image]
+        model(**arguments, **engine.last(1), use_cache=False)
+    paid = torch.stack([seen[layer][0].mean(1) for layer in layers]).mean(0)  # [B, T, L]
+    predicts = (batch.inputs["labels"][:, -width:] >= 0).to(paid)
+    weights = (paid * predicts[..., None]).sum(1)
+    return [weights[i, positions] for i, positions in engine.image_positions(batch)]
 
 
 def gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
@@ -85,15 +142,76 @@ def gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generat
     The gate is a factor on the token's attention weights, not on its features: a scaled feature passes the
     first normalisation unchanged.
     """
+    return _in_parts(engine, batch, _gradient)
+
+
+def _gradient(engine: Engine, batch: Batch, rows: Sequence[int]) -> list[Tensor]:
     gates = [torch.zeros(t.n, device=t.features.device, requires_grad=True) for m in batch.tokens for t in m]
     log_probs = masked_forward(engine, batch, gates)
     (log_probs.sum(-1) / batch.answer_lengths).sum().backward()
     slopes = [gate.grad.clamp(min=0) for gate in gates if gate.grad is not None]
-    chances = [slope + 1e-6 * slope.mean() + 1e-12 for slope in slopes]  # no token has a chance of 0
-    return [chance / chance.sum() for chance in chances]
+    return [slope + 1e-6 * slope.mean() + 1e-12 for slope in slopes]  # no token has a weight of 0
 
 
-TEACHERS: dict[str, Teacher] = {"gradient": gradient, "attention": attention}
+def gradient_at_k(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generator) -> list[Tensor]:
+    """What is missing in a random set of k - 1 tokens of each image.
+
+    One forward and one backward pass a step as `gradient`; the scorer, which sees k, learns the mean over the sets.
+    """
+    kept = []
+    for n, k in zip(batch.sizes.tolist(), counts.tolist(), strict=True):
+        order = torch.randperm(n, generator=random).to(counts.device)
+        kept.append(order < k - 1)  # the ranks of a permutation are one too
+    return missing(engine, batch, kept)
+
+
+def missing(engine: Engine, batch: Batch, kept: Sequence[Tensor]) -> list[Tensor]:
+    """What the answer's mean log-probability would gain first if a token came to those that are kept.
+
+    The tokens that are not have `FLOOR` of their attention, all the same, so that their slopes compare.
+
+    Args:
+        kept: [n] bool for each image.
+
+    Returns:
+        [n] weights for each image, -1 for what is kept.
+    """
+    mine = batch.by_question(kept)
+
+    def look(engine: Engine, part: Batch, rows: Sequence[int]) -> list[Tensor]:
+        return _missing(engine, part, [image for row in rows for image in mine[row]])
+
+    return _in_parts(engine, batch, look)
+
+
+def _missing(engine: Engine, batch: Batch, kept: Sequence[Tensor]) -> list[Tensor]:
+    biases = [torch.where(mine, 0.0, math.log(FLOOR)).requires_grad_() for mine in kept]
+    log_probs = masked_forward(engine, batch, biases)
+    (log_probs.sum(-1) / batch.answer_lengths).sum().backward()
+    weights = []
+    for mine, bias in zip(kept, biases, strict=True):
+        slope = torch.zeros_like(bias) if bias.grad is None else bias.grad.clamp(min=0)
+        weights.append((slope + 1e-6 * slope.mean() + 1e-12).masked_fill(mine, -1.0))
+    return weights
+
+
+def _in_parts(
+    engine: Engine, batch: Batch, look: Callable[[Engine, Batch, Sequence[int]], list[Tensor]]
+) -> list[Tensor]:
+    """What `look` gives for every image of the batch, from forwards of `max_tokens_per_forward` tokens at most.
+
+    Args:
+        look: (engine, some questions as a batch, which of the batch they are).
+    """
+    found: dict[int, list[Tensor]] = {}
+    for part in engine.parts(batch, range(len(batch)), batch.everything):
+        each = batch.take(part)
+        for row, images in zip(part, each.by_question(look(engine, each, part)), strict=True):
+            found[row] = images
+    return [image for row in range(len(batch)) for image in found[row]]
+
+
+TEACHERS: dict[str, Teacher] = {"gradient": gradient, "gradient_at_k": gradient_at_k, "attention": attention}
 
 
 def get_teacher(name: str) -> Teacher:

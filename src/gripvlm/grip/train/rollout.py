@@ -6,24 +6,29 @@ decoding unless its reward does. Rows of like length run together.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import jinja2
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gripvlm.api import encode, prune_inputs, visual_tokens
 from gripvlm.engine.pipeline import drop
 from gripvlm.errors import GripError, InputError, TrainError
 from gripvlm.eval import make_inputs, question_ids
+from gripvlm.eval.answering import prompt_text
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.train.data import Question, pictures_of
 from gripvlm.models import adapter
@@ -41,6 +46,27 @@ PSEUDO_LABEL_TOKENS = 16
 
 Subsets: TypeAlias = Sequence[Sequence[Tensor]]
 """[rows] lists over the row's images of the indices [k] of the tokens that stay, ascending."""
+
+
+@dataclass(eq=False)
+class Read:
+    """B questions as token ids and pixels, on the model's device, before the vision encoder.
+
+    Attributes:
+        questions: [B] (task, sample) pairs.
+        pictures: what the processor made of the first question about each of the pictures.
+        shown: [B] the row of `pictures` that a question is about.
+        prompts: inputs of the questions alone, left-padded.
+        answers: [B] token ids to force, [] where the model's own answer will be.
+        question: [B] token ids that the scorer reads; None for the whole prompt's text.
+    """
+
+    questions: list[Question]
+    pictures: dict[str, Any]
+    shown: list[int]
+    prompts: dict[str, Any]
+    answers: list[list[int]]
+    question: list[list[int]] | None
 
 
 @dataclass(eq=False)
@@ -95,10 +121,34 @@ class Batch:
         values = iter(per_image)
         return [[next(values) for _ in tokens] for tokens in self.tokens]
 
-    def for_scorer(self, question: bool) -> ScorerInputs:
-        """Everything the scorer reads, padded."""
+    @cached_property
+    def owner(self) -> list[int]:
+        """[I] the question that each image belongs to."""
+        return [i for i, sample in enumerate(self.tokens) for _ in sample]
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """[I] tokens of each image."""
+        return torch.tensor([t.n for sample in self.tokens for t in sample], device=self.inputs["input_ids"].device)
+
+    def for_scorer(self, question: bool, joint: bool = False) -> ScorerInputs:
+        """Everything the scorer reads, padded; `joint`: the images of a question are one sequence."""
         images = [tokens for sample in self.tokens for tokens in sample]
-        return ScorerInputs.of(images, question, [i for i, sample in enumerate(self.tokens) for _ in sample])
+        return ScorerInputs.of(images, question, self.owner, joint)
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Those questions alone, in that order, padded to the longest of them."""
+        index = torch.tensor(rows, device=self.inputs["input_ids"].device)
+        longest = max(self.text_lengths[row] + sum(t.n for t in self.tokens[row]) for row in rows)
+        return Batch(
+            [self.tasks[row] for row in rows],
+            [self.samples[row] for row in rows],
+            [self.answers[row] for row in rows],
+            {name: value[index] for name, value in self.prompts.items()},
+            {name: value[index, -longest:] for name, value in self.inputs.items()},
+            self.encoded.take(rows),
+            [self.tokens[row] for row in rows],
+        )
 
 
 @dataclass(eq=False)
@@ -124,6 +174,7 @@ class Rollout:
     hit: Tensor
     targets: Tensor
     stored_logits: Tensor | None = None
+    decoded: list[str] | None = None
 
     @property
     def tasks(self) -> list[Task]:
@@ -151,8 +202,10 @@ class Rollout:
         return (self.hit | ~self.mask).all(-1).float()
 
     def decode(self) -> list[str]:
-        """[R] answers, decoded greedily; costs a generation."""
-        return self.engine.decode(self.batch, self.rows, self.subsets)
+        """[R] answers, decoded greedily; costs a generation the first time."""
+        if self.decoded is None:
+            self.decoded = self.engine.decode(self.batch, self.rows, self.subsets)
+        return self.decoded
 
 
 def error_about(sample: Sample, error: GripError) -> str:
@@ -167,17 +220,30 @@ class Engine:
 
     Args:
         model, processor: a supported transformers model and its processor. The model is frozen.
-        rollout_batch_size: subsets in one forward.
+        max_tokens_per_forward: rows times the longest of them, in one forward; a row that is longer runs alone.
         bf16: run rollouts under bfloat16 autocast. On the lab this adds a noise of 0.006 to a mean log-probability
             whose spread within a group is 0.2 to 0.4.
+        gradient_checkpointing: compute each layer again in the backward pass of soft masks, and store its input alone.
+
+    Attributes:
+        tokens: that the model has run on so far, without padding.
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, rollout_batch_size: int = 64, bf16: bool = False
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        max_tokens_per_forward: int = 16384,
+        bf16: bool = False,
+        gradient_checkpointing: bool = True,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.processor, self.rollout_batch_size, self.bf16 = processor, rollout_batch_size, bf16
+        self.processor, self.max_tokens_per_forward, self.bf16 = processor, max_tokens_per_forward, bf16
+        self.gradient_checkpointing, self.tokens = gradient_checkpointing, 0
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        # A copy for the thread that reads: a fast tokenizer must not be used by two threads at once.
+        self._reading = copy.deepcopy(processor)
+        self._thread = ThreadPoolExecutor(1, "gripvlm-read")
         # Logits at the answer alone, where the model can: a token has as many as the vocabulary, 30 to 150 thousand.
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -200,11 +266,26 @@ class Engine:
 
     # --- inputs -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def prepare(
         self, questions: Sequence[Question], *, pseudo_labels: bool = False, whole_prompt: bool = False
     ) -> Batch:
-        """Reads, tokenises and encodes; the same pictures once, however many questions are about them.
+        """`encode` of `read`.
+
+        Raises:
+            as those do.
+        """
+        options = {"pseudo_labels": pseudo_labels, "whole_prompt": whole_prompt}
+        return self.encode(self.read_soon(questions, **options).result())
+
+    def read_soon(self, questions: Sequence[Question], **options: bool) -> Future[Read]:
+        """`read` in the thread that reads, while the model is at work on other questions."""
+        return self._thread.submit(self.read, list(questions), **options)
+
+    @torch.no_grad()
+    def read(self, questions: list[Question], *, pseudo_labels: bool = False, whole_prompt: bool = False) -> Read:
+        """Reads and tokenises; the same pictures once, however many questions are about them.
+
+        Not thread-safe: `read_soon` runs it.
 
         Args:
             questions: (task, sample) pairs, those about the same pictures side by side.
@@ -217,46 +298,61 @@ class Engine:
             TaskError: with the sample's id: a picture that cannot be read.
             InputError: a question that holds the placeholder of a picture.
         """
-        tasks, samples = [task for task, _ in questions], [sample for _, sample in questions]
+        processor = self._reading
+        answers = [self._answer(sample, pseudo_labels) for _, sample in questions]
         texts = [task.prompt(sample) for task, sample in questions]
         names = [pictures_of(task, sample) for task, sample in questions]
-        pictures = list(dict.fromkeys(names))
-        firsts = [names.index(name) for name in pictures]  # a question about each
-        images = dict(zip(pictures, (_images_of(samples[i]) for i in firsts), strict=True))
-        once = make_inputs(self.model, self.processor, [texts[i] for i in firsts], list(images.values()))
-        # Pixels go through the tower once; what follows only repeats the rows of its output.
-        encoded = encode(self.model, once).take([pictures.index(name) for name in names])
-        # Prompts of all questions. The processor also prepares their pixels again, which are not used.
-        if len(pictures) < len(samples):
-            once = make_inputs(self.model, self.processor, texts, [images[name] for name in names])
-        prompts = {k: v for k, v in once.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids")}
-        question = None if whole_prompt else question_ids(self.processor, texts)
-        tokens = visual_tokens(self.model, prompts, question=question, encoded=encoded)
-        batch = Batch(tasks, samples, [], prompts, {}, encoded, tokens)
-        batch.answers = self._answers(batch, pseudo_labels)
-        batch.inputs = self._with_answers(prompts, batch.answers)
-        return batch
+        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        shown = [places[name] for name in names]
+        firsts = [names.index(name) for name in places]  # a question about each
+        images = [_images_of(questions[i][1]) for i in firsts]
+        pictures = make_inputs(self.model, processor, [texts[i] for i in firsts], images)
+        prompts = _prompts(processor, texts, shown, firsts, pictures, [len(own) for own in images])
+        if prompts is None:  # the processor once more, for its ids alone
+            prompts = make_inputs(self.model, processor, texts, [images[place] for place in shown])
+        prompts = {name: prompts[name] for name in _PROMPT if name in prompts}
+        question = None if whole_prompt else question_ids(processor, texts)
+        return Read(questions, pictures, shown, prompts, answers, question)
 
-    def _answers(self, batch: Batch, pseudo_labels: bool) -> list[list[int]]:
-        """[B] token ids to force."""
-        texts = [sample.answer if sample.answer.strip() else "" for sample in batch.samples]
-        answers = [self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts]
-        unlabelled = [pseudo_labels or not sample.answer for sample in batch.samples]
-        for sample, answer, generate in zip(batch.samples, answers, unlabelled, strict=True):
-            if not (answer or generate):
-                raise TrainError(
-                    f"the answer of sample {sample.id!r} tokenises to nothing: mend it, or type --on-bad-sample skip"
-                )
-        answers = [answer + self.end for answer in answers]
+    def _answer(self, sample: Sample, pseudo_labels: bool) -> list[int]:
+        """The token ids to force; [] for the model's own.
+
+        Raises:
+            TrainError: an answer that is there, but has no tokens.
+        """
+        if pseudo_labels or not sample.answer:
+            return []
+        tokenizer = getattr(self._reading, "tokenizer", self._reading)
+        ids: list[int] = (
+            tokenizer(sample.answer, add_special_tokens=False)["input_ids"] if sample.answer.strip() else []
+        )
+        if not ids:
+            raise TrainError(
+                f"the answer of sample {sample.id!r} tokenises to nothing: mend it, or type --on-bad-sample skip"
+            )
+        return ids + self.end
+
+    @torch.no_grad()
+    def encode(self, read: Read) -> Batch:
+        """Questions with their pictures encoded, each once."""
+        encoded = encode(self.model, read.pictures).take(read.shown)
+        tokens = visual_tokens(self.model, read.prompts, question=read.question, encoded=encoded)
+        tasks, samples = [task for task, _ in read.questions], [sample for _, sample in read.questions]
+        answers = read.answers
         # The batch is generated whole, also where one answer is lacking: rows are cheap beside the call.
-        if any(unlabelled):
-            arguments = prune_inputs(self.model, batch.prompts, "keep_all", encoded=batch.encoded)
-            length = batch.prompts["input_ids"].shape[1]
-            generated = self.model.generate(**arguments, max_new_tokens=PSEUDO_LABEL_TOKENS, do_sample=False)
-            for i, row in enumerate(generated[:, length:].tolist()):
-                if unlabelled[i]:  # up to its end; one that was cut off has none
-                    ends = [j for j, token in enumerate(row) if token in self.ends]
-                    answers[i] = row[: ends[0] + 1] if ends else row
+        if not all(answers):
+            answers = [mine or own for mine, own in zip(answers, self._own_answers(read.prompts, encoded), strict=True)]
+        return Batch(tasks, samples, answers, read.prompts, self._with_answers(read.prompts, answers), encoded, tokens)
+
+    def _own_answers(self, prompts: dict[str, Any], encoded: Encoded) -> list[list[int]]:
+        """[B] token ids of the unpruned model's greedy answers, up to their end; those that were cut off have none."""
+        arguments = prune_inputs(self.model, prompts, "keep_all", encoded=encoded)
+        length = prompts["input_ids"].shape[1]
+        generated = self.model.generate(**arguments, max_new_tokens=PSEUDO_LABEL_TOKENS, do_sample=False)
+        answers = []
+        for row in generated[:, length:].tolist():
+            ends = [j for j, token in enumerate(row) if token in self.ends]
+            answers.append(row[: ends[0] + 1] if ends else row)
         return answers
 
     def _with_answers(self, prompts: dict[str, Any], answers: list[list[int]]) -> dict[str, Any]:
@@ -296,7 +392,7 @@ class Engine:
         mask, targets = targets >= 0, targets.clamp(min=0)
         stored: Tensor | None = None
         log_probs, hit = torch.zeros(mask.shape, device=device), torch.zeros_like(mask)
-        for part in self._parts(batch, rows, subsets):
+        for part in self.parts(batch, rows, subsets):
             out = self._forward(batch, [rows[r] for r in part], [subsets[r] for r in part])
             index = torch.tensor(part, device=device)
             if logits:
@@ -311,7 +407,7 @@ class Engine:
     def full_logits(self, batch: Batch) -> Tensor:
         """[B, T, V] logits of the unpruned model at the forced answers; computed once a batch."""
         if batch.full_logits is None:
-            batch.full_logits = self._forward(batch, range(len(batch)), batch.everything)
+            batch.full_logits = self.run(batch, range(len(batch)), batch.everything).logits
         return batch.full_logits
 
     @torch.no_grad()
@@ -319,7 +415,7 @@ class Engine:
         """[R] greedy answers to the questions `rows` with only the tokens of `subsets` left."""
         texts = [""] * len(rows)
         longest = max(task.max_new_tokens for task in batch.tasks)
-        for part in self._parts(batch, rows, subsets):
+        for part in self.parts(batch, rows, subsets, longest):
             arguments = self.pruned(batch, batch.prompts, [rows[r] for r in part], [subsets[r] for r in part])
             length = arguments["input_ids"].shape[1]
             new = self.model.generate(**arguments, max_new_tokens=longest, do_sample=False)[:, length:]
@@ -327,13 +423,21 @@ class Engine:
                 texts[r] = text.strip()
         return texts
 
-    def _parts(self, batch: Batch, rows: Sequence[int], subsets: Subsets) -> list[list[int]]:
-        """Indices of rows in parts of `rollout_batch_size`: sorted by length, so that little of a part is padding."""
+    def parts(self, batch: Batch, rows: Sequence[int], subsets: Subsets, more: int = 0) -> list[list[int]]:
+        """Indices of `rows` in parts, one forward each: sorted by length, so that little of a part is padding.
+
+        Args:
+            more: tokens that each row will grow by.
+        """
         lengths = [batch.text_lengths[row] + sum(map(len, subset)) for row, subset in zip(rows, subsets, strict=True)]
-        order = sorted(range(len(rows)), key=lambda r: lengths[r])
-        return [
-            order[start : start + self.rollout_batch_size] for start in range(0, len(order), self.rollout_batch_size)
-        ]
+        self.tokens += sum(lengths)
+        parts: list[list[int]] = []
+        for r in sorted(range(len(rows)), key=lambda r: lengths[r]):
+            if parts and (len(parts[-1]) + 1) * (lengths[r] + more) <= self.max_tokens_per_forward:
+                parts[-1].append(r)
+            else:
+                parts.append([r])
+        return parts
 
     def pruned(self, batch: Batch, inputs: dict[str, Any], rows: Sequence[int], subsets: Subsets) -> dict[str, Any]:
         """Arguments for the model's forward: `rows` of `inputs` with only the tokens of `subsets` left."""
@@ -351,11 +455,19 @@ class Engine:
         width = batch.longest
         arguments = self.pruned(batch, batch.inputs, rows, subsets)
         arguments.pop("labels")
-        # One more than the answers: the row before a token predicts it.
-        short = {"logits_to_keep": width + 1} if self._short else {}
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(**arguments, **short, use_cache=False).logits[:, -width - 1 : -1].float()
+        logits = self._last_logits(arguments, width)
         return pad(logits, (0, 0, width - logits.shape[1], 0))  # all may be shorter than an answer elsewhere
+
+    def _last_logits(self, arguments: dict[str, Any], width: int) -> Tensor:
+        """[R, width or the length, V] float32 logits that predict the last tokens of each row."""
+        # One more than the answers: the row before a token predicts it.
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(**arguments, **self.last(width + 1), use_cache=False).logits
+        return logits[:, -width - 1 : -1].float()
+
+    def last(self, width: int) -> dict[str, int]:
+        """The model's argument for logits at the last `width` positions alone; {} where it has none."""
+        return {"logits_to_keep": width} if self._short else {}
 
     def whole(self, batch: Batch) -> dict[str, Any]:
         """Arguments for the model's forward over questions and answers with every visual token."""
@@ -371,11 +483,122 @@ class Engine:
     def forced_log_probs(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
         """[B, T] log-probabilities of the forced answers that end the prompts of `arguments`, 0 at padding."""
         width = batch.longest
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(**arguments, use_cache=False).logits[:, -width - 1 : -1].float()
+        with _checkpointed(self.model, self.gradient_checkpointing and torch.is_grad_enabled()):
+            logits = self._last_logits(arguments, width)
         targets = batch.inputs["labels"][:, -width:]
         log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
         return log_probs.masked_fill(targets < 0, 0.0)
+
+
+class ReadAhead:
+    """Reads the next questions while the model is at work on these. What is read depends on the questions alone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._begun: tuple[tuple[Any, ...], Future[Read]] | None = None
+
+    def begin(self, questions: Sequence[Question], **options: bool) -> None:
+        """Begins to read."""
+        self._begun = ((list(questions), options), self.engine.read_soon(questions, **options))
+
+    def take(self, questions: Sequence[Question], **options: bool) -> Read:
+        """These questions, as they were read meanwhile; read now where others were begun.
+
+        Raises:
+            as `Engine.read`.
+        """
+        begun, self._begun = self._begun, None
+        if begun is not None and begun[0] == (list(questions), options):
+            return begun[1].result()
+        return self.engine.read_soon(questions, **options).result()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A block after which the model's modules are in training mode, and its weights require gradients, as before."""
+    training = {module: module.training for module in model.modules()}
+    required = {weight: weight.requires_grad for weight in model.parameters()}
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for weight, wanted in required.items():
+            weight.requires_grad_(wanted)
+
+
+@contextmanager
+def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
+    """Layers of the language model keep their input alone for a backward pass, and run again in it.
+
+    transformers' own gradient checkpointing acts in training mode only, where dropout would act as well.
+    """
+    layers = list(model.get_decoder().layers) if wanted else []
+    forwards = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, forwards, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+
+
+_PROMPT = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def _prompts(
+    processor: Any,
+    texts: list[str],
+    shown: list[int],
+    firsts: list[int],
+    pictures: dict[str, Any],
+    counts: list[int],
+) -> dict[str, Tensor] | None:
+    """Prompts [B, L] of all questions, left-padded, of which the processor has made one for each of the pictures.
+
+    A question takes what stands up to its last placeholder from the first question about its pictures, and has its own
+    text after it. None where that would not be what the processor makes.
+    """
+    if len(firsts) == len(texts):
+        return pictures
+    tokenizer = getattr(processor, "tokenizer", processor)
+    placeholder = tokenizer.convert_tokens_to_ids(str(getattr(processor, "image_token", None)))
+    whole = [prompt_text(processor, text, counts[place]) for text, place in zip(texts, shown, strict=True)]
+    begin = getattr(tokenizer, "bos_token", None)
+    special = not (begin and whole[0].startswith(begin))  # as `make_inputs`
+    heads, tails = [], []
+    for row in tokenizer(whole, add_special_tokens=special)["input_ids"]:
+        if placeholder not in row:
+            return None
+        end = len(row) - row[::-1].index(placeholder)
+        heads.append(row[:end])
+        tails.append(row[end:])
+    if any(heads[i] != heads[firsts[place]] for i, place in enumerate(shown)):
+        return None
+    made = {name: pictures[name] for name in _PROMPT if name in pictures}
+    real = made["attention_mask"].bool()
+    rows: dict[str, list[Tensor]] = {name: [] for name in made}
+    for place, tail in zip(shown, tails, strict=True):
+        first = tails[firsts[place]]
+        ids = made["input_ids"][place][real[place]]
+        head = len(ids) - len(first)
+        if head <= 0 or ids[head:].tolist() != first:
+            return None
+        own = ids.new_tensor(tail)
+        rows["input_ids"].append(torch.cat((ids[:head], own)))
+        rows["attention_mask"].append(torch.ones_like(rows["input_ids"][-1]))
+        if "mm_token_type_ids" in made:
+            kinds = made["mm_token_type_ids"][place][real[place]][:head]
+            rows["mm_token_type_ids"].append(torch.cat((kinds, torch.zeros_like(own))))
+    fill = {"input_ids": int(tokenizer.pad_token_id or 0)}
+    return {
+        name: pad_sequence(each, batch_first=True, padding_value=fill.get(name, 0), padding_side="left")
+        for name, each in rows.items()
+    }
 
 
 def _images_of(sample: Sample) -> list[Image.Image]:

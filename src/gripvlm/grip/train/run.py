@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +20,12 @@ from gripvlm.grip.pruner import Grip, place_of
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig, has_scorer
 from gripvlm.grip.train.config import STAGES, TrainConfig, read_toml, stages_of, write_toml
 from gripvlm.grip.train.data import Question, QuestionStream, check_apart, check_pictures, load_questions, split
-from gripvlm.grip.train.distill import Distill, get_teacher
+from gripvlm.grip.train.distill import Distill, get_teacher, gradient, gradient_at_k
 from gripvlm.grip.train.grpo import Grpo
-from gripvlm.grip.train.rewards import get_reward
-from gripvlm.grip.train.rollout import Engine
-from gripvlm.grip.train.trainer import Evaluator, Stage, Trainer
+from gripvlm.grip.train.processes import Processes
+from gripvlm.grip.train.rewards import Reward, Rewards, name_of
+from gripvlm.grip.train.rollout import Engine, frozen
+from gripvlm.grip.train.trainer import Callback, Evaluator, Stage, Trainer
 from gripvlm.tasks import Task
 from gripvlm.utils import disk
 
@@ -30,9 +33,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Settings that the scorer itself has.
-_SIZES = ("width", "blocks", "heads", "question", "budget")
+_SIZES = ("width", "blocks", "heads", "question", "budget", "joint", "rounds", "diversity")
 # What may differ between a run and its continuation.
-_FREE = {"output_dir", "device", "report_to", "rollout_batch_size", "on_bad_sample", "save_steps", "eval_steps"}
+_FREE = {"output_dir", "device", "report_to", "run_name", "max_tokens_per_forward", "gradient_checkpointing"}
+_FREE |= {"on_bad_sample", "save_steps", "eval_steps"}
 _CONFIG = "config.toml"
 
 
@@ -43,6 +47,8 @@ def train(
     data: Task | Sequence[Task] | None = None,
     validation: Task | Sequence[Task] | None = None,
     *,
+    reward_funcs: Sequence[str | Reward] | None = None,
+    callbacks: Sequence[Callback] = (),
     quiet: bool = True,
 ) -> Grip:
     """Trains a scorer for a frozen model.
@@ -53,6 +59,9 @@ def train(
         config: every setting; `config.output_dir` is the run's folder, and the same call resumes from its checkpoint.
         model, processor: a supported transformers model, which is frozen, and its processor.
         data, validation: tasks, instead of what `config.data` and `config.eval_data` name.
+        reward_funcs: rewards, instead of what `config.reward_funcs` names: names, functions of a `Rollout`, or
+            functions of `completions` as TRL's.
+        callbacks: told of steps, validations and checkpoints.
         quiet: no progress bar.
 
     Returns:
@@ -63,7 +72,15 @@ def train(
         BusyError: another process trains in `config.output_dir`.
         Interrupted: Ctrl-C; a checkpoint is written.
     """
-    return train_on(check_settings(config, data, validation), config, model, processor, quiet=quiet)
+    reward = None
+    if reward_funcs is not None:
+        reward = Rewards(reward_funcs, config.reward_weights)
+        named = ",".join(
+            each if isinstance(each, str) else f"{each.__module__}:{name_of(each)}" for each in reward_funcs
+        )
+        config = replace(config, reward_funcs=named)
+    questions = check_settings(config, data, validation, reward)
+    return train_on(questions, config, model, processor, quiet=quiet, reward=reward, callbacks=callbacks)
 
 
 def train_on(
@@ -73,55 +90,107 @@ def train_on(
     processor: Any,
     *,
     quiet: bool,
+    reward: Rewards | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Grip:
     """`train` with the training and validation questions that `check_settings` returned."""
+    check_model(config, model)
     folder = Path(config.output_dir).expanduser()
     accelerator = make_accelerator(config, model.device)
-    engine = Engine(model, processor, config.rollout_batch_size, bf16=config.bf16)
+    processes = Processes(accelerator)
+    processes.agree("settings", {name: value for name, value in config.to_dict().items() if name not in _FREE})
     # The other processes write nothing.
-    with disk.one_writer(folder, folder=True) if accelerator.is_main_process else nullcontext():
-        _check_folder(config, folder)  # another run may have been there since `check_settings`
-        # A new scorer alone draws from the global generator.
-        torch.manual_seed(config.seed)
-        scorer, done = _initial_scorer(config, folder, model)
-        accelerator.wait_for_everyone()  # all have checked the folder
+    with frozen(model), ExitStack() as held:
+        first = processes.first
+        processes.together(lambda: held.enter_context(disk.one_writer(folder, folder=True)) if first else None)
+        engine = make_engine(config, model, processor)
+        scorer, done = _first_scorer(processes, config, folder, model)
         for name in _stages_left(config, done):
-            stage = (Distill if name == "distill" else Grpo)(config, scorer, engine)
-            if accelerator.is_main_process:  # only now, as the stage has refused settings that do not fit the model
-                record_run(config)
-            scorer = run_stage(stage, questions, accelerator, quiet=quiet)
-        if accelerator.is_main_process:
-            scorer.save_pretrained(folder)
-        accelerator.wait_for_everyone()
+            make = partial(Distill if name == "distill" else partial(Grpo, reward=reward), config, scorer, engine)
+            stage = processes.together(make)
+            # Only now, as the stage has refused settings that do not fit the model.
+            processes.together(lambda: record_run(config) if first else None)
+            # Trackers count the steps of a run of both stages through.
+            before = config.distill_steps if (config.stage, name) == ("all", "grpo") else 0
+            scorer = run_stage(
+                *(stage, questions, accelerator), quiet=quiet, reward=reward, callbacks=callbacks, first_step=before
+            )
+        processes.together(lambda: scorer.save_pretrained(folder) if first else None)
         accelerator.end_training()
     return Grip(str(folder), scorer.eval())
 
 
+def make_engine(config: TrainConfig, model: PreTrainedModel, processor: Any) -> Engine:
+    """The model and its processor, with the settings that concern them."""
+    return Engine(model, processor, config.max_tokens_per_forward, config.bf16, config.gradient_checkpointing)
+
+
+def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
+    """Refuses settings that the model contradicts.
+
+    Raises:
+        TrainError: it has another dtype or attention implementation, or several devices.
+    """
+    name = str(model.dtype).removeprefix("torch.")
+    if config.dtype not in ("", "auto", name):
+        raise TrainError(f"dtype = {config.dtype!r}, but the model is {name}: load it so, or leave that setting out")
+    _check_half(config, name)
+    attention = getattr(model.config, "_attn_implementation", None)
+    if config.attn_implementation not in ("", attention):
+        raise TrainError(
+            f"attn_implementation = {config.attn_implementation!r}, but the model has {attention!r}: load it so, or "
+            "leave that setting out"
+        )
+    if config.bf16 and name != "float32":
+        raise TrainError(f"bf16 is for models in float32, and this one is {name}: leave bf16 out")
+    if len(places := {str(weight.device) for weight in model.parameters()}) > 1:
+        raise TrainError(
+            f"the model lies on {', '.join(sorted(places))}: training needs it on one device; load it without "
+            "device_map, in bfloat16 (--dtype), and type --dry-run to see whether it fits"
+        )
+
+
+def _check_half(config: TrainConfig, dtype: str) -> None:
+    if dtype == "float16" and config.stage != "grpo" and get_teacher(config.teacher) in (gradient, gradient_at_k):
+        raise TrainError(
+            f"float16 is too small for the gradients of the teacher {config.teacher}: use --dtype bfloat16 or float32, "
+            "or --teacher attention"
+        )
+
+
 def run_stage(
-    stage: Stage, questions: tuple[list[Question], list[Question]], accelerator: Accelerator, *, quiet: bool = True
+    stage: Stage,
+    questions: tuple[list[Question], list[Question]],
+    accelerator: Accelerator,
+    *,
+    quiet: bool = True,
+    reward: Rewards | None = None,
+    callbacks: Sequence[Callback] = (),
+    first_step: int = 0,
 ) -> Scorer:
     """Trains the stage's scorer on (training, validation) questions; saves it in a folder of the stage's name.
 
-    A stage of another package is trained so too: anything with a `Stage`'s attributes and `losses`.
+    A stage of another package is trained so too: anything with a `Stage`'s attributes and methods.
+
+    Args:
+        reward: what validation measures, instead of the settings' reward.
+        callbacks, first_step: as `Trainer` takes them.
     """
     config, engine = stage.config, stage.engine
     # Evenly spaced: files often hold their questions by kind.
     held_out = questions[1][:: max(1, len(questions[1]) // config.eval_questions)][: config.eval_questions]
-    evaluator = Evaluator(engine, held_out, get_reward(config.eval_reward or config.reward), config)
+    if config.eval_reward:
+        reward = Rewards.named(config.eval_reward)
+    reward = reward or Rewards.named(config.reward_funcs, config.reward_weights)
+    evaluator = Evaluator(engine, held_out, reward, config)
     stream = QuestionStream(questions[0], config.per_device_train_batch_size, config.questions_per_image, config.seed)
-    try:
-        scorer = Trainer(stage, stream, evaluator, accelerator, quiet).train()
-    except torch.OutOfMemoryError as error:
-        raise TrainError(
-            f"{stage.name} ran out of memory: use a smaller --rollout-batch-size; if that is not enough, a smaller "
-            "--per-device-train-batch-size or --questions-per-image, with another --output-dir"
-        ) from error
+    scorer = Trainer(stage, stream, evaluator, accelerator, quiet, callbacks, first_step).train()
     sizes = {field: getattr(scorer.config, field) for field in _SIZES}  # as they are, not as the settings say
     scorer.notes = {"stage": stage.name, "steps": stage.max_steps, "config": config.to_dict() | sizes}
     if left_out := len(stream.skipped) + len(evaluator.skipped):
         scorer.notes["left_out"] = left_out
-    if accelerator.is_main_process:
-        scorer.save_pretrained(Path(config.output_dir).expanduser() / stage.name)
+    folder, processes = Path(config.output_dir).expanduser() / stage.name, Processes(accelerator)
+    processes.together(lambda: scorer.save_pretrained(folder) if processes.first else None)
     return scorer
 
 
@@ -151,10 +220,21 @@ def make_accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
             f"{accelerator.num_processes}, or a multiple"
         )
     if config.report_to:
-        accelerator.init_trackers("gripvlm")
-        if accelerator.is_main_process and not accelerator.trackers:
-            raise TrainError(f"report_to = {config.report_to!r} is not installed: type pip install {config.report_to}")
+        Processes(accelerator).together(partial(_start_tracker, accelerator, config))
     return accelerator
+
+
+def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:
+    named = {"name": config.run_name or Path(config.output_dir).expanduser().resolve().name}
+    of_tracker = {"wandb": named, "trackio": named}  # TensorBoard calls a run by its folder, the output_dir
+    accelerator.init_trackers("gripvlm", config=config.to_dict(), init_kwargs=of_tracker)
+    if accelerator.is_main_process and not accelerator.trackers:
+        raise TrainError(f"report_to = {config.report_to!r} is not installed: type pip install {config.report_to}")
+
+
+def first_process() -> bool:
+    """Whether this process has the run's folder: as torchrun and accelerate say, before anything is connected."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def launched_device(name: str) -> str:
@@ -169,19 +249,25 @@ def check_settings(
     config: TrainConfig,
     data: Task | Sequence[Task] | None = None,
     validation: Task | Sequence[Task] | None = None,
+    reward: Rewards | None = None,
 ) -> tuple[list[Question], list[Question]]:
     """The training and the validation questions, once everything that can be known without the model is right.
 
     Args:
         data, validation: as `train` takes them.
+        reward: instead of the one that the settings name.
 
     Raises:
         TrainError, TaskError, ScorerError: what to change.
     """
-    for name in (config.reward, config.eval_reward or config.reward):
-        get_reward(name)
+    if reward is None:
+        Rewards.named(config.reward_funcs, config.reward_weights)
+    if config.eval_reward:
+        Rewards.named(config.eval_reward)
     get_teacher(config.teacher)
-    _check_folder(config, Path(config.output_dir).expanduser())
+    _check_half(config, config.dtype)
+    if first_process():
+        _check_folder(config, Path(config.output_dir).expanduser())
     if config.init_from:
         _check_sizes(Scorer.from_pretrained(place_of(config.init_from)), config.init_from, config)
     questions = load_questions(config.data if data is None else data)
@@ -203,6 +289,28 @@ def _stages_left(config: TrainConfig, done: str) -> list[str]:
     return stages[stages.index(done) + 1 :] if done in stages else stages
 
 
+def _first_scorer(
+    processes: Processes, config: TrainConfig, folder: Path, model: PreTrainedModel
+) -> tuple[Scorer, str]:
+    """`_initial_scorer` of the first process, in all of them: only its disk is asked."""
+
+    def begin() -> tuple[Scorer, str] | None:
+        if not processes.first:
+            return None
+        _check_folder(config, folder)  # another run may have been there since `check_settings`
+        # A new scorer alone draws from the global generator.
+        torch.manual_seed(config.seed)
+        return _initial_scorer(config, folder, model)
+
+    found = processes.together(begin)
+    about: Any = None if found is None else (found[0].config, found[0].base, found[1])
+    sizes, base, done = processes.broadcast(about)
+    scorer = found[0] if found else Scorer(sizes, base).to(model.device)
+    processes.together(lambda: base.check(model))
+    processes.copy_first(scorer.state_dict().values())
+    return scorer, done
+
+
 def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -> tuple[Scorer, str]:
     """The scorer to begin with, and the last stage that is finished ("" for none)."""
     # The last finished stage first: its scorer is the best so far.
@@ -221,8 +329,14 @@ def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -
     if source:
         return _loaded(source, config, model), ""
     base = ModelFingerprint.of(model)
-    sizes = ScorerConfig(base.features, config.width, config.blocks, config.heads, config.question, config.budget)
-    return Scorer(sizes, base).to(model.device), ""
+    return Scorer(new_scorer(config, base.features), base).to(model.device), ""
+
+
+def new_scorer(config: TrainConfig, features: int) -> ScorerConfig:
+    """The sizes of a new scorer for features of so many channels."""
+    sizes = {name: getattr(config, name) for name in _SIZES}
+    sizes["diversity"] = config.diversity and config.rounds > 1
+    return ScorerConfig(features, **sizes)
 
 
 def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel) -> Scorer:
