@@ -5,17 +5,23 @@
 | half | are there more red things left or right? | every red thing |
 | colours | are there more red or blue letters? | every red and every blue letter |
 | classes | are there more cats or dogs? | every cat and every dog |
-| extreme | what is the largest number? | every number |
+| corner | where are most red things? (top left) | every red thing |
 | common | what colour are most letters? | every letter |
+| most | which icon is there most? | every icon |
+| single | which colour has one letter? | every letter |
+| extreme | what is the largest number? | every number |
+| holder | what colour is the largest number? | every number |
 | pictures | which picture has the most cats? | every cat of every picture |
 | missing | which is not there: a, k, m? | one of each that is there |
 | count | how many letters are red? | every red letter |
 | string | read the red sign. | every character of the sign |
 | both | which letter is in both pictures? | that letter, once in each |
+| where | which picture has a cat? | that cat |
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +32,7 @@ from lab_vlm.questions import article, plural
 
 from .boards import COLOURS, GRID, LETTERS, Facts
 
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
 ORDINALS = ("first", "second", "third", "fourth")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PATCHES = GRID * GRID
@@ -98,13 +105,15 @@ def _groups(picture: int, mask: np.ndarray) -> list[Group]:
 
 LEAST = 2
 """A comparison's winner is ahead by this many things at least."""
+MOST = 14
+"""Things that are evidence, at most, in one picture: 6 % of a picture's tokens can hold one token of each."""
 
 
 def half(p: int, t: Things, rng: np.random.Generator) -> Question | None:
     x, y = t.facts.centre.T - 64
     for wanted in _filters([t], rng):
         mask = chosen(t, wanted)
-        if not 4 <= mask.sum() <= 14:
+        if not 4 <= mask.sum() <= MOST:
             continue
         for axis, sides in ((x, ("left", "right")), (y, ("top", "bottom")))[:: 1 if rng.random() < 0.5 else -1]:
             first, second = int((axis[mask] < 0).sum()), int((axis[mask] > 0).sum())
@@ -124,7 +133,7 @@ def colours(p: int, t: Things, rng: np.random.Generator) -> Question | None:
     word, base = _of_kind(t, rng)
     counts = {c: int((base & (t.colour == c)).sum()) for c in COLOURS}
     pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b and min(counts[a], counts[b]) >= 1]
-    pairs = [(a, b) for a, b in pairs if abs(counts[a] - counts[b]) >= LEAST and counts[a] + counts[b] >= 5]
+    pairs = [(a, b) for a, b in pairs if abs(counts[a] - counts[b]) >= LEAST and 5 <= counts[a] + counts[b] <= MOST]
     if not pairs:
         return None
     a, b = pairs[rng.integers(len(pairs))]
@@ -137,7 +146,7 @@ def classes(p: int, t: Things, rng: np.random.Generator) -> Question | None:
     kind = "icon" if rng.random() < 0.6 else "letter"
     counts = {n: int((t.name == n).sum()) for n in t.name[t.kind == kind]}
     pairs = [(a, b) for a in sorted(counts) for b in sorted(counts) if abs(counts[a] - counts[b]) >= LEAST]
-    pairs = [(a, b) for a, b in pairs if counts[a] + counts[b] >= 4]
+    pairs = [(a, b) for a, b in pairs if 4 <= counts[a] + counts[b] <= MOST]
     if not pairs:
         return None
     a, b = pairs[rng.integers(len(pairs))]
@@ -147,9 +156,51 @@ def classes(p: int, t: Things, rng: np.random.Generator) -> Question | None:
     return Question("classes", kind, text, a if counts[a] > counts[b] else b, _groups(p, mask))
 
 
+def corner(p: int, t: Things, rng: np.random.Generator) -> Question | None:
+    right, low = (t.facts.centre > 64).T
+    place = 2 * low + right
+    for wanted in _filters([t], rng):
+        mask = chosen(t, wanted)
+        counts = np.bincount(place[mask], minlength=4)
+        second, first = np.sort(counts)[-2:]
+        if 5 <= mask.sum() <= MOST and first - second >= LEAST:
+            text = f"where are most {words(wanted)}?"
+            return Question("corner", wanted[0], text, CORNERS[int(counts.argmax())], _groups(p, mask))
+    return None
+
+
+def most(p: int, t: Things, rng: np.random.Generator) -> Question | None:
+    kind = "icon" if rng.random() < 0.6 else "letter"
+    mask = t.kind == kind
+    counts = Counter(t.name[mask]).most_common(2)
+    if not 5 <= mask.sum() <= MOST or len(counts) < 2 or counts[0][1] - counts[1][1] < LEAST:
+        return None
+    return Question("most", kind, f"which {kind} is there most?", counts[0][0], _groups(p, mask))
+
+
+def single(p: int, t: Things, rng: np.random.Generator) -> Question | None:
+    word, mask = _of_kind(t, rng)
+    counts = Counter(t.colour[mask])
+    alone = [colour for colour, count in counts.items() if count == 1]
+    if not 5 <= mask.sum() <= MOST or len(alone) != 1:
+        return None
+    return Question("single", word, f"which colour has one {word[:-1]}?", alone[0], _groups(p, mask))
+
+
+def holder(p: int, t: Things, rng: np.random.Generator) -> Question | None:
+    mask = t.kind == "number"
+    word, best = (("largest", max), ("smallest", min))[int(rng.random() < 0.5)]
+    if not 4 <= mask.sum() <= MOST:
+        return None
+    colours_of_it = {*t.colour[mask & (t.name == best(t.name[mask]))]}
+    if len(colours_of_it) != 1:
+        return None
+    return Question("holder", word, f"what colour is the {word} number?", colours_of_it.pop(), _groups(p, mask))
+
+
 def extreme(p: int, t: Things, rng: np.random.Generator) -> Question | None:
     mask = t.kind == "number"
-    if not 4 <= mask.sum() <= 14:
+    if not 4 <= mask.sum() <= MOST:
         return None
     word, best = (("largest", max), ("smallest", min))[int(rng.random() < 0.5)]
     answer = best(t.name[mask])
@@ -165,7 +216,7 @@ def common(p: int, t: Things, rng: np.random.Generator) -> Question | None:
         name = names[rng.integers(len(names))]
         word, mask = plural(name), (t.kind == "icon") & (t.name == name)
     counts = sorted(((int((mask & (t.colour == c)).sum()), c) for c in COLOURS), reverse=True)
-    if mask.sum() < 5 or counts[0][0] - counts[1][0] < LEAST:
+    if not 5 <= mask.sum() <= MOST or counts[0][0] - counts[1][0] < LEAST:
         return None
     return Question("common", word, f"what colour are most {word}?", counts[0][1], _groups(p, mask))
 
@@ -217,8 +268,12 @@ OF_ONE: dict[str, Callable[[int, Things, np.random.Generator], Question | None]]
     "half": half,
     "colours": colours,
     "classes": classes,
-    "extreme": extreme,
+    "corner": corner,
     "common": common,
+    "most": most,
+    "single": single,
+    "extreme": extreme,
+    "holder": holder,
     "missing": missing,
     "count": count,
     "string": string,
@@ -231,7 +286,7 @@ def pictures(boards: Sequence[Things], rng: np.random.Generator) -> Question | N
         masks = [chosen(t, wanted) for t in boards]
         numbers = [int(mask.sum()) for mask in masks]
         best = sorted(numbers)[::-1]
-        if best[0] - best[1] >= LEAST and best[1] >= 1:
+        if MOST >= best[0] >= best[1] + LEAST and best[1] >= 1:
             evidence = [group for p, mask in enumerate(masks) for group in _groups(p, mask)]
             text = f"which picture has the most {words(wanted)}?"
             return Question("pictures", wanted[0], text, ORDINALS[int(np.argmax(numbers))], evidence)
@@ -252,20 +307,11 @@ def both(boards: Sequence[Things], rng: np.random.Generator) -> Question | None:
     return Question("both", "letter", "which letter is in both pictures?", letter, evidence)
 
 
-OF_SEVERAL: dict[str, Callable[[Sequence[Things], np.random.Generator], Question | None]] = {
-    "pictures": pictures,
-    "both": both,
-}
-"""Families about all pictures of the prompt."""
-
-FAMILIES = (*OF_ONE, *OF_SEVERAL)
-
-
 def where(boards: Sequence[Things], rng: np.random.Generator) -> Question | None:
-    """A stepping stone, asked in training only: which picture has what only one of them has.
+    """Which picture has what only one of them has.
 
-    Before pictures can be compared, their tokens must be told apart; from "which picture has the most cats?" alone,
-    that had not begun after 240,000 questions.
+    Also a stepping stone: before pictures can be compared, their tokens must be told apart; from "which picture has the
+    most cats?" alone, that had not begun after 240,000 questions.
     """
     names = [{(str(k), str(n)) for k, n in zip(t.kind, t.name, strict=True) if k in ("icon", "letter")} for t in boards]
     only = [
@@ -279,13 +325,20 @@ def where(boards: Sequence[Things], rng: np.random.Generator) -> Question | None
     return Question("where", kind, f"which picture has {shown}?", ORDINALS[picture], evidence)
 
 
-STONES = {"where": where}
+OF_SEVERAL: dict[str, Callable[[Sequence[Things], np.random.Generator], Question | None]] = {
+    "pictures": pictures,
+    "both": both,
+    "where": where,
+}
+"""Families about all pictures of the prompt."""
+
+FAMILIES = (*OF_ONE, *OF_SEVERAL)
 
 
 def ask(boards: Sequence[Things], family: str, rng: np.random.Generator) -> Question | None:
     """A random question of `family` about a prompt's boards, or None where they give none."""
-    if family in (several := {**OF_SEVERAL, **STONES}):
-        return several[family](boards, rng) if len(boards) > 1 else None
+    if family in OF_SEVERAL:
+        return OF_SEVERAL[family](boards, rng) if len(boards) > 1 else None
     picture = int(rng.integers(len(boards)))
     question = OF_ONE[family](picture, boards[picture], rng)
     if question is not None and len(boards) > 1:

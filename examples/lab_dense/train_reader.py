@@ -38,8 +38,8 @@ from .questions import OF_ONE, PATCHES, Things, ask
 from .vlm import build_model
 
 SHARE = {
-    **{"half": 3, "colours": 3, "classes": 3, "extreme": 3, "common": 3, "missing": 3, "count": 3, "string": 2},
-    **{"pictures": 5, "both": 2, "where": 4},
+    **{"half": 1, "colours": 1, "classes": 1, "corner": 3, "common": 3, "most": 3, "single": 3, "extreme": 3},
+    **{"holder": 2, "missing": 3, "count": 1, "string": 3, "pictures": 4, "both": 3, "where": 3},
 }
 """How often each family is asked."""
 PROMPTS = {1: 7, 2: 5, 4: 3}

@@ -96,7 +96,7 @@ def seen(prompt: list[Things], question: Question) -> list[tuple[str, str, str]]
     return found
 
 
-@pytest.mark.parametrize("family", ["colours", "classes", "extreme", "common", "count"])
+@pytest.mark.parametrize("family", ["colours", "classes", "common", "most", "single", "extreme", "holder", "count"])
 def test_the_answer_follows_from_the_evidence_alone(things, family):
     """Worked out again from what the evidence shows, without the rest of the board."""
     questions = asked(things, family)
@@ -113,12 +113,30 @@ def test_the_answer_follows_from_the_evidence_alone(things, family):
             answer = (max if "largest" in question.question else min)(names)
         elif family == "common":
             answer = max(set(colours), key=colours.count)
+        elif family == "most":
+            answer = max(set(names), key=names.count)
+        elif family == "single":
+            (answer,) = (colour for colour in set(colours) if colours.count(colour) == 1)
+        elif family == "holder":
+            best = (max if "largest" in question.question else min)(names)
+            (answer,) = {colour for name, colour in zip(names, colours, strict=True) if name == best}
         else:
             answer = NUMBERS[len(shown)]
         assert question.answer == answer, question.question
 
 
-def test_half_pictures_and_both_are_answered_by_place(things):
+def test_corner_half_pictures_both_and_where_are_answered_by_place(things):
+    for question, prompt in asked(things, "corner"):
+        (picture,) = {group[0][0] for group in question.evidence}
+        places = [prompt[picture].facts.centre[group[0][1]] > 64 for group in question.evidence]
+        corners = [f"{('top', 'bottom')[int(y)]} {('left', 'right')[int(x)]}" for x, y in places]
+        assert question.answer == max(set(corners), key=corners.count)
+    for question, prompt in asked(things, "where"):
+        ((picture, unit), *_) = question.evidence[0]
+        assert question.answer == ORDINALS[picture]
+        name = prompt[picture].facts.things[unit][1]
+        others = [t for p, t in enumerate(prompt) if p != picture]
+        assert not any(name == other for t in others for _, other, _ in t.facts.things)
     for question, prompt in asked(things, "half"):
         (picture,) = {group[0][0] for group in question.evidence}
         places = [prompt[picture].facts.centre[group[0][1]] for group in question.evidence]
