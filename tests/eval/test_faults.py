@@ -24,7 +24,7 @@ from gripvlm.utils import disk
 from tiny_results import made_up
 from tiny_train import asked, tiny_config, tiny_vlm
 
-CLOCKS = ("minutes",)
+CLOCKS = ("minutes", "step_time")
 
 
 @lru_cache(maxsize=1)

@@ -68,6 +68,7 @@ LONG = SMALL | {"layers": 2, "image": 160}
 WIDE = {"hidden": 256, "layers": 3, "inner": 1024, "heads": 8, "vocabulary": 16000, "image": 128}
 
 
+@pytest.mark.slow  # on a busy machine the peak is another: pytest -m slow tests/grip/test_dry_run.py
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured as Linux tells it")
 @pytest.mark.parametrize(
     "told", [(SMALL, 16384, True), (LONG, 2048, False), (WIDE, 2048, True)], ids=["small", "long", "wide"]

@@ -158,7 +158,8 @@ def _signature() -> inspect.Signature:
         if kind is bool:
             default = "yes" if field.default else "no"
         option = typer.Option(
-            *((f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)),
+            # Two long names would both be cut off in 80 columns.
+            *((f"{flag}/--no-{flag[2:].removeprefix('gradient-')}",) if kind is bool else (flag,)),
             help=f"{help_of(field.name)} (default: {default})",  # brackets would be markup
             show_default=False,
             rich_help_panel="Switches" if kind is bool else panel,  # "--no-..." is a column of its own
