@@ -8,13 +8,12 @@ FOLDER gets `model/`, which transformers loads, and `sample/`.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
 import torch
 
-from gripvlm.utils import disk
+from lab_vlm.export import write_model
 
 from . import features
 from .dataset import write_questions
@@ -23,21 +22,11 @@ from .vlm import build_model, build_processor
 
 
 def export_model(out: Path, reader: str, folder: Path) -> None:
-    """Half-precision safetensors whose config asks for float32, as processors without half units need."""
     state = torch.load(out / f"{reader}.pt", weights_only=False)
     model = build_model(state["recipe"]["layers"])
     model.model.vision_tower = features.load_tower(out)
     model.load_state_dict(state["model"])
-    shutil.rmtree(folder, ignore_errors=True)
-    model.half().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for part in (config, config["text_config"], config["vision_config"]):
-        part["dtype"] = "float32"
-    disk.write(path, json.dumps(config, indent=2) + "\n")
+    write_model(model, build_processor(), folder)
 
 
 def main() -> None:

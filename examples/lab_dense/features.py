@@ -2,7 +2,7 @@
 
     python -m lab_dense.features BOARDS OUT --split train       # OUT/tower.pt is the tower
 
-Half the time of a training step goes when the tower need not run; 82 kB a picture in bfloat16.
+A training step need not run the tower then; 82 kB a picture in bfloat16.
 """
 
 from __future__ import annotations

@@ -113,14 +113,6 @@ class Packer:
         )
 
 
-def block_mask(segment: torch.Tensor) -> torch.Tensor:
-    """Boolean attention mask [b, 1, l, l]: causal; the prefix is seen by all, a question only by itself."""
-    length = segment.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same = segment[:, :, None] == segment[:, None, :]
-    return ((same | (segment[:, None, :] == 0)) & causal)[:, None]
-
-
 WAYS = {"blind": 0.03, "full": 0.14, "random": 0.27, "even": 0.38, "evidence": 0.18}
 """How often tokens are dropped in which way."""
 

@@ -8,7 +8,6 @@ Shards that exist are kept, so the command can be interrupted and repeated.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -16,12 +15,9 @@ import numpy as np
 
 from gripvlm.utils import disk
 from lab_vlm import art, pool
-from lab_vlm.pool import load_shard, shards
 from lab_vlm.scenes import SIZE
 
 from .boards import DIGITS, GRID, KINDS, Board, Facts, compose, units
-
-SHARD = 1000
 
 HEADS: dict[str, tuple[str, ...]] = {
     **pool.HEADS,
@@ -57,7 +53,7 @@ def first_lab_labels(planes: np.ndarray) -> np.ndarray:
     return np.concatenate([planes, more], axis=-2)
 
 
-def make_shard(path: Path, split: str, start: int, count: int = SHARD) -> None:
+def make_shard(path: Path, split: str, start: int, count: int) -> None:
     images = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
     planes = np.empty((count, len(HEADS), GRID * GRID), dtype=np.uint8)
     facts: list[Facts] = []
@@ -68,20 +64,6 @@ def make_shard(path: Path, split: str, start: int, count: int = SHARD) -> None:
     disk.write(path, pickle.dumps({"images": images, "labels": planes, "facts": facts}, protocol=5))
 
 
-def _job(job: tuple[Path, str, int, int]) -> None:
-    make_shard(*job)
-
-
-def build(folder: Path, split: str, boards: int, workers: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, boards, SHARD)
-    jobs = [(folder / f"{split}-{start:07d}.pkl", split, start, min(SHARD, boards - start)) for start in starts]
-    jobs = [job for job in jobs if not job[0].exists()]
-    with multiprocessing.Pool(workers) as processes:
-        for done, _ in enumerate(processes.imap_unordered(_job, jobs), 1):
-            print(f"pool {split}: {done}/{len(jobs)} shards", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -89,11 +71,8 @@ def main() -> None:
     parser.add_argument("--boards", type=int, default=20000)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    build(args.out, args.split, args.boards, args.workers)
+    pool.build(args.out, args.split, args.boards, args.workers, make_shard)
 
 
 if __name__ == "__main__":
     main()
-
-
-__all__ = ["HEADS", "UNKNOWN", "first_lab_labels", "labels", "load_shard", "shards"]

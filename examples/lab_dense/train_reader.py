@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gripvlm.utils import disk
 from lab_vlm import packing as first_packing
 from lab_vlm.pool import load_shard, shards
-from lab_vlm.train_reader import HINT_LAYERS
+from lab_vlm.train_reader import HINT_LAYERS, AttentionRows
 from lab_vlm.train_tower import save_checkpoint
 
 from . import features, parallel
@@ -121,20 +121,8 @@ def ask_first_lab(
     return asked
 
 
-class Hints:
-    """Attention of each question's last prompt token on its evidence, in chosen layers, computed beside SDPA."""
-
-    def __init__(self, model: LlavaForConditionalGeneration, layers: tuple[int, ...]):
-        self.inputs: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = {}
-        self.attention = {i: model.model.language_model.layers[i].self_attn for i in layers}
-        for i, module in self.attention.items():
-            module.register_forward_pre_hook(self._hook(i), with_kwargs=True)
-
-    def _hook(self, i: int):
-        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.inputs[i] = (kwargs["hidden_states"], kwargs["position_embeddings"])
-
-        return record
+class Hints(AttentionRows):
+    """Attention of each question's last prompt token on its evidence."""
 
     def missed(self, packed: Packed) -> torch.Tensor:
         """Mean negative log of the attention mass on the evidence, relative to all visual tokens."""

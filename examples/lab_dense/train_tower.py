@@ -23,11 +23,12 @@ from torch.nn import functional as F
 from gripvlm import lab
 from gripvlm.lab.tower import LabVisionConfig, LabVisionModel
 from gripvlm.utils import disk
+from lab_vlm.pool import load_shard, shards
 from lab_vlm.train_tower import augment, normalised, save_checkpoint
 
 from . import parallel
 from .boards import GRID
-from .pool import HEADS, UNKNOWN, first_lab_labels, load_shard, shards
+from .pool import HEADS, UNKNOWN, first_lab_labels
 
 PRESENT = ("cls", "colour")
 """What the CLS token names: for each value of these heads, whether it is in the picture."""

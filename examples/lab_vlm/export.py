@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from gripvlm.utils import disk
 
@@ -25,12 +26,18 @@ FIRST_SEED = 50_000
 
 
 def export_model(out: Path, reader: str, folder: Path) -> None:
-    """Half-precision safetensors whose config asks for float32, as processors without half units need."""
     model = build_model(load_tagger(out).tower.config)
     model.load_state_dict(torch.load(out / f"{reader}.pt", weights_only=False)["model"])
+    write_model(model, build_processor(), folder)
+
+
+def write_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Half-precision safetensors whose config asks for float32, as processors without half units need."""
     shutil.rmtree(folder, ignore_errors=True)
     model.half().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # may be written for its owner alone
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for part in (config, config["text_config"], config["vision_config"]):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +71,8 @@ def make_shard(path: Path, split: str, start: int, count: int = SHARD) -> None:
     disk.write(path, pickle.dumps({"images": images, "labels": planes, "questions": questions}, protocol=5))
 
 
-def _job(job: tuple[Path, str, int, int]) -> None:
-    make_shard(*job)
+def _job(make: Callable[[Path, str, int, int], None], job: tuple[Path, str, int, int]) -> None:
+    make(*job)
 
 
 def shards(folder: Path, split: str) -> list[Path]:
@@ -82,13 +84,20 @@ def load_shard(path: Path) -> dict:
         return pickle.load(f)
 
 
-def build(folder: Path, split: str, scenes: int, workers: int) -> None:
+def build(
+    folder: Path,
+    split: str,
+    scenes: int,
+    workers: int,
+    make: Callable[[Path, str, int, int], None] = make_shard,
+) -> None:
+    """`make(path, split, first seed, count)` writes each shard that is not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, scenes, SHARD)
     jobs = [(folder / f"{split}-{start:07d}.pkl", split, start, min(SHARD, scenes - start)) for start in starts]
     jobs = [job for job in jobs if not job[0].exists()]
     with multiprocessing.Pool(workers) as pool:
-        for done, _ in enumerate(pool.imap_unordered(_job, jobs), 1):
+        for done, _ in enumerate(pool.imap_unordered(partial(_job, make), jobs), 1):
             print(f"pool {split}: {done}/{len(jobs)} shards", flush=True)
 
 
