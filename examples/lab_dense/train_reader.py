@@ -4,7 +4,7 @@
 
 Starts from the first lab's reader with more layers (vlm.build_model), on the frozen tower's tokens (features.py).
 Prompts have one, two or four boards; an eighth of the steps are the first lab's scenes and questions. Most steps drop
-tokens (packing.drop). In the first half of the run the last prompt token's attention in two layers is rewarded for
+tokens (packing.drop). In the first three quarters of the run the last prompt token's attention in two layers is rewarded for
 falling on the evidence. Checkpoints every two minutes and resumes.
 """
 
@@ -44,7 +44,7 @@ SHARE = {
 """How often each family is asked."""
 PROMPTS = {1: 7, 2: 5, 4: 3}
 """Prompts a step in each process, by pictures a prompt: about as many tokens each."""
-PICTURES = (0.12, 0.33, 0.25, 0.3)
+PICTURES = (0.15, 0.3, 0.25, 0.3)
 """Share of the steps with the first lab's scenes, one, two and four boards."""
 SPELLED = ("extreme", "string", "reading", "text")
 
@@ -236,7 +236,7 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16):
             logits = forward(self.model, tokens, packed)
             loss = F.cross_entropy(logits, packed.target[packed.target >= 0])
-            total, weight = loss, recipe.hint * max(0.0, 1 - done / 0.5)
+            total, weight = loss, recipe.hint * max(0.0, 1 - done / 0.75)
             if weight and len(packed.rows):
                 missed = self.hints.missed(packed)
                 losses["hint"] = float(missed.detach())
