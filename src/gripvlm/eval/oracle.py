@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gripvlm.models.encoded import Encoded
-from gripvlm.pruners.baselines.given import Given
 from gripvlm.pruners.base import top_k
+from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks.base import Sample, TaskError
 from gripvlm.types import Selection, VisualTokens
 
