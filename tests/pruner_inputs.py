@@ -67,6 +67,7 @@ def entering(h: int, w: int, keep: int, seed: int = 0, words: int = 4, dropped: 
         rows=rows,
         input=VisualTokens(known.features, keep, (h, w), vision=known.vision),
         hidden=randn(n, 6),
+        before=randn(n, 6),
         last=randn(2, n).softmax(-1),
         question=question,
         text=randn(words, 6),

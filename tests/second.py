@@ -6,9 +6,11 @@ What the authors' own code chose is in tests/pruners/authors/choices.json, which
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor
 
 from naive import cosine
@@ -145,3 +147,107 @@ def hired(first: Sequence[float], tiles: int, budget: int, alpha: float) -> list
     strong = falling(first)[: int(n * (1 - alpha))]
     hits = [sum(i * tiles // n == tile for i in strong) for tile in range(tiles)]
     return [int(hit / sum(hits) * (budget - int(budget * alpha))) for hit in hits]
+
+
+def otprune(rows: Tensor, keep: int, gamma: float) -> list[int]:
+    """argmax det K_S one token at a time, with real determinants."""
+    x = rows.double()
+    x = torch.stack([column / max(float(column.norm()), 1e-12) for column in x.T], dim=1)
+    gram = x @ x.T
+    kernel = torch.eye(len(x), dtype=torch.float64) + gamma * gram @ gram.T
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        worth = {i: float(torch.linalg.slogdet(kernel[[*chosen, i]][:, [*chosen, i]])[1]) for i in range(len(x))}
+        chosen.append(max((i for i in worth if i not in chosen), key=lambda i: (round(worth[i], 9), -i)))
+    return sorted(chosen)
+
+
+def scope(looked: Sequence[float], rows: Tensor, keep: int, alpha: float) -> list[int]:
+    n = len(looked)
+    alike = [[cosine(rows[i], rows[j]) for j in range(n)] for i in range(n)]
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        covered = [max([0.0, *(alike[i][j] for j in chosen)]) for i in range(n)]
+        worth = [sum(max(0.0, alike[i][j] - covered[i]) for i in range(n)) * looked[j] ** alpha for j in range(n)]
+        chosen.append(falling(worth, [j for j in range(n) if j not in chosen])[0])
+    return sorted(chosen)
+
+
+def holov(looked: Sequence[float], rows: Tensor, keep: int, crops: int, alpha: float) -> list[int]:
+    n = len(looked)
+    crops = min(crops, n)
+    runs, start = [], 0
+    for c in range(crops):
+        runs.append(range(start, start + n // crops + (c < n % crops)))
+        start = runs[-1].stop
+    weight = []
+    for run in runs:
+        a = [1e3 * looked[i] for i in run]
+        spread = []
+        for i in run:
+            alike = [0.0 if i == j else cosine(rows[i], rows[j]) for j in run]
+            mean = sum(alike) / max(1, len(run) - 1)
+            spread.append(sum((one - mean) ** 2 for one in alike) / max(1, len(run) - 1))
+        scale = sum(a) / (sum(spread) + 1e-6 * len(run))
+        weight.append(sum(one + alpha * scale * v for one, v in zip(a, spread, strict=True)) / len(run))
+    count = [int(keep * w / (sum(weight) + 1e-6)) for w in weight]
+    for c in falling(weight)[: keep - sum(count)]:
+        count[c] += 1
+    chosen = [i for run, most in zip(runs, count, strict=True) for i in falling(looked, run)[:most]]
+    return sorted(chosen + [i for i in falling(looked) if i not in chosen][: keep - len(chosen)])
+
+
+def apet(rows: Tensor, keep: int, size: int) -> Groups:
+    """The basis alone, and every other kept row with those that go to it."""
+    x = rows.double()
+    n = len(x)
+    basis = [falling([float(one.norm()) for one in x])[0]]
+    while len(basis) < min(size, keep):
+        far = [min(float((x[i] - x[j]).norm()) for j in basis) for i in range(n)]
+        basis.append(falling(far, [i for i in range(n) if i not in basis])[0])
+    span = torch.linalg.pinv(x[basis]) @ x[basis]
+    error = [float((one - one @ span).norm()) for one in x]
+    others = falling(error, [i for i in range(n) if i not in basis])[: keep - len(basis)]
+    groups = {i: [i] for i in sorted(basis + others)}
+    for i in range(n):
+        if others and i not in groups:
+            groups[max(sorted(others), key=lambda j: cosine(x[i], x[j]))].append(i)
+    return groups
+
+
+def fine(rows: Tensor, grid: tuple[int, int], cutoff: float) -> list[float]:
+    """Mean over channels of the high-pass, with the sums of the Fourier transform written out."""
+    h, w = grid
+    waves = {}
+    for u in range(h):
+        for v in range(w):
+            waves[u, v] = torch.tensor(
+                [cmath.exp(2j * math.pi * (u * y / h + v * x / w)) for y in range(h) for x in range(w)]
+            )
+    x = rows.to(torch.complex128)
+    high = torch.zeros_like(x)
+    for (u, v), wave in waves.items():
+        square = min(u, h - u) ** 2 + min(v, w - v) ** 2
+        width = cutoff * min(h // 2, w // 2)
+        passed = float(square > 0) if width == 0 else 1 - math.exp(-square / (2 * width**2))
+        high += passed * wave[:, None] * (wave.conj() @ x) / (h * w)
+    return high.abs().mean(dim=1).tolist()
+
+
+def clse(
+    before: Tensor, after: Tensor, looked: Sequence[float], grid: tuple[int, int], cutoff: float, heat: float
+) -> list[float]:
+    old, new = fine(before, grid, cutoff), fine(after, grid, cutoff)
+    mean = sum(old) / len(old)
+    change = [min(1.0, abs(b - a) / (mean + a + 1e-6)) for a, b in zip(old, new, strict=True)]
+    middle = sum(change) / len(change)
+    spread = math.sqrt(sum((one - middle) ** 2 for one in change) / (len(change) - 1))
+    moved = [(one - middle) / (spread + 1e-6) / heat for one in change]
+    return [a / (1 + math.exp(-one)) for one, a in zip(moved, looked, strict=True)]
+
+
+def priortr(text: Tensor, last: Tensor | None) -> list[float]:
+    """Of [H, t, n] attention of the text after the image, and of the last token [H, n] if that alone is P."""
+    task = (text.double().mean(dim=(0, 1)) if last is None else last.double().mean(dim=0)).tolist()
+    null = text.double()[:, 0].mean(dim=0).tolist()
+    return [p / sum(task) * math.log(p / sum(task) / (q / sum(null))) for p, q in zip(task, null, strict=True)]

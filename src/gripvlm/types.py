@@ -169,6 +169,7 @@ class LLMTokens:
         rows: [n] LongTensor, ascending: which of the image's original rows they are.
         input: what was known before the language model: `input.features[rows]`, the grid, the vision tower's rows.
         hidden: [n, d] hidden states that enter the layer.
+        before: [n, d] hidden states of the same rows that entered the layer before.
         last: [H, n] attention of the prompt's last token on these tokens in the layer before, by head.
         question: [H, t, n] the same for each of the prompt's t text tokens that are no special tokens. Under causal
             attention, zeros for those ahead of the image.
@@ -186,6 +187,7 @@ class LLMTokens:
     rows: Tensor
     input: VisualTokens
     hidden: Tensor | None = None
+    before: Tensor | None = None
     last: Tensor | None = None
     question: Tensor | None = None
     text: Tensor | None = None

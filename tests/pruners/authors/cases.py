@@ -96,6 +96,49 @@ def hired(seed: int) -> Case:
     return blocks | {"share": 0.25, "alpha": 0.5}
 
 
+def otprune(seed: int) -> Case:
+    """`rows` [n, d] after the projector."""
+    return {"rows": numbers(f"rows {seed}", 144, 48), "keeps": [1, 16, 48, 100]}
+
+
+def scope(seed: int) -> Case:
+    """`cls` [H, n] and `rows` [n, d] of the tower."""
+    found = {"cls": attention(f"cls {seed}", 2, 144), "rows": numbers(f"rows {seed}", 144, 16)}
+    return found | {"keeps": [1, 16, 48, 100]}
+
+
+def holov(seed: int) -> Case:
+    """`cls` [H, n] of the tower and `rows` [n, d] after the projector."""
+    return {"cls": attention(f"cls {seed}", 2, N), "rows": numbers(f"rows {seed}", N, 16), "keeps": [64, 100, 192]}
+
+
+def apet(seed: int) -> Case:
+    """`rows` [n, d] of the tower, of numbers that float16 has; `start`: the longest."""
+    rows = numbers(f"rows {seed}", N, 32).half().float()
+    return {"rows": rows, "start": int(rows.norm(dim=1).argmax()), "basis": 10, "keeps": [32, 96, 192]}
+
+
+def stages(seed: int) -> Case:
+    """A prompt of LLaVA's, before which and behind which `states` says what its layers make of it."""
+    return {"ahead": 35, "n": N, "text": 6}
+
+
+def states(seed: int, layer: int, length: int) -> Tensor:
+    """[length, d] hidden states that enter a layer of the language model."""
+    return numbers(f"states {seed} {layer}", length, 8)
+
+
+def last_looks(seed: int, layer: int, length: int) -> Tensor:
+    """[H, length] attention of the last token in a layer."""
+    return attention(f"last {seed} {layer}", 2, length)
+
+
+def priortr(seed: int) -> Case:
+    """`attention` [H, a + n + t, a + n + t], causal."""
+    ahead, n, text = 5, 100, 9
+    return {"ahead": ahead, "n": n, "text": text, "attention": looks(seed, 2, ahead + n + text), "keeps": [8, 40, 64]}
+
+
 CASES = {
     "hiprune": hiprune,
     "sparsevlm": sparsevlm,
@@ -105,4 +148,11 @@ CASES = {
     "mustdrop_llm": mustdrop,
     "vispruner": vispruner,
     "hired": hired,
+    "otprune": otprune,
+    "scope": scope,
+    "holov": holov,
+    "apet_input": apet,
+    "clse": stages,
+    "v2drop": stages,
+    "priortr": priortr,
 }
