@@ -74,6 +74,7 @@ def entering(h: int, w: int, keep: int, seed: int = 0, words: int = 4, dropped: 
         after=torch.arange(words) >= ahead,
         words=randn(words, 6),
         keys=randn(n, 5),
+        all_keys=randn(n, 10),
         key_sizes=randn(n).abs(),
         text_key_sizes=randn(words).abs(),
         norm=lambda states: states * torch.tensor([3.0, 1, 1, 0.5, 1, 2]),

@@ -251,3 +251,64 @@ def priortr(text: Tensor, last: Tensor | None) -> list[float]:
     task = (text.double().mean(dim=(0, 1)) if last is None else last.double().mean(dim=0)).tolist()
     null = text.double()[:, 0].mean(dim=0).tolist()
     return [p / sum(task) * math.log(p / sum(task) / (q / sum(null))) for p, q in zip(task, null, strict=True)]
+
+
+def vlm_pruner(
+    states: Tensor, keys: Tensor, grid: tuple[int, int], keep: int, pivots: int, threshold: float, batch: int
+) -> list[int]:
+    n, width = len(states), grid[1]
+    chosen = [falling([float(row.double().abs().sum()) for row in keys])[0]]
+    while len(chosen) < min(pivots, keep):
+        far = [min(float((keys[i] - keys[j]).double().norm()) for j in chosen) for i in range(n)]
+        chosen.append(falling(far, [i for i in range(n) if i not in chosen])[0])
+    x = states.double()
+    x = x[:, falling(x.var(dim=0).tolist())[:256]]
+
+    def worth(i: int) -> float:
+        near = min(math.dist(divmod(i, width), divmod(j, width)) for j in chosen)
+        return max(cosine(x[i], x[j]) for j in chosen) * (1 + near / math.hypot(*grid) / 2)
+
+    while len(chosen) < keep:
+        value = {i: worth(i) for i in range(n) if i not in chosen}
+        order, before = sorted(value, key=lambda i: value[i]), len(chosen)
+        for start in range(0, len(order), batch):
+            if len(chosen) == keep or (start == batch and len(chosen) == before):
+                break
+            now = {i: worth(i) for i in order[start : start + batch]}
+            under = [i for i in now if now[i] < threshold]
+            room = keep - len(chosen)
+            chosen += under if len(under) <= room else sorted(now, key=lambda i: now[i])[:room]
+        threshold += 0.1
+    return sorted(chosen)
+
+
+def prunesid(rows: Tensor, keep: int) -> list[int]:
+    n = len(rows)
+    spread = torch.sigmoid(rows.double())
+    spread = spread - spread.mean(dim=1, keepdim=True)
+    parts = min(max(keep // 4, 4), keep, *rows.shape)
+    entry = torch.linalg.svd(spread)[0][:, :parts].abs().tolist()
+    group = [falling(one)[0] for one in entry]
+    alike = {(i, j): cosine(rows[i], rows[j]) for i in range(n) for j in range(i, n)}
+    threshold = max(18 * keep / n, 1) * sum(alike.values()) / n**2
+    apart: list[list[int]] = [[] for _ in range(parts)]
+    for i in falling([max(one) for one in entry]):
+        if all(alike[min(i, j), max(i, j)] <= threshold for j in apart[group[i]]):
+            apart[group[i]].append(i)
+    size = [group.count(g) for g in range(parts)]
+    most = [min(size[g], 5 * math.ceil(keep / 64), len(apart[g])) for g in range(parts)]
+    while sum(most) < keep:
+        most = [min(one + 1, size[g]) for g, one in enumerate(most)]
+    others = keep - sum(one > 0 for one in size)
+    ends, total = [0], torch.tensor(0.0)
+    for one in apart:  # in float32, whose halves decide
+        total = total + torch.tensor(len(one)) / torch.tensor(sum(map(len, apart)))
+        ends.append(round(float(total * others)))
+    count = [min((size[g] > 0) + ends[g + 1] - ends[g], most[g]) for g in range(parts)]
+    for g in falling([len(one) for one in apart]):
+        count[g] += min(most[g] - count[g], keep - sum(count))
+    chosen = []
+    for g in range(parts):
+        back = [i for i in falling([max(one) for one in entry]) if group[i] == g and i not in apart[g]]
+        chosen += (apart[g] + back)[: count[g]]
+    return sorted(chosen)

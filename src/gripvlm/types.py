@@ -177,7 +177,8 @@ class LLMTokens:
         after: [t] bool, which of these text tokens come after the image; with "question" or "text".
         words: [t, d] embeddings of these text tokens, as they entered the first layer.
         keys: [n, d_h] keys of the layer before, the mean over its key heads, after rotary positions.
-        key_sizes: [n] L1 norms of the same keys over all heads and dimensions.
+        all_keys: [n, H d_h] the same keys of all key heads, side by side.
+        key_sizes: [n] L1 norms of these, over all heads and dimensions.
         text_key_sizes: [t] those of the text tokens; with "key_sizes" and "question" or "text".
         norm: the language model's last norm, which makes of states [..., d] what its head reads.
     """
@@ -194,6 +195,7 @@ class LLMTokens:
     after: Tensor | None = None
     words: Tensor | None = None
     keys: Tensor | None = None
+    all_keys: Tensor | None = None
     key_sizes: Tensor | None = None
     text_key_sizes: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None

@@ -1,4 +1,4 @@
-"""Fifteen methods against what their authors' own code chose on the same tensors, and so do second implementations.
+"""Seventeen methods against what their authors' own code chose on the same tensors, and so do second implementations.
 
 authors/choices.json is written by authors/record.py, which runs that code apart.
 """
@@ -281,6 +281,14 @@ def test_holov(run):
         assert second.holov(looked, seen["rows"], run["keep"], 16, 0.09) == run["kept"]
 
 
+@pytest.mark.parametrize("run", runs("prunesid"))
+def test_prunesid(run):
+    rows = case("prunesid", run["seed"])["rows"]
+    assert get_pruner("prunesid").select(VisualTokens(rows, run["keep"])).indices.tolist() == run["kept"]
+    if run["keep"] == 64:  # one pair at a time takes long
+        assert second.prunesid(rows, run["keep"]) == run["kept"]
+
+
 @pytest.mark.parametrize("run", runs("apet_input"))
 def test_apet(run):
     """Basis, kept rows and where others go; the code merges other rows at the basis' places (a numbered departure)."""
@@ -362,3 +370,28 @@ def test_priortr(run):
     assert get_pruner("priortr", last=last).select_at_layer(3, shown).indices.tolist() == run["kept"]
     score = second.priortr(attention[:, ahead + n :], attention[:, -1] if last else None)
     assert sorted(second.falling(score)[: run["keep"]]) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("vlm_pruner"))
+def test_vlm_pruner(run):
+    """What is kept, and how much of each dropped row goes into which."""
+    seen = case("vlm_pruner", run["seed"])
+    ahead, n = seen["ahead"], seen["n"]
+    shown = inside(
+        2, run["keep"], VisualTokens(torch.zeros(n, 1), n, (cases.SIDE, cases.SIDE)), n,
+        hidden=seen["hidden"][ahead:], all_keys=seen["keys"][:, ahead:].transpose(0, 1).flatten(1),
+    )  # fmt: skip
+    found = get_pruner("vlm_pruner").select_at_layer(2, shown)
+    assert found.indices.tolist() == run["kept"]
+    assert found.merge is not None
+    parts = zip(found.merge.source.tolist(), found.merge.destination.tolist(), found.merge.weight.tolist(), strict=True)
+    into: list[dict[str, float]] = [{} for _ in run["kept"]]
+    for source, slot, weight in parts:
+        if source != run["kept"][slot]:
+            into[slot][str(source)] = weight
+        else:
+            assert weight == pytest.approx(0.3)
+    assert [sorted(one) for one in into] == [sorted(one) for one in run["into"]]
+    assert all(ours == pytest.approx(theirs, abs=2e-5) for ours, theirs in zip(into, run["into"], strict=True))
+    if run["keep"] == 32:
+        assert second.vlm_pruner(seen["hidden"][ahead:], shown.all_keys, (24, 24), 32, 4, 0.8, 16) == run["kept"]

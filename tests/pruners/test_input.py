@@ -23,6 +23,7 @@ from gripvlm.pruners.input.hired import HiRED
 from gripvlm.pruners.input.holov import HoloV
 from gripvlm.pruners.input.otprune import OTPrune
 from gripvlm.pruners.input.prumerge import PruMerge, PruMergePlus
+from gripvlm.pruners.input.prunesid import PruneSID, quotas
 from gripvlm.pruners.input.scope import SCOPE
 from gripvlm.pruners.input.svd_prune import SVDPrune
 from gripvlm.pruners.input.visionzip import VisionZip
@@ -453,3 +454,19 @@ def test_apet_follows_the_formula(grid, seed, basis, data):
     groups = second.apet(tokens.patches, tokens.keep, basis)
     means = {i: tokens.features[those].double().mean(0) for i, those in groups.items()}
     agrees(tokens, ApETInput(basis).select(tokens), means)
+
+
+def test_prunesid_shares_by_hand():
+    """One each, the other five by 3 : 1 : 1 tokens apart; four groups, the last of them empty."""
+    assert quotas(torch.tensor([6, 4, 2, 0]), torch.tensor([3, 1, 1, 0]), 8).tolist() == [4, 2, 2, 0]
+    # 3 + 1 + 1 apart leave no room for 8: one more of each group, as far as it goes
+    assert quotas(torch.tensor([9, 1]), torch.tensor([1, 1]), 4).tolist() == [3, 1]
+    assert quotas(torch.tensor([3, 3]), torch.tensor([3, 3]), 3).tolist() == [1, 2]  # ends .5 and 1 round to 0 and 1
+
+
+@settings(max_examples=10, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.data())
+def test_prunesid_follows_the_rule(grid, seed, data):
+    n = grid[0] * grid[1]
+    rows, k = randn(n, 20, seed=seed), data.draw(st.integers(1, n))
+    assert picked(PruneSID(), rows, k) == second.prunesid(rows, k)

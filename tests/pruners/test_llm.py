@@ -28,6 +28,7 @@ from gripvlm.pruners.llm.pumer import PuMer
 from gripvlm.pruners.llm.pyramiddrop import PyramidDrop
 from gripvlm.pruners.llm.sparsevlm import SparseVLM, raters
 from gripvlm.pruners.llm.v2drop import V2Drop
+from gripvlm.pruners.llm.vlm_pruner import VLMPruner
 from gripvlm.pruners.llm.vscan import VScan
 from gripvlm.pruners.ops.merging import density_peaks
 from gripvlm.pruners.ops.schedules import average_tokens, ratio_schedule, same_depths
@@ -374,3 +375,29 @@ def test_schedules_in_proportion():
     assert ratio_schedule("x", 16, 16, 4, {1: 1.0, 2: 0.5, 3: 0.0}) == {1: 16, 2: 16, 3: 16}
     assert ApET().schedule(576, 64, 32) == {0: 96, 16: 32}
     assert PriorTR().schedule(576, 192, 32) == {3: 152}
+
+
+def test_vlm_pruner_by_hand():
+    """Four tokens in a row; the pivot is 0. Cosines to it are 1, .6 and 0; 1 goes to 0, the only one kept beside 3."""
+    states = torch.tensor([[2.0, 0], [5, 0], [3, 4], [0, 2]])
+    keys = torch.tensor([[9.0], [1], [1], [1]])
+    tokens = replace(entering(1, 4, 2), hidden=states, all_keys=keys)
+    found = VLMPruner(pivots=1).select_at_layer(2, tokens)
+    assert found.indices.tolist() == [0, 3]
+    assert found.merge is not None
+    # .3 of itself and .7 of what goes to it: 1 with cosine 1 to 0; 2 with .8 to 3
+    rows = torch.zeros(2, 2).index_add(
+        0, found.merge.destination, found.merge.weight[:, None] * states[found.merge.source]
+    )
+    torch.testing.assert_close(rows, torch.tensor([[0.6 + 3.5, 0], [2.1, 0.6 + 2.8]]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_vlm_pruner_follows_the_rule(grid, seed, pivots, batch, data):
+    tokens = entering(*grid, data.draw(st.integers(1, grid[0] * grid[1])), seed)
+    assert tokens.hidden is not None
+    assert tokens.all_keys is not None
+    pruner = VLMPruner(pivots=pivots, batch=batch)
+    expected = second.vlm_pruner(tokens.hidden, tokens.all_keys, grid, tokens.keep, pivots, 0.8, batch)
+    assert pruner.select_at_layer(2, tokens).indices.tolist() == expected

@@ -170,6 +170,7 @@ class LLMStage:
             "last": lambda length: None if self._done else [length - 1],
             "question": lambda length: None if self._done else self._text_columns(length),
             "keys": lambda length: None if self._done else "keys",
+            "all_keys": lambda length: None if self._done else "all_keys",
             "key_sizes": lambda length: None if self._done else "key_sizes",
         }
         choose = {layer: partial(self._choose, layer) for layer in self.layers_that_drop}
@@ -275,6 +276,8 @@ class LLMStage:
             fields["last"] = observed["last"][row, :, 0, places]
         if "keys" in needs:
             fields["keys"] = observed["keys"][row, places]
+        if "all_keys" in needs:
+            fields["all_keys"] = observed["all_keys"][row, places]
         if "key_sizes" in needs:
             key_sizes = observed["key_sizes"][row].to(hidden.device)
             fields["key_sizes"] = key_sizes[places]

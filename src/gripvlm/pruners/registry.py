@@ -45,6 +45,7 @@ _BUILT_IN: dict[str, str] = {
     "priortr": "gripvlm.pruners.llm.priortr:PriorTR",
     "prumerge": "gripvlm.pruners.input.prumerge:PruMerge",
     "prumerge_plus": "gripvlm.pruners.input.prumerge:PruMergePlus",
+    "prunesid": "gripvlm.pruners.input.prunesid:PruneSID",
     "ptp": "gripvlm.pruners.llm.ptp:PTP",
     "ptp_vision": "gripvlm.pruners.llm.ptp:PTPVision",
     "pumer": "gripvlm.pruners.llm.pumer:PuMer",
@@ -59,6 +60,7 @@ _BUILT_IN: dict[str, str] = {
     "v2drop": "gripvlm.pruners.llm.v2drop:V2Drop",
     "visionzip": "gripvlm.pruners.input.visionzip:VisionZip",
     "vispruner": "gripvlm.pruners.input.vispruner:VisPruner",
+    "vlm_pruner": "gripvlm.pruners.llm.vlm_pruner:VLMPruner",
     "vscan": "gripvlm.pruners.llm.vscan:VScan",
     "vscan_vision": "gripvlm.pruners.llm.vscan:VScanVision",
 }

@@ -139,6 +139,26 @@ def priortr(seed: int) -> Case:
     return {"ahead": ahead, "n": n, "text": text, "attention": looks(seed, 2, ahead + n + text), "keeps": [8, 40, 64]}
 
 
+def picture(seed: int, channels: int) -> Tensor:
+    """[n, d] rows of which neighbours are alike."""
+    field = numbers(f"field {seed}", channels, 7, 7)
+    smooth = torch.nn.functional.interpolate(field[None], (SIDE, SIDE), mode="bilinear", align_corners=True)[0]
+    return smooth.flatten(1).T + 0.3 * numbers(f"noise {seed}", N, channels)
+
+
+def prunesid(seed: int) -> Case:
+    """`rows` [n, d] after the projector."""
+    return {"rows": picture(seed, 64), "keeps": [32, 64, 192]}
+
+
+def vlm_pruner(seed: int) -> Case:
+    """A prompt of LLaVA's: `hidden` [a + n, d] and `keys` [H, a + n, d_h]."""
+    ahead = 5
+    hidden = torch.cat((numbers(f"ahead {seed}", ahead, 320), picture(seed, 320)))
+    keys = numbers(f"keys {seed}", 2, ahead + N, 8)
+    return {"ahead": ahead, "n": N, "hidden": hidden, "keys": keys, "keeps": [32, 64, 192]}
+
+
 CASES = {
     "hiprune": hiprune,
     "sparsevlm": sparsevlm,
@@ -151,8 +171,10 @@ CASES = {
     "otprune": otprune,
     "scope": scope,
     "holov": holov,
+    "prunesid": prunesid,
     "apet_input": apet,
     "clse": stages,
     "v2drop": stages,
     "priortr": priortr,
+    "vlm_pruner": vlm_pruner,
 }

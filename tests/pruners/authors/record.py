@@ -1,4 +1,4 @@
-"""Writes choices.json: what the authors' published code of fifteen methods chooses.
+"""Writes choices.json: what the authors' published code of seventeen methods chooses.
 
     python tests/pruners/authors/record.py FOLDER       FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
     python tests/pruners/authors/record.py FOLDER --methods scope,holov                 the others stay as they are
@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import cases
+import numpy as np
 import torch
 import torch.nn.functional as F
 from clones import Ascending, Clone, Torch, on_cpu, run_llama
@@ -322,6 +323,28 @@ def holov(clone: Clone) -> list[dict[str, Any]]:
     return found
 
 
+def prunesid(clone: Clone) -> list[dict[str, Any]]:
+    """With exact principal components, and how much of that their random ones choose too."""
+    exact = Torch()
+    exact.pca_lowrank = lambda rows, q: (None, None, torch.linalg.svd(rows - rows.mean(dim=0))[2][:q].T)
+    exact.argsort = lambda values, **rest: torch.argsort(values, stable=True, **rest)
+    names = ("pca_group", "nms", "Qwen2VisionTransformerPretrainedModel_prunesid.forward")
+    path = "prunesid/prunesid_qwen/modeling_qwen2_vl.py"
+    found = []
+    for seed in SEEDS:
+        rows = cases.prunesid(seed)["rows"]
+        for keep in cases.prunesid(seed)["keeps"]:
+            chosen = []
+            for library in (exact, torch):
+                forward = clone.take(path, *names, np=np, torch=library)["forward"]
+                asked = SimpleNamespace(patch_embed=lambda rows: rows, merger=lambda rows: rows, blocks=[])
+                asked.rot_pos_emb, asked.need_token_num = lambda grid: None, keep
+                chosen.append(sorted(forward(asked, rows, torch.tensor([[1, 24, 24]]))[1].tolist()))
+            common = len({*chosen[0]} & {*chosen[1]})
+            found.append({"seed": seed, "keep": keep, "kept": chosen[0], "also_kept_with_random_parts": common})
+    return found
+
+
 def apet_input(clone: Clone) -> list[dict[str, Any]]:
     """Basis, the rest of what is kept, and where each row that is dropped goes: by cosines in float32, not float16."""
     drawn, nearest, ranks = Torch(), [], []
@@ -422,6 +445,42 @@ def priortr(clone: Clone) -> list[dict[str, Any]]:
     return found
 
 
+def vlm_pruner(clone: Clone) -> list[dict[str, Any]]:
+    names = [f"VLMPruner.{name}" for name in ("calculate_similarity", "get_spatial_pos", "get_retained_image_token")]
+    space = clone.take("llava/model/language_model/modeling_llama_self.py", *names)
+    found = []
+    for seed in SEEDS:
+        case = cases.vlm_pruner(seed)
+        ahead, n = case["ahead"], case["n"]
+        for keep in case["keeps"]:
+            asked = SimpleNamespace()
+            for name in ("calculate_similarity", "get_spatial_pos"):
+                setattr(asked, name, lambda *args, _name=name: space[_name](asked, *args))  # noqa: B023
+            setting = {"image_token_start_index": ahead, "image_token_length": n, "reduction_ratio": 1 - keep / n}
+            setting |= {"pivot_image_token": 4, "threshold": 0.8, "token_batch": 16}
+            config = SimpleNamespace(VLMPruner_config=setting)
+            # With one more channel for each token, what went into a state can be read off it.
+            places, states = space["get_retained_image_token"](
+                asked, config, _marked(case["hidden"]), case["keys"][None]
+            )
+            kept = [int(place) - ahead for place in places]
+            marks = states[0, places, 320 + ahead :] / MARK
+            into = [
+                {i: round(float(row[i]), 6) for i in row.nonzero().flatten().tolist() if i != own}
+                for own, row in zip(kept, marks, strict=True)
+            ]
+            found.append({"seed": seed, "keep": keep, "kept": kept, "into": into})
+    return found
+
+
+MARK = 1e-6
+
+
+def _marked(rows: Tensor) -> Tensor:
+    """[1, m, d + m]: a small number of its own beside each row; too small for it to be compared by."""
+    return torch.cat((rows, MARK * torch.eye(len(rows))), dim=1)[None]
+
+
 SOURCES: dict[str, tuple[str, str, Callable[[Clone], list[dict[str, Any]]]]] = {
     "hiprune": ("Danielement321/HiPrune", "6e83a1240874e99a25df34f54221a29bb24b7bc2", hiprune),
     "sparsevlm": ("Gumpest/SparseVLMs", "d8fa47fb53f6eeda5e06a702104762d8a544e080", sparsevlm),  # v1.5
@@ -434,9 +493,11 @@ SOURCES: dict[str, tuple[str, str, Callable[[Clone], list[dict[str, Any]]]]] = {
     "otprune": ("xiwenc1/OTPrune", "3414730f39daa57e0629138d898f98ee682f0b2b", otprune),
     "scope": ("kinredon/SCOPE", "6bf73069e0d61307051cfda8e25925bc7b7afdd9", scope),
     "holov": ("obananas/HoloV", "1d2e65e961e698ff0e7d5bb4625489177dd9deba", holov),
+    "prunesid": ("ZhengyaoFang/PruneSID", "4ef17d96b390027f31243bc7e1d27bdee77792a5", prunesid),
     "apet_input": ("MaQianKun0/ApET", "70cc01b215f4d74c5661c699919fe3aeda48bed0", apet_input),
     "clse": ("zjubinchen/CLSE", "cfc9710abe4a1bd5480e521f3acd86ded4855ff3", clse),
     "v2drop": ("xuyang-liu16/V2Drop", "219e03ede8cf6a70d1534903fa238b13dd900bbb", v2drop),
+    "vlm_pruner": ("Casey-bit/VLMPruner", "556a9142c67dfb4c27420e31bb59e2efe502369a", vlm_pruner),
     "priortr": ("CodeChildCZJ/PriorTR", "e442a4c14af1b333067a6b8310c9111cad922033", priortr),
 }
 
