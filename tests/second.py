@@ -312,3 +312,15 @@ def prunesid(rows: Tensor, keep: int) -> list[int]:
         back = [i for i in falling([max(one) for one in entry]) if group[i] == g and i not in apart[g]]
         chosen += (apart[g] + back)[: count[g]]
     return sorted(chosen)
+
+
+def anchors(rows: Tensor, count: int) -> Groups:
+    n = len(rows)
+    alike = [[cosine(rows[i], rows[j]) for j in range(n)] for i in range(n)]
+    density = [sum(row) for row in alike]
+    thin = [[alike[i][j] for j in range(n) if density[j] < density[i]] for i in range(n)]
+    worth = [density[i] * (1 - max(thin[i])) if thin[i] else density[i] for i in range(n)]
+    groups = {i: [i] for i in sorted(falling(worth)[:count])}
+    for i in set(range(n)) - set(groups):
+        groups[max(groups, key=lambda j: alike[i][j])].append(i)
+    return {anchor: sorted(those) for anchor, those in groups.items()}

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 OUT=${OUT:-.lab/grid} && mkdir -p "$OUT"
 export OMP_WAIT_POLICY=PASSIVE # spinning OpenMP threads cost more than they give on a busy machine
 
-INPUT="full,oracle,random,grid,norm,pool,divprune,svd_prune,cdpruner,dart_input,fastervlm,fopru,visionzip,vispruner,prumerge,prumerge_plus,hired,hiprune:middle=1,mustdrop,vscan_vision:shallow=0,ptp_vision,otprune,scope,holov,prunesid,apet_input,mmr(norm),spread(norm),ensemble(norm,divprune),grip,grip:scorer=lab-blind"
+INPUT="full,oracle,random,grid,norm,pool,divprune,svd_prune,cdpruner,dart_input,fastervlm,fopru,visionzip,vispruner,prumerge,prumerge_plus,hired,hiprune:middle=1,mustdrop,vscan_vision:shallow=0,ptp_vision,otprune,scope,holov,prunesid,apet_input,mmr(norm),spread(norm),restore(holov),ensemble(norm,divprune),grip,grip:scorer=lab-blind"
 LLM="full,random,grid,grip,fastv:layer=1,dart:layer=1,sparsevlm,pyramiddrop,pumer,ptp:layer=1,mustdrop_llm,vscan:shallow=0,apet,clse,v2drop,priortr,vlm_pruner:layer=1,tome"
 
 grid() { # NAME BUDGETS PRUNERS

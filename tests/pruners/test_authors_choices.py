@@ -1,4 +1,4 @@
-"""Seventeen methods against what their authors' own code chose on the same tensors, and so do second implementations.
+"""Eighteen methods against what their authors' own code chose on the same tensors, and so do second implementations.
 
 authors/choices.json is written by authors/record.py, which runs that code apart.
 """
@@ -17,8 +17,10 @@ from torch import Tensor
 
 import second
 from gripvlm.pruners import get_pruner, top_k
+from gripvlm.pruners.baselines.given import Given
 from gripvlm.pruners.llm.sparsevlm import SparseVLM
 from gripvlm.pruners.ops.schedules import average_tokens
+from gripvlm.pruners.wrappers.restore import Restore
 from gripvlm.types import LLMTokens, Selection, VisionRows, VisualTokens
 from places import TESTS
 
@@ -395,3 +397,18 @@ def test_vlm_pruner(run):
     assert all(ours == pytest.approx(theirs, abs=2e-5) for ours, theirs in zip(into, run["into"], strict=True))
     if run["keep"] == 32:
         assert second.vlm_pruner(seen["hidden"][ahead:], shown.all_keys, (24, 24), 32, 4, 0.8, 16) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("restore"))
+def test_restore(run):
+    """Groups, and the row at whose place each stands."""
+    seen = case("restore", run["seed"])
+    scores = torch.zeros(len(seen["rows"]))
+    scores[seen["kept"]] = 1
+    found = Restore(Given([[scores]])).select(VisualTokens(seen["rows"], seen["keep"]))
+    groups = groups_of(found)
+    assert sorted(sorted(those) for kept, those in groups.items() if kept not in seen["kept"]) == run["groups"]
+    assert [i for i in found.indices.tolist() if i not in seen["kept"]] == run["places"]
+    rest = [i for i in range(len(scores)) if i not in seen["kept"]]
+    again = second.anchors(seen["rows"][rest], seen["keep"] - len(seen["kept"]))
+    assert sorted([rest[i] for i in those] for those in again.values()) == run["groups"]

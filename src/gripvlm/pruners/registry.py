@@ -51,6 +51,7 @@ _BUILT_IN: dict[str, str] = {
     "pumer": "gripvlm.pruners.llm.pumer:PuMer",
     "pyramiddrop": "gripvlm.pruners.llm.pyramiddrop:PyramidDrop",
     "random": "gripvlm.pruners.baselines.random:Random",
+    "restore": "gripvlm.pruners.wrappers.restore:Restore",
     "scope": "gripvlm.pruners.input.scope:SCOPE",
     "sparsevlm": "gripvlm.pruners.llm.sparsevlm:SparseVLM",
     "split": "gripvlm.pruners.wrappers.split:Split",

@@ -151,6 +151,13 @@ def prunesid(seed: int) -> Case:
     return {"rows": picture(seed, 64), "keeps": [32, 64, 192]}
 
 
+def restore(seed: int) -> Case:
+    """`rows` [n, d] after the projector, and how many of them are kept without merging."""
+    rows = picture(seed, 32)[: 24 * 9]
+    kept = sorted(random.Random(f"kept {seed}").sample(range(len(rows)), 24))
+    return {"rows": rows, "kept": kept, "keep": 2 * len(kept)}
+
+
 def vlm_pruner(seed: int) -> Case:
     """A prompt of LLaVA's: `hidden` [a + n, d] and `keys` [H, a + n, d_h]."""
     ahead = 5
@@ -175,6 +182,7 @@ CASES = {
     "apet_input": apet,
     "clse": stages,
     "v2drop": stages,
+    "restore": restore,
     "priortr": priortr,
     "vlm_pruner": vlm_pruner,
 }

@@ -1,4 +1,4 @@
-"""Writes choices.json: what the authors' published code of seventeen methods chooses.
+"""Writes choices.json: what the authors' published code of eighteen methods chooses.
 
     python tests/pruners/authors/record.py FOLDER       FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
     python tests/pruners/authors/record.py FOLDER --methods scope,holov                 the others stay as they are
@@ -387,6 +387,28 @@ def apet_input(clone: Clone) -> list[dict[str, Any]]:
     return found
 
 
+def restore(clone: Clone) -> list[dict[str, Any]]:
+    """Of the rows that are not kept: the groups that they are merged in, and the place of each."""
+    names = ("distinctive_anchor_merging", "merge_source")
+    space = clone.take("tokenreduction/tore/merge.py", *names)
+    place = clone.take("llava/model/modeling_llama_restore.py", "LlamaModel.reorder_vis_position_ids")
+    found = []
+    for seed in SEEDS:
+        case = cases.restore(seed)
+        n = len(case["rows"])
+        rest = [i for i in range(n) if i not in case["kept"]]
+        merge, _ = space["distinctive_anchor_merging"](case["rows"][rest][None], case["keep"] - len(case["kept"]))
+        source = torch.nn.functional.one_hot(torch.tensor(rest), n).float()[None]
+        pattern = space["merge_source"](merge, case["rows"][rest][None], source)
+        asked = SimpleNamespace(merging_pattern_list=[pattern], size_list=[pattern.sum(dim=-1, keepdim=True)])
+        asked.N_sys, asked.N_txt = 0, 0
+        hidden = torch.zeros(1, n, 1)
+        _, places = place["reorder_vis_position_ids"](asked, hidden, torch.arange(n)[None], "median")
+        groups = [row.nonzero().flatten().tolist() for row in pattern[0]]
+        found.append({"seed": seed, "groups": sorted(groups), "places": sorted(places[0].tolist())})
+    return found
+
+
 def _in_stages(space: dict[str, Any], seed: int, length: int, cuts: tuple[int, ...], **attributes: Any) -> list[Any]:
     """What is left of the image before each of some layers, where layers say what `cases.states` has for them."""
     case, seen = cases.stages(seed), {}
@@ -498,6 +520,7 @@ SOURCES: dict[str, tuple[str, str, Callable[[Clone], list[dict[str, Any]]]]] = {
     "clse": ("zjubinchen/CLSE", "cfc9710abe4a1bd5480e521f3acd86ded4855ff3", clse),
     "v2drop": ("xuyang-liu16/V2Drop", "219e03ede8cf6a70d1534903fa238b13dd900bbb", v2drop),
     "vlm_pruner": ("Casey-bit/VLMPruner", "556a9142c67dfb4c27420e31bb59e2efe502369a", vlm_pruner),
+    "restore": ("cvlab-yonsei/RESTORE", "9b27e687a2b877d6facacae093b8d9686afa5c6f", restore),
     "priortr": ("CodeChildCZJ/PriorTR", "e442a4c14af1b333067a6b8310c9111cad922033", priortr),
 }
 
