@@ -28,7 +28,7 @@ from .questions import FAMILIES, OF_SEVERAL, Question, Things, ask, order
 FIRST = {"train": 300_000, "val": 400_000, "test": 500_000, "scorer": 600_000}
 """First seed of each split, far from those of the VLM's own training (pool.py)."""
 
-ASKED = {1: 1, 2: 1, 4: 2}
+ASKED = {1: 2, 2: 1, 4: 2}
 """Questions a family about a group, by its number of boards; families about several boards ask twice as many."""
 
 
