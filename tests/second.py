@@ -24,6 +24,12 @@ def falling(values: Sequence[float], among: Collection[int] | range | None = Non
     return sorted(range(len(values)) if among is None else sorted(among), key=lambda i: -values[i])
 
 
+def cosines(rows: Tensor) -> list[list[float]]:
+    """Of all pairs: one product, where one pair at a time would take too long."""
+    unit = rows.double() / rows.double().norm(dim=1, keepdim=True)
+    return (unit @ unit.T).tolist()
+
+
 def hiprune(middle: Sequence[float], deep: Sequence[float], width: int, keep: int, alpha: float) -> list[int]:
     last = len(middle) - 1
     near = set()
@@ -163,8 +169,7 @@ def otprune(rows: Tensor, keep: int, gamma: float) -> list[int]:
 
 
 def scope(looked: Sequence[float], rows: Tensor, keep: int, alpha: float) -> list[int]:
-    n = len(looked)
-    alike = [[cosine(rows[i], rows[j]) for j in range(n)] for i in range(n)]
+    n, alike = len(looked), cosines(rows)
     chosen: list[int] = []
     while len(chosen) < keep:
         covered = [max([0.0, *(alike[i][j] for j in chosen)]) for i in range(n)]
@@ -174,7 +179,7 @@ def scope(looked: Sequence[float], rows: Tensor, keep: int, alpha: float) -> lis
 
 
 def holov(looked: Sequence[float], rows: Tensor, keep: int, crops: int, alpha: float) -> list[int]:
-    n = len(looked)
+    n, cosine_of = len(looked), cosines(rows)
     crops = min(crops, n)
     runs, start = [], 0
     for c in range(crops):
@@ -185,7 +190,7 @@ def holov(looked: Sequence[float], rows: Tensor, keep: int, crops: int, alpha: f
         a = [1e3 * looked[i] for i in run]
         spread = []
         for i in run:
-            alike = [0.0 if i == j else cosine(rows[i], rows[j]) for j in run]
+            alike = [0.0 if i == j else cosine_of[i][j] for j in run]
             mean = sum(alike) / max(1, len(run) - 1)
             spread.append(sum((one - mean) ** 2 for one in alike) / max(1, len(run) - 1))
         scale = sum(a) / (sum(spread) + 1e-6 * len(run))
@@ -203,15 +208,16 @@ def apet(rows: Tensor, keep: int, size: int) -> Groups:
     n = len(x)
     basis = [falling([float(one.norm()) for one in x])[0]]
     while len(basis) < min(size, keep):
-        far = [min(float((x[i] - x[j]).norm()) for j in basis) for i in range(n)]
+        far = (x[:, None] - x[basis][None]).norm(dim=2).amin(dim=1).tolist()
         basis.append(falling(far, [i for i in range(n) if i not in basis])[0])
     span = torch.linalg.pinv(x[basis]) @ x[basis]
     error = [float((one - one @ span).norm()) for one in x]
     others = falling(error, [i for i in range(n) if i not in basis])[: keep - len(basis)]
     groups = {i: [i] for i in sorted(basis + others)}
+    alike = cosines(rows)
     for i in range(n):
         if others and i not in groups:
-            groups[max(sorted(others), key=lambda j: cosine(x[i], x[j]))].append(i)
+            groups[max(sorted(others), key=lambda j: alike[i][j])].append(i)
     return groups
 
 
@@ -259,14 +265,13 @@ def vlm_pruner(
     n, width = len(states), grid[1]
     chosen = [falling([float(row.double().abs().sum()) for row in keys])[0]]
     while len(chosen) < min(pivots, keep):
-        far = [min(float((keys[i] - keys[j]).double().norm()) for j in chosen) for i in range(n)]
+        far = (keys.double()[:, None] - keys.double()[chosen][None]).norm(dim=2).amin(dim=1).tolist()
         chosen.append(falling(far, [i for i in range(n) if i not in chosen])[0])
-    x = states.double()
-    x = x[:, falling(x.var(dim=0).tolist())[:256]]
+    alike = cosines(states[:, falling(states.double().var(dim=0).tolist())[:256]])
 
     def worth(i: int) -> float:
         near = min(math.dist(divmod(i, width), divmod(j, width)) for j in chosen)
-        return max(cosine(x[i], x[j]) for j in chosen) * (1 + near / math.hypot(*grid) / 2)
+        return max(alike[i][j] for j in chosen) * (1 + near / math.hypot(*grid) / 2)
 
     while len(chosen) < keep:
         value = {i: worth(i) for i in range(n) if i not in chosen}
@@ -289,11 +294,11 @@ def prunesid(rows: Tensor, keep: int) -> list[int]:
     parts = min(max(keep // 4, 4), keep, *rows.shape)
     entry = torch.linalg.svd(spread)[0][:, :parts].abs().tolist()
     group = [falling(one)[0] for one in entry]
-    alike = {(i, j): cosine(rows[i], rows[j]) for i in range(n) for j in range(i, n)}
-    threshold = max(18 * keep / n, 1) * sum(alike.values()) / n**2
+    alike = cosines(rows)
+    threshold = max(18 * keep / n, 1) * sum(alike[i][j] for i in range(n) for j in range(i, n)) / n**2
     apart: list[list[int]] = [[] for _ in range(parts)]
     for i in falling([max(one) for one in entry]):
-        if all(alike[min(i, j), max(i, j)] <= threshold for j in apart[group[i]]):
+        if all(alike[i][j] <= threshold for j in apart[group[i]]):
             apart[group[i]].append(i)
     size = [group.count(g) for g in range(parts)]
     most = [min(size[g], 5 * math.ceil(keep / 64), len(apart[g])) for g in range(parts)]
@@ -315,8 +320,7 @@ def prunesid(rows: Tensor, keep: int) -> list[int]:
 
 
 def anchors(rows: Tensor, count: int) -> Groups:
-    n = len(rows)
-    alike = [[cosine(rows[i], rows[j]) for j in range(n)] for i in range(n)]
+    n, alike = len(rows), cosines(rows)
     density = [sum(row) for row in alike]
     thin = [[alike[i][j] for j in range(n) if density[j] < density[i]] for i in range(n)]
     worth = [density[i] * (1 - max(thin[i])) if thin[i] else density[i] for i in range(n)]

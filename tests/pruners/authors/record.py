@@ -326,7 +326,7 @@ def holov(clone: Clone) -> list[dict[str, Any]]:
 def prunesid(clone: Clone) -> list[dict[str, Any]]:
     """With exact principal components, and how much of that their random ones choose too."""
     exact = Torch()
-    exact.pca_lowrank = lambda rows, q: (None, None, torch.linalg.svd(rows - rows.mean(dim=0))[2][:q].T)
+    exact.pca_lowrank = lambda rows, q: (None, None, torch.linalg.svd((rows - rows.mean(dim=0)).double())[2][:q].T)
     exact.argsort = lambda values, **rest: torch.argsort(values, stable=True, **rest)
     names = ("pca_group", "nms", "Qwen2VisionTransformerPretrainedModel_prunesid.forward")
     path = "prunesid/prunesid_qwen/modeling_qwen2_vl.py"
@@ -401,8 +401,8 @@ def restore(clone: Clone) -> list[dict[str, Any]]:
         source = torch.nn.functional.one_hot(torch.tensor(rest), n).float()[None]
         pattern = space["merge_source"](merge, case["rows"][rest][None], source)
         asked = SimpleNamespace(merging_pattern_list=[pattern], size_list=[pattern.sum(dim=-1, keepdim=True)])
-        asked.N_sys, asked.N_txt = 0, 0
-        hidden = torch.zeros(1, n, 1)
+        asked.N_sys, asked.N_txt, asked.N_vis, asked.n_vis = 0, 0, n, pattern.shape[1]
+        hidden = torch.zeros(1, asked.n_vis, 1)
         _, places = place["reorder_vis_position_ids"](asked, hidden, torch.arange(n)[None], "median")
         groups = [row.nonzero().flatten().tolist() for row in pattern[0]]
         found.append({"seed": seed, "groups": sorted(groups), "places": sorted(places[0].tolist())})

@@ -22,8 +22,9 @@ class HoloV(Pruner):
     Crops are `crops` runs of tokens in raster order, the first n % crops of them one longer. A token's score is
     a_i + alpha v_i x mean(a) / mean(v), with means over its crop: a_i the attention of the vision tower's CLS token in
     the block before the last, the mean over heads; v_i the variance of its cosines to the others of the crop, of the
-    projected rows. A crop gets floor(k w) tokens, w its mean score over the sum of all crops', and the crops with the
-    largest w one more each until there are k. In a crop the tokens with the largest a_i stay.
+    projected rows (its own counts too, as 0). A crop gets floor(k w) tokens, w its mean score over the sum of all
+    crops', and the crops with the largest w one more each until there are k. In a crop the tokens with the largest a_i
+    stay.
 
     1. mean(a) / mean(v) gives v the mean of a in each crop: up to an epsilon of 1e-6 beside mean(v), shares are those
        of attention alone. So they are in the code.
@@ -51,7 +52,7 @@ class HoloV(Pruner):
         looked, device = cls_attention(tokens, -2), tokens.device
         crops = min(self.crops, tokens.n)
         long, over = -(-tokens.n // crops), tokens.n % crops
-        # [crops, long] places of each crop's tokens; the last of a shorter one is padding, at n.
+        # [crops, long] places of each crop's tokens; the last of a shorter one is padding.
         sizes = torch.full((crops,), tokens.n // crops)
         sizes[:over] += 1
         starts = sizes.cumsum(0) - sizes
