@@ -44,7 +44,7 @@ class PruneSID(Pruner):
     the cosines, the zeros below it included.
 
     1. All components are exact. The code's `torch.pca_lowrank` draws numbers, on which much depends: on the test's
-       made-up pictures it keeps 7 to 11 of the 32 tokens that exact ones do, and 133 to 139 of 192.
+       made-up pictures it keeps 7 to 11 of the 32 tokens that exact ones do, and 122 to 139 of 192.
     2. With k < 4 there are k components; the code keeps at least 16 tokens, or all.
     3. Their code for LLaVA takes CLIP's rows, and scores by the attention of its CLS token, which is kept too.
     """
