@@ -228,7 +228,8 @@ def fine(rows: Tensor, grid: tuple[int, int], cutoff: float) -> list[float]:
     for u in range(h):
         for v in range(w):
             waves[u, v] = torch.tensor(
-                [cmath.exp(2j * math.pi * (u * y / h + v * x / w)) for y in range(h) for x in range(w)]
+                [cmath.exp(2j * math.pi * (u * y / h + v * x / w)) for y in range(h) for x in range(w)],
+                dtype=torch.complex128,
             )
     x = rows.to(torch.complex128)
     high = torch.zeros_like(x)
@@ -267,7 +268,7 @@ def vlm_pruner(
     while len(chosen) < min(pivots, keep):
         far = (keys.double()[:, None] - keys.double()[chosen][None]).norm(dim=2).amin(dim=1).tolist()
         chosen.append(falling(far, [i for i in range(n) if i not in chosen])[0])
-    alike = cosines(states[:, falling(states.double().var(dim=0).tolist())[:256]])
+    alike = cosines(states[:, falling(states.double().var(dim=0, correction=0).tolist())[:256]])
 
     def worth(i: int) -> float:
         near = min(math.dist(divmod(i, width), divmod(j, width)) for j in chosen)

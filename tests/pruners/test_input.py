@@ -409,7 +409,7 @@ def test_scope_by_hand():
 
 
 @settings(max_examples=15, deadline=None)
-@given(GRIDS, st.integers(0, 99), st.sampled_from([0.0, 1.0]), st.data())
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.5, 1.0]), st.data())  # without saliency, two may cover as much
 def test_scope_follows_the_formula(grid, seed, alpha, data):
     tokens = drawn(data, grid, seed)
     k = min(tokens.keep, max(1, tokens.n // 2))  # once all is covered the last gains are rounding

@@ -75,7 +75,7 @@ class VLMPruner(LLMPruner):
         assert tokens.all_keys is not None
         height, width = tokens.input.grid
         states = tokens.hidden.float()
-        unit = normalize(states[:, descending(states.var(dim=0))[:CHANNELS]], dim=-1)
+        unit = normalize(states[:, descending(states.var(dim=0, correction=0))[:CHANNELS]], dim=-1)
         cosine = unit @ unit.T
         places = torch.stack((tokens.rows // width, tokens.rows % width), dim=1).to(states)
         distance = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist") / math.hypot(height, width)
