@@ -77,7 +77,8 @@ class CLSE(LLMScorePruner):
 
     def score_at_layer(self, layer: int, tokens: LLMTokens) -> Tensor:
         looked = last_token_attention(tokens)
-        if tokens.n < tokens.input.n:
+        # A single token has nothing to be compared with.
+        if tokens.n < max(2, tokens.input.n):
             return looked
         assert tokens.input.grid is not None  # promised by `needs`
         assert tokens.hidden is not None
