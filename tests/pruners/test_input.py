@@ -464,6 +464,13 @@ def test_prunesid_shares_by_hand():
     assert quotas(torch.tensor([3, 3]), torch.tensor([3, 3]), 3).tolist() == [1, 2]  # ends .5 and 1 round to 0 and 1
 
 
+def test_prunesid_takes_the_first_of_equal_rows():
+    rows = randn(12, 20)[[0, 1, 2, 11, 3, 4, 5, 11, 6, 7, 8, 11]]
+    for k in range(1, 13):
+        kept = [i for i in picked(PruneSID(), rows, k) if i in (3, 7, 11)]
+        assert kept == [3, 7, 11][: len(kept)]
+
+
 @settings(max_examples=10, deadline=None)
 @given(GRIDS, st.integers(0, 99), st.data())
 def test_prunesid_follows_the_rule(grid, seed, data):

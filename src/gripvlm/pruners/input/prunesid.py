@@ -59,6 +59,11 @@ class PruneSID(Pruner):
         spread = spread - spread.mean(dim=1, keepdim=True)
         # Eigenvalues ascend.
         score, group = torch.linalg.eigh(spread @ spread.T).eigenvectors.flip(1)[:, :parts].abs().max(dim=1)
+        # Equal rows, such as newlines, have equal entries only up to rounding: they must tie.
+        same = rows.unique(dim=0, return_inverse=True)[1]
+        places = torch.arange(n, device=rows.device)
+        first = torch.full_like(places, n).scatter_reduce(0, same, places, "amin")[same]
+        score, group = score[first], group[first]
         unit = normalize(rows, dim=-1)
         cosine = unit @ unit.T
         repeats = (cosine > max(18 * k / n, 1) * cosine.triu().mean()) & (group[:, None] == group)
