@@ -147,13 +147,13 @@ HALVES = [{"type": "text", "text": half} for half in ("an <ima", "ge> here")]
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": "an <image> here"}]}, "placeholder of a picture: leave it out"),
         ({"messages": [{"role": "user", "content": HALVES}]}, "placeholder of a picture: leave it out"),
-        ({"messages": [{"role": "user", "content": "word " * 3000}]}, "allowed are"),
+        ({"messages": [{"role": "user", "content": "? " * 3000}]}, "allowed are 1024 in all: make it shorter"),
         ({"stop": ["x"] * 9}, "stop"),
         ({"pruner": "fastv:layer=1", "keep": 1}, "fastv"),  # its first layer alone pays for more
         ({"messages": [{"role": "user", "content": "x" * 400_000}]}, "letters, more than"),
         ({"messages": [{"role": "user", "content": ""}] * 10_001}, "messages: List should have at most 10000"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 async def test_what_a_request_may_not_ask_for(fields, says):
     async with client_of(settings()) as client:

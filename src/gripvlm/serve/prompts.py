@@ -96,6 +96,7 @@ class Preparer:
         asked = chat.max_completion_tokens or chat.max_tokens
         if asked is not None and asked > limits.max_tokens:
             raise Refusal(f"max_tokens is {asked}, allowed are {limits.max_tokens}: ask for a shorter answer")
+        temperature = chat.temperature or 0.0
         self._check_letters(chat.messages)
         pictures = self._pictures(chat.messages)
         with self._lock:
@@ -118,7 +119,7 @@ class Preparer:
             question=question,
             visual=visual,
             max_tokens=asked or min(limits.max_tokens, room),
-            temperature=temperature if (temperature := chat.temperature or 0.0) >= COLDEST else 0.0,
+            temperature=temperature if temperature >= COLDEST else 0.0,
             top_p=1.0 if chat.top_p is None else chat.top_p,
             seed=chat.seed,
             stops=chat.stops,

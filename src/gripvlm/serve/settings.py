@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from gripvlm.budget import Budget
+from gripvlm.errors import GripError
 from gripvlm.serve.controller import Ladder
 
 __all__ = ["Limits", "Settings"]
@@ -18,7 +19,11 @@ def _limit(default: float | None, least: float, about: str) -> Any:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how many there may be. Each field is an option of `gripvlm serve`."""
+    """What one request may ask for, and how many there may be. Each field is an option of `gripvlm serve`.
+
+    Raises:
+        GripError: one that is too small, or no number.
+    """
 
     max_batch: int = _limit(8, 1, "Requests that run at a time.")
     max_queue: int = _limit(64, 0, "Requests that may wait, or be read, beside those that run; more get a 429.")
@@ -31,6 +36,12 @@ class Limits:
     max_body_mb: float = _limit(32, 0.001, "Size of a request, in millions of bytes.")
     upload_seconds: float = _limit(30, 0.01, "In which a request must have arrived.")
     cache_mb: float = _limit(512, 0, "Encoded pictures kept for further questions, in millions of bytes.")
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata["min"]
+            if value is not None and not least <= value < float("inf"):
+                raise GripError(f"{one.name}={value}: pass a number of {least:g} or more")
 
     @property
     def pixels(self) -> int:

@@ -123,7 +123,7 @@ class Worker:
         self._batch: list[Job] = []
         self._condition = threading.Condition()
         self._closing = False
-        self._refuses: Refusal | None = None
+        self._refuses: Callable[[], Refusal] | None = None
         self._thread = threading.Thread(target=self._work, name="gripvlm-serve", daemon=True)
         self.running = 0
         self.batch_seconds = 1.0
@@ -153,7 +153,7 @@ class Worker:
         """
         with self._condition:
             if self._refuses is not None:
-                raise self._refuses
+                raise self._refuses()
             self._waiting.append(job)
             self._condition.notify()
 
@@ -170,18 +170,18 @@ class Worker:
     def close(self, seconds: float = 10.0) -> None:
         """Refuses what waits, and ends the thread after the running batch, for which it waits so long."""
         self._closing = True
-        self._refuse(Refusal("the server is stopping: try again later", 503, kind="server_error", retry_after=5))
+        self._refuse(_stopping)
         if self._thread.is_alive():
             self._thread.join(seconds)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        """From now on, and for those that wait."""
+    def _refuse(self, why: Callable[[], Refusal]) -> None:
+        """Refuses all that comes from now on, and what waits; the first reason stays."""
         with self._condition:
-            self._refuses = self._refuses or refusal
+            self._refuses = self._refuses or why
             waiting, self._waiting = list(self._waiting), deque()
             self._condition.notify()
         for job in waiting:
-            job.end(self._refuses)
+            job.end(self._refuses())
 
     # --- in the thread ------------------------------------------------------------------------------------------
 
@@ -199,10 +199,9 @@ class Worker:
             # What is no `Exception` ends the thread: no client may then wait for an answer that never comes.
             logger.critical("the worker has failed", exc_info=True)
             self.running = 0
-            failed = Refusal("the server has failed and must be restarted; its log says why", 503, kind="server_error")
-            self._refuse(failed)
+            self._refuse(_failed)
             for job in self._batch:
-                job.end(failed)
+                job.end(_failed())
 
     def _next_batch(self) -> list[Job]:
         """Waits; the oldest job and those that may run with it, none once the worker takes no more."""
@@ -353,6 +352,14 @@ class Worker:
         self._metrics.phase("decode", time.perf_counter() - started)
         job.end(Answer(reason, len(text.ids), words + job.paid, job.prompt.visual, job.paid, job.keep))
         return False
+
+
+def _stopping() -> Refusal:
+    return Refusal("the server is stopping: try again later", 503, kind="server_error", retry_after=5)
+
+
+def _failed() -> Refusal:
+    return Refusal("the server has failed and must be restarted; its log says why", 503, kind="server_error")
 
 
 def collated(model: PreTrainedModel, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
