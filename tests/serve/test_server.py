@@ -151,7 +151,7 @@ HALVES = [{"type": "text", "text": half} for half in ("an <ima", "ge> here")]
         ({"stop": ["x"] * 9}, "stop"),
         ({"pruner": "fastv:layer=1", "keep": 1}, "fastv"),  # its first layer alone pays for more
         ({"messages": [{"role": "user", "content": "x" * 400_000}]}, "letters, more than"),
-        ({"messages": [{"role": "user", "content": ""}] * 10_001}, "messages: List should have at most 10000"),
+        ({"messages": [{"role": "user", "content": ""}] * 1_001}, "messages: List should have at most 1000 items"),
     ],
     ids=lambda value: str(value)[:60],
 )

@@ -76,7 +76,7 @@ def create_app(model: PreTrainedModel, processor: Any, settings: Settings) -> Fa
     app.add_api_route(CHAT, server.chat, methods=["POST"])
     app.add_api_route("/v1/models", server.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"])
-    app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/health", server.health, methods=["GET", "HEAD"])
     app.add_api_route("/metrics", server.metrics_page, methods=["GET"])
 
     @app.exception_handler(HTTPException)

@@ -12,7 +12,7 @@ from gripvlm.errors import GripError
 
 __all__ = ["ChatRequest", "Refusal", "chunk", "completion", "error_body", "parse"]
 
-MANY = 10_000
+MANY = 1_000
 """Messages of a request, and parts of a message: an empty one costs no token, but time and memory."""
 
 
