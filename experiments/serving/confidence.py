@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-import gripvlm
 from experiments.results import STUDIES, write_json
+from gripvlm import lab
 from gripvlm.eval import environment, evaluate
 from gripvlm.tasks import get_tasks
 
@@ -24,12 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=100, help="questions a family; default 100")
     limit = parser.parse_args().limit
-    model, processor = gripvlm.lab.load()
+    model, processor = lab.load()
     tasks = get_tasks(["lab"])
     rows = []
     for pruners, keeps in ((["grip"], FIXED), ([f"top_p(grip):p={p},most=4" for p in SHARES], (FROM,))):
-        found = evaluate(model, processor, tasks, pruners, keeps, limit=limit, batch_size=8, model_name="lab")
-        rows += [{name: row[name] for name in KEPT} for row in found["means"] if row["pruner"] in pruners]
+        found = evaluate(model, processor, tasks, pruners, keeps, limit=limit, blind=False, model_name="lab")
+        rows += [{name: row[name] for name in KEPT} for row in found["means"] if row["pruner"] != "full"]
     command = f"python -m experiments.serving.confidence --limit {limit}"
     write_json(OUT, {"study": "serving", "command": command, **environment(), "seed": 0, "limit": limit, "rows": rows})
     for row in rows:

@@ -19,6 +19,7 @@ import torch
 
 import gripvlm
 from experiments.results import STUDIES, write_json
+from gripvlm import lab
 from gripvlm.eval import environment, make_inputs, question_ids
 from gripvlm.tasks import get_tasks
 
@@ -40,14 +41,14 @@ def least(run: Callable[[], Any]) -> float:
 @torch.no_grad()
 def main() -> None:
     torch.set_num_threads(1)
-    model, processor = gripvlm.lab.load()
+    model, processor = lab.load()
     samples = get_tasks(["lab"])[0].samples[: max(BATCHES)]
     grip = gripvlm.Grip.from_pretrained("lab")
     rows = []
     for size in BATCHES:
         some = samples[:size]
         texts = [sample.question for sample in some]
-        inputs = make_inputs(model, processor, texts, [list(sample.images()) for sample in some])
+        inputs = make_inputs(model, processor, texts, [sample.images for sample in some])
         question = question_ids(processor, texts)
         encoded = gripvlm.encode(model, inputs, [grip])
         if size == 1:
