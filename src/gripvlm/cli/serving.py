@@ -146,10 +146,13 @@ def _signature() -> inspect.Signature:
     ]
     for field in dataclasses.fields(Limits):
         about = typer.Option(min=field.metadata["min"], help=field.metadata["help"], rich_help_panel="Limits")
-        kind = Annotated[kinds[field.name], about]
-        only = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(field.name, only, default=field.default, annotation=kind))
+        parameters.append(_option(field.name, field.default, kinds[field.name], about))
     return inspect.Signature(parameters)
+
+
+def _option(name: str, default: Any, kind: type, about: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, about]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 serve_command.__signature__ = _signature()  # type: ignore[attr-defined]
