@@ -24,8 +24,9 @@ from gripvlm.pruners.ops.apportion import apportion, nearest
 from gripvlm.pruners.wrappers.ensemble import Ensemble, mid_ranks
 from gripvlm.pruners.wrappers.mmr import MMR
 from gripvlm.pruners.wrappers.restore import Restore
-from gripvlm.pruners.wrappers.split import Split
+from gripvlm.pruners.wrappers.split import Split, effective_rank
 from gripvlm.pruners.wrappers.spread import Spread
+from gripvlm.pruners.wrappers.top_p import TopP
 from gripvlm.types import Selection, VisionRows, VisualTokens
 from pruner_inputs import picked
 from tiny_families import TINY, build, make
@@ -105,6 +106,87 @@ def test_split_shares_one_budget():
     assert Norm().allocate_budget(sample, 1) == [3, 3]
 
 
+def test_the_effective_rank_by_hand():
+    assert float(effective_rank(torch.eye(6)[:4])) == pytest.approx(4)
+    assert float(effective_rank(3 * torch.ones(6, 4))) == pytest.approx(1)
+    assert float(effective_rank(torch.zeros(3, 4))) == 0
+    two = torch.eye(4)[[0, 0, 0, 0, 1]]  # singular values 2 and 1
+    shares = torch.tensor([2 / 3, 1 / 3])
+    assert float(effective_rank(two)) == pytest.approx(float((-shares * shares.log()).sum().exp()))
+    sample = [VisualTokens(torch.ones(6, 4), 3, image=0), VisualTokens(torch.eye(6)[:, :5], 3, image=1)]
+    assert Split("norm", by="spectrum").allocate_budget(sample, 1) == [1, 5]
+
+
+def logits(*images: list[float]) -> tuple[Given, list[VisualTokens]]:
+    """A pruner whose scores are the logs of these probabilities (or weights), and images for it that keep two rows."""
+    sizes = [len(weights) for weights in images]
+    pruner = Given([[torch.tensor(weights).log() for weights in images]])
+    return pruner, [VisualTokens(randn(n, 3), 2, image=i) for i, n in enumerate(sizes)]
+
+
+def test_split_by_mass_shares_by_probability():
+    inner, images = logits([6, 6, 6, 6], [3, 1, 1, 1])
+    assert Split(inner, by="mass").allocate_budget(images, 1) == [3, 1]  # 24 and 6 of 30
+    with pytest.raises(PrunerError, match="'split' needs scores that are logits, but 'divprune' chooses a set"):
+        Split("divprune", by="mass").allocate_budget(images, 1)
+    with pytest.raises(PrunerError, match="pass by=rows, by=spectrum or by=mass"):
+        Split("norm", by="size")  # type: ignore[arg-type]
+    with pytest.raises(PrunerError, match=r"would undo what 'top_p' adds: use top_p\(split"):
+        get_pruner("split(top_p(norm))")
+
+
+def test_top_p_adds_tokens_where_two_do_not_have_enough():
+    inner, images = logits([0.5, 0.3, 0.1, 0.05, 0.05], [0.2] * 5, [0.9, 0.05, 0.03, 0.01, 0.01])
+    for p, most, expected in (
+        (0.75, 2.0, [2, 4, 2]),
+        (0.85, 2.0, [3, 4, 2]),
+        (0.85, 9.0, [3, 5, 2]),
+        (0.85, 1.0, [2] * 3),
+    ):
+        pruner = TopP(inner, p, most)
+        assert pruner.allocate_budget(images, 1) == expected
+        kept = pruner.select_batch([replace(t, keep=k) for t, k in zip(images, expected, strict=True)])
+        assert [selection.k for selection in kept] == expected
+    assert kept[0].indices.tolist() == [0, 1]
+    with pytest.raises(PrunerError, match=r"pass p=0\.9, above 0 and below 1"):
+        TopP(inner, 1.0)
+    with pytest.raises(PrunerError, match=r"pass most=2\.0, 1 or more"):
+        TopP(inner, most=0.5)
+
+
+def test_top_p_of_a_joint_pruner_raises_one_count_for_the_prompt():
+    @dataclass(frozen=True)
+    class Joint(Given):
+        joint: ClassVar[bool] = True
+
+    _, images = logits([1, 1, 1, 1], [1, 1, 1, 1])
+    even = Joint([[torch.zeros(4), torch.zeros(4)]])
+    assert TopP(even, 0.7).joint
+    assert TopP(even, 0.7).allocate_budget(images, 1) == [3, 3]  # 6 of 8 have 0.75
+    with pytest.raises(PrunerError, match=r"shares a prompt's budget out, and so does 'given' itself"):
+        Split(even)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(0, 99), st.floats(0.01, 0.99), st.floats(1, 5))
+def test_budgets_by_picture_are_exact_in_the_mean_and_top_p_never_takes_away(sizes, seed, p, most):
+    scores = [3 * randn(n, seed=seed + i) for i, n in enumerate(sizes)]
+    images = [VisualTokens(randn(n, 5, seed=seed), (n + 1) // 2, image=i) for i, n in enumerate(sizes)]
+    asked = [tokens.keep for tokens in images]
+    for by in ("rows", "spectrum", "mass"):
+        counts = Split(Given([scores]), by=by).allocate_budget(images, 1)
+        assert sum(counts) == sum(asked)
+        assert all(1 <= k <= n for k, n in zip(counts, sizes, strict=True))
+    raised = TopP(Given([scores]), p, most).allocate_budget(images, 1)
+    for tokens, score, count in zip(images, scores, raised, strict=True):
+        assert tokens.keep <= count <= max(tokens.keep, int(most * tokens.keep))
+        mass = score.double().softmax(0).sort(descending=True).values
+        if count > tokens.keep:
+            assert float(mass[: count - 1].sum()) < p + 1e-6
+        if count < min(tokens.n, int(most * tokens.keep)):
+            assert float(mass[:count].sum()) > p - 1e-6
+
+
 def test_a_wrapper_drops_merges():
     tokens = VisualTokens(randn(16, 4), 5, grid=(4, 4))
     assert get_pruner("pool").select(tokens).merge is not None
@@ -169,6 +251,20 @@ def test_split_shares_by_variety(llava):
     assert one == [5]
     assert sum(two) == 10
     assert min(two) >= 1
+
+
+def test_top_p_keeps_more_than_the_budget_on_a_model_and_says_so(llava):
+    model, batch = llava
+    plenty = Given([[torch.zeros(64)[:n] for n in sample] for sample in sizes_of(llava)])
+    assert counts(TopP(plenty, 0.5, most=1.6), llava) == [[8], [8, 8]]
+    with gripvlm.prune(model, TopP(plenty, 0.5, most=1.6), keep=5) as record:
+        model.generate(**batch.inputs, max_new_tokens=1)
+    assert record.paid == 24
+
+
+def sizes_of(llava) -> list[list[int]]:
+    model, batch = llava
+    return [[tokens.n for tokens in sample] for sample in gripvlm.visual_tokens(model, batch.inputs)]
 
 
 @pytest.mark.parametrize("wrong", ["sum", "zero", "length"])

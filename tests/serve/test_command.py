@@ -18,6 +18,8 @@ from gripvlm.cli import main
         (["--api-key", " "], "--api-key is empty: type a key"),
         (["--target-ms", "0"], "pass a number above 0"),
         (["--target-ms", "100", "--ladder", "10%,50%"], "fractions that go down, such as 50%,25%,10%"),
+        (["--max-megapixels", "inf"], "max_megapixels=inf: pass a number of 0.01 or more"),
+        (["--max-batch", "0"], "--max-batch"),
         (["--port", "70000"], "--port"),
         (["--allow-folder", "nowhere"], "--allow-folder"),
     ],

@@ -74,7 +74,7 @@ def waits_until(condition: Any) -> None:
 @pytest.mark.usefixtures("endless")
 def test_clients_that_leave_free_their_rows_and_the_others_get_their_answers(stream):
     """Each leaving client closes its socket in the middle of its answer."""
-    with on_loopback(settings(limits={"batch": 4})) as (url, server):
+    with on_loopback(settings(limits={"max_batch": 4})) as (url, server):
         address = re.sub("^http://", "", url).split(":")
         stay = {**asked(questions()[0]), "max_tokens": 60}
         with ThreadPoolExecutor(8) as pool:
@@ -88,7 +88,7 @@ def test_clients_that_leave_free_their_rows_and_the_others_get_their_answers(str
                     with contextlib.suppress(TimeoutError):
                         leaving.recv(1000)
             answers = [each.result() for each in stays]
-        waits_until(lambda: server.open == 0 and server.worker.running == 0)
+        waits_until(lambda: server.open_requests == 0 and server.worker.running == 0)
         assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [60, 60]
         assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
         page = httpx2.get(f"{url}/metrics").text
@@ -105,7 +105,7 @@ def test_bodies_that_are_cut_off_or_never_end():
             assert b"408" in slow.recv(1000)
         with socket.create_connection((address[0], int(address[1]))) as cut:
             cut.sendall(head.encode())
-        waits_until(lambda: server.open == 0)
+        waits_until(lambda: server.open_requests == 0)
         assert httpx2.post(url + CHAT, json=asked(questions()[0])).status_code == 200
 
 

@@ -15,7 +15,7 @@ from gripvlm.budget import Budget
 from gripvlm.errors import BudgetError
 from gripvlm.models.encoded import Encoded, Item
 from gripvlm.serve.controller import CALM, LATE, WINDOW, Controller, Ladder
-from gripvlm.serve.decoding import Text
+from gripvlm.serve.decoding import Detokenizer
 from gripvlm.serve.encodings import EncodingCache
 
 LADDER = Ladder((Budget("50%"), Budget("25%"), Budget("10%")), target=1.0)
@@ -63,6 +63,14 @@ def test_requests_from_before_a_step_do_not_count():
     feed(controller, 100.0, LATE + 1, 0)
     assert controller.keep == Budget("25%")
     feed(controller, 100.0, 50, 3)  # they arrived while the old budget was at work
+    assert controller.keep == Budget("25%")
+
+
+def test_clients_that_gave_up_count_as_late_once_they_have_waited_for_the_target():
+    controller = Controller(LADDER)
+    for i in range(100):
+        assert controller.gave_up(i, i + 0.9) is None  # it says nothing about the time
+    assert [controller.gave_up(200 + i, 201.1 + i) for i in range(LATE + 1)] == [None] * LATE + ["down"]
     assert controller.keep == Budget("25%")
 
 
@@ -120,7 +128,7 @@ class Bytes:
 
 def pushed(text: str, *stops: str) -> tuple[list[str], bool]:
     """The pieces that are sent of a text, byte by byte, and whether a stop text ended it."""
-    made, pieces = Text(Bytes(), stops), []
+    made, pieces = Detokenizer(Bytes(), stops), []
     for token in text.encode():
         pieces.append(made.push(token))
         if made.stopped:
@@ -148,7 +156,7 @@ def test_the_text_ends_before_the_first_stop_text(text, stops):
 
 
 def test_half_a_letter_at_the_end_is_sent():
-    made = Text(Bytes())
+    made = Detokenizer(Bytes())
     assert made.push("é".encode()[0]) == ""
     assert made.end() == "\ufffd"
 

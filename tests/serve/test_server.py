@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,13 @@ HALVES = [{"type": "text", "text": half} for half in ("an <ima", "ge> here")]
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": "an <image> here"}]}, "placeholder of a picture: leave it out"),
         ({"messages": [{"role": "user", "content": HALVES}]}, "placeholder of a picture: leave it out"),
-        ({"messages": [{"role": "user", "content": "word " * 3000}]}, "allowed are"),
+        ({"messages": [{"role": "user", "content": "? " * 3000}]}, "allowed are 1024 in all: make it shorter"),
         ({"stop": ["x"] * 9}, "stop"),
+        ({"pruner": "fastv:layer=1", "keep": 1}, "fastv"),  # its first layer alone pays for more
+        ({"messages": [{"role": "user", "content": "x" * 400_000}]}, "letters, more than"),
+        ({"messages": [{"role": "user", "content": ""}] * 1_001}, "messages: List should have at most 1000 items"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 async def test_what_a_request_may_not_ask_for(fields, says):
     async with client_of(settings()) as client:
@@ -177,19 +181,28 @@ async def test_what_a_request_may_not_ask_for(fields, says):
     ids=lambda value: value[:30],
 )
 async def test_pictures_that_are_refused(url, says):
-    async with client_of(settings(limits={"pixels": 2_000_000})) as client:
+    async with client_of(settings(limits={"max_megapixels": 2})) as client:
         assert says in error_of(await client.post(CHAT, json=body("what?", url)))
         assert client.server.worker.encodings.misses == 0
 
 
 async def test_the_smallest_and_the_largest_pictures_and_too_many():
-    async with client_of(settings(limits={"pictures": 2})) as client:
+    async with client_of(settings(limits={"max_pictures": 2})) as client:
         for width, height in ((1, 1), (1, 4000), (4000, 4000)):
             assert said(await client.post(CHAT, json=body("is there a bus?", picture(width, height)))) in ("yes", "no")
         small = picture(9, 9)
         two = await client.post(CHAT, json=body("is there a bus?", small, picture(9, 9, "blue"), keep=3))
         assert two.json()["usage"]["visual_tokens_kept"] == 6
         assert "has 3 pictures, allowed are 2" in error_of(await client.post(CHAT, json=body("?", small, small, small)))
+
+
+async def test_a_picture_of_40_megapixels_is_served_where_it_is_allowed():
+    large = picture(8000, 5000)
+    async with client_of(settings()) as client:
+        message = error_of(await client.post(CHAT, json=body("is there a bus?", large)))
+        assert "picture 0 has 8000 x 5000 pixels, allowed are 16000000 in all: make it smaller" in message
+    async with client_of(settings(limits={"max_megapixels": 40})) as client:
+        assert said(await client.post(CHAT, json=body("is there a bus?", large))) in ("yes", "no")
 
 
 async def test_files_of_the_folder_that_is_allowed_and_no_others(tmp_path):
@@ -222,7 +235,7 @@ async def test_a_key_is_asked_for(header):
 
 
 async def test_more_requests_than_may_be_open_are_told_when_to_come_again():
-    async with client_of(settings(limits={"batch": 2, "queue": 3})) as client:
+    async with client_of(settings(limits={"max_batch": 2, "max_queue": 3})) as client:
         answers = await asyncio.gather(*(client.post(CHAT, json=asked(row)) for row in questions()[:12]))
         refused = [answer for answer in answers if answer.status_code == 429]
         assert len(refused) == 12 - 5
@@ -230,13 +243,56 @@ async def test_more_requests_than_may_be_open_are_told_when_to_come_again():
         assert "5 requests are open, allowed are 5" in error_of(refused[0], 429)
         for row, answer in zip(questions(), answers, strict=False):
             assert answer.status_code == 429 or said(answer) == alone(row, "grip", 0.25)
-        assert client.server.open == 0
+        assert client.server.open_requests == 0
         assert said(await client.post(CHAT, json=asked(questions()[0])))
         assert metric(client, "gripvlm_requests_total", status="429") == 7
 
 
+async def test_no_request_is_served_under_another_s_budget_pruner_or_key():
+    draw = random.Random(4)
+    keys, budgets = ("one", "two"), [8, 0.1, "25%", "<=100", 0.5]
+    async with client_of(settings(keys=keys, limits={"max_queue": 200})) as client:
+
+        async def ask(i: int) -> None:
+            row, keep, key = draw.choice(questions()), draw.choice(budgets), draw.choice((*keys, "onetwo", ""))
+            pruner = draw.choice(("grip", "divprune", "random:seed=3"))
+            request = asked(row, keep=keep, pruner=pruner, max_tokens=1, stream=bool(i % 2))
+            answer = await client.post(CHAT, json=request, headers={"Authorization": f"Bearer {key}"})
+            if key not in keys:
+                error_of(answer, 401)
+                return
+            if i % 2:
+                events = [line for line in answer.text.split("\n\n") if "gripvlm" in line]
+                got = json.loads(events[-1].removeprefix("data: "))
+            else:
+                got = answer.json()
+                assert got["usage"]["visual_tokens_kept"] == Budget(keep).count(256)
+            assert got["gripvlm"] == {"pruner": pruner, "keep": Budget(keep).plain}
+
+        await asyncio.gather(*(ask(i) for i in range(96)))
+        assert client.server.open_requests == 0
+
+
+async def test_a_worker_that_is_killed_is_seen_from_outside():
+    def die(*_: Any) -> None:
+        raise SystemExit
+
+    async with client_of(settings()) as client:
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        hook = lab_model()[0].register_forward_pre_hook(die)
+        try:
+            answers = await asyncio.gather(*(client.post(CHAT, json=asked(row)) for row in questions()[:3]))
+        finally:
+            hook.remove()
+        late = await client.post(CHAT, json=asked(questions()[0]))
+        for answer in (*answers, late):
+            assert "has failed and must be restarted" in error_of(answer, 503)
+        health = await client.get("/health")
+    assert (health.status_code, health.json()) == (503, {"status": "failed"})
+
+
 async def test_bodies_that_are_too_large_and_models_that_are_not_there():
-    async with client_of(settings(limits={"body": 2000})) as client:
+    async with client_of(settings(limits={"max_body_mb": 0.002})) as client:
         assert "more than 2000 bytes" in error_of(await client.post(CHAT, content=b"x" * 2001), 413)
 
         async def pieces() -> Any:
@@ -251,6 +307,29 @@ async def test_bodies_that_are_too_large_and_models_that_are_not_there():
         error_of(await client.get("/v1/models/x"), 404)
         error_of(await client.get("/nowhere"), 404)
         error_of(await client.get(CHAT), 405)
+
+
+async def test_a_temperature_next_to_zero_is_zero_and_costs_the_batch_nothing():
+    rows = questions()[:4]
+    async with client_of(settings()) as client:
+        cold = (1e-310, 1e-40, 1e-7, 0)
+        answers = await asyncio.gather(
+            *(client.post(CHAT, json=asked(row, temperature=t, seed=1)) for row, t in zip(rows, cold, strict=True))
+        )
+    assert [said(answer) for answer in answers] == [alone(row, "grip", 0.25) for row in rows]
+
+
+async def test_tokens_above_a_budget_are_counted():
+    spec = "top_p(grip):p=0.99,most=3"
+    async with client_of(settings(pruners=(spec, "grip"))) as client:
+        answers = [await client.post(CHAT, json=asked(row, keep=8)) for row in questions()[:6]]
+        kept = [answer.json()["usage"]["visual_tokens_kept"] for answer in answers]
+        plain = await client.post(CHAT, json=asked(questions()[0], keep=8, pruner="grip"))
+        raised = metric(client, "gripvlm_raised_requests_total"), metric(client, "gripvlm_raised_visual_tokens_total")
+    assert min(kept) >= 8
+    assert max(kept) > 8
+    assert raised == (sum(k > 8 for k in kept), sum(kept) - 8 * len(kept))
+    assert plain.json()["usage"]["visual_tokens_kept"] == 8
 
 
 async def test_a_request_keeps_its_id():
@@ -275,7 +354,7 @@ async def test_the_metrics_page():
     for line in (
         'gripvlm_requests_total{status="200"} 10.0',
         "gripvlm_controller_keep 0.1",
-        "gripvlm_controller_steps_down 1.0",
+        'gripvlm_controller_steps_total{direction="down"} 1.0',
         "gripvlm_queue_length 0.0",
         'gripvlm_phase_seconds_count{phase="decode"} 10.0',
     ):

@@ -11,6 +11,8 @@ import torch
 import gripvlm
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
+from gripvlm.grip.fingerprint import ModelFingerprint
+from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.models import FAMILIES
 from gripvlm.serve.metrics import Metrics
 from gripvlm.serve.prompts import Prompt
@@ -35,12 +37,12 @@ def worker_of(model: Any, pruners: tuple[str, ...], **limits: Any) -> Worker:
     return Worker(model, Numbers(), requests_of(model, settings), settings, Metrics())
 
 
-def job_of(inputs: Any, pruner: str | None, keep: Any, most: int = 4, visual: int = 0, **options: Any) -> Any:
+def job_of(inputs: Any, pruner: str | None, keep: Any, max_tokens: int = 4, visual: int = 0, **options: Any) -> Any:
     """A job, and what it was sent."""
     sent: queue.Queue[Any] = queue.Queue()
     budget = None if keep is None else Budget(keep)
     key = b"" if pruner is None else inputs["input_ids"].numpy().tobytes()
-    return Job(Prompt(inputs, key, pruner, budget, (5, 6), visual, most, **options), sent.put), sent
+    return Job(Prompt(inputs, key, pruner, budget, (5, 6), visual, max_tokens, **options), sent.put), sent
 
 
 def result(sent: queue.Queue[Any]) -> tuple[list[int], Any]:
@@ -107,8 +109,8 @@ def test_a_client_that_leaves_takes_its_row_out_and_nothing_else():
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[0]), with_kwargs=True
     )
-    stays, sent = picture_job(model, 0, most=12)
-    leaves, left = picture_job(model, 2, most=12)
+    stays, sent = picture_job(model, 0, max_tokens=12)
+    leaves, left = picture_job(model, 2, max_tokens=12)
     seen: list[str] = []
 
     def leave(piece: Any) -> None:
@@ -163,6 +165,73 @@ def test_what_waits_can_be_cancelled_and_a_stopped_worker_refuses():
     assert result(sent)[1].status == 503
     with pytest.raises(GripError, match="stopping"):
         worker.submit(second)
+
+
+def test_a_worker_that_is_killed_answers_all_that_it_had_taken_on():
+    model = build("llava")
+    worker = worker_of(model, ("random",), max_batch=2)
+    jobs = [picture_job(model, sample) for sample in (0, 2, 3, 0)]
+    for job, _ in jobs:
+        worker.submit(job)
+
+    def die(*_: Any) -> None:
+        raise SystemExit
+
+    hook = model.register_forward_pre_hook(die)
+    worker.start()
+    ends = [result(sent)[1] for _, sent in jobs]
+    worker._thread.join(20)
+    hook.remove()
+    assert [(end.status, end.message) for end in ends] == [(503, ends[0].message)] * 4
+    assert "must be restarted" in ends[0].message
+    assert worker.status == "failed"
+    with pytest.raises(GripError, match="must be restarted"):
+        worker.submit(picture_job(model, 0)[0])
+
+
+def test_a_row_that_cannot_be_sampled_costs_no_other_its_answer(monkeypatch):
+    model = build("llava")
+    worker = worker_of(model, ("random",))
+    good, sent = picture_job(model, 0, max_tokens=6)
+    bad, failed = picture_job(model, 2, temperature=1.0, max_tokens=6)
+    for job in (good, bad):
+        worker.submit(job)
+    monkeypatch.setattr("gripvlm.serve.decoding.torch.multinomial", lambda *_, **__: 1 / 0)
+    worker.start()
+    assert result(sent)[0] == alone(model, good.prompt.inputs, "random", 3, 6)
+    assert isinstance(result(failed)[1], ZeroDivisionError)
+    worker.close()
+
+
+def test_a_joint_pruner_shares_the_budget_of_each_prompt_and_of_no_two(tmp_path):
+    """Prompts with one and with two pictures, and budgets of their own, in one batch."""
+    model = build("llava")
+    torch.manual_seed(2)
+    width = model.get_input_embeddings().weight.shape[1]
+    scorer = Scorer(ScorerConfig(width, width=16, blocks=1, heads=2, joint=True, rounds=2, diversity=True))
+    torch.nn.init.normal_(scorer.score.weight)
+    scorer.base = ModelFingerprint.of(model)
+    scorer.save_pretrained(tmp_path)
+    pruner = f"grip:scorer={tmp_path}"
+    prompts = [make(TINY["llava"], IMAGES, WORDS, only=i).inputs for i in range(len(IMAGES))]
+    expected, moved = [], False
+    for inputs, keep in zip(prompts, KEEPS, strict=True):
+        expected.append(alone(model, inputs, pruner, keep, 4))
+        with gripvlm.prune(model, pruner, keep=keep, question=torch.tensor([5, 6])) as record:
+            model.generate(**inputs, max_new_tokens=1)
+        (images,) = record.selections
+        moved |= len({selection.k for selection in images}) > 1
+        assert sum(selection.k for selection in images) == sum(Budget(keep).count(each.n) for each in images)
+    assert moved  # from one picture to the other
+    worker = worker_of(model, (pruner,))
+    jobs = [job_of(inputs, pruner, keep) for inputs, keep in zip(prompts, KEEPS, strict=True)]
+    for job, _ in jobs:
+        worker.submit(job)
+    worker.start()
+    got = [result(sent) for _, sent in jobs]
+    worker.close()
+    assert [tokens for tokens, _ in got] == expected
+    assert [answer.keep for _, answer in got] == [Budget(keep) for keep in KEEPS]
 
 
 def test_a_seed_draws_the_same_in_any_batch():

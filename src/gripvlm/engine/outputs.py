@@ -75,13 +75,15 @@ def check_features(images: Sequence[VisualTokens], checks: DeferredChecks) -> No
 
 
 def checked_counts(pruner: Pruner, counts: Sequence[int], images: Sequence[VisualTokens]) -> list[int]:
-    """The counts that a pruner gives to a sample's images, with the same sum as their budgets."""
+    """The counts that a pruner gives to a sample's images: their sum is that of the budgets, or more if it may be."""
     counts, budgets = list(counts), [tokens.keep for tokens in images]
     fits = len(counts) == len(images) and all(1 <= k <= tokens.n for k, tokens in zip(counts, images, strict=True))
-    if not fits or sum(counts) != sum(budgets):
+    more = sum(counts) - sum(budgets)
+    if not fits or more < 0 or (more and not pruner.may_exceed):
         raise PrunerError(
             f"pruner {pruner.name!r} allots {counts} to the {len(images)} images of sample {images[0].sample}: allowed "
             f"are counts from 1 to {[tokens.n for tokens in images]} with the sum of the budgets {budgets}"
+            f"{', or more' if pruner.may_exceed else ''}"
         )
     return counts
 

@@ -72,6 +72,8 @@ class Pruner(ABC):
         joint: whether a prompt's images share one budget, the sum of their `keep`: `select_batch` may then keep other
             counts of each (also none), with that sum over the images of a `sample`. `allocate_budget` moves budget
             before anything is scored; this is for pruners that learn the counts by choosing.
+        may_exceed: whether `allocate_budget` may return more than the budgets, where the pruner finds that they will
+            not do (`TopP`).
         default_keep: the budget where `keep` is not passed; None means that it must be.
     """
 
@@ -82,6 +84,7 @@ class Pruner(ABC):
     stage: ClassVar[str] = "input"
     trained: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+    may_exceed: ClassVar[bool] = False
     default_keep: ClassVar[float | None] = None
 
     @abstractmethod
@@ -93,7 +96,7 @@ class Pruner(ABC):
         return [self.select(tokens) for tokens in images]
 
     def allocate_budget(self, images: Sequence[VisualTokens], num_layers: int) -> Sequence[int]:
-        """The tokens to keep of each of a prompt's images; their sum must be that of `tokens.keep`.
+        """The tokens to keep of each of a prompt's images; their sum must be that of `tokens.keep` (see `may_exceed`).
 
         By default `tokens.keep` of each. Override it to move budget between images or tiles. `num_layers` are those
         of the language model, which say what an `LLMPruner`'s schedule can reach.
@@ -291,6 +294,10 @@ class Wrapper(Pruner):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.extra_needs.union(*(pruner.needs for pruner in self.inners))
+
+    @property
+    def may_exceed(self) -> bool:  # type: ignore[override]
+        return len(self.inners) == 1 and self.inners[0].may_exceed
 
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]

@@ -58,6 +58,7 @@ _BUILT_IN: dict[str, str] = {
     "spread": "gripvlm.pruners.wrappers.spread:Spread",
     "svd_prune": "gripvlm.pruners.input.svd_prune:SVDPrune",
     "tome": "gripvlm.pruners.tower.tome:ToMe",
+    "top_p": "gripvlm.pruners.wrappers.top_p:TopP",
     "v2drop": "gripvlm.pruners.llm.v2drop:V2Drop",
     "visionzip": "gripvlm.pruners.input.visionzip:VisionZip",
     "vispruner": "gripvlm.pruners.input.vispruner:VisPruner",

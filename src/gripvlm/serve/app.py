@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -40,7 +39,7 @@ __all__ = ["create_app"]
 logger = logging.getLogger(__name__)
 
 CHAT = "/v1/chat/completions"
-OPEN = ("/health", "/metrics")
+WITHOUT_KEY = ("/health", "/metrics")
 """Paths that need no API key."""
 
 PREPARING = 4
@@ -72,16 +71,16 @@ def create_app(model: PreTrainedModel, processor: Any, settings: Settings) -> Fa
 
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="gripvlm", lifespan=lifespan, openapi_url=None)
-    app.add_middleware(_Edge, server=server)
+    app.add_middleware(_Requests, server=server)
     app.state.server = server
     app.add_api_route(CHAT, server.chat, methods=["POST"])
     app.add_api_route("/v1/models", server.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"])
-    app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/health", server.health, methods=["GET", "HEAD"])
     app.add_api_route("/metrics", server.metrics_page, methods=["GET"])
 
     @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
+    async def no_such_path(request: Request, error: HTTPException) -> Response:
         return _refused(Refusal(f"{request.method} {request.url.path[:200]}: {error.detail}", status=error.status_code))
 
     return app
@@ -96,7 +95,7 @@ class _Server:
         self._keys = [_digest(key) for key in settings.keys]
         self._created = int(time.time())
         self._preparing: anyio.CapacityLimiter | None = None
-        self.open = 0
+        self.open_requests = 0
         """Chat requests that are being read, wait or run."""
         metrics.watch("gripvlm_queue_length", "Requests that wait for the model.", lambda: worker.waiting)
         metrics.watch("gripvlm_running", "Requests that run.", lambda: worker.running)
@@ -105,27 +104,25 @@ class _Server:
             metrics.watch(
                 "gripvlm_controller_keep", "Share kept for requests that name none.", lambda: controller.keep.value
             )
-            for way in controller.steps:
-                count = partial(controller.steps.__getitem__, way)
-                metrics.watch(f"gripvlm_controller_steps_{way}", f"Steps {way} the ladder.", count)
 
     # --- before an endpoint -------------------------------------------------------------------------------------
 
     def refusal(self, request: Request) -> Refusal | None:
         """Why a request is refused before anything of it is read."""
         path = request.scope["path"]
-        if path not in OPEN and self._keys and not self._knows(request.headers.get("authorization", "")):
+        if path not in WITHOUT_KEY and self._keys and not self._knows(request.headers.get("authorization", "")):
             return Refusal(
                 "the API key is missing or wrong: send the header Authorization: Bearer KEY",
                 status=401,
                 code="invalid_api_key",
             )
         limits = self.settings.limits
-        if path == CHAT and self.open >= limits.batch + limits.queue:
-            batches = math.ceil(self.worker.waiting / limits.batch)
+        most = limits.max_batch + limits.max_queue
+        if is_chat(request) and self.open_requests >= most:
+            batches = math.ceil(self.worker.waiting / limits.max_batch)
             seconds = min(60, max(1, math.ceil(self.worker.batch_seconds * batches)))
             return Refusal(
-                f"{self.open} requests are open, allowed are {limits.batch + limits.queue}: try again in {seconds} s",
+                f"{self.open_requests} requests are open, allowed are {most}: try again in {seconds} s",
                 status=429,
                 code="rate_limit_exceeded",
                 kind="rate_limit_error",
@@ -143,8 +140,8 @@ class _Server:
     # --- endpoints ----------------------------------------------------------------------------------------------
 
     async def health(self) -> Response:
-        alive = self.worker.alive
-        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+        status = self.worker.status
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics_page(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -169,11 +166,12 @@ class _Server:
     async def chat(self, request: Request) -> Response:
         try:
             body = await self._body(request)
+            arrived = time.perf_counter()
             if self._preparing is None:  # it belongs to the running event loop
                 self._preparing = anyio.CapacityLimiter(PREPARING)
             chat, prompt = await anyio.to_thread.run_sync(self._read, body, limiter=self._preparing)
             results: asyncio.Queue[str | Answer | Exception] = asyncio.Queue()
-            job = Job(prompt, _sender(results), arrived=request.state.arrived)
+            job = Job(prompt, _sender(results), arrived)
             request.state.job = job
             self.worker.submit(job)
             return await self._answer(request, chat, job, results)
@@ -188,7 +186,7 @@ class _Server:
         return chat, self._prepare(chat)
 
     async def _body(self, request: Request) -> bytes:
-        most, body = self.settings.limits.body, bytearray()
+        most, body = self.settings.limits.body_bytes, bytearray()
         refusal = Refusal(f"the body has more than {most} bytes: send smaller pictures", status=413)
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > most:
@@ -214,7 +212,7 @@ class _Server:
         # While nothing is sent, only reading tells that a client has left.
         left = asyncio.ensure_future(_until_left(request))
         try:
-            first = await _unless(left, results)
+            first = await _next_result(left, results)
             if isinstance(first, Exception):
                 raise first
             if chat.stream:
@@ -227,7 +225,7 @@ class _Server:
             result: str | Answer | Exception = first
             while isinstance(result, str):
                 text.append(result)
-                result = await _unless(left, results)
+                result = await _next_result(left, results)
         finally:
             left.cancel()
         if isinstance(result, Exception):
@@ -257,8 +255,8 @@ class _Server:
         yield "data: [DONE]\n\n"
 
 
-class _Edge:
-    """Around every request: its id, the API key, the limit of open requests, and what is done when it is over."""
+class _Requests:
+    """The middleware around every request: its id, the API key, the limit of open requests, and what ends with it."""
 
     def __init__(self, app: ASGIApp, server: _Server) -> None:
         self._app, self._server = app, server
@@ -270,7 +268,7 @@ class _Edge:
         server, request = self._server, Request(scope)
         given = request.headers.get("x-request-id", "")
         request.state.id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
-        request.state.job, request.state.arrived = None, time.perf_counter()
+        request.state.job, began = None, time.perf_counter()
         status = 499  # where nothing is sent, the client has left
 
         async def sending(message: Message) -> None:
@@ -281,20 +279,24 @@ class _Edge:
                 message = {**message, "headers": headers}
             await send(message)
 
-        chat = scope["path"] == CHAT
         refusal = server.refusal(request)
-        server.open += chat
+        admitted = refusal is None and is_chat(request)
+        server.open_requests += admitted
         try:
             await (self._app if refusal is None else _refused(refusal))(scope, receive, sending)
         finally:
-            server.open -= chat
+            server.open_requests -= admitted
             job: Job | None = request.state.job
             if job is not None and not job.ended:
                 server.worker.cancel(job)
-            if chat:
+            if is_chat(request):
                 server.metrics.request(status)
-            seconds = time.perf_counter() - request.state.arrived
+            seconds = time.perf_counter() - began
             logger.info("%s %s %r %d %.3f s", request.state.id, request.method, scope["path"], status, seconds)
+
+
+def is_chat(request: Request) -> bool:
+    return request.scope["path"] == CHAT and request.method == "POST"
 
 
 def _digest(key: str) -> bytes:
@@ -342,7 +344,7 @@ async def _until_left(request: Request) -> None:
         pass
 
 
-async def _unless(
+async def _next_result(
     left: asyncio.Future[None], results: asyncio.Queue[str | Answer | Exception]
 ) -> str | Answer | Exception:
     """The next result, or a `Refusal` that no one reads, once the client has left."""

@@ -12,6 +12,9 @@ from gripvlm.errors import GripError
 
 __all__ = ["ChatRequest", "Refusal", "chunk", "completion", "error_body", "parse"]
 
+MANY = 1_000
+"""Messages of a request, and parts of a message: an empty one costs no token, but time and memory."""
+
 
 class Refusal(GripError):
     """A request that gets an error.
@@ -60,7 +63,9 @@ class PicturePart(_Part):
 
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | PicturePart, Field(discriminator="type")]]
+    content: (
+        str | Annotated[list[Annotated[TextPart | PicturePart, Field(discriminator="type")]], Field(max_length=MANY)]
+    )
     name: str | None = None
 
     @property
@@ -84,7 +89,7 @@ class ChatRequest(_Part):
     """
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MANY)
     keep: int | float | str | None = None
     pruner: str | None = None
     max_tokens: int | None = Field(None, ge=1)

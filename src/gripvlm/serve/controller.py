@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from gripvlm.budget import Budget
 from gripvlm.errors import BudgetError
 
-__all__ = ["Controller", "Ladder"]
+__all__ = ["Controller", "Ladder", "Step"]
+
+Step: TypeAlias = Literal["down", "up"]
+"""Along the ladder."""
 
 WINDOW = 40
 """Requests that one decision looks at."""
@@ -51,7 +54,8 @@ class Ladder:
 class Controller:
     """Goes down the ladder when requests are late, and up again when they are all fast.
 
-    `observe` is called once for each request. One step down follows as soon as more than `LATE` requests of a window
+    `observe` is called once for each request, `gave_up` instead where a client has left before its first token; callers
+    in several threads take turns. One step down follows as soon as more than `LATE` requests of a window
     are late; one step up, when all of a window are faster than `CALM` of the target. A budget that proves too slow
     within its first window is tried again only after twice as many calm windows as before. Only requests that arrived
     after the latest step count, as others waited behind the work of the old budget.
@@ -67,25 +71,32 @@ class Controller:
         self._calm = 0  # windows in a row
         self._needed = [1] * len(ladder.budgets)  # how many of them it takes to step up to each budget
         self._climbed = False  # whether the latest step went up, less than a window ago
-        self.steps = {"down": 0, "up": 0}
+        self.steps: dict[Step, int] = {"down": 0, "up": 0}
 
     @property
     def keep(self) -> Budget:
         """The budget for the next request that names none."""
         return self._ladder.budgets[self._rung]
 
-    @property
-    def budgets(self) -> Sequence[Budget]:
-        return self._ladder.budgets
+    def gave_up(self, arrived: float, left: float) -> Step | None:
+        """Counts a request whose client left before its first token: as late if it had waited for the target.
 
-    def observe(self, arrived: float, first_token: float) -> None:
+        Without it the latest requests would not count, where clients wait no longer than they must. One that leaves
+        earlier says nothing about the time.
+        """
+        return self.observe(arrived, left) if left - arrived > self._ladder.target else None
+
+    def observe(self, arrived: float, first_token: float) -> Step | None:
         """Counts a request.
 
         Args:
             arrived, first_token: when, in seconds on one clock.
+
+        Returns:
+            The step that it led to.
         """
         if arrived < self._since:
-            return
+            return None
         waited = first_token - arrived
         self._seen += 1
         self._late += waited > self._ladder.target
@@ -93,18 +104,22 @@ class Controller:
         if self._late > LATE:
             if self._climbed:
                 self._needed[self._rung] = min(2 * self._needed[self._rung], LONGEST)
-            self._step(1, first_token)
-        elif self._seen == WINDOW:
+            return self._step("down", first_token)
+        if self._seen == WINDOW:
             if self._climbed:
                 self._climbed, self._needed[self._rung] = False, 1
             self._calm = 0 if self._slow else self._calm + 1
             self._seen = self._late = self._slow = 0
             if self._calm >= self._needed[max(self._rung - 1, 0)]:
-                self._step(-1, first_token)
+                return self._step("up", first_token)
+        return None
 
-    def _step(self, down: int, now: float) -> None:
-        rung = min(max(self._rung + down, 0), len(self._ladder.budgets) - 1)
-        if rung != self._rung:
-            self._rung, self._since, self._climbed = rung, now, down < 0
-            self.steps["down" if down > 0 else "up"] += 1
+    def _step(self, way: Step, now: float) -> Step | None:
+        """Takes a step, if the ladder goes on that way, and begins a window."""
         self._seen = self._late = self._slow = self._calm = 0
+        rung = self._rung + (1 if way == "down" else -1)
+        if not 0 <= rung < len(self._ladder.budgets):
+            return None
+        self._rung, self._since, self._climbed = rung, now, way == "up"
+        self.steps[way] += 1
+        return way

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gripvlm.models.drop import Shortened
 
-__all__ = ["Chooser", "Rows", "Text", "end_tokens"]
+__all__ = ["Detokenizer", "Rows", "Sampler", "end_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ class Rows:
         self.logits = output.logits[:, -1][self._live]
 
 
-class Chooser:
-    """Chooses the next token of one row."""
+class Sampler:
+    """Draws, or chooses, the next token of one row."""
 
     def __init__(self, prompt: Prompt, config: Any) -> None:
         self._prompt = prompt
@@ -112,7 +112,7 @@ class Chooser:
                 self._random.manual_seed(prompt.seed)
 
     @property
-    def plain(self) -> bool:
+    def greedy(self) -> bool:
         """Whether it takes the token with the highest logit, which is found for all such rows at once."""
         return not self._processors
 
@@ -141,7 +141,7 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
-class Text:
+class Detokenizer:
     """Token ids that come one by one, as text that can be sent.
 
     A letter may be several tokens, and a stop text may begin where it is not yet known whether it goes on: what may

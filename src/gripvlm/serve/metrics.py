@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from gripvlm.serve.controller import Step
 
 __all__ = ["Metrics"]
 
@@ -21,15 +24,22 @@ class Metrics:
         self._cancelled = Counter("gripvlm_cancelled", "Requests whose client left while they ran.", registry=r)
         self._phases = Histogram(
             "gripvlm_phase_seconds",
-            "Time of a request: read, queue, tower (vision), prefill (pruning included), decode.",
+            "Time of a request: read (from its last byte), queue, tower (vision), prefill (pruning included), decode.",
             ["phase"],
             buckets=SECONDS,
             registry=r,
         )
         self._first = Histogram(
-            "gripvlm_time_to_first_token_seconds", "From arrival to the first token.", buckets=SECONDS, registry=r
+            "gripvlm_time_to_first_token_seconds", "From a request's last byte.", buckets=SECONDS, registry=r
         )
         self._visual = Counter("gripvlm_visual_tokens", "Visual tokens, paid for or saved.", ["kind"], registry=r)
+        self._raised = Counter("gripvlm_raised_requests", "Requests that kept more than their budget.", registry=r)
+        self._extra = Counter("gripvlm_raised_visual_tokens", "Visual tokens paid for above budgets.", registry=r)
+        self._steps = Counter(
+            "gripvlm_controller_steps", "Steps along the ladder of budgets.", ["direction"], registry=r
+        )
+        for way in get_args(Step):
+            self._steps.labels(way)  # so that it is there, as 0, before the first
         self._prompt = Counter("gripvlm_prompt_text_tokens", "Tokens of prompts that are no visual tokens.", registry=r)
         self._decoded = Counter("gripvlm_completion_tokens", "Tokens decoded.", registry=r)
         self._shares = Histogram(
@@ -39,10 +49,9 @@ class Metrics:
             "gripvlm_encode_cache", "Prompts whose pictures were encoded already, or not.", ["result"], registry=r
         )
 
-    def watch(self, name: str, text: str, value: Callable[[], float], **labels: str) -> None:
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Adds a gauge whose value is read when it is asked for."""
-        gauge = Gauge(name, text, list(labels), registry=self._registry)
-        (gauge.labels(**labels) if labels else gauge).set_function(value)
+        Gauge(name, text, registry=self._registry).set_function(value)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
@@ -66,10 +75,23 @@ class Metrics:
     def decoded(self, tokens: int) -> None:
         self._decoded.inc(tokens)
 
-    def pruned(self, visual: int, kept: float, text: int) -> None:
-        """The prompt of a request: its visual tokens before pruning, those paid for, and all other tokens."""
+    def stepped(self, way: Step) -> None:
+        self._steps.labels(way).inc()
+
+    def pruned(self, visual: int, kept: float, text: int, above: int = 0) -> None:
+        """The prompt of a request.
+
+        Args:
+            visual: its visual tokens before pruning.
+            kept: those paid for.
+            text: all other tokens.
+            above: how many of those paid for the budget did not ask for (`Pruner.may_exceed`).
+        """
         self._prompt.inc(text)
         if visual:
             self._visual.labels("paid").inc(kept)
             self._visual.labels("saved").inc(visual - kept)
             self._shares.observe(kept / visual)
+        if above:
+            self._raised.inc()
+            self._extra.inc(above)

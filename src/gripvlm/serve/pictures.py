@@ -43,7 +43,7 @@ def read_picture(url: str, settings: Settings, name: str) -> Image.Image:
     if parts.scheme == "file":
         content = _file(parts, settings, name)
     elif parts.scheme in ("http", "https") and host in settings.hosts:
-        content = _downloaded(url, settings.limits.body, name)
+        content = _downloaded(url, settings.limits.body_bytes, name)
     elif parts.scheme in ("http", "https"):
         allowed = f"allowed hosts are {', '.join(sorted(settings.hosts))}" if settings.hosts else "none is allowed"
         raise Refusal(
@@ -78,8 +78,8 @@ def _file(parts: SplitResult, settings: Settings, name: str) -> bytes:
         if parts.netloc not in ("", "localhost") or not path.is_relative_to(settings.folder.resolve()):
             raise refusal
         regular(path)
-        if path.stat().st_size > settings.limits.body:
-            raise Refusal(f"{name} has more than {settings.limits.body} bytes: make it smaller")
+        if path.stat().st_size > settings.limits.body_bytes:
+            raise Refusal(f"{name} has more than {settings.limits.body_bytes} bytes: make it smaller")
         return path.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:
         raise error if isinstance(error, Refusal) else refusal from None

@@ -16,6 +16,7 @@ from gripvlm.budget import Budget
 from gripvlm.engine.request import PruneRequest
 from gripvlm.eval.answering import processed, prompt_text
 from gripvlm.models.text import VISUAL, placeholder, visual_places
+from gripvlm.pruners import LLMPruner
 from gripvlm.pruners.baselines.keep_all import KeepAll
 from gripvlm.serve.chat import ChatRequest, Message, PicturePart, Refusal, TextPart
 from gripvlm.serve.pictures import read_picture
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["Preparer", "Prompt"]
+
+COLDEST = 1e-5
+"""Lower temperatures are 0, as in vLLM: logits divided by them would be infinite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,7 @@ class Prompt:
         keep: the request's own budget, if it has one.
         question: token ids of the user turn that holds the pictures (the last one that does).
         visual: visual tokens before pruning.
-        most: tokens of the longest answer.
+        max_tokens: of the longest answer.
         temperature: 0 for the likeliest token.
         top_p, seed, stops: as in OpenAI's format.
     """
@@ -49,7 +53,7 @@ class Prompt:
     keep: Budget | None
     question: Sequence[int]
     visual: int
-    most: int
+    max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
@@ -74,8 +78,10 @@ class Preparer:
         self._placeholders = {
             placeholder(model, name) for name in VISUAL if getattr(config, f"{name}_token_id", None) is not None
         }
-        most = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self._longest = settings.limits.prompt or most or 1 << 30
+        made_for = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._max_len = settings.limits.max_model_len or made_for or 1 << 30
+        # No token stands for more letters than it is written with, so a longer text cannot fit.
+        self._max_letters = self._max_len * max(map(len, self._tokenizer.get_vocab()))
         # Fast tokenizers change their own state in a call, and fail where two calls meet.
         self._lock = threading.Lock()
 
@@ -87,22 +93,24 @@ class Preparer:
         """
         limits = self._settings.limits
         keep = self._checked_keep(chat)
-        most = chat.max_completion_tokens or chat.max_tokens
-        if most is not None and most > limits.tokens:
-            raise Refusal(f"max_tokens is {most}, allowed are {limits.tokens}: ask for a shorter answer")
+        asked = chat.max_completion_tokens or chat.max_tokens
+        if asked is not None and asked > limits.max_tokens:
+            raise Refusal(f"max_tokens is {asked}, allowed are {limits.max_tokens}: ask for a shorter answer")
+        temperature = chat.temperature or 0.0
+        self._check_letters(chat.messages)
         pictures = self._pictures(chat.messages)
         with self._lock:
             inputs, question = self._inputs(chat.messages, pictures)
         length, visual = inputs["input_ids"].shape[1], int(visual_places(self._model, inputs["input_ids"]).sum())
-        room = self._longest - length
-        if room < (most or 1):
+        room = self._max_len - length
+        if room < (asked or 1):
             raise Refusal(
-                f"the prompt has {length} tokens ({visual} of them visual, before pruning) and asks for {most or 1} "
-                f"more, allowed are {self._longest} in all: make it shorter, or its pictures smaller",
+                f"the prompt has {length} tokens ({visual} of them visual, before pruning) and asks for {asked or 1} "
+                f"more, allowed are {self._max_len} in all: make it shorter, or its pictures smaller",
                 code="context_length_exceeded",
             )
         if keep is not None and pictures:
-            keep.count(visual, f"this prompt with {len(pictures)} picture{'s' if len(pictures) > 1 else ''}")
+            self._check_count(chat, keep, visual, len(pictures))
         return Prompt(
             inputs=inputs,
             key=b"".join(map(_key, pictures)),
@@ -110,12 +118,29 @@ class Preparer:
             keep=keep,
             question=question,
             visual=visual,
-            most=most or min(limits.tokens, room),
-            temperature=chat.temperature or 0.0,
+            max_tokens=asked or min(limits.max_tokens, room),
+            temperature=temperature if temperature >= COLDEST else 0.0,
             top_p=1.0 if chat.top_p is None else chat.top_p,
             seed=chat.seed,
             stops=chat.stops,
         )
+
+    def _check_letters(self, messages: Sequence[Message]) -> None:
+        """Refuses a text before it is cut into tokens: megabytes of it would hold all others up."""
+        letters = sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))
+        if letters > self._max_letters:
+            raise Refusal(
+                f"the prompt has {letters} letters, more than {self._max_len} tokens can hold: make it shorter",
+                code="context_length_exceeded",
+            )
+
+    def _check_count(self, chat: ChatRequest, keep: Budget, visual: int, pictures: int) -> None:
+        """Refuses a budget that the pictures, or the pruner's schedule for them, cannot meet, where sizes say so."""
+        count = keep.count(visual, f"this prompt with {pictures} picture{'s' if pictures > 1 else ''}")
+        pruner = self._requests[chat.pruner or self._settings.pruners[0]].pruner
+        # How the tokens of several pictures are divided, only the vision encoder's output tells.
+        if pictures == 1 and isinstance(pruner, LLMPruner):
+            pruner.schedule(visual, count, len(self._model.get_decoder().layers))
 
     def _checked_keep(self, chat: ChatRequest) -> Budget | None:
         name = chat.pruner or self._settings.pruners[0]
@@ -131,8 +156,8 @@ class Preparer:
         parts = [(message.role, part) for message in messages for part in message.parts]
         found = [(role, part) for role, part in parts if isinstance(part, PicturePart)]
         limits = self._settings.limits
-        if len(found) > limits.pictures:
-            raise Refusal(f"the request has {len(found)} pictures, allowed are {limits.pictures}: send fewer")
+        if len(found) > limits.max_pictures:
+            raise Refusal(f"the request has {len(found)} pictures, allowed are {limits.max_pictures}: send fewer")
         if any(role != "user" for role, _ in found):
             raise Refusal("only messages of the role user may hold pictures: move them there")
         return [read_picture(part.image_url.url, self._settings, f"picture {i}") for i, (_, part) in enumerate(found)]
@@ -196,5 +221,6 @@ def _key(picture: Image.Image) -> bytes:
 
     `VisualTokens.key` is of some thousand values of an image: enough to draw numbers by, not to tell pictures apart.
     """
-    size = b"%d x %d " % picture.size
-    return hashlib.blake2b(size + picture.tobytes(), digest_size=32).digest()
+    key = hashlib.blake2b(b"%d x %d " % picture.size, digest_size=32)
+    key.update(picture.tobytes())
+    return key.digest()

@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from gripvlm.budget import Budget
+from gripvlm.errors import GripError
 from gripvlm.serve.controller import Ladder
 
 __all__ = ["Limits", "Settings"]
 
 
+def _limit(default: float | None, least: float, about: str) -> Any:
+    return field(default=default, metadata={"min": least, "help": about})
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how many there may be.
+    """What one request may ask for, and how many there may be. Each field is an option of `gripvlm serve`.
 
-    Attributes:
-        batch: requests that run at a time.
-        queue: requests that may wait, or be read, beside those that run; more get a 429.
-        tokens: of the longest answer, and of an answer for which no length was asked.
-        prompt: tokens of a prompt before pruning and of its answer together; 0 for what the model was made for.
-        pictures: of one request.
-        pixels: of one picture.
-        body: bytes of one request.
-        upload_seconds: in which a body must have arrived.
-        cache_bytes: of encoded pictures that are kept.
+    Raises:
+        GripError: one that is too small, or no number.
     """
 
-    batch: int = 8
-    queue: int = 64
-    tokens: int = 512
-    prompt: int = 0
-    pictures: int = 8
-    pixels: int = 16_000_000
-    body: int = 32_000_000
-    upload_seconds: float = 30.0
-    cache_bytes: int = 512_000_000
+    max_batch: int = _limit(8, 1, "Requests that run at a time.")
+    max_queue: int = _limit(64, 0, "Requests that may wait, or be read, beside those that run; more get a 429.")
+    max_tokens: int = _limit(512, 1, "Tokens of the longest answer, and of one for which no length was asked.")
+    max_model_len: int | None = _limit(
+        None, 1, "Tokens of a prompt, before pruning, and its answer; by default what the model was made for."
+    )
+    max_pictures: int = _limit(8, 0, "Pictures of a request.")
+    max_megapixels: float = _limit(16, 0.01, "Size of a picture, in millions of pixels.")
+    max_body_mb: float = _limit(32, 0.001, "Size of a request, in millions of bytes.")
+    upload_seconds: float = _limit(30, 0.01, "In which a request must have arrived.")
+    cache_mb: float = _limit(512, 0, "Encoded pictures kept for further questions, in millions of bytes.")
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata["min"]
+            if value is not None and not least <= value < float("inf"):
+                raise GripError(f"{one.name}={value}: pass a number of {least:g} or more")
+
+    @property
+    def pixels(self) -> int:
+        return round(self.max_megapixels * 1e6)
+
+    @property
+    def body_bytes(self) -> int:
+        return round(self.max_body_mb * 1e6)
+
+    @property
+    def cache_bytes(self) -> int:
+        return round(self.cache_mb * 1e6)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from gripvlm.models.prompts import EncodedPrompts, Prompts
 from gripvlm.models.wrapped import device_of
 from gripvlm.pruners.baselines.keep_all import KeepAll
 from gripvlm.serve.chat import Refusal
-from gripvlm.serve.controller import Controller
-from gripvlm.serve.decoding import Chooser, Rows, Text, end_tokens
+from gripvlm.serve.controller import Controller, Step
+from gripvlm.serve.decoding import Detokenizer, Rows, Sampler, end_tokens
 from gripvlm.serve.encodings import EncodingCache
 from gripvlm.serve.prompts import Prompt
 from gripvlm.serve.settings import Settings
@@ -70,9 +70,11 @@ class Job:
         prompt: what to answer.
         send: called from the worker's thread with each piece of text, and at the end once with an `Answer` or an
             exception.
-        arrived: when the request came, on `time.perf_counter`'s clock.
+        arrived: when the last byte of the request was there, on `time.perf_counter`'s clock: how fast a client sends
+            is not the server's doing.
         read: when its prompt was ready, and it could have begun.
         cancelled: whether its client has left.
+        began: whether it has its first token.
         ended: whether its result was sent.
         keep, paid: the budget, and the visual tokens paid for, once they are known.
     """
@@ -82,6 +84,7 @@ class Job:
     arrived: float = field(default_factory=time.perf_counter)
     read: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
+    began: bool = False
     ended: bool = False
     keep: Budget | None = None
     paid: float = 0.0
@@ -98,7 +101,8 @@ class Worker:
 
     A batch holds jobs with one pruner; each keeps its own budget. Their pictures are encoded one prompt after the
     other, so that nothing of a picture depends on the others in the batch. If a batch fails before its first token,
-    its jobs run one by one, so that one of them does not cost the others their answers.
+    its jobs run one by one, so that one of them does not cost the others their answers. Whatever ends the thread, all
+    jobs that it had taken on are told.
     """
 
     def __init__(
@@ -116,8 +120,10 @@ class Worker:
         self.controller = None if settings.ladder is None else Controller(settings.ladder)
         self.encodings = EncodingCache(settings.limits.cache_bytes)
         self._waiting: deque[Job] = deque()
+        self._batch: list[Job] = []
         self._condition = threading.Condition()
         self._closing = False
+        self._refuses: Callable[[], Refusal] | None = None
         self._thread = threading.Thread(target=self._work, name="gripvlm-serve", daemon=True)
         self.running = 0
         self.batch_seconds = 1.0
@@ -129,57 +135,80 @@ class Worker:
         self._thread.start()
 
     @property
-    def alive(self) -> bool:
-        return self._thread.is_alive() and not self._closing
+    def status(self) -> str:
+        """ "ok", "stopping", or "failed" where the thread has ended by itself."""
+        if self._closing:
+            return "stopping"
+        return "ok" if self._thread.is_alive() else "failed"
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
     def submit(self, job: Job) -> None:
+        """Queues a job.
+
+        Raises:
+            Refusal: the worker takes no more.
+        """
         with self._condition:
-            if self._closing:
-                raise Refusal("the server is stopping: try again later", status=503, kind="server_error", retry_after=5)
+            if self._refuses is not None:
+                raise self._refuses()
             self._waiting.append(job)
             self._condition.notify()
 
     def cancel(self, job: Job) -> None:
-        """Takes a job out of the queue, or out of its batch before the next token."""
+        """Takes a job out of the queue, or out of its batch before the next token, as its client has left."""
         with self._condition:
             job.cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
-        if not job.ended:
-            self._metrics.cancelled()
+            if not job.began and self.controller is not None:
+                self._stepped(self.controller.gave_up(job.arrived, time.perf_counter()))
+        self._metrics.cancelled()
 
     def close(self, seconds: float = 10.0) -> None:
-        """Ends the running batch, refuses what waits, and ends the thread."""
+        """Refuses what waits, and ends the thread after the running batch, for which it waits so long."""
+        self._closing = True
+        self._refuse(_stopping)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def _refuse(self, why: Callable[[], Refusal]) -> None:
+        """Refuses all that comes from now on, and what waits; the first reason stays."""
         with self._condition:
-            self._closing = True
+            self._refuses = self._refuses or why
             waiting, self._waiting = list(self._waiting), deque()
             self._condition.notify()
         for job in waiting:
-            job.end(Refusal("the server is stopping: try again later", status=503, kind="server_error", retry_after=5))
-        if self._thread.is_alive():
-            self._thread.join(seconds)
+            job.end(self._refuses())
 
     # --- in the thread ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _work(self) -> None:
-        while jobs := self._next_batch():
-            started = time.perf_counter()
-            self.running = len(jobs)
-            self._run(jobs)
+        try:
+            while batch := self._next_batch():
+                self._batch = batch
+                started = time.perf_counter()
+                self.running = len(batch)
+                self._run(batch)
+                self.running, self._batch = 0, []
+                self.batch_seconds += 0.3 * (time.perf_counter() - started - self.batch_seconds)
+        except BaseException:
+            # What is no `Exception` ends the thread: no client may then wait for an answer that never comes.
+            logger.critical("the worker has failed", exc_info=True)
             self.running = 0
-            self.batch_seconds += 0.3 * (time.perf_counter() - started - self.batch_seconds)
+            self._refuse(_failed)
+            for job in self._batch:
+                job.end(_failed())
 
     def _next_batch(self) -> list[Job]:
-        """Waits; the oldest job and those that may run with it, none once the worker is closing."""
+        """Waits; the oldest job and those that may run with it, none once the worker takes no more."""
         with self._condition:
-            self._condition.wait_for(lambda: self._waiting or self._closing)
+            self._condition.wait_for(lambda: self._waiting or self._refuses is not None)
             same = [job for job in self._waiting if job.prompt.pruner == self._waiting[0].prompt.pruner]
-            jobs = same[: self._settings.limits.batch]
+            jobs = same[: self._settings.limits.max_batch]
             for job in jobs:
                 self._waiting.remove(job)
             return jobs
@@ -209,7 +238,7 @@ class Worker:
         inputs = collated(self._model, [job.prompt.inputs for job in jobs])
         inputs = {name: value.to(self._device) for name, value in inputs.items()}
         text = [int(job.prompt.ids.shape[1]) - job.prompt.visual for job in jobs]
-        name = jobs[0].prompt.pruner
+        name, above = jobs[0].prompt.pruner, [0] * len(jobs)
         if name is None:
             shortened, fixed, kept = self._without_pictures(inputs), False, [0.0] * len(jobs)
             encoded_at = started
@@ -230,9 +259,14 @@ class Worker:
             batch.checks.raise_if_failed()
             selections = batch.selections if batch.run is None else batch.run.selections()
             kept = [sum(selection.paid for selection in images) for images in selections]
-        for job, words, visual in zip(jobs, text, kept, strict=True):
+            if request.pruner.may_exceed:
+                above = [
+                    sum(each.k - budget.count(each.n) for each in images)
+                    for images, budget in zip(selections, budgets, strict=True)
+                ]
+        for job, words, visual, more in zip(jobs, text, kept, above, strict=True):
             job.paid = visual
-            self._metrics.pruned(job.prompt.visual, visual, words)
+            self._metrics.pruned(job.prompt.visual, visual, words, more)
         rows.logits.argmax(-1).tolist()  # waits for the device, so that the times are those of the work
         done = time.perf_counter()
         for job in jobs:
@@ -241,9 +275,17 @@ class Worker:
             self._metrics.phase("tower", encoded_at - started)
             self._metrics.phase("prefill", done - encoded_at)
             self._metrics.first_token(done - job.arrived)
-            if self.controller is not None:
-                self.controller.observe(job.arrived, done)
+            with self._condition:
+                job.began = True
+                if self.controller is not None and not job.cancelled:  # those that left were counted then
+                    self._stepped(self.controller.observe(job.arrived, done))
         return rows
+
+    def _stepped(self, way: Step | None) -> None:
+        """Counts a step of the controller, and says so in the log."""
+        if way is not None and self.controller is not None:
+            self._metrics.stepped(way)
+            logger.info("the controller went %s: keep is now %s", way, self.controller.keep.short)
 
     def _encoded(self, prompt: Prompt) -> Encoded:
         def run() -> Encoded:
@@ -270,15 +312,19 @@ class Worker:
 
     def _decode(self, jobs: Sequence[Job], rows: Rows) -> None:
         started = time.perf_counter()
-        active = [(job, Text(self._tokenizer, job.prompt.stops), self._chooser(job.prompt)) for job in jobs]
+        config = self._model.generation_config
+        active = [(job, Detokenizer(self._tokenizer, job.prompt.stops), Sampler(job.prompt, config)) for job in jobs]
         while active:
             tokens = rows.logits.argmax(-1).tolist()
             kept = []
-            for row, (job, text, choose) in enumerate(active):
-                if not choose.plain:
-                    tokens[row] = choose(text.ids, rows.logits[row])
-                if self._goes_on(job, text, tokens[row], started):
-                    kept.append(row)
+            for row, (job, text, sample) in enumerate(active):
+                try:
+                    if not sample.greedy:
+                        tokens[row] = sample(text.ids, rows.logits[row])
+                    if self._goes_on(job, text, tokens[row], started):
+                        kept.append(row)
+                except Exception as error:  # noqa: BLE001  it costs this row its answer, and no other
+                    job.end(error)
             if len(kept) < len(active):
                 active = [active[row] for row in kept]
                 if not active:
@@ -287,10 +333,7 @@ class Worker:
             self.running = len(active)
             rows.step([tokens[row] for row in kept])
 
-    def _chooser(self, prompt: Prompt) -> Chooser:
-        return Chooser(prompt, self._model.generation_config)
-
-    def _goes_on(self, job: Job, text: Text, token: int, started: float) -> bool:
+    def _goes_on(self, job: Job, text: Detokenizer, token: int, started: float) -> bool:
         """Takes a token of a job and sends its text; whether there is a next one."""
         if job.cancelled:
             self._metrics.decoded(len(text.ids))
@@ -299,7 +342,7 @@ class Worker:
         ended = token in self._ends
         if not ended and (piece := text.push(token)):
             job.send(piece)
-        if not ended and not text.stopped and len(text.ids) < job.prompt.most:
+        if not ended and not text.stopped and len(text.ids) < job.prompt.max_tokens:
             return True
         if rest := text.end():
             job.send(rest)
@@ -309,6 +352,14 @@ class Worker:
         self._metrics.phase("decode", time.perf_counter() - started)
         job.end(Answer(reason, len(text.ids), words + job.paid, job.prompt.visual, job.paid, job.keep))
         return False
+
+
+def _stopping() -> Refusal:
+    return Refusal("the server is stopping: try again later", 503, kind="server_error", retry_after=5)
+
+
+def _failed() -> Refusal:
+    return Refusal("the server has failed and must be restarted; its log says why", 503, kind="server_error")
 
 
 def collated(model: PreTrainedModel, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -1,0 +1,93 @@
+"""TopP: more tokens than the budget where the scorer's own probabilities say that it will not do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gripvlm.errors import PrunerError
+from gripvlm.pruners.base import Pruner, Wrapper
+from gripvlm.pruners.ops.apportion import apportion
+from gripvlm.types import Selection, VisualTokens
+from gripvlm.utils.batching import joined
+
+
+@dataclass(frozen=True)
+class TopP(Wrapper):
+    """k tokens of an image; where these have less than `p` of the scorer's probability, as many more as it takes.
+
+    With probabilities softmax(scores) over the image's rows, the count becomes that of the smallest set that has `p` of
+    them, as in nucleus sampling (Holtzman et al., ICLR 2020), but at least k and at most `most` x k. Then the inner
+    pruner chooses so many. For a joint pruner all rows of a prompt are one set, with one k.
+
+    1. Ours. `keep` is here the least, not the count: `Record`, results and `/metrics` say what was paid.
+    2. The inner pruner runs twice, the first time with k, which its scores may depend on.
+    3. Only for scores that are logits, as those of grip: other scores have no probabilities.
+
+    Attributes:
+        p: the share of the probability to keep, in (0, 1).
+        most: how many times the budget an image may keep, 1 or more.
+    """
+
+    name = "top_p"
+    source = "wrapper: more tokens where the scorer is unsure; after nucleus sampling, arXiv 1904.09751 (ICLR 2020)"
+    may_exceed: ClassVar[bool] = True
+
+    p: float = 0.9
+    most: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.p < 1, "p=0.9, above 0 and below 1")
+        self.require(1 <= self.most < float("inf"), "most=2.0, 1 or more")
+
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        return self.inner.joint
+
+    def allocate_budget(self, images: Sequence[VisualTokens], num_layers: int) -> list[int]:
+        counts = super().allocate_budget(images, num_layers)
+        images = [replace(tokens, keep=k) for tokens, k in zip(images, counts, strict=True)]
+        scores = scores_of(self, self.inner, images)
+        sets = [joined(scores)] if self.joint else scores
+        # One read for all images: each would wait for the device.
+        needed = torch.stack([self._needed(each) for each in sets]).tolist()
+        if not self.joint:
+            return [self._raised(tokens.keep, count, tokens.n) for tokens, count in zip(images, needed, strict=True)]
+        sizes = [tokens.n for tokens in images]
+        return apportion(self._raised(sum(counts), needed[0], sum(sizes)), counts, sizes)
+
+    def _needed(self, scores: Tensor) -> Tensor:
+        """How many of the highest of [n] scores have `p` of the probability."""
+        mass = scores.softmax(0).sort(descending=True).values.cumsum(0)
+        return (mass < self.p).sum() + 1
+
+    def _raised(self, k: int, needed: int, n: int) -> int:
+        return min(max(k, min(needed, int(self.most * k))), n)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return self.inner.select(tokens)
+
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        return self.inner.select_batch(images)
+
+
+def scores_of(wrapper: Pruner, inner: Pruner, images: Sequence[VisualTokens]) -> list[Tensor]:
+    """[n] float32 scores of each image, on its device.
+
+    Raises:
+        PrunerError: a pruner that chooses without scores.
+    """
+    found = []
+    for tokens, choice in zip(images, inner.select_batch(images), strict=True):
+        if choice.scores is None:
+            raise PrunerError(
+                f"pruner {wrapper.name!r} needs scores that are logits, but {inner.name!r} chooses a set without any: "
+                "use one that is trained, such as grip"
+            )
+        found.append(choice.scores.float().to(tokens.device))
+    return found
