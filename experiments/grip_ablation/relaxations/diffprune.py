@@ -13,7 +13,7 @@ from gripvlm.errors import UnsupportedModelError
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Batch, Engine
 from gripvlm.grip.train.data import draw_counts
-from gripvlm.grip.train.trainer import Stats
+from gripvlm.grip.train.stage import Stats
 
 from .config import RelaxedConfig
 from .masks import FLOOR, Relaxed, soft_top_k

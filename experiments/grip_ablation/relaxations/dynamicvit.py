@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gripvlm.grip.train import Batch
 from gripvlm.grip.train.data import draw_counts
-from gripvlm.grip.train.trainer import Stats
+from gripvlm.grip.train.stage import Stats
 
 from .masks import Relaxed
 

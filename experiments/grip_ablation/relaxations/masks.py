@@ -27,7 +27,7 @@ from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Batch, Engine, Stage
 from gripvlm.grip.train.data import draw_counts
 from gripvlm.grip.train.distill import masked_forward
-from gripvlm.grip.train.trainer import Stats
+from gripvlm.grip.train.stage import Stats
 
 from .config import RelaxedConfig
 

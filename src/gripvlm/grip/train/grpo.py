@@ -24,12 +24,13 @@ from gripvlm.grip.policy import PlackettLuce, samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.rounds import Rounds
 from gripvlm.grip.scorer import Scorer
+from gripvlm.grip.train.batch import Batch, Subsets
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
 from gripvlm.grip.train.policies import policy_of
 from gripvlm.grip.train.rewards import Reward, Rewards, needs_of, scores_of
-from gripvlm.grip.train.rollout import Batch, Engine, Subsets
-from gripvlm.grip.train.trainer import Stage, Stats
+from gripvlm.grip.train.rollout import Engine
+from gripvlm.grip.train.stage import Stage, Stats
 
 __all__ = ["Grpo", "advantages"]
 
