@@ -33,7 +33,7 @@ from tiny_train import (
 )
 
 sys.path.insert(0, str(ROOT))
-from experiments.grip_ablation.teachers import best_of, imitate
+from experiments.grip_ablation.teachers import best_of, imitate, search
 
 
 @pytest.fixture(scope="module")
@@ -327,10 +327,10 @@ def test_validation_is_the_mean_over_questions_of_the_scorers_top_k(engine):
     assert found["objective"] == pytest.approx((by_hand[0.5] + by_hand[0.1]) / 2, abs=1e-4)
 
 
-TEACHERS = [get_teacher("attention"), get_teacher("gradient"), best_of(6), imitate("random:seed=3")]
+TEACHERS = [get_teacher("attention"), get_teacher("gradient"), best_of(6), search(8), imitate("random:seed=3")]
 
 
-@pytest.mark.parametrize("teacher", TEACHERS, ids=["attention", "gradient", "best_of", "imitate"])
+@pytest.mark.parametrize("teacher", TEACHERS, ids=["attention", "gradient", "best_of", "search", "imitate"])
 def test_teachers_give_weights_of_each_images_tokens(engine, batch, teacher):
     kept = torch.tensor([4, 2, 16, 1])
     looks = teacher(engine, batch, kept, drawn())
@@ -356,6 +356,26 @@ def test_the_best_of_several_is_the_best(engine, batch, monkeypatch):
     for i, look in enumerate(looks):
         best = tried[0].subsets[6 * i + int(rewards[i].argmax())][0]
         assert look.nonzero().flatten().tolist() == best.tolist()
+
+
+def test_a_search_goes_on_from_the_best_and_returns_the_best_of_all(engine, batch, monkeypatch):
+    tried = []
+    run = engine.run
+
+    def spy(*args, **options):
+        tried.append(run(*args, **options))
+        return tried[-1]
+
+    monkeypatch.setattr(engine, "run", spy)
+    looks = search(8, rounds=4)(engine, batch, torch.tensor([3, 3, 3, 3]), drawn())
+    values = torch.stack([(r.log_probs.sum(-1) / r.mask.sum(-1)).view(4, 2) for r in tried])  # [rounds, questions, 2]
+    assert values.shape == (4, 4, 2)
+    for question, look in enumerate(looks):
+        sets = [[set(r.subsets[2 * question + i][0].tolist()) for i in (0, 1)] for r in tried]
+        at = int(values[:, question].argmax())
+        assert set(look.nonzero().flatten().tolist()) == sets[at // 2][at % 2]
+        parent = sets[0][int(values[0, question].argmax())]
+        assert all(len(child & parent) == 2 for child in sets[1])  # one of three tokens is changed
 
 
 def test_unknown_teachers_are_refused_at_once():

@@ -31,12 +31,13 @@ class TrainerState:
     Attributes:
         step: optimiser steps that are done (rounds of them, with `num_iterations`).
         seconds: spent on them, without validations and checkpoints.
-        tokens: that the model ran on for them, in all processes.
+        rollouts, tokens: that the model scored and ran on for them, in all processes.
         first: the objective of each validation question, by its number, before the first step.
     """
 
     step: int = 0
     seconds: float = 0.0
+    rollouts: int = 0
     tokens: int = 0
     first: dict[int, float] = field(default_factory=dict)
 

@@ -87,8 +87,7 @@ class Distill(Stage):
         scored = inputs.read(self.scorer, counts)
         logits = self.scorer.rescore(scored, inputs.sizes)(kept, counts - bound)[:, 0]
         member = samples_to_mask(kept[:, 0], logits.shape[1])
-        lines = zip(member, inputs.parts, strict=True)
-        return logits, [part for line, sizes in lines for part in line[: sum(sizes)].split(sizes)]
+        return logits, inputs.values_by_image(member)
 
 
 def _rows(weights: Sequence[Tensor], inputs: ScorerInputs) -> Tensor:

@@ -105,6 +105,7 @@ class Engine:
         gradient_checkpointing: compute each layer again in the backward pass of soft masks, and store its input alone.
 
     Attributes:
+        rollouts: subsets that were scored so far.
         tokens: that the model has run on so far, without padding.
     """
 
@@ -118,7 +119,7 @@ class Engine:
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.processor, self.max_tokens_per_forward, self.bf16 = processor, max_tokens_per_forward, bf16
-        self.gradient_checkpointing, self.tokens = gradient_checkpointing, 0
+        self.gradient_checkpointing, self.rollouts, self.tokens = gradient_checkpointing, 0, 0
         self.tokenizer = getattr(processor, "tokenizer", processor)
         # Logits at the answer alone, where the model can: a token has as many as the vocabulary, 30 to 150 thousand.
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -210,6 +211,7 @@ class Engine:
             logits: keep them, R x T x vocabulary float32 numbers: gigabytes for a large model and long answers.
         """
         device = batch.inputs["input_ids"].device
+        self.rollouts += len(rows)
         targets = batch.inputs["labels"][:, -batch.longest :][torch.tensor(rows, device=device)]
         mask, targets = targets >= 0, targets.clamp(min=0)
         stored: Tensor | None = None

@@ -133,7 +133,8 @@ class Trainer:
     def _step(self) -> Stats:
         """One round: explore, then `num_iterations` optimiser steps on what was found."""
         stage, state = self.stage, self.state
-        began, tokens = time.monotonic(), stage.engine.tokens
+        began, engine = time.monotonic(), stage.engine
+        before = engine.rollouts, engine.tokens
         progress = self._set_learning_rate()
         stage.scorer.train()
         losses: list[Iterator[tuple[Tensor, Stats]]] = []  # of each micro-batch of this process
@@ -147,13 +148,16 @@ class Trainer:
             self._everyone(partial(self._backward, losses, collected))
             norm = self._apply_gradients()
         state.step += 1
-        of_all = self.processes.gather((means(collected), stage.engine.tokens - tokens, self.micro_batches.left_out))
-        self.micro_batches.share_left_out([lines for _, _, lines in of_all])
-        seconds = time.monotonic() - began
-        state.seconds += seconds
-        state.tokens += sum(tokens for _, tokens, _ in of_all)
-        stats = {"learning_rate": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
-        return stats | means([each for each, _, _ in of_all]) | {"num_tokens": state.tokens, "step_time": seconds}
+        mine = engine.rollouts - before[0], engine.tokens - before[1]
+        averages, counts, left_out = zip(
+            *self.processes.gather((means(collected), mine, self.micro_batches.left_out)), strict=True
+        )
+        self.micro_batches.share_left_out(list(left_out))
+        state.rollouts += sum(rollouts for rollouts, _ in counts)
+        state.tokens += sum(tokens for _, tokens in counts)
+        state.seconds += (seconds := time.monotonic() - began)
+        spent = {"num_rollouts": state.rollouts, "num_tokens": state.tokens, "step_time": seconds}
+        return {"learning_rate": self.optimizer.param_groups[0]["lr"], "grad_norm": norm} | means([*averages]) | spent
 
     def _explore(self, progress: float, losses: list[Iterator[tuple[Tensor, Stats]]]) -> list[tuple[int, Any]]:
         """(number, what the stage explored) of this process's micro-batches of the step; their losses, to come."""
