@@ -15,6 +15,7 @@ from gripvlm.eval import answer, make_inputs
 from gripvlm.grip.train import Engine, Evaluator, distill
 from gripvlm.grip.train.distill import FLOOR, get_teacher, masked_forward, missing
 from gripvlm.grip.train.rewards import checked_reward, get_reward, log_prob, probability
+from gripvlm.grip.train.rollout import tokens_per_forward
 from gripvlm.pruners.base import top_k_of_each
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks import Sample, TaskError, get_tasks
@@ -88,6 +89,12 @@ def test_rollouts_equal_single_forwards(engine, batch, tokens, monkeypatch):
         assert rollout.targets[i][rollout.mask[i]].tolist() == batch.answers[row]
     assert (rollout.log_probs[~rollout.mask] == 0).all()
     assert rollout.mask.sum(-1).tolist() == [len(batch.answers[row]) for row in ROWS]
+
+
+def test_few_tokens_run_together_on_a_cpu_where_no_setting_says_so(engine):
+    assert Engine(engine.model, engine.processor).max_tokens_per_forward == 2048
+    assert Engine(engine.model, engine.processor, 7).max_tokens_per_forward == 7
+    assert tokens_per_forward(torch.device("cuda")) == 16384
 
 
 def test_rows_may_be_shorter_than_an_answer_elsewhere_in_the_batch(engine, monkeypatch):

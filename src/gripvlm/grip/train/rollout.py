@@ -31,7 +31,7 @@ from gripvlm.models.wrapped import unwrapped
 from gripvlm.tasks import Sample, Task
 from gripvlm.types import Selection
 
-__all__ = ["PSEUDO_LABEL_TOKENS", "Engine", "Rollout"]
+__all__ = ["PSEUDO_LABEL_TOKENS", "Engine", "Rollout", "tokens_per_forward"]
 
 PSEUDO_LABEL_TOKENS = 16
 """The longest answer of the model's own that is forced."""
@@ -94,12 +94,22 @@ class Rollout:
         return self.decoded
 
 
+def tokens_per_forward(device: torch.device) -> int:
+    """Tokens that run together where no setting says how many.
+
+    Few on a CPU, whose cache holds their activations; with many, moving these takes longer than the products. An
+    accelerator needs many.
+    """
+    return 2048 if device.type == "cpu" else 16384
+
+
 class Engine:
     """A frozen model and its processor, made ready to score subsets.
 
     Args:
         model, processor: a supported transformers model and its processor. The model is frozen.
-        max_tokens_per_forward: rows times the longest of them, in one forward; a row that is longer runs alone.
+        max_tokens_per_forward: rows times the longest of them, in one forward; a row that is longer runs alone. 0 for
+            `tokens_per_forward`.
         bf16: run rollouts under bfloat16 autocast. On the lab this adds a noise of 0.006 to a mean log-probability
             whose spread within a group is 0.2 to 0.4.
         gradient_checkpointing: compute each layer again in the backward pass of soft masks, and store its input alone.
@@ -113,12 +123,13 @@ class Engine:
         self,
         model: PreTrainedModel,
         processor: Any,
-        max_tokens_per_forward: int = 16384,
+        max_tokens_per_forward: int = 0,
         bf16: bool = False,
         gradient_checkpointing: bool = True,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.processor, self.max_tokens_per_forward, self.bf16 = processor, max_tokens_per_forward, bf16
+        self.max_tokens_per_forward = max_tokens_per_forward or tokens_per_forward(self.model.device)
+        self.processor, self.bf16 = processor, bf16
         self.gradient_checkpointing, self.rollouts, self.tokens = gradient_checkpointing, 0, 0
         self.tokenizer = getattr(processor, "tokenizer", processor)
         # Logits at the answer alone, where the model can: a token has as many as the vocabulary, 30 to 150 thousand.
