@@ -17,7 +17,7 @@ from gripvlm.errors import TrainError, UnsupportedModelError
 from gripvlm.grip.policy import PlackettLuce
 from gripvlm.grip.train.rewards import get_reward
 from places import ROOT
-from tiny_train import asked, drawn, tiny_config, tiny_scorer, tiny_vlm
+from tiny_train import asked, drawn, engine_of, pairs, tiny_config, tiny_scorer, tiny_vlm
 
 sys.path.insert(0, str(ROOT))
 from experiments.grip_ablation.relaxations.__main__ import stage_of
@@ -212,24 +212,28 @@ def test_binarity_by_hand():
     assert float(binarity(mask, torch.tensor([2, 1]))) == pytest.approx((0.5 / 2 + 0) / 2)
 
 
-@pytest.mark.parametrize("count", [2, 8])
-def test_a_dropped_tokens_slope_is_of_the_size_of_what_it_brings(engine, batch, count):
-    """Of all dropped tokens together, at the default floor; at 1e-4 it is larger."""
-    kept, added = torch.arange(16) < count, range(count, 16)
-    before = engine.run(batch, range(4), [[torch.arange(count)]] * 4).log_probs.sum(-1) / batch.answer_lengths
-    rows = [question for question in range(4) for _ in added]
-    subsets = [[torch.tensor([*range(count), token])] for _ in range(4) for token in added]
+def test_a_dropped_tokens_slope_is_of_the_size_of_what_it_brings():
+    """Slopes of dropped tokens over the changes when each is added, summed; attention is sharp, as after training."""
+    model, processor = tiny_vlm()
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight *= 6
+    engine, kept = engine_of(model, processor), torch.arange(16) < 8
+    batch = engine.prepare(pairs(asked(2, each=2)))
+    before = engine.run(batch, range(4), [[torch.arange(8)]] * 4).log_probs.sum(-1) / batch.answer_lengths
+    rows = [question for question in range(4) for _ in range(8)]
+    subsets = [[torch.tensor([*range(8), token])] for _ in range(4) for token in range(8, 16)]
     after = engine.run(batch, rows, subsets).log_probs.sum(-1) / batch.answer_lengths[rows]
     brought = float((after - before[rows]).abs().sum())
 
     def promised(floor):
-        stage = Relaxed(relaxed_config(floor=floor, reward_funcs="log_prob"), tiny_scorer(engine.model), engine)
+        stage = Relaxed(relaxed_config(floor=floor, reward_funcs="log_prob"), tiny_scorer(model), engine)
         mask = kept.float().expand(4, -1).clone().requires_grad_()
         stage.masked_reward(batch, batch.for_scorer(True), mask).sum().backward()
         return float(mask.grad[:, ~kept].abs().sum())
 
-    assert 0.3 < promised(RelaxedConfig.__dataclass_fields__["floor"].default) / brought < 3
-    assert promised(1e-4) > 1.5 * promised(0.05)
+    assert 0.5 < promised(RelaxedConfig.__dataclass_fields__["floor"].default) / brought < 4
+    assert promised(1e-4) / brought > 100  # the fault of the first comparison
 
 
 @pytest.mark.parametrize("relaxation", ["soft_topk", "straight_through", "perturbed", "simple"])
