@@ -7,7 +7,9 @@ A study's `results/<variant>/seed<N>.json` holds
 - `evaluation`: command, commit, versions, hardware, number of questions, dtype, batch size;
 - `scores`: budget -> family of questions (and `mean`) -> share of right answers;
 - `seconds`: budget -> phase -> seconds a question; `seconds_unpruned`: the unpruned model's, in the same run;
-- `correct`: family -> budget -> one character a question, `1` where the answer is right.
+- `correct`: family -> budget -> one character a question, `1` where the answer is right;
+- `probability`: family -> budget -> a number a question, the probability of the right answer in thousandths (newer
+  files only).
 
 The questions stand in the same order in every file of a study; `results/questions.json` names them. A question
 `0012-03` is about picture `0012`, so that intervals can be taken over pictures.
@@ -20,7 +22,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,6 +70,14 @@ class Result:
         return {name: np.array([*map(int, bits[budget])]) for name, bits in self.content["correct"].items()}
 
 
+def probability(result: Result, budgets: str) -> dict[str, np.ndarray]:
+    """Family -> [questions] probabilities of the right answer, the mean over budgets with commas."""
+    found = {}
+    for family, values in result.content["probability"].items():
+        found[family] = np.mean([np.array(values[b].split(), float) / 1000 for b in budgets.split(",")], axis=0)
+    return found
+
+
 @cache
 def load(folder: str) -> dict[str, list[Result]]:
     """Variant -> results by seed, of a folder such as `grip_ablation/results`."""
@@ -83,14 +93,23 @@ def average(results: Sequence[Result], budget: str, family: str = "mean") -> flo
     return mean(result.score(budget, family) for result in results)
 
 
-def over_pictures(first: Sequence[Result], budget: str, second: Sequence[Result] = ()) -> tuple[float, float, float]:
-    """Mean over families and seeds of first (minus second), and its 95 % interval from a bootstrap over pictures."""
+def over_pictures(
+    first: Sequence[Result],
+    budget: str,
+    second: Sequence[Result] = (),
+    of: Callable[[Result, str], dict[str, np.ndarray]] = Result.correct,
+) -> tuple[float, float, float]:
+    """Mean over families and seeds of first (minus second), and its 95 % interval from a bootstrap over pictures.
+
+    Args:
+        of: what is compared, by family: right answers, or `probability`.
+    """
     questions = first[0].questions
     groups = []
     for family, ids in questions.items():
-        values = np.mean([result.correct(budget)[family] for result in first], axis=0)
+        values = np.mean([of(result, budget)[family] for result in first], axis=0)
         if second:
-            values = values - np.mean([result.correct(budget)[family] for result in second], axis=0)
+            values = values - np.mean([of(result, budget)[family] for result in second], axis=0)
         groups.append((values, [name.partition("-")[0] for name in ids]))
     low, high = interval(groups, 0)
     if low is None or high is None:
@@ -105,9 +124,13 @@ def common_seeds(first: Sequence[Result], second: Sequence[Result]) -> list[tupl
 
 def over_seeds(pairs: Sequence[tuple[Result, Result]], budget: str) -> tuple[float, float, float]:
     """Mean difference, and the 95 % t-interval of that mean over training seeds, these questions given."""
+    return t_interval([first.score(budget) - second.score(budget) for first, second in pairs])
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of independent values, and its 95 % t-interval."""
     from scipy.stats import t
 
-    values = [first.score(budget) - second.score(budget) for first, second in pairs]
     half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
     return mean(values), mean(values) - half, mean(values) + half
 

@@ -14,6 +14,8 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +55,37 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def train(study: str, variant: str, seed: int, work: Path) -> Path:
-    """The folder of the trained scorer, after training it and what it starts from where they are not there yet."""
-    settings = settings_of(study, variant)
-    folder = work / study / f"{variant}-{seed}"
+STAGES = {"relaxed": "experiments.grip_ablation.relaxations", "exploring": "experiments.grip_claim.exploring"}
+"""Stages that are a study's own, and the command that trains them."""
+
+OWN = {"warm_ups"}
+"""Settings of a config that are read here."""
+
+
+def train(
+    study: str, variant: str, seed: int, work: Path, changes: Mapping[str, Any] | None = None, name: str = ""
+) -> Path:
+    """The folder of the trained scorer, after training it and what it starts from where they are not there yet.
+
+    With `warm_ups = W` in its config, seeds cross warm-ups and seeds of the variant's own: run N starts from warm-up
+    N mod W, and everything random in it comes from N div W.
+
+    Args:
+        changes: settings that differ from the config's; such a run has a `name`.
+    """
+    settings = settings_of(study, variant) | dict(changes or {})
+    folder = work / study / f"{name or variant}-{seed}"
     if (folder / "model.safetensors").exists():
         return folder
+    warm_ups = settings.pop("warm_ups", None)
+    warm_up = seed
     if "init_from" in settings:
-        settings["init_from"] = train(study, settings["init_from"], seed, work)
+        seed, warm_up = divmod(seed, warm_ups) if warm_ups else (seed, seed)
+        settings["init_from"] = train(study, settings["init_from"], warm_up, work)
     for key in ("data", "eval_data"):
         settings[key] = work / settings[key]
     stage = settings.pop("stage")
-    module = ["gripvlm", "train", stage]
-    if stage == "relaxed":
-        module = ["experiments.grip_ablation.relaxations"]
+    module = [STAGES[stage]] if stage in STAGES else ["gripvlm", "train", stage]
     settings = {"seed": seed, "output_dir": folder} | settings
     subprocess.run([sys.executable, "-m", *module, *flags(settings)], cwd=ROOT, check=True)
     return folder
@@ -80,6 +99,8 @@ def summary(folder: Path, study: str, variant: str) -> dict[str, Any]:
         "settings": settings_of(study, variant),
         "steps": max(line["step"] for line in lines),
         "minutes": max(line["minutes"] for line in evaluations),
+        "rollouts": max(line.get("num_rollouts", 0) for line in lines),
+        "tokens": max(line.get("num_tokens", 0) for line in lines),
         "val": {line["step"]: line["eval"] for line in evaluations},
         "environment": json.loads((folder / "environment.json").read_text(encoding="utf-8")),
     }
@@ -97,7 +118,37 @@ def measure(study: str, variant: str, seed: int, folder: Path, limit: int) -> No
     keeps, settings = [*map(float, BUDGETS)], {"limit": limit or None, "batch_size": 16, "model_name": name}
     evaluate(model, processor, name, [variant], keeps, **settings, out=file)
     about = {"study": study, "seed": seed, "pruner": "grip", "training": summary(folder, study, variant)}
+    about |= {"probability": probabilities(model, processor, Grip(str(folder)), name, limit)}
     split(file, STUDIES / study / "results", about, {variant: variant})
+
+
+def probabilities(model: Any, processor: Any, pruner: Any, task: str, limit: int) -> dict[str, dict[str, str]]:
+    """Family -> budget -> probability of the right answer, its tokens' geometric mean, to each test question in order.
+
+    In thousandths, with spaces between: results of many runs must stay small.
+
+    Args:
+        pruner: one that reads features, place, question and key.
+        limit: questions a family; 0: all.
+    """
+    from gripvlm.budget import Budget
+    from gripvlm.grip.train import REWARDS, Engine
+    from gripvlm.tasks import get_tasks
+
+    engine, found = Engine(model, processor), {}
+    for family in get_tasks([task]):
+        by_budget: dict[str, list[str]] = {budget: [] for budget in BUDGETS}
+        samples = family.take(limit or None, 0)  # those of `evaluate`
+        for start in range(0, len(samples), 16):
+            batch = engine.prepare([(family, sample) for sample in samples[start : start + 16]])
+            images = [tokens for question in batch.tokens for tokens in question]
+            for budget in BUDGETS:
+                kept = [replace(tokens, keep=Budget(float(budget)).count(tokens.n)) for tokens in images]
+                chosen = batch.by_question(each.indices for each in pruner.select_batch(kept))
+                rollout = engine.run(batch, range(len(batch)), chosen, logits=False)
+                by_budget[budget] += [f"{1000 * value:.0f}" for value in REWARDS["probability"](rollout).tolist()]
+        found[family.name.rpartition("/")[2]] = {budget: " ".join(values) for budget, values in by_budget.items()}
+    return found
 
 
 def main() -> None:

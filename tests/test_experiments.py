@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import results, run, tables
+from experiments.grip_ablation.relaxations.config import RelaxedConfig
+from experiments.grip_claim.exploring.config import ExploringConfig
 from experiments.lab_grid import measured
 from gripvlm import get_pruner
 from gripvlm.eval import read_results
@@ -19,8 +21,8 @@ from places import ROOT
 from tiny_results import made_up
 
 FILES = sorted(results.STUDIES.glob("*/results/**/seed*.json"))
-RELAXED = {"relaxation", "tau_start"}
-"""Settings of experiments/grip_ablation/relaxations beside those of training."""
+STUDIES_OWN = {*RelaxedConfig.__dataclass_fields__, *ExploringConfig.__dataclass_fields__, *run.OWN}
+"""Settings of the studies beside those of training."""
 
 
 def test_every_table_says_what_the_results_hold():
@@ -65,7 +67,7 @@ def test_every_variant_of_the_ablation_has_a_config_and_a_description():
 
 
 def test_every_config_names_settings_that_training_has():
-    known = {field.name for field in fields(TrainConfig)} | RELAXED
+    known = {field.name for field in fields(TrainConfig)} | STUDIES_OWN
     for file in results.STUDIES.glob("*/configs/*.toml"):
         if "[removed]" not in file.read_text():
             assert run.settings_of(file.parts[-3], file.stem).keys() <= known, file.name
@@ -116,6 +118,12 @@ def test_a_trained_scorer_is_measured_and_its_result_kept(tmp_path, monkeypatch)
     assert (content["training"]["steps"], content["training"]["val"]) == (2, {"0": {"objective": 0.5}})
     assert [*content["scores"]] == [*results.BUDGETS]
     assert {len(bits) for by_budget in content["correct"].values() for bits in by_budget.values()} == {1}
+    results.load.cache_clear()  # another test has a study of this name
+    (ours,) = results.load("s/results")["ours"]
+    found = results.probability(ours, "0.5,0.25")
+    assert found.keys() == ours.correct("0.5").keys()
+    assert all(0 <= values.item() <= 1 for values in found.values())
+    assert np.mean([values.item() for values in found.values()]) > 0.3  # it is right about four of five
 
 
 def test_a_table_is_filled_between_its_marks():

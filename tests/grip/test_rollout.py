@@ -15,6 +15,7 @@ from gripvlm.eval import answer, make_inputs
 from gripvlm.grip.train import Engine, Evaluator, distill
 from gripvlm.grip.train.distill import FLOOR, get_teacher, masked_forward, missing
 from gripvlm.grip.train.rewards import checked_reward, get_reward, log_prob, probability
+from gripvlm.grip.train.rollout import tokens_per_forward
 from gripvlm.pruners.base import top_k_of_each
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks import Sample, TaskError, get_tasks
@@ -33,7 +34,7 @@ from tiny_train import (
 )
 
 sys.path.insert(0, str(ROOT))
-from experiments.grip_ablation.teachers import best_of, imitate
+from experiments.grip_ablation.teachers import best_of, imitate, search
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,12 @@ def test_rollouts_equal_single_forwards(engine, batch, tokens, monkeypatch):
         assert rollout.targets[i][rollout.mask[i]].tolist() == batch.answers[row]
     assert (rollout.log_probs[~rollout.mask] == 0).all()
     assert rollout.mask.sum(-1).tolist() == [len(batch.answers[row]) for row in ROWS]
+
+
+def test_few_tokens_run_together_on_a_cpu_where_no_setting_says_so(engine):
+    assert Engine(engine.model, engine.processor).max_tokens_per_forward == 2048
+    assert Engine(engine.model, engine.processor, 7).max_tokens_per_forward == 7
+    assert tokens_per_forward(torch.device("cuda")) == 16384
 
 
 def test_rows_may_be_shorter_than_an_answer_elsewhere_in_the_batch(engine, monkeypatch):
@@ -327,10 +334,10 @@ def test_validation_is_the_mean_over_questions_of_the_scorers_top_k(engine):
     assert found["objective"] == pytest.approx((by_hand[0.5] + by_hand[0.1]) / 2, abs=1e-4)
 
 
-TEACHERS = [get_teacher("attention"), get_teacher("gradient"), best_of(6), imitate("random:seed=3")]
+TEACHERS = [get_teacher("attention"), get_teacher("gradient"), best_of(6), search(8), imitate("random:seed=3")]
 
 
-@pytest.mark.parametrize("teacher", TEACHERS, ids=["attention", "gradient", "best_of", "imitate"])
+@pytest.mark.parametrize("teacher", TEACHERS, ids=["attention", "gradient", "best_of", "search", "imitate"])
 def test_teachers_give_weights_of_each_images_tokens(engine, batch, teacher):
     kept = torch.tensor([4, 2, 16, 1])
     looks = teacher(engine, batch, kept, drawn())
@@ -356,6 +363,26 @@ def test_the_best_of_several_is_the_best(engine, batch, monkeypatch):
     for i, look in enumerate(looks):
         best = tried[0].subsets[6 * i + int(rewards[i].argmax())][0]
         assert look.nonzero().flatten().tolist() == best.tolist()
+
+
+def test_a_search_goes_on_from_the_best_and_returns_the_best_of_all(engine, batch, monkeypatch):
+    tried = []
+    run = engine.run
+
+    def spy(*args, **options):
+        tried.append(run(*args, **options))
+        return tried[-1]
+
+    monkeypatch.setattr(engine, "run", spy)
+    looks = search(8, rounds=4)(engine, batch, torch.tensor([3, 3, 3, 3]), drawn())
+    values = torch.stack([(r.log_probs.sum(-1) / r.mask.sum(-1)).view(4, 2) for r in tried])  # [rounds, questions, 2]
+    assert values.shape == (4, 4, 2)
+    for question, look in enumerate(looks):
+        sets = [[set(r.subsets[2 * question + i][0].tolist()) for i in (0, 1)] for r in tried]
+        at = int(values[:, question].argmax())
+        assert set(look.nonzero().flatten().tolist()) == sets[at // 2][at % 2]
+        parent = sets[0][int(values[0, question].argmax())]
+        assert all(len(child & parent) == 2 for child in sets[1])  # one of three tokens is changed
 
 
 def test_unknown_teachers_are_refused_at_once():

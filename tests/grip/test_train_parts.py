@@ -13,12 +13,12 @@ from accelerate import Accelerator
 
 from gripvlm.errors import TrainError
 from gripvlm.eval import make_inputs
-from gripvlm.grip.train import Callback, Engine, Evaluator, train
+from gripvlm.grip.train import Callback, Evaluator, train
 from gripvlm.grip.train.distill import get_teacher, masked_forward
+from gripvlm.grip.train.evaluator import fallen
 from gripvlm.grip.train.grpo import Grpo
+from gripvlm.grip.train.reading import ReadAhead, Reader
 from gripvlm.grip.train.rewards import Rewards, get_reward, scores_of
-from gripvlm.grip.train.rollout import ReadAhead
-from gripvlm.grip.train.trainer import _fallen
 from gripvlm.tasks import TaskError
 from tiny_train import Asked, Counted, asked, drawn, pairs, tiny_config, tiny_scorer, tiny_vlm
 
@@ -66,7 +66,7 @@ def test_the_image_processor_sees_a_picture_once(engine, task, monkeypatch):
 
 def test_a_processor_that_rearranges_the_prompt_is_asked_about_every_question(engine, monkeypatch):
     """As where text is put behind the question."""
-    reading = engine._reading
+    reading = engine.reader.processor
     real = type(reading).__call__
 
     def rearranged(self, text, images, **kwargs):
@@ -80,7 +80,7 @@ def test_a_processor_that_rearranges_the_prompt_is_asked_about_every_question(en
 
 def test_the_next_questions_are_read_while_the_model_works(vlm, tmp_path, monkeypatch):
     reads, second = [], threading.Event()
-    real_read, real_losses = Engine.read, Grpo.losses
+    real_read, real_losses = Reader.read, Grpo.losses
 
     def read(self, questions, **options):
         reads.append(threading.current_thread() is threading.main_thread())
@@ -92,7 +92,7 @@ def test_the_next_questions_are_read_while_the_model_works(vlm, tmp_path, monkey
         assert second.wait(30)
         return real_losses(self, *args)
 
-    monkeypatch.setattr(Engine, "read", read)
+    monkeypatch.setattr(Reader, "read", read)
     monkeypatch.setattr(Grpo, "losses", losses)
     run(vlm, tmp_path, eval_questions=1)
     assert len(reads) == 3  # two steps: each batch once, and none after the last
@@ -100,7 +100,7 @@ def test_the_next_questions_are_read_while_the_model_works(vlm, tmp_path, monkey
 
 
 def test_other_questions_than_were_begun_are_read_again(engine):
-    ahead, (first, second) = ReadAhead(engine), (pairs(asked(1)), pairs(asked(2)))
+    ahead, (first, second) = ReadAhead(engine.reader), (pairs(asked(1)), pairs(asked(2)))
     ahead.begin(first, whole_prompt=True)
     assert ahead.take(first, whole_prompt=True).question is None
     ahead.begin(first)
@@ -181,9 +181,9 @@ def test_the_pictures_of_the_validation_are_kept_on_a_cpu_alone(engine):
 
 def test_a_fall_is_told_from_chance(vlm, tmp_path, monkeypatch):
     before = dict(enumerate([0.5, 0.7, 0.2, 0.9]))
-    assert not _fallen(before, before)
-    assert not _fallen(before, dict(enumerate([0.7, 0.5, 0.1, 0.9])))
-    assert _fallen(before, {k: v - 0.1 * (1 + k / 10) for k, v in before.items()}).startswith(
+    assert not fallen(before, before)
+    assert not fallen(before, dict(enumerate([0.7, 0.5, 0.1, 0.9])))
+    assert fallen(before, {k: v - 0.1 * (1 + k / 10) for k, v in before.items()}).startswith(
         "its objective has fallen by"
     )
     real, falls = Evaluator.scores, iter([0.0, 0.5, 0.6])

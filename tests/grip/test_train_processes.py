@@ -34,12 +34,12 @@ def run(folder=out, model=None, **more):
 """
 IN_STEP = """
 def at(step, what):
-    before = Trainer._losses
-    def losses(self, micro, progress):
+    before = Trainer._explore
+    def explore(self, progress, losses):
         if rank == 1 and self.state.step == step:
             what()
-        yield from before(self, micro, progress)
-    Trainer._losses = losses
+        return before(self, progress, losses)
+    Trainer._explore = explore
 """
 
 

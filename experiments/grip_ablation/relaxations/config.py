@@ -1,4 +1,4 @@
-"""Settings of the relaxations: those of `gripvlm train`, and five more."""
+"""Settings of the relaxations: those of `gripvlm train`, and six more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from gripvlm.grip.train.config import TrainConfig, setting
 
 __all__ = ["RELAXATIONS", "RelaxedConfig"]
 
-RELAXATIONS = ("soft_topk", "straight_through", "perturbed", "dynamicvit", "diffprune", "conditional_bernoulli")
+RELAXATIONS = (
+    *("soft_topk", "straight_through", "perturbed", "simple"),
+    *("dynamicvit", "diffprune", "conditional_bernoulli"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,13 @@ class RelaxedConfig(TrainConfig):
     """
 
     stage: str = setting("relaxed", "always relaxed", ("relaxed",))
+    rounds: int = setting(1, "always 1: relaxations train the logits of the first", at_least=1, below=2)
     relaxation: str = setting("soft_topk", "what takes GRPO's place", RELAXATIONS)
     tau_start: float = setting(1.0, "temperature of the relaxation at the first step", above=0)
-    tau_end: float = setting(0.02, "temperature of the relaxation at the last step", above=0)
-    noise_samples: int = setting(4, "noise samples of the perturbed relaxation", at_least=2)
-    ratio_weight: float = setting(2.0, "weight of dynamicvit's loss on the share that it keeps", at_least=0)
+    tau_end: float = setting(0.02, "temperature at the last step, where it is annealed", above=0)
+    floor: float = setting(0.05, "share of its attention that a dropped token keeps in training", above=0, below=1)
+    noise_samples: int = setting(512, "noise samples of the perturbed relaxation; they cost no forward", at_least=2)
+    binarity_weight: float = setting(0.0, "weight, at the last step, of a loss on masks that are not hard", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

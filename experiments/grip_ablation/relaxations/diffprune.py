@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Batch, Engine
-from gripvlm.grip.train.data import draw_counts
-from gripvlm.grip.train.trainer import Stats
+from gripvlm.grip.train.stage import Stats
 
 from .config import RelaxedConfig
-from .masks import FLOOR, Relaxed, soft_top_k
+from .masks import Relaxed, soft_top_k
 
-__all__ = ["Denoiser", "DiffPrune", "noised", "with_features"]
+__all__ = ["EDGE", "Denoiser", "DiffPrune", "noised", "with_features"]
+
+EDGE = 1e-4
+"""Shares of variance lie between this and 1 less this, where their roots have gradients."""
 
 
 def noised(features: Tensor, share: Tensor, noise: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, rows: Tensor, share: Tensor) -> Tensor:
-        known = torch.stack((share, share.log() / -math.log(FLOOR)), -1)
+        known = torch.stack((share, share.log() / -math.log(EDGE)), -1)
         change: Tensor = self.leave(nn.functional.gelu(self.enter(torch.cat((self.norm(rows), known), -1))))
         return rows + change
 
@@ -77,7 +79,7 @@ class DiffPrune(Relaxed):
     1. The denoiser's shape and loss are not known to us: here a residual MLP on each row, as wide as four times
        the scorer, trained by the same loss. It sees no other row, so it cannot bring back what noise took.
     2. Noise has the root mean square of the image's own features, since projected rows are not of unit size.
-    3. Shares lie in [1e-4, 1 - 1e-4], where roots have gradients.
+    3. Shares lie in [EDGE, 1 - EDGE].
     4. The scorer is that of every other variant, with the question and the budget; the paper's is a two-layer
        transformer for each budget.
 
@@ -93,15 +95,16 @@ class DiffPrune(Relaxed):
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
         config = self.config
-        inputs = batch.for_scorer(self.scorer.config.question)
-        counts = draw_counts(config, inputs.sizes, inputs.owner, random)
+        inputs, counts, scores = self.scored(batch, random)
         tau = config.tau_end + (config.tau_start - config.tau_end) * (1 + math.cos(math.pi * progress)) / 2
-        mask = soft_top_k(inputs.score(self.scorer, counts), counts, tau)
-        share = mask * (1 - 2 * FLOOR) + FLOOR
+        mask = soft_top_k(scores, counts, tau)
+        share = mask * (1 - 2 * EDGE) + EDGE
         rows = []
-        for image, n in enumerate(inputs.sizes.tolist()):
-            noise = torch.randn(n, inputs.features.shape[-1], generator=random).to(inputs.features)
-            rows.append(self.denoiser(noised(inputs.features[image, :n], share[image, :n], noise), share[image, :n]))
+        for sequence, sizes in enumerate(inputs.parts):
+            n = sum(sizes)
+            clean, kept = inputs.features[sequence, :n], share[sequence, :n]
+            noise = torch.randn(clean.shape, generator=random).to(clean)
+            rows += self.denoiser(noised(clean, kept, noise), kept).split(sizes)
         noisy = with_features(batch, rows)
         reward = self.reward_of(self.engine.forced_log_probs(noisy, self.engine.whole(noisy)), batch)
         top = mask.detach().square().sum(-1) / counts

@@ -1,4 +1,4 @@
-"""DynamicViT-style baseline: each token decides for itself, and a loss holds the share that is kept to the budget."""
+"""DynamicViT-style baseline: each token decides for itself, and k of them are kept on average."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from gripvlm.grip.train import Batch
-from gripvlm.grip.train.data import draw_counts
-from gripvlm.grip.train.trainer import Stats
+from gripvlm.grip.train.stage import Stats
 
-from .masks import Relaxed
+from .masks import Relaxed, threshold
 
-__all__ = ["DynamicViT", "decisions", "ratio_loss"]
+__all__ = ["DynamicViT", "decisions"]
 
 
 def decisions(scores: Tensor, tau: float, noise: Tensor) -> Tensor:
@@ -31,42 +30,31 @@ def decisions(scores: Tensor, tau: float, noise: Tensor) -> Tensor:
     return (odds > 0).to(soft) + (soft - soft.detach())  # exactly hard: the brackets matter
 
 
-def ratio_loss(mask: Tensor, counts: Tensor, sizes: Tensor) -> Tensor:
-    """Mean over images of (mean of mask - k / n)^2 (eq. 14); mask [B, n] is 0 at padding, k and n are [B]."""
-    return (mask.sum(-1) / sizes - counts / sizes).square().mean()
-
-
 class DynamicViT(Relaxed):
-    """Loss: minus the reward (`probability` or `log_prob`) under hard per-token masks, + ratio_weight x `ratio_loss`.
+    """Loss: minus the reward (`probability` or `log_prob`) under hard per-token masks.
 
     Rao et al. 2021, arXiv 2106.02034. A dropped token's attention weight is 0 in every row but its own (eq. 11).
 
     1. The decision is made once, before the language model, by the same scorer as every other variant here; the paper
        decides at three depths of a ViT with predictors of their own. The scorer's logit is the log-odds of its
-       two-way softmax.
-    2. k / n is drawn anew for each question and given to the scorer; the paper trains one model a ratio.
-    3. Only the scorer is trained. The paper's distillation terms hold a backbone that it fine-tunes to its
+       two-way softmax, less the nu with which k tokens are kept on average.
+    2. With that nu the paper's loss on the share that is kept (eq. 14) is 0 up to the noise of the decisions, and is
+       left out. With the loss alone a scorer whose logits have no level, as after any warm-up here, kept thousands of
+       tokens for as long as our runs lasted.
+    3. k / n is drawn anew for each question and given to the scorer; the paper trains one model a ratio.
+    4. Only the scorer is trained. The paper's distillation terms hold a backbone that it fine-tunes to its
        former self; ours is frozen, so there is nothing to hold.
-    4. A dropped token leaks 1e-4 of its attention (`masks.FLOOR`), so that its mask has a gradient.
-    5. The temperature is tau_start throughout, 1 as in the paper by default; tau_end is not read.
+    5. A dropped token keeps a share `floor` of its attention, so that its mask has a gradient (`Relaxed`).
+    6. The temperature is tau_start throughout, 1 as in the paper by default; tau_end is not read.
 
     Inference is the hard top-k, as the paper's.
     """
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
-        config = self.config
-        inputs = batch.for_scorer(self.scorer.config.question)
-        counts = draw_counts(config, inputs.sizes, inputs.owner, random)
-        scores = inputs.score(self.scorer, counts)
+        inputs, counts, scores = self.scored(batch, random)
         uniform = torch.rand(scores.shape, generator=random, dtype=torch.float64).clamp(min=1e-12)
-        mask = decisions(scores, config.tau_start, uniform.logit().to(scores))
+        odds = scores - threshold(scores, counts, 1.0)[:, None]
+        mask = decisions(odds, self.config.tau_start, uniform.logit().to(scores))
         reward = self.masked_reward(batch, inputs, mask)
-        ratio = ratio_loss(mask, counts, inputs.sizes)
-        yield (
-            config.ratio_weight * ratio - reward.mean(),
-            {
-                "reward": float(reward.detach().mean()),
-                "ratio": float(ratio.detach()),
-                "kept": float((mask.detach().sum(-1) / counts).mean()),
-            },
-        )
+        kept = float((mask.detach().sum(-1) / counts).mean())
+        yield -reward.mean(), {"reward": float(reward.detach().mean()), "kept": kept}

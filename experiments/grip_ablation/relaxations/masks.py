@@ -1,13 +1,17 @@
 """Gradient baselines: the same scorer, trained through a continuous relaxation of "keep the top k".
 
-Those here run the frozen model on every token with a soft mask in (0, 1) on attention (`masked_forward`) and follow
-the gradient of the reward, `probability` or `log_prob`; inference is the same hard top-k as Grip's. That mask is
+Those here run the frozen model on every token with a mask in [0, 1] on attention (`masked_forward`) and follow the
+gradient of the reward, `probability` or `log_prob`; inference is the same hard top-k as Grip's. That mask is
 
-- soft_topk: sigmoid((s - nu) / tau), with nu solved so that the mask sums to k exactly; tau annealed from
-  tau_start to tau_end (DiffPrune's budgeted map without its denoiser);
+- soft_topk: sigmoid((s - nu) / tau), with nu solved so that the mask sums to k exactly; tau annealed from tau_start to
+  tau_end. With tau 1 throughout and `binarity_weight`, whose weight rises from 0, it is VisionSelector's (Zhu et al.,
+  arXiv 2510.16598): the same map and Jacobian as in their code; their composite loss is known to us by its purpose
+  only, to bring the soft mask to the hard one, and their mask scales features.
 - straight_through: the hard top-k of s + tau g forward, g Gumbel noise (so it fades as tau does), the gradient of
-  soft_topk backward;
-- perturbed: the mean hard top-k over Gaussian perturbations, with the Jacobian of Berthet et al. 2020.
+  soft_topk at tau_start backward;
+- perturbed: the mean hard top-k over Gaussian perturbations of size tau_start, with the Jacobian of Berthet et al.
+  2020;
+- simple: an exact sample forward, the Jacobian of its marginals backward (Ahmed et al. 2023).
 
 Two more are in files of their own: `dynamicvit.py`, a decision for each token, and `diffprune.py`, which adds noise
 instead of masking.
@@ -22,26 +26,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Batch, Engine, Stage
 from gripvlm.grip.train.data import draw_counts
 from gripvlm.grip.train.distill import masked_forward
-from gripvlm.grip.train.trainer import Stats
+from gripvlm.grip.train.stage import Stats
 
+from .conditional_bernoulli import ConditionalBernoulli
 from .config import RelaxedConfig
 
-__all__ = ["Relaxed", "perturbed_top_k", "soft_top_k", "straight_through_top_k"]
+__all__ = [
+    "Relaxed",
+    "binarity",
+    "perturbed_top_k",
+    "simple_top_k",
+    "soft_top_k",
+    "straight_through_top_k",
+    "threshold",
+]
 
-FLOOR = 1e-4
-"""Smallest factor on attention: keeps the gradient of a dropped token's mask finite."""
 
-
-class _Budgeted(torch.autograd.Function):
-    """sigmoid((s - nu) / tau) with sum k; the gradient of nu is implicit."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, k: Tensor, tau: float) -> Tensor:
+def threshold(scores: Tensor, k: Tensor, tau: float) -> Tensor:
+    """[B] nu with sum_i sigmoid((s_i - nu) / tau) = k, with its implicit gradient; scores [B, n], -inf at padding."""
+    with torch.no_grad():
         finite = scores.isfinite()
         lowest = scores.masked_fill(~finite, torch.inf).amin(-1) - 40 * tau
         highest = scores.masked_fill(~finite, -torch.inf).amax(-1) + 40 * tau
@@ -49,17 +58,12 @@ class _Budgeted(torch.autograd.Function):
             middle = (lowest + highest) / 2
             total = torch.sigmoid((scores - middle[:, None]) / tau).sum(-1)
             lowest, highest = torch.where(total > k, middle, lowest), torch.where(total > k, highest, middle)
-        mask = torch.sigmoid((scores - ((lowest + highest) / 2)[:, None]) / tau)
-        ctx.save_for_backward(mask)
-        ctx.tau = tau
-        return mask
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
+        nu = (lowest + highest) / 2
+        mask = torch.sigmoid((scores - nu[:, None]) / tau)
         slope = mask * (1 - mask)
-        mean = (slope * grads[0]).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True).clamp(min=1e-12)
-        return slope * (grads[0] - mean) / ctx.tau, None, None
+        weight = slope / slope.sum(-1, keepdim=True).clamp(min=1e-12)
+    # d nu = sum_i weight_i d s_i, since the sum stays k.
+    return nu + (weight * (scores - scores.detach()).masked_fill(~finite, 0.0)).sum(-1)
 
 
 def soft_top_k(scores: Tensor, k: Tensor, tau: float) -> Tensor:
@@ -67,14 +71,30 @@ def soft_top_k(scores: Tensor, k: Tensor, tau: float) -> Tensor:
 
     Gradient: d mask = D (I - 1 1^T D / 1^T D 1) d scores / tau with D = diag(mask (1 - mask)).
     """
-    mask: Tensor = _Budgeted.apply(scores, k.to(scores), tau)
-    return mask
+    return torch.sigmoid((scores - threshold(scores, k, tau)[:, None]) / tau)
+
+
+def binarity(mask: Tensor, k: Tensor) -> Tensor:
+    """Mean over rows of sum_i m_i (1 - m_i) / k: 0 for a hard mask [B, n] of k [B] tokens, near 1 for an even one."""
+    return ((mask * (1 - mask)).sum(-1) / k).mean()
 
 
 def straight_through_top_k(scores: Tensor, k: Tensor, tau: float, noise: Tensor) -> Tensor:
     """[B, n] the hard top-k of scores + noise, with `soft_top_k`'s gradient."""
     soft = soft_top_k(scores + noise, k, tau)
     return _hard(scores.detach() + noise, k) + (soft - soft.detach())  # exactly hard: the brackets matter
+
+
+def simple_top_k(scores: Tensor, k: Tensor, valid: Tensor, random: torch.Generator) -> Tensor:
+    """[B, n] an exact sample of k [B] tokens, with the gradient of the probabilities that tokens are in one.
+
+    Ahmed et al., "SIMPLE: a gradient estimator for k-subset sampling", arXiv 2210.01941, eq. 4: the law is the
+    conditional Bernoulli one, and its marginals stand for the sample in the backward pass.
+    """
+    law = ConditionalBernoulli(scores, k, valid)
+    sample = samples_to_mask(law.sample(1, generator=random)[:, 0], scores.shape[1]).to(scores)
+    inside = law.inclusion()
+    return sample + (inside - inside.detach())
 
 
 class _Perturbed(torch.autograd.Function):
@@ -106,12 +126,18 @@ def perturbed_top_k(scores: Tensor, k: Tensor, sigma: float, noise: Tensor) -> T
 
 def _hard(scores: Tensor, k: Tensor) -> Tensor:
     """[..., B, n] 1.0 at the k [B] largest."""
-    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return (rank < k[:, None]).to(scores)
+    rank = torch.arange(scores.shape[-1], device=scores.device) < k[:, None]
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores).scatter(-1, order, rank.to(scores).expand_as(scores))
 
 
 class Relaxed(Stage):
-    """Loss: minus the reward under the soft mask, of which there are two with a gradient: `probability`, `log_prob`."""
+    """Loss: minus the reward under the soft mask, of which there are two with a gradient: `probability`, `log_prob`.
+
+    The mask is a factor on attention; a dropped token keeps a share `floor` of its own. The slope of the factor at 0
+    says what the very first bit of a token brings, which is far more than all the rest of it: with a floor of 1e-4 the
+    slopes of dropped tokens were hundreds of times too large.
+    """
 
     name = "relaxed"
     config: RelaxedConfig
@@ -121,27 +147,40 @@ class Relaxed(Stage):
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
         config = self.config
-        inputs = batch.for_scorer(self.scorer.config.question)
-        counts = draw_counts(config, inputs.sizes, inputs.owner, random)
-        scores = inputs.score(self.scorer, counts)
+        inputs, counts, scores = self.scored(batch, random)
         tau = config.tau_end * math.exp(math.log(config.tau_start / config.tau_end) * (1 - progress))
         if config.relaxation == "soft_topk":
             mask = soft_top_k(scores, counts, tau)
         elif config.relaxation == "straight_through":
+            # The noise fades; the backward pass keeps its temperature, or a few tokens alone would have a gradient.
             noise = -torch.empty(scores.shape).exponential_(generator=random).log().to(scores)
-            mask = straight_through_top_k(scores, counts, tau, noise * tau)
+            mask = straight_through_top_k(scores, counts, config.tau_start, noise * tau)
+        elif config.relaxation == "simple":
+            mask = simple_top_k(scores, counts, inputs.valid, random)
         else:
+            # The noise keeps its size: the estimate's variance grows as its inverse square.
+            tau = config.tau_start
             normal = torch.randn(config.noise_samples, *scores.shape, generator=random).to(scores)
             mask = perturbed_top_k(scores, counts, tau, normal)
         reward = self.masked_reward(batch, inputs, mask)
-        top = mask.detach().masked_fill(~inputs.valid, 0.0).square().sum(-1) / counts
-        yield -reward.mean(), {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}
+        loss = -reward.mean() + config.binarity_weight * progress * binarity(mask, counts)
+        top = mask.detach().square().sum(-1) / counts
+        yield loss, {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}
+
+    def scored(self, batch: Batch, random: torch.Generator) -> tuple[ScorerInputs, Tensor, Tensor]:
+        """What the scorer reads, the budgets [S] that are drawn, and its logits [S, n]."""
+        inputs = batch.for_scorer(self.scorer.config.question, self.scorer.config.joint)
+        owner = torch.tensor(batch.owner, device=batch.sizes.device)
+        counts = inputs.totals(draw_counts(self.config, batch.sizes, owner, random))
+        # As many tokens as a rollout with all of them; the backward pass, twice the arithmetic, is not counted.
+        self.engine.tokens += sum(batch.text_lengths) + int(batch.sizes.sum())
+        return inputs, counts, inputs.score(self.scorer, counts)
 
     def masked_reward(self, batch: Batch, inputs: ScorerInputs, mask: Tensor) -> Tensor:
-        """[B] reward of each answer when attention on the images is scaled by mask [I, n]."""
-        bias = (mask * (1 - FLOOR) + FLOOR).log()
-        biases = [row[:n] for row, n in zip(bias, inputs.sizes.tolist(), strict=True)]
-        return self.reward_of(masked_forward(self.engine, batch, biases), batch)
+        """[B] reward of each answer when attention on the images is scaled by mask [S, n]."""
+        floor = self.config.floor
+        bias = (mask * (1 - floor) + floor).log()
+        return self.reward_of(masked_forward(self.engine, batch, inputs.values_by_image(bias)), batch)
 
     def reward_of(self, log_probs: Tensor, batch: Batch) -> Tensor:
         """[B] as `rewards.probability` or `rewards.log_prob` say, from log-probabilities [B, T], with a gradient."""

@@ -128,6 +128,11 @@ class ScorerInputs:
                 begin, start = end, start + size
         return found
 
+    def values_by_image(self, rows: Tensor) -> list[Tensor]:
+        """[n_i] for each image, of a number for each token [S, n]."""
+        lines = zip(rows, self.parts, strict=True)
+        return [part for line, sizes in lines for part in line[: sum(sizes)].split(sizes)]
+
     @classmethod
     def of(
         cls,
@@ -342,9 +347,7 @@ class Grip(ScorePruner):
         inputs = ScorerInputs.of(images, self._loaded.scorer.config.question, owner, self.joint)
         counts = [sum(tokens.keep for tokens in group) for group in groups]
         rows, logits = inputs.choose(self.scorer_for(inputs.features), counts)
-        scores = [
-            part for line, sizes in zip(logits, inputs.parts, strict=True) for part in line[: sum(sizes)].split(sizes)
-        ]
+        scores = inputs.values_by_image(logits)
         return [
             Selection(indices, tokens.n, own, sound=True)
             for tokens, indices, own in zip(images, rows, scores, strict=True)

@@ -12,11 +12,15 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "batch": ("Batch",),
     "config": ("TrainConfig", "read_toml", "write_toml"),
+    "evaluator": ("Evaluator",),
+    "journal": ("Callback",),
     "rewards": ("REWARDS", "Reward"),
-    "rollout": ("Batch", "Engine", "Rollout"),
+    "rollout": ("Engine", "Rollout"),
     "run": ("train",),
-    "trainer": ("Callback", "Evaluator", "Stage", "Trainer"),
+    "stage": ("Stage",),
+    "trainer": ("Trainer",),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOME)

@@ -122,7 +122,7 @@ class TrainConfig:
     questions_per_image: int = setting(4, "questions a picture at most", at_least=1)
     gradient_accumulation_steps: int = setting(1, "micro-batches a step, over all processes", at_least=1)
     max_tokens_per_forward: int = setting(
-        16384, "rows of the frozen model times the longest; memory goes with it", at_least=1
+        0, "rows of the frozen model times the longest; memory goes with it; 0: 16384, on a CPU 2048", at_least=0
     )
     bf16: bool = setting(False, "the frozen model under bfloat16 autocast, for models loaded in float32")
     gradient_checkpointing: bool = distill_setting(

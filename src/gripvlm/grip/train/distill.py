@@ -19,12 +19,13 @@ from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.rounds import Rounds, first_items
 from gripvlm.grip.scorer import Scorer
+from gripvlm.grip.train.batch import Batch
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
 from gripvlm.grip.train.policies import policy_of
 from gripvlm.grip.train.rewards import by_name
-from gripvlm.grip.train.rollout import Batch, Engine
-from gripvlm.grip.train.trainer import Stage, Stats
+from gripvlm.grip.train.rollout import Engine
+from gripvlm.grip.train.stage import Stage, Stats
 from gripvlm.models.families import chunkable, family_of
 from gripvlm.models.hooks.attention import capture_attention
 from gripvlm.models.hooks.llm_drop import checked_keys
@@ -86,8 +87,7 @@ class Distill(Stage):
         scored = inputs.read(self.scorer, counts)
         logits = self.scorer.rescore(scored, inputs.sizes)(kept, counts - bound)[:, 0]
         member = samples_to_mask(kept[:, 0], logits.shape[1])
-        lines = zip(member, inputs.parts, strict=True)
-        return logits, [part for line, sizes in lines for part in line[: sum(sizes)].split(sizes)]
+        return logits, inputs.values_by_image(member)
 
 
 def _rows(weights: Sequence[Tensor], inputs: ScorerInputs) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from gripvlm.eval.answering import prompt_text
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.grip.train.data import Question
-from gripvlm.grip.train.rollout import PSEUDO_LABEL_TOKENS
+from gripvlm.grip.train.rollout import PSEUDO_LABEL_TOKENS, tokens_per_forward
 from gripvlm.grip.train.run import new_scorer
 
 SAMPLED = 16
@@ -121,7 +121,11 @@ class Sizes:
 
 
 def memory(sizes: Sizes, config: TrainConfig, processes: int = 1) -> dict[str, int]:
-    """Bytes by part in each of the processes; `peak` says which are there at once."""
+    """Bytes by part in each of the processes; `peak` says which are there at once.
+
+    Args:
+        config: with `max_tokens_per_forward`.
+    """
     s, b = sizes, sizes.itemsize
     questions = config.per_device_train_batch_size * config.questions_per_image
     low, high = _shares(config)
@@ -229,6 +233,8 @@ def speed_of(device: torch.device, dtype: torch.dtype, width: int, seconds: floa
 
 def report(sizes: Sizes, config: TrainConfig, device: torch.device, dtype: torch.dtype, processes: int = 1) -> str:
     """A text of several lines: memory by part, hours by stage."""
+    if not config.max_tokens_per_forward:
+        config = replace(config, max_tokens_per_forward=tokens_per_forward(device))
     parts = memory(sizes, config, processes)
     lines = [f"a question has {sizes.visual} visual tokens, {sizes.text} of text, an answer of {sizes.answer} at most"]
     lines += ["", f"memory of each process on {device}, {str(dtype).removeprefix('torch.')}"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +24,15 @@ from gripvlm.grip.policy import PlackettLuce, samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.rounds import Rounds
 from gripvlm.grip.scorer import Scorer
+from gripvlm.grip.train.batch import Batch, Subsets
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
 from gripvlm.grip.train.policies import policy_of
 from gripvlm.grip.train.rewards import Reward, Rewards, needs_of, scores_of
-from gripvlm.grip.train.rollout import Batch, Engine, Subsets
-from gripvlm.grip.train.trainer import Stage, Stats
+from gripvlm.grip.train.rollout import Engine
+from gripvlm.grip.train.stage import Stage, Stats
 
-__all__ = ["Grpo", "advantages"]
+__all__ = ["Draws", "Grpo", "advantages", "sum_by"]
 
 
 def advantages(
@@ -89,6 +90,7 @@ class Draws:
         total: [B] tokens to keep of each question, all its images together.
         share: [B] the same over all there are.
         stats: what to log.
+        weights: [B, G] of the subsets in the loss; None for 1 each.
     """
 
     inputs: ScorerInputs
@@ -99,6 +101,7 @@ class Draws:
     total: Tensor
     share: Tensor
     stats: Stats
+    weights: Tensor | None = None
 
 
 class Grpo(Stage):
@@ -140,15 +143,29 @@ class Grpo(Stage):
 
     @torch.no_grad()
     def _draw(self, batch: Batch, random: torch.Generator) -> Draws:
-        scorer, size = self.scorer, len(batch)
-        inputs = batch.for_scorer(scorer.config.question, scorer.config.joint)
-        owner = torch.tensor(batch.owner, device=batch.sizes.device)
-        counts = inputs.totals(draw_counts(self.config, batch.sizes, owner, random))
-        policy = self.policy(scorer, inputs, counts)
+        inputs, counts = self._budgets(batch, random)
+        policy = self.policy(self.scorer, inputs, counts)
         samples = policy.sample(self.config.num_generations, generator=random)  # [S, G, K]
-        rewards, stats = self._rewards(batch, inputs, samples)
-        total = _sum_by(counts, inputs.owner, size)
-        share = total / _sum_by(inputs.sizes, inputs.owner, size)
+        rewards, stats = self.rewards(batch, inputs, samples)
+        return self._drawn_from(policy, inputs, counts, samples, rewards, stats)
+
+    def _budgets(self, batch: Batch, random: torch.Generator) -> tuple[ScorerInputs, Tensor]:
+        """What the scorer reads, and how many tokens each sequence keeps, [S]."""
+        inputs = batch.for_scorer(self.scorer.config.question, self.scorer.config.joint)
+        owner = torch.tensor(batch.owner, device=batch.sizes.device)
+        return inputs, inputs.totals(draw_counts(self.config, batch.sizes, owner, random))
+
+    def _drawn_from(
+        self,
+        policy: PlackettLuce | Rounds,
+        inputs: ScorerInputs,
+        counts: Tensor,
+        samples: Tensor,
+        rewards: Tensor,
+        stats: Stats,
+    ) -> Draws:
+        total = sum_by(counts, inputs.owner, len(rewards))
+        share = total / sum_by(inputs.sizes, inputs.owner, len(rewards))
         return Draws(inputs, counts, samples, policy.step_log_probs(samples), rewards, total, share, stats)
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
@@ -158,6 +175,8 @@ class Grpo(Stage):
         draws = self._draw(batch, random) if alone else self._drawn.pop(batch)
         pool = (draws.rewards, draws.share) if alone or self._pool is None else self._pool
         advantage, useful = advantages(draws.rewards, config.scale_rewards, draws.share, pool)
+        if draws.weights is not None:
+            advantage = advantage * draws.weights
         # Groups that teach nothing do not dilute the others, those of the step's other micro-batches included: the
         # trainer divides each loss by the number of micro-batches.
         everything = pool[0] - pool[0].mean(-1, keepdim=True)
@@ -179,28 +198,31 @@ class Grpo(Stage):
             stats["entropy"] = float(entropy.detach())
             if config.entropy_coef:
                 loss = loss - config.entropy_coef * entropy
-            stats["kl_old"] = moved["kl_old"]
+            clipped = moved.pop("clipped")
+            stats |= moved
             if iteration or config.num_iterations == 1:  # before the policy has moved nothing can be clipped
-                stats["clip_ratio"] = moved["clipped"]
+                stats["clip_ratio"] = clipped
             yield loss, dict(stats)
 
     def _per_token(self, values: Tensor, draws: Draws) -> Tensor:
         """The mean over questions of values [S, G], summed over each question's sequences, for each token it keeps."""
-        return (_sum_by(values.mean(-1), draws.inputs.owner, len(draws.total)) / draws.total).mean()
+        return (sum_by(values.mean(-1), draws.inputs.owner, len(draws.total)) / draws.total).mean()
 
-    def _rewards(self, batch: Batch, inputs: ScorerInputs, samples: Tensor) -> tuple[Tensor, Stats]:
-        """[B, G] rewards of the subsets [S, G, K], and what to log."""
-        group = samples.shape[1]
+    def rewards(
+        self, batch: Batch, inputs: ScorerInputs, samples: Tensor, questions: Sequence[int] | None = None
+    ) -> tuple[Tensor, Stats]:
+        """[B, G] rewards of the subsets [S, G, K], and what to log; of some of the questions alone, in their order."""
+        group, questions = samples.shape[1], range(len(batch)) if questions is None else questions
         member = samples_to_mask(samples, inputs.valid.shape[1])  # [S, G, n]
         tries = [
             batch.by_question(inputs.by_image([row.nonzero().flatten() for row in member[:, g]])) for g in range(group)
         ]
         # The G subsets of a question side by side, as the rewards are viewed below.
-        rows = [question for question in range(len(batch)) for _ in range(group)]
-        subsets = [tries[g][question] for question in range(len(batch)) for g in range(group)]
+        rows = [question for question in questions for _ in range(group)]
+        subsets = [tries[g][question] for question in questions for g in range(group)]
         rollout = self.engine.run(batch, rows, subsets, logits="logits" in needs_of(self.reward))
         values, each = scores_of(self.reward, rollout)
-        rewards = values.view(len(batch), group)
+        rewards = values.view(len(questions), group)
         stats = {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(-1).mean()),
@@ -208,7 +230,7 @@ class Grpo(Stage):
         }
         for name, one in each.items():
             stats |= {f"rewards/{name}/mean": float(one.mean()), f"rewards/{name}/std": float(one.std())}
-        return rewards, stats | _by_octave(batch, tries[0], rewards.mean(-1))
+        return rewards, stats | _by_octave(batch, questions, tries[0], rewards.mean(-1))
 
     def surrogate(self, policy: PlackettLuce | Rounds, draws: Draws, advantage: Tensor) -> tuple[Tensor, Stats]:
         """[B, G] losses of the subsets, one for all images of a question, and how far the policy has moved."""
@@ -218,7 +240,7 @@ class Grpo(Stage):
         if config.importance_sampling_level == "sequence":
             # A joint log-probability is a sum of k terms, hundreds of nats at large k: the ratio is that of a token. If
             # the terms are independent, their mean spreads as 1 / sqrt(k), and so do the limits of its ratio.
-            ratio = (_sum_by(gap.sum(-1), owner, size) / draws.total[:, None]).exp()
+            ratio = (sum_by(gap.sum(-1), owner, size) / draws.total[:, None]).exp()
             power, real = draws.total.rsqrt()[:, None], torch.ones_like(ratio)
         else:
             ratio, advantage, real = gap.exp(), advantage[owner][..., None], inside
@@ -227,7 +249,7 @@ class Grpo(Stage):
         held = torch.minimum(ratio, config.importance_sampling_cap**power)
         chosen = torch.minimum(held * advantage, ratio.clamp(low, high) * advantage) * real
         if config.importance_sampling_level == "token":
-            chosen = _sum_by(chosen.sum(-1), owner, size) / draws.total[:, None]
+            chosen = sum_by(chosen.sum(-1), owner, size) / draws.total[:, None]
         with torch.no_grad():
             outside = ((ratio < low) | (ratio > high)) * real
             # Schulman's third estimate: of each step, never negative, 0 where nothing has moved.
@@ -235,15 +257,20 @@ class Grpo(Stage):
         return -chosen, {"clipped": float(outside.sum() / real.sum()), "kl_old": float(moved)}
 
 
-def _by_octave(batch: Batch, subsets: Subsets, rewards: Tensor) -> Stats:
-    """The mean of the rewards [B] of the questions whose share of kept tokens lies in each halving of 1."""
+def _by_octave(batch: Batch, questions: Sequence[int], subsets: Subsets, rewards: Tensor) -> Stats:
+    """The mean of the rewards of the questions whose share of kept tokens lies in each halving of 1.
+
+    Args:
+        subsets: [B] one of each question of the batch.
+        rewards: of `questions`.
+    """
     found: dict[int, list[float]] = {}
-    for tokens, kept, reward in zip(batch.tokens, subsets, rewards.tolist(), strict=True):
-        share = sum(map(len, kept)) / sum(t.n for t in tokens)
+    for question, reward in zip(questions, rewards.tolist(), strict=True):
+        share = sum(map(len, subsets[question])) / sum(t.n for t in batch.tokens[question])
         found.setdefault(min(math.floor(math.log2(share)), -1), []).append(reward)
     return {f"reward/keep_{2.0**low:.3g}-{2.0 ** (low + 1):.3g}": sum(of) / len(of) for low, of in found.items()}
 
 
-def _sum_by(values: Tensor, owner: Tensor, groups: int) -> Tensor:
+def sum_by(values: Tensor, owner: Tensor, groups: int) -> Tensor:
     """[groups, ...] sums of values [S, ...] by owner [S]."""
     return values.new_zeros(groups, *values.shape[1:], dtype=torch.float32).index_add(0, owner, values.float())

@@ -6,149 +6,35 @@ decoding unless its reward does. Rows of like length run together.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import jinja2
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gripvlm.api import encode, prune_inputs, visual_tokens
 from gripvlm.engine.pipeline import drop
-from gripvlm.errors import GripError, InputError, TrainError
-from gripvlm.eval import make_inputs, question_ids
-from gripvlm.eval.answering import prompt_text
-from gripvlm.grip.pruner import ScorerInputs
-from gripvlm.grip.train.data import Question, pictures_of
+from gripvlm.grip.train.batch import Batch, Subsets
+from gripvlm.grip.train.data import Question
+from gripvlm.grip.train.frozen import checkpointed
+from gripvlm.grip.train.reading import Read, Reader
 from gripvlm.models import adapter
 from gripvlm.models.encoded import Encoded
 from gripvlm.models.prompts import Prompts
 from gripvlm.models.wrapped import unwrapped
-from gripvlm.tasks import Sample, Task, TaskError
-from gripvlm.types import Selection, VisualTokens
+from gripvlm.tasks import Sample, Task
+from gripvlm.types import Selection
 
-BAD_QUESTION = (InputError, TaskError, TrainError)
-"""What `Engine.prepare` raises for a question that cannot be used."""
+__all__ = ["PSEUDO_LABEL_TOKENS", "Engine", "Rollout", "tokens_per_forward"]
 
 PSEUDO_LABEL_TOKENS = 16
 """The longest answer of the model's own that is forced."""
-
-Subsets: TypeAlias = Sequence[Sequence[Tensor]]
-"""[rows] lists over the row's images of the indices [k] of the tokens that stay, ascending."""
-
-
-@dataclass(eq=False)
-class Read:
-    """B questions as token ids and pixels, on the model's device, before the vision encoder.
-
-    Attributes:
-        questions: [B] (task, sample) pairs.
-        pictures: what the processor made of the first question about each of the pictures.
-        shown: [B] the row of `pictures` that a question is about.
-        prompts: inputs of the questions alone, left-padded.
-        answers: [B] token ids to force, [] where the model's own answer will be.
-        question: [B] token ids that the scorer reads; None for the whole prompt's text.
-    """
-
-    questions: list[Question]
-    pictures: dict[str, Any]
-    shown: list[int]
-    prompts: dict[str, Any]
-    answers: list[list[int]]
-    question: list[list[int]] | None
-
-
-@dataclass(eq=False)
-class Batch:
-    """B questions about encoded images, with the answers that will be forced.
-
-    Attributes:
-        tasks, samples: [B].
-        answers: [B] token ids, the end token last (unless the model's own answer was cut off).
-        prompts: inputs of the questions alone, left-padded, for decoding.
-        inputs: inputs of question and answer, left-padded, with labels [B, L] on the answers.
-        encoded: the images.
-        tokens: [B] lists of `VisualTokens`, one an image.
-        full_logits: what `Engine.full_logits` computed, once it was called.
-    """
-
-    tasks: list[Task]
-    samples: list[Sample]
-    answers: list[list[int]]
-    prompts: dict[str, Any]
-    inputs: dict[str, Any]
-    encoded: Encoded
-    tokens: list[list[VisualTokens]]
-    full_logits: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def longest(self) -> int:
-        """T, tokens of the longest answer."""
-        return max(map(len, self.answers))
-
-    @cached_property
-    def text_lengths(self) -> list[int]:
-        """[B] tokens of each question and answer that are not visual."""
-        lengths = self.inputs["attention_mask"].sum(-1).tolist()
-        return [length - sum(t.n for t in tokens) for length, tokens in zip(lengths, self.tokens, strict=True)]
-
-    @property
-    def everything(self) -> Subsets:
-        """The subset with every token of every image."""
-        return [[torch.arange(t.n, device=t.features.device) for t in tokens] for tokens in self.tokens]
-
-    @property
-    def answer_lengths(self) -> Tensor:
-        """[B] tokens of each forced answer."""
-        return (self.inputs["labels"] >= 0).sum(-1)
-
-    def by_question(self, per_image: Iterable[Tensor]) -> list[list[Tensor]]:
-        """[B] lists over each question's images, of one tensor an image."""
-        values = iter(per_image)
-        return [[next(values) for _ in tokens] for tokens in self.tokens]
-
-    @cached_property
-    def owner(self) -> list[int]:
-        """[I] the question that each image belongs to."""
-        return [i for i, sample in enumerate(self.tokens) for _ in sample]
-
-    @cached_property
-    def sizes(self) -> Tensor:
-        """[I] tokens of each image."""
-        return torch.tensor([t.n for sample in self.tokens for t in sample], device=self.inputs["input_ids"].device)
-
-    def for_scorer(self, question: bool, joint: bool = False) -> ScorerInputs:
-        """Everything the scorer reads, padded; `joint`: the images of a question are one sequence."""
-        images = [tokens for sample in self.tokens for tokens in sample]
-        return ScorerInputs.of(images, question, self.owner, joint)
-
-    def take(self, rows: Sequence[int]) -> Batch:
-        """Those questions alone, in that order, padded to the longest of them."""
-        index = torch.tensor(rows, device=self.inputs["input_ids"].device)
-        longest = max(self.text_lengths[row] + sum(t.n for t in self.tokens[row]) for row in rows)
-        return Batch(
-            [self.tasks[row] for row in rows],
-            [self.samples[row] for row in rows],
-            [self.answers[row] for row in rows],
-            {name: value[index] for name, value in self.prompts.items()},
-            {name: value[index, -longest:] for name, value in self.inputs.items()},
-            self.encoded.take(rows),
-            [self.tokens[row] for row in rows],
-        )
 
 
 @dataclass(eq=False)
@@ -208,11 +94,13 @@ class Rollout:
         return self.decoded
 
 
-def error_about(sample: Sample, error: GripError) -> str:
-    """What is wrong with a question, with its id and what to do."""
-    text = str(error)
-    named = text if repr(sample.id) in text else f"sample {sample.id!r}: {text}"
-    return named if "--on-bad-sample" in text else f"{named}: mend it, or type --on-bad-sample skip"
+def tokens_per_forward(device: torch.device) -> int:
+    """Tokens that run together where no setting says how many.
+
+    Few on a CPU, whose cache holds their activations; with many, moving these takes longer than the products. An
+    accelerator needs many.
+    """
+    return 2048 if device.type == "cpu" else 16384
 
 
 class Engine:
@@ -220,12 +108,14 @@ class Engine:
 
     Args:
         model, processor: a supported transformers model and its processor. The model is frozen.
-        max_tokens_per_forward: rows times the longest of them, in one forward; a row that is longer runs alone.
+        max_tokens_per_forward: rows times the longest of them, in one forward; a row that is longer runs alone. 0 for
+            `tokens_per_forward`.
         bf16: run rollouts under bfloat16 autocast. On the lab this adds a noise of 0.006 to a mean log-probability
             whose spread within a group is 0.2 to 0.4.
         gradient_checkpointing: compute each layer again in the backward pass of soft masks, and store its input alone.
 
     Attributes:
+        rollouts: subsets that were scored so far.
         tokens: that the model has run on so far, without padding.
     """
 
@@ -233,22 +123,21 @@ class Engine:
         self,
         model: PreTrainedModel,
         processor: Any,
-        max_tokens_per_forward: int = 16384,
+        max_tokens_per_forward: int = 0,
         bf16: bool = False,
         gradient_checkpointing: bool = True,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.processor, self.max_tokens_per_forward, self.bf16 = processor, max_tokens_per_forward, bf16
-        self.gradient_checkpointing, self.tokens = gradient_checkpointing, 0
+        self.max_tokens_per_forward = max_tokens_per_forward or tokens_per_forward(self.model.device)
+        self.processor, self.bf16 = processor, bf16
+        self.gradient_checkpointing, self.rollouts, self.tokens = gradient_checkpointing, 0, 0
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        # A copy for the thread that reads: a fast tokenizer must not be used by two threads at once.
-        self._reading = copy.deepcopy(processor)
-        self._thread = ThreadPoolExecutor(1, "gripvlm-read")
         # Logits at the answer alone, where the model can: a token has as many as the vocabulary, 30 to 150 thousand.
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.ends: list[int] = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
         self.end = self._end_of_turn()
+        self.reader = Reader(model, processor, self.end)
 
     def _end_of_turn(self) -> list[int]:
         """The token that ends an answer: of the model's end tokens the one its chat template closes a turn with."""
@@ -269,68 +158,13 @@ class Engine:
     def prepare(
         self, questions: Sequence[Question], *, pseudo_labels: bool = False, whole_prompt: bool = False
     ) -> Batch:
-        """`encode` of `read`.
+        """`encode` of what the reader reads.
 
         Raises:
             as those do.
         """
         options = {"pseudo_labels": pseudo_labels, "whole_prompt": whole_prompt}
-        return self.encode(self.read_soon(questions, **options).result())
-
-    def read_soon(self, questions: Sequence[Question], **options: bool) -> Future[Read]:
-        """`read` in the thread that reads, while the model is at work on other questions."""
-        return self._thread.submit(self.read, list(questions), **options)
-
-    @torch.no_grad()
-    def read(self, questions: list[Question], *, pseudo_labels: bool = False, whole_prompt: bool = False) -> Read:
-        """Reads and tokenises; the same pictures once, however many questions are about them.
-
-        Not thread-safe: `read_soon` runs it.
-
-        Args:
-            questions: (task, sample) pairs, those about the same pictures side by side.
-            pseudo_labels: force the unpruned model's own greedy answers; also done for samples without an answer.
-            whole_prompt: the scorer reads the whole prompt's text, as inside `gripvlm.prune`, and not the bare
-                question.
-
-        Raises:
-            TrainError: with the sample's id: an answer without tokens.
-            TaskError: with the sample's id: a picture that cannot be read.
-            InputError: a question that holds the placeholder of a picture.
-        """
-        processor = self._reading
-        answers = [self._answer(sample, pseudo_labels) for _, sample in questions]
-        texts = [task.prompt(sample) for task, sample in questions]
-        names = [pictures_of(task, sample) for task, sample in questions]
-        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-        shown = [places[name] for name in names]
-        firsts = [names.index(name) for name in places]  # a question about each
-        images = [_images_of(questions[i][1]) for i in firsts]
-        pictures = make_inputs(self.model, processor, [texts[i] for i in firsts], images)
-        prompts = _prompts(processor, texts, shown, firsts, pictures, [len(own) for own in images])
-        if prompts is None:  # the processor once more, for its ids alone
-            prompts = make_inputs(self.model, processor, texts, [images[place] for place in shown])
-        prompts = {name: prompts[name] for name in _PROMPT if name in prompts}
-        question = None if whole_prompt else question_ids(processor, texts)
-        return Read(questions, pictures, shown, prompts, answers, question)
-
-    def _answer(self, sample: Sample, pseudo_labels: bool) -> list[int]:
-        """The token ids to force; [] for the model's own.
-
-        Raises:
-            TrainError: an answer that is there, but has no tokens.
-        """
-        if pseudo_labels or not sample.answer:
-            return []
-        tokenizer = getattr(self._reading, "tokenizer", self._reading)
-        ids: list[int] = (
-            tokenizer(sample.answer, add_special_tokens=False)["input_ids"] if sample.answer.strip() else []
-        )
-        if not ids:
-            raise TrainError(
-                f"the answer of sample {sample.id!r} tokenises to nothing: mend it, or type --on-bad-sample skip"
-            )
-        return ids + self.end
+        return self.encode(self.reader.soon(questions, **options).result())
 
     @torch.no_grad()
     def encode(self, read: Read) -> Batch:
@@ -388,6 +222,7 @@ class Engine:
             logits: keep them, R x T x vocabulary float32 numbers: gigabytes for a large model and long answers.
         """
         device = batch.inputs["input_ids"].device
+        self.rollouts += len(rows)
         targets = batch.inputs["labels"][:, -batch.longest :][torch.tensor(rows, device=device)]
         mask, targets = targets >= 0, targets.clamp(min=0)
         stored: Tensor | None = None
@@ -483,131 +318,8 @@ class Engine:
     def forced_log_probs(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
         """[B, T] log-probabilities of the forced answers that end the prompts of `arguments`, 0 at padding."""
         width = batch.longest
-        with _checkpointed(self.model, self.gradient_checkpointing and torch.is_grad_enabled()):
+        with checkpointed(self.model, self.gradient_checkpointing and torch.is_grad_enabled()):
             logits = self._last_logits(arguments, width)
         targets = batch.inputs["labels"][:, -width:]
         log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
         return log_probs.masked_fill(targets < 0, 0.0)
-
-
-class ReadAhead:
-    """Reads the next questions while the model is at work on these. What is read depends on the questions alone."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._begun: tuple[tuple[Any, ...], Future[Read]] | None = None
-
-    def begin(self, questions: Sequence[Question], **options: bool) -> None:
-        """Begins to read."""
-        self._begun = ((list(questions), options), self.engine.read_soon(questions, **options))
-
-    def take(self, questions: Sequence[Question], **options: bool) -> Read:
-        """These questions, as they were read meanwhile; read now where others were begun.
-
-        Raises:
-            as `Engine.read`.
-        """
-        begun, self._begun = self._begun, None
-        if begun is not None and begun[0] == (list(questions), options):
-            return begun[1].result()
-        return self.engine.read_soon(questions, **options).result()
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """A block after which the model's modules are in training mode, and its weights require gradients, as before."""
-    training = {module: module.training for module in model.modules()}
-    required = {weight: weight.requires_grad for weight in model.parameters()}
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for weight, wanted in required.items():
-            weight.requires_grad_(wanted)
-
-
-@contextmanager
-def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
-    """Layers of the language model keep their input alone for a backward pass, and run again in it.
-
-    transformers' own gradient checkpointing acts in training mode only, where dropout would act as well.
-    """
-    layers = list(model.get_decoder().layers) if wanted else []
-    forwards = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer, own in zip(layers, forwards, strict=True):
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
-
-
-_PROMPT = ("input_ids", "attention_mask", "mm_token_type_ids")
-
-
-def _prompts(
-    processor: Any,
-    texts: list[str],
-    shown: list[int],
-    firsts: list[int],
-    pictures: dict[str, Any],
-    counts: list[int],
-) -> dict[str, Tensor] | None:
-    """Prompts [B, L] of all questions, left-padded, of which the processor has made one for each of the pictures.
-
-    A question takes what stands up to its last placeholder from the first question about its pictures, and has its own
-    text after it. None where that would not be what the processor makes.
-    """
-    if len(firsts) == len(texts):
-        return pictures
-    tokenizer = getattr(processor, "tokenizer", processor)
-    placeholder = tokenizer.convert_tokens_to_ids(str(getattr(processor, "image_token", None)))
-    whole = [prompt_text(processor, text, counts[place]) for text, place in zip(texts, shown, strict=True)]
-    begin = getattr(tokenizer, "bos_token", None)
-    special = not (begin and whole[0].startswith(begin))  # as `make_inputs`
-    heads, tails = [], []
-    for row in tokenizer(whole, add_special_tokens=special)["input_ids"]:
-        if placeholder not in row:
-            return None
-        end = len(row) - row[::-1].index(placeholder)
-        heads.append(row[:end])
-        tails.append(row[end:])
-    if any(heads[i] != heads[firsts[place]] for i, place in enumerate(shown)):
-        return None
-    made = {name: pictures[name] for name in _PROMPT if name in pictures}
-    real = made["attention_mask"].bool()
-    rows: dict[str, list[Tensor]] = {name: [] for name in made}
-    for place, tail in zip(shown, tails, strict=True):
-        first = tails[firsts[place]]
-        ids = made["input_ids"][place][real[place]]
-        head = len(ids) - len(first)
-        if head <= 0 or ids[head:].tolist() != first:
-            return None
-        own = ids.new_tensor(tail)
-        rows["input_ids"].append(torch.cat((ids[:head], own)))
-        rows["attention_mask"].append(torch.ones_like(rows["input_ids"][-1]))
-        if "mm_token_type_ids" in made:
-            kinds = made["mm_token_type_ids"][place][real[place]][:head]
-            rows["mm_token_type_ids"].append(torch.cat((kinds, torch.zeros_like(own))))
-    fill = {"input_ids": int(tokenizer.pad_token_id or 0)}
-    return {
-        name: pad_sequence(each, batch_first=True, padding_value=fill.get(name, 0), padding_side="left")
-        for name, each in rows.items()
-    }
-
-
-def _images_of(sample: Sample) -> list[Image.Image]:
-    """The sample's pictures, read.
-
-    Raises:
-        TaskError: one cannot be read; with the sample's id.
-    """
-    try:
-        return sample.images
-    except TaskError as error:
-        raise TaskError(error_about(sample, error)) from error

@@ -21,11 +21,15 @@ from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig, has_scor
 from gripvlm.grip.train.config import STAGES, TrainConfig, read_toml, stages_of, write_toml
 from gripvlm.grip.train.data import Question, QuestionStream, check_apart, check_pictures, load_questions, split
 from gripvlm.grip.train.distill import Distill, get_teacher, gradient, gradient_at_k
+from gripvlm.grip.train.evaluator import Evaluator
+from gripvlm.grip.train.frozen import frozen
 from gripvlm.grip.train.grpo import Grpo
+from gripvlm.grip.train.journal import Callback
 from gripvlm.grip.train.processes import Processes
 from gripvlm.grip.train.rewards import Reward, Rewards, name_of
-from gripvlm.grip.train.rollout import Engine, frozen
-from gripvlm.grip.train.trainer import Callback, Evaluator, Stage, Trainer
+from gripvlm.grip.train.rollout import Engine
+from gripvlm.grip.train.stage import Stage
+from gripvlm.grip.train.trainer import Trainer
 from gripvlm.tasks import Task
 from gripvlm.utils import disk
 
