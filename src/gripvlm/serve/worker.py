@@ -114,7 +114,7 @@ class Worker:
         self._ends = end_tokens(model)
         self._device = device_of(model)
         self.controller = None if settings.ladder is None else Controller(settings.ladder)
-        self.encodings = EncodingCache(settings.limits.cache_bytes)
+        self.encodings: EncodingCache[bytes, Encoded] = EncodingCache(settings.limits.cache_bytes)
         self._waiting: deque[Job] = deque()
         self._condition = threading.Condition()
         self._closing = False
