@@ -82,7 +82,8 @@ test-vllm:
 	$(VLLM_BIN) -m pip install --quiet --no-deps -r locks/vllm.txt
 	$(VLLM_BIN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	cp tests/torchvision_operators.py "$(site)" && echo "import torchvision_operators" > "$(site)/torchvision_operators.pth"
-	$(VLLM_BIN) -m pytest -q tests/integrations/test_vllm_engine.py tests/integrations/test_vllm_parts.py
+	$(VLLM_BIN) -m pytest -q tests/integrations/test_vllm_engine.py tests/integrations/test_vllm_parts.py \
+		tests/integrations/test_vllm_server.py
 
 # locks/vllm.txt: what the wheel of vLLM asks for, without torch and what is built for it; and what tests need.
 lock-vllm:

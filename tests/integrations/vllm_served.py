@@ -100,19 +100,24 @@ class Served:
         ]
         return self.llm.generate(prompts, self.settings, use_tqdm=False)
 
-    def expected(self, asked: Asked) -> tuple[int, list[int], list[float]]:
-        """(prompt tokens, tokens, their log-probabilities) as transformers gives them, pruned by gripvlm."""
+    def pruned(self, asked: Asked) -> tuple[dict[str, Any], Any]:
+        """(inputs, record) of gripvlm for a request, in transformers."""
         model, processor = self.reference
         inputs = processor(text=[self.prompt(asked)], images=asked.pictures, return_tensors="pt")
         words = processor.tokenizer(asked.options.get("question", asked.text), add_special_tokens=False)
-        short = gripvlm.prune_inputs(
+        return gripvlm.prune_inputs(
             model,
             inputs,
             asked.options.get("pruner", self.pruner[0]),
             asked.options.get("keep", None if asked.options.get("pruner") == "full" else self.keep),
             positions=self.positions,
             question=[words.input_ids],
+            return_record=True,
         )
+
+    def expected(self, asked: Asked) -> tuple[int, list[int], list[float]]:
+        """(prompt tokens, tokens, their log-probabilities) as transformers gives them, pruned by gripvlm."""
+        model, short = self.reference[0], self.pruned(asked)[0]
         length = short["input_ids"].shape[1]
         # Not `output_scores`, which processors of logits have changed.
         options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}

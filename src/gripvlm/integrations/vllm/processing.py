@@ -86,6 +86,8 @@ class PruningProcessor:
                 "processor takes is set for the whole server, with --mm-processor-kwargs"
             )
         pruner, keep = self._settings.pruner(asked), self._settings.budget(asked)
+        if not isinstance(asked.get("question", ""), str):
+            raise InputError(f"question={asked['question']!r:.80}: pass a text")
         items = inputs.mm_data_items.get("image")
         if not items:
             return []
@@ -105,8 +107,6 @@ class PruningProcessor:
             if index >= found:
                 raise InputError(f"the prompt has placeholders for {found} pictures, but more pictures came with it")
             return self._turns.question(prompt, index)
-        if not isinstance(given, str):
-            raise InputError(f"question={given!r:.80}: pass a text")
         return tuple(self.info.get_tokenizer().encode(given, add_special_tokens=False))
 
     # --- the model's own processor --------------------------------------------------------------
