@@ -82,11 +82,11 @@ def test_budgets_pruners_and_questions_in_one_batch(in_lab):
 
 def test_a_second_question_runs_no_tower(in_lab):
     (_, one), (_, two), (picture, _), *_ = sample()
-    before = in_lab.inner.encoder_runs
+    before = in_lab.inner.encodings.misses
     in_lab.check([ask([picture], one, keep=9, pruner="grip")])
-    assert in_lab.inner.encoder_runs == before + 1
+    assert in_lab.inner.encodings.misses == before + 1
     in_lab.check([ask([picture], two, keep=9, pruner="grip"), ask([picture], one, keep=7)])
-    assert in_lab.inner.encoder_runs == before + 1
+    assert in_lab.inner.encodings.misses == before + 1
 
 
 def test_what_decides_a_selection_is_in_the_hash(in_lab):

@@ -15,10 +15,10 @@ from gripvlm.cli import main
 from gripvlm.errors import BudgetError, GripError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.integrations.vllm import engine_args, launch
 from gripvlm.integrations.vllm.choices import Picture, Settings, Shown
-from gripvlm.integrations.vllm.layouts import SERVED, architecture, moves_budget
+from gripvlm.integrations.vllm.layouts import SERVED, architecture
 from gripvlm.integrations.vllm.turns import Turns
 from gripvlm.models.families import FAMILIES
-from gripvlm.pruners.registry import get_pruner
+from gripvlm.pruners.registry import get_pruner, register_pruner
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -35,7 +35,8 @@ def test_engine_args():
     }
     assert Settings.of(SimpleNamespace(**args["hf_overrides"])).plain == settings
     # Pictures that share a budget are one item of vLLM, which its cache cannot hold.
-    assert engine_args("lab", "hired:layout=(2,2)", 26)["mm_processor_cache_gb"] == 0
+    register_pruner("shared_norm", "vllm_models:SharedNorm")
+    assert engine_args("lab", "shared_norm", 26)["mm_processor_cache_gb"] == 0
 
 
 BAD = {
@@ -47,6 +48,7 @@ BAD = {
     "cache": (lambda: engine_args("lab", "norm", 8, cache_mb=-1), InputError, "pass megabytes, 0 or more"),
     "llm": (lambda: engine_args("lab", "fastv", 0.5), PrunerError, "in vLLM all layers of a request have one length"),
     "tower": (lambda: engine_args("lab", "tome", 0.5), PrunerError, "inside the vision tower"),
+    "tiles": (lambda: engine_args("lab", "mmr(hired)", 0.5), PrunerError, "'mmr' moves budget between the tiles"),
     "no model": (lambda: engine_args("./nowhere", "norm", 8), GripError, "the model ./nowhere cannot be read"),
     "function": (lambda: engine_args("lab", "norm", 8, hf_overrides=id), InputError, "hf_overrides is a function"),
 }
@@ -73,15 +75,6 @@ def test_a_pruner_that_reads_the_tower_needs_the_transformers_backend():
     assert architecture(SimpleNamespace(model_type="qwen2_5_vl"), reader) == "GripTransformers"
     with pytest.raises(PrunerError, match="reads the vision tower, which vLLM's own class of qwen3_vl does not show"):
         architecture(SimpleNamespace(model_type="qwen3_vl"), reader)
-
-
-def test_who_moves_budget():
-    assert [moves_budget(get_pruner(spec)) for spec in ("norm", "mmr(norm)", "hired", "mmr(hired)")] == [
-        False,
-        False,
-        True,
-        True,
-    ]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.integrations.vllm.choices import Settings
-from gripvlm.integrations.vllm.layouts import SERVED, architecture, moves_budget
+from gripvlm.integrations.vllm.layouts import SERVED, architecture
 
 __all__ = ["EngineConfig"]
 
@@ -35,7 +35,7 @@ class EngineConfig(VerifyAndUpdateConfig):
             raise InputError("vLLM's own pruning of videos is on as well: leave --video-pruning-rate out")
         if vllm_config.compilation_config.cudagraph_mm_encoder:
             raise InputError("CUDA graphs of the vision encoder pass pruning by: leave cudagraph_mm_encoder out")
-        sharing = [pruner.name for pruner in settings.made.values() if moves_budget(pruner)]
+        sharing = [pruner.name for pruner in settings.made.values() if pruner.joint]
         if sharing and multimodal.mm_processor_cache_gb > 0:
             raise PrunerError(
                 f"pruner {sharing[0]!r} shares a budget among the pictures of a prompt, which vLLM's cache of "

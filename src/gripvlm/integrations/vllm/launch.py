@@ -11,7 +11,7 @@ from typing import Any
 from gripvlm.budget import Budget, Keep
 from gripvlm.errors import GripError, InputError
 from gripvlm.integrations.vllm.choices import Settings
-from gripvlm.integrations.vllm.layouts import SERVED, architecture, moves_budget
+from gripvlm.integrations.vllm.layouts import SERVED, architecture
 
 __all__ = ["command", "engine_args"]
 
@@ -59,7 +59,7 @@ def engine_args(
     overrides = vllm_args.pop("hf_overrides", {})
     if not isinstance(overrides, Mapping):
         raise InputError("hf_overrides is a function: pass a dict, to which architectures and gripvlm are added")
-    if any(map(moves_budget, made)):
+    if any(one.joint for one in made):
         vllm_args.setdefault("mm_processor_cache_gb", 0)
     ours = {"architectures": [name], "gripvlm": settings.plain}
     return {"model": place, "hf_overrides": {**overrides, **ours}, **vllm_args}

@@ -10,7 +10,7 @@ from gripvlm.errors import PrunerError, UnsupportedModelError
 from gripvlm.models.families import FAMILIES, not_supported
 from gripvlm.pruners import Pruner
 
-__all__ = ["BACKEND", "CLASSES", "SERVED", "architecture", "moves_budget", "reads_tower"]
+__all__ = ["BACKEND", "CLASSES", "SERVED", "architecture", "reads_tower"]
 
 _HERE = "gripvlm.integrations.vllm"
 BACKEND = "GripTransformers"
@@ -91,13 +91,6 @@ def reads_tower(pruner: Pruner) -> bool:
     return bool(pruner.needs & {"vision_attention", "patches"})
 
 
-def moves_budget(pruner: Pruner) -> bool:
-    """Whether the pruner itself decides how many tokens each picture of a prompt keeps."""
-    inners = getattr(pruner, "inners", ())
-    own = type(pruner).allocate_budget is not Pruner.allocate_budget and not inners
-    return pruner.joint or own or any(map(moves_budget, inners))
-
-
 def _check_stage(pruner: Pruner) -> None:
     places = {
         "llm": "inside the language model, but in vLLM all layers of a request have one length",
@@ -108,3 +101,14 @@ def _check_stage(pruner: Pruner) -> None:
             f"pruner {pruner.name!r} drops tokens {places[pruner.stage]}: choose one that drops them in front of the "
             "language model, such as divprune, or `gripvlm serve`"
         )
+    if _moves_budget(pruner):
+        raise PrunerError(
+            f"pruner {pruner.name!r} moves budget between the tiles of a prompt once they are encoded, but vLLM must know "
+            "before how many tokens each picture has: choose another, such as divprune, or `gripvlm serve`"
+        )
+
+
+def _moves_budget(pruner: Pruner) -> bool:
+    """Whether it, or one that it wraps, has an `allocate_budget` of its own."""
+    inners: tuple[Pruner, ...] = getattr(pruner, "inners", ())
+    return any(map(_moves_budget, inners)) if inners else type(pruner).allocate_budget is not Pruner.allocate_budget

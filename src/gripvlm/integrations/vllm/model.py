@@ -7,16 +7,14 @@ beside it, in further columns of the encoder's output, and `forward` adds it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from gripvlm.engine.outputs import DeferredChecks, check_features, checked_counts, checked_selections
+from gripvlm.engine.outputs import DeferredChecks, check_features, checked_selections
 from gripvlm.engine.pruner_checks import checked_needs
 from gripvlm.integrations.vllm.choices import Picture, Settings, Shown
 from gripvlm.integrations.vllm.layouts import SERVED
@@ -50,9 +48,7 @@ class PruningModel:
         # Of all pruners together, as what is encoded for one is kept for the others.
         self.tower_request = checked_needs(self.family, self.settings.made.values())
         self.encodings: EncodingCache[str, Item] = EncodingCache(int(self.settings.cache_mb * 1e6))
-        self.encoder_runs = 0
         self.most_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        self.layers = self.config.get_text_config().num_hidden_layers
         tokens, device = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.device_config.device
         # At one address for good, so that a captured CUDA graph reads what each step has written.
         self.places = torch.zeros(AXES, tokens + 256, dtype=torch.int64, device=device)
@@ -125,7 +121,6 @@ class PruningModel:
         parts = _by_picture(inputs, len(pictures))
         for chosen in self._micro_batches(pictures, list(wanted.values())):
             part = {name: parts[name].take(chosen) for name in parts}
-            self.encoder_runs += 1
             for index, item in zip(chosen, self.encode(part, [pictures[i].n for i in chosen]), strict=True):
                 found[pictures[index].key] = item
         # All are used from `found`: those that come last may already have pushed out the first.
@@ -180,19 +175,14 @@ class PruningModel:
 
     def _select(self, spec: str, tokens: list[VisualTokens], checks: DeferredChecks) -> list[Selection]:
         pruner = self.settings.made[spec]
-        counted = []
-        for _, group in itertools.groupby(tokens, key=lambda one: one.sample):
-            images = list(group)
-            counts = checked_counts(pruner, pruner.allocate_budget(images, self.layers), images)
-            counted += [replace(one, keep=k) for one, k in zip(images, counts, strict=True)]
         with checks.explaining_errors():
-            answers = list(pruner.select_batch(counted))
-        return checked_selections(pruner, answers, counted, checks)
+            answers = list(pruner.select_batch(tokens))
+        return checked_selections(pruner, answers, tokens, checks)
 
     def _laid_out(self, shown: Shown, kept: Sequence[_Rows]) -> Tensor:
         """[K, d + 6]: an item's rows in prompt order, and their places, counted from the item's first position."""
         rows, places, start = [], [], 0
-        for picture, own, text in itertools.zip_longest(shown.pictures, kept, shown.texts, fillvalue=()):
+        for picture, own, text in zip(shown.pictures, kept, (*shown.texts, ()), strict=True):
             rows.append(own.rows)
             places.append(self._coordinates(own.indices, own.grid) + start)
             start += picture.extent

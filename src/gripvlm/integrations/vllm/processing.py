@@ -20,7 +20,6 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from gripvlm.errors import InputError, UnsupportedModelError
 from gripvlm.integrations.vllm.choices import REQUEST, Picture, Settings, Shown
-from gripvlm.integrations.vllm.layouts import moves_budget
 from gripvlm.integrations.vllm.turns import Turns
 
 __all__ = ["FIELD", "PruningInfo", "PruningProcessor"]
@@ -66,7 +65,7 @@ class PruningProcessor:
         pictures = self._pictures(inputs)
         options = {FIELD: pictures}
         inputs = replace(inputs, hf_processor_mm_kwargs=options)
-        joint = len(pictures) > 1 and moves_budget(self._settings.made[pictures[0].pruner])
+        joint = len(pictures) > 1 and self._settings.made[pictures[0].pruner].joint
         if joint:
             # Its items become one, so each must be there with its data.
             inputs = replace(inputs, cache=None)
