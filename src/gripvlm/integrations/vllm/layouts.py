@@ -103,8 +103,8 @@ def _check_stage(pruner: Pruner) -> None:
         )
     if _moves_budget(pruner):
         raise PrunerError(
-            f"pruner {pruner.name!r} moves budget between the tiles of a prompt once they are encoded, but vLLM must know "
-            "before how many tokens each picture has: choose another, such as divprune, or `gripvlm serve`"
+            f"pruner {pruner.name!r} moves budget between the tiles of a prompt once they are encoded, but vLLM must "
+            "know before how many tokens each picture has: choose another, such as divprune, or `gripvlm serve`"
         )
 
 
