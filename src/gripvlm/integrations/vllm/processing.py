@@ -34,7 +34,9 @@ class PruningInfo:
     """Over a model's ProcessingInfo: pictures only."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": super().get_supported_mm_limits()["image"]}  # type: ignore[misc]
+        # Zero, and not left out: vLLM's classes look up what their processors take by modality.
+        limits = super().get_supported_mm_limits()  # type: ignore[misc]
+        return {modality: limit if modality == "image" else 0 for modality, limit in limits.items()}
 
 
 class PruningProcessor:
