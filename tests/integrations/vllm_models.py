@@ -96,7 +96,10 @@ def save_tiny_qwen(
             | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
             | (tower or {})
         )
-        config = Qwen3VLConfig(text_config=text | {"head_dim": 32}, vision_config=tower, **marks)
+        # transformers interleaves the sections whatever is said; vLLM reads it here, as real checkpoints have it.
+        rope = text["rope_parameters"] | {"mrope_interleaved": True}
+        text |= {"head_dim": 32, "rope_parameters": rope}
+        config = Qwen3VLConfig(text_config=text, vision_config=tower, **marks)
         kind = Qwen3VLForConditionalGeneration
         images = Qwen2VLImageProcessor(min_pixels=64 * 64, max_pixels=32 * 32 * 256, patch_size=16)
         make, videos = Qwen3VLProcessor, Qwen3VLVideoProcessor()
