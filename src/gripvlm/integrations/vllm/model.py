@@ -8,6 +8,7 @@ beside it, in further columns of the encoder's output, and `forward` adds it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -125,7 +126,7 @@ class PruningModel:
                 found[pictures[index].key] = item
         # All are used from `found`: those that come last may already have pushed out the first.
         for key in wanted:
-            self.encodings.get(key, lambda key=key: found[key])
+            self.encodings.get(key, partial(found.__getitem__, key))
         return [found[picture.key] for picture in pictures]
 
     def _micro_batches(self, pictures: Sequence[Picture], chosen: list[int]) -> Iterator[list[int]]:

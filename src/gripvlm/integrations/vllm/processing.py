@@ -212,7 +212,7 @@ def _run(place: PlaceholderRange) -> tuple[int, int]:
 
 def _joined(elements: Sequence[MultiModalFieldElem]) -> MultiModalFieldElem:
     """One field of several items as a field of one; rows one after the other."""
-    data: list[Tensor] = [element.data for element in elements]  # type: ignore[misc]
+    data: list[Tensor] = [element.data for element in elements]
     if not all(isinstance(part, Tensor) and part.shape[1:] == data[0].shape[1:] for part in data):
         raise InputError("these pictures cannot share a budget, as their preprocessed sizes differ in form")
     # A field of one number, or one row, for each item has no axis for items.
