@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,8 +148,10 @@ def dense():
 
 def test_several_pictures(dense):
     pictures = [picture for picture, _ in sample()[:3]]
-    for pruner in ("divprune", "cdpruner"):
-        dense.check([Asked(one.pictures, one.text, one.options | {"pruner": pruner}) for one in mixed(pictures)])
+    requests = mixed(pictures)
+    for one, pruner in zip(requests, ("divprune", "cdpruner", "cdpruner", "divprune") * 2, strict=True):
+        one.options["pruner"] = pruner
+    dense.check(requests)
 
 
 def test_pictures_that_share_a_budget(dense):
@@ -197,14 +200,44 @@ def test_qwen(tmp_path, pictures, family, pruners, name):
 
 # --- refused at the start ---------------------------------------------------------------------------------------------
 
-NOT_SERVED: dict[str, tuple[dict[str, Any], str]] = {
+
+def engine_config(positions: str = "original", **changes: Any) -> Any:
+    """As much of vLLM's configuration as is looked at."""
+    ours = {"pruners": ["divprune"], "keep": "25%", "positions": positions}
+    text = SimpleNamespace(head_dim=32, rope_parameters={})
+    config = SimpleNamespace(model_type="qwen2_5_vl", gripvlm=ours, get_text_config=lambda: text)
+    found = {
+        "pipeline_parallel_size": 1,
+        "speculative_config": None,
+        "is_multimodal_pruning_enabled": lambda: False,
+        "cudagraph_mm_encoder": False,
+        "mm_processor_cache_gb": 4,
+    } | changes
+    everything = SimpleNamespace(hf_config=config, **found)
+    everything.model_config = everything.multimodal_config = everything
+    everything.parallel_config = everything.compilation_config = everything
+    return everything
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline": ({"pipeline_parallel_size": 2}, "reach the first pipeline stage only"),
-    "cache": ({"mm_processor_cache_gb": 1}, "shares a budget .* start with --mm-processor-cache-gb 0"),
+    "speculation": ({"speculative_config": "eagle"}, "speculative decoding does not know the positions"),
+    "EVS": ({"is_multimodal_pruning_enabled": lambda: True}, "vLLM's own pruning of videos is on as well"),
+    "graphs": ({"cudagraph_mm_encoder": True}, "CUDA graphs of the vision encoder pass pruning by"),
+    "M-RoPE": ({"positions": "renumbered"}, "not defined for models with M-RoPE"),
 }
 
 
-@pytest.mark.parametrize(("engine", "message"), NOT_SERVED.values(), ids=NOT_SERVED)
-def test_engines_that_are_refused(engine, message):
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_engines_that_are_refused(changes, message):
+    from gripvlm.integrations.vllm.engine_config import EngineConfig
+
+    EngineConfig.verify_and_update_config(engine_config())
+    with pytest.raises(GripError, match=message):
+        EngineConfig.verify_and_update_config(engine_config(**changes))
+
+
+def test_pictures_that_share_a_budget_need_vllms_cache_off():
     register_pruner("shared_norm", "vllm_models:SharedNorm")
-    with pytest.raises((GripError, ValueError), match=message):
-        Served("lab-dense", "shared_norm", "25%", **engine)
+    with pytest.raises(ValueError, match=r"shares a budget .* start with --mm-processor-cache-gb 0"):
+        Served("lab-dense", "shared_norm", "25%", mm_processor_cache_gb=1)
