@@ -1,7 +1,9 @@
 """The vLLM plug-in on one GPU: the same answers with CUDA graphs as without, and what pruning buys.
 
-    python experiments/gpu/vllm_engine.py --out OUT                               one GPU of 80 GB or more
-    python experiments/gpu/vllm_engine.py --out OUT --shape tiny --requests 12    a try, on the CPU (`make test-vllm`)
+    python experiments/gpu/vllm_engine.py --out OUT                                              one GPU of 80 GB or more
+    python experiments/gpu/vllm_engine.py --out OUT --shape tiny --requests 12 --engine eager    a try, on the CPU
+
+Not run on a GPU so far. The try is one engine alone, in the environment of `make test-vllm`.
 
 Qwen2.5-VL with random weights; nothing is downloaded. Each engine is a process of its own: eager.json and graphs.json
 have answers to a batch of mixed budgets; and for keep 100 %, 25 % and 10 % throughput, the share of vLLM's KV blocks in
@@ -133,7 +135,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--engine", choices=("eager", "graphs"), help=argparse.SUPPRESS)
+    parser.add_argument("--engine", choices=("eager", "graphs"), help="this one alone, without a summary")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.engine is not None:
