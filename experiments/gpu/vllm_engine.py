@@ -1,7 +1,7 @@
 """The vLLM plug-in on one GPU: the same answers with CUDA graphs as without, and what pruning buys.
 
-    python experiments/gpu/vllm_engine.py --out OUT                                              one GPU of 80 GB or more
-    python experiments/gpu/vllm_engine.py --out OUT --shape tiny --requests 12 --engine eager    a try, on the CPU
+    python experiments/gpu/vllm_engine.py --out OUT                                             one GPU of 80 GB or more
+    python experiments/gpu/vllm_engine.py --out OUT --shape tiny --requests 12 --engine eager   a try, on the CPU
 
 Not run on a GPU so far. The try is one engine alone, in the environment of `make test-vllm`.
 
