@@ -12,12 +12,13 @@ import typer
 import gripvlm
 from gripvlm.cli.ask import ask_command
 from gripvlm.cli.bench import bench_command
-from gripvlm.cli.commands import env_command, evaluate_command, filled, quickstart_command
+from gripvlm.cli.commands import env_command, evaluate_command, quickstart_command
 from gripvlm.cli.listing import list_command
 from gripvlm.cli.results import report_command
 from gripvlm.cli.serving import serve_command
 from gripvlm.cli.training import train_command
 from gripvlm.errors import GripError
+from gripvlm.utils.terminal import filled
 
 __all__ = ["app", "main"]
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        print(filled(f"Error: {_message(error)}", width=100), file=sys.stderr)
+        print(filled(f"Error: {_message(error)}"), file=sys.stderr)
         return 2
     return code if isinstance(code, int) else 0
 

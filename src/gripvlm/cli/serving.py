@@ -12,6 +12,7 @@ import typer
 from gripvlm.budget import Budget
 from gripvlm.cli.commands import BUDGETS, Device, Model, Positions, split_names, split_pruners
 from gripvlm.errors import GripError
+from gripvlm.utils.terminal import filled
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -121,7 +122,8 @@ def serve_command(
     quiet()
     app = create_app(*load_model(model, device), settings)
     if host not in LOCAL and not keys:
-        print(f"Anyone who reaches {host}:{port} may use this server: set GRIPVLM_API_KEY to a key.", file=sys.stderr)
+        text = f"Anyone who reaches {host}:{port} may use this server: set GRIPVLM_API_KEY to a key."
+        print(filled(text), file=sys.stderr)
     logging.basicConfig(format="%(asctime)s %(message)s")
     for speaker in ("gripvlm", "uvicorn"):
         logging.getLogger(speaker).setLevel(logging.INFO)

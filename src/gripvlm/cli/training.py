@@ -7,13 +7,13 @@ import inspect
 import os
 import shlex
 import sys
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from gripvlm.errors import GripError, Interrupted
+from gripvlm.utils.terminal import filled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ def train_command(**options: Any) -> None:
         pruner = train_on((questions, held_out), config, model, processor, quiet=False)
     except Interrupted as stop:
         if first_process():
-            _say(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False))
+            _say(str(stop))
         raise typer.Exit(130) from None
     except EndedTogether:
         if first_process():  # all say the same
@@ -114,7 +114,7 @@ def _suggest_eval(config: TrainConfig, pruner: Grip, screen: Console) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(filled(text), file=sys.stderr)
 
 
 def _flag(name: str) -> str:
