@@ -155,6 +155,28 @@ def plot_by_budget(axis: Any, found: dict[str, list[Result]], styles: dict[str, 
     axis.legend(fontsize=8, frameon=False)
 
 
+def score_table(found: dict[str, list[Result]], budgets: Sequence[str], order: str) -> str:
+    """Right answers in percent, by pruner and budget, the best at `order` first, with its interval over pictures.
+
+    found: pruner -> its seeds; `full` and `oracle`, where they are there, stand on top.
+    """
+    names = sorted(
+        found, key=lambda name: (name not in ("full", "oracle"), name == "oracle", -average_at(found[name], order))
+    )
+    rows = []
+    for name in names:
+        whole = name == "full"
+        cells = [percent(average_at(found[name], budget)) for budget in budgets]
+        _, low, high = over_pictures(found[name][:1], order)
+        rows.append(["all tokens" if whole else f"`{name}`", *cells, f"{100 * low:.0f} to {100 * high:.0f}"])
+    return table(["", *map(share, budgets), f"95 % at {share(order)}"], rows)
+
+
+def average_at(results: Sequence[Result], budget: str) -> float:
+    """`average`; the unpruned model has one budget, which stands for all."""
+    return average(results, "1.0" if results[0].budgets == ["1.0"] else budget)
+
+
 def slug(spec: str) -> str:
     """A folder's name for a pruner: `mmr(norm)` -> `mmr_norm`."""
     return re.sub(r"[^\w.-]+", "_", spec).strip("_")

@@ -13,6 +13,7 @@ import io
 import json
 import shutil
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,14 +29,15 @@ from .questions import FAMILIES, OF_SEVERAL, Question, Things, ask, order
 FIRST = {"train": 300_000, "val": 400_000, "test": 500_000, "scorer": 600_000}
 """First seed of each split, far from those of the VLM's own training (pool.py)."""
 
-ASKED = {1: 1, 2: 1, 4: 2}
+ASKED = {1: 2, 2: 1, 4: 2}
 """Questions a family about a group, by its number of boards; families about several boards ask twice as many."""
 
 
-def pick(boards: Sequence[Things], families: Sequence[str], rng: np.random.Generator) -> list[Question]:
-    """A few different questions a family about one group."""
+def pick(boards: Sequence[Things], families: Sequence[str], seed: Sequence[int]) -> list[Question]:
+    """A few different questions a family about one group; a family's do not depend on which others are asked."""
     questions: list[Question] = []
     for family in families:
+        rng = np.random.default_rng((*seed, zlib.crc32(family.encode())))
         count = ASKED[len(boards)] * (2 if family in OF_SEVERAL else 1)
         different: dict[str, Question] = {}
         for _ in range(4 * count):
@@ -74,8 +76,8 @@ def write_questions(
         for i, board in enumerate(boards):
             names.append(f"{number:04d}{'abcd'[i] if size > 1 else ''}.webp")
             disk.write(folder / "images" / names[-1], encode(board, quality))
-        rng = np.random.default_rng((23, art.SPLITS.index(split), number))
-        for j, q in enumerate(pick([Things(f) for f in facts], families, rng)):
+        picked = pick([Things(f) for f in facts], families, (23, art.SPLITS.index(split), number))
+        for j, q in enumerate(picked):
             images = [before + name for name in names]
             row: dict[str, object] = {"id": f"{number:04d}-{j:02d}", "image": images if size > 1 else images[0]}
             row |= {"family": q.family, "kind": q.kind, "question": q.question, "answer": q.answer}

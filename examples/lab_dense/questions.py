@@ -17,6 +17,9 @@
 | string | read the red sign. | every character of the sign |
 | both | which letter is in both pictures? | that letter, once in each |
 | where | which picture has a cat? | that cat |
+| present | which is there: a, k, m? | the one that is there |
+| nowhere | which is not in the pictures: a, k, m? | one of each that is there, in any picture |
+| overall | what colour are most letters in the pictures? | every letter of every picture |
 """
 
 from __future__ import annotations
@@ -221,23 +224,44 @@ def common(p: int, t: Things, rng: np.random.Generator) -> Question | None:
     return Question("common", word, f"what colour are most {word}?", counts[0][1], _groups(p, mask))
 
 
-def missing(p: int, t: Things, rng: np.random.Generator) -> Question | None:
+def _named(boards: Sequence[Things], rng: np.random.Generator) -> tuple[str, list[str], list[str]]:
+    """A kind of thing, and its names in a random order: those on some board, and those on none."""
     kind = "letter" if rng.random() < 0.6 else "icon"
-    there = sorted(set(t.name[t.kind == kind]))
+    shown = {str(n) for t in boards for n in t.name[t.kind == kind]}
     # A letter on a sign is there too: leave it out of both.
-    written = {c for name in t.name[t.kind == "sign"] for c in name}
-    pool = LETTERS if kind == "letter" else art.CLASSES
-    absent = [n for n in pool if n not in there and n not in written]
-    there = [n for n in there if n not in written]
+    written = {c for t in boards for name in t.name[t.kind == "sign"] for c in name}
+    pool = [str(n) for n in (LETTERS if kind == "letter" else art.CLASSES) if n not in written]
+    pool = [pool[i] for i in rng.permutation(len(pool))]
+    return kind, [n for n in pool if n in shown], [n for n in pool if n not in shown]
+
+
+def _shuffled(names: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
+    return tuple(names[i] for i in rng.permutation(len(names)))
+
+
+def _copies(boards: Sequence[tuple[int, Things]], kind: str, name: str) -> Group:
+    """Every thing of this name, on boards that are given with their number."""
+    return [(p, int(i)) for p, t in boards for i in np.flatnonzero((t.kind == kind) & (t.name == name))]
+
+
+def missing(p: int, t: Things, rng: np.random.Generator) -> Question | None:
+    kind, there, absent = _named([t], rng)
     size = int(rng.integers(2, 6))
     if len(there) < size or not absent:
         return None
-    shown = [there[i] for i in rng.permutation(len(there))[:size]]
-    answer = str(absent[rng.integers(len(absent))])
-    options = [*shown, answer]
-    options = [str(options[i]) for i in rng.permutation(len(options))]
-    evidence = [[(p, int(i)) for i in np.flatnonzero((t.kind == kind) & (t.name == n))] for n in shown]
-    return Question("missing", kind, f"which is not there: {', '.join(options)}?", answer, evidence, tuple(options))
+    options = _shuffled([*there[:size], absent[0]], rng)
+    evidence = [_copies([(p, t)], kind, name) for name in there[:size]]
+    return Question("missing", kind, f"which is not there: {', '.join(options)}?", absent[0], evidence, options)
+
+
+def present(p: int, t: Things, rng: np.random.Generator) -> Question | None:
+    kind, there, absent = _named([t], rng)
+    size = int(rng.integers(2, 6))
+    if not there or len(absent) < size:
+        return None
+    options = _shuffled([there[0], *absent[:size]], rng)
+    evidence = [_copies([(p, t)], kind, there[0])]
+    return Question("present", kind, f"which is there: {', '.join(options)}?", there[0], evidence, options)
 
 
 def count(p: int, t: Things, rng: np.random.Generator) -> Question | None:
@@ -275,10 +299,16 @@ OF_ONE: dict[str, Callable[[int, Things, np.random.Generator], Question | None]]
     "extreme": extreme,
     "holder": holder,
     "missing": missing,
+    "present": present,
     "count": count,
     "string": string,
 }
 """Families about one picture of the prompt."""
+ALONE = ("half", "corner", "most", "single", "extreme", "holder", "count", "string")
+"""Those of them that are asked only where the prompt has no other picture.
+
+About the second of two pictures or the third of four, the reader was right in 15 to 40 % after 1.1 million questions.
+"""
 
 
 def pictures(boards: Sequence[Things], rng: np.random.Generator) -> Question | None:
@@ -325,20 +355,50 @@ def where(boards: Sequence[Things], rng: np.random.Generator) -> Question | None
     return Question("where", kind, f"which picture has {shown}?", ORDINALS[picture], evidence)
 
 
+def nowhere(boards: Sequence[Things], rng: np.random.Generator) -> Question | None:
+    kind, there, absent = _named(boards, rng)
+    size = int(rng.integers(3, 6))
+    if len(there) < size or not absent:
+        return None
+    options = _shuffled([*there[:size], absent[0]], rng)
+    evidence = [_copies([*enumerate(boards)], kind, name) for name in there[:size]]
+    text = f"which is not in the pictures: {', '.join(options)}?"
+    return Question("nowhere", kind, text, absent[0], evidence, options)
+
+
+def overall(boards: Sequence[Things], rng: np.random.Generator) -> Question | None:
+    kind = ("icon", "letter", "number")[rng.integers(3)]
+    masks = [t.kind == kind for t in boards]
+    counts = Counter(colour for t, mask in zip(boards, masks, strict=True) for colour in t.colour[mask]).most_common(2)
+    if len(counts) < 2 or counts[0][1] - counts[1][1] < LEAST or max(mask.sum() for mask in masks) > MOST:
+        return None
+    evidence = [group for p, mask in enumerate(masks) for group in _groups(p, mask)]
+    return Question("overall", kind, f"what colour are most {kind}s in the pictures?", counts[0][0], evidence)
+
+
 OF_SEVERAL: dict[str, Callable[[Sequence[Things], np.random.Generator], Question | None]] = {
     "pictures": pictures,
     "both": both,
     "where": where,
+    "nowhere": nowhere,
+    "overall": overall,
 }
 """Families about all pictures of the prompt."""
 
 FAMILIES = (*OF_ONE, *OF_SEVERAL)
 
 
+def families_of(pictures: int) -> list[str]:
+    """What can be asked about a prompt with so many pictures."""
+    return [*OF_ONE] if pictures == 1 else [*(family for family in OF_ONE if family not in ALONE), *OF_SEVERAL]
+
+
 def ask(boards: Sequence[Things], family: str, rng: np.random.Generator) -> Question | None:
     """A random question of `family` about a prompt's boards, or None where they give none."""
+    if family not in families_of(len(boards)):
+        return None
     if family in OF_SEVERAL:
-        return OF_SEVERAL[family](boards, rng) if len(boards) > 1 else None
+        return OF_SEVERAL[family](boards, rng)
     picture = int(rng.integers(len(boards)))
     question = OF_ONE[family](picture, boards[picture], rng)
     if question is not None and len(boards) > 1:

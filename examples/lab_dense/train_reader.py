@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 -m lab_dense.train_reader BOARDS SCENES OUT --steps 5000
 
 Starts from the first lab's reader with more layers (vlm.build_model), on the frozen tower's tokens (features.py).
-Prompts have one, two or four boards; an eighth of the steps are the first lab's scenes and questions. Most steps drop
-tokens (packing.drop). In the first three quarters of the run the last prompt token's attention in two layers is rewarded for
-falling on the evidence. Checkpoints every two minutes and resumes.
+Prompts have one, two or four boards; some steps are the first lab's scenes and questions (PICTURES). Most steps drop
+tokens (packing.drop). In the first three quarters of the run the last prompt token's attention in two layers is
+rewarded for falling on the evidence. Checkpoints every two minutes and resumes.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from . import features, parallel
 from .blocks import NAME as BLOCKS
 from .blocks import Blocks
 from .packing import IMAGE, WAYS, Asked, Packed, Packer, drop
-from .questions import OF_ONE, PATCHES, Things, ask
+from .questions import PATCHES, Things, ask, families_of
 from .vlm import build_model
 
 SHARE = {
-    **{"half": 1, "colours": 1, "classes": 1, "corner": 3, "common": 3, "most": 3, "single": 3, "extreme": 3},
-    **{"holder": 2, "missing": 3, "count": 1, "string": 3, "pictures": 4, "both": 3, "where": 3},
+    **{"half": 0.5, "colours": 0.5, "classes": 0.5, "corner": 2, "common": 6, "most": 7, "single": 0, "extreme": 5},
+    **{"holder": 4, "missing": 4, "present": 2, "count": 0, "string": 1.5, "pictures": 4, "both": 2, "where": 2},
+    **{"nowhere": 4, "overall": 8},
 }
-"""How often each family is asked."""
+"""How often each family is tried; about half of the boards have what `common`, `most` and `overall` ask about."""
 PROMPTS = {1: 7, 2: 5, 4: 3}
 """Prompts a step in each process, by pictures a prompt: about as many tokens each."""
-PICTURES = (0.15, 0.3, 0.25, 0.3)
+PICTURES = (0.15, 0.35, 0.22, 0.28)
 """Share of the steps with the first lab's scenes, one, two and four boards."""
 SPELLED = ("extreme", "string", "reading", "text")
 
@@ -91,7 +92,7 @@ def prompt_units(things: list[Things]) -> np.ndarray:
 
 def ask_many(things: list[Things], packer: Packer, count: int, rng: np.random.Generator) -> list[Asked]:
     """`count` random questions about a prompt's boards."""
-    names = [f for f in SHARE if len(things) > 1 or f in OF_ONE]
+    names = families_of(len(things))
     share = np.array([SHARE[f] for f in names], float)
     asked: list[Asked] = []
     for family in rng.choice(names, 4 * count, p=share / share.sum()):
@@ -291,7 +292,7 @@ def train(run: Run, prompts: int) -> None:
                 if values := [losses[key] for losses in recent if key in losses]:
                     line[key] = round(float(np.mean(values)), 3)
             recent = []
-            if run.step % 250 == 0:
+            if run.step % 500 == 0:
                 line["val"] = run.validate(prompts)
             print(json.dumps({**line, "questions": run.seen}), flush=True)
         if now - saved > 120:

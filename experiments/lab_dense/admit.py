@@ -1,6 +1,7 @@
 """Which families of `lab-dense` can tell pruners apart? Measured on validation boards, before any trained pruner.
 
-PYTHONPATH=examples python -m lab_dense.dataset WORK/val --split val --groups 120 40 30
+PYTHONPATH=examples python -m lab_dense.dataset WORK/val --split val --groups 150 80 40
+python -m experiments.lab_dense.admit WORK --shard 1/2 & python -m experiments.lab_dense.admit WORK --shard 2/2; wait
 python -m experiments.lab_dense.admit WORK          # writes results/admission/; analyze.py judges
 """
 
@@ -18,7 +19,7 @@ from gripvlm.tasks.base import Sample
 from gripvlm.tasks.jsonl import JsonlTask
 
 PRUNERS = ("full", "oracle", "random", "grid", "pool", "norm", "mmr(norm)")
-BUDGETS = (0.5, 0.25, 0.125, 0.06, 0.03)
+BUDGETS = (0.25, 0.125, 0.06)
 
 
 class FamilyTask(JsonlTask):
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="holds val/, the validation questions; answers are kept there")
     parser.add_argument("--model", help="a folder, in place of the lab-dense that ships")
     parser.add_argument("--limit", type=int, default=150, help="questions a family")
+    parser.add_argument("--shard", help="1/2: the first half only, so that two processes share the work")
     given = parser.parse_args()
     file = given.work / "val" / "questions.jsonl"
     if given.model:
@@ -53,10 +55,18 @@ def main() -> None:
     out = given.work / "admission.json"
     evaluate(
         *(model, processor, tasks, PRUNERS, BUDGETS),
-        **{"limit": given.limit, "batch_size": 16, "model_name": "lab-dense", "out": out, "progress": True},
+        **{
+            "limit": given.limit,
+            "batch_size": 16,
+            "model_name": "lab-dense",
+            "out": out,
+            "progress": True,
+            "shard": given.shard,
+        },
         command=f"python -m experiments.lab_dense.admit WORK --limit {given.limit}",
     )
-    split(out, STUDIES / "lab_dense" / "results" / "admission", {"study": "lab_dense"})
+    if given.shard is None:
+        split(out, STUDIES / "lab_dense" / "results" / "admission", {"study": "lab_dense"})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,18 @@ python -m experiments.lab_dense.analyze
 
 from __future__ import annotations
 
-from experiments.results import Result, average, load, percent, table
+from experiments.results import (
+    BUDGETS,
+    Result,
+    average,
+    load,
+    over_pictures,
+    percent,
+    points,
+    score_table,
+    share,
+    table,
+)
 from experiments.tables import fill
 
 STUDY = "lab_dense"
@@ -59,8 +70,42 @@ def admission_table() -> str:
     return table([*head, *(f"`{name}` 12.5 %" for name in SIMPLE), "in, or why not"], rows)
 
 
+def grid() -> dict[str, list[Result]]:
+    """Pruner as it was named -> its seeds, on the test sample."""
+    return {seeds[0].content["pruner"]: seeds for seeds in load(f"{STUDY}/results/input").values()}
+
+
+def first_lab() -> dict[str, list[Result]]:
+    """The same of the first lab; its scorers as they came out of the supervised stage."""
+    return {seeds[0].content["variant"]: seeds for seeds in load("grip_shipped/results").values()}
+
+
+APART = {"warm-up": ("distill", "grip:scorer=lab-dense")}
+APART |= {
+    name: (name.replace("(", "_").strip(")"), name) for name in ("mmr(norm)", "divprune", "cdpruner", "norm", "random")
+}
+
+
+def apart_table() -> str:
+    """How many points each is below the oracle, on the first lab and on this one."""
+    budgets, rows = ("0.25", "0.125", "0.06"), []
+    labs = first_lab(), grid()
+    for label, names in APART.items():
+        cells = [
+            points(over_pictures(found["oracle"], budget, found[name]))
+            for found, name in zip(labs, names, strict=True)
+            for budget in budgets
+        ]
+        rows.append([label, *cells])
+    head = [f"{lab}, {share(budget)}" for lab in ("first lab", "lab-dense") for budget in budgets]
+    return table(["below the oracle", *head], rows)
+
+
 def tables() -> dict[str, dict[str, str]]:
-    return {f"experiments/{STUDY}/REPORT.md": {"admission": admission_table()}}
+    page = {"admission": admission_table()}
+    if grid():
+        page |= {"grid": score_table(grid(), BUDGETS, "0.125"), "apart": apart_table()}
+    return {f"experiments/{STUDY}/REPORT.md": page}
 
 
 if __name__ == "__main__":

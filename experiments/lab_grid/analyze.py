@@ -83,19 +83,6 @@ def cheapest_enough(budget: str) -> Score | None:
     )
 
 
-def all_scores(stage: str, budgets: tuple[str, ...], order: str) -> str:
-    found = results(stage)
-    ordered = [row.pruner for row in scores(stage, order)]
-    if stage == "input":
-        ordered.insert(0, "oracle")
-    rows = [["all tokens", *[percent(full_score())] * len(budgets), ""]]
-    for pruner in ordered:
-        _, low, high = over_pictures(found[pruner][:1], order)
-        interval = f"{100 * low:.0f} to {100 * high:.0f}"
-        rows.append([f"`{pruner}`", *(percent(average(found[pruner], budget)) for budget in budgets), interval])
-    return table(["", *map(share, budgets), f"95 % at {share(order)}"], rows)
-
-
 def by_budget() -> str:
     """docs/choosing.md: Grip, the best untrained pruner and the cheapest that is enough."""
     cost, rows = prefill_shares(), []
@@ -123,7 +110,10 @@ def inside() -> str:
 
 
 def tables() -> dict[str, dict[str, str]]:
-    page = {"input": all_scores("input", BUDGETS, "0.125"), "inside": all_scores("llm", INSIDE, "0.3")}
+    page = {
+        "input": common.score_table(results("input"), BUDGETS, "0.125"),
+        "inside": common.score_table(results("llm"), INSIDE, "0.3"),
+    }
     choosing = {"by_budget": by_budget(), "inside": inside()}
     return {f"experiments/{STUDY}/REPORT.md": page, "docs/choosing.md": choosing}
 

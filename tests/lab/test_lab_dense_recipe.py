@@ -13,7 +13,7 @@ import torch
 from lab_dense import blocks, packing, pool, vlm
 from lab_dense.boards import GRID, KINDS, Facts, compose, units
 from lab_dense.dataset import FIRST
-from lab_dense.questions import FAMILIES, NUMBERS, OF_SEVERAL, ORDINALS, PATCHES, Question, Things, ask, order
+from lab_dense.questions import ALONE, FAMILIES, NUMBERS, OF_SEVERAL, ORDINALS, PATCHES, Question, Things, ask, order
 from lab_vlm import art
 from lab_vlm.packing import block_mask
 from places import ROOT
@@ -97,7 +97,9 @@ def seen(prompt: list[Things], question: Question) -> list[tuple[str, str, str]]
     return found
 
 
-@pytest.mark.parametrize("family", ["colours", "classes", "common", "most", "single", "extreme", "holder", "count"])
+@pytest.mark.parametrize(
+    "family", ["colours", "classes", "common", "overall", "most", "single", "extreme", "holder", "count"]
+)
 def test_the_answer_follows_from_the_evidence_alone(things, family):
     """Worked out again from what the evidence shows, without the rest of the board."""
     questions = asked(things, family)
@@ -112,7 +114,7 @@ def test_the_answer_follows_from_the_evidence_alone(things, family):
             answer = max(set(names), key=names.count)
         elif family == "extreme":
             answer = (max if "largest" in question.question else min)(names)
-        elif family == "common":
+        elif family in ("common", "overall"):
             answer = max(set(colours), key=colours.count)
         elif family == "most":
             answer = max(set(names), key=names.count)
@@ -144,7 +146,6 @@ def test_corner_half_pictures_both_and_where_are_answered_by_place(things):
         x, y = np.sign(np.array(places) - 64).sum(0)
         side = ("left" if x < 0 else "right") if "left" in question.question else ("top" if y < 0 else "bottom")
         assert question.answer == side
-        assert ORDINALS[picture] in question.question or len(prompt) == 1
     for question, _ in asked(things, "pictures"):
         counts = np.bincount([group[0][0] for group in question.evidence], minlength=4)
         assert question.answer == ORDINALS[int(counts.argmax())]
@@ -159,6 +160,27 @@ def test_missing_names_one_thing_that_is_nowhere_on_the_board(things):
         on_board = {name for _, name, _ in prompt[picture].facts.things}
         assert question.answer not in on_board
         assert set(question.choices) - {question.answer} <= on_board
+
+
+def test_nowhere_is_missing_in_all_pictures(things):
+    for question, prompt in asked(things, "nowhere"):
+        shown = {name for t in prompt for _, name, _ in t.facts.things}
+        assert question.answer not in shown
+        assert set(question.choices) - {question.answer} <= shown
+
+
+def test_present_names_the_only_thing_that_is_there(things):
+    for question, prompt in asked(things, "present"):
+        ((picture, unit), *_) = question.evidence[0]
+        shown = {name for _, name, _ in prompt[picture].facts.things}
+        assert {*question.choices} & shown == {question.answer}
+        assert prompt[picture].facts.things[unit][1] == question.answer
+        assert ORDINALS[picture] in question.question or len(prompt) == 1
+
+
+def test_what_cannot_be_read_among_several_pictures_is_asked_about_one(things):
+    for family in ALONE:
+        assert {len(prompt) for _, prompt in asked(things, family)} == {1}
 
 
 def test_a_string_is_spelled_by_its_units(boards, things):
