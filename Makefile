@@ -7,7 +7,7 @@ BIN := .venv/bin
 ART := examples/lab_vlm/requirements.txt
 EVERYTHING := -e ".[dev,docs]" -r $(ART)
 
-.PHONY: run test lint tables docs dist clean lock test-transformers test-newest test-lmms
+.PHONY: run test lint tables clean lock test-transformers test-newest test-lmms
 
 run: .venv/.ok
 	$(BIN)/gripvlm quickstart
@@ -24,6 +24,7 @@ lint: .venv/.ok
 tables: .venv/.ok
 	$(BIN)/python -m experiments.tables
 
+.PHONY: docs dist
 # The site, into build/site; a link or a heading that is not there fails. NO_MKDOCS_2_WARNING: an advertisement.
 docs: .venv/.ok
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

@@ -12,7 +12,6 @@ import typer
 from gripvlm.budget import Budget
 from gripvlm.cli.commands import BUDGETS, Device, Model, Positions, split_names, split_pruners
 from gripvlm.errors import GripError
-from gripvlm.utils.terminal import filled
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -122,8 +121,7 @@ def serve_command(
     quiet()
     app = create_app(*load_model(model, device), settings)
     if host not in LOCAL and not keys:
-        text = f"Anyone who reaches {host}:{port} may use this server: set GRIPVLM_API_KEY to a key."
-        print(filled(text), file=sys.stderr)
+        print(f"Anyone who reaches {host}:{port} may use this server: set GRIPVLM_API_KEY to a key.", file=sys.stderr)
     logging.basicConfig(format="%(asctime)s %(message)s")
     for speaker in ("gripvlm", "uvicorn"):
         logging.getLogger(speaker).setLevel(logging.INFO)
