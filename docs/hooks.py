@@ -41,8 +41,6 @@ LINK = re.compile(r"\[([^\[\]]*)\]\(([^)\s]+)\)")
 """Its text, its target."""
 FENCE = re.compile(r"(^ *```.*?^ *```\s*?$)", re.MULTILINE | re.DOTALL)
 STAGES = {"input": "before the language model", "llm": "inside the language model", "vision": "inside the vision tower"}
-
-
 FURTHER = [
     "gripvlm.eval.runner.evaluate",
     "gripvlm.report.build.report",

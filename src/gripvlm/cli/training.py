@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 def train_command(**options: Any) -> None:
     """Train a scorer for a frozen model: distil a teacher, then GRPO.
 
-    gripvlm train --model M --data questions.jsonl --output-dir grip/     both stages
-    gripvlm train distill ... | grpo ...                                  one of them
+    gripvlm train --model M --data questions.jsonl --output-dir grip/
 
-    Ctrl-C keeps a checkpoint and the same command resumes. Several processes: accelerate launch -m gripvlm train ...
+    `train distill` or `train grpo` runs one of the two stages. Ctrl-C keeps a checkpoint and the same command resumes. Several processes: accelerate launch -m gripvlm train ...
     """
     from gripvlm.cli.commands import console
     from gripvlm.grip.train.processes import EndedTogether
@@ -157,10 +156,13 @@ def _signature() -> inspect.Signature:
         default: Any = field.default if field.default != "" else "none"
         if kind is bool:
             default = "yes" if field.default else "no"
+        text = help_of(field.name)
+        if default != "none" or "default" not in text:  # the text may say what "none" means
+            text += f" (default: {default})"  # brackets would be markup
         option = typer.Option(
             # Two long names would both be cut off in 80 columns.
             *((f"{flag}/--no-{flag[2:].removeprefix('gradient-')}",) if kind is bool else (flag,)),
-            help=f"{help_of(field.name)} (default: {default})",  # brackets would be markup
+            help=text,
             show_default=False,
             rich_help_panel="Switches" if kind is bool else panel,  # "--no-..." is a column of its own
             metavar=_METAVARS.get(kind, "TEXT"),
