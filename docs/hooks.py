@@ -133,11 +133,12 @@ def _in_site(path: str) -> str | None:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lists the methods and the reports in the navigation."""
-    for entry in config.nav:
-        if "Methods" in entry:
-            entry["Methods"] = [f"methods/{name}.md" for name in PRUNERS]
-        elif "Results" in entry:
-            entry["Results"] = ["results/index.md", *(f"results/{study}.md" for study in REPORTS), "results/log.md"]
+    reports = ["results/index.md", *(f"results/{study}.md" for study in REPORTS), "results/log.md"]
+    filled = {"Methods": [f"methods/{name}.md" for name in PRUNERS], "Results": reports}
+    (section,) = [entry["Background"] for entry in config.nav if "Background" in entry]
+    for entry in section:
+        for title in filled.keys() & entry.keys():
+            entry[title] = filled[title]
     return config
 
 
