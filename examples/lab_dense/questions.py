@@ -304,10 +304,11 @@ OF_ONE: dict[str, Callable[[int, Things, np.random.Generator], Question | None]]
     "string": string,
 }
 """Families about one picture of the prompt."""
-ALONE = ("half", "corner", "most", "single", "extreme", "holder", "count", "string")
+ALONE = ("half", "corner", "common", "most", "single", "extreme", "holder", "count", "string")
 """Those of them that are asked only where the prompt has no other picture.
 
-About the second of two pictures or the third of four, the reader was right in 15 to 40 % after 1.1 million questions.
+About the second of two pictures or the third of four, the reader was right in 15 to 40 % after 1.1 million questions;
+in `common`, in 57 to 68 % after 1.4 million.
 """
 
 
