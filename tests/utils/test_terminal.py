@@ -22,6 +22,7 @@ def test_a_paragraph_is_as_wide_and_long_words_stay_whole(monkeypatch):
     lines = filled(f"some words before {path} and some words that come after it", indent="  ").splitlines()
     assert f"  {path}" in lines
     assert max(len(line) for line in lines if path not in line) <= 50
+    assert filled(f"{path} is missing", start="Error: ").startswith(f"Error: {path}\n")
 
 
 @pytest.mark.parametrize("wanted", [60, 100])

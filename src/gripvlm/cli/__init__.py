@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        print(filled(f"Error: {_message(error)}"), file=sys.stderr)
+        print(filled(_message(error), start="Error: "), file=sys.stderr)
         return 2
     return code if isinstance(code, int) else 0
 

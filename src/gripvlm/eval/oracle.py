@@ -74,9 +74,7 @@ class Oracle(Given):
             kept = torch.zeros(sum(tokens.n for tokens in prompt), dtype=torch.bool, device=scores[0].device)
             kept[top_k(torch.cat(scores), sum(tokens.keep for tokens in prompt))] = True
             rows = [part.nonzero()[:, 0] for part in kept.split([tokens.n for tokens in prompt])]
-            selections += [
-                Selection(row, tokens.n, own) for row, tokens, own in zip(rows, prompt, scores, strict=True)
-            ]
+            selections += [Selection(row, tokens.n, own) for row, tokens, own in zip(rows, prompt, scores, strict=True)]
         return selections
 
 

@@ -17,12 +17,12 @@ def columns() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
 
 
-def filled(text: str, indent: str = "") -> str:
+def filled(text: str, indent: str = "", start: str = "") -> str:
     """A paragraph as wide as `columns`. Filled here, because rich would break long words, such as file names."""
     return textwrap.fill(
         " ".join(text.split()),
         max(40, columns()),
-        initial_indent=indent,
+        initial_indent=indent + start,
         subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
