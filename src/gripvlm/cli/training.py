@@ -27,7 +27,8 @@ def train_command(**options: Any) -> None:
 
     gripvlm train --model M --data questions.jsonl --output-dir grip/
 
-    `train distill` or `train grpo` runs one of the two stages. Ctrl-C keeps a checkpoint and the same command resumes. Several processes: accelerate launch -m gripvlm train ...
+    `train distill` or `train grpo` runs one of the two stages. Ctrl-C keeps a checkpoint and the same command resumes.
+    Several processes: accelerate launch -m gripvlm train ...
     """
     from gripvlm.cli.commands import console
     from gripvlm.grip.train.processes import EndedTogether
