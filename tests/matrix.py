@@ -31,12 +31,13 @@ NAMES = sorted(TINY)
 IMAGES, WORDS = [1, 2], [7, 9]  # two samples of different length, one with two pictures
 SHALLOW = {"hiprune": "hiprune:middle=0", "vscan": "vscan:shallow=0,window=2", "vscan_vision": "vscan_vision:shallow=0"}
 """Options where a default names a block that the tiny towers do not have."""
-WRAPPERS = ("ensemble", "mmr", "split", "spread")
+WRAPPERS = ("ensemble", "mmr", "restore", "split", "spread")
 MORE = (
     "ensemble(norm,divprune)",
     "ensemble(fastervlm,grid):weights=(2,1)",
     "mmr(norm)",
     "mmr(fopru)",
+    "restore(norm)",
     "split(norm)",
     "spread(norm)",
     "spread(visionzip)",

@@ -31,7 +31,7 @@ from gripvlm.grip.pruner import Grip
 from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.models.prompts import Prompts
 from gripvlm.pruners import Pruner
-from gripvlm.types import Selection, VisualTokens
+from gripvlm.types import Selection, VisionRows, VisualTokens
 from gripvlm.utils import batching
 from on_device import NEVER_WAIT
 from tiny_models import IMAGE, build
@@ -166,6 +166,14 @@ def test_nothing_waits(name, keep, request, monkeypatch):
     assert sum(len(one) for one in rows) == kept
     with pytest.raises(DataDependentOutputException):
         batch.checks.raise_if_failed()  # here it waits: what was not checked above is checked now
+
+
+@pytest.mark.parametrize("name", ["scope", "holov"])
+def test_what_reads_the_tower_adds_no_waiting_of_its_own(name, accelerator):
+    rows = torch.empty(17, 8, device=WAITS)
+    vision = {-2: VisionRows(torch.empty(2, 17, device=WAITS))}
+    images = [VisualTokens(rows[:n], k, vision=vision, patches=rows[:n]) for n, k in ((17, 5), (17, 3))]
+    assert [selection.k for selection in checked_pruner(name).select_batch(images)] == [5, 3]
 
 
 def test_the_fixture_would_notice(accelerator):

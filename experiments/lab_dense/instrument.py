@@ -3,6 +3,7 @@
     PYTHONPATH=examples python -m experiments.lab_dense.instrument      # writes results/instrument.json; minutes
 
 - evidence: how many units and tokens hold it, how many other things are on the board, and the norms of their tokens.
+- hits: the share of things that an even grid of tokens lies on.
 - CLS: the share of the CLS token's attention, last layer, that falls on things, beside the share of tokens that are on
   things; the same for the first lab on its own scenes.
 - nested: the best sets of 8 and of 32 tokens that a search finds for a question. If the best set of 8 were part of the
@@ -24,7 +25,8 @@ from torch.nn import functional as F
 from experiments.results import write_json
 from gripvlm import lab
 from gripvlm.eval.environment import git_state, hardware
-from lab_dense.boards import Facts, compose, units
+from gripvlm.pruners.baselines.grid import lattice
+from lab_dense.boards import GRID, Facts, compose, units
 from lab_dense.packing import IMAGE, Asked, Packer
 from lab_dense.questions import OF_ONE, PATCHES, Question, Things, ask, order
 from lab_vlm import compose as first_compose
@@ -74,6 +76,20 @@ def evidence(model: Any, boards: Boards) -> dict[str, Any]:
             "other things a unit of evidence": spread(others),
             "norm of evidence / of other things": spread(ratio),
         }
+    return found
+
+
+def hit_by_a_grid(boards: Boards) -> dict[str, float]:
+    """Share of the things that at least one token of an even grid lies on, by tokens."""
+    found = {}
+    for keep in (64, 32, 15, 8):
+        cells = lattice((GRID, GRID), keep)[0].numpy()
+        hits = []
+        for things in boards.things:
+            units = things.facts.units
+            singles = np.flatnonzero(things.single)
+            hits.append(np.isin(singles, units[cells]).mean())
+        found[str(keep)] = round(float(np.mean(hits)), 3)
     return found
 
 
@@ -210,6 +226,7 @@ def main() -> None:
         "hardware": hardware(),
         "boards": given.boards,
         "evidence": evidence(model, boards),
+        "things hit by a grid of so many tokens": hit_by_a_grid(boards),
         "CLS": {
             "lab-dense on its boards": cls_attention(model, boards.pixels, on_boards),
             "lab-dense on the first lab's scenes": cls_attention(model, scene_pixels, on_scenes),

@@ -169,6 +169,7 @@ class LLMTokens:
         rows: [n] LongTensor, ascending: which of the image's original rows they are.
         input: what was known before the language model: `input.features[rows]`, the grid, the vision tower's rows.
         hidden: [n, d] hidden states that enter the layer.
+        before: [n, d] hidden states of the same rows that entered the layer before.
         last: [H, n] attention of the prompt's last token on these tokens in the layer before, by head.
         question: [H, t, n] the same for each of the prompt's t text tokens that are no special tokens. Under causal
             attention, zeros for those ahead of the image.
@@ -176,7 +177,8 @@ class LLMTokens:
         after: [t] bool, which of these text tokens come after the image; with "question" or "text".
         words: [t, d] embeddings of these text tokens, as they entered the first layer.
         keys: [n, d_h] keys of the layer before, the mean over its key heads, after rotary positions.
-        key_sizes: [n] L1 norms of the same keys over all heads and dimensions.
+        all_keys: [n, H d_h] the same keys of all key heads, side by side.
+        key_sizes: [n] L1 norms of these, over all heads and dimensions.
         text_key_sizes: [t] those of the text tokens; with "key_sizes" and "question" or "text".
         norm: the language model's last norm, which makes of states [..., d] what its head reads.
     """
@@ -186,12 +188,14 @@ class LLMTokens:
     rows: Tensor
     input: VisualTokens
     hidden: Tensor | None = None
+    before: Tensor | None = None
     last: Tensor | None = None
     question: Tensor | None = None
     text: Tensor | None = None
     after: Tensor | None = None
     words: Tensor | None = None
     keys: Tensor | None = None
+    all_keys: Tensor | None = None
     key_sizes: Tensor | None = None
     text_key_sizes: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None

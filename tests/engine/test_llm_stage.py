@@ -55,7 +55,9 @@ class Steps(LLMPruner):
 class Noting(Steps):
     """Notes what it is shown at its one cut."""
 
-    llm_needs: ClassVar[frozenset[str]] = frozenset({"hidden", "text", "words", "key_sizes", "norm"})
+    llm_needs: ClassVar[frozenset[str]] = frozenset(
+        {"hidden", "before", "text", "words", "all_keys", "key_sizes", "norm"}
+    )
 
     cuts: tuple[int, ...] = (2,)
     seen: list[LLMTokens] = field(default_factory=list)
@@ -109,11 +111,15 @@ def test_generate_inside_the_block_equals_masking_the_later_layers(name, pruner,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layer_shows_the_text_around_each_image(name):
-    """Sizes of keys, embeddings and what comes after the image, as the full model has them."""
+    """Keys and their sizes, states, embeddings and what comes after the image, as the full model has them."""
     model, batch, spy = build(name), make(TINY[name], IMAGES, WORDS), Noting()
     with gripvlm.prune(model, spy, keep=KEEP):
         model.generate(**batch.inputs, **GREEDY)
+    entered: list[torch.Tensor] = []
+    hook = model.get_decoder().layers[1].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     once = cache_of(model.generate(**batch.inputs, **{**GREEDY, "max_new_tokens": 1}))
+    hook.remove()
+    keys = once.layers[1].keys.transpose(1, 2).flatten(2)
     sizes = once.layers[1].keys.abs().sum((1, 3))
     assert {tokens.input.sample for tokens in spy.seen} == {0, 1}
     visual = [(ids == IMAGE).nonzero().flatten() for ids in batch.inputs["input_ids"]]
@@ -122,6 +128,8 @@ def test_a_layer_shows_the_text_around_each_image(name):
         said, left = words(model, batch.inputs)[tokens.input.sample].nonzero().flatten(), visual[tokens.input.sample]
         mine, visual[tokens.input.sample] = left[: tokens.n], left[tokens.n :]
         assert tokens.after.tolist() == [place > int(mine[-1]) for place in said.tolist()]
+        torch.testing.assert_close(tokens.before, entered[0][tokens.input.sample, mine], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tokens.all_keys, keys[tokens.input.sample, mine], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(tokens.key_sizes, sizes[tokens.input.sample, mine], atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(tokens.text_key_sizes, sizes[tokens.input.sample, said], atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(tokens.words, model.get_input_embeddings()(ids[said]), atol=0, rtol=0)

@@ -1,4 +1,4 @@
-"""Eight methods against what their authors' own code chose on the same tensors, and so do second implementations.
+"""Eighteen methods against what their authors' own code chose on the same tensors, and so do second implementations.
 
 authors/choices.json is written by authors/record.py, which runs that code apart.
 """
@@ -6,6 +6,7 @@ authors/choices.json is written by authors/record.py, which runs that code apart
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor
 
 import second
 from gripvlm.pruners import get_pruner, top_k
+from gripvlm.pruners.baselines.given import Given
 from gripvlm.pruners.llm.sparsevlm import SparseVLM
+from gripvlm.pruners.ops.schedules import average_tokens
+from gripvlm.pruners.wrappers.restore import Restore
 from gripvlm.types import LLMTokens, Selection, VisionRows, VisualTokens
 from places import TESTS
 
@@ -249,3 +253,162 @@ def test_hired(run):
 
 def rows(cls: Tensor) -> VisionRows:
     return VisionRows(cls, cls)
+
+
+@pytest.mark.parametrize("run", runs("otprune"))
+def test_otprune(run):
+    rows = case("otprune", run["seed"])["rows"]
+    assert get_pruner("otprune").select(VisualTokens(rows, run["keep"])).indices.tolist() == run["kept"]
+    if run["keep"] == 16:  # a determinant for each token and step
+        assert second.otprune(rows, run["keep"], 0.01) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("scope"))
+def test_scope(run):
+    seen = case("scope", run["seed"])
+    vision = {-2: rows(seen["cls"])}
+    tokens = VisualTokens(torch.zeros(144, 1), run["keep"], vision=vision, patches=seen["rows"])
+    assert get_pruner("scope").select(tokens).indices.tolist() == run["kept"]
+    if run["keep"] == 16:
+        assert second.scope(seen["cls"].double().mean(dim=0).tolist(), seen["rows"], 16, 1.0) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("holov"))
+def test_holov(run):
+    seen = case("holov", run["seed"])
+    tokens = VisualTokens(seen["rows"], run["keep"], vision={-2: rows(seen["cls"])})
+    assert get_pruner("holov").select(tokens).indices.tolist() == run["kept"]
+    if run["keep"] == 100:  # one pair at a time takes long
+        looked = seen["cls"].double().mean(dim=0).tolist()
+        assert second.holov(looked, seen["rows"], run["keep"], 16, 0.09) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("prunesid"))
+def test_prunesid(run):
+    rows = case("prunesid", run["seed"])["rows"]
+    assert get_pruner("prunesid").select(VisualTokens(rows, run["keep"])).indices.tolist() == run["kept"]
+    if run["keep"] == 64:  # one pair at a time takes long
+        assert second.prunesid(rows, run["keep"]) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("apet_input"))
+def test_apet(run):
+    """Basis, kept rows and where others go; the code merges other rows at the basis' places (a numbered departure)."""
+    seen = case("apet_input", run["seed"])
+    tokens = VisualTokens(seen["rows"], run["keep"], patches=seen["rows"])
+    groups = groups_of(get_pruner("apet_input").select(tokens))
+    assert sorted(groups) == sorted(run["basis"] + run["kept"])
+    to = {i: kept for kept, those in groups.items() for i in those}
+    theirs = {i: kept for i, kept in zip(run["rest"], run["into"], strict=True) if i not in run["basis"]}
+    assert {i: to[i] for i in theirs} == theirs
+    if run["keep"] == 32:
+        again = second.apet(seen["rows"], run["keep"], seen["basis"])
+        assert {kept: sorted(those) for kept, those in again.items()} == groups
+
+
+def stages(method: str, run: Any) -> Iterator[tuple[LLMTokens, list[int]]]:
+    """What enters each cut of a run, and what the code left of it."""
+    seen, seed = case(method, run["seed"]), run["seed"]
+    ahead, n = seen["ahead"], seen["n"]
+    length = ahead + n + seen["text"]
+    image = slice(ahead, ahead + n)
+    left, enters = torch.arange(n), cases.states(seed, 0, length)[image]
+    for cut in run["cuts"]:
+        layer, m = cut["before_layer"], len(left)
+        yield (
+            LLMTokens(
+                layer,
+                len(cut["kept"]),
+                left,
+                VisualTokens(enters, n, (cases.SIDE, cases.SIDE)),
+                hidden=cases.states(seed, layer, length)[image][left],
+                before=cases.states(seed, layer - 1, length)[image][left],
+                last=cases.last_looks(seed, layer - 1, length - n + m)[:, ahead : ahead + m],
+            ),
+            cut["kept"],
+        )
+        left = torch.tensor(cut["kept"])
+
+
+@pytest.mark.parametrize("method", ["clse", "v2drop"])
+@pytest.mark.parametrize("number", range(4))
+def test_methods_in_stages(method, number):
+    run, pruner = CHOICES[method]["runs"][number], get_pruner(method)
+    assert [cut["before_layer"] for cut in run["cuts"]] == list(pruner.layers)
+    for tokens, kept in stages(method, run):
+        found = pruner.select_at_layer(tokens.layer, tokens)
+        assert tokens.rows[found.indices].tolist() == kept
+        if method == "v2drop":
+            moved = [float((a - b).norm()) for a, b in zip(tokens.hidden.double(), tokens.before.double(), strict=True)]
+            again = second.falling(moved)[: len(kept)]
+            assert sorted(tokens.rows[again].tolist()) == kept
+
+
+@pytest.mark.parametrize("method", ["clse", "v2drop"])
+def test_methods_in_stages_keep_as_many_as_the_code_does(method):
+    """Where its own setting is asked for; and what that pays for is what the docstring says."""
+    settings = {"clse": {64: 110, 128: 220, 192: 330}, "v2drop": {None: 288}}[method]
+    said = " ".join((get_pruner(method).__doc__ or "").split())
+    for run in CHOICES[method]["runs"]:
+        theirs = {cut["before_layer"]: len(cut["kept"]) for cut in run["cuts"]}
+        assert next(iter(theirs.values())) == settings[run.get("setting")]
+        average = average_tokens(576, theirs, 32)
+        assert f"{average + 1e-9:.1f}" in said
+        ours = get_pruner(method).schedule(576, round(average), 32)
+        assert all(abs(ours[layer] - count) <= 2 for layer, count in theirs.items())
+
+
+@pytest.mark.parametrize("run", runs("priortr"))
+def test_priortr(run):
+    seen = case("priortr", run["seed"])
+    ahead, n, text = seen["ahead"], seen["n"], seen["text"]
+    attention = seen["attention"][:, :, ahead : ahead + n]
+    shown = inside(
+        3, run["keep"], VisualTokens(torch.zeros(n, 1), n), n,
+        question=torch.cat((attention[:, :ahead], attention[:, ahead + n :]), dim=1), last=attention[:, -1],
+        after=torch.tensor([False] * ahead + [True] * text),
+    )  # fmt: skip
+    last = run["query"] == "last"
+    assert get_pruner("priortr", last=last).select_at_layer(3, shown).indices.tolist() == run["kept"]
+    score = second.priortr(attention[:, ahead + n :], attention[:, -1] if last else None)
+    assert sorted(second.falling(score)[: run["keep"]]) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("vlm_pruner"))
+def test_vlm_pruner(run):
+    """What is kept, and how much of each dropped row goes into which."""
+    seen = case("vlm_pruner", run["seed"])
+    ahead, n = seen["ahead"], seen["n"]
+    shown = inside(
+        2, run["keep"], VisualTokens(torch.zeros(n, 1), n, (cases.SIDE, cases.SIDE)), n,
+        hidden=seen["hidden"][ahead:], all_keys=seen["keys"][:, ahead:].transpose(0, 1).flatten(1),
+    )  # fmt: skip
+    found = get_pruner("vlm_pruner").select_at_layer(2, shown)
+    assert found.indices.tolist() == run["kept"]
+    assert found.merge is not None
+    parts = zip(found.merge.source.tolist(), found.merge.destination.tolist(), found.merge.weight.tolist(), strict=True)
+    into: list[dict[str, float]] = [{} for _ in run["kept"]]
+    for source, slot, weight in parts:
+        if source != run["kept"][slot]:
+            into[slot][str(source)] = weight
+        else:
+            assert weight == pytest.approx(0.3)
+    assert [sorted(one) for one in into] == [sorted(one) for one in run["into"]]
+    assert all(ours == pytest.approx(theirs, abs=2e-5) for ours, theirs in zip(into, run["into"], strict=True))
+    if run["keep"] == 32:
+        assert second.vlm_pruner(seen["hidden"][ahead:], shown.all_keys, (24, 24), 32, 4, 0.8, 16) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("restore"))
+def test_restore(run):
+    """Groups, and the row at whose place each stands."""
+    seen = case("restore", run["seed"])
+    scores = torch.zeros(len(seen["rows"]))
+    scores[seen["kept"]] = 1
+    found = Restore(Given([[scores]])).select(VisualTokens(seen["rows"], seen["keep"]))
+    groups = groups_of(found)
+    assert sorted(sorted(those) for kept, those in groups.items() if kept not in seen["kept"]) == run["groups"]
+    assert [i for i in found.indices.tolist() if i not in seen["kept"]] == run["places"]
+    rest = [i for i in range(len(scores)) if i not in seen["kept"]]
+    again = second.anchors(seen["rows"][rest], seen["keep"] - len(seen["kept"]))
+    assert sorted([rest[i] for i in those] for those in again.values()) == run["groups"]

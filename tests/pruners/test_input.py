@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,10 +20,15 @@ from gripvlm.pruners.input.fastervlm import FasterVLM
 from gripvlm.pruners.input.fopru import FoPru
 from gripvlm.pruners.input.hiprune import HiPrune
 from gripvlm.pruners.input.hired import HiRED
+from gripvlm.pruners.input.holov import HoloV
+from gripvlm.pruners.input.otprune import OTPrune
 from gripvlm.pruners.input.prumerge import PruMerge, PruMergePlus
+from gripvlm.pruners.input.prunesid import PruneSID, quotas
+from gripvlm.pruners.input.scope import SCOPE
 from gripvlm.pruners.input.svd_prune import SVDPrune
 from gripvlm.pruners.input.visionzip import VisionZip
 from gripvlm.pruners.input.vispruner import VisPruner
+from gripvlm.pruners.llm.apet import ApETInput
 from gripvlm.pruners.llm.dart import DARTInput
 from gripvlm.pruners.llm.mustdrop import MustDrop
 from gripvlm.pruners.llm.ptp import PTPVision
@@ -373,3 +379,101 @@ def test_ptp_shares_among_tiles():
     assert PTPVision().allocate_budget(tiles, 1) == apportion(12, weights, [9] * 3)
     best = sorted(falling(cls(tiles[0], -2))[:4])
     assert PTPVision().select(tiles[0]).indices.tolist() == best
+
+
+def test_otprune_by_hand():
+    """Columns of length 1 make rows (.7, 0), (.7, 0), (0, 1): det K_i is 1 + .5 gamma twice and 1 + gamma."""
+    rows = torch.tensor([[2.0, 0], [2, 0], [0, 5]])
+    assert picked(OTPrune(), rows, 1) == [2]
+    assert picked(OTPrune(), rows, 2) == [0, 2]  # 0 and 1 are equal: the lower first
+    assert picked(OTPrune(), torch.zeros(4, 2), 2) == [0, 1]
+    with pytest.raises(PrunerError, match=r"gamma=0\.01, above 0"):
+        OTPrune(gamma=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 9), st.integers(0, 99), st.sampled_from([0.01, 1.0]), st.data())
+def test_otprune_follows_the_determinants(n, seed, gamma, data):
+    k, rows = data.draw(st.integers(1, n)), randn(n, 6, seed=seed)
+    assert picked(OTPrune(gamma), rows, k) == second.otprune(rows, k, gamma)
+
+
+def test_scope_by_hand():
+    """Gains 2, 2, 1 x saliency .1, .2, .3: first token 1, then 2, as 0 adds nothing to what 1 covers."""
+    rows = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    seen = {"patches": rows, "vision": attention([0.1, 0.2, 0.3])}
+    assert picked(SCOPE(), rows, 1, **seen) == [1]
+    assert picked(SCOPE(), rows, 2, **seen) == [1, 2]
+    assert picked(SCOPE(alpha=0), rows, 2, **seen) == [0, 2]
+    assert picked(SCOPE(alpha=4), rows, 1, **seen) == [2]
+
+
+@settings(max_examples=15, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.5, 1.0]), st.data())  # without saliency, two may cover as much
+def test_scope_follows_the_formula(grid, seed, alpha, data):
+    tokens = drawn(data, grid, seed)
+    k = min(tokens.keep, max(1, tokens.n // 2))  # once all is covered the last gains are rounding
+    tokens = replace(tokens, keep=k)
+    assert tokens.patches is not None
+    expected = second.scope(cls(tokens, -2), tokens.patches, k, alpha)
+    assert SCOPE(alpha).select(tokens).indices.tolist() == expected
+
+
+def test_holov_by_hand():
+    """Two crops of four, no two tokens alike: .6 and .4 of four tokens are 2 and 1, and the first crop has one more."""
+    crops = HoloV(crops=2)
+    shares = attention([0.3, 0.2, 0.05, 0.05, 0.1, 0.1, 0.1, 0.1])
+    assert picked(crops, torch.eye(8), 4, vision=shares) == [0, 1, 2, 4]
+    full = attention([0.9, 0.05, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005])
+    assert picked(crops, torch.eye(8), 6, vision=full) == [0, 1, 2, 3, 4, 5]  # no room for two of the first crop's
+
+
+@settings(max_examples=15, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([1, 3, 16]), st.sampled_from([0.0, 0.09, 2.0]), st.data())
+def test_holov_follows_the_formula(grid, seed, crops, alpha, data):
+    tokens = drawn(data, grid, seed)
+    expected = second.holov(cls(tokens, -2), tokens.features, tokens.keep, crops, alpha)
+    assert HoloV(crops, alpha).select(tokens).indices.tolist() == expected
+
+
+def test_apet_by_hand():
+    """A basis of the longest row: it reproduces row 1, but not 2 and 3. What is not kept goes to 2, the only one."""
+    rows = torch.tensor([[3.0, 0], [1, 0], [0, 1], [0, 0.9]])
+    tokens = VisualTokens(rows, 2, patches=rows)
+    agrees(tokens, ApETInput(basis=1).select(tokens), {0: rows[0], 2: rows[1:].mean(0)})
+    assert picked(ApETInput(), rows, 2, patches=rows) == [0, 2]  # both of the basis: (0, 1) is the farthest from (3, 0)
+    assert ApETInput().select(tokens).merge is None
+    assert picked(ApETInput(), torch.ones(4, 2), 2, patches=torch.ones(4, 2)) == [0, 1]
+
+
+@settings(max_examples=15, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.integers(1, 4), st.data())
+def test_apet_follows_the_formula(grid, seed, basis, data):
+    tokens = drawn(data, grid, seed)
+    assert tokens.patches is not None
+    groups = second.apet(tokens.patches, tokens.keep, basis)
+    means = {i: tokens.features[those].double().mean(0) for i, those in groups.items()}
+    agrees(tokens, ApETInput(basis).select(tokens), means)
+
+
+def test_prunesid_shares_by_hand():
+    """One each, the other five by 3 : 1 : 1 tokens apart; four groups, the last of them empty."""
+    assert quotas(torch.tensor([6, 4, 2, 0]), torch.tensor([3, 1, 1, 0]), 8).tolist() == [4, 2, 2, 0]
+    # 3 + 1 + 1 apart leave no room for 8: one more of each group, as far as it goes
+    assert quotas(torch.tensor([9, 1]), torch.tensor([1, 1]), 4).tolist() == [3, 1]
+    assert quotas(torch.tensor([3, 3]), torch.tensor([3, 3]), 3).tolist() == [1, 2]  # ends .5 and 1 round to 0 and 1
+
+
+def test_prunesid_takes_the_first_of_equal_rows():
+    rows = randn(12, 20)[[0, 1, 2, 11, 3, 4, 5, 11, 6, 7, 8, 11]]
+    for k in range(1, 13):
+        kept = [i for i in picked(PruneSID(), rows, k) if i in (3, 7, 11)]
+        assert kept == [3, 7, 11][: len(kept)]
+
+
+@settings(max_examples=10, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.data())
+def test_prunesid_follows_the_rule(grid, seed, data):
+    n = grid[0] * grid[1]
+    rows, k = randn(n, 20, seed=seed), data.draw(st.integers(1, n))
+    assert picked(PruneSID(), rows, k) == second.prunesid(rows, k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,18 +15,23 @@ from torch import Tensor
 import second
 from gripvlm.engine.llm_stage import checked_schedule
 from gripvlm.engine.outputs import checked_selection
-from gripvlm.errors import BudgetError
+from gripvlm.errors import BudgetError, PrunerError
 from gripvlm.pruners import LLMPruner, get_pruner, list_pruners
+from gripvlm.pruners.llm.apet import ApET
+from gripvlm.pruners.llm.clse import CLSE, evolution, fine_structure
 from gripvlm.pruners.llm.dart import DART
 from gripvlm.pruners.llm.fastv import FastV
 from gripvlm.pruners.llm.mustdrop import MustDrop, MustDropLLM
+from gripvlm.pruners.llm.priortr import PriorTR
 from gripvlm.pruners.llm.ptp import PTP
 from gripvlm.pruners.llm.pumer import PuMer
 from gripvlm.pruners.llm.pyramiddrop import PyramidDrop
 from gripvlm.pruners.llm.sparsevlm import SparseVLM, raters
+from gripvlm.pruners.llm.v2drop import V2Drop
+from gripvlm.pruners.llm.vlm_pruner import VLMPruner
 from gripvlm.pruners.llm.vscan import VScan
 from gripvlm.pruners.ops.merging import density_peaks
-from gripvlm.pruners.ops.schedules import average_tokens, same_depths
+from gripvlm.pruners.ops.schedules import average_tokens, ratio_schedule, same_depths
 from gripvlm.types import LLMTokens, Selection, VisualTokens
 from pruner_inputs import GRIDS, cls, entering, image
 from second import falling
@@ -307,3 +313,91 @@ def test_ptp_weighs_saliency_and_instruction(grid, seed, alpha, data):
     base = scaled(cls(tokens.input, -2))
     f = [(1 - alpha) * b + alpha * c for b, c in zip(base, asked, strict=True)]
     agrees(tokens, PTP(alpha).select_at_layer(2, tokens), {i: [i] for i in falling(f)[: tokens.keep]})
+
+
+def test_the_null_token_of_priortr_by_hand():
+    """P .4, .2, .4 of the last word and Q .4, .4, .2 of the first: scores 0, -.14, .28."""
+    tokens = entering(1, 3, 1, words=2)
+    looks = torch.tensor([[[0.2, 0.2, 0.1], [0.2, 0.1, 0.2]]])
+    tokens = replace(tokens, question=looks, last=looks[:, 1])
+    score = PriorTR(last=True).score_at_layer(3, tokens)
+    torch.testing.assert_close(score, torch.tensor([0.0, 0.2 * math.log(0.5), 0.4 * math.log(2)]))
+    # of both words P is .4, .3, .3
+    score = PriorTR().score_at_layer(3, tokens)
+    torch.testing.assert_close(score, torch.tensor([0.0, 0.3 * math.log(0.75), 0.3 * math.log(1.5)]))
+    alone = replace(tokens, after=torch.zeros(2, dtype=torch.bool))
+    torch.testing.assert_close(PriorTR().score_at_layer(3, alone), looks[0, 1])
+
+
+def test_v2drop_by_hand():
+    tokens = entering(1, 3, 1)
+    moved = torch.tensor([[3.0, 4], [0, 6], [1, 0]])
+    tokens = replace(tokens, before=torch.ones(3, 2), hidden=1 + moved)
+    assert V2Drop().score_at_layer(3, tokens).tolist() == [5, 6, 1]
+    assert V2Drop().select_at_layer(3, tokens).indices.tolist() == [1]
+    with pytest.raises(PrunerError, match="three of 1 or more"):
+        V2Drop(layers=(3, 17))
+
+
+def test_clse_by_hand():
+    """A chessboard is all high frequency, an even field has none."""
+    board = torch.tensor([[1.0, 5], [-1, 5], [-1, 5], [1, 5]])
+    torch.testing.assert_close(fine_structure(board, (2, 2), 0.1), torch.full((4,), 0.5))  # of one of two channels
+    # changes 0, 0, 0, 1/2 have mean 1/8 and deviation 1/4
+    moved = evolution(torch.ones(4), torch.tensor([1.0, 1, 1, 2]), 1.0)
+    torch.testing.assert_close(moved, torch.sigmoid(torch.tensor([-0.5, -0.5, -0.5, 1.5])), atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.1, 0.7]))
+def test_clse_follows_the_formula(grid, seed, cutoff):
+    tokens = entering(*grid, 1, seed)
+    assert tokens.hidden is not None
+    looked = head_mean(tokens.last)
+    if tokens.n > 1:
+        score = CLSE(cutoff=cutoff).score_at_layer(1, tokens)
+        want = second.clse(tokens.input.features, tokens.hidden, looked, grid, cutoff, 0.1)
+        torch.testing.assert_close(score, torch.tensor(want), atol=1e-4, rtol=1e-3)
+    if tokens.n > 2:  # no grid any more
+        fewer = entering(*grid, 1, seed, dropped=1)
+        torch.testing.assert_close(CLSE().score_at_layer(11, fewer), torch.tensor(head_mean(fewer.last)))
+
+
+def test_apet_compresses_states_too():
+    tokens = entering(3, 4, 5)
+    assert tokens.hidden is not None
+    agrees(tokens, ApET(basis=2).select_at_layer(16, tokens), second.apet(tokens.hidden, 5, 2))
+
+
+def test_schedules_in_proportion():
+    assert ratio_schedule("x", 576, 208, 32, {1: 1.72, 11: 1.09, 21: 0.32}) == {1: 331, 11: 209, 21: 62}
+    assert ratio_schedule("x", 576, 203, 32, {3: 1.0, 17: 0.5, 22: 0.0}) == {3: 288, 17: 143, 22: 2}
+    assert ratio_schedule("x", 16, 16, 4, {1: 1.0, 2: 0.5, 3: 0.0}) == {1: 16, 2: 16, 3: 16}
+    assert ApET().schedule(576, 64, 32) == {0: 96, 16: 32}
+    assert PriorTR().schedule(576, 192, 32) == {3: 152}
+
+
+def test_vlm_pruner_by_hand():
+    """Four tokens in a row; the pivot is 0. Cosines to it are 1, .6 and 0; 1 goes to 0, the only one kept beside 3."""
+    states = torch.tensor([[2.0, 0], [5, 0], [3, 4], [0, 2]])
+    keys = torch.tensor([[9.0], [1], [1], [1]])
+    tokens = replace(entering(1, 4, 2), hidden=states, all_keys=keys)
+    found = VLMPruner(pivots=1).select_at_layer(2, tokens)
+    assert found.indices.tolist() == [0, 3]
+    assert found.merge is not None
+    # .3 of itself and .7 of what goes to it: 1 with cosine 1 to 0; 2 with .8 to 3
+    rows = torch.zeros(2, 2).index_add(
+        0, found.merge.destination, found.merge.weight[:, None] * states[found.merge.source]
+    )
+    torch.testing.assert_close(rows, torch.tensor([[0.6 + 3.5, 0], [2.1, 0.6 + 2.8]]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_vlm_pruner_follows_the_rule(grid, seed, pivots, batch, data):
+    tokens = entering(*grid, data.draw(st.integers(1, grid[0] * grid[1])), seed)
+    assert tokens.hidden is not None
+    assert tokens.all_keys is not None
+    pruner = VLMPruner(pivots=pivots, batch=batch)
+    expected = second.vlm_pruner(tokens.hidden, tokens.all_keys, grid, tokens.keep, pivots, 0.8, batch)
+    assert pruner.select_at_layer(2, tokens).indices.tolist() == expected

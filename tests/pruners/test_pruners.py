@@ -26,12 +26,13 @@ NOT_ALONE = {
     "grip",
     "ensemble",
     "mmr",
+    "restore",
     "split",
     "spread",
 }  # need scores, all rows, a pruner
 
 
-WRAPPED = ["ensemble(norm,divprune)", "mmr(norm)", "split(norm)", "spread(divprune)"]
+WRAPPED = ["ensemble(norm,divprune)", "mmr(norm)", "restore(divprune)", "split(norm)", "spread(divprune)"]
 
 
 CHOOSING = sorted({row.name for row in list_pruners() if row.stage == "input"} - NOT_ALONE) + WRAPPED

@@ -23,6 +23,7 @@ from gripvlm.pruners.llm.ptp import PTP, PTPVision
 from gripvlm.pruners.ops.apportion import apportion, nearest
 from gripvlm.pruners.wrappers.ensemble import Ensemble, mid_ranks
 from gripvlm.pruners.wrappers.mmr import MMR
+from gripvlm.pruners.wrappers.restore import Restore
 from gripvlm.pruners.wrappers.split import Split
 from gripvlm.pruners.wrappers.spread import Spread
 from gripvlm.types import Selection, VisionRows, VisualTokens
@@ -53,6 +54,20 @@ def test_spread_keeps_the_lattice_and_the_best_of_the_rest():
     assert Spread(Given([[scores]]), 0.0).select(tokens).indices.tolist() == list(range(8, 16))
     assert Spread("norm", 1.0).select(tokens).indices.tolist() == lattice((4, 4), 8)[0].tolist()
     assert Spread("norm", 1.0).select(VisualTokens(randn(9, 4), 3)).indices.tolist() == [1, 4, 7]  # no raster: a line
+
+
+def test_restore_by_hand():
+    """Row 3 is kept. D is 3 for 0, 2 and 4, one direction, and 1 for 1: 0 and 2 are anchors, and all else goes to 0."""
+    rows = torch.tensor([[1.0, 0], [0, 1], [2, 0], [9, 9], [3, 0]])
+    found = Restore("norm", pruned=0.34).select(VisualTokens(rows, 3))
+    assert found.indices.tolist() == [1, 2, 3]  # 1 is the middle one of 0, 1 and 4
+    assert found.merge is not None
+    assert found.merge.source.tolist() == [0, 1, 4]
+    assert found.merge.destination.tolist() == [0, 0, 0]
+    assert torch.allclose(found.merge.weight, torch.tensor(1 / 3))
+    assert Restore("norm").select(VisualTokens(rows, 1)).merge.source.tolist() == [0, 1, 2, 3, 4]  # half of 1 is none
+    with pytest.raises(PrunerError, match=r"pruned=0\.5, in \[0, 1\)"):
+        Restore("norm", pruned=1.0)
 
 
 @settings(max_examples=25, deadline=None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from gripvlm.engine.outputs import checked_selection
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.models.hooks.attention import capture_attention, last_norm
-from gripvlm.models.hooks.calls import one_run
+from gripvlm.models.hooks.calls import call_hooks, one_run
 from gripvlm.models.hooks.llm_drop import DropState, MergeStates, drop_in_layers, no_labels
 from gripvlm.models.text import questions, words
 from gripvlm.pruners import LLMPruner
@@ -170,6 +170,7 @@ class LLMStage:
             "last": lambda length: None if self._done else [length - 1],
             "question": lambda length: None if self._done else self._text_columns(length),
             "keys": lambda length: None if self._done else "keys",
+            "all_keys": lambda length: None if self._done else "all_keys",
             "key_sizes": lambda length: None if self._done else "key_sizes",
         }
         choose = {layer: partial(self._choose, layer) for layer in self.layers_that_drop}
@@ -180,7 +181,16 @@ class LLMStage:
                 # In a fixed order: hooks act in the order in which they were put on.
                 for name in sorted(self.pruner.llm_needs & queries.keys()):
                     self._observed[name] = stack.enter_context(capture_attention(decoder, before, queries[name]))
+                # Behind the hooks that drop: a layer before which tokens are dropped is entered by those that are left.
+                if "before" in self.pruner.llm_needs:
+                    self._observed["before"] = {}
+                    stack.enter_context(call_hooks({decoder.layers[i]: partial(self._note, i) for i in before}))
             yield
+
+    def _note(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before a layer: notes the hidden states that enter it, until all have chosen."""
+        if not self._done:
+            self._observed["before"].setdefault(layer, []).append(args[0].detach())
 
     def held(self) -> tuple[DropState | None, None]:
         """What the layers' caches hold once the prompt has run, and the sizes in each layer, which are all 1."""
@@ -260,10 +270,14 @@ class LLMStage:
         fields: dict[str, Any] = {}
         if "hidden" in needs:
             fields["hidden"] = hidden[row, places]
+        if "before" in needs:
+            fields["before"] = observed["before"][row, places]
         if "last" in needs:
             fields["last"] = observed["last"][row, :, 0, places]
         if "keys" in needs:
             fields["keys"] = observed["keys"][row, places]
+        if "all_keys" in needs:
+            fields["all_keys"] = observed["all_keys"][row, places]
         if "key_sizes" in needs:
             key_sizes = observed["key_sizes"][row].to(hidden.device)
             fields["key_sizes"] = key_sizes[places]

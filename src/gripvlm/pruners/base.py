@@ -31,7 +31,9 @@ __all__ = [
 NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "vision_given", "patches", "groups"})
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
 
-LLM_NEEDS = frozenset({"hidden", "last", "question", "text", "words", "keys", "key_sizes", "norm"})
+LLM_NEEDS = frozenset(
+    {"hidden", "before", "last", "question", "text", "words", "keys", "all_keys", "key_sizes", "norm"}
+)
 """Everything an `LLMPruner` may name in `llm_needs`; what it does not name is None."""
 
 

@@ -96,6 +96,76 @@ def hired(seed: int) -> Case:
     return blocks | {"share": 0.25, "alpha": 0.5}
 
 
+def otprune(seed: int) -> Case:
+    """`rows` [n, d] after the projector."""
+    return {"rows": numbers(f"rows {seed}", 144, 48), "keeps": [1, 16, 48, 100]}
+
+
+def scope(seed: int) -> Case:
+    """`cls` [H, n] and `rows` [n, d] of the tower."""
+    found = {"cls": attention(f"cls {seed}", 2, 144), "rows": numbers(f"rows {seed}", 144, 16)}
+    return found | {"keeps": [1, 16, 48, 100]}
+
+
+def holov(seed: int) -> Case:
+    """`cls` [H, n] of the tower and `rows` [n, d] after the projector."""
+    return {"cls": attention(f"cls {seed}", 2, N), "rows": numbers(f"rows {seed}", N, 16), "keeps": [64, 100, 192]}
+
+
+def apet(seed: int) -> Case:
+    """`rows` [n, d] of the tower, of numbers that float16 has; `start`: the longest."""
+    rows = numbers(f"rows {seed}", N, 32).half().float()
+    return {"rows": rows, "start": int(rows.norm(dim=1).argmax()), "basis": 10, "keeps": [32, 96, 192]}
+
+
+def stages(seed: int) -> Case:
+    """A prompt of LLaVA's, before which and behind which `states` says what its layers make of it."""
+    return {"ahead": 35, "n": N, "text": 6}
+
+
+def states(seed: int, layer: int, length: int) -> Tensor:
+    """[length, d] hidden states that enter a layer of the language model."""
+    return numbers(f"states {seed} {layer}", length, 8)
+
+
+def last_looks(seed: int, layer: int, length: int) -> Tensor:
+    """[H, length] attention of the last token in a layer."""
+    return attention(f"last {seed} {layer}", 2, length)
+
+
+def priortr(seed: int) -> Case:
+    """`attention` [H, a + n + t, a + n + t], causal."""
+    ahead, n, text = 5, 100, 9
+    return {"ahead": ahead, "n": n, "text": text, "attention": looks(seed, 2, ahead + n + text), "keeps": [8, 40, 64]}
+
+
+def picture(seed: int, channels: int) -> Tensor:
+    """[n, d] rows of which neighbours are alike."""
+    field = numbers(f"field {seed}", channels, 7, 7)
+    smooth = torch.nn.functional.interpolate(field[None], (SIDE, SIDE), mode="bilinear", align_corners=True)[0]
+    return smooth.flatten(1).T + 0.3 * numbers(f"noise {seed}", N, channels)
+
+
+def prunesid(seed: int) -> Case:
+    """`rows` [n, d] after the projector."""
+    return {"rows": picture(seed, 64), "keeps": [32, 64, 192]}
+
+
+def restore(seed: int) -> Case:
+    """`rows` [n, d] after the projector, and how many of them are kept without merging."""
+    rows = picture(seed, 32)[: 24 * 9]
+    kept = sorted(random.Random(f"kept {seed}").sample(range(len(rows)), 24))
+    return {"rows": rows, "kept": kept, "keep": 2 * len(kept)}
+
+
+def vlm_pruner(seed: int) -> Case:
+    """A prompt of LLaVA's: `hidden` [a + n, d] and `keys` [H, a + n, d_h]."""
+    ahead = 5
+    hidden = torch.cat((numbers(f"ahead {seed}", ahead, 320), picture(seed, 320)))
+    keys = numbers(f"keys {seed}", 2, ahead + N, 8)
+    return {"ahead": ahead, "n": N, "hidden": hidden, "keys": keys, "keeps": [32, 64, 192]}
+
+
 CASES = {
     "hiprune": hiprune,
     "sparsevlm": sparsevlm,
@@ -105,4 +175,14 @@ CASES = {
     "mustdrop_llm": mustdrop,
     "vispruner": vispruner,
     "hired": hired,
+    "otprune": otprune,
+    "scope": scope,
+    "holov": holov,
+    "prunesid": prunesid,
+    "apet_input": apet,
+    "clse": stages,
+    "v2drop": stages,
+    "restore": restore,
+    "priortr": priortr,
+    "vlm_pruner": vlm_pruner,
 }

@@ -1,6 +1,7 @@
-"""Writes choices.json: what the authors' published code of eight methods chooses.
+"""Writes choices.json: what the authors' published code of eighteen methods chooses.
 
     python tests/pruners/authors/record.py FOLDER       FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
+    python tests/pruners/authors/record.py FOLDER --methods scope,holov                 the others stay as they are
 
 Each function is read from a clone at the commit named below and run as it stands, on the tensors of cases.py; none of
 it is part of this repository. What stands around it (a model, a tower, a GPU's clock) is replaced by objects that hand
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import cases
+import numpy as np
 import torch
 import torch.nn.functional as F
 from clones import Ascending, Clone, Torch, on_cpu, run_llama
@@ -286,6 +288,221 @@ def hired(clone: Clone) -> list[dict[str, Any]]:
     return found
 
 
+def otprune(clone: Clone) -> list[dict[str, Any]]:
+    names = ("greedy_select", "LlavaMetaForCausalLM.OTPrune")
+    choose = clone.take("LLaVA/llava/model/llava_arch.py", *names)["OTPrune"]
+    found = []
+    for seed in SEEDS:
+        case = cases.otprune(seed)
+        n = len(case["rows"])
+        for keep in case["keeps"]:
+            kept = choose(None, case["rows"].clone(), n, None, threshold_ratio=keep / n)[0]
+            found.append({"seed": seed, "keep": keep, "kept": sorted(kept.tolist())})
+    return found
+
+
+def scope(clone: Clone) -> list[dict[str, Any]]:
+    choose = clone.take("scope/clip_encoder.py", "SCOPE")["SCOPE"]
+    found = []
+    for seed in SEEDS:
+        case = cases.scope(seed)
+        for keep in case["keeps"]:
+            kept = choose(case["rows"][None], keep, case["cls"].sum(dim=0)[None])[0][0]
+            found.append({"seed": seed, "keep": keep, "kept": sorted(kept.tolist())})
+    return found
+
+
+def holov(clone: Clone) -> list[dict[str, Any]]:
+    choose = clone.take("llava/model/utils.py", "HoloV")["HoloV"]
+    found = []
+    for seed in SEEDS:
+        case = cases.holov(seed)
+        for keep in case["keeps"]:
+            rows = choose(case["rows"][None], case["cls"].mean(dim=0)[None], 16, keep)[0]
+            found.append({"seed": seed, "keep": keep, "kept": sorted(_same(case["rows"], row) for row in rows)})
+    return found
+
+
+def prunesid(clone: Clone) -> list[dict[str, Any]]:
+    """With exact principal components, and how much of that their random ones choose too."""
+    exact = Torch()
+    exact.pca_lowrank = lambda rows, q: (None, None, torch.linalg.svd((rows - rows.mean(dim=0)).double())[2][:q].T)
+    exact.argsort = lambda values, **rest: torch.argsort(values, stable=True, **rest)
+    names = ("pca_group", "nms", "Qwen2VisionTransformerPretrainedModel_prunesid.forward")
+    path = "prunesid/prunesid_qwen/modeling_qwen2_vl.py"
+    found = []
+    for seed in SEEDS:
+        rows = cases.prunesid(seed)["rows"]
+        for keep in cases.prunesid(seed)["keeps"]:
+            chosen = []
+            for library in (exact, torch):
+                forward = clone.take(path, *names, np=np, torch=library)["forward"]
+                asked = SimpleNamespace(patch_embed=lambda rows: rows, merger=lambda rows: rows, blocks=[])
+                asked.rot_pos_emb, asked.need_token_num = lambda grid: None, keep
+                chosen.append(sorted(forward(asked, rows, torch.tensor([[1, 24, 24]]))[1].tolist()))
+            common = len({*chosen[0]} & {*chosen[1]})
+            found.append({"seed": seed, "keep": keep, "kept": chosen[0], "also_kept_with_random_parts": common})
+    return found
+
+
+def apet_input(clone: Clone) -> list[dict[str, Any]]:
+    """Basis, the rest of what is kept, and where each row that is dropped goes: by cosines in float32, not float16."""
+    drawn, nearest, ranks = Torch(), [], []
+
+    def alike(*rows: Tensor, **rest: Any) -> Tensor:
+        nearest.append(F.cosine_similarity(*(one.float() for one in rows), **rest))
+        return nearest[-1]
+
+    sample = clone.take("llava/model/utils.py", "fps", torch=drawn)["fps"]
+    names = [f"LlavaMetaForCausalLM.{name}" for name in ("token_merging", "encode_images")]
+
+    def sampled(rows: Tensor, count: int) -> Tensor:
+        ranks.append(sample(rows, count))
+        return ranks[-1]
+
+    around = {"F": SimpleNamespace(cosine_similarity=alike), "fps": sampled}
+    space = clone.take("llava/model/llava_arch.py", *names, **around)
+    found = []
+    for seed in SEEDS:
+        case = cases.apet(seed)
+        drawn.randint = lambda *_, **__: torch.tensor([case["start"]])  # noqa: B023
+        for keep in case["keeps"]:
+            rows = torch.cat((torch.zeros(1, 32), case["rows"]))[None]
+            tower = lambda images: (rows, None)  # noqa: B023, E731
+            model = SimpleNamespace(get_vision_tower=lambda: tower, mm_projector=lambda rows: rows)  # noqa: B023
+            asked = SimpleNamespace(get_model=lambda: model, get_visual_token_num=lambda: keep)  # noqa: B023
+            asked.model = SimpleNamespace(basis_token_num=case["basis"])
+
+            def merge(features: Tensor, order: Tensor, k: int) -> Tensor:
+                ranks.append(order)
+                return space["token_merging"](asked, features, order, k)  # noqa: B023
+
+            asked.token_merging = merge
+            mask = space["encode_images"](asked, None)[1][0]
+            basis, order = (one[0].tolist() for one in ranks[-2:])
+            kept = order[: -case["basis"]]
+            rest = (~mask).nonzero().flatten().tolist()
+            into = [kept[slot] for slot in nearest[-1].argmax(dim=2)[0].tolist()]
+            found.append({"seed": seed, "keep": keep, "basis": sorted(basis), "kept": kept, "rest": rest, "into": into})
+    return found
+
+
+def restore(clone: Clone) -> list[dict[str, Any]]:
+    """Of the rows that are not kept: the groups that they are merged in, and the place of each."""
+    names = ("distinctive_anchor_merging", "merge_source")
+    space = clone.take("tokenreduction/tore/merge.py", *names)
+    place = clone.take("llava/model/modeling_llama_restore.py", "LlamaModel.reorder_vis_position_ids")
+    found = []
+    for seed in SEEDS:
+        case = cases.restore(seed)
+        n = len(case["rows"])
+        rest = [i for i in range(n) if i not in case["kept"]]
+        merge, _ = space["distinctive_anchor_merging"](case["rows"][rest][None], case["keep"] - len(case["kept"]))
+        source = torch.nn.functional.one_hot(torch.tensor(rest), n).float()[None]
+        pattern = space["merge_source"](merge, case["rows"][rest][None], source)
+        asked = SimpleNamespace(merging_pattern_list=[pattern], size_list=[pattern.sum(dim=-1, keepdim=True)])
+        asked.N_sys, asked.N_txt, asked.N_vis, asked.n_vis = 0, 0, n, pattern.shape[1]
+        hidden = torch.zeros(1, asked.n_vis, 1)
+        _, places = place["reorder_vis_position_ids"](asked, hidden, torch.arange(n)[None], "median")
+        groups = [row.nonzero().flatten().tolist() for row in pattern[0]]
+        found.append({"seed": seed, "groups": sorted(groups), "places": sorted(places[0].tolist())})
+    return found
+
+
+def _in_stages(space: dict[str, Any], seed: int, length: int, cuts: tuple[int, ...], **attributes: Any) -> list[Any]:
+    """What is left of the image before each of some layers, where layers say what `cases.states` has for them."""
+    case, seen = cases.stages(seed), {}
+
+    def layer(number: int, hidden: Tensor, **rest: Any) -> Any:
+        places = rest["position_ids"][0]
+        seen[number] = places
+        looks = torch.zeros(1, 2, len(places), len(places))
+        if rest.get("output_attentions"):
+            looks[0, :, -1] = cases.last_looks(seed, number, len(places))
+        return cases.states(seed, number + 1, length)[places][None], looks
+
+    attributes |= {"use_cache": False}
+    run_llama(space, cases.states(seed, 0, length), layer, max(cuts) + 1, **attributes)
+    image = range(case["ahead"], case["ahead"] + case["n"])
+    left = [[int(i) - case["ahead"] for i in seen[cut] if int(i) in image] for cut in cuts]
+    return [{"before_layer": cut, "kept": kept} for cut, kept in zip(cuts, left, strict=True)]
+
+
+def clse(clone: Clone) -> list[dict[str, Any]]:
+    folder = "LLaVA1.5/llava/model/language_model/"
+    names = ("spatial_spectral_score_2d", "get_evolution_factor", "calculate_evolution_score")
+    space = clone.take(folder + "tools.py", *names)
+    around = {"DynamicCache": dict, "_prepare_4d_causal_attention_mask": lambda *_: None, **space}
+    space = clone.take(folder + "clse_model.py", "CLSELlamaModel.forward", **around)
+    case, found = cases.stages(0), []
+    length = case["ahead"] + case["n"] + case["text"]
+    setting = {"L_list": [0], "K_list": [1, 11, 21], "image_grid_thw": (1, 24, 24), "score_type": "clse_attn"}
+    for seed, keep in zip(SEEDS, (64, 128, 192, 64), strict=True):
+        given = {**setting, "prune": True, "retain_token": keep, "last_attention": None, "Z_L": None}
+        found.append({"seed": seed, "setting": keep, "cuts": _in_stages(space, seed, length, (1, 11, 21), **given)})
+    return found
+
+
+def v2drop(clone: Clone) -> list[dict[str, Any]]:
+    space = clone.take("llava/model/language_model/V2Drop.py", "V2DropLlamaModel.forward")
+    case = cases.stages(0)
+    length = case["ahead"] + case["n"] + case["text"]
+    given = {"prev_hidden_states": None, "image_token_amount_after_selection": 0}
+    return [{"seed": seed, "cuts": _in_stages(space, seed, length, (3, 17, 22), **given)} for seed in SEEDS]
+
+
+def priortr(clone: Clone) -> list[dict[str, Any]]:
+    path = "image/LLaVA/llava/vtr/strategy/priortr.py"
+    score = clone.take(path, "PriorTRStrategy.compute_scores")["compute_scores"]
+    found = []
+    for seed in SEEDS:
+        case = cases.priortr(seed)
+        image = (case["ahead"], case["ahead"] + case["n"])
+        for query in ("question", "last"):
+            config = SimpleNamespace(query_aggregation=query, head_aggregation="mean")
+            scores = score(None, case["attention"][None], image, config)
+            for keep in case["keeps"]:
+                kept = scores.topk(keep).indices.sort().values.tolist()
+                found.append({"seed": seed, "keep": keep, "query": query, "kept": kept})
+    return found
+
+
+def vlm_pruner(clone: Clone) -> list[dict[str, Any]]:
+    names = [f"VLMPruner.{name}" for name in ("calculate_similarity", "get_spatial_pos", "get_retained_image_token")]
+    space = clone.take("llava/model/language_model/modeling_llama_self.py", *names)
+    found = []
+    for seed in SEEDS:
+        case = cases.vlm_pruner(seed)
+        ahead, n = case["ahead"], case["n"]
+        for keep in case["keeps"]:
+            asked = SimpleNamespace()
+            for name in ("calculate_similarity", "get_spatial_pos"):
+                setattr(asked, name, lambda *args, _name=name: space[_name](asked, *args))  # noqa: B023
+            setting = {"image_token_start_index": ahead, "image_token_length": n, "reduction_ratio": 1 - keep / n}
+            setting |= {"pivot_image_token": 4, "threshold": 0.8, "token_batch": 16}
+            config = SimpleNamespace(VLMPruner_config=setting)
+            # With one more channel for each token, what went into a state can be read off it.
+            places, states = space["get_retained_image_token"](
+                asked, config, _marked(case["hidden"]), case["keys"][None]
+            )
+            kept = [int(place) - ahead for place in places]
+            marks = states[0, places, 320 + ahead :] / MARK
+            into = [
+                {i: round(float(row[i]), 6) for i in row.nonzero().flatten().tolist() if i != own}
+                for own, row in zip(kept, marks, strict=True)
+            ]
+            found.append({"seed": seed, "keep": keep, "kept": kept, "into": into})
+    return found
+
+
+MARK = 1e-6
+
+
+def _marked(rows: Tensor) -> Tensor:
+    """[1, m, d + m]: a small number of its own beside each row; too small for it to be compared by."""
+    return torch.cat((rows, MARK * torch.eye(len(rows))), dim=1)[None]
+
+
 SOURCES: dict[str, tuple[str, str, Callable[[Clone], list[dict[str, Any]]]]] = {
     "hiprune": ("Danielement321/HiPrune", "6e83a1240874e99a25df34f54221a29bb24b7bc2", hiprune),
     "sparsevlm": ("Gumpest/SparseVLMs", "d8fa47fb53f6eeda5e06a702104762d8a544e080", sparsevlm),  # v1.5
@@ -295,6 +512,16 @@ SOURCES: dict[str, tuple[str, str, Callable[[Clone], list[dict[str, Any]]]]] = {
     "mustdrop_llm": ("liuting20/MustDrop", "909afa538bff22e10c02db2da101aa1870e21912", mustdrop_llm),
     "vispruner": ("Theia-4869/VisPruner", "aefa01adc7c7ce6334e880c88225e90cede760d1", vispruner),
     "hired": ("hasanar1f/HiRED", "502d6dd79a03e87cc808cedba8b8a951d93cb62b", hired),
+    "otprune": ("xiwenc1/OTPrune", "3414730f39daa57e0629138d898f98ee682f0b2b", otprune),
+    "scope": ("kinredon/SCOPE", "6bf73069e0d61307051cfda8e25925bc7b7afdd9", scope),
+    "holov": ("obananas/HoloV", "1d2e65e961e698ff0e7d5bb4625489177dd9deba", holov),
+    "prunesid": ("ZhengyaoFang/PruneSID", "4ef17d96b390027f31243bc7e1d27bdee77792a5", prunesid),
+    "apet_input": ("MaQianKun0/ApET", "70cc01b215f4d74c5661c699919fe3aeda48bed0", apet_input),
+    "clse": ("zjubinchen/CLSE", "cfc9710abe4a1bd5480e521f3acd86ded4855ff3", clse),
+    "v2drop": ("xuyang-liu16/V2Drop", "219e03ede8cf6a70d1534903fa238b13dd900bbb", v2drop),
+    "vlm_pruner": ("Casey-bit/VLMPruner", "556a9142c67dfb4c27420e31bb59e2efe502369a", vlm_pruner),
+    "restore": ("cvlab-yonsei/RESTORE", "9b27e687a2b877d6facacae093b8d9686afa5c6f", restore),
+    "priortr": ("CodeChildCZJ/PriorTR", "e442a4c14af1b333067a6b8310c9111cad922033", priortr),
 }
 
 
@@ -303,9 +530,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folder", type=Path)
     options.add_argument("--out", type=Path, default=OUT)
+    options.add_argument("--methods", default=",".join(SOURCES))
     asked = options.parse_args()
-    methods = {}
-    for name, (repository, commit, run) in SOURCES.items():
+    methods = json.loads(OUT.read_text())["methods"] if OUT.exists() else {}
+    for name in asked.methods.split(","):
+        repository, commit, run = SOURCES[name]
         runs = run(Clone(asked.folder, repository, commit))
         methods[name] = {"repository": repository, "commit": commit, "runs": runs}
         print(f"{name}: {len(runs)}", flush=True)

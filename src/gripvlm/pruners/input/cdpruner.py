@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, threshold
+from torch.nn.functional import normalize
 
-from gripvlm.pruners.ops.pairwise import GreedyPruner, padding_of
+from gripvlm.pruners.ops.pairwise import GreedyPruner, explain, padding_of
 from gripvlm.types import VisualTokens
 from gripvlm.utils.batching import padded
 
@@ -88,7 +88,6 @@ class CDPruner(GreedyPruner):
         spent = quality - torch.stack([one.amax() for one in each])[:, None] - 1
         spent = spent.masked_fill(padding_of(images), -torch.inf)
         left = cosine.diagonal(dim1=1, dim2=2).clone()  # [B, n], d_i^2; 0 at padding and, to rounding, once picked
-        batch = torch.arange(len(images), device=cosine.device)
         most = max(tokens.keep for tokens in images)
         factor = cosine.new_zeros(len(images), most, cosine.shape[1])  # rows of the Cholesky factor
         picks = torch.empty(len(images), most, dtype=torch.long, device=cosine.device)
@@ -96,10 +95,5 @@ class CDPruner(GreedyPruner):
             pick = torch.where(left > EPS, square * left, spent).argmax(dim=1)
             picks[:, step] = pick
             spent.scatter_(1, pick[:, None], -torch.inf)
-            # One more row of the Cholesky factor: what the pick explains of every token beyond the ones before.
-            known = factor[batch, :step, pick]  # [B, step]
-            part = cosine[batch, pick] - (known[..., None] * factor[:, :step]).sum(dim=1)
-            own = threshold(left.gather(1, pick[:, None]), EPS, torch.inf)
-            factor[:, step] = part * own.rsqrt()  # 0 where nothing was left
-            left -= factor[:, step].square()
+            explain(cosine, factor, left, pick, step, EPS)
         return picks

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, threshold
 
 from gripvlm.pruners.base import Pruner
 from gripvlm.types import Selection, VisualTokens
@@ -32,9 +32,13 @@ class GreedyPruner(Pruner):
 
         Args:
             images: B of them.
-            rows: [n_i, d] each image's features, of length 1, float32.
+            rows: [n_i, d] each image's `compared` rows, float32.
             cosine: [B, n, n] of these, see `products`; this call's own to change.
         """
+
+    def compared(self, tokens: VisualTokens) -> Tensor:
+        """[n, d] float32, the rows whose products `pick` gets: by default the features, of length 1."""
+        return normalize(tokens.features.float(), dim=-1)
 
     def select(self, tokens: VisualTokens) -> Selection:
         return self.select_batch([tokens])[0]
@@ -43,7 +47,7 @@ class GreedyPruner(Pruner):
         selections = []
         # One loop over tokens serves all images of a part: sixteen images cost far less than sixteen loops.
         for part in batches(images):
-            rows = [normalize(tokens.features.float(), dim=-1) for tokens in part]
+            rows = [self.compared(tokens) for tokens in part]
             for tokens, picks in zip(part, self.pick(part, rows, products(rows)), strict=True):
                 selections.append(Selection(picks[: tokens.keep].sort().values, tokens.n, sound=True))
         return selections
@@ -66,6 +70,24 @@ def batches(images: Sequence[VisualTokens]) -> Iterator[Sequence[VisualTokens]]:
 def padding_of(images: Sequence[VisualTokens]) -> Tensor:
     """[B, n] bool, True at padding."""
     return padded([torch.zeros_like(tokens.features[:, 0], dtype=torch.bool) for tokens in images], True)
+
+
+def explain(kernel: Tensor, factor: Tensor, left: Tensor, pick: Tensor, step: int, least: float) -> None:
+    """One more row of a Cholesky factor: what a pick explains of every token beyond the picks before it.
+
+    Args:
+        kernel: [B, n, n], symmetric.
+        factor: [B, k, n] rows of the factor, the first `step` of them known; the next one is written.
+        left: [B, n] what the known ones do not explain of the kernel's diagonal; lowered by this one's part.
+        pick: [B] indices.
+        least: where no more than this is left of a pick, its row is 0.
+    """
+    batch = torch.arange(len(pick), device=pick.device)
+    known = factor[batch, :step, pick]  # [B, step]
+    part = kernel[batch, pick] - (known[..., None] * factor[:, :step]).sum(dim=1)
+    own = threshold(left.gather(1, pick[:, None]), least, torch.inf)
+    factor[:, step] = part * own.rsqrt()
+    left -= factor[:, step].square()
 
 
 @torch.no_grad()

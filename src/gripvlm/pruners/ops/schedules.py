@@ -6,7 +6,7 @@ A schedule is layer -> count from there on; all n tokens before its first entry.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gripvlm.errors import BudgetError
 
@@ -47,24 +47,53 @@ def pyramid_schedule(name: str, n: int, keep: int, num_layers: int, drop_layers:
         BudgetError: the layers before the first one alone cost more, or there is no such layer.
     """
     layers = sorted(drop_layers)
-    _check_layers(name, layers, num_layers)
 
     def counts_at(share: float) -> dict[int, int]:
         return {layer: max(1, round(n * share ** (i + 1))) for i, layer in enumerate(layers)}
 
-    # The average grows with the share, so bisection finds it: 60 halvings exhaust a float.
-    low, high = 0.0, 1.0
+    return _solved(name, n, keep, num_layers, layers, counts_at, 1.0)
+
+
+def ratio_schedule(name: str, n: int, keep: int, num_layers: int, ratios: Mapping[int, float]) -> dict[int, int]:
+    """Layer -> a count in proportion to its ratio, at least 1 and at most n, such that the average is `keep`.
+
+    Ratios fall with the layers, the first above 0. Where n cuts the counts off, the last layers make up for it.
+
+    Raises:
+        BudgetError: as of `pyramid_schedule`.
+    """
+    layers = sorted(ratios)
+
+    def counts_at(scale: float) -> dict[int, int]:
+        return {layer: min(n, max(1, round(scale * ratios[layer]))) for layer in layers}
+
+    return _solved(name, n, keep, num_layers, layers, counts_at, n / min(filter(None, ratios.values())))
+
+
+def _solved(
+    name: str,
+    n: int,
+    keep: int,
+    num_layers: int,
+    layers: Sequence[int],
+    counts_at: Callable[[float], dict[int, int]],
+    most: float,
+) -> dict[int, int]:
+    """The counts with average `keep`, of counts that grow with a number from 0 to `most`."""
+    _check_layers(name, layers, num_layers)
+    # The average grows with the number, so bisection finds it: 60 halvings exhaust a float.
+    low, high = 0.0, most
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if average_tokens(n, counts_at(middle), num_layers) <= keep else (low, middle)
-    counts = counts_at(1.0 if keep == n else low)
+    counts = dict.fromkeys(layers, n) if keep == n else counts_at(low)
     # Rounding is made up for at the last layer first, where a token costs the fewest layers, then at those before.
     for i in reversed(range(len(layers))):
         span = [*layers, num_layers][i + 1] - layers[i]
         over = round((average_tokens(n, counts, num_layers) - keep) * num_layers / span)
         least = counts[layers[i + 1]] if i + 1 < len(layers) else 1
-        most = counts[layers[i - 1]] if i else n
-        counts[layers[i]] = min(most, max(least, counts[layers[i]] - over))
+        ceiling = counts[layers[i - 1]] if i else n
+        counts[layers[i]] = min(ceiling, max(least, counts[layers[i]] - over))
     if average_tokens(n, counts, num_layers) - keep > 0.5:
         least = math.ceil(average_tokens(n, dict.fromkeys(layers, 1), num_layers) - 0.5)
         raise _too_few(name, n, keep, num_layers, layers[0], least)
