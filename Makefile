@@ -1,11 +1,11 @@
-# make run | test | lint: each builds .venv first when it is missing or out of date.
+# make run | test | lint | docs | dist: each builds .venv first when it is missing or out of date.
 PYTHON ?= python3
 # Which build of torch this is, for CPUs or for CUDA, is the package index's choice. Another version: make TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # What the lab is drawn from, for tests of its recipe.
 ART := examples/lab_vlm/requirements.txt
-EVERYTHING := -e ".[dev]" -r $(ART)
+EVERYTHING := -e ".[dev,docs]" -r $(ART)
 
 .PHONY: run test lint tables clean lock test-transformers test-newest test-lmms test-vllm lock-vllm
 
@@ -23,6 +23,17 @@ lint: .venv/.ok
 # The tables of reports, docs and README from the results of experiments/.
 tables: .venv/.ok
 	$(BIN)/python -m experiments.tables
+
+.PHONY: docs dist
+# The site, into build/site; a link or a heading that is not there fails. NO_MKDOCS_2_WARNING: an advertisement.
+docs: .venv/.ok
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# The source archive and the wheel, built in the environment of the lock, and what is in them.
+dist: .venv/.ok
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	$(BIN)/python tests/check_dist.py dist
 
 # $(call install,ENVIRONMENT,LOCK,WHAT): the locked pip, then WHAT in the versions of the lock; torch is what TORCH says.
 install = $(1)/bin/python -m pip install --quiet --constraint $(2) pip \

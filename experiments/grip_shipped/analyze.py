@@ -1,4 +1,4 @@
-"""Tables of REPORT.md and README.md, and scores.png.
+"""Tables of REPORT.md, and scores.png.
 
 python -m experiments.grip_shipped.analyze
 """
@@ -74,7 +74,7 @@ def tables() -> dict[str, dict[str, str]]:
         "lab_blind_minus": minus("lab_blind", BLIND_MINUS),
         "validation": validation(),
     }
-    return {f"experiments/{STUDY}/REPORT.md": page, "README.md": {"grip": scores()}}
+    return {f"experiments/{STUDY}/REPORT.md": page}
 
 
 def draw() -> None:

@@ -1,4 +1,4 @@
-"""Tables of REPORT.md and README.md, and scores.csv.
+"""Tables of REPORT.md, and scores.csv.
 
 python -m experiments.lab_check.analyze
 """
@@ -52,7 +52,7 @@ def dropping() -> str:
 
 def tables() -> dict[str, dict[str, str]]:
     page = {"families": families(), "scores": scores(), "dropping": dropping()}
-    return {f"experiments/{STUDY}/REPORT.md": page, "README.md": {"lab": families()}}
+    return {f"experiments/{STUDY}/REPORT.md": page}
 
 
 if __name__ == "__main__":

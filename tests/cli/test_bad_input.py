@@ -162,7 +162,7 @@ CALLS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("an unknown option", lambda: pruned("random:sed=3"),
      PrunerError, r"pruner 'random' has no option 'sed': did you mean 'seed'\?"),
     ("an unknown model", unknown_model, UnsupportedModelError,
-     r"model type 'qwen3_vl_next' is not supported.*nearest is qwen3_vl.*docs/families\.md"),
+     r"model type 'qwen3_vl_next' is not supported.*nearest is qwen3_vl.*docs/add-a-model\.md"),
     ("a text-only model", lambda: pruned(model=text_only()),
      UnsupportedModelError, "model type 'llama', which looks like a text-only model, is not supported"),
     ("a name for a model", lambda: pruned(model="llava-hf/llava-1.5-7b-hf"),

@@ -226,7 +226,7 @@ def test_a_pruner_that_needs_a_raster_says_so_where_there_is_none(inputs):
     [
         ("mllama", "'mllama' is not supported, because its visual tokens are read by cross-attention"),
         ("llama4", "because its forward projects"),
-        ("qwen3_vl_next", r"the nearest is qwen3_vl.*docs/families\.md says how"),
+        ("qwen3_vl_next", r"the nearest is qwen3_vl.*docs/add-a-model\.md says how"),
     ],
 )
 def test_other_families_hear_the_reason_and_the_nearest(monkeypatch, model_type, says):

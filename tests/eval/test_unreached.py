@@ -35,7 +35,7 @@ def test_eval_notes_the_cell_and_measures_the_rest(lab, tmp_path, capsys):
     assert (left["pruner"], left["keep"]) == ("fastv:layer=1", 0.1)
     assert WHY in left["why"]
     assert "keep=26" not in left["why"]  # nobody typed that
-    assert f"not measured: fastv:layer=1 at 10%: 26 of 256 {WHY}" in capsys.readouterr().err
+    assert f"not measured: fastv:layer=1 at 10%: 26 of 256 {WHY}" in " ".join(capsys.readouterr().err.split())
     assert read_results(out).unreached == result["unreached"]
     assert evaluate(*lab, [Letters()], PRUNERS, KEEPS, out=out)["unreached"] == result["unreached"]
     page = report([out], tmp_path / "page", pictures=False).with_name("report.md").read_text(encoding="utf-8")

@@ -312,7 +312,28 @@ def test_other_json_files_are_left_out_and_said(made, tmp_path, capsys):
     other = tmp_path / "families.json"
     other.write_text('{"rows": []}')
     assert main(["report", str(made), str(other), "--out", str(tmp_path / "page")]) == 0
-    assert "families.json is not a result of `gripvlm eval`: ignored" in capsys.readouterr().err
+    assert "families.json is not a result of `gripvlm eval`: ignored" in " ".join(capsys.readouterr().err.split())
     assert main(["report", str(other), "--out", str(tmp_path / "none")]) == 2
     assert "none of these files" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_conclusion_stands_on_top(tmp_path):
+    """The fewest tokens whose interval reaches the full model's score, beside chance at the same budget."""
+    file = made_up(tmp_path / "r.json", arms=(("random", 0.5), ("grid", 0.6), ("mine", 1.0)))
+    report([file], tmp_path / "page", pictures=False)
+    words = (tmp_path / "page" / "report.md").read_text()
+    means = json.loads(file.read_text())["means"]
+    full = next(row for row in means if row["pruner"] == "full")
+    reach = [row for row in means if row is not full and row["ci_high"] >= full["score"]]
+    best = min(reach, key=lambda row: (row["keep_fraction"], -row["score"]))
+    line = next(line for line in words.splitlines() if line.startswith("**In short**"))
+    assert f"with all tokens {100 * full['score']:.1f} [" in line
+    assert re.search(rf"reaches that: {best['pruner']} at 50 %, 128 tokens, {100 * best['score']:.1f} \[", line)
+    luck = next(row for row in means if (row["pruner"], row["keep"]) == ("random", best["keep"]))
+    assert f"`random` at this budget {100 * luck['score']:.1f} [" in line
+    assert words.index("**In short**") < words.index("- model:")
+
+
+def test_a_conclusion_says_where_nothing_is_enough(page):
+    assert re.search(r"\*\*In short\*\*: with all tokens .*At none of the \d+ settings", page[1])

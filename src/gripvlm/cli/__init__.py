@@ -12,13 +12,14 @@ import typer
 import gripvlm
 from gripvlm.cli.ask import ask_command
 from gripvlm.cli.bench import bench_command
-from gripvlm.cli.commands import env_command, evaluate_command, filled, quickstart_command
+from gripvlm.cli.commands import env_command, evaluate_command, quickstart_command
 from gripvlm.cli.listing import list_command
 from gripvlm.cli.results import report_command
 from gripvlm.cli.serving import serve_command
 from gripvlm.cli.training import train_command
 from gripvlm.cli.vllm import app as vllm_app
 from gripvlm.errors import GripError
+from gripvlm.utils.terminal import filled
 
 __all__ = ["app", "main"]
 
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        print(filled(f"Error: {_message(error)}", width=100), file=sys.stderr)
+        print(filled(_message(error), start="Error: "), file=sys.stderr)
         return 2
     return code if isinstance(code, int) else 0
 

@@ -25,6 +25,7 @@ from gripvlm.cli.commands import (
 )
 from gripvlm.cli.outputs import checked_json
 from gripvlm.errors import GripError
+from gripvlm.utils.terminal import filled
 
 PHASES = ("vision", "pruner", "overhead", "other", "prefill", "decode_token", "whole")
 PARTS = {
@@ -88,7 +89,7 @@ def bench_command(
         result = bench(vlm, prompts, chosen, budgets, **sizes, out=out, about=about, progress=True)
     except BenchInterrupted as stop:
         show(stop.result)
-        print(stop, file=sys.stderr)
+        print(filled(str(stop)), file=sys.stderr)
         raise typer.Exit(130) from None
     show(result)
     if out is not None:

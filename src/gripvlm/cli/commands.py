@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +15,7 @@ from rich.markup import escape
 from gripvlm.budget import Budget
 from gripvlm.cli.outputs import checked_folder, checked_json
 from gripvlm.errors import GripError, Interrupted
+from gripvlm.utils.terminal import columns, filled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,21 +39,9 @@ Out = Annotated[
 
 
 def console() -> Console:
-    """For results on standard output; 80 columns if that is not a terminal."""
+    """For results on standard output."""
     # no highlighting: rich would colour numbers and paths in answers
-    return Console(width=None if sys.stdout.isatty() else 80, highlight=False)
-
-
-def filled(text: str, width: int = 80, indent: str = "") -> str:
-    """A paragraph. Filled here, because rich would break long words, such as file names."""
-    return textwrap.fill(
-        " ".join(text.split()),
-        width,
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return Console(width=columns(), highlight=False)
 
 
 def split_names(text: str) -> list[str]:
@@ -170,7 +158,7 @@ def evaluate_command(
             shard=shard,
         )
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        print(filled(str(stop)), file=sys.stderr)
         raise typer.Exit(130) from None
     _show(result, out, sharded=part is not None)
 
@@ -180,7 +168,7 @@ def _expand_all(names: list[str], model: PreTrainedModel, budgets: list[Budget])
     from gripvlm.eval.variants import supported_pruners
 
     supported, refused = supported_pruners(model, budgets)
-    print(*(f"not in all: {name}: {why}" for name, why in refused.items()), sep="\n", file=sys.stderr)
+    print(*(filled(f"not in all: {name}: {why}") for name, why in refused.items()), sep="\n", file=sys.stderr)
     return list(dict.fromkeys([*(name for name in names if name != "all"), *supported]))
 
 
@@ -192,7 +180,7 @@ def _show(result: Mapping[str, Any], out: Path | None, sharded: bool) -> None:
     screen = console()
     screen.print(table([*result["rows"], *result["means"]]))
     for line in unreached(result):
-        screen.print(f"not measured: {line}", markup=False)
+        screen.print(filled(f"not measured: {line}"), markup=False, soft_wrap=True)
     if out is None:
         return
     answers = out.with_name(result["samples"])

@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from gripvlm.cli.commands import console, filled
+from gripvlm.cli.commands import console
+from gripvlm.utils.terminal import filled
 
 COLUMNS = {"pruner": 14, "drops": 7, "attention": 11, "question": 10, "lab score": 14, "time": 8}
 """Heading -> width."""
@@ -65,7 +66,7 @@ def _print_others(screen: Console, names: set[str]) -> None:
 
 def _print(screen: Console, text: str, style: str = "", indent: str = "") -> None:
     # soft_wrap: the text is filled already, and rich would break it again
-    screen.print(filled(text, max(40, screen.width), indent), style=style, markup=False, soft_wrap=True)
+    screen.print(filled(text, indent), style=style, markup=False, soft_wrap=True)
 
 
 def _line(cells: list[str]) -> str:
@@ -98,8 +99,8 @@ def _legend(known: dict[str, Any]) -> str:
         "drops: before the LLM (input), inside the LLM, or by merging in the vision tower. attention: reads the "
         "vision tower's. question: reads it, and selects again for each question. inner: as the pruner in parentheses. "
         f"lab score: mean over {known['questions']} of the lab's questions in percent, at the share of the tokens in "
-        "brackets; README's scores are of the whole test sample and differ a little, and the lab's small model ranks "
-        f"pruners its own way. time: of the pruner alone, as a share of the prefill of one image of "
+        "brackets; experiments/grip_shipped has scores of the whole test sample, which differ a little, and the lab's "
+        f"small model ranks pruners its own way. time: of the pruner alone, as a share of the prefill of one image of "
         f"{prefill['tokens']} tokens by a language model of {prefill['parameters'] / 1e9:.1f} B weights on "
         f"{prefill['device']}. -: not measured. From {sources}; for your model type `gripvlm eval` and `gripvlm bench`."
     )

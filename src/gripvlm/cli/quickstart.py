@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 import gripvlm
-from gripvlm.cli.commands import filled
 from gripvlm.cli.listing import measured
 from gripvlm.eval import BatchAnswers, answer, evaluate, make_inputs, question_ids
 from gripvlm.eval.results import Results, read_results
@@ -19,6 +18,7 @@ from gripvlm.models.loading import load_model
 from gripvlm.pruners import get_pruner
 from gripvlm.report import geometry, overlay, table
 from gripvlm.tasks import Sample, Task, get_tasks
+from gripvlm.utils.terminal import filled
 
 KEEP = 0.1
 PRUNERS = ("oracle", "grip", "random", "grid", "norm", "divprune")
@@ -47,7 +47,7 @@ def run(screen: Console, limit: int, out: Path) -> None:
     # 24 questions a family take some twelve seconds on two cores, which is what a first try may cost.
     screen.print(
         f"[bold]gripvlm {gripvlm.__version__}[/] with its own lab model ({_millions(model):.1f} M parameters, "
-        f"{model.device}): {limit} questions\nof each of six families, with all visual tokens and with a tenth."
+        f"{model.device}): {limit} questions of each of six families, with all visual tokens and with a tenth."
     )
     file = out / "quickstart.json"
     # Measured again each time: results of an older version must not show here.

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from gripvlm.errors import GripError
+from gripvlm.utils.terminal import filled
 
 __all__ = ["report_command"]
 
@@ -29,7 +30,7 @@ def report_command(
     checked_folder(out, "--out")
     evaluations, others = evaluation_files(results)
     for path in others:
-        print(f"{path} is not a result of `gripvlm eval`: ignored.", file=sys.stderr)
+        print(filled(f"{path} is not a result of `gripvlm eval`: ignored."), file=sys.stderr)
     if not evaluations:
         raise GripError("none of these files is a result of `gripvlm eval --out`: type one or more that are")
 

@@ -7,13 +7,13 @@ import inspect
 import os
 import shlex
 import sys
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from gripvlm.errors import GripError, Interrupted
+from gripvlm.utils.terminal import filled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 def train_command(**options: Any) -> None:
     """Train a scorer for a frozen model: distil a teacher, then GRPO.
 
-    gripvlm train --model M --data questions.jsonl --output-dir grip/     both stages
-    gripvlm train distill ... | grpo ...                                  one of them
+    gripvlm train --model M --data questions.jsonl --output-dir grip/
 
-    Ctrl-C keeps a checkpoint and the same command resumes. Several processes: accelerate launch -m gripvlm train ...
+    `train distill` or `train grpo` runs one of the two stages. Ctrl-C keeps a checkpoint and the same command resumes.
+    Several processes: accelerate launch -m gripvlm train ...
     """
     from gripvlm.cli.commands import console
     from gripvlm.grip.train.processes import EndedTogether
@@ -53,7 +53,7 @@ def train_command(**options: Any) -> None:
         pruner = train_on((questions, held_out), config, model, processor, quiet=False)
     except Interrupted as stop:
         if first_process():
-            _say(textwrap.fill(str(stop), width=100, break_long_words=False, break_on_hyphens=False))
+            _say(str(stop))
         raise typer.Exit(130) from None
     except EndedTogether:
         if first_process():  # all say the same
@@ -114,7 +114,7 @@ def _suggest_eval(config: TrainConfig, pruner: Grip, screen: Console) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(filled(text), file=sys.stderr)
 
 
 def _flag(name: str) -> str:
@@ -157,10 +157,13 @@ def _signature() -> inspect.Signature:
         default: Any = field.default if field.default != "" else "none"
         if kind is bool:
             default = "yes" if field.default else "no"
+        text = help_of(field.name)
+        if default != "none" or "default" not in text:  # the text may say what "none" means
+            text += f" (default: {default})"  # brackets would be markup
         option = typer.Option(
             # Two long names would both be cut off in 80 columns.
             *((f"{flag}/--no-{flag[2:].removeprefix('gradient-')}",) if kind is bool else (flag,)),
-            help=f"{help_of(field.name)} (default: {default})",  # brackets would be markup
+            help=text,
             show_default=False,
             rich_help_panel="Switches" if kind is bool else panel,  # "--no-..." is a column of its own
             metavar=_METAVARS.get(kind, "TEXT"),

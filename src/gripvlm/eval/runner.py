@@ -39,6 +39,7 @@ from gripvlm.tasks import Task, get_tasks
 from gripvlm.utils.disk import one_writer
 from gripvlm.utils.progress import Progress
 from gripvlm.utils.strict_json import BadJSON, parse
+from gripvlm.utils.terminal import filled
 
 __all__ = ["check_resume", "evaluate"]
 
@@ -170,7 +171,7 @@ class _Runner:
             journal.read_shards()
         reused = len(journal.records)
         if self.show_progress and reused:
-            print(self._reused(reused), file=sys.stderr)
+            print(filled(self._reused(reused)), file=sys.stderr)
         if reused == self.total and target is not None:
             # A finished file is left as it is; one that is damaged or has other scores is written again below.
             with suppress(ResultsError):
@@ -283,7 +284,7 @@ class _Runner:
     def _leave_out(self, variant: Variant, error: BudgetError) -> None:
         self.unreached[variant.key] = str(error)
         if self.show_progress:
-            print(f"not measured: {variant.title}: {error}", file=sys.stderr)
+            print(filled(f"not measured: {variant.title}: {error}"), file=sys.stderr)
 
     def _result(self, variants: Sequence[Variant]) -> dict[str, Any]:
         """Header, rows and means from complete records."""

@@ -1,7 +1,7 @@
 """The differences between model families, as data: a row for each family. No other module names a model.
 
 To add a family: a row here, a tiny random model in `tests/tiny_families/`, and
-`pytest tests/models/test_families.py -k NAME`; docs/families.md shows an example.
+`pytest tests/models/test_families.py -k NAME`; docs/add-a-model.md shows an example.
 """
 
 from __future__ import annotations
@@ -165,5 +165,5 @@ def not_supported(config: Any) -> UnsupportedModelError:
     why = f", because {REFUSED[name]}" if name in REFUSED else ""
     return UnsupportedModelError(
         f"model type {name!r}{kind} is not supported{why}: supported are {', '.join(FAMILIES)}{hint}. "
-        "Adding one is a row in gripvlm/models/families.py; docs/families.md says how"
+        "Adding one is a row in gripvlm/models/families.py; docs/add-a-model.md says how"
     )

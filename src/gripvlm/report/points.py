@@ -131,6 +131,21 @@ class Comparison:
         return sorted({p.keep for p in self.pruned}, key=lambda keep: Budget.of(keep).order, reverse=True)
 
     @property
+    def enough(self) -> Point | None:
+        """The point with the fewest tokens whose interval reaches the full model's score; of equals the best."""
+        goal = self.points[0].mean["score"]
+        found = [
+            point
+            for point in self.pruned
+            if point.method != ORACLE and point.mean["ci_high"] is not None and point.mean["ci_high"] >= goal
+        ]
+        return min(found, key=lambda point: (point.mean["keep_fraction"], -point.mean["score"]), default=None)
+
+    def beside(self, point: Point, method: str) -> Point | None:
+        """Another method's point at the same requested budget."""
+        return next((other for other in self.pruned if (other.method, other.keep) == (method, point.keep)), None)
+
+    @property
     def ranked(self) -> list[str]:
         """Methods, the best first: by mean score over the budgets that most of them have."""
         budgets = [frozenset(p.keep for p in self.pruned if p.method == method) for method in self.methods]
