@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from experiments.results import (
     BUDGETS,
+    STUDIES,
     Result,
     average,
     load,
@@ -82,7 +83,9 @@ def admission_table() -> str:
 
 
 def grid() -> dict[str, list[Result]]:
-    """Pruner as it was named -> its seeds, on the test sample."""
+    """Pruner as it was named -> its seeds, on the test sample; empty before it was measured."""
+    if not (STUDIES / STUDY / "results" / "input").exists():
+        return {}
     return {seeds[0].content["pruner"]: seeds for seeds in load(f"{STUDY}/results/input").values()}
 
 
