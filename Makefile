@@ -120,7 +120,7 @@ lock = rm -f build/lock/raw.txt \
 	&& (echo "\# Written by make lock."; sed -E -e '/^(cuda|nvidia|triton)/d' -e 's/^([^ +]+)[+][^ ]+/\1/' build/lock/raw.txt) \
 		> locks/$(1).txt
 # All but vllm, which pins its own torch and transformers (see lock-vllm).
-EXTRAS := $(addprefix --extra ,plot bench train serve dev)
+EXTRAS := $(addprefix --extra ,plot bench train serve dev docs)
 # lmms-eval 0.7.3 imports filelock._api, which filelock 4.3 has not.
 lock:
 	$(call fresh,build/lock)

@@ -18,7 +18,7 @@ from packaging.metadata import Metadata
 LARGEST = 25_000_000  # bytes
 DATA = ("lab/data/model/model.safetensors", "lab/data/sample/questions.jsonl", "lab/data/LICENSES.md")
 NEEDED = ("py.typed", "__init__.pyi", "cli/measured.json", "eval/results.schema.json", *DATA)
-ONLY_HERE = ("experiments/", "docs/", "tests/", "build/", ".venv/", "__pycache__", ".samples.jsonl")
+ONLY_HERE = ("lab/data/dense/", "experiments/", "docs/", "tests/", "build/", ".venv/", "__pycache__", ".samples.jsonl")
 
 
 def check(file: Path, names: list[str], metadata: bytes, root: str) -> None:

@@ -53,8 +53,8 @@ def place_of(name: str | Path) -> str | Path:
     folder = SHIPPED / SHIPPED_NAMES[str(name)]
     if not has_scorer(folder):
         raise ScorerError(
-            f"the scorer {name} is not in this installation ({folder} has no config.json): install a gripvlm that has "
-            "it, or train one with `gripvlm train`"
+            f"the scorer {name} is not in this installation ({folder} has no config.json): install "
+            "gripvlm from a clone (pip install -e .), or train one with `gripvlm train`"
         )
     return folder
 

@@ -40,8 +40,8 @@ def load(name: str = "lab") -> tuple[LlavaForConditionalGeneration, LlavaProcess
     folder = FOLDERS[name] / "model"
     if not (folder / "config.json").exists():
         raise GripError(
-            f"the model {name} is not in this installation ({folder} has no config.json): install a gripvlm that has "
-            "it, or use another model"
+            f"the model {name} is not in this installation ({folder} has no config.json): install "
+            "gripvlm from a clone (pip install -e .), or use another model"
         )
     # A few megabytes from this disk: a bar would flash up and stay in logs.
     with _no_progress_bar():

@@ -33,8 +33,8 @@ def _read(lab: str, folder: Path) -> list[Sample]:
     file = folder / "questions.jsonl"
     if not file.exists():
         raise TaskError(
-            f"the questions of {lab} are not in this installation ({file}): install a gripvlm that has them, or use "
-            "other tasks"
+            f"the questions of {lab} are not in this installation ({file}): install gripvlm from a clone "
+            "(pip install -e .), or use other tasks"
         )
     return read_samples(file, folder / "images", grid=LabTask.evidence_grid)
 
