@@ -9,6 +9,7 @@ from gripvlm.engine.pruner_checks import checked_needs
 from gripvlm.errors import PrunerError, UnsupportedModelError
 from gripvlm.models.families import FAMILIES, not_supported
 from gripvlm.pruners import Pruner
+from gripvlm.pruners.base import Wrapper
 
 __all__ = ["BACKEND", "CLASSES", "SERVED", "architecture", "reads_tower"]
 
@@ -111,4 +112,6 @@ def _check_stage(pruner: Pruner) -> None:
 def _moves_budget(pruner: Pruner) -> bool:
     """Whether it, or one that it wraps, has an `allocate_budget` of its own."""
     inners: tuple[Pruner, ...] = getattr(pruner, "inners", ())
-    return any(map(_moves_budget, inners)) if inners else type(pruner).allocate_budget is not Pruner.allocate_budget
+    # A wrapper's asks those inside.
+    own = type(pruner).allocate_budget not in (Pruner.allocate_budget, Wrapper.allocate_budget)
+    return own or any(map(_moves_budget, inners))
