@@ -91,6 +91,7 @@ def test_what_the_registry_refuses(call, says):
     [
         ("mmr(norm", "cannot read"),
         ("mmr()", r"use wrapper\(pruner\)"),
+        ("mmr", r"as in mmr\(norm\)"),
         ("mmr(norm)x", "cannot read"),
         ("mmr(nrom)", "unknown pruner 'nrom': did you mean 'norm'"),
         ("mmr(norm,grid)", "takes one pruner, got 2"),

@@ -225,6 +225,8 @@ def _check_options(name: str, known: Mapping[str, Option], values: Mapping[str, 
             )
     for option in known.values():
         if option.required and option.name not in values:
+            if option.name == "inner":
+                raise PrunerError(f"{name!r} wraps another pruner: write that one in brackets, as in {name}(norm)")
             raise PrunerError(f"pruner {name!r} needs {option.name} ({option.annotation}): {_usage(name, option)}")
 
 

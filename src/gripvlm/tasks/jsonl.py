@@ -80,7 +80,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         lines = read_text(file, "utf-8-sig").split("\n")
     except FileNotFoundError:
         raise TaskError(
-            f"no file {str(file)!r}: type jsonl:PATH with one question a line, such as {_EXAMPLE}"
+            f"no file {str(file)!r}: check the path; the file has one question a line, such as {_EXAMPLE}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
