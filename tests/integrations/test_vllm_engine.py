@@ -11,12 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from vllm_models import noise, save_tiny_qwen
 from vllm_served import Asked, Served, ask, serve
 
 from gripvlm import lab
 from gripvlm.errors import GripError
+from gripvlm.integrations.vllm.choices import Picture
 from gripvlm.pruners.registry import register_pruner
 
 pytestmark = [
@@ -196,6 +198,29 @@ def test_qwen(tmp_path, pictures, family, pruners, name):
             one.options["pruner"] = pruners[number % len(pruners)]
         served.check(requests)
         served.check(requests[::-1])
+
+
+def test_a_count_above_the_picture_is_refused_before_vllm_caches_it():
+    """Where another picture of the prompt is too small, a cached one would be known here, and not to the engine."""
+    from gripvlm.integrations.vllm.processing import FIELD, PruningProcessor
+
+    class Processor:
+        config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+        info = SimpleNamespace(get_hf_config=lambda: Processor.config)
+
+        def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> dict[str, Any]:
+            return {"image_grid_thw": torch.tensor([[1, 8, 8], [1, 4, 4]])}
+
+    class Pruning(PruningProcessor, Processor):
+        info = Processor.info
+
+    def processed(keep: str) -> dict[str, Any]:
+        pictures = [Picture(key, index, "divprune", keep) for index, key in enumerate("ab")]
+        return Pruning()._apply_hf_processor_main(None, {FIELD: pictures})
+
+    assert len(processed("4")[FIELD]) == 2
+    with pytest.raises(GripError, match="keep=5, but picture 1 has only 4 visual tokens"):
+        processed("5")
 
 
 # --- refused at the start ---------------------------------------------------------------------------------------------
