@@ -223,6 +223,21 @@ def test_a_count_above_the_picture_is_refused_before_vllm_caches_it():
         processed("5")
 
 
+def test_positions_are_always_at_one_address():
+    """A piece of a model that vLLM has captured as a CUDA graph reads them there, whatever it is called with."""
+    from gripvlm.integrations.vllm.model import PruningModel
+
+    model = PruningModel()
+    model.config = SimpleNamespace(model_type="llava", gripvlm={"pruners": ["divprune"], "keep": "25%"})
+    limits = SimpleNamespace(max_num_encoder_input_tokens=64, max_num_batched_tokens=64)
+    model.start_pruning(SimpleNamespace(scheduler_config=limits, device_config=SimpleNamespace(device="cpu")))
+    positions = torch.arange(4).expand(3, -1)
+    captured = model.placed(positions)
+    model.places[:, 2] = 5
+    assert model.placed(positions).tolist() == [[0, 1, 7, 3]] * 3
+    assert captured.tolist() == [[0, 1, 7, 3]] * 3
+
+
 # --- refused at the start ---------------------------------------------------------------------------------------------
 
 
@@ -233,6 +248,7 @@ def engine_config(positions: str = "original", **changes: Any) -> Any:
     config = SimpleNamespace(model_type="qwen2_5_vl", gripvlm=ours, get_text_config=lambda: text)
     found = {
         "pipeline_parallel_size": 1,
+        "use_ubatching": False,
         "speculative_config": None,
         "is_multimodal_pruning_enabled": lambda: False,
         "cudagraph_mm_encoder": False,
@@ -246,6 +262,7 @@ def engine_config(positions: str = "original", **changes: Any) -> Any:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline": ({"pipeline_parallel_size": 2}, "reach the first pipeline stage only"),
+    "halves": ({"use_ubatching": True}, "leave --enable-dbo out"),
     "speculation": ({"speculative_config": "eagle"}, "speculative decoding does not know the positions"),
     "EVS": ({"is_multimodal_pruning_enabled": lambda: True}, "vLLM's own pruning of videos is on as well"),
     "graphs": ({"cudagraph_mm_encoder": True}, "CUDA graphs of the vision encoder pass pruning by"),
