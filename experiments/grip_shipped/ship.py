@@ -1,10 +1,12 @@
-"""Puts trained scorers for the lab's model into the package, in half precision: lab, lab-blind and lab-small.
+"""Puts trained scorers for a lab's model into the package, in half precision: lab, lab-blind and lab-small; lab-dense.
 
     python -m experiments.run grip_shipped grpo_2       # and lab_blind, small_grpo_2
-    python -m experiments.grip_shipped.ship .lab/grip
+    python -m experiments.grip_shipped.ship .lab/grip lab
+    python -m experiments.run lab_dense distill
+    python -m experiments.grip_shipped.ship .lab/grip lab-dense
 
 `lab` and `lab-small` are each the mean of the weights of two runs of GRPO in a row; validation preferred the mean to
-both (results/validation.json).
+both (results/validation.json). `lab-dense` is a scorer after its supervised stage.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from gripvlm.grip.fingerprint import ModelFingerprint
 from gripvlm.grip.pruner import SHIPPED
 from gripvlm.grip.scorer import Scorer
 
-RUNS = {"question": ("grpo_1", "grpo_2"), "blind": ("lab_blind",), "small": ("small_grpo_1", "small_grpo_2")}
+RUNS = {
+    "lab": {
+        "grip/question": ("grip_shipped/grpo_1-0", "grip_shipped/grpo_2-0"),
+        "grip/blind": ("grip_shipped/lab_blind-0",),
+        "grip/small": ("grip_shipped/small_grpo_1-0", "grip_shipped/small_grpo_2-0"),
+    },
+    "lab-dense": {"dense/grip/question": ("lab_dense/distill-0",)},
+}
+"""Lab -> folder in the package -> runs."""
 PRIVATE = ("data", "eval_data", "output_dir", "init_from")  # folders of the machine that trained
 
 
@@ -31,16 +41,18 @@ def averaged(folders: list[Path]) -> Scorer:
 
 
 def main() -> None:
-    work, (model, _) = Path(sys.argv[1]) / "grip_shipped", lab.load()
-    for name, runs in RUNS.items():
-        scorer = averaged([work / f"{run}-0" for run in runs])
+    work, name = Path(sys.argv[1]), sys.argv[2]
+    model, _ = lab.load(name)
+    for place, runs in RUNS[name].items():
+        scorer = averaged([work / run for run in runs])
         config = {key: value for key, value in scorer.notes["config"].items() if key not in PRIVATE}
         weights = "; weights are the mean of the last two runs'" if len(runs) > 1 else ""
-        scorer.notes |= {"config": config, "recipe": f"experiments/grip_shipped: config is the last run's{weights}"}
+        study = runs[-1].partition("/")[0]
+        scorer.notes |= {"config": config, "recipe": f"experiments/{study}: config is the last run's{weights}"}
         if scorer.base is not None:
             scorer.base.check(model)
-        scorer.base = replace(ModelFingerprint.of(model), name="gripvlm's lab model")
-        folder = SHIPPED / "grip" / name
+        scorer.base = replace(ModelFingerprint.of(model), name=f"gripvlm's {name} model")
+        folder = SHIPPED / place
         scorer.half().save_pretrained(folder)
         print(f"{folder}: {scorer.parameters_count / 1e6:.2f} M parameters")
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 import gripvlm
 from gripvlm import lab
 from gripvlm.eval import evaluate, make_inputs
+from gripvlm.grip.fingerprint import ScorerError
 from gripvlm.tasks import get_tasks
 
 FOLDER = lab.FOLDERS["lab-dense"]
@@ -63,6 +64,29 @@ def test_dropping_equals_masking(loaded, pictures, count):
     positions = torch.arange(mask.shape[1])[None]
     full = model(**{**inputs, "attention_mask": mask}, position_ids=positions).logits[:, -1]
     assert (full - model(**short).logits[:, -1]).abs().max() < 1e-4 * full.abs().max()
+
+
+def test_its_sample_is_what_admission_let_in():
+    """Nine families about one, two and four pictures; enough pictures that they do not limit an interval."""
+    from experiments.lab_dense.analyze import admitted
+
+    tasks = get_tasks("lab-dense")
+    assert {task.name for task in tasks} == {f"lab-dense/{family}" for family in admitted()}
+    samples = [sample for task in tasks for sample in task.samples]
+    assert len(samples) >= 4000
+    assert {len(sample.pictures) for sample in samples} == {1, 2, 4}
+    assert all(sample.evidence_by_image((16, 16)) for sample in samples)
+    assert len({sample.image_id for sample in samples}) >= 400
+
+
+def test_its_scorer_is_for_this_model_and_small(loaded):
+    model, _ = loaded
+    grip = gripvlm.Grip.from_pretrained("lab-dense")
+    grip.check(model)
+    assert grip.joint
+    assert grip.module.parameters_count < 0.1 * sum(p.numel() for p in model.parameters())
+    with pytest.raises(ScorerError, match="lab"):
+        gripvlm.Grip.from_pretrained("lab").check(model)
 
 
 @test_lab_recipe.pytestmark
