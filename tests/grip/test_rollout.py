@@ -218,6 +218,17 @@ def test_decode_agrees_with_evaluate(engine, batch):
         assert [text] == alone.predictions
 
 
+def test_an_answer_is_as_long_as_its_own_task_allows(engine):
+    short = asked(pictures=1, each=2, name="short")
+    short.max_new_tokens = 1  # type: ignore[misc]
+    long = asked(pictures=1, each=2)
+    alone, both = engine.prepare(pairs(short)), engine.prepare(pairs(short) + pairs(long))
+    rows, kept = range(len(both)), [[torch.arange(16)]] * len(both)
+    said = engine.run(both, rows, kept).decode()
+    assert said[:2] == engine.run(alone, rows[:2], kept[:2]).decode()
+    assert said[:2] != said[2:]  # the same questions, with more tokens
+
+
 def test_the_unpruned_logits_are_computed_once(engine, batch):
     rollout = engine.run(batch, ROWS, KEPT)
     full = rollout.full_logits

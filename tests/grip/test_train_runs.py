@@ -18,6 +18,8 @@ from gripvlm.errors import Interrupted, TrainError
 from gripvlm.eval import evaluate
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import TrainConfig, read_toml, train
+from gripvlm.grip.train.checkpoint import Checkpoint
+from gripvlm.grip.train.data import QuestionStream
 from gripvlm.grip.train.trainer import Trainer
 from gripvlm.tasks import Sample, TaskError, get_tasks
 from places import TESTS
@@ -266,6 +268,18 @@ def test_a_checkpoint_is_of_its_questions_and_whole(vlm, tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text("{}{\n")
     with pytest.raises(TrainError, match=r"metrics\.jsonl is damaged"):
         train(tiny_config(output_dir=out, stage="grpo"), *vlm, asked(8))
+
+
+def test_a_device_that_is_full_is_no_damaged_checkpoint(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "load", full)
+    module = torch.nn.Linear(1, 1)
+    stream = QuestionStream([], 1, 1, 0)
+    checkpoint = Checkpoint(tmp_path / "x.ckpt", tiny_config(), {}, torch.optim.SGD(module.parameters()), stream)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoint.restore(b"", torch.device("cpu"))
 
 
 def with_bad_ones(folder: Path) -> tuple[Asked, Asked]:

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from vllm_models import noise, save_tiny_qwen
 from vllm_served import Asked, Served, ask, serve
 
 from gripvlm import lab
 from gripvlm.errors import GripError
+from gripvlm.integrations.vllm.choices import Picture
 from gripvlm.pruners.registry import register_pruner
 
 pytestmark = [
@@ -198,6 +200,44 @@ def test_qwen(tmp_path, pictures, family, pruners, name):
         served.check(requests[::-1])
 
 
+def test_a_count_above_the_picture_is_refused_before_vllm_caches_it():
+    """Where another picture of the prompt is too small, a cached one would be known here, and not to the engine."""
+    from gripvlm.integrations.vllm.processing import FIELD, PruningProcessor
+
+    class Processor:
+        config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+        info = SimpleNamespace(get_hf_config=lambda: Processor.config)
+
+        def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> dict[str, Any]:
+            return {"image_grid_thw": torch.tensor([[1, 8, 8], [1, 4, 4]])}
+
+    class Pruning(PruningProcessor, Processor):
+        info = Processor.info
+
+    def processed(keep: str) -> dict[str, Any]:
+        pictures = [Picture(key, index, "divprune", keep) for index, key in enumerate("ab")]
+        return Pruning()._apply_hf_processor_main(None, {FIELD: pictures})
+
+    assert len(processed("4")[FIELD]) == 2
+    with pytest.raises(GripError, match="keep=5, but picture 1 has only 4 visual tokens"):
+        processed("5")
+
+
+def test_positions_are_always_at_one_address():
+    """A piece of a model that vLLM has captured as a CUDA graph reads them there, whatever it is called with."""
+    from gripvlm.integrations.vllm.model import PruningModel
+
+    model = PruningModel()
+    model.config = SimpleNamespace(model_type="llava", gripvlm={"pruners": ["divprune"], "keep": "25%"})
+    limits = SimpleNamespace(max_num_encoder_input_tokens=64, max_num_batched_tokens=64)
+    model.start_pruning(SimpleNamespace(scheduler_config=limits, device_config=SimpleNamespace(device="cpu")))
+    positions = torch.arange(4).expand(3, -1)
+    captured = model.placed(positions)
+    model.places[:, 2] = 5
+    assert model.placed(positions).tolist() == [[0, 1, 7, 3]] * 3
+    assert captured.tolist() == [[0, 1, 7, 3]] * 3
+
+
 # --- refused at the start ---------------------------------------------------------------------------------------------
 
 
@@ -208,6 +248,7 @@ def engine_config(positions: str = "original", **changes: Any) -> Any:
     config = SimpleNamespace(model_type="qwen2_5_vl", gripvlm=ours, get_text_config=lambda: text)
     found = {
         "pipeline_parallel_size": 1,
+        "use_ubatching": False,
         "speculative_config": None,
         "is_multimodal_pruning_enabled": lambda: False,
         "cudagraph_mm_encoder": False,
@@ -221,6 +262,7 @@ def engine_config(positions: str = "original", **changes: Any) -> Any:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline": ({"pipeline_parallel_size": 2}, "reach the first pipeline stage only"),
+    "halves": ({"use_ubatching": True}, "leave --enable-dbo out"),
     "speculation": ({"speculative_config": "eagle"}, "speculative decoding does not know the positions"),
     "EVS": ({"is_multimodal_pruning_enabled": lambda: True}, "vLLM's own pruning of videos is on as well"),
     "graphs": ({"cudagraph_mm_encoder": True}, "CUDA graphs of the vision encoder pass pruning by"),

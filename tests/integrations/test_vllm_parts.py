@@ -101,6 +101,8 @@ def test_the_command_hands_vllm_its_arguments(monkeypatch):
         (["--keep", "0"], "keep=0 keeps nothing"),
         (["--pruner", "fastv"], "drops tokens inside the language model"),
         (["--hf-overrides", "{}"], "--hf-overrides is set by gripvlm"),
+        (["--hf_overrides.max_position_embeddings", "512"], "--hf-overrides is set by gripvlm"),
+        (["--hf-over={}"], "--hf-over is set by gripvlm"),
     ],
 )
 def test_wrong_options_start_nothing(monkeypatch, capsys, typed, message):

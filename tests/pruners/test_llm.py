@@ -392,6 +392,14 @@ def test_vlm_pruner_by_hand():
     torch.testing.assert_close(rows, torch.tensor([[0.6 + 3.5, 0], [2.1, 0.6 + 2.8]]))
 
 
+def test_vlm_pruner_ends_where_hidden_states_are_not_finite():
+    """No threshold is above NaN: passes would follow each other for ever."""
+    tokens = entering(2, 3, 4)
+    assert tokens.hidden is not None
+    found = VLMPruner(pivots=1).select_at_layer(2, replace(tokens, hidden=torch.full_like(tokens.hidden, torch.nan)))
+    assert found.k == 4
+
+
 @settings(max_examples=15, deadline=None)
 @given(GRIDS, st.integers(0, 99), st.integers(1, 4), st.integers(1, 5), st.data())
 def test_vlm_pruner_follows_the_rule(grid, seed, pivots, batch, data):

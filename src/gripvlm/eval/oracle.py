@@ -30,12 +30,10 @@ _STEP = (0.5698402909980532, 0.7548776662466927)
 def spread_order(grid: tuple[int, int]) -> tuple[int, ...]:
     """All cells of an h x w raster, so ordered that every prefix covers it evenly.
 
-    The points of the low-discrepancy sequence frac(1/2 + i a), a from the plastic number, in turn, on
-    the square of the longer side, so that spacing is the same both ways; each cell comes when a
-    point first falls into it.
+    The points of the low-discrepancy sequence frac(1/2 + i a), a from the plastic number, in turn, on the square of the
+    longer side, so that spacing is the same both ways; each cell comes when a point first falls into it.
     """
     h, w = grid
-    # On a square, so that an oblong raster is covered with equal spacing both ways.
     side = max(h, w)
     order: dict[int, None] = {}
     for i in range(64 * side * side):

@@ -55,10 +55,10 @@ class Controller:
     """Goes down the ladder when requests are late, and up again when they are all fast.
 
     `observe` is called once for each request, `gave_up` instead where a client has left before its first token; callers
-    in several threads take turns. One step down follows as soon as more than `LATE` requests of a window
-    are late; one step up, when all of a window are faster than `CALM` of the target. A budget that proves too slow
-    within its first window is tried again only after twice as many calm windows as before. Only requests that arrived
-    after the latest step count, as others waited behind the work of the old budget.
+    in several threads take turns. One step down follows as soon as more than `LATE` requests of a window are late; one
+    step up, when all of a window are faster than `CALM` of the target. A budget that proves too slow within its first
+    window is tried again only after twice as many calm windows as before. Only requests that arrived after the latest
+    step count, as others waited behind the work of the old budget.
 
     Attributes:
         steps: how many steps were taken, by direction: "down", "up".

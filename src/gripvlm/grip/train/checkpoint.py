@@ -96,6 +96,8 @@ class Checkpoint:
             self.optimizer.load_state_dict(content["optimizer"])
             state, questions = TrainerState(**content["state"]), str(content["questions"])
             self.data.skipped.update(content["skipped"])
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError too, but the file is whole
         except _DAMAGED as error:
             raise TrainError(
                 f"{self.path} is damaged ({type(error).__name__}): remove it to begin this stage again"

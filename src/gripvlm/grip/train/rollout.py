@@ -247,14 +247,19 @@ class Engine:
 
     @torch.no_grad()
     def decode(self, batch: Batch, rows: Sequence[int], subsets: Subsets) -> list[str]:
-        """[R] greedy answers to the questions `rows` with only the tokens of `subsets` left."""
+        """[R] greedy answers to the questions `rows` with only the tokens of `subsets` left.
+
+        Each ends after its own task's `max_new_tokens`, whatever else is in the batch.
+        """
         texts = [""] * len(rows)
-        longest = max(task.max_new_tokens for task in batch.tasks)
+        limits = [batch.tasks[row].max_new_tokens for row in rows]
+        longest = max(limits)
         for part in self.parts(batch, rows, subsets, longest):
             arguments = self.pruned(batch, batch.prompts, [rows[r] for r in part], [subsets[r] for r in part])
             length = arguments["input_ids"].shape[1]
-            new = self.model.generate(**arguments, max_new_tokens=longest, do_sample=False)[:, length:]
-            for r, text in zip(part, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            new = self.model.generate(**arguments, max_new_tokens=longest, do_sample=False)[:, length:].tolist()
+            own = [ids[: limits[r]] for r, ids in zip(part, new, strict=True)]
+            for r, text in zip(part, self.tokenizer.batch_decode(own, skip_special_tokens=True), strict=True):
                 texts[r] = text.strip()
         return texts
 

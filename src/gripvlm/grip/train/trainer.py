@@ -1,8 +1,8 @@
 """The trainer that every stage shares: steps, validation and checkpoints, in one process or several.
 
 All random numbers come from (seed, stage, step, micro-batch), those that choose data from (seed, micro-batch), so a
-run that was killed and resumed is the same run bit for bit,
-and two processes with one micro-batch each are one process with two.
+run that was killed and resumed is the same run bit for bit, and two processes with one micro-batch each are one
+process with two.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ class EngineConfig(VerifyAndUpdateConfig):
         architecture(config, list(settings.made.values()))
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise InputError("positions of kept tokens reach the first pipeline stage only: use --tensor-parallel-size")
+        if vllm_config.parallel_config.use_ubatching:
+            raise InputError("positions of kept tokens are those of a whole step: leave --enable-dbo out")
         if vllm_config.speculative_config is not None:
             raise InputError("speculative decoding does not know the positions of kept tokens: leave it out")
         if multimodal.is_multimodal_pruning_enabled():

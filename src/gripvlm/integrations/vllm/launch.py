@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -74,10 +75,12 @@ def command(model: str, pruners: Sequence[str], keep: str | None, rest: Sequence
         rest: vLLM's own arguments, as typed.
         options: positions and cache_mb, as there.
     """
-    for typed in ("--model", "--hf-overrides", "--hf_overrides"):
-        if any(word == typed or word.startswith(f"{typed}=") for word in rest):
+    for word in rest:
+        # vLLM's parser also takes --hf_overrides, --hf-overrides.key, and as short as --hf-o; any would replace ours.
+        option = re.split("[=.]", word)[0].replace("_", "-")
+        if option == "--model" or option.startswith("--hf-o"):
             raise InputError(
-                f"{typed} is set by gripvlm: leave it out, or start vLLM from Python with engine_args(...)"
+                f"{option} is set by gripvlm: leave it out, or start vLLM from Python with engine_args(...)"
             )
     args = engine_args(model, list(pruners), keep, **options)
     server = ["-m", "vllm.entrypoints.openai.api_server", "--model", args["model"]]

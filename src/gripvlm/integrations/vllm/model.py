@@ -51,8 +51,9 @@ class PruningModel:
         self.encodings: EncodingCache[str, Item] = EncodingCache(int(self.settings.cache_mb * 1e6))
         self.most_tokens = vllm_config.scheduler_config.max_num_encoder_input_tokens
         tokens, device = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.device_config.device
-        # At one address for good, so that a captured CUDA graph reads what each step has written.
+        # Both at one address for good, so that a captured CUDA graph reads what each step has written.
         self.places = torch.zeros(AXES, tokens + 256, dtype=torch.int64, device=device)
+        self._placed = torch.zeros_like(self.places)
 
     def encode(self, inputs: Mapping[str, Any], counts: list[int]) -> list[Item]:
         """Runs the vision encoder.
@@ -237,8 +238,9 @@ class PruningModel:
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)  # type: ignore[misc]
 
     def placed(self, positions: Tensor) -> Tensor:
-        """Positions [3, T] of this step, those of kept rows where they were in their picture."""
-        return positions + self.places[:, : positions.shape[1]].to(positions.dtype)
+        """Positions [3, T] of this step, those of kept rows where they were in their picture; until the next step."""
+        tokens = positions.shape[1]
+        return torch.add(positions, self.places[:, :tokens], out=self._placed[:, :tokens])
 
 
 class _Rows(NamedTuple):

@@ -126,10 +126,11 @@ class PruningProcessor:
         pictures = hf_kwargs[FIELD]
         if pictures:
             sizes = self._sizes(data)
-            data[FIELD] = [
-                Shown((replace(picture, n=n, extent=extent),)).packed()
-                for picture, (n, extent) in zip(pictures, sizes, strict=True)
-            ]
+            known = [replace(p, n=n, extent=extent) for p, (n, extent) in zip(pictures, sizes, strict=True)]
+            for picture in known:
+                # Refuses a budget before vLLM notes the picture in its cache: the engine would never get it.
+                _ = picture.count
+            data[FIELD] = [Shown((picture,)).packed() for picture in known]
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Options) -> Any:

@@ -91,7 +91,7 @@ class VLMPruner(LLMPruner):
                 if count == tokens.keep or (number == 1 and count == before):
                     break
                 worth = alike[part] * (1 + near[part] / 2)
-                chosen = part[worth < threshold]
+                chosen = part[~(worth >= threshold)]  # also where it is NaN, which no threshold ever reaches
                 if chosen.numel() > tokens.keep - count:
                     chosen = part[descending(-worth)[: tokens.keep - count]]
                 if chosen.numel():
