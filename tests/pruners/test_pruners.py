@@ -29,7 +29,8 @@ NOT_ALONE = {
     "restore",
     "split",
     "spread",
-}  # need scores, all rows, a pruner
+    "top_p",
+}  # need scores, all rows, a pruner; top_p may keep more than its budget
 
 
 WRAPPED = ["ensemble(norm,divprune)", "mmr(norm)", "restore(divprune)", "split(norm)", "spread(divprune)"]
