@@ -360,15 +360,20 @@ def test_teachers_give_weights_of_each_images_tokens(engine, batch, teacher):
             assert (look > 0).sum() == k
 
 
-def test_the_best_of_several_is_the_best(engine, batch, monkeypatch):
-    tried = []
-    run = engine.run
+@pytest.fixture
+def tried(engine, monkeypatch):
+    """The rollouts that the engine runs in a test."""
+    run, found = engine.run, []
 
     def spy(*args, **options):
-        tried.append(run(*args, **options))
-        return tried[-1]
+        found.append(run(*args, **options))
+        return found[-1]
 
     monkeypatch.setattr(engine, "run", spy)
+    return found
+
+
+def test_the_best_of_several_is_the_best(engine, batch, tried):
     looks = best_of(6)(engine, batch, torch.tensor([3, 3, 3, 3]), drawn())
     rewards = (tried[0].log_probs.sum(-1) / tried[0].mask.sum(-1)).view(4, 6)
     for i, look in enumerate(looks):
@@ -376,15 +381,7 @@ def test_the_best_of_several_is_the_best(engine, batch, monkeypatch):
         assert look.nonzero().flatten().tolist() == best.tolist()
 
 
-def test_a_search_goes_on_from_the_best_and_returns_the_best_of_all(engine, batch, monkeypatch):
-    tried = []
-    run = engine.run
-
-    def spy(*args, **options):
-        tried.append(run(*args, **options))
-        return tried[-1]
-
-    monkeypatch.setattr(engine, "run", spy)
+def test_a_search_goes_on_from_the_best_and_returns_the_best_of_all(engine, batch, tried):
     looks = search(8, rounds=4)(engine, batch, torch.tensor([3, 3, 3, 3]), drawn())
     values = torch.stack([(r.log_probs.sum(-1) / r.mask.sum(-1)).view(4, 2) for r in tried])  # [rounds, questions, 2]
     assert values.shape == (4, 4, 2)

@@ -86,7 +86,7 @@ def test_the_command_hands_vllm_its_arguments(monkeypatch):
     lines: list[list[str]] = []
     monkeypatch.setattr(launch, "version", lambda name: "0.32.0")
     monkeypatch.setattr(os, "execv", lambda program, line: lines.append(line))
-    typed = ["vllm", "serve", "lab", "--pruner", "grip,divprune", "--keep", "10%", "--port", "8001"]
+    typed = ["vllm", "serve", "lab", "--pruners", "grip,divprune", "--keep", "10%", "--port", "8001"]
     assert main([*typed, "--dtype=float32", "--trust-request-mm-kwargs"]) == 0
     python, *rest = lines[0]
     assert python == sys.executable
@@ -99,7 +99,7 @@ def test_the_command_hands_vllm_its_arguments(monkeypatch):
     ("typed", "message"),
     [
         (["--keep", "0"], "keep=0 keeps nothing"),
-        (["--pruner", "fastv"], "drops tokens inside the language model"),
+        (["--pruners", "fastv"], "drops tokens inside the language model"),
         (["--hf-overrides", "{}"], "--hf-overrides is set by gripvlm"),
         (["--hf_overrides.max_position_embeddings", "512"], "--hf-overrides is set by gripvlm"),
         (["--hf-over={}"], "--hf-over is set by gripvlm"),

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"),
 ]
 
-OPTIONS = ["--pruner", "grip,divprune", "--keep", "25%", "--trust-request-mm-kwargs", "--enable-prompt-tokens-details"]
+OPTIONS = ["--pruners", "grip,divprune", "--keep", "25%", "--trust-request-mm-kwargs", "--enable-prompt-tokens-details"]
 SMALL = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4", "--block-size", "32"]
 QUIET = {
     "HF_HUB_OFFLINE": "1",

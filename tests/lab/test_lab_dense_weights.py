@@ -85,7 +85,7 @@ def test_its_scorer_is_for_this_model_and_small(loaded):
     grip.check(model)
     assert grip.joint
     assert grip.module.parameters_count < 0.1 * sum(p.numel() for p in model.parameters())
-    with pytest.raises(ScorerError, match="lab"):
+    with pytest.raises(ScorerError, match=r"gripvlm's lab model.*for this model use grip:scorer=lab-dense"):
         gripvlm.Grip.from_pretrained("lab").check(model)
 
 

@@ -31,6 +31,13 @@ EVAL_ONLY = {
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, lab-dense, a local folder, or a Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
 Positions = Annotated[Literal["original", "renumbered"], typer.Option(help="Position ids of the tokens that are kept.")]
+Served = Annotated[
+    str,
+    typer.Option(
+        "--pruners", "-p", help="Names from `gripvlm list` that requests may choose from; the first is the default."
+    ),
+]
+KeepOfRequests = Annotated[str, typer.Option("--keep", "-k", help=f"For requests that name none: {BUDGETS}.")]
 Budgets = Annotated[str, typer.Option("--keep", "-k", help=f"Budgets, separated by commas: {BUDGETS}.")]
 Out = Annotated[
     Path | None,

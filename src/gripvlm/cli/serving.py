@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from gripvlm.budget import Budget
-from gripvlm.cli.commands import BUDGETS, Device, Model, Positions, split_names, split_pruners
+from gripvlm.cli.commands import Device, KeepOfRequests, Model, Positions, Served, split_names, split_pruners
 from gripvlm.errors import GripError
 from gripvlm.serve.controller import Ladder
 from gripvlm.serve.settings import Limits, Settings
@@ -25,13 +25,8 @@ UNDER_LOAD = "Under load"
 def serve_command(
     *,
     model: Model = "lab",
-    pruners: Annotated[
-        str,
-        typer.Option(
-            "--pruners", "-p", help="Names from `gripvlm list` that requests may choose from; the first is the default."
-        ),
-    ] = "divprune",
-    keep: Annotated[str, typer.Option("--keep", "-k", help=f"For requests that name none: {BUDGETS}.")] = "25%",
+    pruners: Served = "divprune",
+    keep: KeepOfRequests = "25%",
     name: Annotated[str | None, typer.Option(help="What requests call the model; by default as --model.")] = None,
     positions: Positions = "original",
     device: Device = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gripvlm.budget import Budget
-from gripvlm.cli.commands import BUDGETS, Positions, split_pruners
+from gripvlm.cli.commands import KeepOfRequests, Positions, Served, split_pruners
 
 app = typer.Typer(add_completion=False)
 
@@ -22,13 +22,8 @@ def root() -> None:
 def serve_command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="lab, lab-dense, a local folder, or a Hugging Face hub id.")],
-    pruner: Annotated[
-        str,
-        typer.Option(
-            "--pruner", "-p", help="Names from `gripvlm list` that requests may choose from; the first is the default."
-        ),
-    ] = "divprune",
-    keep: Annotated[str, typer.Option("--keep", "-k", help=f"For requests that name none: {BUDGETS}.")] = "25%",
+    pruners: Served = "divprune",
+    keep: KeepOfRequests = "25%",
     positions: Positions = "original",
     cache_mb: Annotated[
         float, typer.Option(min=0, help="Encoded pictures kept on the device for further questions.")
@@ -40,7 +35,7 @@ def serve_command(
     """
     # Cheap checks first: the imports below take seconds, vLLM a minute.
     Budget(keep)
-    names = split_pruners(pruner)
+    names = split_pruners(pruners)
 
     from gripvlm.integrations.vllm.launch import check_installed, command
 

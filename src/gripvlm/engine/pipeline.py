@@ -149,19 +149,8 @@ def gather_tokens(
                     f"pruner {pruner.name!r} needs rows in a plain raster, but the {n} rows of {where} are none: use "
                     "a pruner without grid"
                 )
-            tokens = VisualTokens(
-                features=item.features,
-                keep=budgets[sample][image].count(n, where),
-                grid=item.grid,
-                question=None if question is None else question[sample],
-                sample=sample,
-                image=image,
-                key=item.key,
-                vision=item.vision,
-                patches=item.patches,
-                groups=item.groups,
-            )
-            batch[sample].append(tokens)
+            asked = None if question is None else question[sample]
+            batch[sample].append(item.tokens(budgets[sample][image].count(n, where), asked, sample, image))
     check_features([tokens for sample in batch for tokens in sample], checks)
     return [_with_counts_of_pruner(request, tokens) for tokens in batch]
 

@@ -250,6 +250,15 @@ def _load(name: str) -> _Loaded:
     return _read(str(place), tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
+def _fits(name: str, model: PreTrainedModel) -> bool:
+    """Whether a scorer that comes with the package was trained for the model."""
+    try:
+        _load(name).check(model)
+    except ScorerError:
+        return False
+    return True
+
+
 @lru_cache(maxsize=8)
 def _read(place: str, written: tuple[tuple[int, int], ...]) -> _Loaded:
     """The scorer of a folder whose files were last written to then."""
@@ -310,7 +319,13 @@ class Grip(ScorePruner):
         """Refuses a model that the scorer was not trained for."""
         if self._loaded.scorer.base is None:
             raise PrunerError(f"this {self.name} scorer was never trained: train one with `gripvlm train`")
-        self._loaded.check(model)
+        try:
+            self._loaded.check(model)
+        except ScorerError as error:
+            for name, folder in SHIPPED_NAMES.items():
+                if has_scorer(SHIPPED / folder) and _fits(name, model):
+                    raise ScorerError(f"{error}; for this model use grip:scorer={name}") from None
+            raise
 
     @property
     def joint(self) -> bool:  # type: ignore[override]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gripvlm.models.grids import Grid
 from gripvlm.models.tower_rows import FEATURES_ONLY, TowerRequest
-from gripvlm.types import VisionRows
+from gripvlm.types import VisionRows, VisualTokens
 from gripvlm.utils.timing import Stopwatch
 
 __all__ = ["Encoded", "Item", "Output", "Span"]
@@ -43,6 +43,21 @@ class Item:
     patches: Tensor | None = None
     groups: Tensor | None = None
     seconds: float | None = None
+
+    def tokens(self, keep: int, question: Tensor | None, sample: int, image: int) -> VisualTokens:
+        """What a pruner gets to choose `keep` rows of it."""
+        return VisualTokens(
+            features=self.features,
+            keep=keep,
+            grid=self.grid,
+            question=question,
+            sample=sample,
+            image=image,
+            key=self.key,
+            vision=self.vision,
+            patches=self.patches,
+            groups=self.groups,
+        )
 
 
 class Output(NamedTuple):

@@ -38,9 +38,13 @@ PLACE = 2 * AXES
 
 
 class PruningModel:
-    """Over a model class of vLLM, which then defines `encode` and `words`; `start_pruning` ends its `__init__`."""
+    """Over a model class of vLLM, which then defines `encode` and `words`."""
 
     config: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.start_pruning(vllm_config)
 
     def start_pruning(self, vllm_config: Any) -> None:
         """Reads the settings, and makes what `forward` will read."""
@@ -92,6 +96,17 @@ class PruningModel:
         for pruner in self.settings.made.values():
             pruner.check(_Loaded(self))
         return loaded
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        placed = self.placed(positions)
+        return super().forward(input_ids, placed, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
 
     # --- pictures -------------------------------------------------------------------------------
 
@@ -163,17 +178,7 @@ class PruningModel:
         question = None
         if picture.question is not None:
             question = self.words(torch.tensor(picture.question, dtype=torch.int64, device=item.features.device))
-        return VisualTokens(
-            features=item.features,
-            keep=picture.count,
-            grid=item.grid,
-            question=question,
-            sample=sample,
-            image=picture.index,
-            key=item.key,
-            vision=item.vision,
-            patches=item.patches,
-        )
+        return item.tokens(picture.count, question, sample, picture.index)
 
     def _select(self, spec: str, tokens: list[VisualTokens], checks: DeferredChecks) -> list[Selection]:
         pruner = self.settings.made[spec]

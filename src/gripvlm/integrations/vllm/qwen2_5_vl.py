@@ -33,22 +33,8 @@ class _Processor(PruningProcessor, Qwen2_5_VLMultiModalProcessor):
 class GripQwen2_5_VL(PruningModel, Qwen2_5_VLForConditionalGeneration):
     """Its tower is vLLM's, which pruners cannot read."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.start_pruning(vllm_config)
-
     def words(self, ids: Tensor) -> Tensor:
         return self.language_model.embed_input_ids(ids)
 
     def encode(self, inputs: Mapping[str, Any], counts: list[int]) -> list[Item]:
         return self.items(inputs, self._process_image_input(self._parse_and_validate_image_input(**inputs)))
-
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return super().forward(input_ids, self.placed(positions), intermediate_tensors, inputs_embeds, **kwargs)

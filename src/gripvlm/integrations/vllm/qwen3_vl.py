@@ -33,10 +33,6 @@ class _Processor(PruningProcessor, Qwen3VLMultiModalProcessor):
 class GripQwen3_VL(PruningModel, Qwen3VLForConditionalGeneration):
     """Its tower is vLLM's, which pruners cannot read."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "model") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.start_pruning(vllm_config)
-
     def words(self, ids: Tensor) -> Tensor:
         return self.language_model.embed_input_ids(ids)
 
@@ -45,13 +41,3 @@ class GripQwen3_VL(PruningModel, Qwen3VLForConditionalGeneration):
         # vLLM's tower puts the planes beside the features.
         features, *planes = zip(*(own.split(self.visual_dim, dim=-1) for own in rows), strict=True)
         return self.items(inputs, features, planes)
-
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return super().forward(input_ids, self.placed(positions), intermediate_tensors, inputs_embeds, **kwargs)

@@ -37,10 +37,6 @@ class _Processor(PruningProcessor, MultiModalProcessor):
 class GripTransformers(PruningModel, TransformersMultiModalForCausalLM):
     """Any family of `layouts.SERVED` whose `backend` is true. Pruners may read its vision tower."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.start_pruning(vllm_config)
-
     def words(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
 
