@@ -227,7 +227,7 @@ def test_positions_are_always_at_one_address():
     """A piece of a model that vLLM has captured as a CUDA graph reads them there, whatever it is called with."""
     from gripvlm.integrations.vllm.model import PruningModel
 
-    model = PruningModel()
+    model = PruningModel.__new__(PruningModel)  # without a model of vLLM under it
     model.config = SimpleNamespace(model_type="llava", gripvlm={"pruners": ["divprune"], "keep": "25%"})
     limits = SimpleNamespace(max_num_encoder_input_tokens=64, max_num_batched_tokens=64)
     model.start_pruning(SimpleNamespace(scheduler_config=limits, device_config=SimpleNamespace(device="cpu")))

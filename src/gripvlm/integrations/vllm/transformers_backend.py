@@ -65,6 +65,9 @@ class GripTransformers(PruningModel, TransformersMultiModalForCausalLM):
         if positions.ndim == 2:
             positions = self.placed(positions)
         if self.layout.mrope or positions.ndim == 1:
-            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            # Past PruningModel's forward, which places them always.
+            return super(PruningModel, self).forward(
+                input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+            )
         # The layers know no M-RoPE: past vLLM's own forward, which would pass all three rows on.
         return super(MultiModalMixin, self).forward(input_ids, positions[0], intermediate_tensors, inputs_embeds)
