@@ -86,6 +86,7 @@ class Tiny:
         video: makes one video, for families that take any.
         tolerance: absolute and relative, of logits that spread over about +-10.
         embedding: scale of the embedding table; Gemmas multiply it by the root of the hidden size.
+        changed: changes the model before it gets its weights, where a size is no argument of the config.
     """
 
     model_type: str
@@ -96,6 +97,7 @@ class Tiny:
     video: Callable[[torch.Generator], Picture] | None = None
     tolerance: float = 3e-5
     embedding: float = 1.0
+    changed: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ def _built(model_type: str, changes: tuple[tuple[str, Any], ...], attention: str
     for name, value in changes:
         setattr(config.get_text_config(), name, list(value) if isinstance(value, tuple) else value)
     model = AutoModelForImageTextToText.from_config(config)
+    if tiny.changed:
+        tiny.changed(model)
     generator = torch.Generator().manual_seed(7 + seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

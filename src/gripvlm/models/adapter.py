@@ -113,9 +113,13 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
         size = family.joined(prompts.model, host)
         # An entry of no rows is a prompt without images.
         rows = [part for row in rows for part in row.split(size) if part.shape[0]]
+    tails: list[Tensor | None] = [None] * len(rows)
+    if family.tail:
+        rows, tails = [row[: -family.tail] for row in rows], [row[-family.tail :] for row in rows]
     planes = getattr(output, "deepstack_features", None) or ()
     grids = family.grid(prompts.model, host, modality, [row.shape[0] for row in rows])
-    thw = host.get(f"{modality}_grid_thw")
+    # Without M-RoPE no position is made from the patches.
+    thw = host.get(f"{modality}_grid_thw") if hasattr(prompts.model.base_model, "get_rope_index") else None
     seconds = host.get(SECONDS) if modality == "video" else None
     return [
         Item(
@@ -124,6 +128,7 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
             deepstack=tuple(plane[i] for plane in planes),
             grid=grids[i],
             key=0,
+            tail=tails[i],
             grid_thw=None if thw is None else tuple(thw[i].tolist()),
             seconds=None if seconds is None else float(seconds[i]),
         )
@@ -138,7 +143,7 @@ def _split_by_prompt(prompts: Prompts, modality: str, items: list[Item]) -> list
     for sample, columns in enumerate(prompts.placeholders[modality]):
         end, rows = start, 0
         while end < len(items) and rows < len(columns):
-            rows += items[end].features.shape[0]
+            rows += items[end].placeholders
             end += 1
         if rows != len(columns):
             raise InputError(

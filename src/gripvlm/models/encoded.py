@@ -24,6 +24,7 @@ class Item:
         modality: "image" or "video".
         features: [n, d] rows as the language model receives them.
         deepstack: further planes [n, d], one for each layer they are added at; mostly none.
+        tail: [t, d] rows behind these that stay whatever is selected, such as a separator; None for most families.
         grid: (h, w) of a plain raster, else None.
         key: a number from the pixels alone (see `VisualTokens.key`).
         grid_thw: (t, h, w) in patches before merging, for families whose positions are made from it, else None.
@@ -38,11 +39,17 @@ class Item:
     deepstack: tuple[Tensor, ...]
     grid: Grid
     key: int
+    tail: Tensor | None = None
     grid_thw: tuple[int, int, int] | None = None
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
     groups: Tensor | None = None
     seconds: float | None = None
+
+    @property
+    def placeholders(self) -> int:
+        """How many placeholders it has in the prompt."""
+        return self.features.shape[0] + (0 if self.tail is None else self.tail.shape[0])
 
     def tokens(self, keep: int, question: Tensor | None, sample: int, image: int) -> VisualTokens:
         """What a pruner gets to choose `keep` rows of it."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.models.compat import installed, mention_newer, takes
 from gripvlm.models.grids import GridRule, from_coordinates, from_patches, from_pixels, from_shapes, square, unknown
-from gripvlm.models.vision_rules import VisionRule, by_grid, by_tile, in_one_row, packed
+from gripvlm.models.vision_rules import VisionRule, by_grid, by_tile, in_one_row, packed, pooled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +33,7 @@ class Family:
             it is not known: pruners that read the tower's attention or patches are then refused.
         modalities: what its encoders take; `config.<modality>_token_id` is the placeholder.
         joined: where the encoder joins all items of a prompt, the rule for the rows of one of them.
+        tail: rows at the end of each item, such as a separator, that stay and are not counted.
         extras: further fields of the encoder's output that `forward` reads, passed on unchanged.
         equals: what pruning equals. "masking": the full model with the dropped keys masked at the same positions.
             "deletion": the model that never saw the dropped rows, in prefill and decoding alike. Recurrent and
@@ -52,6 +53,7 @@ class Family:
     vision: VisionRule | None = None
     modalities: tuple[str, ...] = ("image",)
     joined: Callable[[PreTrainedModel, Mapping[str, Any]], int] | None = None
+    tail: int = 0
     extras: tuple[str, ...] = ()
     equals: str = "masking"
     beams: bool = True
@@ -101,6 +103,26 @@ ROWS = (
     Family("llava_onevision", unknown, packed),
     # Its row breaks are text, which stays.
     Family("mistral3", from_pixels, in_one_row),
+    Family("aya_vision", square, by_tile),
+    Family("cohere2_vision", square, by_tile),
+    # Its tower is a convolutional network of timm's, without attention.
+    Family("fast_vlm", square),
+    # Its tower attends by window, with code of its own that shows no attention.
+    Family("got_ocr2", square),
+    # Towers of timm's. Videos: not tried.
+    Family("perception_lm", square),
+    # Several layers of the tower, so nothing may be merged between them.
+    Family("vipllava", from_pixels, by_tile),
+    # Learned queries, which are no raster; a row behind them separates views.
+    Family("deepseek_ocr2", unknown, tail=1),
+    # Its tower is a convolutional network of timm's; AltUp and shared keys, as in Gemma 4.
+    Family("gemma3n", square, layers=False),
+    # Positions count text, without M-RoPE.
+    Family("kimi_k25", from_patches, modalities=BOTH),
+    # Convolutions.
+    Family("lfm3_vl", from_patches, equals="deletion", layers=False, since=(5, 24)),
+    # Rows are added to their placeholders' embedding; all image tokens of a prompt attend in both directions.
+    Family("molmo2", unknown, pooled, chunks=False, since=(5, 24)),
     # The whole prompt attends in both directions.
     Family("paligemma", square, by_tile, chunks=False, merges=True),
     # M-RoPE; Qwen3-VL's DeepStack planes lose the same rows.
@@ -119,7 +141,8 @@ REFUSED: dict[str, str] = {
     "fuyu": "it has no vision encoder whose output could be pruned",
     "granite4_vision": "its visual tokens enter at several layers only, not in the sequence",
     "instructblip": QFORMER,
-    "llama4": "its forward projects the encoder's rows itself, after the point where rows are dropped",
+    "llama4": "its forward projects the encoder's rows itself, after the point where rows are dropped, and in "
+    "transformers 5.24 it fails, whatever it is given",
     "mllama": "its visual tokens are read by cross-attention and are never in the sequence",
 }
 """model type -> why pruning at the input is impossible or not useful for it."""

@@ -41,7 +41,8 @@ def from_patches(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: l
 
     None for a video of several frames: its rows are one raster after the other.
     """
-    merge = model.config.vision_config.spatial_merge_size
+    vision = model.config.vision_config
+    merge = vision.merge_kernel_size[0] if hasattr(vision, "merge_kernel_size") else vision.spatial_merge_size
     grids = inputs[f"{modality}_grid_thw"].tolist()
     return [(h // merge, w // merge) if t == 1 else None for t, h, w in grids]
 

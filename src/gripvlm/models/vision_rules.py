@@ -138,7 +138,19 @@ class _Packed(VisionRule):
         return [n if cut else 1 for n, cut in zip(counts, alone, strict=True)]
 
 
-by_tile, by_grid, in_one_row, packed = _ByTile(), _ByGrid(), _InOneRow(), _Packed()
+class _Pooled(VisionRule):
+    """Towers that see crops by themselves, where `<modality>_token_pooling` has the patches of each row, or -1."""
+
+    def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
+        patches = _single_call(maps).transpose(0, 1).flatten(1)  # [c, crops x patches]
+        places = items.inputs[f"{items.modality}_token_pooling"].to(patches.device)
+        real = (places >= 0).any(-1)
+        weight = (places >= 0)[real].to(patches.dtype)
+        pooled = (patches[:, places[real].clamp(min=0)] * weight).sum(-1) / weight.sum(-1)
+        return list(pooled.split(items.counts, dim=-1))
+
+
+by_tile, by_grid, in_one_row, packed, pooled = _ByTile(), _ByGrid(), _InOneRow(), _Packed(), _Pooled()
 
 
 def merged_rows(tower: PreTrainedModel, calls: Sequence[Tensor], grids: Tensor) -> list[Tensor]:
