@@ -34,7 +34,6 @@ ELSEWHERE = {
     "SECURITY.md": "security.md",
     "src/gripvlm/lab/data/LICENSES.md": "licences.md",
     "experiments/README.md": "results/index.md",
-    "experiments/log.md": "results/log.md",
     **{f"experiments/{study}/REPORT.md": f"results/{study}.md" for study in REPORTS},
     **{f"examples/{name}.ipynb": f"tutorials/{name}.md" for name in NOTEBOOKS},
 }
@@ -161,7 +160,7 @@ def _in_site(path: str) -> str | None:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lists the methods and the reports in the navigation."""
-    reports = ["results/index.md", *(f"results/{study}.md" for study in REPORTS), "results/log.md"]
+    reports = ["results/index.md", *(f"results/{study}.md" for study in REPORTS)]
     filled = {"Methods": [f"methods/{name}.md" for name in PRUNERS], "Results": reports}
     (section,) = [entry["Background"] for entry in config.nav if "Background" in entry]
     for entry in section:
