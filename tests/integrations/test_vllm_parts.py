@@ -87,8 +87,10 @@ def test_the_command_hands_vllm_its_arguments(monkeypatch):
     lines: list[list[str]] = []
     monkeypatch.setattr(launch, "version", lambda name: "0.32.0")
     monkeypatch.setattr(os, "execv", lambda program, line: lines.append(line))
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     typed = ["vllm", "serve", "lab", "--pruners", "grip,divprune", "--keep", "10%", "--port", "8001"]
     assert main([*typed, "--dtype=float32", "--trust-request-mm-kwargs"]) == 0
+    assert os.environ.pop("VLLM_USE_V2_MODEL_RUNNER") == "0"
     python, *rest = lines[0]
     assert python == sys.executable
     assert rest[:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(lab.MODEL)]

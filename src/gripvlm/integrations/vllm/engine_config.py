@@ -27,6 +27,11 @@ class EngineConfig(VerifyAndUpdateConfig):
         config = model.hf_config
         settings = Settings.of(config)
         architecture(config, list(settings.made.values()))
+        if vllm_config.use_v2_model_runner:
+            raise InputError(
+                "vLLM's second model runner, the default on GPUs, has not been tried with gripvlm, and it is what puts "
+                "positions in place: set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise InputError("positions of kept tokens reach the first pipeline stage only: use --tensor-parallel-size")
         if vllm_config.parallel_config.prefill_context_parallel_size > 1:
