@@ -22,6 +22,7 @@ from mkdocs.structure.pages import Page
 from typer.main import get_command
 
 from gripvlm.cli import app
+from gripvlm.models import coverage
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(file.stem for file in ROOT.glob("examples/*.ipynb"))
@@ -137,6 +138,7 @@ def _page(path: str) -> str:
 def _generated() -> dict[str, str]:
     pages = {there: _page(here) for here, there in ELSEWHERE.items()}
     pages |= {f"methods/{name}.md": _method(name) for name in PRUNERS}
+    pages["model-types.md"] = coverage.page()
     return pages | {"reference/python.md": _python(), "reference/command-line.md": _command_line()}
 
 
