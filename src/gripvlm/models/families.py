@@ -44,6 +44,8 @@ class Family:
             still hold them.
         merges: True where tokens may be merged between the tower's blocks: a plain ViT that sees images one by one,
             and a projector that works token by token.
+        repeats: True where repeating cells may be merged ahead of the tower: one that takes packed patches and, from its
+            caller, their places (see `models/hooks/merge_repeats.py`).
         since: the first transformers in which it works.
     """
 
@@ -58,6 +60,7 @@ class Family:
     chunks: bool | Callable[[PreTrainedModel], bool] = True
     layers: bool = True
     merges: bool = False
+    repeats: bool = False
     since: tuple[int, int] = (5, 19)
 
 
@@ -85,7 +88,7 @@ ROWS = (
     Family("gemma3", square, by_tile, chunks=False),
     Family("gemma4", from_coordinates, chunks=has_causal_images, layers=False),
     # Images only; transformers interleaves several images of a prompt over its beams.
-    Family("glm4v", from_patches, by_grid, beams=False),
+    Family("glm4v", from_patches, by_grid, beams=False, repeats=True),
     # An item is a tile, so a budget counts per tile.
     Family("idefics3", square, by_tile, joined=rows_of_a_tile),
     Family("internvl", square, by_tile),
@@ -104,12 +107,12 @@ ROWS = (
     # The whole prompt attends in both directions.
     Family("paligemma", square, by_tile, chunks=False, merges=True),
     # M-RoPE; Qwen3-VL's DeepStack planes lose the same rows.
-    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH),
+    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH, repeats=True),
+    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH, repeats=True),
+    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH, repeats=True),
+    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH, repeats=True),
     # Linear attention. Before 5.21 transformers encoded no images ahead of its prefill.
-    Family("qwen3_5", from_patches, by_grid, equals="deletion", layers=False, since=(5, 21)),
+    Family("qwen3_5", from_patches, by_grid, equals="deletion", layers=False, repeats=True, since=(5, 21)),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in sorted(ROWS, key=lambda row: row.model_type)}
 

@@ -391,7 +391,7 @@ def requests_of(model: PreTrainedModel, settings: Settings) -> dict[str, PruneRe
     requests = {}
     for spec in settings.pruners:
         request = PruneRequest.of(model, spec, 1.0, positions=settings.positions)
-        if request.needs.merging is not None:
+        if request.needs.merging is not None or request.needs.repeats is not None:
             raise GripError(
                 f"pruner {spec!r} merges inside the vision tower, to one count in a whole batch, so it cannot be "
                 "served: use a pruner that drops at the input"
