@@ -18,7 +18,7 @@ from gripvlm.utils.terminal import filled
 
 COLUMNS = {"pruner": 14, "drops": 7, "attention": 11, "question": 10, "lab score": 14, "time": 8}
 """Heading -> width."""
-STAGES = {"input": "input", "llm": "LLM", "vision": "tower"}
+STAGES = {"input": "input", "llm": "LLM", "vision": "tower", "pixels": "pixels"}
 PLUGINS = "gripvlm.pruners"
 
 

@@ -87,7 +87,7 @@ def checked_encoding(request: PruneRequest, inputs: Mapping[str, Any], encoded: 
     """The caller's encoding of the images, known to hold what the pruner reads; None where they are to be encoded."""
     pruner, needs = request.pruner, request.needs
     # A tower that merges makes other rows for each budget, and one that sees no repeats other rows too.
-    if needs.merging is not None or needs.repeats is not None:
+    if needs.changes_tower:
         if not has_pixels(inputs):
             merges = f"{pruner.name!r} merges inside" if needs.repeats is None else "'repeats' merges ahead of"
             raise InputError(

@@ -35,8 +35,8 @@ class PrunedBatch:
     Attributes:
         prompts: as they were.
         shortened: as they are now.
-        selections: a list (prompts) of lists (images), of all n rows of each. Where rows are dropped inside the language
-            model, complete once the prompt has run.
+        selections: a list (prompts) of lists (images), from all rows of each. Where rows are dropped inside the
+            language model, complete once the prompt has run.
         run: the work inside the language model while it runs; None if there is none.
         watch: the times of the steps.
         checks: of values on the device, not yet read.

@@ -44,8 +44,8 @@ class Family:
             still hold them.
         merges: True where tokens may be merged between the tower's blocks: a plain ViT that sees images one by one,
             and a projector that works token by token.
-        repeats: True where repeating cells may be merged ahead of the tower: one that takes packed patches and, from its
-            caller, their places (see `models/hooks/merge_repeats.py`).
+        repeats: True where repeating cells may be merged ahead of a tower that takes packed patches and, from its
+            caller, their places (see `models/hooks/merge_repeats.py`; there also for towers that merge).
         since: the first transformers in which it works.
     """
 

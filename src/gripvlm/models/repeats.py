@@ -83,6 +83,7 @@ class Distinct:
             scores=None if scores is None else scores.index_select(0, onto(self.slot, scores.device)),
             merge=None if merge is None else Merge(told(merge.source), merge.destination, merge.weight),
             layers=tuple(told(layer) for layer in selection.layers),
+            tower=len(self.rows),
         )
 
 
@@ -91,17 +92,23 @@ def find_repeats(prompts: Prompts, rule: RepeatRule) -> dict[str, list[Distinct]
 
     It waits for the device, and so belongs before the tower starts.
     """
-    side, found = prompts.model.config.vision_config.spatial_merge_size, {}
+    vision, found = prompts.model.config.vision_config, {}
     for modality, name in PIXELS.items():
         pixels, grids = prompts.inputs.get(name), prompts.host.get(f"{modality}_grid_thw")
-        if pixels is None or grids is None:
+        if pixels is None:
             continue
+        if grids is None:  # a plain ViT: a cell is a patch
+            whole = pixels.detach().unfold(2, vision.patch_size, vision.patch_size)
+            patches = whole.unfold(3, vision.patch_size, vision.patch_size).permute(0, 2, 3, 1, 4, 5).flatten(3)
+            found[modality] = [distinct_cells(each[None], rule.threshold) for each in patches]
+            continue
+        side = vision.spatial_merge_size
         shapes = [(t, h // side, w // side) for t, h, w in grids.tolist()]
         sizes = [math.prod(shape) for shape in shapes]
         if pixels.shape[0] != sum(sizes) * side**2:
             raise InputError(
-                f"{name} have {pixels.shape[0]} patches, but the grids {sum(sizes) * side**2}: make the inputs with the "
-                "model's own processor"
+                f"{name} have {pixels.shape[0]} patches, but the grids {sum(sizes) * side**2}: make the inputs with "
+                "the model's own processor"
             )
         # Processors put the patches of a cell side by side.
         items = pixels.detach().reshape(sum(sizes), -1).split(sizes)

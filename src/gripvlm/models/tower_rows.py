@@ -59,6 +59,11 @@ class TowerRequest(NamedTuple):
     repeats: RepeatRule | None = None
     keys: bool = False
 
+    @property
+    def changes_tower(self) -> bool:
+        """Whether the tower gives other rows than the untouched one."""
+        return self.merging is not None or self.repeats is not None
+
 
 FEATURES_ONLY = TowerRequest()
 

@@ -1,13 +1,15 @@
-"""Merging equal cells ahead of a vision tower that takes packed patches: all of its blocks see fewer.
+"""Merging equal cells ahead of a vision tower: all of its blocks see fewer.
 
-Such a tower (Qwen2-VL's and later ones, GLM-4V's) takes the patches of all images as one sequence, and computes from
-their grids where each patch is and which patches attend to one another. transformers lets a caller pass all of this
-(`vision_utils.py`: `position_ids`, `cu_seqlens`, ...), so the tower runs unchanged on the cells that are left, each at
-its own place.
+A tower that takes packed patches (Qwen2-VL's and later ones, GLM-4V's) gets the patches of all images as one sequence,
+and computes from their grids where each patch is and which patches attend to one another. transformers lets a caller
+pass all of this (`vision_utils.py`: `position_ids`, `cu_seqlens`, ...), so the tower runs unchanged on the cells that
+are left, each at its own place.
 
-A cell that stands for m attends and is attended to as m equal ones at its place: log m is added to the scores of its
-keys (ToMe, arXiv 2210.09461, eq. 1). That is exact where equal cells cannot be told apart by their places; docs/towers
-says where that is.
+A plain ViT (CLIP's, SigLIP's) sees images one by one, and adds places to patches. Here the patches that are left are
+taken out behind that, before the first block; images of which fewer are left are padded.
+
+A cell that stands for m is attended to as m equal ones at its place: log m is added to the scores of its keys (ToMe,
+arXiv 2210.09461, eq. 1). docs/design.md says where that is exact.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from gripvlm.models.families import FAMILIES, Family
 from gripvlm.models.hooks.attention import blocks_of, modules_of
 from gripvlm.models.hooks.calls import AttentionCall, call_hooks
 from gripvlm.models.hooks.proportional import add_sizes
+from gripvlm.models.hooks.tower_merge import refuse_checkpointing
 from gripvlm.models.repeats import Array, Distinct, RepeatRule
 from gripvlm.utils.batching import onto
 
@@ -37,19 +40,40 @@ __all__ = ["checked_repeats", "merge_repeats"]
 
 def checked_repeats(model: PreTrainedModel, family: Family, rule: RepeatRule) -> None:
     """Raises an UnsupportedModelError where cells cannot be merged ahead of this model's vision tower."""
-    if not family.repeats:
-        having = ", ".join(name for name, row in FAMILIES.items() if row.repeats)
+    if not (family.repeats or family.merges):
+        having = ", ".join(name for name, row in FAMILIES.items() if row.repeats or row.merges)
         raise UnsupportedModelError(
-            f"repeats cannot be merged ahead of {family.model_type}'s vision tower: it needs one that takes the patches "
-            "of all images as one sequence, with grids from which it computes their places, but this one takes whole "
-            f"pictures or tiles; it is for {having}"
+            f"repeats cannot be merged ahead of {family.model_type}'s vision tower: it needs one that takes packed "
+            "patches with grids, or a plain ViT of single images with a projector that works token by token, but here "
+            f"rows are made of tiles or of blocks of patches; it is for {having}"
         )
-    attention = model.get_encoder("image").config._attn_implementation
-    if rule.counted and attention not in ("sdpa", "eager"):
+    tower = model.get_encoder("image")
+    if not family.repeats and _special_rows(model):
+        raise UnsupportedModelError(
+            "repeats cannot be merged where the CLS token is one of the image's rows "
+            "(vision_feature_select_strategy='full'): use a pruner that drops at the input"
+        )
+    stem = next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None)
+    if not family.repeats and (stem is None or stem.stride != stem.kernel_size):
+        raise UnsupportedModelError(
+            f"repeats are equal patches, but a {type(tower).__name__} makes each patch from its neighbours' pixels "
+            "too: use a pruner that drops at the input"
+        )
+    attention = tower.config._attn_implementation
+    # Images of a plain ViT are padded, which takes a bias too.
+    if (rule.counted or not family.repeats) and attention not in ("sdpa", "eager"):
+        other = ", or merge without counting, 'repeats(full):counted=False'" if family.repeats else ""
         raise UnsupportedModelError(
             f"repeats are counted by a bias on each key, which attn_implementation={attention!r} of the vision tower "
-            "takes none of: load the model with 'sdpa', or merge without counting, 'repeats(full):counted=false'"
+            f"takes none of: load the model with 'sdpa'{other}"
         )
+
+
+def _special_rows(model: PreTrainedModel) -> bool:
+    """Whether a plain ViT's rows begin with that of its CLS token."""
+    return getattr(model.config, "vision_feature_select_strategy", "default") == "full" and any(
+        name.endswith("class_embedding") for name, _ in model.get_encoder("image").named_parameters()
+    )
 
 
 @contextmanager
@@ -63,9 +87,65 @@ def merge_repeats(
         found: modality -> the cells that are left of each of its items (`find_repeats`).
         counted: whether cells count as those that were merged into them.
 
-    Its output has all n rows of each image again, as the model expects: each row is that of the cell which stands for
-    it.
+    What comes out has all n rows of each image again, as the model expects: each row is that of the cell which stands
+    for it.
     """
+    merge = _merge_packed if any(f"{modality}_grid_thw" in host for modality in found) else _merge_plain
+    with merge(model, host, found, counted):
+        yield
+
+
+# --- plain ViTs -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _merge_plain(
+    model: PreTrainedModel, host: Mapping[str, Any], found: Mapping[str, Sequence[Distinct]], counted: bool
+) -> Iterator[None]:
+    tower, items = model.get_encoder("image"), found["image"]
+    left = max(len(item.rows) for item in items)
+    padding = [left - len(item.rows) for item in items]
+    rows = np.stack([np.pad(item.rows, (0, more), "edge") for item, more in zip(items, padding, strict=True)])
+    slot = np.stack([item.slot for item in items])
+    sizes = np.stack([np.pad(item.sizes, (0, more)) for item, more in zip(items, padding, strict=True)])
+    biased = counted or any(padding)
+
+    def shorten(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_checkpointing(block, "merges")
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        special = hidden.shape[1] - slot.shape[1]  # a CLS token in front
+        return (hidden.gather(1, _in_front(special, rows, hidden)), *args[1:]), kwargs
+
+    def restore(projector: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return output.gather(1, _in_front(0, slot, output))
+
+    def count(call: AttentionCall) -> None:
+        special = call.key.shape[2] - left
+        all_sizes = onto(np.pad(sizes, ((0, 0), (special, 0)), constant_values=1).astype(np.float32), call.key.device)
+        call.mask = (all_sizes > 0)[:, None, None]
+        add_sizes(call, all_sizes if counted else torch.ones_like(all_sizes))
+
+    hooks = dict.fromkeys(modules_of(tower), count) if biased else {}
+    after = {model.base_model.multi_modal_projector: restore}
+    # first: hooks that capture attention then see it with sizes
+    with call_hooks({blocks_of(tower)[0]: shorten}, after, hooks, first=True):
+        yield
+
+
+def _in_front(special: int, rows: Array, states: Tensor) -> Tensor:
+    """[b, special + m, d] indices for `gather`: the special tokens in front, then the rows [b, m] behind them."""
+    ahead = np.broadcast_to(np.arange(special), (len(rows), special))
+    index = onto(np.concatenate((ahead, rows + special), axis=1), states.device)
+    return index[..., None].expand(-1, -1, states.shape[2])
+
+
+# --- towers that take packed patches ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _merge_packed(
+    model: PreTrainedModel, host: Mapping[str, Any], found: Mapping[str, Sequence[Distinct]], counted: bool
+) -> Iterator[None]:
     tower = model.get_encoder("image")
     # The tower runs images before videos.
     runs = iter([_Layout(tower, host[f"{modality}_grid_thw"], found[modality]) for modality in found])
@@ -75,6 +155,7 @@ def merge_repeats(
     attention = modules_of(tower)
 
     def shorten(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_checkpointing(blocks_of(module)[0], "merges")
         if (layout := next(runs, None)) is None:
             raise InputError(f"the vision tower ran more often than there are modalities ({len(found)}): one run each")
         current[:] = [layout]

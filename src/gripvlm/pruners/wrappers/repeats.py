@@ -48,9 +48,9 @@ class Repeats(Wrapper):
         self.require(0 <= self.threshold < float("inf"), "threshold=0.02, 0 or more")
         if unknown := sorted(self.inner.needs & {"grid", "vision_attention", "patches"}):
             raise PrunerError(
-                f"pruner {self.name!r} leaves no plain raster, and rows of the vision tower are not brought back to what "
-                f"it leaves, but {self.inner.name!r} needs {' and '.join(unknown)}: wrap one that does not, such as "
-                "divprune"
+                f"pruner {self.name!r} leaves no plain raster, and rows of the vision tower are not brought back to "
+                f"what it leaves, but {self.inner.name!r} needs {' and '.join(unknown)}: wrap one that does not, such "
+                "as divprune"
             )
 
     def select(self, tokens: VisualTokens) -> Selection:
