@@ -17,6 +17,7 @@ from gripvlm.models.hooks.proportional import LayerSizes, proportional_attention
 from gripvlm.models.repeats import Distinct
 from gripvlm.models.text import visual_places
 from gripvlm.types import Selection, sizes_after
+from gripvlm.utils.batching import onto
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ class ProportionalRun:
         places = visual_places(model, arguments["input_ids"])
         sizes = torch.ones(places.shape, device=places.device)
         for row, own, images, left in zip(sizes, places, selections, distinct, strict=True):
-            before = [None if d is None else torch.from_numpy(d.sizes).float() for d in left]
+            before = [None if d is None else onto(d.sizes.astype("float32"), sizes.device) for d in left]
             if images:
                 after = [sizes_after(s.indices, s.n, s.merge, b) for s, b in zip(images, before, strict=True)]
                 row[own] = torch.cat(after).to(sizes.device)
