@@ -33,7 +33,7 @@ from tiny_families.reference import masked
 
 pytestmark = pytest.mark.transformers
 
-NAMES = sorted(name for name in TINY if FAMILIES[name].packed)
+NAMES = sorted(name for name in TINY if FAMILIES[name].takes_grids)
 PLAIN = sorted(name for name in TINY if FAMILIES[name].merges)  # plain ViTs, where a cell is a patch
 ROTARY = ["qwen2_vl", "qwen2_5_vl"]  # towers that know places from rotary positions alone
 FULL = sorted({*NAMES} - {"qwen2_5_vl"})  # towers without windows

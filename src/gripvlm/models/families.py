@@ -70,8 +70,8 @@ class Family:
     since: tuple[int, int] = (5, 19)
 
     @property
-    def packed(self) -> bool:
-        """Whether the tower takes packed patches and, from its caller, their places, so that it may get fewer."""
+    def takes_grids(self) -> bool:
+        """Whether the tower takes packed patches with their grids; from a caller also their places, and then fewer."""
         return self.vision is by_grid
 
 

@@ -40,29 +40,29 @@ __all__ = ["checked_repeats", "merge_repeats"]
 
 def checked_repeats(model: PreTrainedModel, family: Family, rule: RepeatRule) -> None:
     """Raises an UnsupportedModelError where cells cannot be merged ahead of this model's vision tower."""
-    if not (family.packed or family.merges):
-        having = ", ".join(name for name, row in FAMILIES.items() if row.packed or row.merges)
+    if not (family.takes_grids or family.merges):
+        having = ", ".join(name for name, row in FAMILIES.items() if row.takes_grids or row.merges)
         raise UnsupportedModelError(
             f"repeats cannot be merged ahead of {family.model_type}'s vision tower: it needs one that takes packed "
             "patches with grids, or a plain ViT of single images with a projector that works token by token, but here "
             f"rows are made of tiles or of blocks of patches; it is for {having}"
         )
     tower = model.get_encoder("image")
-    if not family.packed and _special_rows(model):
+    if not family.takes_grids and _special_rows(model):
         raise UnsupportedModelError(
             "repeats cannot be merged where the CLS token is one of the image's rows "
             "(vision_feature_select_strategy='full'): use a pruner that drops at the input"
         )
     stem = next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None)
-    if not family.packed and (stem is None or stem.stride != stem.kernel_size):
+    if not family.takes_grids and (stem is None or stem.stride != stem.kernel_size):
         raise UnsupportedModelError(
             f"repeats are equal patches, but a {type(tower).__name__} makes each patch from its neighbours' pixels "
             "too: use a pruner that drops at the input"
         )
     attention = tower.config._attn_implementation
     # Images of a plain ViT are padded, which takes a bias too.
-    if (rule.counted or not family.packed) and attention not in ("sdpa", "eager"):
-        other = ", or merge without counting, 'repeats(full):counted=False'" if family.packed else ""
+    if (rule.counted or not family.takes_grids) and attention not in ("sdpa", "eager"):
+        other = ", or merge without counting, 'repeats(full):counted=False'" if family.takes_grids else ""
         raise UnsupportedModelError(
             f"repeats are counted by a bias on each key, which attn_implementation={attention!r} of the vision tower "
             f"takes none of: load the model with 'sdpa'{other}"
