@@ -18,7 +18,7 @@ from gripvlm.utils.terminal import filled
 
 COLUMNS = {"pruner": 14, "drops": 6, "attention": 10, "question": 9, "lab score": 13, "time": 8}
 """Heading -> width; they fit into 60 columns."""
-STAGES = {"input": "input", "llm": "LLM", "vision": "tower"}
+STAGES = {"input": "input", "llm": "LLM", "vision": "tower", "pixels": "pixels"}
 PLUGINS = "gripvlm.pruners"
 
 
