@@ -44,6 +44,8 @@ class Family:
             still hold them.
         merges: True where tokens may be merged between the tower's blocks: a plain ViT that sees images one by one,
             and a projector that works token by token.
+        row_pixels: the rule for the side in pixels of the square of a picture that becomes one row; None where a
+            picture's rows do not follow from its size (tiles, a fixed number of rows).
         since: the first transformers in which it works.
     """
 
@@ -58,6 +60,7 @@ class Family:
     chunks: bool | Callable[[PreTrainedModel], bool] = True
     layers: bool = True
     merges: bool = False
+    row_pixels: Callable[[PreTrainedModel], int] | None = None
     since: tuple[int, int] = (5, 19)
 
 
@@ -73,6 +76,18 @@ def rows_of_a_tile(model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
     return (height // patch) * (width // patch) // model.config.scale_factor**2
 
 
+def patch_pixels(model: PreTrainedModel) -> int:
+    """Towers whose patches become one row each."""
+    return model.config.vision_config.patch_size
+
+
+def block_pixels(model: PreTrainedModel) -> int:
+    """Towers of which square blocks of patches become one row each."""
+    config, vision = model.config, model.config.vision_config
+    merge = getattr(vision, "spatial_merge_size", None) or config.spatial_merge_size
+    return vision.patch_size * merge
+
+
 def has_causal_images(model: PreTrainedModel) -> bool:
     """Whether this checkpoint's image tokens see only those before them, as the smaller Gemma 4's do."""
     return getattr(model.config.get_text_config(), "use_bidirectional_attention", None) is None
@@ -85,7 +100,7 @@ ROWS = (
     Family("gemma3", square, by_tile, chunks=False),
     Family("gemma4", from_coordinates, chunks=has_causal_images, layers=False),
     # Images only; transformers interleaves several images of a prompt over its beams.
-    Family("glm4v", from_patches, by_grid, beams=False),
+    Family("glm4v", from_patches, by_grid, beams=False, row_pixels=block_pixels),
     # An item is a tile, so a budget counts per tile.
     Family("idefics3", square, by_tile, joined=rows_of_a_tile),
     Family("internvl", square, by_tile),
@@ -95,21 +110,21 @@ ROWS = (
     # Convolutions.
     Family("lfm2_vl", from_shapes, equals="deletion", layers=False),
     # LLaVA-1.5, BakLLaVA, and gripvlm's own lab model.
-    Family("llava", from_pixels, by_tile, merges=True),
+    Family("llava", from_pixels, by_tile, merges=True, row_pixels=patch_pixels),
     # Tiles are joined, with newline rows in between that count as visual tokens.
     Family("llava_next", unknown, packed),
     Family("llava_onevision", unknown, packed),
     # Its row breaks are text, which stays.
-    Family("mistral3", from_pixels, in_one_row),
+    Family("mistral3", from_pixels, in_one_row, row_pixels=block_pixels),
     # The whole prompt attends in both directions.
     Family("paligemma", square, by_tile, chunks=False, merges=True),
     # M-RoPE; Qwen3-VL's DeepStack planes lose the same rows.
-    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH),
+    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH, row_pixels=block_pixels),
+    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH, row_pixels=block_pixels),
+    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH, row_pixels=block_pixels),
+    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH, row_pixels=block_pixels),
     # Linear attention. Before 5.21 transformers encoded no images ahead of its prefill.
-    Family("qwen3_5", from_patches, by_grid, equals="deletion", layers=False, since=(5, 21)),
+    Family("qwen3_5", from_patches, by_grid, equals="deletion", layers=False, row_pixels=block_pixels, since=(5, 21)),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in sorted(ROWS, key=lambda row: row.model_type)}
 
