@@ -1,4 +1,4 @@
-"""src/gripvlm/cli/recommended.json, what `gripvlm recommend` knows, and the table by kind of picture in docs/choosing.md.
+"""src/gripvlm/cli/recommended.json, what `gripvlm recommend` knows, and a table of docs/choosing.md.
 
 python -m experiments.choosing.analyze
 """

@@ -25,7 +25,7 @@ EVAL_ONLY = {
     "oracle": "the oracle keeps the evidence that a task marks for each question, and a picture of your own has none: "
     "type `gripvlm eval --pruners oracle` to see it on the lab's tasks",
     "downsample": "'downsample' makes the picture smaller and is no pruner: `gripvlm eval` measures it; elsewhere pass a "
-    "smaller picture (`gripvlm bench --picture`)",
+    "smaller picture yourself (`gripvlm bench --picture`)",
     "blind": "'blind', the model without the picture, is no pruner: `gripvlm eval` measures it by itself",
 }
 """Names that only `eval` accepts, and why."""
@@ -97,7 +97,10 @@ def evaluate_command(
         str, typer.Option("--tasks", "-t", help="From `gripvlm list`, hf:REPO or jsonl:PATH, separated by commas.")
     ] = "lab",
     pruners: Annotated[
-        str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, downsample, separated by commas; or all.")
+        str,
+        typer.Option(
+            "--pruners", "-p", help="Names from `gripvlm list`, oracle, downsample, separated by commas; or all."
+        ),
     ] = "downsample,random,grid,norm,pool,divprune",
     keep: Budgets = "10%",
     model: Model = "lab",

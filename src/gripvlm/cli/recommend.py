@@ -33,14 +33,18 @@ def recommended() -> dict[str, Any]:
 
 def recommend_command(
     model: Model = "lab",
-    keep: Annotated[str, typer.Option("--keep", "-k", help="A share of the visual tokens, such as 10% or 0.1.")] = "10%",
+    keep: Annotated[
+        str, typer.Option("--keep", "-k", help="A share of the visual tokens, such as 10% or 0.1.")
+    ] = "10%",
     kind: Annotated[str, typer.Option(help="Of picture: any, things, diagrams, text or crowded.")] = ANY,
 ) -> None:
     """What to start with for a model and a budget, and where pruning hurts."""
     known, asked = recommended(), Budget(keep).plain
     if not isinstance(asked, float):
-        raise GripError(f"--keep {keep}: type a share of the visual tokens, such as 10% (how many tokens that is depends "
-                        "on the picture)")
+        raise GripError(
+            f"--keep {keep}: type a share of the visual tokens, such as 10% (how many tokens that is depends "
+            "on the picture)"
+        )
     if kind not in (ANY, *known["kinds"]):
         hint = did_you_mean(kind, known["kinds"], count=1, cutoff=0.5)
         raise GripError(f"--kind {kind}: {hint}type one of {', '.join((ANY, *known['kinds']))}")
@@ -73,84 +77,75 @@ def nearest(budgets: list[str], asked: float) -> str:
 def show(
     screen: Console, known: dict[str, Any], model: str, family: str, lacks: dict[str, bool], asked: float, kind: str
 ) -> None:
-    """Prints the recommendation."""
-    kinds = known["kinds"] if kind == ANY else {kind: known["kinds"][kind]}
-    budgets = list(next(iter(kinds.values()))["scores"])
-    budget = nearest(budgets, asked)
-    usable = {name: row for name, row in known["pruners"].items() if serves(name, row, lacks)}
-    scores = {
-        name: [one["scores"][budget].get(name) for one in kinds.values()]
-        for name in usable
-        if all(name in one["scores"][budget] for one in kinds.values())
-    }
-    ranked = sorted(scores, key=lambda name: -mean(scores[name]))
-    untrained = [name for name in ranked if not usable[name]["trained"]]
-    best = [name for name in untrained if name not in REFERENCES][:SHOWN]
+    """Prints the recommendation: pruners by their mean over kinds of the score as a share of the unpruned model's.
 
-    def say(text: str, indent: str = "", style: str = "") -> None:
+    Args:
+        known: recommended.json.
+        model, family: as typed, and its type.
+        lacks: what the family has not, "grid", "attention" (of the tower) and "size" (of a picture sets its tokens).
+        asked: a share of the tokens.
+        kind: of picture, or `ANY`.
+    """
+    kinds = known["kinds"] if kind == ANY else {kind: known["kinds"][kind]}
+    budget = nearest(list(next(iter(kinds.values()))["scores"]), asked)
+    pruners = {name: row for name, row in known["pruners"].items() if serves(name, row, lacks)}
+    at_budget = {what: one["scores"][budget] for what, one in kinds.items()}
+    everywhere = [name for name in pruners if all(name in scores for scores in at_budget.values())]
+    ranked = sorted(everywhere, key=lambda name: -mean(scores[name] for scores in at_budget.values()))
+    best = [name for name in ranked if not pruners[name]["trained"] and name not in REFERENCES][:SHOWN]
+    references = [name for name in REFERENCES if name in everywhere]
+
+    def say(text: str, indent: str = "  ", style: str = "") -> None:
         screen.print(filled(text, indent), style=style, markup=False, soft_wrap=True)
 
-    def line(name: str) -> None:
-        cells = "  ".join(f"{100 * value:.0f} {what}" for what, value in zip(kinds, scores[name], strict=True))
-        cost = usable[name].get("prefill_share")
-        reads = "reads the question" if usable[name]["question"] else ""
-        parts = [cells, "" if cost is None else f"{100 * cost:.2g}% of a prefill", reads]
-        say(f"{name}: {'; '.join(filter(None, parts))}", "  ")
+    def show_pruners(title: str, names: list[str]) -> None:
+        say(title, "", "bold")
+        for name in names:
+            parts = ["  ".join(f"{100 * scores[name]:.0f} {what}" for what, scores in at_budget.items())]
+            if "prefill_share" in pruners[name]:
+                parts.append(f"{100 * pruners[name]['prefill_share']:.2g}% of a prefill")
+            parts += ["reads the question"] if pruners[name]["question"] else []
+            say(f"{name}: {'; '.join(parts)}")
 
-    say(f"{model} ({family}) at {100 * asked:g}% of its visual tokens", style="bold")
-    say(_setting(kinds, budget))
-    screen.print("\nStart with, untrained", style="bold")
-    for name in best:
-        line(name)
-    screen.print("Beside them, as what they have to beat", style="bold")
-    for name in (name for name in REFERENCES if name in scores):
-        line(name)
-    if lacks["size"]:
-        say(f"(downsample: the size of a picture does not set how many tokens {family} makes of it)", "  ")
-    if "grip" in scores:
-        screen.print("If you can train for your model (gripvlm train; the labs' scorers were)", style="bold")
-        line("grip")
-    screen.print("\nHow far down", style="bold")
-    for name, one in kinds.items():
-        say(_how_far(name, one, usable), "  ")
-    hurt = [name for name, values in zip(kinds, zip(*(scores[b] for b in best), strict=True), strict=True) if max(values) < ENOUGH]
-    screen.print("Where pruning hurts", style="bold")
-    if hurt:
-        say(f"At this budget the pruners above lose more than 5% on: {', '.join(hurt)}.", "  ")
+    say(f"{model} ({family}) at {100 * asked:g}% of its visual tokens", "", "bold")
+    asks = "; ".join(f"{what}: {one['asks']}, {one['questions']} questions" for what, one in kinds.items())
     say(
-        "Fine detail goes first: text, and pictures in which everything counts. Documents, charts and boxes (grounding) "
-        "were not measured here; papers find that they lose most (docs/choosing.md): keep half or more there, or do not "
-        "prune.",
-        "  ",
+        f"Right answers in % of those with all tokens, at {100 * float(budget):g}%, the measured budget nearest to "
+        f"yours, by the small models of the labs ({asks}). Differences of a few % are within the intervals.",
+        "",
     )
-    names = ",".join((*best, *(name for name in REFERENCES if name in scores)))
-    say("\nThese two models rank pruners their own way. On your own questions:")
-    say(f'gripvlm eval --model {model} --tasks jsonl:my.jsonl --keep {100 * asked:g}% --pruners "{names}"', "  ")
-    say(f"Results: {', '.join(dict.fromkeys(one['report'] for one in known['kinds'].values()))}")
-
-
-def _setting(kinds: dict[str, Any], budget: str) -> str:
-    asks = "; ".join(f"{name}: {one['asks']}, {one['questions']} questions" for name, one in kinds.items())
-    return (
-        f"Right answers as % of those with all tokens, at {100 * float(budget):g}%, the measured budget nearest to "
-        f"yours, on the labs' two small models ({asks}). Differences of a few % are within the intervals."
+    show_pruners("Start with, untrained", best)
+    show_pruners("Beside them, as what they have to beat", references)
+    if lacks["size"]:
+        say(f"(downsample: the size of a picture does not set how many tokens {family} makes of it)")
+    show_pruners("If you can train for your model, as was done for these two (gripvlm train)", ["grip"])
+    say("How far down", "", "bold")
+    for what, one in kinds.items():
+        say(f"{what}: {ENOUGH:.0%} of the score is kept {_how_far(one['scores'], pruners)}")
+    say("Where pruning hurts", "", "bold")
+    hurt = [what for what, scores in at_budget.items() if max(scores[name] for name in best) < ENOUGH]
+    if hurt:
+        say(f"At this budget the pruners above lose more than {1 - ENOUGH:.0%} on: {', '.join(hurt)}.")
+    say(
+        "Documents, charts and boxes (grounding) were not measured here. Papers find that text and places lose most "
+        "(docs/choosing.md): measure those before you prune them."
     )
+    say("Next, with questions of your own", "", "bold")
+    name = "YOUR-MODEL" if model == family else model
+    names = ",".join((*best, *references))
+    say(f'gripvlm eval --model {name} --tasks jsonl:my.jsonl --keep {100 * asked:g}% --pruners "{names}"')
+    say(f"Results: {', '.join(dict.fromkeys(one['report'] for one in known['kinds'].values()))}", "")
 
 
-def _how_far(name: str, kind: dict[str, Any], usable: dict[str, Any]) -> str:
-    """The smallest budgets that keep 95 % of the score, untrained and trained."""
+def _how_far(scores: dict[str, dict[str, float]], pruners: dict[str, Any]) -> str:
+    """The smallest budget at which enough is left, untrained and trained."""
     parts = []
     for trained in (False, True):
-        found = [
-            (budget, best)
-            for budget, scores in kind["scores"].items()
-            if (best := max((s, p) for p, s in scores.items() if p in usable and usable[p]["trained"] == trained))[0]
-            >= ENOUGH
-        ]
-        what = "grip" if trained else "untrained"
-        if found:
-            budget, (_, pruner) = found[-1]
-            parts.append(f"{what} to {100 * float(budget):g}%" + ("" if trained else f" ({pruner})"))
-        else:
-            parts.append(f"{what} at none of the budgets")
-    return f"{name}: 95% of the score is kept {', '.join(parts)}"
+        names = [name for name, row in pruners.items() if row["trained"] == trained]
+        enough = ""
+        for budget, found in scores.items():  # from the largest
+            score, name = max((found[name], name) for name in names if name in found)
+            if score >= ENOUGH:
+                enough = f"to {100 * float(budget):g}%" + ("" if trained else f" ({name})")
+        parts.append(f"{'grip' if trained else 'untrained'} {enough or 'at no budget'}")
+    return ", ".join(parts)

@@ -25,8 +25,8 @@ AS_IT_IS = {"do_resize": False, "do_center_crop": False}
 def raster_within(grid: tuple[int, int], k: int) -> tuple[int, int]:
     """Height and width in tokens of the smaller picture: at most k tokens, and no side longer than before.
 
-    The side that shrinks more is kept as long as possible, then the other, so that as many of the k tokens are used as a
-    raster can use: 16 x 16 becomes 5 x 6 for k = 32 and 3 x 5 for k = 15. The picture is stretched that much.
+    The side that shrinks more is kept as long as possible, then the other. So as many of the k tokens are used as a
+    raster can use: 16 x 16 becomes 5 x 6 for k = 32, 3 x 5 for k = 15; the picture is stretched that much.
     """
     h, w = grid
     fitting = [(rows, min(w, k // rows)) for rows in range(1, min(h, k) + 1)]
