@@ -24,11 +24,11 @@ BUDGETS = "64, 10%, or at most so many: ≤64 or '<=64'"
 EVAL_ONLY = {
     "oracle": "the oracle keeps the evidence that a task marks for each question, and a picture of your own has none: "
     "type `gripvlm eval --pruners oracle` to see it on the lab's tasks",
-    "downsample": "'downsample' makes the picture smaller and is no pruner: `gripvlm eval` measures it; elsewhere pass a "
-    "smaller picture yourself (`gripvlm bench --picture`)",
+    "downsample": "'downsample' makes the picture smaller and is no pruner, so that `gripvlm eval` and `gripvlm bench` "
+    "alone take it: pass a smaller picture yourself",
     "blind": "'blind', the model without the picture, is no pruner: `gripvlm eval` measures it by itself",
 }
-"""Names that only `eval` accepts, and why."""
+"""Names that only `eval` accepts (and `bench`, downsample), and why."""
 
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, lab-dense, a local folder, or a Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
