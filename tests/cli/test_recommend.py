@@ -54,6 +54,7 @@ def test_the_best_of_all_kinds_first_and_references_beside_them(capsys):
     assert "at 10%, the measured budget nearest to yours" in text
     assert "looks: 99 things 50 text good: 96 things 40 text; 0.16% of a prefill" in text
     assert "have to beat downsample: 70 things 10 text random: 60 things 20 text grid: 80 things 30 text" in text
+    assert "(downsample: the towers of the labs know one size of picture" in text
     assert "grip: 98 things 90 text; reads the question" in text
     assert "things: 95% of the score is kept untrained to 10% (looks), grip to 10%" in text
     assert "text: 95% of the score is kept untrained to 50% (good), grip to 50%" in text

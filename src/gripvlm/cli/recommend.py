@@ -118,6 +118,11 @@ def show(
     show_pruners("Beside them, as what they have to beat", references)
     if lacks["size"]:
         say(f"(downsample: the size of a picture does not set how many tokens {family} makes of it)")
+    else:
+        say(
+            "(downsample: the towers of the labs know one size of picture and fail at any other; for models that were "
+            "trained on many sizes papers find it hard to beat, so measure it)"
+        )
     show_pruners("If you can train for your model, as was done for these two (gripvlm train)", ["grip"])
     say("How far down", "", "bold")
     for what, one in kinds.items():
