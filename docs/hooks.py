@@ -21,6 +21,7 @@ from mkdocs.structure.pages import Page
 from typer.main import get_command
 
 from gripvlm.cli import app
+from gripvlm.models import coverage
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = sorted(file.parent.name for file in ROOT.glob("experiments/*/REPORT.md"))
@@ -110,6 +111,7 @@ def _command_line() -> str:
 def _generated() -> dict[str, str]:
     pages = {there: (ROOT / here).read_text(encoding="utf-8") for here, there in ELSEWHERE.items()}
     pages |= {f"methods/{name}.md": _method(name) for name in PRUNERS}
+    pages["model-types.md"] = coverage.page()
     return pages | {"reference/python.md": _python(), "reference/command-line.md": _command_line()}
 
 

@@ -21,8 +21,7 @@ from gripvlm.eval import make_inputs, samples_path
 from gripvlm.eval.downsample import downsampled
 from gripvlm.lab.tower import LabVisionEmbeddings
 from gripvlm.models.compat import takes
-from gripvlm.models.families import family_of
-from gripvlm.models.smaller import interpolated_positions, raster_within, smaller_picture
+from gripvlm.models.smaller import interpolated_positions, raster_within, row_pixels, smaller_picture
 from tiny_families import build
 from tiny_families.base import BOS, IMAGE, modality_types, pad
 from tiny_lab import tiny_lab
@@ -85,7 +84,7 @@ class NativeProcessor:
 
     def __init__(self, model, image_processor):
         self.model, self.image_processor = model, image_processor
-        self.side = family_of(model).row_pixels(model)
+        self.side = row_pixels(model)
 
     def __call__(self, text, images, do_resize=True, **_):
         flat = [picture for own in images for picture in own]
@@ -117,7 +116,7 @@ NATIVE = {
 def test_a_tower_with_native_resolution_gets_the_smaller_picture(name):
     """Each picture of a batch by itself; and at its full budget the raster that it had."""
     model = build(name)
-    side, patch = family_of(model).row_pixels(model), model.config.vision_config.patch_size
+    side, patch = row_pixels(model), model.config.vision_config.patch_size
     processor = NativeProcessor(model, NATIVE[name](patch_size=patch, merge_size=side // patch))
     pictures = [[noise(4 * side, 8 * side, 0)], [noise(8 * side, 4 * side, 1), noise(4 * side, 4 * side, 2)]]
     texts = ["what?", "which?"]

@@ -52,12 +52,13 @@ def recommend_command(
     from gripvlm.models.families import FAMILIES
     from gripvlm.models.grids import unknown
     from gripvlm.models.loading import model_type
+    from gripvlm.models.smaller import sets_tokens
 
     family = FAMILIES[model_type(model)]
     lacks = {
         "grid": family.grid is unknown,
         "attention": family.vision is None,
-        "size": family.row_pixels is None,
+        "size": not sets_tokens(family),
     }
     show(console(), known, model, family.model_type, lacks, asked, kind)
 

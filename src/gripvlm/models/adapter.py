@@ -20,7 +20,7 @@ from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
 from gripvlm.models.hooks.tower_merge import MergedRows, merge_in_tower
-from gripvlm.models.positions import SECONDS
+from gripvlm.models.positions import SECONDS, grids_of
 from gripvlm.models.prompts import Prompts
 from gripvlm.models.text import padding_token
 from gripvlm.models.tower_rows import TowerRequest, capture_tower, split_by_item
@@ -115,7 +115,7 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
         rows = [part for row in rows for part in row.split(size) if part.shape[0]]
     planes = getattr(output, "deepstack_features", None) or ()
     grids = family.grid(prompts.model, host, modality, [row.shape[0] for row in rows])
-    thw = host.get(f"{modality}_grid_thw")
+    patches = grids_of(prompts.model, host, modality)
     seconds = host.get(SECONDS) if modality == "video" else None
     return [
         Item(
@@ -124,7 +124,7 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
             deepstack=tuple(plane[i] for plane in planes),
             grid=grids[i],
             key=0,
-            grid_thw=None if thw is None else tuple(thw[i].tolist()),
+            patch_grid=None if patches is None else tuple(patches[i].tolist()),
             seconds=None if seconds is None else float(seconds[i]),
         )
         for i, row in enumerate(rows)

@@ -83,7 +83,7 @@ def drop(
     if arguments.get("position_ids") is None:
         arguments["position_ids"] = full_positions(prompts, spans, mask.device)
     positions = arguments["position_ids"]
-    following, ahead = next_positions(positions, mask), None
+    following, ahead = next_positions(model, positions, mask), None
 
     length = _length(images, selections, options)
     if length is None:
@@ -96,7 +96,7 @@ def drop(
         )
         # `generate` counts on from the last column's position, which is too low where that column's row was dropped.
         if prompts.end_in_image and not (options.renumbered or prompts.padded_right):
-            ahead = positions_ahead(positions, arguments["position_ids"])
+            ahead = positions_ahead(model, positions, arguments["position_ids"])
 
     # With pixels left in, the model would encode again and take those rows.
     for name in encoder_arguments(model, arguments):

@@ -26,7 +26,8 @@ class Item:
         deepstack: further planes [n, d], one for each layer they are added at; mostly none.
         grid: (h, w) of a plain raster, else None.
         key: a number from the pixels alone (see `VisualTokens.key`).
-        grid_thw: (t, h, w) in patches before merging, for families whose positions are made from it, else None.
+        patch_grid: (t, h, w) or (h, w) in patches before merging, for families whose positions are made from it, else
+            None.
         vision: layer as requested -> what that block of the vision tower gave for each row; mostly empty.
         patches: [n, d_v] what the tower made of each row before the projector, where requested.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
@@ -38,7 +39,7 @@ class Item:
     deepstack: tuple[Tensor, ...]
     grid: Grid
     key: int
-    grid_thw: tuple[int, int, int] | None = None
+    patch_grid: tuple[int, ...] | None = None
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
     groups: Tensor | None = None

@@ -11,12 +11,20 @@ from PIL import Image
 
 from gripvlm.errors import BudgetError
 from gripvlm.models.compat import takes
-from gripvlm.models.families import family_of
+from gripvlm.models.families import Family, family_of
+from gripvlm.models.grids import from_patches, from_pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AS_IT_IS", "interpolated_positions", "raster_within", "smaller_picture"]
+__all__ = [
+    "AS_IT_IS",
+    "interpolated_positions",
+    "raster_within",
+    "row_pixels",
+    "sets_tokens",
+    "smaller_picture",
+]
 
 AS_IT_IS = {"do_resize": False, "do_center_crop": False}
 """What an image processor is told of a picture that has its final size; those that know no crop take the first only."""
@@ -35,6 +43,20 @@ def raster_within(grid: tuple[int, int], k: int) -> tuple[int, int]:
     return max(fitting, key=lambda raster: (min(raster[0] / h, raster[1] / w), raster[0] * raster[1], raster[1]))
 
 
+def sets_tokens(family: Family) -> bool:
+    """Whether a picture's size sets how many tokens a family makes of it."""
+    return family.grid in (from_pixels, from_patches)
+
+
+def row_pixels(model: PreTrainedModel) -> int | None:
+    """The side in pixels of the square of a picture that becomes one row; None where `sets_tokens` says no."""
+    if not sets_tokens(family_of(model)):
+        return None
+    config, vision = model.config, model.config.vision_config
+    merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1)
+    return vision.patch_size * merge
+
+
 def smaller_picture(
     model: PreTrainedModel, image_processor: Any, picture: Image.Image, raster: tuple[int, int]
 ) -> Image.Image:
@@ -45,13 +67,12 @@ def smaller_picture(
     Raises:
         BudgetError: a family whose pictures have as many tokens whatever their size.
     """
-    family = family_of(model)
-    if family.row_pixels is None:
+    side = row_pixels(model)
+    if side is None:
         raise BudgetError(
-            f"a smaller picture does not give {family.model_type} fewer tokens: its processor makes tiles, or as many "
-            "tokens of every picture; leave downsample out"
+            f"a smaller picture does not give {model.config.model_type} fewer tokens: its processor makes tiles, or as "
+            "many tokens of every picture; leave downsample out"
         )
-    side = family.row_pixels(model)
     whole = _cropped(image_processor, picture.convert("RGB"))
     return whole.resize((raster[1] * side, raster[0] * side), Image.Resampling.BICUBIC)
 

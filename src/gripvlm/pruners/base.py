@@ -69,6 +69,7 @@ class Pruner(ABC):
         stage: where tokens are dropped: "input" is before the language model, "llm" inside it (`LLMPruner`),
             "vision" inside the vision tower (`TowerPruner`).
         trained: whether it has weights that were trained for pruning.
+        logits: whether the scores that it returns are logits, whose softmax over rows means something.
         joint: whether a prompt's images share one budget, the sum of their `keep`: `select_batch` may then keep other
             counts of each (also none), with that sum over the images of a `sample`. `allocate_budget` moves budget
             before anything is scored; this is for pruners that learn the counts by choosing.
@@ -83,6 +84,7 @@ class Pruner(ABC):
     vision_layers: ClassVar[tuple[int, ...]] = ()
     stage: ClassVar[str] = "input"
     trained: ClassVar[bool] = False
+    logits: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     may_exceed: ClassVar[bool] = False
     default_keep: ClassVar[float | None] = None
