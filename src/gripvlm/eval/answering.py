@@ -132,7 +132,8 @@ def answer(
 ) -> BatchAnswers:
     """Greedy answers with the visual tokens that `pruner` keeps; None for prompts without images.
 
-    `logits_processor` see the logits of each step after the model's own ones. With `encoded`, the vision encoder's time is the one measured when it ran, unless the pruner ran it again.
+    With `encoded`, the vision encoder's time is the one measured when it ran, unless the pruner ran it again.
+    `logits_processor` see the logits of each step, after the model's own ones.
 
     Raises:
         GripError: as `gripvlm.prune_inputs`.
