@@ -74,8 +74,10 @@ def gallery(
         GripError: nothing but `full` to show, or a model whose tokens' places are not known; also the errors of
             `evaluate`.
     """
-    questions, cases, methods = choose(model, processor, tasks, pruners, limit, model_name)
     asker = Asker(model, processor, max(task.max_new_tokens for task in tasks))
+    (first,) = tasks[0].take(1, 0)
+    _check_picture(asker.compare(first.images, first.question, [], AT))  # before hours of questions
+    questions, cases, methods = choose(model, processor, tasks, pruners, limit, model_name)
     content = _Content()
     titles = {name: name.format(first=methods[0]) for name in CASES}
     examples = [content.example(asker, one, methods, repeats) | {"case": titles[one.case]} for one in questions]
@@ -126,14 +128,15 @@ def choose(
             for name, of_task in found.items():
                 of_task.append([Chosen(name, task, sample) for case, sample in cases if case == name])
     counts = Counter({name: sum(map(len, of_task)) for name, of_task in found.items()})
-    shown: list[Chosen] = []
+    shown: dict[str, Chosen] = {}
     for name, most in CASES.items():
         # tasks in turn, so that no kind of question fills the page; and each picture once
         in_turn = [one for turn in zip_longest(*found[name]) for one in turn if one is not None]
-        taken = {one.sample.image_id for one in shown}
-        fresh = {one.sample.image_id or one.sample.id: one for one in reversed(in_turn)}
-        shown += [one for one in in_turn if one in fresh.values() and one.sample.image_id not in taken][:most]
-    return shown, counts, methods
+        fresh: dict[str, Chosen] = {}
+        for one in in_turn:
+            fresh.setdefault(one.sample.image_id or one.sample.id, one)
+        shown |= dict([entry for entry in fresh.items() if entry[0] not in shown][:most])
+    return list(shown.values()), counts, methods
 
 
 def case_of(task: Task, sample: Sample, methods: Sequence[str], results: Results) -> str:
@@ -171,8 +174,7 @@ class _Content:
                 ]
             )
         assert comparison is not None  # KEEPS is not empty
-        if not comparison.parts:
-            raise GripError(f"there is no picture to show: {comparison.no_picture}")
+        _check_picture(comparison)
         pictures = [self._place(self.pictures, _data_url(image)) for image in comparison.images]
         parts = [
             {
@@ -218,6 +220,11 @@ class _Content:
         if value not in shared:
             shared.append(value)
         return shared.index(value)
+
+
+def _check_picture(comparison: Comparison) -> None:
+    if comparison.no_picture:
+        raise GripError(f"there is no picture to show: {comparison.no_picture}")
 
 
 def _data_url(image: Image.Image) -> str:

@@ -113,8 +113,9 @@ def build(asker: Asker, pruners: Sequence[str], examples: Sequence[Sample], keep
         alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         targets = [asked, reason, *(part for card in cards for part in card)]
         run: dict[str, Any] = {"fn": compare, "inputs": [image, question, slider, methods], "outputs": targets} | alone
-        for trigger in (button.click, question.submit, slider.release, methods.input):
+        for trigger in (button.click, question.submit, methods.input):
             trigger(**run)
+        slider.input(**run, trigger_mode="always_last")  # not each value that it is drawn over
         upload.upload(read, upload, [image, shown], api_visibility="private").success(**run)
         if examples:
             chosen.input(example, chosen, [image, shown, question], api_visibility="private").success(**run)
