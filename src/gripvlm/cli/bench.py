@@ -103,7 +103,7 @@ def bench_command(
         console().print(f"results: {escape(str(out))}", soft_wrap=True)
 
 
-def _loaded(model: str, pictures: dict[str, int], device: str | None, dtype: str | None, attention: str | None) -> Any:
+def _loaded(model: str, pictures: dict[str, Any], device: str | None, dtype: str | None, attention: str | None) -> Any:
     """(model, (batch, length) -> inputs): a loaded model, or a shape with random weights."""
     import torch
 

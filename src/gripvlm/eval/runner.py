@@ -251,11 +251,10 @@ class _Runner:
         self, variant: Variant, batch: Batch, inputs: dict[str, Any], encoded: Encoded
     ) -> tuple[dict[str, Any], str | Pruner, Any, Encoded]:
         """Inputs, pruner, budget and encoding with which a variant answers."""
-        if variant.label == DOWNSAMPLE:
+        if variant.label == DOWNSAMPLE and variant.keep is not None:
             texts, images = self._prompts(batch)
-            budget = Budget.of(variant.keep)
-            small = downsampled(self.model, self.processor, texts, images, encoded, budget)
-            return small[0], "keep_all", None, small[1]
+            small, own = downsampled(self.model, self.processor, texts, images, encoded, Budget.of(variant.keep))
+            return small, "keep_all", None, own
         return inputs, _pruner_of(variant, batch, encoded), variant.keep, encoded
 
     @torch.no_grad()
