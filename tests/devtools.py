@@ -90,7 +90,7 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 120) -> Any:
+    def wait(self, expression: str, seconds: float = 300) -> Any:
         """The expression's value as soon as it is true."""
         ends = time.monotonic() + seconds
         while not (value := self.js(expression)):

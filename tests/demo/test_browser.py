@@ -142,16 +142,18 @@ def test_the_page(address, shots, name, tmp_path):
         # a file that is no picture, though its name says so
         wrong = tmp_path / "cat.png"
         wrong.write_text("not a picture")
+        before = browser.js("document.querySelector('.card img').src")
         browser.upload("input[type=file]", wrong)
         browser.wait("document.body.innerText.includes('the file is not a picture that Pillow can read')")
+        time.sleep(1)
         browser.picture(shots / f"page-{name}-refused.png")
         assert "64 of 256 visual tokens" in words(browser), "what was there stays"
+        assert browser.js("document.querySelector('.card img').src") == before
 
         # a picture of the visitor's own, of another shape
         own = Image.new("RGB", (300, 200), (250, 250, 250))
         ImageDraw.Draw(own).ellipse((20, 20, 140, 140), fill=(200, 30, 30))
         own.save(tmp_path / "own.png")
-        before = browser.js("document.querySelector('.card img').src")
         browser.upload("input[type=file]", tmp_path / "own.png")
         browser.wait(f"document.querySelector('.card img').src !== '{before}'")
         browser.picture(shots / f"page-{name}-own.png", whole=True)

@@ -131,7 +131,7 @@ def test_words_say_why_a_token_went(asker, found):
     assert why(found, pool, 0, None).endswith("is still part of a kept one.")
     lines = described(found, found.pruned[1])
     assert lines[0] == found.pruned[1].text
-    assert lines[2].startswith(f"of “{found.full.text}”, the answer with all tokens: ")
+    assert lines[2].startswith(f"“{found.full.text}”, the answer with all tokens: ")
     assert "26 of 256 visual tokens" in lines
 
 

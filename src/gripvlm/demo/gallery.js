@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const keep = document.getElementById("keep"), view = document.getElementById("view");
-const percent = (p) => (p >= 0.9995 ? "100" : p < 0.0005 ? "0" : (100 * p).toFixed(1)) + " %";
+const percent = (p) => (p < 0.0005 ? "below 0.1" : (100 * p).toFixed(1)) + " %";
 
 function element(name, attributes, ...children) {
   const svg = ["svg", "image", "path", "rect", "clipPath"].includes(name);
@@ -91,7 +91,7 @@ function why(name, answer, token, full) {
 // The answer's probability and, where it differs, that of the answer with all tokens.
 function lines(answer, full) {
   const texts = [`probability ${percent(answer.probability)}`];
-  if (answer.text !== full.text) texts.push(`of “${full.text}” ${percent(answer.of_full)}`);
+  if (answer.text !== full.text) texts.push(`“${full.text}”: ${percent(answer.of_full)}`);
   return texts.flatMap((text) => [text, element("br", {})]);
 }
 
@@ -150,7 +150,7 @@ data.examples.forEach((example) => {
 const legends = {
   kept: ["#ffd60a", "kept, the others are dark"],
   scores: ["#ffd60a", "high rank", "#fff0", "outlined: kept; some methods have no scores"],
-  worth: ["#2882ff", "the answer needs it", "#ff4628", "better without it", "#fff0", "relative to the most in each picture"],
+  worth: ["#2882ff", "the answer needs it", "#ff4628", "better without it"],
 };
 function draw() {
   document.getElementById("budget").textContent = data.keeps[keep.value];

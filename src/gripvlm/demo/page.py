@@ -76,11 +76,11 @@ def build(asker: Asker, pruners: Sequence[str], examples: Sequence[Sample], keep
 
         def compare(picture: Image.Image | None, text: str, share: float, wanted: list[str]) -> list[Any]:
             if picture is None:
-                raise gr.Error("there is no picture yet: upload one")
+                raise _refusal("there is no picture yet: upload one")
             try:
                 found = asker.compare([picture], text, wanted, Budget(share / 100))
             except GripError as error:
-                raise gr.Error(str(error), print_exception=False) from None
+                raise _refusal(str(error)) from None
             by_name = {FULL: found.full} | {one.method: one for one in found.pruned}
             updates: list[Any] = [found, found.no_picture or "Tap a patch to see why its token stays or goes."]
             for name in names:
@@ -91,7 +91,7 @@ def build(asker: Asker, pruners: Sequence[str], examples: Sequence[Sample], keep
             try:
                 picture = open_image(_content(path, limits.body_bytes), "the file", max_pixels=limits.pixels)
             except GripError as error:
-                raise gr.Error(str(error), print_exception=False) from None
+                raise _refusal(str(error)) from None
             return picture, picture
 
         def example(number: int) -> tuple[Any, Any, str]:
@@ -113,10 +113,13 @@ def build(asker: Asker, pruners: Sequence[str], examples: Sequence[Sample], keep
         alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         targets = [asked, reason, *(part for card in cards for part in card)]
         run: dict[str, Any] = {"fn": compare, "inputs": [image, question, slider, methods], "outputs": targets} | alone
+        # an error is shown where progress is: there, and not over every picture
+        run["show_progress_on"] = reason
         for trigger in (button.click, question.submit, methods.input):
             trigger(**run)
         slider.input(**run, trigger_mode="always_last")  # not each value that it is drawn over
-        upload.upload(read, upload, [image, shown], api_visibility="private").success(**run)
+        read_it = upload.upload(read, upload, [image, shown], api_visibility="private", show_progress="hidden")
+        read_it.success(**run)
         if examples:
             chosen.input(example, chosen, [image, shown, question], api_visibility="private").success(**run)
             page.load(**run)
@@ -146,6 +149,11 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
     )
     print(f"Open {page.local_url} in a browser; Ctrl-C ends it.", flush=True)
     page.block_thread()
+
+
+def _refusal(message: str) -> gr.Error:
+    """Shown until it is closed."""
+    return gr.Error(message, duration=None, title="Refused", print_exception=False)
 
 
 def _named(explain: Any, name: str) -> Any:

@@ -58,7 +58,7 @@ def described(comparison: Comparison, answered: Answered) -> list[str]:
     full = comparison.full
     lines = [answered.text or "(nothing)", f"probability {percent(answered.probability)}"]
     if answered.ids != full.ids:
-        lines.append(f"of “{full.text}”, the answer with all tokens: {percent(answered.of_full)}")
+        lines.append(f"“{full.text}”, the answer with all tokens: {percent(answered.of_full)}")
     total = sum(selection.n for selection in answered.selections)
     lines.append(f"{answered.paid:g} of {total} visual tokens")
     times = {name: 1000 * seconds for name, seconds in answered.seconds.items()}
@@ -91,4 +91,4 @@ def why(comparison: Comparison, answered: Answered, token: int, worth: float | N
 
 def percent(probability: float) -> str:
     """`69.2 %`"""
-    return f"{100 * probability:.1f} %"
+    return f"{100 * probability:.1f} %" if probability >= 0.0005 else "below 0.1 %"
