@@ -43,11 +43,17 @@ HERE = {there: here for here, there in ELSEWHERE.items()}
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^)\s]+)\)")
 """Its text, its target."""
 FENCE = re.compile(r"(^ *```.*?^ *```\s*?$)", re.MULTILINE | re.DOTALL)
-STAGES = {"input": "before the language model", "llm": "inside the language model", "vision": "inside the vision tower"}
+STAGES = {
+    "input": "before the language model",
+    "llm": "inside the language model",
+    "vision": "inside the vision tower",
+    "pixels": "ahead of the vision tower",
+}
 FURTHER = [
     "gripvlm.eval.runner.evaluate",
     "gripvlm.report.build.report",
     "gripvlm.bench.runner.bench",
+    "gripvlm.demo.compare.Asker",
     "gripvlm.grip.train.run.train",
     "gripvlm.grip.train.config.TrainConfig",
 ]
