@@ -39,21 +39,27 @@ def from_pixels(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: li
 def from_patches(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
     """Towers that get `<modality>_grid_thw`, in patches before merging.
 
-    None for a video of several frames: its rows are one raster after the other.
+    None for a video whose rows are one raster a frame after the other; some towers make one of the mean over frames.
     """
-    vision = model.config.vision_config
-    merge = vision.merge_kernel_size[0] if hasattr(vision, "merge_kernel_size") else vision.spatial_merge_size
-    grids = inputs[f"{modality}_grid_thw"].tolist()
-    return [(h // merge, w // merge) if t == 1 else None for t, h, w in grids]
+    merge = merged_edge(model)
+    shapes = [(t, h // merge, w // merge) for t, h, w in inputs[f"{modality}_grid_thw"].tolist()]
+    return [(h, w) if t == 1 or h * w == n else None for (t, h, w), n in zip(shapes, sizes, strict=True)]
+
+
+def merged_edge(model: PreTrainedModel) -> int:
+    """The patches along the edge of the square that becomes one row; 1 where the config names none."""
+    config, vision = model.config, model.config.vision_config
+    if hasattr(vision, "merge_kernel_size"):  # Kimi's name for it, (height, width)
+        return int(vision.merge_kernel_size[0])
+    return getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1)
 
 
 def from_coordinates(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
-    """Towers that get each patch's (x, y), -1 for padding, and pool square blocks."""
-    block = model.config.vision_config.pooling_kernel_size
+    """Towers that get each patch's (x, y), -1 for padding, and may pool square blocks."""
     grids: list[Grid] = []
     for n, places in zip(sizes, inputs[f"{modality}_position_ids"], strict=True):
-        w, h = (int(places[:, axis].max() + 1) // block for axis in (0, 1))
-        grids.append((h, w) if h * w == n else None)
+        w, h = (int(places[:, axis].max() + 1) for axis in (0, 1))
+        grids.append(_merged(n, h, w))
     return grids
 
 
@@ -64,9 +70,21 @@ def from_shapes(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: li
     return [(h, w) if h * w == n else None for (h, w), n in zip(shapes, sizes, strict=True)]
 
 
+def from_targets(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
+    """Towers that get `target_sizes` [items, 2] in patches and merge square blocks."""
+    return [_merged(n, int(h), int(w)) for n, (h, w) in zip(sizes, inputs["target_sizes"], strict=True)]
+
+
 def unknown(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
     """No grid: rows are no plain raster (tiles joined, newline rows in between)."""
     return [None] * len(sizes)
+
+
+def _merged(n: int, height: int, width: int) -> Grid:
+    """The grid of n rows that are square blocks of height x width patches, or None."""
+    block = math.isqrt(height * width // n)
+    h, w = height // block, width // block
+    return (h, w) if h * w == n else None
 
 
 def _factor(n: int, height: int, width: int) -> Grid:

@@ -90,7 +90,7 @@ class Prompts:
                         f"{sum(ends[-1:])} visual tokens are encoded for it"
                     )
                 parts = zip(same, np.split(columns, ends[:-1]), strict=False)
-                located += [(item, part[: item.features.shape[0]]) for item, part in parts]
+                located += [(item, part[: len(part) - item.behind]) for item, part in parts]
             # Modality by modality so far; callers and pruners count images as the prompt has them.
             located.sort(key=lambda pair: int(pair[1][0]))
             mask = self.mask[sample]
