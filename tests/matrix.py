@@ -31,7 +31,8 @@ NAMES = sorted(TINY)
 IMAGES, WORDS = [1, 2], [7, 9]  # two samples of different length, one with two pictures
 SHALLOW = {"hiprune": "hiprune:middle=0", "vscan": "vscan:shallow=0,window=2", "vscan_vision": "vscan_vision:shallow=0"}
 """Options where a default names a block that the tiny towers do not have."""
-WRAPPERS = ("ensemble", "mmr", "repeats", "restore", "split", "spread", "top_p")  # test_repeats.py, test_wrappers.py
+WRAPPERS = ("ensemble", "gumbel", "mmr", "repeats", "restore", "split", "spread", "top_p")
+"""Tried in `MORE`, or in test_repeats.py and test_wrappers.py."""
 MORE = (
     "ensemble(norm,divprune)",
     "ensemble(fastervlm,grid):weights=(2,1)",
