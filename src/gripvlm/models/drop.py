@@ -124,13 +124,13 @@ def _kept_columns(mask: Tensor, spans: Sequence[Sequence[Span]], selections: Seq
     """[B, L] bool: the prompts' text, and the placeholders of the selected rows of each image."""
     keep = mask.to(torch.bool, memory_format=torch.contiguous_format, copy=True)
     # All images as one index into the flattened batch: a fixed number of operations however many images there are.
-    flat = [span.positions + row * keep.shape[1] for row, images in enumerate(spans) for span in images]
-    starts = [0, *itertools.accumulate(len(columns) for columns in flat)]
-    columns = onto(torch.cat(flat), keep.device)
+    flat = [(span, row * keep.shape[1]) for row, images in enumerate(spans) for span in images]
+    positions = [span.positions + start for span, start in flat]
+    starts = [0, *itertools.accumulate(len(columns) for columns in positions)]
     rows = shifted([s.indices.to(keep.device) for selected in selections for s in selected], starts[:-1])
     line = keep.view(-1)
-    line.index_fill_(0, columns, False)
-    line.index_fill_(0, columns.index_select(0, rows), True)
+    line.index_fill_(0, onto(torch.cat([span.columns + start for span, start in flat]), keep.device), False)
+    line.index_fill_(0, onto(torch.cat(positions), keep.device).index_select(0, rows), True)
     return keep
 
 

@@ -69,6 +69,11 @@ class Family:
     merges: bool = False
     since: tuple[int, int] = (5, 19)
 
+    @property
+    def takes_grids(self) -> bool:
+        """Whether the tower takes packed patches with their grids; from a caller also their places, and then fewer."""
+        return self.vision is by_grid
+
 
 def chunkable(family: Family, model: PreTrainedModel) -> bool:
     """Whether transformers may prefill this model's prompts in chunks."""
