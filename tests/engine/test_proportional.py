@@ -15,9 +15,9 @@ import gripvlm
 from gripvlm.engine.generate import CHUNKS_SINCE
 from gripvlm.errors import InputError, UnsupportedModelError
 from gripvlm.models import FAMILIES
-from gripvlm.models.positions import counting_rows
 from gripvlm.models.compat import installed
 from gripvlm.models.hooks.attention import capture_attention
+from gripvlm.models.positions import counting_rows
 from gripvlm.pruners import LLMPruner, Pruner
 from gripvlm.types import Merge, Selection, VisualTokens, sizes_after
 from tiny_families import TINY, build, make
