@@ -22,7 +22,7 @@ def window_over_kept(ids: torch.Tensor, keep: torch.Tensor, global_blocks: bool)
     """{layer type: [B, 1, L, L] bool}: causal or in one image block, and within the window of kept tokens.
 
     `keep` [B, L] says which tokens are there; each image is one run of placeholders, whose tokens
-    see each other in sliding layers, and in full ones too where `global_blocks` (gemma3).
+    see each other in sliding layers, and in full ones too where `global_blocks`.
     """
     length = ids.shape[1]
     starts = (ids == IMAGE) & (torch.nn.functional.pad(ids, (1, 0))[:, :-1] != IMAGE)
@@ -37,14 +37,14 @@ def window_over_kept(ids: torch.Tensor, keep: torch.Tensor, global_blocks: bool)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "gemma4_unified"])
 def test_the_window_counts_kept_tokens(name, attention):
     model, batch = build(name, attention, sliding_window=WINDOW), make(TINY[name], [1, 2], [7, 9])
     inputs = batch.inputs
     arguments, record = gripvlm.prune_inputs(model, inputs, "random", keep=5, return_record=True)
     assert arguments["input_ids"].shape[1] > WINDOW
     keep = kept(inputs["input_ids"], inputs["attention_mask"], record.selections)
-    allowed = window_over_kept(inputs["input_ids"], keep, global_blocks=name == "gemma3")
+    allowed = window_over_kept(inputs["input_ids"], keep, global_blocks=name != "gemma4")
     floor = torch.finfo(torch.float32).min
     masks = {kind: torch.where(sees, 0.0, floor) for kind, sees in allowed.items()}
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_the_window_counts_kept_tokens(name, attention):
     assert (ours - plain).abs().max() > 0.1  # plain masking counts the window otherwise
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "gemma4_unified"])
 def test_what_else_holds_with_a_small_window(name):
     """Keeping all is bit for bit the same, a batch is its samples, decoding goes on where prefill ended."""
     model, images, words = build(name, sliding_window=WINDOW), [1, 2, 0], [7, 9, 5]

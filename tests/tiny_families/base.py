@@ -86,6 +86,8 @@ class Tiny:
         video: makes one video, for families that take any.
         tolerance: absolute and relative, of logits that spread over about +-10.
         embedding: scale of the embedding table; Gemmas multiply it by the root of the hidden size.
+        uneven: the end of the name of a norm's weights that are made unequal: where a norm makes the rows, all would
+            be equally long.
     """
 
     model_type: str
@@ -96,6 +98,7 @@ class Tiny:
     video: Callable[[torch.Generator], Picture] | None = None
     tolerance: float = 3e-5
     embedding: float = 1.0
+    uneven: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ def _built(model_type: str, changes: tuple[tuple[str, Any], ...], attention: str
                     tiny.embedding if "embed" in name else 0.4 if "lm_head" in name else 1.6 / weight.shape[-1] ** 0.5
                 )
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+            elif tiny.uneven and name.endswith(tiny.uneven):
+                weight.copy_(0.5 + torch.rand(weight.shape, generator=generator))
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = None  # always the asked number of tokens
     model.generation_config.pad_token_id = PAD

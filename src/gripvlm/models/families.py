@@ -118,8 +118,9 @@ ROWS = (
     # Tiles are joined, with newline rows in between that count as visual tokens.
     Family("llava_next", unknown, packed),
     Family("llava_onevision", unknown, packed),
-    # M-RoPE of three or four axes. Newline rows and a first and a last row count as visual tokens.
-    Family("hunyuan_vl", unknown, by_raster(from_patches, marked=True)),
+    # M-RoPE of three or four axes. Newline rows and a first and a last row count as visual tokens. Before 5.21 the rows
+    # of all images were one tensor.
+    Family("hunyuan_vl", unknown, by_raster(from_patches, marked=True), since=(5, 21)),
     # Linear attention. An item is the overview or a slice of an image.
     Family("minicpmv4_6", from_targets, by_raster(from_targets), equals="deletion", layers=False),
     Family("minicpmv4_7", from_targets, by_raster(from_targets), equals="deletion", layers=False),
@@ -129,7 +130,8 @@ ROWS = (
     # The whole prompt attends in both directions.
     Family("paligemma", square, by_tile, chunks=False, merges=True),
     # M-RoPE; Qwen3-VL's DeepStack planes lose the same rows.
-    Family("paddleocr_vl", from_patches, by_raster(from_patches)),
+    # Before 5.21 its forward took no encoded images.
+    Family("paddleocr_vl", from_patches, by_raster(from_patches), since=(5, 21)),
     Family("qwen2_vl", from_patches, by_grid, modalities=BOTH),
     Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH),
     Family("qwen3_vl", from_patches, by_grid, modalities=BOTH),
