@@ -11,7 +11,6 @@ their own.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from statistics import median
@@ -22,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from experiments.repeats.documents import draw
-from experiments.results import STUDIES
+from experiments.results import STUDIES, write_json
 from gripvlm import encode, prune_inputs, pruned_run
 from gripvlm.bench.roofline import flop_counter
 from gripvlm.eval.environment import git_state, hardware, versions
@@ -132,7 +131,7 @@ def main() -> None:
             content["rows"].append(row)
         for spec in ("repeats(full)", "repeats(full):counted=False"):
             content["differences"].append({"kind": kind, "spec": spec, "relative": difference(model, inputs, spec)})
-    (STUDIES / "repeats/results/speed.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(STUDIES / "repeats/results/speed.json", content)
 
 
 if __name__ == "__main__":
