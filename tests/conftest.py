@@ -11,7 +11,6 @@ import torch
 from tiny_models import llava_inputs, tiny_llava
 from touching import touches
 
-
 OPTIONAL = ("slow", "browser", "demo")
 
 
