@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import gripvlm
+from gripvlm.engine.by_raster import select_batch
 from gripvlm.engine.outputs import DeferredChecks
 from gripvlm.engine.pipeline import gather_tokens, question_embeddings
 from gripvlm.engine.request import PruneRequest
@@ -18,7 +19,6 @@ from gripvlm.errors import BudgetError
 from gripvlm.grip.fingerprint import ModelFingerprint
 from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.models import FAMILIES
-from gripvlm.models.grids import unknown
 from gripvlm.models.prompts import Prompts
 from gripvlm.pruners import LLMPruner, Pruner, get_pruner
 from gripvlm.pruners.baselines.given import Given
@@ -93,7 +93,7 @@ def lacking(spec: str, name: str) -> list[str]:
     """What this family cannot supply of what the pruner needs."""
     family, (needs, stage) = FAMILIES[name], needs_of(spec)
     lacks = sorted(needs & {"vision_attention", "patches"}) if family.vision is None else []
-    lacks += ["grid"] if "grid" in needs and family.grid is unknown else []
+    lacks += ["grid"] if "grid" in needs and not family.has_rasters else []
     return lacks + (["layers"] if stage == "llm" and not family.layers else [])
 
 
@@ -164,7 +164,7 @@ def chosen(pruner: Pruner, images: list[list[VisualTokens]], k: int) -> list[lis
         counts = list(pruner.allocate_budget(mine, 1))
         assert sum(counts) == sum(tokens.keep for tokens in mine), (k, counts)
         asked.append([replace(tokens, keep=count) for tokens, count in zip(mine, counts, strict=True)])
-    found = iter(pruner.select_batch([tokens for sample in asked for tokens in sample]))
+    found = iter(select_batch(pruner, [tokens for sample in asked for tokens in sample], DeferredChecks()))
     return [[(tokens, next(found)) for tokens in sample] for sample in asked]
 
 

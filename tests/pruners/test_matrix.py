@@ -16,7 +16,6 @@ import gripvlm
 from gripvlm.engine.outputs import checked_selection
 from gripvlm.errors import BudgetError, InputError, UnsupportedModelError
 from gripvlm.models import FAMILIES
-from gripvlm.models.grids import unknown
 from gripvlm.pruners import LLMPruner, get_pruner
 from gripvlm.pruners.registry import _BUILT_IN
 from gripvlm.types import Merge, Selection
@@ -200,7 +199,7 @@ def test_keeping_all(spec, name):
 
 HAVE = {
     "vision_attention": [name for name in FAMILIES if FAMILIES[name].vision is not None],
-    "grid": [name for name in FAMILIES if FAMILIES[name].grid is not unknown],
+    "grid": [name for name in FAMILIES if FAMILIES[name].has_rasters],
     "layers": [name for name in FAMILIES if FAMILIES[name].layers],
 }
 HAVE["patches"] = HAVE["vision_attention"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gripvlm.engine.by_raster import select_at_layer
 from gripvlm.engine.outputs import checked_selection
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.models.hooks.attention import capture_attention, last_norm
@@ -259,8 +260,8 @@ class LLMStage:
         with torch.no_grad():
             fields = self._observed_fields(entering, row, tokens.sample, places)
             seen = LLMTokens(layer, image.schedule[layer], left, tokens, **fields)
-            answer = self.pruner.select_at_layer(layer, seen)
-        where = f"image {tokens.image} of sample {tokens.sample} before layer {layer}"
+            where = f"image {tokens.image} of sample {tokens.sample} before layer {layer}"
+            answer = select_at_layer(self.pruner, layer, seen, where)
         image.chosen[layer] = selection = checked_selection(self.pruner.name, answer, seen, where)
         image.rows[layer] = left[selection.indices.to(left.device)]
 

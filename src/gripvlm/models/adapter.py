@@ -114,7 +114,10 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
         # An entry of no rows is a prompt without images.
         rows = [part for row in rows for part in row.split(size) if part.shape[0]]
     planes = getattr(output, "deepstack_features", None) or ()
-    grids = family.grid(prompts.model, host, modality, [row.shape[0] for row in rows])
+    sizes = [row.shape[0] for row in rows]
+    grids, rasters = family.grid(prompts.model, host, modality, sizes), [()] * len(rows)
+    if family.rasters is not None and None in grids:
+        rasters = family.rasters(prompts.model, host, modality, sizes)
     thw = host.get(f"{modality}_grid_thw")
     seconds = host.get(SECONDS) if modality == "video" else None
     return [
@@ -126,6 +129,7 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
             key=0,
             grid_thw=None if thw is None else tuple(thw[i].tolist()),
             seconds=None if seconds is None else float(seconds[i]),
+            rasters=rasters[i] if grids[i] is None else (),
         )
         for i, row in enumerate(rows)
     ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gripvlm.models.grids import Grid
+from gripvlm.models.grids import Grid, Rasters
 from gripvlm.models.tower_rows import FEATURES_ONLY, TowerRequest
 from gripvlm.types import VisionRows, VisualTokens
 from gripvlm.utils.timing import Stopwatch
@@ -30,6 +30,7 @@ class Item:
         vision: layer as requested -> what that block of the vision tower gave for each row; mostly empty.
         patches: [n, d_v] what the tower made of each row before the projector, where requested.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
+        rasters: where grid is None, the rasters that the rows are made of (see `VisualTokens.rasters`).
         seconds: between two temporal patches of a video, for families whose positions are made from it, else None.
     """
 
@@ -43,6 +44,7 @@ class Item:
     patches: Tensor | None = None
     groups: Tensor | None = None
     seconds: float | None = None
+    rasters: Rasters = ()
 
     def tokens(self, keep: int, question: Tensor | None, sample: int, image: int) -> VisualTokens:
         """What a pruner gets to choose `keep` rows of it."""
@@ -57,6 +59,7 @@ class Item:
             vision=self.vision,
             patches=self.patches,
             groups=self.groups,
+            rasters=self.rasters,
         )
 
 

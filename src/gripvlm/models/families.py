@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.models.compat import installed, mention_newer, takes
-from gripvlm.models.grids import GridRule, from_coordinates, from_patches, from_pixels, from_shapes, square, unknown
+from gripvlm.models.grids import (
+    GridRule,
+    RasterRule,
+    frames,
+    from_coordinates,
+    from_patches,
+    from_pixels,
+    from_shapes,
+    in_lines,
+    square,
+    unknown,
+)
 from gripvlm.models.vision_rules import VisionRule, by_grid, by_tile, in_one_row, packed
 
 if TYPE_CHECKING:
@@ -29,6 +40,8 @@ class Family:
     Attributes:
         model_type: as in the model's `config.json`.
         grid: the rule for the height and width of each visual item, in rows (`models/grids.py`).
+        rasters: the rule for items that are several rasters, or whose lines end in rows of no place; None where there
+            are none (`models/grids.py`).
         vision: the rule for which patches of the vision tower become which row (`models/vision_rules.py`). None where
             it is not known: pruners that read the tower's attention or patches are then refused.
         modalities: what its encoders take; `config.<modality>_token_id` is the placeholder.
@@ -59,6 +72,12 @@ class Family:
     layers: bool = True
     merges: bool = False
     since: tuple[int, int] = (5, 19)
+    rasters: RasterRule | None = None
+
+    @property
+    def has_rasters(self) -> bool:
+        """Whether pruners that need a grid can run on it."""
+        return self.grid is not unknown or self.rasters is not None
 
 
 def chunkable(family: Family, model: PreTrainedModel) -> bool:
@@ -97,17 +116,17 @@ ROWS = (
     # LLaVA-1.5, BakLLaVA, and gripvlm's own lab model.
     Family("llava", from_pixels, by_tile, merges=True),
     # Tiles are joined, with newline rows in between that count as visual tokens.
-    Family("llava_next", unknown, packed),
-    Family("llava_onevision", unknown, packed),
+    Family("llava_next", unknown, packed, rasters=in_lines),
+    Family("llava_onevision", unknown, packed, rasters=in_lines),
     # Its row breaks are text, which stays.
     Family("mistral3", from_pixels, in_one_row),
     # The whole prompt attends in both directions.
     Family("paligemma", square, by_tile, chunks=False, merges=True),
     # M-RoPE; Qwen3-VL's DeepStack planes lose the same rows.
-    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH),
+    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
+    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
+    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
+    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH, rasters=frames),
     # Linear attention. Before 5.21 transformers encoded no images ahead of its prefill.
     Family("qwen3_5", from_patches, by_grid, equals="deletion", layers=False, since=(5, 21)),
 )

@@ -80,9 +80,14 @@ def scores_of(wrapper: Pruner, inner: Pruner, images: Sequence[VisualTokens]) ->
     """[n] float32 scores of each image, on its device.
 
     Raises:
-        PrunerError: a pruner that chooses without scores.
+        PrunerError: a pruner that chooses without scores, or that needs a grid where an image is several rasters.
     """
     found = []
+    if "grid" in inner.needs and any(tokens.grid is None for tokens in images):
+        raise PrunerError(
+            f"pruner {wrapper.name!r} compares the scores of all rows of an image, but {inner.name!r} needs a grid and "
+            "scores one raster at a time where an image is several (whole view and tiles, frames): use another pruner"
+        )
     for tokens, choice in zip(images, inner.select_batch(images), strict=True):
         if choice.scores is None:
             raise PrunerError(
