@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gripvlm.engine.outputs import DeferredChecks, checked_selection, checked_selections
 from gripvlm.pruners import LLMPruner, Pruner
-from gripvlm.pruners.ops.apportion import apportion
+from gripvlm.pruners.ops.apportion import nearest
 from gripvlm.types import LLMTokens, Merge, Raster, Selection, VisionRows, VisualTokens
 from gripvlm.utils.batching import onto
 
@@ -72,7 +72,8 @@ def _several(tokens: VisualTokens) -> bool:
 
 def _shares(keep: int, sizes: Sequence[int]) -> list[int]:
     """How many of `keep` rows each raster gets, of so many rows; may be 0."""
-    return apportion(min(keep, sum(sizes)), sizes, sizes, least=0)
+    shared, total = min(keep, sum(sizes)), max(sum(sizes), 1)
+    return nearest(shared, [shared * size / total for size in sizes], [0] * len(sizes), sizes)
 
 
 def _divided(tokens: VisualTokens) -> list[_Part]:

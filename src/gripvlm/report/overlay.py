@@ -6,6 +6,7 @@ tiles), so no pixel is needed. tests/report/test_overlays.py checks it against w
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -21,11 +22,13 @@ from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFo
 
 from gripvlm.errors import GripError
 from gripvlm.eval.records import TokenMask
-from gripvlm.types import Selection
+from gripvlm.types import Raster, Selection
 from gripvlm.utils import disk
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of the original image."""
+Grid: TypeAlias = tuple[int, int] | tuple[Raster, ...] | None
+"""(h, w) of a visual item's tokens, or the rasters that they are, or neither."""
 
 LONG_SIDE = 720  # pixels that a small picture is enlarged to, about
 NARROWEST = 480  # so that the caption has room
@@ -61,20 +64,24 @@ class Part:
     Attributes:
         name: "" where it is the only one, "tiles", "whole", "frame 0" and so on, or "picture 1" and so on.
         geometry: where each of its cells lies in the user's picture (or frame).
-        start: the first of its cells among all rows of the image or prompt, items one after the other.
+        rows: the row that each of its cells is, of all rows of `items`, one after the other. A newline or separator row
+            is in no part.
         image: which of the prompt's images it is of, from 0.
+        items: which of the prompt's visual items this image became.
     """
 
     name: str
     geometry: Geometry
-    start: int
+    rows: Sequence[int]
     image: int = 0
+    items: range = range(1)
 
     def of(self, selections: Sequence[Selection | TokenMask]) -> TokenMask:
         """What of it was kept, from all selections (one an item, in order), to hand to `overlay`."""
-        mask = torch.cat([selection.mask() for selection in selections])
-        merge = next((selection.merge for selection in selections if selection.merge is not None), None)
-        return TokenMask(mask[self.start : self.start + len(self.geometry.boxes)], merge=merge)
+        own = [selections[item] for item in self.items]
+        mask = torch.cat([selection.mask() for selection in own])
+        merge = next((selection.merge for selection in own if selection.merge is not None), None)
+        return TokenMask(mask[torch.as_tensor(self.rows, device=mask.device)], merge=merge)
 
 
 # --- where a token lies -----------------------------------------------------------------------------------------------
@@ -132,15 +139,15 @@ def geometry(processor: Any, image_size: tuple[int, int], grid: tuple[int, int] 
 def layout(
     processor: Any,
     image_size: tuple[int, int],
-    grids: Sequence[tuple[int, int] | None],
+    grids: Sequence[Grid],
     patches: tuple[int, int, int] | None = None,
 ) -> list[Part]:
-    """The pictures to draw of one image, or of a video, so that every visual token is in one of them.
+    """The pictures to draw of one image, or of a video, so that every visual token that shows a place is in one.
 
     Args:
         processor: a processor, an image processor or a video processor.
         image_size: (width, height) of the original image or frame.
-        grids: (h, w) of each of its visual items, in order.
+        grids: (h, w) of each of its visual items, in order; of an item that is several rasters, these (`Item.rasters`).
         patches: (t, h, w) before merging, for a video: its item's `patches`. A frame here is what the tower takes
             for one, two frames of the video for Qwen's.
 
@@ -150,46 +157,67 @@ def layout(
     if patches is not None and patches[0] > 1:
         return _frames(processor, image_size, patches)
     images = getattr(processor, "image_processor", processor)
-    # InternVL's and Idefics3's processors stretch an image to whole tiles, also where it is a single one
-    cuts = hasattr(images, "crop_to_patches") or bool(getattr(images, "do_image_splitting", False))
     if len(grids) == 1:
-        whole = _tiled(image_size, (1, 1), _plain(grids[0])) if cuts else geometry(processor, image_size, grids[0])
-        return [Part("", whole, 0)]
-    rasters = {_plain(grid) for grid in grids}
-    if len(rasters) != 1 or not cuts:
+        (grid,) = grids
+        if grid and isinstance(grid[0], Raster):
+            return _packed(images, image_size, cast("tuple[Raster, ...]", grid))
+        cell = _plain(grid)
+        whole = _tiled(image_size, (1, 1), cell) if _cuts(images) else geometry(processor, image_size, cell)
+        return [Part("", whole, range(len(whole.boxes)))]
+    cells = [_plain(grid) for grid in grids]
+    # Ovis2's processor puts the whole view first, the others last.
+    whole, tiles = (cells[0], cells[1:]) if _whole_first(images) else (cells[-1], cells[:-1])
+    if len({*tiles}) != 1 or not _cuts(images):
         raise GeometryError(
-            f"{len(grids)} visual items with grids {sorted(rasters)} of one image, which {type(images).__name__} is "
+            f"{len(grids)} visual items with grids {sorted({*cells})} of one image, which {type(images).__name__} is "
             "not known to make: leave the overlay out"
         )
-    (cell,) = rasters
-    tiles = _tiled(image_size, _tile_counts(images, image_size, len(grids)), cell)
-    return [Part("tiles", tiles, 0), Part("whole", _tiled(image_size, (1, 1), cell), len(tiles.boxes))]
+    rows, columns = _tile_counts(images, image_size)
+    if rows * columns != len(tiles):
+        raise GeometryError(
+            f"{type(images).__name__} makes {rows} x {columns} tiles of a {image_size[0]} x {image_size[1]} image, and "
+            f"a whole view, but there are {len(grids)} visual items: pass the processor that made the inputs, or leave "
+            "the overlay out"
+        )
+    cut, uncut = _tiled(image_size, (rows, columns), tiles[0]), _tiled(image_size, (1, 1), whole)
+    first = len(uncut.boxes) if _whole_first(images) else 0
+    then = 0 if _whole_first(images) else len(cut.boxes)
+    items = range(len(grids))
+    return [
+        Part("tiles", cut, range(first, first + len(cut.boxes)), items=items),
+        Part("whole", uncut, range(then, then + len(uncut.boxes)), items=items),
+    ]
 
 
-def layout_of_images(
-    processor: Any, image_sizes: Sequence[tuple[int, int]], grids: Sequence[tuple[int, int] | None]
-) -> list[Part]:
-    """`layout` for a prompt with one image or several; of several, each must be one visual item.
+def layout_of_images(processor: Any, image_sizes: Sequence[tuple[int, int]], grids: Sequence[Grid]) -> list[Part]:
+    """`layout` for a prompt with one image or several.
 
     Args:
         image_sizes: (width, height) of each image, in the prompt's order.
-        grids: (h, w) of the prompt's visual items, in order.
+        grids: (h, w) of the prompt's visual items, in order, or their rasters, as for `layout`.
 
     Raises:
-        GeometryError: as `layout`, and for several images of which some are cut into tiles.
+        GeometryError: as `layout`, and where it is not known which items are of which image.
     """
     if len(image_sizes) == 1:
         return layout(processor, image_sizes[0], grids)
-    if len(grids) != len(image_sizes):
+    images, counts = getattr(processor, "image_processor", processor), [1] * len(image_sizes)
+    if len(grids) > len(image_sizes) and _cuts(images):
+        tiles = [math.prod(_tile_counts(images, size)) for size in image_sizes]
+        counts = [count + (count > 1) for count in tiles]
+    if len(grids) != sum(counts):
         raise GeometryError(
             f"{len(image_sizes)} images became {len(grids)} visual items, and which belong to which image is not "
             "known here: leave the overlay out"
         )
     parts: list[Part] = []
-    for number, (size, grid) in enumerate(zip(image_sizes, grids, strict=True)):
-        (part,) = layout(processor, size, [grid])
-        start = sum(len(before.geometry.boxes) for before in parts)
-        parts.append(replace(part, name=f"picture {number + 1}", start=start, image=number))
+    ends = list(itertools.accumulate(counts))
+    for number, (size, count, end) in enumerate(zip(image_sizes, counts, ends, strict=True)):
+        items = range(end - count, end)
+        for part in layout(processor, size, [grids[item] for item in items]):
+            parts.append(
+                replace(part, name=f"picture {number + 1} {part.name}".strip(), image=number, items=items)
+            )
     return parts
 
 
@@ -237,13 +265,13 @@ def _resized(name: str, size: dict[str, float], width: float, height: float) -> 
     return (edge, int(edge * height / width)) if by_width else (int(edge * width / height), edge)
 
 
-def _plain(grid: tuple[int, int] | None) -> tuple[int, int]:
-    if grid is None:
+def _plain(grid: Grid) -> tuple[int, int]:
+    if not grid or isinstance(grid[0], Raster):
         raise GeometryError(
             "the visual tokens of this model are no plain raster of the image, so no picture of them can be drawn: "
             "leave the overlay out"
         )
-    return grid
+    return cast("tuple[int, int]", grid)
 
 
 def _raster(x: _Axis, y: _Axis, image_size: tuple[int, int], grid: tuple[int, int]) -> Geometry:
@@ -264,23 +292,81 @@ def _tiled(image_size: tuple[int, int], tiles: tuple[int, int], cell: tuple[int,
     return Geometry(image_size, tuple(whole.boxes[i] for i in order), whole.seen)
 
 
-def _tile_counts(images: Any, image_size: tuple[int, int], items: int) -> tuple[int, int]:
-    """(rows, columns) of the tiles of an image that became so many items, the last of them the whole view."""
+def _cuts(images: Any) -> bool:
+    """Whether the processor stretches an image to whole tiles, also where it is a single one."""
+    return hasattr(images, "crop_to_patches") or bool(getattr(images, "do_image_splitting", False))
+
+
+def _whole_first(images: Any) -> bool:
+    return hasattr(images, "use_covering_area_grid")
+
+
+def _tile_counts(images: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the tiles of an image, by the processor's own functions: how it chooses is not ours to repeat.
+
+    An image of more than one tile has a whole view as well.
+    """
     width, height = image_size
     if hasattr(images, "crop_to_patches"):
-        # the processor's own function, from its own module: how it chooses a grid of tiles is not ours to repeat
-        canvas = sys.modules[type(images).__module__].get_optimal_tiled_canvas
-        side = _sizes(images.size)
+        if not images.crop_to_patches:
+            return 1, 1
+        module, side = sys.modules[type(images).__module__], _sizes(images.size)
         tile = (int(side["height"]), int(side["width"]))
-        columns, rows = canvas((height, width), tile, images.min_patches, images.max_patches)
+        if getattr(images, "use_covering_area_grid", False):
+            columns, rows = module.get_min_tile_covering_grid((height, width), tile[0], images.max_patches)
+        else:
+            columns, rows = module.get_optimal_tiled_canvas(
+                (height, width), tile, images.min_patches, images.max_patches
+            )
     else:
         _, rows, columns = images.get_number_of_image_patches(height, width)
-    if rows * columns + 1 != items:
-        raise GeometryError(
-            f"{type(images).__name__} makes {rows} x {columns} tiles of a {width} x {height} image, and a whole view, "
-            f"but there are {items} visual items: pass the processor that made the inputs, or leave the overlay out"
-        )
     return rows, columns
+
+
+def _packed(images: Any, image_size: tuple[int, int], rasters: tuple[Raster, ...]) -> list[Part]:
+    """LLaVA-NeXT and LLaVA-OneVision: the whole view, then the tiles as one raster without what was padded."""
+    if not hasattr(images, "image_grid_pinpoints"):
+        raise GeometryError(
+            f"a visual item of {len(rasters)} rasters, which {type(images).__name__} is not known to make: leave the "
+            "overlay out"
+        )
+    whole, *lines = rasters
+    stretched = _tiled(image_size, (1, 1), (whole.height, whole.width))
+    if not lines:
+        # One of several images is not cut, but padded to a square.
+        side = max(image_size)
+        x, y = (_Axis(length).framed(side, (side - length) // 2) for length in image_size)
+        return [Part("", _raster(x, y, image_size, (whole.height, whole.width)), whole.rows().tolist())]
+    from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+    from transformers.image_utils import ChannelDimension
+
+    canvas = select_best_resolution(image_size[::-1], images.image_grid_pinpoints)
+    blank = np.broadcast_to(np.uint8(0), (1, *image_size[::-1]))
+    resized = get_patch_output_size(blank, canvas, input_data_format=ChannelDimension.FIRST)
+    tile = _sizes(images.crop_size) if getattr(images, "crop_size", None) else _sizes(images.size)
+    pixels = (tile.get("height") or tile["shortest_edge"]) / whole.height  # of a cell's side
+    cells = [int(length // pixels) for length in canvas]
+    (height, width), trimmed = image_size[::-1], [0, 0]
+    # The model leaves out whole lines of cells that are padding, as many at both ends.
+    if width / height > cells[1] / cells[0]:
+        trimmed[0] = (cells[0] - int(round(height * cells[1] / width, 7))) // 2
+    else:
+        trimmed[1] = (cells[1] - int(round(width * cells[0] / height, 7))) // 2
+    y, x = (
+        _Axis(own).resized(new).framed(full, (full - new) // 2).framed(full - 2 * cut * pixels, -cut * pixels)
+        for own, new, full, cut in zip(image_size[::-1], resized, canvas, trimmed, strict=True)
+    )
+    left, found = tuple(n - 2 * cut for n, cut in zip(cells, trimmed, strict=True)), lines[0][1:3]
+    # LLaVA-OneVision makes fewer lines of many, and shorter ones.
+    if found != left and not (found[0] < left[0] and found[1] < left[1]):
+        raise GeometryError(
+            f"{type(images).__name__} makes {left[0]} x {left[1]} tokens of the tiles of a {width} x {height} image, "
+            f"but there are {found[0]} x {found[1]}: pass the processor that made the inputs, or leave the overlay out"
+        )
+    return [
+        Part("tiles", _raster(x, y, image_size, found), lines[0].rows().tolist()),
+        Part("whole", stretched, whole.rows().tolist()),
+    ]
 
 
 def _frames(processor: Any, image_size: tuple[int, int], patches: tuple[int, int, int]) -> list[Part]:
@@ -292,7 +378,8 @@ def _frames(processor: Any, image_size: tuple[int, int], patches: tuple[int, int
             f"{type(videos).__name__} does not say how many patches make a token (merge_size): leave the overlay out"
         )
     frame = geometry(videos, image_size, (h // merge, w // merge))
-    return [Part(f"frame {i}", frame, i * len(frame.boxes)) for i in range(frames)]
+    n = len(frame.boxes)
+    return [Part(f"frame {i}", frame, range(i * n, (i + 1) * n)) for i in range(frames)]
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
