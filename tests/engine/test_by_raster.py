@@ -36,11 +36,11 @@ class Last(Pruner):
 
     name: ClassVar[str] = "last"
     needs: ClassVar[frozenset[str]] = frozenset({"grid"})
-    wrong: bool = False
+    wrong: int = 0
 
     def select(self, tokens: VisualTokens) -> Selection:
         shown.append(tokens)
-        return Selection(torch.arange(tokens.n - tokens.keep - self.wrong, tokens.n - self.wrong), tokens.n)
+        return Selection(torch.arange(tokens.n - tokens.keep, tokens.n) + self.wrong, tokens.n)
 
 
 shown: list = []
@@ -83,8 +83,8 @@ def test_pooling_never_mixes_rasters_or_newlines():
 
 
 def test_a_wrong_answer_for_a_raster_names_pruner_and_image():
-    with pytest.raises(PrunerError, match=r"pruner 'last' on image 0 of sample 0: indices reach -1\.\.0, allowed 0\.\.3"):
-        selected(Last(wrong=True), 9)
+    with pytest.raises(PrunerError, match=r"pruner 'last' on image 0 of sample 0: indices reach 3\.\.4, allowed 0\.\.3"):
+        selected(Last(wrong=1), 5)
 
 
 def test_rasters_that_lie_between_one_another_keep_the_order_of_rows():

@@ -33,6 +33,7 @@ from matrix import (
     feasible,
     few,
     lacking,
+    misplaced_pairs,
     needs_of,
     pairs,
     pruner_of,
@@ -67,7 +68,8 @@ def test_the_matrix_has_every_pruner_and_every_family():
     assert tried | {*EVERYTHING, *TOWER} | raising == {*_BUILT_IN}
     covered = {name for stage in ("input", "llm") for _, name in pairs(stage)}
     assert covered == set(NAMES) <= set(FAMILIES)
-    assert len(pairs("input")) + len(pairs("llm")) + len(refused_pairs()) == len(SPECS) * len(NAMES)
+    tried = len(pairs("input")) + len(pairs("llm")) + len(misplaced_pairs())
+    assert tried + len(refused_pairs()) == len(SPECS) * len(NAMES)
 
 
 @pytest.mark.parametrize(("spec", "name"), pairs("input"))
@@ -250,6 +252,14 @@ def test_pairs_that_cannot_work_are_refused_when_attached(spec, name):
         families = set(text.replace(",", " ").replace(":", " ").split())
         assert {*HAVE[first]} - {name} <= families
         assert needs_of(spec)[1] == "llm" or first in text
+
+
+@pytest.mark.parametrize(("spec", "name"), misplaced_pairs())
+def test_layers_where_a_model_of_recurrent_layers_cannot_drop_are_refused(spec, name):
+    here, pruner = case(name), pruner_of(spec, name)
+    keep = budgets(here.sizes, levels(pruner, here, False)[-1])
+    with pytest.raises(InputError, match=r"no layer 1 to drop before: use 2 to 3|all are recurrent: choose other"):
+        run(here, pruner, keep)
 
 
 @pytest.mark.parametrize("spec", ["hiprune", "vscan_vision:window=2", "spread(hiprune)"])

@@ -98,10 +98,9 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> TowerRequest:
             )
         if pruner.stage == "llm" and not family.layers:
             raise UnsupportedModelError(
-                f"pruner {pruner.name!r} drops inside the language model's layers, but {family.model_type}'s share or "
-                "carry state that still holds the dropped tokens; they can be dropped there in "
-                f"{_families(lambda row: row.layers)}: use another model, or drop at the input with a pruner such as "
-                "divprune"
+                f"pruner {pruner.name!r} drops inside the language model's layers, which is not known to be right in "
+                f"{family.model_type}; it is in {_families(lambda row: row.layers)}: use another model, or drop at the "
+                "input with a pruner such as divprune"
             )
         if "vision_attention" in wanted:
             # A dict and not a set: layers in the order in which pruners name them, each once.

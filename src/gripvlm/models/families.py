@@ -53,8 +53,8 @@ class Family:
         beams: False where transformers itself gives wrong images to the beams of a prompt with several images.
         chunks: False where image tokens see each other in both directions, so that transformers itself is wrong where
             it prefills an image in two chunks; or a function of the model that decides.
-        layers: False where tokens cannot be dropped inside the language model: states or keys that later layers read
-            still hold them.
+        layers: False where it is not known that tokens can be dropped inside the language model. `hooks/llm_drop.py`
+            says before which of its layers.
         merges: True where tokens may be merged between the tower's blocks: a plain ViT that sees images one by one,
             and a projector that works token by token.
         since: the first transformers in which it works.
@@ -102,7 +102,8 @@ BOTH = ("image", "video")
 ROWS = (
     # Sliding layers count their window over the tokens that are left.
     Family("gemma3", square, by_tile, chunks=False),
-    Family("gemma4", from_coordinates, chunks=has_causal_images, layers=False),
+    # Where its last layers share keys, tokens can be dropped before these are made, and not later.
+    Family("gemma4", from_coordinates, chunks=has_causal_images),
     # Images only; transformers interleaves several images of a prompt over its beams.
     Family("glm4v", from_patches, by_grid, beams=False),
     # An item is a tile, so a budget counts per tile.
@@ -112,7 +113,7 @@ ROWS = (
     # Before 5.21 its merger wanted whole tiles.
     Family("smolvlm", square, by_tile, joined=rows_of_a_tile, since=(5, 21)),
     # Convolutions.
-    Family("lfm2_vl", from_shapes, equals="deletion", layers=False),
+    Family("lfm2_vl", from_shapes, equals="deletion"),
     # LLaVA-1.5, BakLLaVA, and gripvlm's own lab model.
     Family("llava", from_pixels, by_tile, merges=True),
     # Tiles are joined, with newline rows in between that count as visual tokens.
@@ -128,7 +129,7 @@ ROWS = (
     Family("qwen3_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
     Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH, rasters=frames),
     # Linear attention. Before 5.21 transformers encoded no images ahead of its prefill.
-    Family("qwen3_5", from_patches, by_grid, equals="deletion", layers=False, since=(5, 21)),
+    Family("qwen3_5", from_patches, by_grid, equals="deletion", since=(5, 21)),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in sorted(ROWS, key=lambda row: row.model_type)}
 
