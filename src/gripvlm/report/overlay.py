@@ -324,7 +324,11 @@ def _tile_counts(images: Any, image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _packed(images: Any, image_size: tuple[int, int], rasters: tuple[Raster, ...]) -> list[Part]:
-    """LLaVA-NeXT and LLaVA-OneVision: the whole view, then the tiles as one raster without what was padded."""
+    """LLaVA-NeXT and LLaVA-OneVision: the whole view, then the tiles as one raster without what was padded.
+
+    Cells divide a tile equally. A tower whose patches do not fill it (SigLIP's 27 of 14 pixels in 384) leaves the last
+    pixels of each tile out, so that a cell may be drawn up to so many pixels of the tile too far.
+    """
     if not hasattr(images, "image_grid_pinpoints"):
         raise GeometryError(
             f"a visual item of {len(rasters)} rasters, which {type(images).__name__} is not known to make: leave the "
@@ -343,9 +347,9 @@ def _packed(images: Any, image_size: tuple[int, int], rasters: tuple[Raster, ...
     canvas = select_best_resolution(image_size[::-1], images.image_grid_pinpoints)
     blank = np.broadcast_to(np.uint8(0), (1, *image_size[::-1]))
     resized = get_patch_output_size(blank, canvas, input_data_format=ChannelDimension.FIRST)
-    tile = _sizes(images.crop_size) if getattr(images, "crop_size", None) else _sizes(images.size)
-    pixels = (tile.get("height") or tile["shortest_edge"]) / whole.height  # of a cell's side
-    cells = [int(length // pixels) for length in canvas]
+    size = _sizes(images.crop_size) if getattr(images, "crop_size", None) else _sizes(images.size)
+    tile = size.get("height") or size["shortest_edge"]
+    pixels, cells = tile / whole.height, [round(length / tile) * whole.height for length in canvas]
     (height, width), trimmed = image_size[::-1], [0, 0]
     # The model leaves out whole lines of cells that are padding, as many at both ends.
     if width / height > cells[1] / cells[0]:
