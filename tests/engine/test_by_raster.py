@@ -83,7 +83,9 @@ def test_pooling_never_mixes_rasters_or_newlines():
 
 
 def test_a_wrong_answer_for_a_raster_names_pruner_and_image():
-    with pytest.raises(PrunerError, match=r"pruner 'last' on image 0 of sample 0: indices reach 3\.\.4, allowed 0\.\.3"):
+    with pytest.raises(
+        PrunerError, match=r"pruner 'last' on image 0 of sample 0: indices reach 3\.\.4, allowed 0\.\.3"
+    ):
         selected(Last(wrong=1), 5)
 
 

@@ -252,9 +252,7 @@ def alone(model, layers: range, states, positions):
     if layers[-1] < len(kinds) - 1:
         setattr(decoder, norm, torch.nn.Identity())
     mask = torch.ones(states.shape[:2], dtype=torch.long)
-    return decoder(
-        inputs_embeds=states, position_ids=positions, attention_mask=mask, use_cache=False
-    ).last_hidden_state
+    return decoder(inputs_embeds=states, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -159,7 +159,7 @@ def test_only_the_token_of_the_place_changes(name, size):
 
 
 def part_width(part: Any) -> int:
-    """Cells a line, of a part whose tokens come line by line; of one that comes tile by tile, cells a line of a tile."""
+    """Cells a line: of the whole part where tokens come line by line, of a tile where they come tile by tile."""
     top = part.geometry.boxes[0][1]
     return next((i for i, box in enumerate(part.geometry.boxes) if box[1] != top), len(part.rows))
 
@@ -176,7 +176,7 @@ def test_newlines_are_the_rows_of_no_raster_and_all_alike(name):
 
 @pytest.mark.parametrize("name", SCENES)
 def test_each_of_several_pictures_has_its_own_places(name):
-    """One bright cell in the second picture: the part that is named after it shows it, and nothing of the first does."""
+    """One bright cell in the second picture: its own part shows it, and no part of the first picture does."""
     scene, plain = SCENES[name], [Image.new("RGB", size, GREY) for size in SIZES[:2]]
     before = encoded(name, plain)
     parts = layout_of_images(scene.processor, SIZES[:2], [item.grid or item.rasters for item in before])
@@ -196,7 +196,9 @@ def test_each_of_several_pictures_has_its_own_places(name):
 
 def test_a_processor_that_did_not_make_the_inputs_is_refused():
     (item,) = encoded("llava_next", [Image.new("RGB", (640, 360), GREY)])
-    with pytest.raises(GeometryError, match="makes 2 x 4 tokens of the tiles of a 640 x 360 image, but there are 4 x 8"):
+    with pytest.raises(
+        GeometryError, match="makes 2 x 4 tokens of the tiles of a 640 x 360 image, but there are 4 x 8"
+    ):
         layout(anyres(LlavaNextImageProcessorPil, (1, 1)), (640, 360), [item.rasters])
     with pytest.raises(GeometryError, match="item of 2 rasters, which GotOcr2ImageProcessorPil is not known to make"):
         layout(SCENES["internvl"].processor, (640, 360), [item.rasters])

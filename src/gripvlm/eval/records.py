@@ -160,6 +160,6 @@ def _is_mask(item: Any) -> bool:
     has_raster = grid is None or (len(grid) == 2 and all(type(side) is int and side > 0 for side in grid))
     for raster in rasters:
         start, height, width, stride = raster
-        inside = all(type(value) is int and value >= 0 for value in raster) and 0 < height and 0 < width <= stride
+        inside = all(type(value) is int and value >= 0 for value in raster) and height > 0 and 0 < width <= stride
         has_raster &= inside and start + (height - 1) * stride + width <= n
     return has_raster and type(n) is int and 0 < n <= 8 * len(base64.b64decode(item["mask"], validate=True))

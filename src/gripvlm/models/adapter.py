@@ -19,6 +19,7 @@ from gripvlm.models.compat import takes
 from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
+from gripvlm.models.grids import Rasters
 from gripvlm.models.hooks.tower_merge import MergedRows, merge_in_tower
 from gripvlm.models.positions import SECONDS
 from gripvlm.models.prompts import Prompts
@@ -115,7 +116,8 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
         rows = [part for row in rows for part in row.split(size) if part.shape[0]]
     planes = getattr(output, "deepstack_features", None) or ()
     sizes = [row.shape[0] for row in rows]
-    grids, rasters = family.grid(prompts.model, host, modality, sizes), [()] * len(rows)
+    grids = family.grid(prompts.model, host, modality, sizes)
+    rasters: list[Rasters] = [()] * len(rows)
     if family.rasters is not None and None in grids:
         rasters = family.rasters(prompts.model, host, modality, sizes)
     thw = host.get(f"{modality}_grid_thw")

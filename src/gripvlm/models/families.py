@@ -40,8 +40,6 @@ class Family:
     Attributes:
         model_type: as in the model's `config.json`.
         grid: the rule for the height and width of each visual item, in rows (`models/grids.py`).
-        rasters: the rule for items that are several rasters, or whose lines end in rows of no place; None where there
-            are none (`models/grids.py`).
         vision: the rule for which patches of the vision tower become which row (`models/vision_rules.py`). None where
             it is not known: pruners that read the tower's attention or patches are then refused.
         modalities: what its encoders take; `config.<modality>_token_id` is the placeholder.
@@ -58,6 +56,7 @@ class Family:
         merges: True where tokens may be merged between the tower's blocks: a plain ViT that sees images one by one,
             and a projector that works token by token.
         since: the first transformers in which it works.
+        rasters: where an item may be several rasters or have newline rows, the rule for them (`models/grids.py`).
     """
 
     model_type: str

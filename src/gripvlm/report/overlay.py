@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -160,10 +160,10 @@ def layout(
     if len(grids) == 1:
         (grid,) = grids
         if grid and isinstance(grid[0], Raster):
-            return _packed(images, image_size, cast("tuple[Raster, ...]", grid))
+            return _packed(images, image_size, grid)
         cell = _plain(grid)
-        whole = _tiled(image_size, (1, 1), cell) if _cuts(images) else geometry(processor, image_size, cell)
-        return [Part("", whole, range(len(whole.boxes)))]
+        only = _tiled(image_size, (1, 1), cell) if _cuts(images) else geometry(processor, image_size, cell)
+        return [Part("", only, range(len(only.boxes)))]
     cells = [_plain(grid) for grid in grids]
     # Ovis2's processor puts the whole view first, the others last.
     whole, tiles = (cells[0], cells[1:]) if _whole_first(images) else (cells[-1], cells[:-1])
@@ -215,9 +215,7 @@ def layout_of_images(processor: Any, image_sizes: Sequence[tuple[int, int]], gri
     for number, (size, count, end) in enumerate(zip(image_sizes, counts, ends, strict=True)):
         items = range(end - count, end)
         for part in layout(processor, size, [grids[item] for item in items]):
-            parts.append(
-                replace(part, name=f"picture {number + 1} {part.name}".strip(), image=number, items=items)
-            )
+            parts.append(replace(part, name=f"picture {number + 1} {part.name}".strip(), image=number, items=items))
     return parts
 
 
@@ -271,7 +269,7 @@ def _plain(grid: Grid) -> tuple[int, int]:
             "the visual tokens of this model are no plain raster of the image, so no picture of them can be drawn: "
             "leave the overlay out"
         )
-    return cast("tuple[int, int]", grid)
+    return grid
 
 
 def _raster(x: _Axis, y: _Axis, image_size: tuple[int, int], grid: tuple[int, int]) -> Geometry:

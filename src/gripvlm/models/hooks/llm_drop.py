@@ -10,10 +10,10 @@
    layer gets one as long as its own.
 4. Before the first decoded token, if `evict_from` says so: shorten the caches of earlier layers too.
 
-A layer that attends has no trace of a token that was dropped before it. So it is with recurrent layers (linear attention,
-short convolutions): the state of each is its own, and is made of the tokens that enter it. What is right for both is
-deletion from layer k on: layer k and those after it run as a model of their own that is given the states of the tokens
-that are left.
+A layer that attends has no trace of a token that was dropped before it. So it is with recurrent layers (linear
+attention, short convolutions): the state of each is its own, and is made of the tokens that enter it. What is right for
+both is deletion from layer k on: layer k and those after it run as a model of their own that is given the states of the
+tokens that are left.
 
 Qwen3-VL adds planes of further visual features (DeepStack) to the outputs of its first layers, at the prompt's full
 length. They are taken from the decoder and added here, by a call of the model's private `_deepstack_process`.
@@ -370,7 +370,9 @@ class _Dropper:
             # Gemma 4's layers get a further input [B, L, d] by place. Those that share keys run, in `generate`, on the
             # last token alone: what they get is short already.
             rest = tuple(
-                _take(more, stage.order, -2) if isinstance(more, Tensor) and more.shape[1] == self.state.mask.shape[1] else more
+                _take(more, stage.order, -2)
+                if isinstance(more, Tensor) and more.shape[1] == self.state.mask.shape[1]
+                else more
                 for more in args[1:]
             )
             args = (hidden, *rest)
