@@ -367,21 +367,18 @@ class _Dropper:
             mask = None if stage.unpadded else stage.real  # in decoding it is of the new tokens alone, and right
         kwargs = {**kwargs, "attention_mask": mask}
         if self.prefill:
-            # Gemma 4's layers get a further input [B, L, d] by place. Those that share keys run, in `generate`, on the
-            # last token alone: what they get is short already.
-            rest = tuple(
-                _take(more, stage.order, -2)
-                if isinstance(more, Tensor) and more.shape[1] == self.state.mask.shape[1]
-                else more
-                for more in args[1:]
-            )
-            args = (hidden, *rest)
-            # The decoder computes rotary embeddings once for all layers, at the prompt's full length. In decoding it
-            # does so for the new token alone, whose position is right in every layer.
-            rotary = kwargs["position_embeddings"]
-            kwargs["position_embeddings"] = tuple(
-                _take(part, stage.order, -2) if part.shape[-2] == self.state.mask.shape[1] else part for part in rotary
-            )
+            full = self.state.mask.shape[1]
+
+            def left(part: Any) -> Any:
+                """Of [..., L, d] what belongs to the tokens that are left. Layers that share keys run, in `generate`,
+                on the last token alone: what they get is short already."""
+                return _take(part, stage.order, -2) if isinstance(part, Tensor) and part.shape[-2] == full else part
+
+            # The decoder computes rotary embeddings once for all layers, at the prompt's full length, and so it does
+            # what Gemma 4's layers get by place. In decoding it does so for the new token alone, whose position is
+            # right in every layer.
+            args = (hidden, *map(left, args[1:]))
+            kwargs["position_embeddings"] = tuple(map(left, kwargs["position_embeddings"]))
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = _take(kwargs["position_ids"], stage.order, -1)
         return (hidden, *args[1:]), kwargs
