@@ -149,6 +149,7 @@ class Selection:
         merge: the rows that are merged into kept rows, or None.
         layers: for each layer of the language model, a LongTensor of the rows that it sees; empty where all rows are
             dropped at the input.
+        tower: rows that the last blocks of the vision tower saw; None: all.
         sound: whether indices are right by construction (`top_k`): a device may then use them before they are checked.
     """
 
@@ -157,6 +158,7 @@ class Selection:
     scores: Tensor | None = None
     merge: Merge | None = None
     layers: tuple[Tensor, ...] = ()
+    tower: int | None = None
     sound: bool = field(default=False, repr=False)
 
     def __repr__(self) -> str:

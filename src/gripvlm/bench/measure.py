@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from gripvlm.errors import BudgetError
 from gripvlm.models.adapter import encoder_arguments
 from gripvlm.models.compat import cache_of
 from gripvlm.models.encoded import Encoded
+from gripvlm.models.smaller import interpolated_positions
 from gripvlm.pruners import Pruner
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.utils.timing import device_time
@@ -30,9 +32,10 @@ class Setting:
     """What a run does with the visual tokens.
 
     Attributes:
-        kind: "full", all of them; "limit", a prompt that had so few from the start; "pruned".
+        kind: "full", all of them; "limit", a prompt that had so few from the start; "pruned"; "downsample", smaller
+            pictures.
         keep: the budget; None for full.
-        pruner, spec: of "pruned", and how it was typed.
+        pruner, spec: of "pruned", and how it was typed; a spec of "downsample" too.
     """
 
     kind: str
@@ -87,11 +90,19 @@ class Cell:
         inputs: of the B prompts, one image a prompt or more.
         keeps: budgets that limits are wanted for; one that these images do not have fails when it is run.
         new: tokens to generate, at least 2.
+        smaller: budget -> inputs of the same prompts with smaller pictures, or why there are none.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, inputs: Mapping[str, Any], keeps: Sequence[Budget], new: int) -> None:
-        self.model, self.inputs, self.new = model, dict(inputs), new
+    def __init__(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        keeps: Sequence[Budget],
+        new: int,
+        smaller: Mapping[Budget, Mapping[str, Any] | BudgetError] = MappingProxyType({}),
+    ) -> None:
+        self.model, self.inputs, self.new, self.smaller = model, dict(inputs), new, smaller
         self.forbidden = forbidden(model)
         # limits are made here, before any clock starts: they stand for a model that got so few tokens for nothing
         encoded = encode(model, inputs)
@@ -106,6 +117,18 @@ class Cell:
                 self.received[keep] = _received(model, inputs, encoded, keep, self.received[None])
             except BudgetError as error:
                 self.unreached[keep] = error
+
+    def _smaller(self, keep: Budget | None) -> Mapping[str, Any]:
+        """Inputs with smaller pictures.
+
+        Raises:
+            BudgetError: there are none.
+        """
+        assert keep is not None
+        found = self.smaller[keep]
+        if isinstance(found, BudgetError):
+            raise found
+        return found
 
     def timed(self, setting: Setting) -> tuple[dict[str, float], int | None]:
         """Seconds of each of `PHASES`, and bytes of accelerator memory at most (None where the device can't say)."""
@@ -130,7 +153,7 @@ class Cell:
         """
         # the encoder is counted by itself too: a pruned run has it in one block with the pruner
         with flop_counter() as meter, torch.no_grad():
-            self._encoder()
+            self._encoder(self._smaller(setting.keep) if setting.kind == "downsample" else self.inputs)
             vision = meter.get_total_flops()
         with flop_counter() as meter:
             run = self._run(setting, meter.get_total_flops)
@@ -147,8 +170,14 @@ class Cell:
         """One run from pixels to the last token, a meter read after each of its phases."""
         with ExitStack() as stack:
             began, record = read(), None
-            if setting.pruner is None:
-                self._encoder()
+            if setting.kind == "downsample":
+                small = self._smaller(setting.keep)
+                with interpolated_positions(self.model):
+                    pruned = pruned_run(self.model, small, "keep_all")
+                    arguments, record = stack.enter_context(pruned)
+                encoded = began
+            elif setting.pruner is None:
+                self._encoder(self.inputs)
                 encoded = read()
                 arguments = self._arguments(setting)
             else:
@@ -165,12 +194,13 @@ class Cell:
             raise self.unreached[setting.keep]
         return dict(self.received[setting.keep])
 
-    def _encoder(self) -> None:
+    def _encoder(self, inputs: Mapping[str, Any]) -> None:
         """The vision encoder and projector as the model itself runs them."""
         # families take different arguments of what their processors return
         function = self.model.base_model.get_image_features
         takes = inspect.signature(function).parameters
-        function(**{n: self.inputs[n] for n in encoder_arguments(self.model, self.inputs) if n in takes})
+        with interpolated_positions(self.model) if inputs is not self.inputs else nullcontext():
+            function(**{n: inputs[n] for n in encoder_arguments(self.model, inputs) if n in takes})
 
 
 def generated(

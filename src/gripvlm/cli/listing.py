@@ -16,9 +16,9 @@ from rich.console import Console
 from gripvlm.cli.commands import console
 from gripvlm.utils.terminal import filled
 
-COLUMNS = {"pruner": 14, "drops": 7, "attention": 11, "question": 10, "lab score": 14, "time": 8}
-"""Heading -> width."""
-STAGES = {"input": "input", "llm": "LLM", "vision": "tower"}
+COLUMNS = {"pruner": 14, "drops": 6, "attention": 10, "question": 9, "lab score": 13, "time": 8}
+"""Heading -> width; they fit into 60 columns."""
+STAGES = {"input": "input", "llm": "LLM", "vision": "tower", "pixels": "pixels"}
 PLUGINS = "gripvlm.pruners"
 
 
@@ -43,7 +43,8 @@ def list_command() -> None:
     _print(screen, "type options as name:option=value, such as random:seed=3, and wrappers as mmr(norm)")
     _print(
         screen,
-        "in `eval` also: oracle (keeps the evidence of each lab question); full and no image are always measured",
+        "in `eval` also: downsample (a smaller picture), oracle (keeps the evidence of each lab question); full and no "
+        "image are always measured",
     )
     _print(screen, f"tasks: {', '.join(known['tasks'])}, hf:REPO, jsonl:PATH")
     # Entry points are read without an import of their modules.

@@ -9,9 +9,12 @@ from gripvlm.errors import InputError, PrunerError, UnsupportedModelError
 from gripvlm.models.families import FAMILIES, Family, family_of
 from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.hooks.llm_drop import checked_layers
+from gripvlm.models.hooks.merge_repeats import checked_repeats
+from gripvlm.models.repeats import RepeatRule
 from gripvlm.models.tower_rows import TowerRequest
 from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
 from gripvlm.pruners.base import LLM_NEEDS, NEEDS
+from gripvlm.pruners.wrappers.repeats import Repeats
 from gripvlm.utils.spec import options_of
 
 if TYPE_CHECKING:
@@ -36,7 +39,8 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
         raise PrunerError(f"pruner {name!r} needs {unread}, but known are {sorted(NEEDS)}")
     if "vision_attention" in needs and not chosen.vision_layers:
         raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
-    by_class = "vision" if isinstance(chosen, TowerPruner) else "llm" if isinstance(chosen, LLMPruner) else "input"
+    classes = {"pixels": Repeats, "vision": TowerPruner, "llm": LLMPruner}
+    by_class = next((stage for stage, kind in classes.items() if isinstance(chosen, kind)), "input")
     if stage != by_class:
         raise PrunerError(
             f"pruner {name!r} drops rows at stage {stage!r}, but its base class at {by_class!r}: leave stage out, or "
@@ -66,6 +70,10 @@ def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> Towe
                 f"{wrong[0]} in this {type(tower).__name__}: it has {blocks}, from 0 to {blocks - 1}; the pruner's "
                 f"options are {options or 'none'}"
             )
+    if isinstance(pruner, Repeats):
+        rule = RepeatRule(pruner.threshold, pruner.counted)
+        needs = checked_pair(pruner.inner, model, family)._replace(repeats=rule)
+        checked_repeats(model, family, rule)
     if isinstance(pruner, LLMPruner):
         checked_layers(model)
     # Last: it may look at weights, and the errors above are about the model at hand.
