@@ -64,8 +64,8 @@ def rows(selections: list[list[Selection]]) -> list[list[list[int]]]:
 
 def test_the_matrix_has_every_pruner_and_every_family():
     tried = {name.strip() for spec in SPECS for name in [spec.partition(":")[0].partition("(")[0]]}
-    raising = {"top_p"}  # may keep more than its budget: tests/pruners/test_wrappers.py
-    assert tried | {*EVERYTHING, *TOWER} | raising == {*_BUILT_IN}
+    elsewhere = {"top_p", "repeats"}  # test_wrappers.py, as it may keep more than its budget; test_repeats.py
+    assert tried | {*EVERYTHING, *TOWER} | elsewhere == {*_BUILT_IN}
     covered = {name for stage in ("input", "llm") for _, name in pairs(stage)}
     assert covered == set(NAMES) <= set(FAMILIES)
     tried = len(pairs("input")) + len(pairs("llm")) + len(misplaced_pairs())

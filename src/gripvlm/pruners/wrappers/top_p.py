@@ -95,8 +95,8 @@ def scores_of(inner: Pruner, images: Sequence[VisualTokens]) -> list[Tensor]:
     found = []
     if "grid" in inner.needs and any(tokens.grid is None for tokens in images):
         raise PrunerError(
-            f"scores of all rows of an image are compared, but {inner.name!r} needs a grid, and so scores one raster at "
-            "a time where an image is several (whole view and tiles, frames): use another pruner inside"
+            f"scores of all rows of an image are compared, but {inner.name!r} needs a grid, and so scores one raster "
+            "at a time where an image is several (whole view and tiles, frames): use another pruner inside"
         )
     for tokens, choice in zip(images, inner.select_batch(images), strict=True):
         if choice.scores is None:
