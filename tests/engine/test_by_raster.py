@@ -136,3 +136,15 @@ def test_frames_of_a_video_are_rasters():
     assert item.rasters == tuple(Raster(i * h * w // 4, h // 2, w // 2, w // 2) for i in range(steps))
     _, record = gripvlm.prune_inputs(model, batch.inputs, "grid", keep=steps, return_record=True)
     assert (record.selections[0][0].indices // (h * w // 4)).tolist() == list(range(steps))
+
+
+@pytest.mark.skipif("hunyuan_vl" not in TINY, reason="this transformers has no hunyuan_vl that works")
+def test_marks_and_newlines_of_hunyuan_are_in_no_raster():
+    items = gripvlm.encode(build("hunyuan_vl"), make(TINY["hunyuan_vl"], [2], [7]).inputs).samples[0]
+    for item in items:
+        (raster,) = item.rasters
+        free = sorted({*range(item.features.shape[0])} - {*raster.rows().tolist()})
+        assert (free[0], free[-1], len(free)) == (0, item.features.shape[0] - 1, raster.height + 2)
+        newlines = item.features[free[1:-1]]
+        assert torch.equal(newlines, newlines[:1].expand_as(newlines))
+        assert not any(torch.equal(item.features[row], newlines[0]) for row in raster.rows().tolist())

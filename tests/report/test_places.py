@@ -179,7 +179,8 @@ def test_each_of_several_pictures_has_its_own_places(name):
     """One bright cell in the second picture: its own part shows it, and no part of the first picture does."""
     scene, plain = SCENES[name], [Image.new("RGB", size, GREY) for size in SIZES[:2]]
     before = encoded(name, plain)
-    parts = layout_of_images(scene.processor, SIZES[:2], [item.grid or item.rasters for item in before])
+    grids, tokens = [item.grid or item.rasters for item in before], [item.features.shape[0] for item in before]
+    parts = layout_of_images(scene.processor, SIZES[:2], grids, tokens)
     assert {part.image for part in parts} == {0, 1}
     for part in (part for part in parts if part.image == 1):
         middle = len(part.rows) // 2
@@ -196,6 +197,10 @@ def test_each_of_several_pictures_has_its_own_places(name):
 
 def test_a_processor_that_did_not_make_the_inputs_is_refused():
     (item,) = encoded("llava_next", [Image.new("RGB", (640, 360), GREY)])
+    tiles, whole = layout(SCENES["llava_next"].processor, (640, 360), [item.rasters])
+    assert whole.start == 0
+    with pytest.raises(GeometryError, match="of 'tiles' are not one run"):
+        tiles.start  # noqa: B018
     with pytest.raises(
         GeometryError, match="makes 2 x 4 tokens of the tiles of a 640 x 360 image, but there are 4 x 8"
     ):

@@ -60,7 +60,8 @@ def ask_command(
     drawings = {}
     if overlay is not None:
         grids = [item.grid or item.rasters for item in encoded.samples[0]]
-        for part in layout_of_images(processor, [picture.size for picture in pictures], grids):
+        tokens = [item.features.shape[0] for item in encoded.samples[0]]
+        for part in layout_of_images(processor, [picture.size for picture in pictures], grids, tokens):
             path = overlay.with_stem(f"{overlay.stem}-{part.name.replace(' ', '-')}") if part.name else overlay
             checked_picture(path, image)
             drawings[path] = part

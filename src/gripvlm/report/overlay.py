@@ -64,23 +64,31 @@ class Part:
     Attributes:
         name: "" where it is the only one, "tiles", "whole", "frame 0" and so on, or "picture 1" and so on.
         geometry: where each of its cells lies in the user's picture (or frame).
-        rows: the row that each of its cells is, of all rows of `items`, one after the other. A newline or separator row
-            is in no part.
+        rows: the row that each of its cells is, of all rows of the image or prompt, items one after the other. A row
+            that is a newline or a separator is in no part.
         image: which of the prompt's images it is of, from 0.
-        items: which of the prompt's visual items this image became.
     """
 
     name: str
     geometry: Geometry
     rows: Sequence[int]
     image: int = 0
-    items: range = range(1)
+
+    @property
+    def start(self) -> int:
+        """The first of its rows, where they follow one another.
+
+        Raises:
+            GeometryError: newlines stand between them.
+        """
+        if not isinstance(self.rows, range):
+            raise GeometryError(f"the tokens of {self.name!r} are not one run, newlines stand between them: use rows")
+        return self.rows.start
 
     def of(self, selections: Sequence[Selection | TokenMask]) -> TokenMask:
         """What of it was kept, from all selections (one an item, in order), to hand to `overlay`."""
-        own = [selections[item] for item in self.items]
-        mask = torch.cat([selection.mask() for selection in own])
-        merge = next((selection.merge for selection in own if selection.merge is not None), None)
+        mask = torch.cat([selection.mask() for selection in selections])
+        merge = next((selection.merge for selection in selections if selection.merge is not None), None)
         return TokenMask(mask[torch.as_tensor(self.rows, device=mask.device)], merge=merge)
 
 
@@ -182,19 +190,24 @@ def layout(
     cut, uncut = _tiled(image_size, (rows, columns), tiles[0]), _tiled(image_size, (1, 1), whole)
     first = len(uncut.boxes) if _whole_first(images) else 0
     then = 0 if _whole_first(images) else len(cut.boxes)
-    items = range(len(grids))
     return [
-        Part("tiles", cut, range(first, first + len(cut.boxes)), items=items),
-        Part("whole", uncut, range(then, then + len(uncut.boxes)), items=items),
+        Part("tiles", cut, range(first, first + len(cut.boxes))),
+        Part("whole", uncut, range(then, then + len(uncut.boxes))),
     ]
 
 
-def layout_of_images(processor: Any, image_sizes: Sequence[tuple[int, int]], grids: Sequence[Grid]) -> list[Part]:
+def layout_of_images(
+    processor: Any,
+    image_sizes: Sequence[tuple[int, int]],
+    grids: Sequence[Grid],
+    tokens: Sequence[int] | None = None,
+) -> list[Part]:
     """`layout` for a prompt with one image or several.
 
     Args:
         image_sizes: (width, height) of each image, in the prompt's order.
         grids: (h, w) of the prompt's visual items, in order, or their rasters, as for `layout`.
+        tokens: how many each visual item has; by default as many as its grid has cells.
 
     Raises:
         GeometryError: as `layout`, and where it is not known which items are of which image.
@@ -210,13 +223,28 @@ def layout_of_images(processor: Any, image_sizes: Sequence[tuple[int, int]], gri
             f"{len(image_sizes)} images became {len(grids)} visual items, and which belong to which image is not "
             "known here: leave the overlay out"
         )
-    parts: list[Part] = []
+    lengths = [math.prod(_plain(grid)) for grid in grids] if tokens is None else tokens
     ends = list(itertools.accumulate(counts))
+    parts: list[Part] = []
     for number, (size, count, end) in enumerate(zip(image_sizes, counts, ends, strict=True)):
-        items = range(end - count, end)
-        for part in layout(processor, size, [grids[item] for item in items]):
-            parts.append(replace(part, name=f"picture {number + 1} {part.name}".strip(), image=number, items=items))
+        before = sum(lengths[: end - count])
+        for part in layout(processor, size, grids[end - count : end]):
+            parts.append(
+                replace(
+                    part,
+                    name=f"picture {number + 1} {part.name}".strip(),
+                    rows=_moved(part.rows, before),
+                    image=number,
+                )
+            )
     return parts
+
+
+def _moved(rows: Sequence[int], before: int) -> Sequence[int]:
+    """The same rows where `before` others come ahead of them."""
+    if isinstance(rows, range):
+        return range(rows.start + before, rows.stop + before)
+    return [row + before for row in rows]
 
 
 def _prepared(images: Any, name: str, x: _Axis, y: _Axis) -> tuple[_Axis, _Axis]:
@@ -338,7 +366,7 @@ def _packed(images: Any, image_size: tuple[int, int], rasters: tuple[Raster, ...
         # One of several images is not cut, but padded to a square.
         side = max(image_size)
         x, y = (_Axis(length).framed(side, (side - length) // 2) for length in image_size)
-        return [Part("", _raster(x, y, image_size, (whole.height, whole.width)), whole.rows().tolist())]
+        return [Part("", _raster(x, y, image_size, (whole.height, whole.width)), range(whole.n))]
     from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
     from transformers.image_utils import ChannelDimension
 
@@ -367,7 +395,7 @@ def _packed(images: Any, image_size: tuple[int, int], rasters: tuple[Raster, ...
         )
     return [
         Part("tiles", _raster(x, y, image_size, found), lines[0].rows().tolist()),
-        Part("whole", stretched, whole.rows().tolist()),
+        Part("whole", stretched, range(whole.n)),
     ]
 
 
