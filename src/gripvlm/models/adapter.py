@@ -19,6 +19,7 @@ from gripvlm.models.compat import takes
 from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
+from gripvlm.models.grids import Rasters
 from gripvlm.models.hooks.merge_repeats import merge_repeats
 from gripvlm.models.hooks.tower_merge import MergedRows, merge_in_tower
 from gripvlm.models.positions import SECONDS, grids_of
@@ -131,7 +132,11 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
         # An entry of no rows is a prompt without images.
         rows = [part for row in rows for part in row.split(size) if part.shape[0]]
     planes = getattr(output, "deepstack_features", None) or ()
-    grids = family.grid(prompts.model, host, modality, [row.shape[0] for row in rows])
+    sizes = [row.shape[0] for row in rows]
+    grids = family.grid(prompts.model, host, modality, sizes)
+    rasters: list[Rasters] = [()] * len(rows)
+    if family.rasters is not None and None in grids:
+        rasters = family.rasters(prompts.model, host, modality, sizes)
     patches = grids_of(prompts.model, host, modality)
     seconds = host.get(SECONDS) if modality == "video" else None
     return [
@@ -143,6 +148,7 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
             key=0,
             patch_grid=None if patches is None else tuple(patches[i].tolist()),
             seconds=None if seconds is None else float(seconds[i]),
+            rasters=rasters[i] if grids[i] is None else (),
         )
         for i, row in enumerate(rows)
     ]

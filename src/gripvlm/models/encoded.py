@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gripvlm.models.grids import Grid
+from gripvlm.models.grids import Grid, Rasters
 from gripvlm.models.repeats import Distinct
 from gripvlm.models.tower_rows import FEATURES_ONLY, TowerRequest
 from gripvlm.types import VisionRows, VisualTokens
@@ -33,6 +33,7 @@ class Item:
         patches: [n, d_v] what the tower made of each row before the projector, where requested.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
         distinct: where repeats were merged ahead of the tower, which rows are left: the n of all other fields.
+        rasters: where grid is None, the rasters that the rows are made of (see `VisualTokens.rasters`).
         seconds: between two temporal patches of a video, for families whose positions are made from it, else None.
     """
 
@@ -47,6 +48,7 @@ class Item:
     groups: Tensor | None = None
     distinct: Distinct | None = None
     seconds: float | None = None
+    rasters: Rasters = ()
 
     @property
     def placeholders(self) -> int:
@@ -66,6 +68,7 @@ class Item:
             vision=self.vision,
             patches=self.patches,
             groups=self.groups,
+            rasters=self.rasters if self.distinct is None else (),
         )
 
 

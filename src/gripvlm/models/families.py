@@ -15,11 +15,15 @@ from gripvlm.errors import UnsupportedModelError
 from gripvlm.models.compat import installed, mention_newer, takes
 from gripvlm.models.grids import (
     GridRule,
+    RasterRule,
+    frames,
     from_coordinates,
     from_patches,
     from_pixels,
     from_shapes,
     from_targets,
+    in_lines,
+    in_marked_lines,
     square,
     unknown,
 )
@@ -49,11 +53,12 @@ class Family:
         beams: False where transformers itself gives wrong images to the beams of a prompt with several images.
         chunks: False where image tokens see each other in both directions, so that transformers itself is wrong where
             it prefills an image in two chunks; or a function of the model that decides.
-        layers: False where tokens cannot be dropped inside the language model: states or keys that later layers read
-            still hold them.
+        layers: False where it is not known that tokens can be dropped inside the language model. `hooks/llm_drop.py`
+            says before which of its layers.
         merges: True where tokens may be merged between the tower's blocks: a plain ViT that sees images one by one,
             and a projector that works token by token.
         since: the first transformers in which it works.
+        rasters: where an item may be several rasters or have newline rows, the rule for them (`models/grids.py`).
     """
 
     model_type: str
@@ -68,6 +73,12 @@ class Family:
     layers: bool = True
     merges: bool = False
     since: tuple[int, int] = (5, 19)
+    rasters: RasterRule | None = None
+
+    @property
+    def has_rasters(self) -> bool:
+        """Whether pruners that need a grid can run on it."""
+        return self.grid is not unknown or self.rasters is not None
 
     @property
     def takes_grids(self) -> bool:
@@ -97,9 +108,10 @@ BOTH = ("image", "video")
 ROWS = (
     # Sliding layers count their window over the tokens that are left.
     Family("gemma3", square, by_tile, chunks=False),
-    Family("gemma4", from_coordinates, chunks=has_causal_images, layers=False),
+    # Where its last layers share keys, tokens can be dropped before these are made, and not later.
+    Family("gemma4", from_coordinates, chunks=has_causal_images),
     # No tower: a patch is projected as it is.
-    Family("gemma4_unified", from_coordinates, chunks=has_causal_images, layers=False),
+    Family("gemma4_unified", from_coordinates, chunks=has_causal_images),
     # Images only; transformers interleaves several images of a prompt over its beams.
     Family("glm4v", from_patches, by_grid, beams=False),
     Family("glm46v", from_patches, by_grid, beams=False),
@@ -112,18 +124,18 @@ ROWS = (
     # Before 5.21 its merger wanted whole tiles.
     Family("smolvlm", square, by_tile, joined=rows_of_a_tile, since=(5, 21)),
     # Convolutions.
-    Family("lfm2_vl", from_shapes, equals="deletion", layers=False),
+    Family("lfm2_vl", from_shapes, equals="deletion"),
     # LLaVA-1.5, BakLLaVA, and gripvlm's own lab model.
     Family("llava", from_pixels, by_tile, merges=True),
     # Tiles are joined, with newline rows in between that count as visual tokens.
-    Family("llava_next", unknown, packed),
-    Family("llava_onevision", unknown, packed),
+    Family("llava_next", unknown, packed, rasters=in_lines),
+    Family("llava_onevision", unknown, packed, rasters=in_lines),
     # M-RoPE of three or four axes. Newline rows and a first and a last row count as visual tokens. Before 5.21 the rows
     # of all images were one tensor.
-    Family("hunyuan_vl", unknown, by_raster(from_patches, marked=True), since=(5, 21)),
+    Family("hunyuan_vl", unknown, by_raster(from_patches, marked=True), rasters=in_marked_lines, since=(5, 21)),
     # Linear attention. An item is the overview or a slice of an image.
-    Family("minicpmv4_6", from_targets, by_raster(from_targets), equals="deletion", layers=False),
-    Family("minicpmv4_7", from_targets, by_raster(from_targets), equals="deletion", layers=False),
+    Family("minicpmv4_6", from_targets, by_raster(from_targets), equals="deletion"),
+    Family("minicpmv4_7", from_targets, by_raster(from_targets), equals="deletion"),
     # Its row breaks are text, which stays.
     Family("mistral3", from_pixels, in_one_row),
     Family("lighton_ocr", from_pixels, in_one_row),
@@ -132,13 +144,13 @@ ROWS = (
     # M-RoPE; Qwen3-VL's DeepStack planes lose the same rows.
     # Before 5.21 its forward took no encoded images.
     Family("paddleocr_vl", from_patches, by_raster(from_patches), since=(5, 21)),
-    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH),
-    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH),
+    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
+    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
+    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
+    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH, rasters=frames),
     # Linear attention. Before 5.21 transformers encoded no images ahead of its prefill.
-    Family("qwen3_5", from_patches, by_grid, equals="deletion", layers=False, since=(5, 21)),
-    Family("qwen3_5_moe", from_patches, by_grid, equals="deletion", layers=False, since=(5, 21)),
+    Family("qwen3_5", from_patches, by_grid, equals="deletion", since=(5, 21)),
+    Family("qwen3_5_moe", from_patches, by_grid, equals="deletion", since=(5, 21)),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in sorted(ROWS, key=lambda row: row.model_type)}
 
