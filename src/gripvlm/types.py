@@ -55,6 +55,8 @@ class VisualTokens:
             patches. None unless in `needs`.
         groups: [n] LongTensor, for a `TowerPruner`: the row that each was merged into inside the tower, itself where
             it stands for its group. Features are then the group's.
+        tower_rows: [k'] LongTensor, ascending, for the wrapper `tower`: the rows that were not dropped inside the
+            tower. What others hold (features, patches, attention) is zero.
     """
 
     features: Tensor
@@ -67,6 +69,7 @@ class VisualTokens:
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
     groups: Tensor | None = None
+    tower_rows: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -123,6 +126,7 @@ class Selection:
         merge: the rows that are merged into kept rows, or None.
         layers: for each layer of the language model, a LongTensor of the rows that it sees; empty where all rows are
             dropped at the input.
+        tower: rows that the last blocks of the vision tower saw; None: all.
         sound: whether indices are right by construction (`top_k`): a device may then use them before they are checked.
     """
 
@@ -131,6 +135,7 @@ class Selection:
     scores: Tensor | None = None
     merge: Merge | None = None
     layers: tuple[Tensor, ...] = ()
+    tower: int | None = None
     sound: bool = field(default=False, repr=False)
 
     def __repr__(self) -> str:

@@ -30,6 +30,7 @@ class Item:
         vision: layer as requested -> what that block of the vision tower gave for each row; mostly empty.
         patches: [n, d_v] what the tower made of each row before the projector, where requested.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
+        tower_rows: [k'] the rows that were not dropped inside the tower, where it dropped; others are zero.
         seconds: between two temporal patches of a video, for families whose positions are made from it, else None.
     """
 
@@ -42,6 +43,7 @@ class Item:
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
     groups: Tensor | None = None
+    tower_rows: Tensor | None = None
     seconds: float | None = None
 
     def tokens(self, keep: int, question: Tensor | None, sample: int, image: int) -> VisualTokens:
@@ -57,6 +59,7 @@ class Item:
             vision=self.vision,
             patches=self.patches,
             groups=self.groups,
+            tower_rows=self.tower_rows,
         )
 
 

@@ -391,10 +391,10 @@ def requests_of(model: PreTrainedModel, settings: Settings) -> dict[str, PruneRe
     requests = {}
     for spec in settings.pruners:
         request = PruneRequest.of(model, spec, 1.0, positions=settings.positions)
-        if request.needs.merging is not None:
+        if request.needs.changes_tower:
             raise GripError(
-                f"pruner {spec!r} merges inside the vision tower, to one count in a whole batch, so it cannot be "
-                "served: use a pruner that drops at the input"
+                f"pruner {spec!r} works inside the vision tower, so pictures that are encoded once for all requests do "
+                "not serve it: use a pruner that drops at the input"
             )
         requests[spec] = request
     return requests
