@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.models.compat import installed, mention_newer, takes
-from gripvlm.models.hooks.attention import feature_block
 from gripvlm.models.grids import GridRule, from_coordinates, from_patches, from_pixels, from_shapes, square, unknown
+from gripvlm.models.hooks.attention import feature_block
 from gripvlm.models.vision_rules import VisionRule, by_grid, by_tile, in_one_row, packed
 
 if TYPE_CHECKING:

@@ -77,7 +77,7 @@ class Tower(Wrapper):
             )
         if lacking := sorted(behind.needs & {"grid", "vision_given"}):
             raise PrunerError(
-                f"pruner 'tower': {behind.name!r} needs {', '.join(lacking)} of all rows, which are not all left behind "
+                f"pruner 'tower': {behind.name!r} needs {', '.join(lacking)} of all rows, but not all are left behind "
                 "the tower: use another, such as divprune"
             )
 
@@ -128,7 +128,8 @@ class Tower(Wrapper):
         if tokens.keep > len(rows):
             raise BudgetError(
                 f"image {tokens.image} of sample {tokens.sample} is to keep {tokens.keep} of {tokens.n} visual tokens, "
-                f"but tower_keep={self.tower_keep} leaves {len(rows)} of them: pass a smaller keep or a larger tower_keep"
+                f"but tower_keep={self.tower_keep} leaves {len(rows)} of them: pass a smaller keep or a larger "
+                "tower_keep"
             )
         vision = {layer: _some(seen, rows) for layer, seen in tokens.vision.items()}
         patches = None if tokens.patches is None else tokens.patches[rows]
