@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import gripvlm
-from gripvlm.errors import BudgetError, GripError, InputError, PrunerError, UnsupportedModelError
+from gripvlm.errors import BudgetError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import FAMILIES
 from gripvlm.models.hooks.attention import blocks_of, modules_of
 from gripvlm.models.hooks.calls import AttentionCall, call_hooks
 from gripvlm.models.vision_rules import TowerItems
 from gripvlm.pruners import get_pruner
+from gripvlm.pruners.base import top_k
 from gripvlm.pruners.baselines.given import Given
 from tiny_families import TINY, build, make
 
@@ -134,3 +135,116 @@ def test_dropping_is_masking_from_that_block_on(name, block, attention):
 def test_any_score_that_can_be_had_there(name, inside):
     for ours, expected in compared(name, "sdpa", 1, inside, 0.3):
         torch.testing.assert_close(ours, expected, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeping_everything_is_the_untouched_model_and_the_tower_is_as_before(name):
+    model, inputs = build(name), inputs_of(name)
+    with torch.no_grad():
+        plain = gripvlm.prune_inputs(model, inputs, "keep_all")
+        whole = gripvlm.prune_inputs(model, inputs, "tower(random,norm):block=1,tower_keep=1.0", 1.0)
+        gripvlm.prune_inputs(model, inputs, "tower(norm):block=0,tower_keep=0.5", 0.5)
+        again = gripvlm.prune_inputs(model, inputs, "keep_all")
+    for modality, output in plain["mm_encoder_outputs"].items():
+        for other in (whole, again):
+            rows = other["mm_encoder_outputs"][modality].pooler_output
+            assert all(torch.equal(one, two) for one, two in zip(rows, output.pooler_output, strict=True))
+
+
+@pytest.mark.parametrize("name", [PLAIN, WINDOWS])
+def test_a_batch_is_its_samples_alone(name):
+    """k' of n in the tower, then k of the k' that are left, by another score."""
+
+    def chosen(only: int) -> list[list[tuple[int, ...]]]:
+        model, inputs = build(name), make(TINY[name], IMAGES, WORDS, only=only).inputs
+        with gripvlm.prune(model, "tower(random,divprune):block=1,tower_keep=0.5", "25%") as record:
+            model.generate(**inputs, **ONCE)
+        for selection in (selection for sample in record.selections for selection in sample):
+            assert selection.tower == round(selection.n / 2 + 0.01)
+            assert selection.k == max(1, int(selection.n / 4 + 0.5))
+        assert f"{record.tower_kept} in the vision tower" in str(record)
+        return [[tuple(s.indices.tolist()) for s in sample] for sample in record.selections]
+
+    assert chosen(-1) == [chosen(0)[0], chosen(1)[0]]
+
+
+@pytest.mark.parametrize("name", [PLAIN, WINDOWS])
+def test_later_blocks_really_see_fewer_tokens(name):
+    model, inputs = build(name), make(TINY[name], [1], [7]).inputs
+    seen: list[int] = []
+    blocks = blocks_of(model.get_encoder("image"))
+    hooks = [block.mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[-2])) for block in blocks]
+    gripvlm.prune_inputs(model, inputs, "tower(norm):block=1,tower_keep=3", 2)
+    for hook in hooks:
+        hook.remove()
+    # A CLS token stays in front of 3 patches; 3 rows have 2 x 2 patches each.
+    assert seen[1:] == [4 if name == PLAIN else 12] * (len(blocks) - 1)
+    assert seen[0] > seen[1]
+
+
+def test_attention_in_the_tower_is_that_of_the_block_before():
+    model, inputs = build(PLAIN), inputs_of(PLAIN)
+    with torch.no_grad():
+        _, record = gripvlm.prune_inputs(
+            model, inputs, "tower(fastervlm,norm):block=1,tower_keep=5", 5, return_record=True
+        )
+        encoded = gripvlm.encode(model, inputs, [FasterVLM0()])
+    for sample, selections in zip(encoded.samples, record.selections, strict=True):
+        for item, selection in zip(sample, selections, strict=True):
+            assert torch.equal(selection.indices, top_k(item.vision[0].cls.mean(0), 5))
+
+
+class FasterVLM0(type(get_pruner("fastervlm"))):  # type: ignore[misc]
+    """Reads block 0."""
+
+    vision_layers = (0,)
+
+
+def test_a_pruner_behind_the_tower_reads_its_last_blocks_as_the_rows_that_are_left_see_them():
+    model, inputs = build(PLAIN), make(TINY[PLAIN], [1], [7]).inputs
+    with torch.no_grad():
+        spec = "tower(norm,norm):block=1,tower_keep=6"
+        _, record = gripvlm.prune_inputs(model, inputs, spec, 6, return_record=True)
+        rows = record.selections[0][0].indices
+        with masked(model, PLAIN, inputs, [("image", rows.tolist(), 16)], 1):
+            expected = gripvlm.encode(model, inputs, ["fastervlm"]).samples[0][0].vision[-2].cls
+        _, record = gripvlm.prune_inputs(
+            model, inputs, "tower(norm,fastervlm):block=1,tower_keep=6", 3, return_record=True
+        )
+    assert torch.equal(record.selections[0][0].indices, rows[top_k(expected[:, rows].mean(0), 3)])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_towers_are_refused_at_once_with_the_reason(name):
+    with pytest.raises(UnsupportedModelError, match=f"inside {name}'s vision tower is not supported, as it"):
+        gripvlm.prune(build(name), "tower(norm)", 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "spec", "keep"),
+    [
+        (InputError, "blocks 0 to 1: pass block=1 or less", "tower(norm):block=2", 4),
+        (BudgetError, "tower_keep=4 leaves 4 of them: pass a smaller keep", "tower(norm):block=1,tower_keep=4", 5),
+        (BudgetError, "each image \\(tower_keep\\) has only 16", "tower(norm):block=1,tower_keep=17", 5),
+        (BudgetError, "keeps nothing", "tower(norm):block=1,tower_keep=0", 5),
+        (PrunerError, "block=4, 0 or more", "tower(norm):block=-1", 4),
+        (PrunerError, "takes one pruner, or two, got 3", "tower(norm,norm,norm)", 4),
+        (PrunerError, "'cdpruner' needs question, which there is not", "tower(cdpruner,norm):block=1", 4),
+        (PrunerError, "block=0 is the first", "tower(fastervlm,norm):block=0", 4),
+        (PrunerError, "'grid' needs grid of all rows", "tower(norm,grid)", 4),
+        (PrunerError, "drops them at llm", "tower(norm,fastv)", 4),
+        (PrunerError, "drops them at vision", "spread(tower(norm))", 4),
+    ],
+)
+def test_what_cannot_be_is_refused(error, match, spec, keep):
+    model = build("paligemma")
+    with pytest.raises(error, match=match):
+        gripvlm.prune_inputs(model, inputs_of("paligemma"), spec, keep)
+
+
+def test_an_encoding_of_all_rows_does_not_serve():
+    model, inputs = build(PLAIN), inputs_of(PLAIN)
+    encoded = gripvlm.encode(model, inputs)
+    bare = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    with pytest.raises(InputError, match="works inside the vision tower"):
+        gripvlm.prune_inputs(model, bare, "tower(norm):block=1", 4, encoded=encoded)

@@ -20,6 +20,7 @@ from gripvlm.engine.request import checked_pruner
 from gripvlm.errors import BudgetError, GripError, Interrupted
 from gripvlm.eval.environment import command_line, git_state, hardware, utc, versions
 from gripvlm.pruners import Pruner
+from gripvlm.pruners.wrappers.tower import Tower
 from gripvlm.utils import disk
 from gripvlm.utils.progress import Progress
 
@@ -39,9 +40,16 @@ class BenchInterrupted(Interrupted):
 
 
 def settings_of(pruners: Sequence[tuple[str, Pruner]], keeps: Sequence[Budget]) -> list[Setting]:
-    """The unpruned model, the limit at each budget, and every pruner at each."""
+    """The unpruned model, the limits at each budget, and every pruner at each."""
     limits = [Setting("limit", keep) for keep in keeps]
-    return [FULL, *limits, *[Setting("pruned", keep, pruner, spec) for keep in keeps for spec, pruner in pruners]]
+    towers = {spec: pruner.tower_budget if isinstance(pruner, Tower) else None for spec, pruner in pruners}
+    shares = [share for share in dict.fromkeys(towers.values()) if share is not None]
+    limits += [Setting("tower_limit", keep, tower_keep=share) for keep in keeps for share in shares]
+    return [
+        FULL,
+        *limits,
+        *[Setting("pruned", keep, made, spec, towers[spec]) for keep in keeps for spec, made in pruners],
+    ]
 
 
 def turns(settings: Sequence[Setting], repeats: int) -> Iterable[tuple[int, Setting]]:
@@ -194,11 +202,13 @@ class _Run:
             about = {"batch": batch, "prompt": length}
             progress = {"runs_asked": len(runs) * self.repeats, "runs_done": done, "failed": failed or None}
             self.result["cells"].append(about | progress)
-            limits = {setting.keep: run for setting, run in runs.items() if setting.kind == "limit"}
+            limits = {s.keep: run for s, run in runs.items() if s.kind == "limit"}
+            towers = {(s.keep, s.tower_keep): run for s, run in runs.items() if s.kind == "tower_limit"}
             for setting, run in runs.items():
                 if run.turns or run.failed:
                     shape, hardware = (batch, self.new), (self.machine, self.weights)
-                    numbers = row(run, runs[FULL], limits.get(setting.keep), shape, hardware)
+                    tower = towers.get((setting.keep, setting.tower_keep))
+                    numbers = row(run, runs[FULL], limits.get(setting.keep), tower, shape, hardware)
                     self.result["rows"].append(about | setting.columns | numbers)
 
     def _measure(self, runs: dict[Setting, Runs], batch: int, length: int) -> None:

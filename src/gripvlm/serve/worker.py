@@ -386,7 +386,7 @@ def requests_of(model: PreTrainedModel, settings: Settings) -> dict[str, PruneRe
     """Spec -> the checked request of each pruner that is served.
 
     Raises:
-        GripError: a pruner that does not serve this model, or merges inside the vision tower.
+        GripError: a pruner that does not serve this model, or works inside the vision tower.
     """
     requests = {}
     for spec in settings.pruners:
