@@ -2,8 +2,8 @@
 
 python -m experiments.tower_prune.cpu_time llava-0.5b|qwen2.5-vl-0.5b [TURNS]
 
-Models have the published widths, random weights, and a quarter of the depth of both halves, so that a busy machine gets
-through them; ratios of time are those of full depth but for what is there once (patch embedding, projector, output head).
+Models have the published widths, random weights, and a quarter of the depth of both halves, so that a busy machine
+gets through them; ratios of time are those of full depth but for what is there once (patch embedding, projector, head).
 CPU time and not the clock, since other work runs on the machine; settings are interleaved, forwards and backwards.
 """
 
@@ -45,7 +45,7 @@ def shape_of(name: str) -> Architecture:
     vision, text = found.config["vision_config"], found.config["text_config"]
     if name == "llava-0.5b":
         vision["num_hidden_layers"] = 6
-        # LLaVA's features come out of the last block but one: of 24 that is one that nobody reads, of 6 it would be more.
+        # LLaVA reads the last block but one: of 24 blocks one is for nothing, of 6 it would be a larger share.
         found.config["vision_feature_layer"] = -1
     else:
         wide = {n: v for n, v in small.config["text_config"].items() if n not in ("model_type", "vocab_size")}
