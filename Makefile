@@ -24,16 +24,31 @@ lint: .venv/.ok
 tables: .venv/.ok
 	$(BIN)/python -m experiments.tables
 
-.PHONY: docs dist
+.PHONY: docs dist notebooks test-wheel
 # The site, into build/site; a link or a heading that is not there fails. NO_MKDOCS_2_WARNING: an advertisement.
 docs: .venv/.ok
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# Runs the notebooks of examples/ and stores what they show.
+notebooks: .venv/.ok
+	$(BIN)/python examples/run_notebooks.py
 
 # The source archive and the wheel, built in the environment of the lock, and what is in them.
 dist: .venv/.ok
 	rm -rf dist
 	$(BIN)/python -m hatchling build
 	$(BIN)/python tests/check_dist.py dist
+
+# The wheel in an environment of its own, then the source archive in its place: README's Python and the first commands
+# run there. With another Python: make test-wheel PYTHON=python3.12
+WHEEL = build/wheel-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+test-wheel: dist
+	rm -rf $(WHEEL)
+	$(call fresh,$(WHEEL))
+	$(call install,$(WHEEL),locks/gripvlm.txt,dist/*.whl)
+	$(WHEEL)/bin/python tests/check_wheel.py
+	$(WHEEL)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.tar.gz
+	$(WHEEL)/bin/python tests/check_wheel.py
 
 # $(call install,ENVIRONMENT,LOCK,WHAT): the locked pip, then WHAT in the versions of the lock; torch is what TORCH says.
 install = $(1)/bin/python -m pip install --quiet --constraint $(2) pip \

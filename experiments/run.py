@@ -50,7 +50,10 @@ def flags(settings: dict[str, Any]) -> list[str]:
     for key, value in settings.items():
         name = key.replace("_", "-")
         arguments += (
-            [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+            # As the command's own help shortens it.
+            [f"--{name}" if value else f"--no-{name.removeprefix('gradient-')}"]
+            if isinstance(value, bool)
+            else [f"--{name}", str(value)]
         )
     return arguments
 

@@ -31,7 +31,7 @@ NAMES = sorted(TINY)
 IMAGES, WORDS = [1, 2], [7, 9]  # two samples of different length, one with two pictures
 SHALLOW = {"hiprune": "hiprune:middle=0", "vscan": "vscan:shallow=0,window=2", "vscan_vision": "vscan_vision:shallow=0"}
 """Options where a default names a block that the tiny towers do not have."""
-WRAPPERS = ("ensemble", "mmr", "restore", "split", "spread", "top_p")  # top_p keeps more than k: test_wrappers.py
+WRAPPERS = ("ensemble", "mmr", "repeats", "restore", "split", "spread", "top_p")  # test_repeats.py, test_wrappers.py
 MORE = (
     "ensemble(norm,divprune)",
     "ensemble(fastervlm,grid):weights=(2,1)",

@@ -66,7 +66,9 @@ class Watch(threading.Thread):
 
 def engine(options: argparse.Namespace) -> dict[str, Any]:
     """Measurements of one engine, in this process."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+    os.environ.update(
+        VLLM_USE_V2_MODEL_RUNNER="0", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
+    )
     sys.path.insert(0, str(ROOT / "tests" / "integrations"))
     import torch
     import vllm

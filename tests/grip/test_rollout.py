@@ -16,6 +16,7 @@ from gripvlm.grip.train import Engine, Evaluator, distill
 from gripvlm.grip.train.distill import FLOOR, get_teacher, masked_forward, missing
 from gripvlm.grip.train.rewards import checked_reward, get_reward, log_prob, probability
 from gripvlm.grip.train.rollout import tokens_per_forward
+from gripvlm.models.hooks.calls import call_hooks
 from gripvlm.pruners.base import top_k_of_each
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.tasks import Sample, TaskError, get_tasks
@@ -438,29 +439,45 @@ def test_the_gradient_of_a_soft_mask_is_the_finite_difference(engine, batch, att
         engine.model.set_attn_implementation("sdpa")
 
 
-def test_attention_is_told_in_every_layer_that_gradients_are_wanted(engine, batch, monkeypatch):
-    """A GPU's memory-efficient kernel asks query, key and value alone; bits on a CPU are those without."""
-    real, asked = torch.nn.functional.scaled_dot_product_attention, []
+def test_biases_cost_no_matrix_of_queries_and_keys(engine, batch, monkeypatch):
+    """Keys carry them: with a mask to be differentiated, kernels would store one weight for each query and key."""
+    real, seen = torch.nn.functional.scaled_dot_product_attention, []
 
     def attention(query, key, value, attn_mask=None, **options):
-        if attn_mask is not None and attn_mask.requires_grad:
-            asked.append(query.requires_grad and key.requires_grad and value.requires_grad)
+        seen.append((key.requires_grad, attn_mask is not None and attn_mask.requires_grad))
         return real(query, key, value, attn_mask=attn_mask, **options)
 
-    def once():
-        biases = [torch.randn(16, generator=drawn(i)).requires_grad_() for i in range(4)]
-        found = masked_forward(engine, batch, biases)
-        found.sum().backward()
-        return [found.detach(), *(bias.grad for bias in biases)]
-
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    found = once()
-    assert asked == [True] * 4  # two layers, and again in the backward pass
+    biases = [torch.randn(16, generator=drawn(i)).requires_grad_() for i in range(4)]
+    masked_forward(engine, batch, biases).sum().backward()
+    assert seen == [(True, False)] * 4  # two layers, and again in the backward pass
     assert not any(item.features.requires_grad for sample in batch.encoded.samples for item in sample)
-    monkeypatch.setattr(distill, "_require_gradients", lambda arguments: None)
-    for mine, plain in zip(found, once(), strict=True):
-        assert torch.equal(mine, plain)
-    assert asked == [True] * 4 + [False, True, True, False]
+
+
+def test_a_bias_below_all_numbers_is_dropping(engine, batch):
+    kept = [torch.arange(16) < k for k in (3, 1, 8, 15)]
+    biases = [torch.where(mine, 0.0, -torch.inf).requires_grad_() for mine in kept]
+    soft = masked_forward(engine, batch, biases)
+    dropped = engine.run(batch, range(4), [[mine.nonzero().flatten()] for mine in kept])
+    assert torch.allclose(soft, dropped.log_probs, atol=1e-4)
+    soft.sum().backward()
+    assert all(bool(bias.grad.isfinite().all()) for bias in biases)
+
+
+def test_layers_that_attend_by_themselves_are_refused(engine, batch, monkeypatch):
+    attend = distill.modules_of(engine.model.get_decoder())
+    first = {module: layer for module, layer in attend.items() if layer == 0}
+    monkeypatch.setattr(distill, "call_hooks", lambda attention: call_hooks(attention={m: attention[m] for m in first}))
+    with pytest.raises(UnsupportedModelError, match="layer 1 of llama does not attend through transformers' attention"):
+        masked_forward(engine, batch, [torch.zeros(16)] * 4)
+
+
+def test_scores_with_a_soft_cap_are_refused(engine, batch, monkeypatch):
+    layer = engine.model.get_decoder().layers[1].self_attn
+    plain = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: plain(*args, **kwargs, softcap=30.0))
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention caps its scores, so a bias"):
+        masked_forward(engine, batch, [torch.zeros(16)] * 4)
 
 
 def test_the_gradient_teacher_points_at_what_the_answer_hangs_on(engine, batch):

@@ -248,7 +248,10 @@ def engine_config(positions: str = "original", **changes: Any) -> Any:
     config = SimpleNamespace(model_type="qwen2_5_vl", gripvlm=ours, get_text_config=lambda: text)
     found = {
         "pipeline_parallel_size": 1,
+        "use_v2_model_runner": False,
         "use_ubatching": False,
+        "prefill_context_parallel_size": 1,
+        "lora_config": None,
         "speculative_config": None,
         "is_multimodal_pruning_enabled": lambda: False,
         "cudagraph_mm_encoder": False,
@@ -262,6 +265,9 @@ def engine_config(positions: str = "original", **changes: Any) -> Any:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline": ({"pipeline_parallel_size": 2}, "reach the first pipeline stage only"),
+    "second runner": ({"use_v2_model_runner": True}, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+    "parts of a prompt": ({"prefill_context_parallel_size": 2}, "leave prefill context parallel out"),
+    "LoRA": ({"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "kept whatever the adapter"),
     "halves": ({"use_ubatching": True}, "leave --enable-dbo out"),
     "speculation": ({"speculative_config": "eagle"}, "speculative decoding does not know the positions"),
     "EVS": ({"is_multimodal_pruning_enabled": lambda: True}, "vLLM's own pruning of videos is on as well"),

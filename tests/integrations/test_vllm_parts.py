@@ -6,9 +6,10 @@ import json
 import os
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from gripvlm import lab
 from gripvlm.cli import main
@@ -48,6 +49,7 @@ BAD = {
     "cache": (lambda: engine_args("lab", "norm", 8, cache_mb=-1), InputError, "pass megabytes, 0 or more"),
     "llm": (lambda: engine_args("lab", "fastv", 0.5), PrunerError, "in vLLM all layers of a request have one length"),
     "tower": (lambda: engine_args("lab", "tome", 0.5), PrunerError, "inside the vision tower"),
+    "pixels": (lambda: engine_args("lab", "repeats(norm)", 0.5), PrunerError, "ahead of the vision tower"),
     "split": (lambda: engine_args("lab", "split(norm)", 0.5), PrunerError, "'split' moves budget between the tiles"),
     "raised": (lambda: engine_args("lab", "top_p(grip)", 0.5), PrunerError, "'top_p' moves budget between the tiles"),
     "tiles": (lambda: engine_args("lab", "mmr(hired)", 0.5), PrunerError, "'mmr' moves budget between the tiles"),
@@ -86,13 +88,25 @@ def test_the_command_hands_vllm_its_arguments(monkeypatch):
     lines: list[list[str]] = []
     monkeypatch.setattr(launch, "version", lambda name: "0.32.0")
     monkeypatch.setattr(os, "execv", lambda program, line: lines.append(line))
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     typed = ["vllm", "serve", "lab", "--pruners", "grip,divprune", "--keep", "10%", "--port", "8001"]
     assert main([*typed, "--dtype=float32", "--trust-request-mm-kwargs"]) == 0
+    assert os.environ.pop("VLLM_USE_V2_MODEL_RUNNER") == "0"
     python, *rest = lines[0]
     assert python == sys.executable
     assert rest[:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(lab.MODEL)]
     assert json.loads(rest[5])["gripvlm"]["pruners"] == ["grip", "divprune"]
     assert rest[6:] == ["--served-model-name", "lab", "--port", "8001", "--dtype=float32", "--trust-request-mm-kwargs"]
+
+
+def test_what_says_where_a_model_is_also_says_it_to_us(monkeypatch):
+    monkeypatch.setattr(launch, "version", lambda name: "0.32.0")
+    monkeypatch.setattr(os, "execv", lambda program, line: None)
+    read: dict[str, Any] = {}
+    plain = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda place, **how: read.update(how) or plain(place))
+    assert main(["vllm", "serve", "lab", "--revision=v2", "--trust_remote_code", "--port", "8001"]) == 0
+    assert read == {"revision": "v2", "trust_remote_code": True}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +144,12 @@ def test_a_choice_travels_as_bytes():
     assert Shown.unpacked(shown.packed()) == shown
     assert shown.extent == 256 + 7 + 3
     assert [picture.count for picture in pictures] == [64, 4]
+
+
+def test_a_picture_whose_places_do_not_fit_is_refused():
+    huge = Picture("k", 0, "norm", "25%", n=70_000, extent=70_000)
+    with pytest.raises(InputError, match="a picture takes 70000 positions, and at most 65536 can be served"):
+        Shown((huge,)).packed()
 
 
 def test_everything_that_decides_a_selection_is_in_the_digest():

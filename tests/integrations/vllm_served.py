@@ -142,8 +142,10 @@ class Served:
 
 def serve(*args: Any, **engine: Any) -> Iterator[Served]:
     """For a fixture: the engine, and its end."""
-    yield Served(*args, **engine)
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    try:
+        yield Served(*args, **engine)
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()

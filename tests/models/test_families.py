@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 import gripvlm
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.models import FAMILIES, families, family_of
+from gripvlm.models.grids import unknown
 from tiny_families import LATER, TINY, build, make
 from tiny_families.base import IMAGE
 from tiny_families.reference import full_positions, kept, masked, teacher_forced
@@ -162,6 +164,22 @@ def test_a_batch_equals_its_samples_alone(name, attention):
             close(name, [a[0] for a in alone.logits], [b[sample] for b in run.pruned.logits])
 
 
+@pytest.mark.skipif("hunyuan_vl" not in TINY, reason="this transformers has no hunyuan_vl")
+def test_hunyuans_images_are_numbered_over_the_batch_and_dropping_still_equals_masking():
+    """transformers does the former: without pruning, too, a prompt's logits depend on the images of others."""
+    model = copy.deepcopy(build("hunyuan_vl"))
+    model.get_decoder().rotary_emb.mrope_section = [2, 2, 1, 1]  # as in real checkpoints, the last axis rotates
+    batch, tiny = make(TINY["hunyuan_vl"], IMAGES, WORDS), TINY["hunyuan_vl"]
+    alone = model.generate(**make(tiny, IMAGES, WORDS, only=1).inputs, **GREEDY)
+    together = model.generate(**batch.inputs, **GREEDY)
+    assert (alone.logits[0][0] - together.logits[0][1]).abs().max() > 10 * tiny.tolerance
+    with gripvlm.prune(model, "random", keep=5) as record:
+        pruned = model.generate(**batch.inputs, **GREEDY)
+    reference = model.generate(**masked(model, batch.inputs, record.selections), **GREEDY)
+    assert torch.equal(pruned.sequences, reference.sequences)
+    close("hunyuan_vl", pruned.logits, reference.logits)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_selection_is_the_same_under_sdpa_and_eager(name):
     picked = [
@@ -198,19 +216,16 @@ def test_a_direct_forward_with_labels_equals_masking(name, side):
     close(name, [ours.logits[arguments["attention_mask"].bool()], ours.loss], [expected.logits[keep], expected.loss])
 
 
-GRIDS = {"llava_next": None, "llava_onevision": None}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_grids_are_those_of_the_pictures(name):
     """The tiny pictures are 4 x 4 tiles, or 3 x 3, 3 x 4 and 4 x 3 rows; joined tiles have no grid."""
     model, batch = build(name), make(TINY[name], [2, 2], [7, 9])
     items = [item for sample in gripvlm.encode(model, batch.inputs).samples for item in sample]
     grids = {item.grid for item in items}
-    assert grids == {None} if name in GRIDS else grids <= {(3, 3), (3, 4), (4, 3), (4, 4)}
+    assert grids == {None} if FAMILIES[name].grid is unknown else grids <= {(3, 3), (3, 4), (4, 3), (4, 4)}
     assert all(item.grid is None or item.grid[0] * item.grid[1] == item.features.shape[0] for item in items)
     assert len({item.key for item in items}) == len(items)
-    if "image_grid_thw" in batch.inputs:
+    if "image_grid_thw" in batch.inputs and FAMILIES[name].grid is not unknown:
         assert [item.grid for item in items] == [
             (h // 2, w // 2) for _, h, w in batch.inputs["image_grid_thw"].tolist()
         ]

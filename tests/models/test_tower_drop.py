@@ -216,7 +216,7 @@ def test_a_pruner_behind_the_tower_reads_its_last_blocks_as_the_rows_that_are_le
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_towers_are_refused_at_once_with_the_reason(name):
-    with pytest.raises(UnsupportedModelError, match=f"inside {name}'s vision tower is not supported, as it"):
+    with pytest.raises(UnsupportedModelError, match=f"inside {name}'s vision tower is not supported, as "):
         gripvlm.prune(build(name), "tower(norm)", 4)
 
 

@@ -127,12 +127,12 @@ def logits(*images: list[float]) -> tuple[Given, list[VisualTokens]]:
 def test_split_by_mass_shares_by_probability():
     inner, images = logits([6, 6, 6, 6], [3, 1, 1, 1])
     assert Split(inner, by="mass").allocate_budget(images, 1) == [3, 1]  # 24 and 6 of 30
-    with pytest.raises(PrunerError, match="'split' needs scores that are logits, but 'divprune' chooses a set"):
-        Split("divprune", by="mass").allocate_budget(images, 1)
+    with pytest.raises(PrunerError, match="'split' with by=mass needs scores that are logits, and those of 'norm' are"):
+        Split("norm", by="mass")
     with pytest.raises(PrunerError, match="pass by=rows, by=spectrum or by=mass"):
         Split("norm", by="size")  # type: ignore[arg-type]
     with pytest.raises(PrunerError, match=r"would undo what 'top_p' adds: use top_p\(split"):
-        get_pruner("split(top_p(norm))")
+        get_pruner("split(top_p(grip))")
 
 
 def test_top_p_adds_tokens_where_two_do_not_have_enough():
@@ -152,6 +152,8 @@ def test_top_p_adds_tokens_where_two_do_not_have_enough():
         TopP(inner, 1.0)
     with pytest.raises(PrunerError, match=r"pass most=2\.0, 1 or more"):
         TopP(inner, most=0.5)
+    with pytest.raises(PrunerError, match="'top_p' needs scores that are logits, and those of 'mmr' are not"):
+        TopP("mmr(grip)")
 
 
 def test_top_p_of_a_joint_pruner_raises_one_count_for_the_prompt():

@@ -187,3 +187,6 @@ def test_the_encodings_used_last_are_kept():
     get(b"large", 11)  # larger than the cache: it is not kept, and nothing goes for it
     assert cache.bytes == 32
     assert SimpleNamespace(hits=cache.hits, misses=cache.misses) == SimpleNamespace(hits=2, misses=5)
+    cache.clear()
+    assert b"b" not in cache
+    assert cache.bytes == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,34 @@ def patches(generator: torch.Generator) -> Picture:
     return Picture(ids, [n], {"pixel_values": pixels, "image_position_ids": places})
 
 
+def merged_patches(generator: torch.Generator) -> Picture:
+    """The same images as 2 x 2 patches merged beforehand, with the (x, y) of each, padded to 12."""
+    (n,) = (picture := patches(generator)).sizes
+    pixels, places = torch.zeros(1, 12, 192), torch.full((1, 12, 2), -1)
+    w = int(picture.tensors["image_position_ids"][0, :, 0].max() + 1) // 2
+    pixels[0, :n] = torch.rand(n, 192, generator=generator)
+    places[0, :n] = torch.stack((torch.arange(n) % w, torch.arange(n) // w), -1)
+    return replace(picture, tensors={"pixel_values": pixels, "image_position_ids": places})
+
+
 GEMMA = TEXT | {"head_dim": 12, "query_pre_attn_scalar": 12}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+GEMMA4_TEXT = {name: value for name, value in TEXT.items() if name != "max_position_embeddings"} | {
+    "head_dim": 12,
+    "global_head_dim": 12,
+    "sliding_window": 256,
+    "layer_types": MIXED,
+    "use_bidirectional_attention": "vision",
+}
+GEMMA4_MARKS = {
+    "audio_config": None,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "audio_token_id": 96,
+    "boi_token_id": START,
+    "eoi_token_id": END,
+}
 
 BLOCKS = [
     Tiny(
@@ -62,25 +90,28 @@ BLOCKS = [
                 "pooling_kernel_size": 2,
                 "position_embedding_size": 64,
             },
-            "text_config": {name: value for name, value in TEXT.items() if name != "max_position_embeddings"}
-            | {
-                "model_type": "gemma4_text",
-                "head_dim": 12,
-                "global_head_dim": 12,
-                "hidden_size_per_layer_input": 8,
-                "vocab_size_per_layer_input": 99,
-                "sliding_window": 256,
-                "layer_types": MIXED,
-                "use_bidirectional_attention": "vision",
-            },
-            "audio_config": None,
-            "image_token_id": IMAGE,
-            "video_token_id": VIDEO,
-            "audio_token_id": 96,
-            "boi_token_id": START,
-            "eoi_token_id": END,
-        },
+            "text_config": GEMMA4_TEXT
+            | {"model_type": "gemma4_text", "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99},
+        }
+        | GEMMA4_MARKS,
         patches,
+        types=modality_types,
+        embedding=0.15,
+    ),
+    Tiny(
+        "gemma4_unified",
+        {
+            "vision_config": {
+                "patch_size": 4,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 64,
+                "output_proj_dims": 32,
+            },
+            "text_config": GEMMA4_TEXT | {"model_type": "gemma4_unified_text"},
+        }
+        | GEMMA4_MARKS,
+        merged_patches,
         types=modality_types,
         embedding=0.15,
     ),

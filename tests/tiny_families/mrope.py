@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from tiny_families.base import END, IMAGE, START, TEXT, VIDEO, Picture, Tiny, modality_types, noise, one_of
+from tiny_families.base import END, IMAGE, START, TEXT, VIDEO, VISION, Picture, Tiny, modality_types, noise, one_of
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 TOWER = {
@@ -31,6 +33,22 @@ def any_size(generator: torch.Generator) -> Picture:
     h, w = one_of(generator, [(6, 6), (6, 8), (8, 6)])
     n = h * w // 4
     tensors = {"pixel_values": noise(generator, h * w, PATCH), "image_grid_thw": torch.tensor([[1, h, w]])}
+    return Picture([START, *[IMAGE] * n, END], [n], tensors)
+
+
+def in_raster(generator: torch.Generator) -> Picture:
+    """The same images with their patches in raster order."""
+    picture = any_size(generator)
+    pixels = noise(generator, picture.tensors["pixel_values"].shape[0], 3, 4, 4)
+    return replace(picture, tensors=picture.tensors | {"pixel_values": pixels})
+
+
+def in_lines(generator: torch.Generator) -> Picture:
+    """The same images; a newline row ends each line of rows, and one row is in front and one behind."""
+    picture = any_size(generator)
+    ((_, h, w),) = picture.tensors["image_grid_thw"].tolist()
+    n = (h // 2) * (w // 2 + 1) + 2
+    tensors = picture.tensors | {"pixel_values": noise(generator, h * w, PATCH // 2)}  # no temporal axis
     return Picture([START, *[IMAGE] * n, END], [n], tensors)
 
 
@@ -73,6 +91,7 @@ HYBRID = {
     "linear_num_value_heads": 4,
     "rope_parameters": ROPE | {"partial_rotary_factor": 1.0},
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GLM_MARKS = {
     "image_start_token_id": START,
     "image_end_token_id": END,
@@ -92,10 +111,58 @@ MROPE = [
     tiny(
         "qwen3_vl_moe",
         QWEN3,
-        NORMED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        NORMED | EXPERTS,
         frames_apart=True,
     ),
     tiny("glm4v", TOWER | {"image_size": 32}, {}, **GLM_MARKS),
+    tiny("glm46v", TOWER | {"image_size": 32}, {}, **GLM_MARKS),
+    tiny(
+        "glm4v_moe",
+        TOWER | {"image_size": 32},
+        NORMED
+        | {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 2,
+            "rope_parameters": ROPE | {"partial_rotary_factor": 1.0},
+        },
+        tolerance=1e-4,  # its router and norms compute in float32 whatever the dtype, and small differences grow
+        **GLM_MARKS,
+    ),
+    tiny("glm_ocr", TOWER, NORMED, **GLM_MARKS),
+    Tiny(
+        "paddleocr_vl",
+        MARKS
+        | {
+            "vision_config": VISION | {"patch_size": 4, "spatial_merge_size": 2},
+            "text_config": TEXT | {"rope_parameters": ROPE, "head_dim": 12},
+        },
+        in_raster,
+        types=modality_types,
+    ),
+    # Four axes, the last of which counts images: in transformers over the whole batch, so that no prompt equals itself
+    # alone. Here that axis rotates nothing; `test_families.py` has a test in which it does.
+    Tiny(
+        "hunyuan_vl",
+        {
+            "vision_config": VISION
+            | {"patch_size": 4, "spatial_merge_size": 2, "max_image_size": 32, "out_hidden_size": 48},
+            "text_config": TEXT | {"head_dim": 12, "rope_parameters": ROPE | {"mrope_section": [2, 2, 2, 0]}},
+            "image_token_id": IMAGE,
+            "im_start_id": START,
+            "im_end_id": END,
+        },
+        in_lines,
+        types=modality_types,
+    ),
     # its recurrence adds up in another order in prefill (chunks of 64) than in decoding
     tiny("qwen3_5", TOWER | {"num_position_embeddings": 64}, HYBRID, tolerance=3e-4),
+    tiny(
+        "qwen3_5_moe",
+        TOWER | {"num_position_embeddings": 64},
+        HYBRID | EXPERTS | {"shared_expert_intermediate_size": 32},
+        tolerance=3e-4,
+    ),
 ]

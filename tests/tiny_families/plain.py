@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,12 @@ def with_breaks(generator: torch.Generator) -> Picture:
     ids[-1] = END
     pixels = noise(generator, 1, 3, height, width)
     return Picture(ids, [h * w], {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])})
+
+
+def unbroken(generator: torch.Generator) -> Picture:
+    """The same without breaks."""
+    picture = with_breaks(generator)
+    return replace(picture, ids=[IMAGE] * picture.sizes[0])
 
 
 def padded_below(samples: Samples) -> dict[str, Tensor]:
@@ -111,6 +119,17 @@ PLAIN = [
             "vision_feature_layer": -1,
         },
         with_breaks,
+        padded_below,
+    ),
+    Tiny(
+        "lighton_ocr",
+        {
+            "vision_config": VISION | {"model_type": "pixtral", "patch_size": 4, "head_dim": 16},
+            "text_config": TEXT | {"model_type": "qwen3", "head_dim": 12},
+            "image_token_id": IMAGE,
+            "spatial_merge_size": 2,
+        },
+        unbroken,
         padded_below,
     ),
 ]

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from tiny_families.base import BREAK, END, IMAGE, START, TEXT, VISION, Picture, Samples, Tiny, noise, one_of
+from tiny_families.base import (
+    BREAK,
+    END,
+    IMAGE,
+    START,
+    TEXT,
+    VIDEO,
+    VISION,
+    Picture,
+    Samples,
+    Tiny,
+    modality_types,
+    no_types,
+    noise,
+    one_of,
+)
+from tiny_families.mrope import HYBRID
 from tiny_families.plain import LLAMA
 
 
@@ -37,6 +55,24 @@ def flat(generator: torch.Generator) -> Picture:
     return Picture([START, *[IMAGE] * n, END], [n], tensors)
 
 
+def sliced(generator: torch.Generator) -> Picture:
+    """An overview, or one and two slices side by side, of 12 x 12, 12 x 16 or 16 x 12 patches, 4 x 4 of them a row."""
+    h, w = one_of(generator, [(12, 12), (12, 16), (16, 12)])
+    n, crops = h * w // 16, one_of(generator, [1, 3])
+    ids = [START, *[IMAGE] * n, END]
+    for _ in range(crops - 1):
+        ids += [BREAK, *[IMAGE] * n, 94]
+    pixels = noise(generator, 1, 3, 2, 2 * h * w * crops)
+    return Picture(ids, [n] * crops, {"pixel_values": pixels, "target_sizes": torch.tensor([[h, w]] * crops)})
+
+
+def side_by_side(samples: Samples) -> dict[str, Tensor]:
+    """All patches of a batch along the last axis."""
+    pictures = [picture.tensors for sample in samples for picture in sample]
+    pixels = torch.cat([tensors["pixel_values"] for tensors in pictures], -1)
+    return {"pixel_values": pixels, "target_sizes": torch.cat([tensors["target_sizes"] for tensors in pictures])}
+
+
 def _smol(name: str) -> Tiny:
     tower = VISION | {"model_type": f"{name}_vision", "patch_size": 4}
     return Tiny(
@@ -45,6 +81,17 @@ def _smol(name: str) -> Tiny:
         tiled,
         by_sample,
     )
+
+
+def _mini(name: str, types: Callable[[Tensor], dict[str, Tensor]] = no_types, **marks: int) -> Tiny:
+    config = {
+        "vision_config": VISION | {"image_size": 16, "patch_size": 2},
+        "text_config": TEXT | HYBRID | {"model_type": "qwen3_5_text"},
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "insert_layer_id": 0,
+    }
+    return Tiny(name, config | marks, sliced, side_by_side, types=types, tolerance=3e-4)
 
 
 TILES = [
@@ -79,5 +126,15 @@ TILES = [
             "projector_hidden_size": 64,
         },
         flat,
+    ),
+    _mini("minicpmv4_6"),
+    _mini(
+        "minicpmv4_7",
+        modality_types,
+        image_start_id=START,
+        image_end_id=END,
+        slice_start_id=BREAK,
+        slice_end_id=94,
+        newline_id=95,
     ),
 ]

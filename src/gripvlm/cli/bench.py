@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,7 +26,7 @@ from gripvlm.cli.commands import (
 )
 from gripvlm.cli.outputs import checked_json
 from gripvlm.errors import GripError
-from gripvlm.utils.terminal import filled
+from gripvlm.utils.terminal import filled, fitted
 
 PHASES = ("vision", "pruner", "overhead", "other", "prefill", "decode_token", "whole")
 PARTS = {
@@ -136,7 +137,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 def _sheet(
     title: str, rows: Sequence[Mapping[str, Any]], cells: Callable[[Mapping[str, Any]], dict[str, str]]
-) -> Table:
+) -> Group:
     """Narrow enough for 80 columns; a long setting continues in a second line."""
     sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0, 0, 0))
     sheet.add_column("setting", min_width=18, max_width=24, overflow="fold")
@@ -144,7 +145,7 @@ def _sheet(
         sheet.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         sheet.add_row(escape(row["setting"]), *cells(row).values())
-    return sheet
+    return fitted(sheet, 1)
 
 
 def _times(row: Mapping[str, Any]) -> dict[str, str]:

@@ -16,9 +16,9 @@ from rich.console import Console
 from gripvlm.cli.commands import console
 from gripvlm.utils.terminal import filled
 
-COLUMNS = {"pruner": 14, "drops": 7, "attention": 11, "question": 10, "lab score": 14, "time": 8}
-"""Heading -> width."""
-STAGES = {"input": "input", "llm": "LLM", "vision": "tower"}
+COLUMNS = {"pruner": 14, "drops": 6, "attention": 10, "question": 9, "lab score": 13, "time": 8}
+"""Heading -> width; they fit into 60 columns."""
+STAGES = {"input": "input", "llm": "LLM", "vision": "tower", "pixels": "pixels"}
 PLUGINS = "gripvlm.pruners"
 
 

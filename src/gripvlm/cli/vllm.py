@@ -41,5 +41,6 @@ def serve_command(
 
     check_installed()
     line = command(model, names, keep, context.args, positions=positions, cache_mb=cache_mb)
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the one that is tested; see engine_config.py
     # vLLM takes this process over, with its signals and its exit code.
     os.execv(line[0], line)

@@ -14,8 +14,10 @@ from gripvlm.errors import InputError
 from gripvlm.models.hooks.calls import one_run
 from gripvlm.models.hooks.llm_drop import DropState
 from gripvlm.models.hooks.proportional import LayerSizes, proportional_attention
+from gripvlm.models.repeats import Distinct
 from gripvlm.models.text import visual_places
 from gripvlm.types import Selection, sizes_after
+from gripvlm.utils.batching import onto
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +33,7 @@ class ProportionalRun:
         arguments: the prompts as the model will get them.
         selections: what each image keeps at the input.
         stage: the dropping inside the language model, where there is any.
+        distinct: of each image, what was merged ahead of the vision tower.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class ProportionalRun:
         arguments: Mapping[str, Any],
         selections: list[list[Selection]],
         stage: LLMStage | None,
+        distinct: list[list[Distinct | None]],
     ) -> None:
         if stage is not None and stage.pruner.evict_after_prefill(stage.layers) is not None:
             raise InputError(
@@ -50,9 +54,11 @@ class ProportionalRun:
         self._in_layers: Mapping[int, LayerSizes | None] = {}
         places = visual_places(model, arguments["input_ids"])
         sizes = torch.ones(places.shape, device=places.device)
-        for row, own, images in zip(sizes, places, selections, strict=True):
+        for row, own, images, left in zip(sizes, places, selections, distinct, strict=True):
+            before = [None if d is None else onto(d.sizes.astype("float32"), sizes.device) for d in left]
             if images:
-                row[own] = torch.cat([sizes_after(s.indices, s.n, s.merge) for s in images]).to(sizes.device)
+                after = [sizes_after(s.indices, s.n, s.merge, b) for s, b in zip(images, before, strict=True)]
+                row[own] = torch.cat(after).to(sizes.device)
         self._from: dict[int, Tensor] = {0: sizes}  # layer -> [rows, L] sizes, by column of the prompt, from there on
 
     @contextmanager

@@ -10,9 +10,12 @@ from gripvlm.models.families import FAMILIES, Family, family_of
 from gripvlm.models.grids import unknown
 from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.hooks.llm_drop import checked_layers
+from gripvlm.models.hooks.merge_repeats import checked_repeats
+from gripvlm.models.repeats import RepeatRule
 from gripvlm.models.tower_rows import TowerRequest
 from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
 from gripvlm.pruners.base import LLM_NEEDS, NEEDS
+from gripvlm.pruners.wrappers.repeats import Repeats
 from gripvlm.pruners.wrappers.tower import Tower
 from gripvlm.utils.spec import options_of
 
@@ -38,9 +41,8 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
         raise PrunerError(f"pruner {name!r} needs {unread}, but known are {sorted(NEEDS)}")
     if "vision_attention" in needs and not chosen.vision_layers:
         raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
-    by_class = (
-        "vision" if isinstance(chosen, (TowerPruner, Tower)) else "llm" if isinstance(chosen, LLMPruner) else "input"
-    )
+    classes = {"pixels": Repeats, "vision": (TowerPruner, Tower), "llm": LLMPruner}
+    by_class = next((stage for stage, kind in classes.items() if isinstance(chosen, kind)), "input")
     if stage != by_class:
         raise PrunerError(
             f"pruner {name!r} drops rows at stage {stage!r}, but its base class at {by_class!r}: leave stage out, or "
@@ -72,6 +74,10 @@ def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> Towe
                 f"{wrong[0]} in this {type(tower).__name__}: it has {blocks}, from 0 to {blocks - 1}; the pruner's "
                 f"options are {options or 'none'}"
             )
+    if isinstance(pruner, Repeats):
+        needs = checked_pair(pruner.inner, model, family)
+        needs = needs._replace(repeats=RepeatRule(pruner.threshold, pruner.counted))
+        checked_repeats(model, family, needs.repeats)
     if isinstance(pruner, LLMPruner):
         checked_layers(model)
     # Last: it may look at weights, and the errors above are about the model at hand.

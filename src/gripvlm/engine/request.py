@@ -22,6 +22,7 @@ from gripvlm.models.text import Question
 from gripvlm.models.tower_rows import TowerDropping, TowerMerging, TowerRequest
 from gripvlm.models.wrapped import unwrapped
 from gripvlm.pruners import Pruner, TowerPruner
+from gripvlm.pruners.wrappers.repeats import Repeats
 from gripvlm.pruners.wrappers.tower import Tower
 from gripvlm.types import VisualTokens
 
@@ -52,7 +53,7 @@ class PruneRequest:
     Attributes:
         model: the transformers model, out of its wrappers.
         family: its row in the table of families.
-        pruner: what selects.
+        pruner: what selects; what `repeats` wraps, where it is around it.
         budgets: one for all images, or for each sample one or a list with one per image.
         question: see `gripvlm.prune_inputs`.
         proportional_attention: see `gripvlm.prune`.
@@ -83,6 +84,8 @@ class PruneRequest:
         # The pruner before the budget: errors of `keep` name it, and it may have a budget of its own.
         pruner = checked_pruner(pruner)
         needs = checked_pair(pruner, inner, family)
+        # Repeats are merged before there is anything to select from: from here on the inner pruner is alone.
+        pruner = pruner.inner if isinstance(pruner, Repeats) else pruner
         renumbered = checked_positions(options.get("positions", "original"))
         drop = DropOptions(renumbered, _checked_multiple(options.get("pad_to_multiple_of")))
         proportional = options.get("proportional_attention", False)

@@ -294,6 +294,7 @@ class Grip(ScorePruner):
     name = "grip"
     source = "Huang et al. 2026, arXiv 2605.13375"
     trained: ClassVar[bool] = True
+    logits: ClassVar[bool] = True
 
     scorer: str = "lab"
     dtype: str = field(default="auto", kw_only=True)

@@ -19,12 +19,15 @@ from gripvlm.models.compat import takes
 from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
+from gripvlm.models.hooks.merge_repeats import merge_repeats
 from gripvlm.models.hooks.tower_drop import drop_in_tower
 from gripvlm.models.hooks.tower_merge import MergedRows, merge_in_tower
-from gripvlm.models.positions import SECONDS
+from gripvlm.models.positions import SECONDS, grids_of
 from gripvlm.models.prompts import Prompts
+from gripvlm.models.repeats import Distinct, find_repeats
 from gripvlm.models.text import padding_token
 from gripvlm.models.tower_rows import DroppedRows, TowerRequest, capture_tower, split_by_item
+from gripvlm.utils.batching import onto
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +65,11 @@ def locate(model: PreTrainedModel, ids: Tensor, encoded: Encoded) -> list[list[S
 def encode(prompts: Prompts, family: Family, wanted: TowerRequest) -> Encoded:
     """Runs the vision encoder and projector once over all pixels, and records what `wanted` lists of the tower."""
     model = prompts.model
+    # Read from the device before the tower starts.
+    repeats = {} if wanted.repeats is None else find_repeats(prompts, wanted.repeats)
     with ExitStack() as stack:
+        if wanted.repeats is not None and repeats:
+            stack.enter_context(merge_repeats(model, prompts.host, repeats, wanted.repeats.counted))
         merged = None if wanted.merging is None else stack.enter_context(merge_in_tower(model, wanted.merging))
         dropped: Mapping[str, DroppedRows] = {}
         if wanted.dropping is not None:
@@ -87,7 +94,8 @@ def encode(prompts: Prompts, family: Family, wanted: TowerRequest) -> Encoded:
         for i, item in enumerate(items[modality]):
             vision, patches = tower[modality][i] if tower else (item.vision, None)
             key, group = 0 if keys is None else keys[i], None if groups is None else groups[i]
-            made.append(replace(item, key=key, vision=vision, patches=patches, groups=group, tower_rows=left[i]))
+            item = replace(item, key=key, vision=vision, patches=patches, groups=group, tower_rows=left[i])
+            made.append(_left(item, repeats[modality][i]) if modality in repeats else item)
         for sample, own in enumerate(_split_by_prompt(prompts, modality, made)):
             samples[sample] += tuple(own)
         extras = {name: getattr(output, name) for name in family.extras}
@@ -111,6 +119,15 @@ def _expand_groups(outputs: Mapping[str, Any], merged: MergedRows) -> Tensor:
     return merged.groups
 
 
+def _left(item: Item, distinct: Distinct) -> Item:
+    """The item with the rows that are left where repeats were merged ahead of the tower."""
+    if len(distinct.rows) == len(distinct.slot):
+        return item
+    rows = onto(distinct.rows, item.features.device)
+    planes = tuple(plane.index_select(0, rows.to(plane.device)) for plane in item.deepstack)
+    return replace(item, features=item.features.index_select(0, rows), deepstack=planes, distinct=distinct)
+
+
 def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list[Item]:
     """One `Item` for each entry of the encoder's output, or for each part of a joined one."""
     host, rows = prompts.host, list(output.pooler_output)
@@ -120,7 +137,7 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
         rows = [part for row in rows for part in row.split(size) if part.shape[0]]
     planes = getattr(output, "deepstack_features", None) or ()
     grids = family.grid(prompts.model, host, modality, [row.shape[0] for row in rows])
-    thw = host.get(f"{modality}_grid_thw")
+    patches = grids_of(prompts.model, host, modality)
     seconds = host.get(SECONDS) if modality == "video" else None
     return [
         Item(
@@ -129,7 +146,7 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
             deepstack=tuple(plane[i] for plane in planes),
             grid=grids[i],
             key=0,
-            grid_thw=None if thw is None else tuple(thw[i].tolist()),
+            patch_grid=None if patches is None else tuple(patches[i].tolist()),
             seconds=None if seconds is None else float(seconds[i]),
         )
         for i, row in enumerate(rows)
@@ -143,7 +160,7 @@ def _split_by_prompt(prompts: Prompts, modality: str, items: list[Item]) -> list
     for sample, columns in enumerate(prompts.placeholders[modality]):
         end, rows = start, 0
         while end < len(items) and rows < len(columns):
-            rows += items[end].features.shape[0]
+            rows += items[end].placeholders
             end += 1
         if rows != len(columns):
             raise InputError(

@@ -31,6 +31,9 @@ def _pieces(inputs: Mapping[str, Any], modality: str, pixels: Tensor, count: int
     if (grids := inputs.get(f"{modality}_grid_thw")) is not None:  # [patches of all items, d]
         sizes = grids.prod(-1).tolist()
         return list(pixels.split(sizes)) if sum(sizes) == pixels.shape[0] else []
+    if (targets := inputs.get("target_sizes")) is not None:  # [1, 3, patch, patch x patches of all items]
+        sizes = (targets.prod(-1) * pixels.shape[-2]).tolist()
+        return list(pixels.split(sizes, dim=-1)) if sum(sizes) == pixels.shape[-1] else []
     if pixels.ndim == 5 and pixels.shape[0] != count:  # [samples, tiles, 3, H, W], blank tiles are padding
         return [tile for sample in pixels for tile in sample if bool(tile.any())]
     if pixels.shape[0] != count:

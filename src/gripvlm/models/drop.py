@@ -83,7 +83,7 @@ def drop(
     if arguments.get("position_ids") is None:
         arguments["position_ids"] = full_positions(prompts, spans, mask.device)
     positions = arguments["position_ids"]
-    following, ahead = next_positions(positions, mask), None
+    following, ahead = next_positions(model, positions, mask), None
 
     length = _length(images, selections, options)
     if length is None:
@@ -96,7 +96,7 @@ def drop(
         )
         # `generate` counts on from the last column's position, which is too low where that column's row was dropped.
         if prompts.end_in_image and not (options.renumbered or prompts.padded_right):
-            ahead = positions_ahead(positions, arguments["position_ids"])
+            ahead = positions_ahead(model, positions, arguments["position_ids"])
 
     # With pixels left in, the model would encode again and take those rows.
     for name in encoder_arguments(model, arguments):
@@ -124,13 +124,13 @@ def _kept_columns(mask: Tensor, spans: Sequence[Sequence[Span]], selections: Seq
     """[B, L] bool: the prompts' text, and the placeholders of the selected rows of each image."""
     keep = mask.to(torch.bool, memory_format=torch.contiguous_format, copy=True)
     # All images as one index into the flattened batch: a fixed number of operations however many images there are.
-    flat = [span.positions + row * keep.shape[1] for row, images in enumerate(spans) for span in images]
-    starts = [0, *itertools.accumulate(len(columns) for columns in flat)]
-    columns = onto(torch.cat(flat), keep.device)
+    flat = [(span, row * keep.shape[1]) for row, images in enumerate(spans) for span in images]
+    positions = [span.positions + start for span, start in flat]
+    starts = [0, *itertools.accumulate(len(columns) for columns in positions)]
     rows = shifted([s.indices.to(keep.device) for selected in selections for s in selected], starts[:-1])
     line = keep.view(-1)
-    line.index_fill_(0, columns, False)
-    line.index_fill_(0, columns.index_select(0, rows), True)
+    line.index_fill_(0, onto(torch.cat([span.columns + start for span, start in flat]), keep.device), False)
+    line.index_fill_(0, onto(torch.cat(positions), keep.device).index_select(0, rows), True)
     return keep
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gripvlm.models.grids import Grid
+from gripvlm.models.repeats import Distinct
 from gripvlm.models.tower_rows import FEATURES_ONLY, TowerRequest
 from gripvlm.types import VisionRows, VisualTokens
 from gripvlm.utils.timing import Stopwatch
@@ -26,11 +27,13 @@ class Item:
         deepstack: further planes [n, d], one for each layer they are added at; mostly none.
         grid: (h, w) of a plain raster, else None.
         key: a number from the pixels alone (see `VisualTokens.key`).
-        grid_thw: (t, h, w) in patches before merging, for families whose positions are made from it, else None.
+        patch_grid: (t, h, w) or (h, w) in patches before merging, for families whose positions are made from it, else
+            None.
         vision: layer as requested -> what that block of the vision tower gave for each row; mostly empty.
         patches: [n, d_v] what the tower made of each row before the projector, where requested.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
         tower_rows: [k'] the rows that were not dropped inside the tower, where it dropped; others are zero.
+        distinct: where repeats were merged ahead of the tower, which rows are left: the n of all other fields.
         seconds: between two temporal patches of a video, for families whose positions are made from it, else None.
     """
 
@@ -39,19 +42,25 @@ class Item:
     deepstack: tuple[Tensor, ...]
     grid: Grid
     key: int
-    grid_thw: tuple[int, int, int] | None = None
+    patch_grid: tuple[int, ...] | None = None
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
     groups: Tensor | None = None
     tower_rows: Tensor | None = None
+    distinct: Distinct | None = None
     seconds: float | None = None
+
+    @property
+    def placeholders(self) -> int:
+        """How many it has in its prompt."""
+        return self.features.shape[0] if self.distinct is None else len(self.distinct.slot)
 
     def tokens(self, keep: int, question: Tensor | None, sample: int, image: int) -> VisualTokens:
         """What a pruner gets to choose `keep` rows of it."""
         return VisualTokens(
             features=self.features,
             keep=keep,
-            grid=self.grid,
+            grid=self.grid if self.distinct is None else None,
             question=question,
             sample=sample,
             image=image,
@@ -113,8 +122,19 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """An item and where its n placeholders lie in its prompt: positions [n], ascending; how many are not masked."""
+    """An item and where it lies in its prompt.
+
+    Attributes:
+        item: of n rows.
+        columns: [placeholders] all of its placeholders, ascending.
+        real: how many of these are not masked.
+    """
 
     item: Item
-    positions: Tensor
+    columns: Tensor
     real: int
+
+    @property
+    def positions(self) -> Tensor:
+        """[n] the placeholders of its rows."""
+        return self.columns if self.item.distinct is None else self.columns[self.item.distinct.rows]

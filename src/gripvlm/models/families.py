@@ -13,15 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.models.compat import installed, mention_newer, takes
-from gripvlm.models.grids import GridRule, from_coordinates, from_patches, from_pixels, from_shapes, square, unknown
+from gripvlm.models.grids import (
+    GridRule,
+    from_coordinates,
+    from_patches,
+    from_pixels,
+    from_shapes,
+    from_targets,
+    square,
+    unknown,
+)
 from gripvlm.models.hooks.attention import feature_block
-from gripvlm.models.vision_rules import VisionRule, by_grid, by_tile, in_one_row, packed
+from gripvlm.models.vision_rules import VisionRule, by_grid, by_raster, by_tile, in_one_row, packed
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "chunkable", "family_of", "not_supported"]
+__all__ = ["FAMILIES", "MISSING", "REFUSED", "Family", "chunkable", "family_of", "not_supported"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,11 @@ class Family:
     drops: Callable[[PreTrainedModel], list[nn.Module]] | str = "nobody has tried it yet"
     since: tuple[int, int] = (5, 19)
 
+    @property
+    def takes_grids(self) -> bool:
+        """Whether the tower takes packed patches with their grids; from a caller also their places, and then fewer."""
+        return self.vision is by_grid
+
 
 def chunkable(family: Family, model: PreTrainedModel) -> bool:
     """Whether transformers may prefill this model's prompts in chunks."""
@@ -107,8 +121,13 @@ ROWS = (
     # Sliding layers count their window over the tokens that are left.
     Family("gemma3", square, by_tile, chunks=False, drops=last_block),
     Family("gemma4", from_coordinates, chunks=has_causal_images, layers=False, drops=MASKED),
+    # No tower: a patch is projected as it is.
+    Family("gemma4_unified", from_coordinates, chunks=has_causal_images, layers=False, drops="it has no vision tower"),
     # Images only; transformers interleaves several images of a prompt over its beams.
     Family("glm4v", from_patches, by_grid, beams=False, drops=mergers),
+    Family("glm46v", from_patches, by_grid, beams=False, drops=mergers),
+    Family("glm4v_moe", from_patches, by_grid, beams=False, drops=mergers),
+    Family("glm_ocr", from_patches, by_grid, beams=False, drops=mergers),
     # An item is a tile, so a budget counts per tile.
     Family("idefics3", square, by_tile, joined=rows_of_a_tile, drops=MASKED),
     Family("internvl", square, by_tile, drops=last_block),
@@ -122,30 +141,116 @@ ROWS = (
     # Tiles are joined, with newline rows in between that count as visual tokens.
     Family("llava_next", unknown, packed, drops=TILES),
     Family("llava_onevision", unknown, packed, drops=TILES),
+    # M-RoPE of three or four axes. Newline rows and a first and a last row count as visual tokens.
+    Family("hunyuan_vl", unknown, by_raster(from_patches, marked=True)),
+    # Linear attention. An item is the overview or a slice of an image.
+    Family("minicpmv4_6", from_targets, by_raster(from_targets), equals="deletion", layers=False),
+    Family("minicpmv4_7", from_targets, by_raster(from_targets), equals="deletion", layers=False),
     # Its row breaks are text, which stays.
     Family("mistral3", from_pixels, in_one_row, drops=MASKED),
+    Family("lighton_ocr", from_pixels, in_one_row, drops=MASKED),
     # The whole prompt attends in both directions.
     Family("paligemma", square, by_tile, chunks=False, merges=True, drops=projector),
     # M-RoPE; Qwen3-VL's DeepStack planes lose the same rows.
+    Family("paddleocr_vl", from_patches, by_raster(from_patches)),
     Family("qwen2_vl", from_patches, by_grid, modalities=BOTH, drops=mergers),
     Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH, drops=mergers),
     Family("qwen3_vl", from_patches, by_grid, modalities=BOTH, drops=mergers),
     Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH, drops=mergers),
     # Linear attention. Before 5.21 transformers encoded no images ahead of its prefill.
     Family("qwen3_5", from_patches, by_grid, equals="deletion", layers=False, since=(5, 21), drops=mergers),
+    Family("qwen3_5_moe", from_patches, by_grid, equals="deletion", layers=False, since=(5, 21), drops=mergers),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in sorted(ROWS, key=lambda row: row.model_type)}
 
+CROSS = "its visual tokens are read by cross-attention and are never in the sequence"
+NOT_TAKEN = "its forward takes no encoded images (mm_encoder_outputs)"
 QFORMER = "its Q-Former already reduces an image to 32 tokens"
+THINKER = "it speaks, too: load its thinker, which is the part that reads images"
 REFUSED: dict[str, str] = {
+    "blip": CROSS,
     "blip-2": QFORMER,
+    "evolla": "it reads proteins, not images",
+    "florence2": NOT_TAKEN,
     "fuyu": "it has no vision encoder whose output could be pruned",
+    "git": NOT_TAKEN,
     "granite4_vision": "its visual tokens enter at several layers only, not in the sequence",
+    "idefics": CROSS,
     "instructblip": QFORMER,
+    "instructblipvideo": QFORMER,
+    "kosmos-2": NOT_TAKEN,
+    "kosmos-2.5": NOT_TAKEN,
     "llama4": "its forward projects the encoder's rows itself, after the point where rows are dropped",
-    "mllama": "its visual tokens are read by cross-attention and are never in the sequence",
+    "mistral4": "it reads no images",
+    "mllama": CROSS,
+    "phi4_multimodal": NOT_TAKEN,
+    "pi0": NOT_TAKEN,
+    "pix2struct": CROSS,
+    "pp_formulanet": CROSS,
+    "qwen2_5_omni": THINKER,
+    "qwen3_omni_moe": THINKER,
+    "t5gemma2": NOT_TAKEN,
+    "udop": NOT_TAKEN,
+    "vision-encoder-decoder": CROSS,
 }
 """model type -> why pruning at the input is impossible or not useful for it."""
+
+MISSING = frozenset(
+    {
+        "apertus1p5",
+        "aria",
+        "aya_vision",
+        "chameleon",
+        "cohere2_vision",
+        "cohere_compass",
+        "cosmos3_edge",
+        "cosmos3_omni",
+        "deepseek_ocr2",
+        "deepseek_vl",
+        "deepseek_vl_hybrid",
+        "diffusion_gemma",
+        "dots3_note",
+        "emu3",
+        "ernie4_5_vl_moe",
+        "exaone4_5",
+        "fast_vlm",
+        "gemma3n",
+        "glm5_next",
+        "glmga",
+        "got_ocr2",
+        "granite_docling",
+        "hy_v4_vl",
+        "hyperclovax_vision_v2",
+        "idefics2",
+        "inkling2",
+        "inkling2_loop",
+        "inkling_mm_model",
+        "janus",
+        "kimi_k25",
+        "lfm3_vl",
+        "llava_next_video",
+        "minicpm_ocr",
+        "minimax_m3_vl",
+        "mistral_large4",
+        "molmo2",
+        "muse_glimmer",
+        "muse_spark",
+        "nemotron_h_omni",
+        "perception_lm",
+        "pp_chart2table",
+        "qianfan_ocr",
+        "qwen2_5_omni_thinker",
+        "qwen3_omni_moe_thinker",
+        "qwen4_exp",
+        "shieldgemma2",
+        "step3p7",
+        "unlimited_ocr",
+        "video_llama_3",
+        "video_llava",
+        "vipllava",
+    }
+)
+"""Types of the newest tested transformers that nobody has tried: no row, and no reason to refuse them either."""
 
 
 def family_of(model: PreTrainedModel) -> Family:

@@ -47,12 +47,11 @@ def from_patches(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: l
 
 
 def from_coordinates(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
-    """Towers that get each patch's (x, y), -1 for padding, and pool square blocks."""
-    block = model.config.vision_config.pooling_kernel_size
+    """Towers that get each patch's (x, y), -1 for padding, and may pool square blocks."""
     grids: list[Grid] = []
     for n, places in zip(sizes, inputs[f"{modality}_position_ids"], strict=True):
-        w, h = (int(places[:, axis].max() + 1) // block for axis in (0, 1))
-        grids.append((h, w) if h * w == n else None)
+        w, h = (int(places[:, axis].max() + 1) for axis in (0, 1))
+        grids.append(_merged(n, h, w))
     return grids
 
 
@@ -63,9 +62,21 @@ def from_shapes(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: li
     return [(h, w) if h * w == n else None for (h, w), n in zip(shapes, sizes, strict=True)]
 
 
+def from_targets(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
+    """Towers that get `target_sizes` [items, 2] in patches and merge square blocks."""
+    return [_merged(n, int(h), int(w)) for n, (h, w) in zip(sizes, inputs["target_sizes"], strict=True)]
+
+
 def unknown(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
     """No grid: rows are no plain raster (tiles joined, newline rows in between)."""
     return [None] * len(sizes)
+
+
+def _merged(n: int, height: int, width: int) -> Grid:
+    """The grid of n rows that are square blocks of height x width patches, or None."""
+    block = math.isqrt(height * width // n)
+    h, w = height // block, width // block
+    return (h, w) if h * w == n else None
 
 
 def _factor(n: int, height: int, width: int) -> Grid:

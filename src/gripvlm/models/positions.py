@@ -1,12 +1,12 @@
 """Position ids of prompts, before and after visual tokens are dropped. M-RoPE is known here and nowhere else.
 
-Shapes: [B, L] for most models. For M-RoPE [axes, B, L], where the axes are t, h, w, or a row that counts the text and
-then t, h, w. A single position of each prompt is [B] or [axes, B].
+Shapes: [B, L] for most models. For M-RoPE [axes, B, L], where the axes are those that the model rotates by, such as
+t, h, w, or a row that only counts tokens and then those. A single position of each prompt is [B] or [axes, B].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +21,18 @@ from gripvlm.utils.batching import onto
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SECONDS", "full_positions", "next_positions", "positions_ahead", "shortened_positions"]
+__all__ = ["SECONDS", "full_positions", "grids_of", "next_positions", "positions_ahead", "shortened_positions"]
 
 SECONDS = "second_per_grid_ts"
 """Qwen2.5-VL: seconds between two temporal patches of each video, from which its positions are made."""
+
+
+def grids_of(model: PreTrainedModel, inputs: Mapping[str, Any], modality: str) -> Tensor | None:
+    """[items, 3] (t, h, w) or [items, 2] (h, w) in patches, where positions are made from them, else None."""
+    grids = inputs.get(f"{modality}_grid_thw")
+    if grids is None and modality == "image" and hasattr(model.base_model, "get_rope_index"):
+        grids = inputs.get("target_sizes")
+    return grids
 
 
 def full_positions(prompts: Prompts, spans: Sequence[Sequence[Span]], device: torch.device) -> Tensor:
@@ -34,8 +42,9 @@ def full_positions(prompts: Prompts, spans: Sequence[Sequence[Span]], device: to
     # M-RoPE reads the images' grids. Those of the encoding, not of the inputs: one encoding serves many prompts.
     grids: dict[str, list[Any]] = {}
     for item in (span.item for images in spans for span in images):
-        if item.grid_thw is not None:
-            grids.setdefault(f"{item.modality}_grid_thw", []).append(item.grid_thw)
+        if item.patch_grid is not None:
+            name = f"{item.modality}_grid_thw" if len(item.patch_grid) == 3 else "target_sizes"
+            grids.setdefault(name, []).append(item.patch_grid)
         if item.seconds is not None:
             grids.setdefault(SECONDS, []).append(item.seconds)
     if grids and inputs.get("mm_token_type_ids") is None:
@@ -52,11 +61,12 @@ def full_positions(prompts: Prompts, spans: Sequence[Sequence[Span]], device: to
     return onto(positions, device)
 
 
-def next_positions(positions: Tensor, mask: Tensor) -> Tensor:
+def next_positions(model: PreTrainedModel, positions: Tensor, mask: Tensor) -> Tensor:
     """The position of the first token after prompts with these positions and this mask [B, L]."""
     after = positions.masked_fill(mask == 0, -1).amax(-1) + 1
     if after.ndim == 2:  # text follows the largest coordinate, the same on all axes
-        after = torch.cat((after[:-3], after[-3:].amax(0).expand(3, -1)))
+        counting = _counting_rows(model, positions)
+        after = torch.cat((after[:counting], after[counting:].amax(0).expand(after.shape[0] - counting, -1)))
     return after
 
 
@@ -84,14 +94,22 @@ def shortened_positions(
         )
     if hasattr(model.base_model, "rope_deltas"):  # what a caller's own decoding loop adds to the tokens it counts
         model.base_model.rope_deltas = (following[-1] - lengths)[:, None]
-    if positions.shape[0] == 4:  # the text row only counts tokens
+    if _counting_rows(model, positions):
         return torch.cat((counted[None], positions[1:])), torch.cat((lengths[None], following[1:]))
     return positions, following
 
 
-def positions_ahead(full: Tensor, shortened: Tensor) -> Tensor:
+def positions_ahead(model: PreTrainedModel, full: Tensor, shortened: Tensor) -> Tensor:
     """By how much the last position of full prompts is ahead of the shortened ones'."""
     ahead = full[..., -1] - shortened[..., -1]
-    if ahead.ndim == 2:  # not in the text row, which merely counts tokens
-        ahead = torch.cat((torch.zeros_like(ahead[:-3]), ahead[-3:]))
+    if ahead.ndim == 2:
+        counting = _counting_rows(model, full)
+        ahead = torch.cat((torch.zeros_like(ahead[:counting]), ahead[counting:]))
     return ahead
+
+
+def _counting_rows(model: PreTrainedModel, positions: Tensor) -> int:
+    """1 where the first row of M-RoPE positions only counts tokens and is no axis of the rotation, else 0."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    # HunYuan-VL rotates by four axes and has no such row.
+    return positions.shape[0] - len(rope.get("mrope_section") or "thw")

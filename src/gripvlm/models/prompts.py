@@ -83,7 +83,7 @@ class Prompts:
             for modality in encoded.outputs:
                 same = [item for item in items if item.modality == modality]
                 columns = self.placeholders[modality][sample]
-                ends = np.cumsum([item.features.shape[0] for item in same], dtype=np.int64)
+                ends = np.cumsum([item.placeholders for item in same], dtype=np.int64)
                 if len(columns) != sum(ends[-1:]):
                     raise InputError(
                         f"sample {sample} has {len(columns)} {modality} placeholder tokens, but "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gripvlm.errors import InputError
 from gripvlm.models.hooks.attention import blocks_of, capture_attention, feature_block
 from gripvlm.models.hooks.calls import call_hooks
+from gripvlm.models.repeats import RepeatRule
 from gripvlm.models.vision_rules import TowerItems, VisionRule
 from gripvlm.types import VisionRows, VisualTokens
 
@@ -65,6 +66,7 @@ class TowerRequest(NamedTuple):
         given: capture attention among patches alone too, where there is a CLS token.
         merging: how the tower merges tokens, if it does.
         dropping: which rows are dropped inside the tower, if any.
+        repeats: which cells are merged ahead of the tower, if any are.
         keys: give each item a number from its pixels (`VisualTokens.key`).
     """
 
@@ -73,12 +75,13 @@ class TowerRequest(NamedTuple):
     given: bool = False
     merging: TowerMerging | None = None
     dropping: TowerDropping | None = None
+    repeats: RepeatRule | None = None
     keys: bool = False
 
     @property
     def changes_tower(self) -> bool:
         """Whether the tower gives other rows than the untouched one."""
-        return self.merging is not None or self.dropping is not None
+        return self.merging is not None or self.dropping is not None or self.repeats is not None
 
 
 FEATURES_ONLY = TowerRequest()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 from gripvlm.models.compat import takes
+from gripvlm.models.grids import GridRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,6 +101,37 @@ class _ByGrid(VisionRule):
         return list((block * rows[:, None] + torch.arange(block)).split(items.counts))
 
 
+class _ByRaster(VisionRule):
+    """Towers that see each item by itself, in raster order, and merge square blocks between or behind their blocks.
+
+    Where `marked`, each line of rows ends with a newline row, and one row stands before and one behind the item. These
+    have no patch behind them and get zeros.
+    """
+
+    def __init__(self, grid: GridRule, marked: bool = False) -> None:
+        self.grid, self.marked = grid, marked
+
+    def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
+        patches = torch.cat([call[0] for call in maps], dim=-1)  # [c, patches of all items]
+        grids = [grid for grid in self.grid(items.model, items.inputs, items.modality, items.counts) if grid]
+        # A map is from before a merger or from behind it: the edge of the block that is a row's.
+        rows = sum(h * w for h, w in grids)
+        side = math.isqrt(patches.shape[-1] // rows)
+        if len(grids) != len(items.counts) or patches.shape[-1] != side * side * rows:
+            raise InputError(
+                f"{patches.shape[-1]} patches were captured, which do not make the {rows} rows of the items' grids in "
+                "square blocks: make the inputs with the model's own processor"
+            )
+        images = patches.split([side * side * h * w for h, w in grids], dim=-1)
+        rasters = [
+            nn.functional.avg_pool2d(image.unflatten(-1, (h * side, w * side)), side)
+            for image, (h, w) in zip(images, grids, strict=True)
+        ]
+        if not self.marked:
+            return [raster.flatten(1) for raster in rasters]
+        return [nn.functional.pad(nn.functional.pad(raster, (0, 1)).flatten(1), (1, 1)) for raster in rasters]
+
+
 class _InOneRow(VisionRule):
     """Towers that put the patches of all images behind one another, and merge square blocks of each image."""
 
@@ -164,6 +196,7 @@ class _Packed(VisionRule):
 
 
 by_tile, by_grid, in_one_row, packed = _ByTile(), _ByGrid(), _InOneRow(), _Packed()
+by_raster = _ByRaster
 
 
 def merged_rows(tower: PreTrainedModel, calls: Sequence[Tensor], grids: Tensor) -> list[Tensor]:

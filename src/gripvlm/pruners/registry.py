@@ -51,6 +51,7 @@ _BUILT_IN: dict[str, str] = {
     "pumer": "gripvlm.pruners.llm.pumer:PuMer",
     "pyramiddrop": "gripvlm.pruners.llm.pyramiddrop:PyramidDrop",
     "random": "gripvlm.pruners.baselines.random:Random",
+    "repeats": "gripvlm.pruners.wrappers.repeats:Repeats",
     "restore": "gripvlm.pruners.wrappers.restore:Restore",
     "scope": "gripvlm.pruners.input.scope:SCOPE",
     "sparsevlm": "gripvlm.pruners.llm.sparsevlm:SparseVLM",
@@ -77,7 +78,7 @@ class PrunerRow(NamedTuple):
         needs: fields of `VisualTokens`, with default options; empty for wrappers and trained pruners, which need what
             they hold.
         llm_needs: fields of `LLMTokens`, for pruners inside the language model.
-        stage: where tokens are dropped: "input", "llm" or "vision".
+        stage: where tokens are dropped: "input", "llm", "vision" or "pixels".
         trained: whether it has weights that were trained for pruning.
         fault: why another package's pruner cannot be loaded; empty for all others.
     """

@@ -29,6 +29,10 @@ class EncodingCache(Generic[Key, T]):
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
+    def clear(self) -> None:
+        self._entries.clear()
+        self.bytes = 0
+
     def get(self, key: Key, encode: Callable[[], T]) -> T:
         """The encoding of this key: a kept one, or what `encode` returns."""
         if key in self._entries:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, TypeAlias
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,8 @@ from gripvlm.grip.train.rewards import by_name
 from gripvlm.grip.train.rollout import Engine
 from gripvlm.grip.train.stage import Stage, Stats
 from gripvlm.models.families import chunkable, family_of
-from gripvlm.models.hooks.attention import capture_attention
+from gripvlm.models.hooks.attention import capture_attention, modules_of
+from gripvlm.models.hooks.calls import AttentionCall, call_hooks
 from gripvlm.models.hooks.llm_drop import checked_keys
 
 Teacher: TypeAlias = Callable[[Engine, Batch, Tensor, torch.Generator], list[Tensor]]
@@ -36,6 +39,9 @@ Teacher: TypeAlias = Callable[[Engine, Batch, Tensor, torch.Generator], list[Ten
 FLOOR = 0.05
 """The share of its attention that a token has in `missing` while it is not kept. At 0 there would be no slope, and near
 0 the answer's change is steepest at first and soon over: the slope says little about the token's arrival."""
+
+LOWEST = -1e4
+"""The least bias on a score: its exponential is 0."""
 
 
 class Distill(Stage):
@@ -230,16 +236,17 @@ def get_teacher(name: str) -> Teacher:
 def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Tensor:
     """Log-probabilities [B, T] of the forced answers, differentiable in the biases; 0 at padding.
 
-    `log(m)` added to every query's score for a visual token multiplies its attention weight by m before
-    normalisation, as DynamicViT (arXiv 2106.02034, eq. 11) does: at m in {0, 1} it is exactly dropping or keeping, and
-    unlike scaling the feature it cannot be undone by a normalisation layer.
+    `log(m)` added to the scores of a visual token multiplies its attention weights by m before normalisation, as
+    DynamicViT (arXiv 2106.02034, eq. 11) does: at m in {0, 1} it is exactly dropping or keeping, and unlike scaling the
+    feature it cannot be undone by a normalisation layer. Departure: a token's weight in its own row is multiplied too,
+    where DynamicViT leaves it at 1. Rows of a token with m = 0 are not used.
 
     Args:
         biases: one [n] for each image of the batch, in order: log of the share of attention it keeps.
 
     Raises:
-        UnsupportedModelError: an attention implementation that takes no bias key by key, sliding windows, or a
-            model whose images attend in both directions.
+        UnsupportedModelError: an attention implementation or a layer that takes no bias key by key, sliding windows, or
+            a model whose images attend in both directions.
     """
     model = engine.model
     text = model.get_decoder().config
@@ -254,38 +261,27 @@ def masked_forward(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> Te
     # Dropping needs no gradient; only the forward below does.
     with torch.no_grad():
         arguments = engine.whole(batch)
-    if torch.is_grad_enabled() and any(bias.requires_grad for bias in biases):
-        _require_gradients(arguments)
-    arguments["attention_mask"] = _attention_bias(engine, batch, arguments["attention_mask"].bool(), biases)
-    return engine.forced_log_probs(batch, arguments)
-
-
-def _attention_bias(engine: Engine, batch: Batch, mask: Tensor, biases: Sequence[Tensor]) -> Tensor:
-    """[B, 1, L, L] added to attention scores: causal, padding closed, `biases` on the visual tokens' columns."""
+    mask = arguments["attention_mask"]
     places = engine.image_positions(batch)
     row = torch.cat([torch.full_like(positions, i) for i, positions in places])
     column = torch.cat([positions for _, positions in places])
-    bias = torch.zeros(mask.shape, device=mask.device)
-    bias = bias.index_put((row, column), torch.cat([b.float() for b in biases]))
-    length = mask.shape[1]
-    own = torch.eye(length, dtype=torch.bool, device=mask.device)
-    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    visible = causal & mask[:, None] | own  # padding sees itself, or it would be NaN
-    lowest = torch.tensor(torch.finfo(engine.model.dtype).min, device=mask.device)
-    full = torch.where(visible, bias[:, None], lowest)[:, None]
-    # A visual token always sees itself fully: the row of a dropped token is not used, but must not be NaN.
-    return torch.where(own, torch.zeros((), device=mask.device), full).to(engine.model.dtype)
+    # LOWEST: of a mask of 0, whose logarithm would make products of 0 and infinity.
+    values = torch.cat([bias.float() for bias in biases]).clamp(min=LOWEST)
+    key_bias = torch.zeros(mask.shape, device=mask.device).index_put((row, column), values)
+    layers = modules_of(model.get_decoder())
+    seen: set[int] = set()
 
+    def add(layer: int, call: AttentionCall) -> None:
+        seen.add(layer)
+        call.key_bias = key_bias.to(call.key.device)
 
-def _require_gradients(arguments: dict[str, Any]) -> None:
-    """Makes the images' rows require gradients, so that queries, keys and values of the first layer do too.
+    def biased() -> AbstractContextManager[None]:
+        return call_hooks(attention={module: partial(add, layer) for module, layer in layers.items()})
 
-    torch's memory-efficient attention keeps what its backward needs where one of those three requires gradients, and
-    does not look at the bias (pytorch/pytorch#148476): with frozen weights, backward would fail in the first layer.
-    """
-    for output in arguments["mm_encoder_outputs"].values():
-        rows = output.pooler_output  # detached: the rows themselves are the batch's, and stay as they are
-        in_one_tensor = isinstance(rows, Tensor)
-        output.pooler_output = (
-            rows.detach().requires_grad_() if in_one_tensor else [row.detach().requires_grad_() for row in rows]
+    found = engine.forced_log_probs(batch, arguments, biased)
+    if unseen := sorted({*layers.values()} - seen):
+        raise UnsupportedModelError(
+            f"layer {unseen[0]} of {text.model_type} does not attend through transformers' attention functions: "
+            f"{advice}"
         )
+    return found

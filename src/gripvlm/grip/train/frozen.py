@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpointed", "frozen"]
+__all__ = ["Around", "checkpointed", "frozen"]
+
+Around: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""Makes a block, anew each time."""
 
 
 @contextmanager
@@ -28,15 +31,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointed(model: Any, wanted: bool) -> Iterator[None]:
+def checkpointed(model: Any, wanted: bool, inside: Around) -> Iterator[None]:
     """Layers of the language model keep their input alone for a backward pass, and run again in it.
 
     transformers' own gradient checkpointing acts in training mode only, where dropout would act as well.
+
+    Args:
+        inside: makes the block in which layers run again: the one they ran in is over by then.
     """
     layers = list(model.get_decoder().layers) if wanted else []
     forwards = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), inside())
+        )
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from gripvlm.api import encode, prune_inputs, visual_tokens
 from gripvlm.engine.pipeline import drop
 from gripvlm.grip.train.batch import Batch, Subsets
 from gripvlm.grip.train.data import Question
-from gripvlm.grip.train.frozen import checkpointed
+from gripvlm.grip.train.frozen import Around, checkpointed
 from gripvlm.grip.train.reading import Read, Reader
 from gripvlm.models import adapter
 from gripvlm.models.encoded import Encoded
@@ -320,10 +321,14 @@ class Engine:
         spans = adapter.locate(self.model, batch.inputs["input_ids"], batch.encoded)
         return [(i, span.positions) for i, sample in enumerate(spans) for span in sample]
 
-    def forced_log_probs(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
-        """[B, T] log-probabilities of the forced answers that end the prompts of `arguments`, 0 at padding."""
+    def forced_log_probs(self, batch: Batch, arguments: dict[str, Any], inside: Around = nullcontext) -> Tensor:
+        """[B, T] log-probabilities of the forced answers that end the prompts of `arguments`, 0 at padding.
+
+        Args:
+            inside: makes the block in which layers run, also where backward runs them again.
+        """
         width = batch.longest
-        with checkpointed(self.model, self.gradient_checkpointing and torch.is_grad_enabled()):
+        with inside(), checkpointed(self.model, self.gradient_checkpointing and torch.is_grad_enabled(), inside):
             logits = self._last_logits(arguments, width)
         targets = batch.inputs["labels"][:, -width:]
         log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)

@@ -129,6 +129,10 @@ class Picture:
         return Budget(self.keep).count(self.n, f"picture {self.index}")
 
 
+PLACES = 256 * 256
+"""Places that fit into two bytes (`PruningModel`)."""
+
+
 @dataclass(frozen=True)
 class Shown:
     """One multi-modal item of vLLM: a picture, or all pictures of a prompt and the text between them.
@@ -155,7 +159,14 @@ class Shown:
         return hashlib.blake2b(parts.encode(), digest_size=32).hexdigest()
 
     def packed(self) -> Tensor:
-        """[bytes] uint8: vLLM carries tensors, and casts those of floats."""
+        """[bytes] uint8: vLLM carries tensors, and casts those of floats.
+
+        Raises:
+            InputError: rows further from the first than a place can say.
+        """
+        if self.extent > PLACES:
+            what = "a picture takes" if len(self.pictures) == 1 else "pictures that share a budget take"
+            raise InputError(f"{what} {self.extent} positions, and at most {PLACES} can be served: send smaller ones")
         return torch.frombuffer(bytearray(json.dumps(asdict(self)).encode()), dtype=torch.uint8)
 
     @classmethod

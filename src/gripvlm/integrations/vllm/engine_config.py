@@ -27,8 +27,15 @@ class EngineConfig(VerifyAndUpdateConfig):
         config = model.hf_config
         settings = Settings.of(config)
         architecture(config, list(settings.made.values()))
+        if vllm_config.use_v2_model_runner:
+            raise InputError(
+                "vLLM's second model runner, the default on GPUs, has not been tried with gripvlm, and it is what puts "
+                "positions in place: set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise InputError("positions of kept tokens reach the first pipeline stage only: use --tensor-parallel-size")
+        if vllm_config.parallel_config.prefill_context_parallel_size > 1:
+            raise InputError("positions of kept tokens are those of a whole prompt: leave prefill context parallel out")
         if vllm_config.parallel_config.use_ubatching:
             raise InputError("positions of kept tokens are those of a whole step: leave --enable-dbo out")
         if vllm_config.speculative_config is not None:
@@ -37,6 +44,10 @@ class EngineConfig(VerifyAndUpdateConfig):
             raise InputError("vLLM's own pruning of videos is on as well: leave --video-pruning-rate out")
         if vllm_config.compilation_config.cudagraph_mm_encoder:
             raise InputError("CUDA graphs of the vision encoder pass pruning by: leave cudagraph_mm_encoder out")
+        if vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora:
+            raise InputError(
+                "encoded pictures are kept whatever the adapter of a request: leave --enable-tower-connector-lora out"
+            )
         sharing = [pruner.name for pruner in settings.made.values() if pruner.joint]
         if sharing and multimodal.mm_processor_cache_gb > 0:
             raise PrunerError(

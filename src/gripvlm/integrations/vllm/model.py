@@ -93,6 +93,8 @@ class PruningModel:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Also lets the pruners look at the model, which a trained one must belong to."""
         loaded = super().load_weights(weights)  # type: ignore[misc]
+        # They may be loaded again while the engine runs; what other weights encoded is worth nothing then.
+        self.encodings.clear()
         for pruner in self.settings.made.values():
             pruner.check(_Loaded(self))
         return loaded

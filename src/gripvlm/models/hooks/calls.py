@@ -30,8 +30,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from gripvlm.errors import GripError, InputError
+from gripvlm.errors import GripError, InputError, UnsupportedModelError
 from gripvlm.models.compat import is_cache
 
 Before: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -50,6 +51,7 @@ class AttentionCall:
         key: [B, key heads, L, d_h], after rotary positions; of the cached tokens too.
         mask: as the function gets it: None, [B, 1, q, L] (bool or added), or of another back end. May be replaced.
         options: the function's other arguments.
+        key_bias: [B, L] to add to the scores of each key, with a gradient, or None. May be set.
     """
 
     module: nn.Module
@@ -57,6 +59,7 @@ class AttentionCall:
     key: Tensor
     mask: Any
     options: dict[str, Any]
+    key_bias: Tensor | None = None
 
     @property
     def causal(self) -> bool:
@@ -67,7 +70,7 @@ class AttentionCall:
 
 
 BeforeAttention: TypeAlias = Callable[[AttentionCall], None]
-"""May read an attention call, and replace its mask."""
+"""May read an attention call, replace its mask, and set its bias."""
 
 
 class _Run:
@@ -340,13 +343,53 @@ def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
         def attend_with_hooks(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
-            # The query and the key do not change: blocks change attention only through the mask.
+            # The query and the key do not change: blocks change attention only through the mask and the bias.
             call = AttentionCall(module, query, key, attention_mask, options)
             for block in _acting(module):
                 if module in block.attention:
                     block.attention[module](call)
-            return attend(module, query, key, value, call.mask, **options)
+            if call.key_bias is None:
+                return attend(module, query, key, value, call.mask, **options)
+            return _attend_with_bias(attend, call, value)
 
         return attend_with_hooks
 
     return get_interface
+
+
+HEAD_STEP = 8
+"""GPU kernels take heads whose width is a multiple of this."""
+
+
+def _attend_with_bias(attend: Callable[..., Any], call: AttentionCall, value: Tensor) -> Any:
+    """Attention with `call.key_bias` added to its scores.
+
+    As a further feature: 1 in every query, and in each key its bias over the scale of the scores. It costs no mask of
+    [B, 1, q, L], and kernels that give masks no gradient give it one.
+
+    Raises:
+        UnsupportedModelError: the scores have a soft cap, which would cap the bias too.
+    """
+    if call.options.get("softcap") is not None:
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} caps its scores, so a bias on its keys would be capped as well"
+        )
+    assert call.key_bias is not None
+    query, key, width = call.query, call.key, value.shape[-1]
+    scaling = call.options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    extra = 2 + -(query.shape[-1] + 2) % HEAD_STEP
+    bias = call.key_bias.float() / scale
+    # In two features: one would be rounded to bfloat16's eight bits.
+    coarse = bias.detach().bfloat16().float()
+    features = pad(torch.stack((coarse, bias - coarse), -1), (0, extra - 2))[:, None].to(key.dtype)
+    ones = pad(query.new_ones(2), (0, extra - 2))
+    output, *rest = attend(
+        call.module,
+        torch.cat((query, ones.expand(*query.shape[:-1], -1)), -1),
+        torch.cat((key, features.expand(-1, key.shape[1], -1, -1)), -1),
+        pad(value, (0, extra)),  # kernels want one width for all three
+        call.mask,
+        **call.options | {"scaling": scale},
+    )
+    return output[..., :width], *rest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class Given(ScorePruner):
     name = "given"
     needs = frozenset()
     source = "the caller's own scores"
+    logits: ClassVar[bool] = True  # or not: the caller knows
 
     scores: Sequence[Sequence[Tensor]]
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from gripvlm.errors import PrunerError
 from gripvlm.pruners.base import Wrapper
 from gripvlm.pruners.ops.apportion import apportion
-from gripvlm.pruners.wrappers.top_p import scores_of
+from gripvlm.pruners.wrappers.top_p import checked_logits, scores_of
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.batching import joined
 
@@ -59,10 +59,13 @@ class Split(Wrapper):
             inside = self.inner.name
             raise PrunerError(f"pruner {self.name!r} would undo what {inside!r} adds: use {inside}({self.name}(...))")
 
+        if self.by == "mass":
+            checked_logits(f"pruner {self.name!r} with by=mass", self.inner)
+
     def allocate_budget(self, images: Sequence[VisualTokens], num_layers: int) -> list[int]:
         if self.by == "mass":
             sizes = [tokens.n for tokens in images]
-            shares = joined(scores_of(self, self.inner, images)).softmax(0).split(sizes)
+            shares = joined(scores_of(self.inner, images)).softmax(0).split(sizes)
             weights = torch.stack([share.sum() for share in shares])
         else:
             weigh = variety if self.by == "rows" else effective_rank

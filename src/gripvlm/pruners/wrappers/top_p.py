@@ -44,6 +44,7 @@ class TopP(Wrapper):
         super().__post_init__()
         self.require(0 < self.p < 1, "p=0.9, above 0 and below 1")
         self.require(1 <= self.most < float("inf"), "most=2.0, 1 or more")
+        checked_logits(f"pruner {self.name!r}", self.inner)
 
     @property
     def joint(self) -> bool:  # type: ignore[override]
@@ -52,7 +53,7 @@ class TopP(Wrapper):
     def allocate_budget(self, images: Sequence[VisualTokens], num_layers: int) -> list[int]:
         counts = super().allocate_budget(images, num_layers)
         images = [replace(tokens, keep=k) for tokens, k in zip(images, counts, strict=True)]
-        scores = scores_of(self, self.inner, images)
+        scores = scores_of(self.inner, images)
         sets = [joined(scores)] if self.joint else scores
         # One read for all images: each would wait for the device.
         needed = torch.stack([self._needed(each) for each in sets]).tolist()
@@ -76,18 +77,26 @@ class TopP(Wrapper):
         return self.inner.select_batch(images)
 
 
-def scores_of(wrapper: Pruner, inner: Pruner, images: Sequence[VisualTokens]) -> list[Tensor]:
+def checked_logits(wrapper: str, inner: Pruner) -> None:
+    """Raises a PrunerError where the inner pruner's scores have no probabilities."""
+    if not inner.logits:
+        raise PrunerError(
+            f"{wrapper} needs scores that are logits, and those of {inner.name!r} are not: use one that is trained, "
+            "such as grip"
+        )
+
+
+def scores_of(inner: Pruner, images: Sequence[VisualTokens]) -> list[Tensor]:
     """[n] float32 scores of each image, on its device.
 
     Raises:
-        PrunerError: a pruner that chooses without scores.
+        PrunerError: a pruner that returned none.
     """
     found = []
     for tokens, choice in zip(images, inner.select_batch(images), strict=True):
         if choice.scores is None:
             raise PrunerError(
-                f"pruner {wrapper.name!r} needs scores that are logits, but {inner.name!r} chooses a set without any: "
-                "use one that is trained, such as grip"
+                f"{inner.name!r} says that its scores are logits, but returned a selection without scores"
             )
         found.append(choice.scores.float().to(tokens.device))
     return found
