@@ -82,6 +82,7 @@ def main(name: str, repeats: int) -> None:
         print(setting.name, {n: round(v, 3) for n, v in seconds.items()}, flush=True)
         content["rows"] = [setting.columns | {"runs": runs[setting.name]} for setting in settings]
         out = HERE / "results" / f"cpu_{name}.json"
+        out.parent.mkdir(exist_ok=True)
         out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
