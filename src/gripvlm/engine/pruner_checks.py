@@ -41,7 +41,7 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
         raise PrunerError(f"pruner {name!r} needs {unread}, but known are {sorted(NEEDS)}")
     if "vision_attention" in needs and not chosen.vision_layers:
         raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
-    classes = {"pixels": Repeats, "vision": (TowerPruner, Tower), "llm": LLMPruner}
+    classes: dict[str, Any] = {"pixels": Repeats, "vision": (TowerPruner, Tower), "llm": LLMPruner}
     by_class = next((stage for stage, kind in classes.items() if isinstance(chosen, kind)), "input")
     if stage != by_class:
         raise PrunerError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -140,8 +141,9 @@ class Tower(Wrapper):
 
 def _some(seen: VisionRows, rows: Tensor) -> VisionRows:
     """Some of the rows."""
-    parts = {name: value if value is None else value[..., rows] for name, value in vars(seen).items() if name != "keys"}
-    return VisionRows(keys=seen.keys[rows], **parts)
+    fields: dict[str, Any] = vars(seen)
+    some = {name: value if value is None else value[..., rows] for name, value in fields.items() if name != "keys"}
+    return VisionRows(**some, keys=None if seen.keys is None else seen.keys[rows])
 
 
 def _of_all(answer: Selection, tokens: VisualTokens) -> Selection:
