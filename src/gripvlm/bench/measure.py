@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from gripvlm.models.encoded import Encoded
 from gripvlm.models.families import family_of
 from gripvlm.models.hooks.tower_drop import drop_in_tower
 from gripvlm.models.prompts import Prompts
+from gripvlm.models.smaller import interpolated_positions
 from gripvlm.models.tower_rows import TowerDropping
 from gripvlm.pruners import Pruner
 from gripvlm.pruners.baselines.given import Given
@@ -36,9 +38,9 @@ class Setting:
 
     Attributes:
         kind: "full", all of them; "limit", a prompt that had so few from the start; "tower_limit", the same behind a
-            vision tower that had few patches from its first block on; "pruned".
+            vision tower that had few patches from its first block on; "pruned"; "downsample", smaller pictures.
         keep: the budget; None for full.
-        pruner, spec: of "pruned", and how it was typed.
+        pruner, spec: of "pruned", and how it was typed; a spec of "downsample" too.
         tower_keep: rows that the tower has: of "tower_limit", and of a pruner that drops inside the tower.
     """
 
@@ -99,11 +101,19 @@ class Cell:
         inputs: of the B prompts, one image a prompt or more.
         keeps: budgets that limits are wanted for; one that these images do not have fails when it is run.
         new: tokens to generate, at least 2.
+        smaller: budget -> inputs of the same prompts with smaller pictures, or why there are none.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, inputs: Mapping[str, Any], keeps: Sequence[Budget], new: int) -> None:
-        self.model, self.inputs, self.new = model, dict(inputs), new
+    def __init__(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        keeps: Sequence[Budget],
+        new: int,
+        smaller: Mapping[Budget, Mapping[str, Any] | BudgetError] = MappingProxyType({}),
+    ) -> None:
+        self.model, self.inputs, self.new, self.smaller = model, dict(inputs), new, smaller
         self.prompts, self.family = Prompts.of(model, self.inputs), family_of(model)
         self.forbidden = forbidden(model)
         # limits are made here, before any clock starts: they stand for a model that got so few tokens for nothing
@@ -119,6 +129,18 @@ class Cell:
                 self.received[keep] = _received(model, inputs, encoded, keep, self.received[None])
             except BudgetError as error:
                 self.unreached[keep] = error
+
+    def _smaller(self, keep: Budget | None) -> Mapping[str, Any]:
+        """Inputs with smaller pictures.
+
+        Raises:
+            BudgetError: there are none.
+        """
+        assert keep is not None
+        found = self.smaller[keep]
+        if isinstance(found, BudgetError):
+            raise found
+        return found
 
     def timed(self, setting: Setting) -> tuple[dict[str, float], int | None]:
         """Seconds of each of `PHASES`, and bytes of accelerator memory at most (None where the device can't say)."""
@@ -163,7 +185,13 @@ class Cell:
         """One run from pixels to the last token, a meter read after each of its phases."""
         with ExitStack() as stack:
             began, record = read(), None
-            if setting.pruner is None:
+            if setting.kind == "downsample":
+                small = self._smaller(setting.keep)
+                with interpolated_positions(self.model):
+                    pruned = pruned_run(self.model, small, "keep_all")
+                    arguments, record = stack.enter_context(pruned)
+                encoded = began
+            elif setting.pruner is None:
                 self._encoder(setting)
                 encoded = read()
                 arguments = self._arguments(setting)
@@ -182,14 +210,19 @@ class Cell:
         return dict(self.received[setting.keep])
 
     def _encoder(self, setting: Setting) -> None:
-        """The vision encoder and projector as the model itself runs them, on fewer patches for a limit of the tower."""
+        """The vision encoder and projector as the model itself runs them: on smaller pictures, or on fewer patches for
+        a limit of the tower."""
+        small = setting.kind == "downsample"
+        inputs = self._smaller(setting.keep) if small else self.inputs
         # families take different arguments of what their processors return
         function = self.model.base_model.get_image_features
         takes = inspect.signature(function).parameters
         with ExitStack() as stack:
+            if small:
+                stack.enter_context(interpolated_positions(self.model))
             if setting.kind == "tower_limit" and setting.tower_keep is not None:
                 stack.enter_context(drop_in_tower(self.prompts, self.family, _first_rows(setting.tower_keep)))
-            function(**{n: self.inputs[n] for n in encoder_arguments(self.model, self.inputs) if n in takes})
+            function(**{n: inputs[n] for n in encoder_arguments(self.model, inputs) if n in takes})
 
 
 def generated(

@@ -27,8 +27,9 @@ from gripvlm.utils.progress import Progress
 SCHEMA = "gripvlm.bench/1"
 """The number grows when an older reader would misread a file."""
 
-Prompts = Callable[[int, int], Mapping[str, Any]]
-"""(batch, text tokens) -> inputs, all prompts of a batch alike in length."""
+Prompts = Callable[..., Mapping[str, Any]]
+"""(batch, text tokens) -> inputs, all prompts of a batch alike in length; with `keep=` a budget the same prompts with
+smaller pictures."""
 
 
 class BenchInterrupted(Interrupted):
@@ -39,17 +40,19 @@ class BenchInterrupted(Interrupted):
         self.result = result
 
 
-def settings_of(pruners: Sequence[tuple[str, Pruner]], keeps: Sequence[Budget]) -> list[Setting]:
-    """The unpruned model, the limits at each budget, and every pruner at each."""
-    limits = [Setting("limit", keep) for keep in keeps]
-    towers = {spec: pruner.tower_budget if isinstance(pruner, Tower) else None for spec, pruner in pruners}
-    shares = [share for share in dict.fromkeys(towers.values()) if share is not None]
-    limits += [Setting("tower_limit", keep, tower_keep=share) for keep in keeps for share in shares]
-    return [
-        FULL,
-        *limits,
-        *[Setting("pruned", keep, made, spec, towers[spec]) for keep in keeps for spec, made in pruners],
-    ]
+def settings_of(pruners: Sequence[tuple[str, Pruner | None]], keeps: Sequence[Budget]) -> list[Setting]:
+    """The unpruned model, the limits and every pruner at each budget; no pruner stands for smaller pictures."""
+    shares = {spec: made.tower_budget if isinstance(made, Tower) else None for spec, made in pruners}
+    settings = [FULL, *[Setting("limit", keep) for keep in keeps]]
+    for keep in keeps:
+        settings += [
+            Setting("tower_limit", keep, tower_keep=share) for share in dict.fromkeys(shares.values()) if share
+        ]
+    for keep in keeps:
+        settings += [
+            Setting("pruned" if made else "downsample", keep, made, spec, shares[spec]) for spec, made in pruners
+        ]
+    return settings
 
 
 def turns(settings: Sequence[Setting], repeats: int) -> Iterable[tuple[int, Setting]]:
@@ -62,7 +65,7 @@ def turns(settings: Sequence[Setting], repeats: int) -> Iterable[tuple[int, Sett
 def bench(
     model: PreTrainedModel,
     prompts: Prompts,
-    pruners: Sequence[tuple[str, Pruner]],
+    pruners: Sequence[tuple[str, Pruner | None]],
     keeps: Sequence[Budget],
     *,
     batches: Sequence[int] = (1,),
@@ -78,8 +81,8 @@ def bench(
 
     Args:
         model: a supported transformers model.
-        prompts: (batch, text tokens) -> inputs, all prompts of a batch alike in length.
-        pruners: (as typed, object).
+        prompts: see `Prompts`.
+        pruners: (as typed, object); ("downsample", None) encodes smaller pictures.
         keeps: budgets.
         batches, lengths: B and text tokens; every pair is a cell.
         new: tokens to generate, at least 2.
@@ -103,7 +106,8 @@ def bench(
     if fit:
         check_limit(model.device)
     for _, pruner in pruners:
-        checked_pruner(pruner, model)
+        if pruner is not None:
+            checked_pruner(pruner, model)
     settings = settings_of(pruners, keeps)
     pairs = [(batch, length) for batch in batches for length in lengths]
     total = sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1)
@@ -211,6 +215,15 @@ class _Run:
                     numbers = row(run, runs[FULL], limits.get(setting.keep), tower, shape, hardware)
                     self.result["rows"].append(about | setting.columns | numbers)
 
+    def _cell(self, batch: int, length: int) -> Cell:
+        smaller: dict[Budget, Mapping[str, Any] | BudgetError] = {}
+        for keep in [setting.keep for setting in self.settings if setting.kind == "downsample" and setting.keep]:
+            try:
+                smaller[keep] = self.prompts(batch, length, keep=keep)
+            except BudgetError as error:
+                smaller[keep] = error
+        return Cell(self.model, self.prompts(batch, length), self.keeps, self.new, smaller)
+
     def _measure(self, runs: dict[Setting, Runs], batch: int, length: int) -> None:
         """Fills `runs`: counts and warm-up first, then the turns.
 
@@ -220,8 +233,8 @@ class _Run:
         """
         # counting slows each operation down and counts grow with the batch, so one prompt is counted, once a length
         counted = batch > 1 and all((length, setting) in self.counts for setting in runs)
-        cell = Cell(self.model, self.prompts(batch, length), self.keeps, self.new)
-        single = cell if batch == 1 or counted else Cell(self.model, self.prompts(1, length), self.keeps, self.new)
+        cell = self._cell(batch, length)
+        single = cell if batch == 1 or counted else self._cell(1, length)
         for setting, run in runs.items():
             with _attempt(self.model, run):
                 if not counted:
@@ -231,7 +244,7 @@ class _Run:
                 run.counts = self.counts[length, setting].times(batch)
             self.bar.advance(batch)
         # where no pruner reaches its budget the command is wrong, and timing the rest would hide it
-        pruned = {setting: run for setting, run in runs.items() if setting.kind == "pruned"}
+        pruned = {setting: run for setting, run in runs.items() if setting.kind in ("pruned", "downsample")}
         if pruned and all(run.unreached for run in pruned.values()):
             reasons = [f"{s.spec} at {s.keep.short}: {run.failed}" for s, run in pruned.items() if s.keep is not None]
             raise BudgetError("; ".join(reasons))

@@ -28,6 +28,7 @@ from gripvlm.cli.outputs import checked_json
 from gripvlm.errors import GripError
 from gripvlm.utils.terminal import filled, fitted
 
+DOWNSAMPLE = "downsample"
 PHASES = ("vision", "pruner", "overhead", "other", "prefill", "decode_token", "whole")
 PARTS = {
     "vision": ("vision",),
@@ -46,7 +47,9 @@ def bench_command(
     batch: Annotated[str, typer.Option(help="Prompts at a time, such as 1,8.")] = "1",
     prompt: Annotated[str, typer.Option(help="Text tokens a prompt, such as 64 or 64,512.")] = "64",
     new: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
-    pruners: Annotated[str, typer.Option("--pruners", "-p", help="From `gripvlm list`.")] = "norm,divprune,grip",
+    pruners: Annotated[
+        str, typer.Option("--pruners", "-p", help="From `gripvlm list`, or downsample.")
+    ] = "norm,divprune,grip",
     keep: Budgets = "50%,10%",
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count; one more warms up.")] = 7,
     fit: Annotated[int, typer.Option(min=0, help="Also find the largest batch, up to this, that fits in memory.")] = 0,
@@ -76,6 +79,8 @@ def bench_command(
 
     quiet()
     for spec in specs:  # before a model of gigabytes is loaded
+        if spec == DOWNSAMPLE:
+            continue
         if spec in EVAL_ONLY:
             raise GripError(f"{EVAL_ONLY[spec]}; type here names from `gripvlm list`")
         get_pruner(spec)
@@ -83,7 +88,8 @@ def bench_command(
         check_limit(chosen_device(device))
     is_random = model.startswith(PREFIX)
     vlm, prompts = _loaded(model, {"side": picture, "images": images}, device, dtype, attention)
-    chosen = [(spec, random_pruner(spec, vlm) if is_random else get_pruner(spec)) for spec in specs]
+    made = partial(random_pruner, model=vlm) if is_random else get_pruner
+    chosen = [(spec, None if spec == DOWNSAMPLE else made(spec)) for spec in specs]
     about = {"name": model, "weights": "random" if is_random else "as loaded", "picture": picture, "images": images}
     sizes: dict[str, Any] = {"batches": batches, "lengths": lengths, "new": new, "repeats": repeats, "fit": fit}
     try:
@@ -97,7 +103,7 @@ def bench_command(
         console().print(f"results: {escape(str(out))}", soft_wrap=True)
 
 
-def _loaded(model: str, pictures: dict[str, int], device: str | None, dtype: str | None, attention: str | None) -> Any:
+def _loaded(model: str, pictures: dict[str, Any], device: str | None, dtype: str | None, attention: str | None) -> Any:
     """(model, (batch, length) -> inputs): a loaded model, or a shape with random weights."""
     import torch
 

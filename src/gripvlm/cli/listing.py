@@ -43,7 +43,8 @@ def list_command() -> None:
     _print(screen, "type options as name:option=value, such as random:seed=3, and wrappers as mmr(norm)")
     _print(
         screen,
-        "in `eval` also: oracle (keeps the evidence of each lab question); full and no image are always measured",
+        "in `eval` also: downsample (a smaller picture), oracle (keeps the evidence of each lab question); full and no "
+        "image are always measured",
     )
     _print(screen, f"tasks: {', '.join(known['tasks'])}, hf:REPO, jsonl:PATH")
     # Entry points are read without an import of their modules.

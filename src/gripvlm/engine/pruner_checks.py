@@ -75,9 +75,9 @@ def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> Towe
                 f"options are {options or 'none'}"
             )
     if isinstance(pruner, Repeats):
-        needs = checked_pair(pruner.inner, model, family)
-        needs = needs._replace(repeats=RepeatRule(pruner.threshold, pruner.counted))
-        checked_repeats(model, family, needs.repeats)
+        rule = RepeatRule(pruner.threshold, pruner.counted)
+        needs = checked_pair(pruner.inner, model, family)._replace(repeats=rule)
+        checked_repeats(model, family, rule)
     if isinstance(pruner, LLMPruner):
         checked_layers(model)
     # Last: it may look at weights, and the errors above are about the model at hand.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gripvlm.errors import GripError
 from gripvlm.eval.answering import SECONDS, BatchAnswers
-from gripvlm.eval.variants import Variant
+from gripvlm.eval.variants import DOWNSAMPLE, Variant
 from gripvlm.models.encoded import Encoded, Item
 from gripvlm.tasks import Sample, Task
 from gripvlm.types import Selection
@@ -44,8 +44,12 @@ def make_records(
     """One record a sample; the batch's seconds are shared out evenly.
 
     `k` of the sample's `n` visual tokens were paid for; `tower`, where some were dropped inside the vision tower, are
-    those that its last blocks saw. `kept` has one mask an image (see `pack_mask`), or `layers` the
-    counts of each layer where tokens are dropped inside the language model.
+    those that its last blocks saw. `kept` has one mask an image (see `pack_mask`), or `layers` the counts of each layer
+    where tokens are dropped inside the language model. Neither is there for smaller pictures, whose tokens are none of
+    the n.
+
+    Args:
+        encoded: the pictures at their full size.
     """
     # A batch is timed as a whole: the time of a single sample is unknown.
     seconds = {name: value / len(samples) for name, value in answers.seconds.items()}
@@ -66,7 +70,7 @@ def make_records(
             "score": score,
             # An int where it is one, so that counts look like counts.
             "k": int(paid) if paid == int(paid) else round(paid, 4),
-            "n": sum(selection.n for selection in selections),
+            "n": sum(item.features.shape[0] for item in encoded.samples[i]) if selections else 0,
             "seconds": seconds,
             "peak_memory": answers.peak_memory,
         }
@@ -75,7 +79,7 @@ def make_records(
         if any(selection.layers for selection in selections):
             record["layers"] = [selection.counts for selection in selections]
         # Where each layer has its own tokens, one mask would not say which were kept.
-        elif selections:
+        elif selections and variant.label != DOWNSAMPLE:
             record["kept"] = [pack_mask(*pair) for pair in zip(selections, encoded.samples[i], strict=True)]
         records.append(record)
     return records
