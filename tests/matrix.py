@@ -48,7 +48,9 @@ MORE = (
 )
 """Wrappers around a pruner, and options that change what is needed or shared out."""
 EVERYTHING = ("full", "keep_all")
-TOWER = ("tome",)  # works inside the vision tower, before there is anything to choose from: tests/pruners/test_tome.py
+TOWER = ("tome", "tower")
+"""They work inside the vision tower, before there is anything to choose from: pruners/test_tome.py,
+models/test_tower_drop.py."""
 SPECS = sorted(
     [SHALLOW.get(name, name) for name in _BUILT_IN if name not in (*WRAPPERS, *EVERYTHING, *TOWER)] + [*MORE]
 )

@@ -80,6 +80,8 @@ class VisualTokens:
             image, the frames of a video. A row of none of them shows no place of the image: a newline or a separator.
             Empty where they are not known. A pruner with "grid" in `needs` gets them one at a time, each with its
             grid (`engine/by_raster.py`).
+        tower_rows: [k'] LongTensor, ascending, for the wrapper `tower`: the rows that were not dropped inside the
+            tower. What others hold (features, patches, attention) is zero.
     """
 
     features: Tensor
@@ -93,6 +95,7 @@ class VisualTokens:
     patches: Tensor | None = None
     groups: Tensor | None = None
     rasters: tuple[Raster, ...] = ()
+    tower_rows: Tensor | None = None
 
     @property
     def n(self) -> int:

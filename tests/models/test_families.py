@@ -245,11 +245,11 @@ def test_grids_are_those_of_the_pictures(name):
 
 
 def test_the_page_has_a_line_for_every_row_that_agrees_with_it():
-    """docs/families.md: tower's attention, in-LLM pruners, merging in the tower, videos."""
+    """docs/families.md: tower's attention, in-LLM pruners, merging and dropping in the tower, videos."""
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in page.split("## ")[0].splitlines() if line.startswith("| `")]
     page_rows = {cells[0].split("`")[1]: [cell.strip() == "yes" for cell in cells[2:]] for cells in lines}
     assert page_rows == {
-        name: [row.vision is not None, row.layers, row.merges, "video" in row.modalities]
+        name: [row.vision is not None, row.layers, row.merges, callable(row.drops), "video" in row.modalities]
         for name, row in FAMILIES.items()
     }

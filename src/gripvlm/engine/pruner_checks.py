@@ -15,6 +15,7 @@ from gripvlm.models.tower_rows import TowerRequest
 from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
 from gripvlm.pruners.base import LLM_NEEDS, NEEDS
 from gripvlm.pruners.wrappers.repeats import Repeats
+from gripvlm.pruners.wrappers.tower import Tower
 from gripvlm.utils.spec import options_of
 
 if TYPE_CHECKING:
@@ -39,16 +40,18 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
         raise PrunerError(f"pruner {name!r} needs {unread}, but known are {sorted(NEEDS)}")
     if "vision_attention" in needs and not chosen.vision_layers:
         raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
-    classes = {"pixels": Repeats, "vision": TowerPruner, "llm": LLMPruner}
+    classes: dict[str, Any] = {"pixels": Repeats, "vision": (TowerPruner, Tower), "llm": LLMPruner}
     by_class = next((stage for stage, kind in classes.items() if isinstance(chosen, kind)), "input")
     if stage != by_class:
         raise PrunerError(
             f"pruner {name!r} drops rows at stage {stage!r}, but its base class at {by_class!r}: leave stage out, or "
             "make it a gripvlm.LLMPruner ('llm') or a gripvlm.pruners.TowerPruner ('vision')"
         )
-    if stage != "vision" and "groups" in needs:
+    if "groups" in needs and not isinstance(chosen, TowerPruner):
         raise PrunerError(f"pruner {name!r} needs groups, which only a gripvlm.pruners.TowerPruner has")
-    if stage == "vision" and (wrong := sorted(needs & {"vision_attention", "patches"})):
+    if "tower_rows" in needs and not isinstance(chosen, Tower):
+        raise PrunerError(f"pruner {name!r} needs tower_rows, which only the wrapper tower has")
+    if isinstance(chosen, TowerPruner) and (wrong := sorted(needs & {"vision_attention", "patches"})):
         raise PrunerError(f"pruner {name!r} merges inside the vision tower, which then has no {wrong[0]} for each row")
     if isinstance(chosen, LLMPruner) and (unread := sorted(chosen.llm_needs - LLM_NEEDS)):
         raise PrunerError(f"pruner {name!r} needs {unread} of the layers, but known are {sorted(LLM_NEEDS)}")

@@ -43,9 +43,10 @@ def make_records(
 ) -> list[dict[str, Any]]:
     """One record a sample; the batch's seconds are shared out evenly.
 
-    `k` of the sample's `n` visual tokens were paid for. `kept` has one mask an image (see `pack_mask`), or `layers` the
-    counts of each layer where tokens are dropped inside the language model. Neither is there for smaller pictures,
-    whose tokens are none of the n.
+    `k` of the sample's `n` visual tokens were paid for; `tower`, where some were dropped inside the vision tower, are
+    those that its last blocks saw. `kept` has one mask an image (see `pack_mask`), or `layers` the counts of each layer
+    where tokens are dropped inside the language model. Neither is there for smaller pictures, whose tokens are none of
+    the n.
 
     Args:
         encoded: the pictures at their full size.
@@ -73,6 +74,8 @@ def make_records(
             "seconds": seconds,
             "peak_memory": answers.peak_memory,
         }
+        if any(selection.tower is not None for selection in selections):
+            record["tower"] = sum(s.n if s.tower is None else s.tower for s in selections)
         if any(selection.layers for selection in selections):
             record["layers"] = [selection.counts for selection in selections]
         # Where each layer has its own tokens, one mask would not say which were kept.

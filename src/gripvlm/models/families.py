@@ -27,9 +27,11 @@ from gripvlm.models.grids import (
     square,
     unknown,
 )
+from gripvlm.models.hooks.attention import feature_block
 from gripvlm.models.vision_rules import VisionRule, by_grid, by_raster, by_tile, in_one_row, packed
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 __all__ = ["FAMILIES", "MISSING", "REFUSED", "Family", "chunkable", "family_of", "not_supported"]
@@ -57,6 +59,8 @@ class Family:
             says before which of its layers.
         merges: True where tokens may be merged between the tower's blocks: a plain ViT that sees images one by one,
             and a projector that works token by token.
+        drops: rows may be dropped between the tower's blocks: the modules of a model behind which what is left is
+            filled up to all rows again (`models/hooks/tower_drop.py`). Or a text, why they may not.
         since: the first transformers in which it works.
         rasters: where an item may be several rasters or have newline rows, the rule for them (`models/grids.py`).
     """
@@ -72,6 +76,7 @@ class Family:
     chunks: bool | Callable[[PreTrainedModel], bool] = True
     layers: bool = True
     merges: bool = False
+    drops: Callable[[PreTrainedModel], list[nn.Module]] | str = "nobody has tried it yet"
     since: tuple[int, int] = (5, 19)
     rasters: RasterRule | None = None
 
@@ -103,33 +108,51 @@ def has_causal_images(model: PreTrainedModel) -> bool:
     return getattr(model.config.get_text_config(), "use_bidirectional_attention", None) is None
 
 
+def projector(model: PreTrainedModel) -> list[nn.Module]:
+    """A projector that works row by row."""
+    return [model.base_model.multi_modal_projector]
+
+
+def mergers(model: PreTrainedModel) -> list[nn.Module]:
+    """What makes a row of each block of patches; Qwen3-VL has more of it, behind some of its blocks."""
+    tower: Any = model.get_encoder("image")
+    return [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+
+
+def last_block(model: PreTrainedModel) -> list[nn.Module]:
+    """The last block, where rows are made of a whole raster of patches behind it."""
+    return [feature_block(model)]
+
+
+TILES = "its tiles are unpadded and broken into lines, so how many rows are left would depend on what is kept"
+MASKED = "its blocks are given a mask of the patches that are padding"
 BOTH = ("image", "video")
 
 ROWS = (
     # Sliding layers count their window over the tokens that are left.
-    Family("gemma3", square, by_tile, chunks=False),
+    Family("gemma3", square, by_tile, chunks=False, drops=last_block),
     # Where its last layers share keys, tokens can be dropped before these are made, and not later.
-    Family("gemma4", from_coordinates, chunks=has_causal_images),
+    Family("gemma4", from_coordinates, chunks=has_causal_images, drops=MASKED),
     # No tower: a patch is projected as it is.
-    Family("gemma4_unified", from_coordinates, chunks=has_causal_images),
+    Family("gemma4_unified", from_coordinates, chunks=has_causal_images, drops="it has no vision tower"),
     # Images only; transformers interleaves several images of a prompt over its beams.
-    Family("glm4v", from_patches, by_grid, beams=False),
-    Family("glm46v", from_patches, by_grid, beams=False),
-    Family("glm4v_moe", from_patches, by_grid, beams=False),
-    Family("glm_ocr", from_patches, by_grid, beams=False),
+    Family("glm4v", from_patches, by_grid, beams=False, drops=mergers),
+    Family("glm46v", from_patches, by_grid, beams=False, drops=mergers),
+    Family("glm4v_moe", from_patches, by_grid, beams=False, drops=mergers),
+    Family("glm_ocr", from_patches, by_grid, beams=False, drops=mergers),
     # An item is a tile, so a budget counts per tile.
-    Family("idefics3", square, by_tile, joined=rows_of_a_tile),
-    Family("internvl", square, by_tile),
-    Family("ovis2", square, by_tile, extras=("visual_indicator_features",)),
+    Family("idefics3", square, by_tile, joined=rows_of_a_tile, drops=MASKED),
+    Family("internvl", square, by_tile, drops=last_block),
+    Family("ovis2", square, by_tile, extras=("visual_indicator_features",), drops=last_block),
     # Before 5.21 its merger wanted whole tiles.
-    Family("smolvlm", square, by_tile, joined=rows_of_a_tile, since=(5, 21)),
+    Family("smolvlm", square, by_tile, joined=rows_of_a_tile, since=(5, 21), drops=MASKED),
     # Convolutions.
-    Family("lfm2_vl", from_shapes, equals="deletion"),
+    Family("lfm2_vl", from_shapes, equals="deletion", drops=MASKED),
     # LLaVA-1.5, BakLLaVA, and gripvlm's own lab model.
-    Family("llava", from_pixels, by_tile, merges=True),
+    Family("llava", from_pixels, by_tile, merges=True, drops=projector),
     # Tiles are joined, with newline rows in between that count as visual tokens.
-    Family("llava_next", unknown, packed, rasters=in_lines),
-    Family("llava_onevision", unknown, packed, rasters=in_lines),
+    Family("llava_next", unknown, packed, rasters=in_lines, drops=TILES),
+    Family("llava_onevision", unknown, packed, rasters=in_lines, drops=TILES),
     # M-RoPE of three or four axes. Newline rows and a first and a last row count as visual tokens. Before 5.21 the rows
     # of all images were one tensor.
     Family("hunyuan_vl", unknown, by_raster(from_patches, marked=True), rasters=in_marked_lines, since=(5, 21)),
@@ -137,20 +160,20 @@ ROWS = (
     Family("minicpmv4_6", from_targets, by_raster(from_targets), equals="deletion"),
     Family("minicpmv4_7", from_targets, by_raster(from_targets), equals="deletion"),
     # Its row breaks are text, which stays.
-    Family("mistral3", from_pixels, in_one_row),
-    Family("lighton_ocr", from_pixels, in_one_row),
+    Family("mistral3", from_pixels, in_one_row, drops=MASKED),
+    Family("lighton_ocr", from_pixels, in_one_row, drops=MASKED),
     # The whole prompt attends in both directions.
-    Family("paligemma", square, by_tile, chunks=False, merges=True),
+    Family("paligemma", square, by_tile, chunks=False, merges=True, drops=projector),
     # M-RoPE; Qwen3-VL's DeepStack planes lose the same rows.
     # Before 5.21 its forward took no encoded images.
     Family("paddleocr_vl", from_patches, by_raster(from_patches), since=(5, 21)),
-    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
-    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
-    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH, rasters=frames),
-    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH, rasters=frames),
+    Family("qwen2_vl", from_patches, by_grid, modalities=BOTH, rasters=frames, drops=mergers),
+    Family("qwen2_5_vl", from_patches, by_grid, modalities=BOTH, rasters=frames, drops=mergers),
+    Family("qwen3_vl", from_patches, by_grid, modalities=BOTH, rasters=frames, drops=mergers),
+    Family("qwen3_vl_moe", from_patches, by_grid, modalities=BOTH, rasters=frames, drops=mergers),
     # Linear attention. Before 5.21 transformers encoded no images ahead of its prefill.
-    Family("qwen3_5", from_patches, by_grid, equals="deletion", since=(5, 21)),
-    Family("qwen3_5_moe", from_patches, by_grid, equals="deletion", since=(5, 21)),
+    Family("qwen3_5", from_patches, by_grid, equals="deletion", since=(5, 21), drops=mergers),
+    Family("qwen3_5_moe", from_patches, by_grid, equals="deletion", since=(5, 21), drops=mergers),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in sorted(ROWS, key=lambda row: row.model_type)}
 

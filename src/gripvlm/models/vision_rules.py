@@ -43,6 +43,13 @@ class VisionRule:
         """Whether the tower's sequence of `length` begins with a CLS token."""
         return False
 
+    def places(self, items: TowerItems, length: int) -> list[Tensor]:
+        """[n, m] for each item, on the host: where in its sequence of `length` the m patches of each row are.
+
+        Only of rules whose families may drop patches inside the tower.
+        """
+        raise NotImplementedError
+
     def rescale(self, received: list[Tensor], counts: list[int]) -> list[Tensor]:
         """Received attention as the mean over the queries of one item."""
         return received
@@ -69,12 +76,30 @@ class _ByTile(VisionRule):
         # Without one, a row is made of a square block of patches.
         return not any(length == items.counts[0] * step * step for step in range(1, length + 1))
 
+    def places(self, items: TowerItems, length: int) -> list[Tensor]:
+        n, first = items.counts[0], int(self.has_cls(items, length))
+        height, side = math.isqrt(n), math.isqrt(length - first)
+        patches = torch.arange(first, length)
+        if length - first == n:
+            rows = patches[:, None]
+        else:
+            rows = patches.view(height, side // height, height, -1).transpose(1, 2).reshape(n, -1)
+        return [rows] * len(items.counts)
+
 
 class _ByGrid(VisionRule):
     """Towers that get `<modality>_grid_thw`, attend by image, frame or window, and merge square blocks."""
 
     def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
         return merged_rows(items.model.get_encoder("image"), maps, items.inputs[f"{items.modality}_grid_thw"])
+
+    def places(self, items: TowerItems, length: int) -> list[Tensor]:
+        tower, grids = items.model.get_encoder("image"), items.inputs[f"{items.modality}_grid_thw"]
+        block = tower.spatial_merge_size**2
+        rows = torch.arange(sum(items.counts))
+        if hasattr(tower, "window_size"):
+            rows = torch.argsort(_window_order(tower, grids).cpu())
+        return list((block * rows[:, None] + torch.arange(block)).split(items.counts))
 
 
 class _ByRaster(VisionRule):

@@ -61,6 +61,7 @@ _BUILT_IN: dict[str, str] = {
     "svd_prune": "gripvlm.pruners.input.svd_prune:SVDPrune",
     "tome": "gripvlm.pruners.tower.tome:ToMe",
     "top_p": "gripvlm.pruners.wrappers.top_p:TopP",
+    "tower": "gripvlm.pruners.wrappers.tower:Tower",
     "v2drop": "gripvlm.pruners.llm.v2drop:V2Drop",
     "visionzip": "gripvlm.pruners.input.visionzip:VisionZip",
     "vispruner": "gripvlm.pruners.input.vispruner:VisPruner",
