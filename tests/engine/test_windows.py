@@ -16,7 +16,13 @@ from tiny_families.reference import full_positions, kept, masked, teacher_forced
 
 WINDOW = 6
 SLIDING, FULL = "sliding_attention", "full_attention"
-BLOCKS = {"gemma3": (SLIDING, FULL), "gemma4": (SLIDING,), "gemma3n": (), "cohere2_vision": ()}
+BLOCKS = {
+    "gemma3": (SLIDING, FULL),
+    "gemma4": (SLIDING,),
+    "gemma4_unified": (SLIDING, FULL),
+    "gemma3n": (),
+    "cohere2_vision": (),
+}
 """family -> the kinds of layers in which the tokens of an image see each other in both directions."""
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

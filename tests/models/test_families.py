@@ -177,6 +177,19 @@ def test_a_batch_equals_its_samples_alone(name, attention):
             close(name, [a[0] for a in alone.logits], [b[sample] for b in run.pruned.logits])
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if {*TINY[name].types(torch.tensor([IMAGE]))}])
+def test_positions_of_an_encoding_that_is_reused_are_those_of_its_images(name):
+    """The prompt comes without pixels and grids: positions made from grids must come from the encoding's."""
+    run = runs(name, "sdpa")
+    own = {"input_ids", "attention_mask", *TINY[name].types(run.batch.inputs["input_ids"])}
+    bare = {key: value for key, value in run.batch.inputs.items() if key in own}
+    encoded = gripvlm.encode(run.model, run.batch.inputs)
+    whole = gripvlm.prune_inputs(run.model, run.batch.inputs, "random", keep=5)
+    reused = gripvlm.prune_inputs(run.model, bare, "random", keep=5, encoded=encoded)
+    assert torch.equal(whole["position_ids"], reused["position_ids"])
+    assert whole.keys() == reused.keys()
+
+
 @pytest.mark.skipif("hunyuan_vl" not in TINY, reason="this transformers has no hunyuan_vl")
 def test_hunyuans_images_are_numbered_over_the_batch_and_dropping_still_equals_masking():
     """transformers does the former: without pruning, too, a prompt's logits depend on the images of others."""
@@ -245,12 +258,12 @@ def test_grids_are_those_of_the_pictures(name):
 
 
 def test_the_page_has_a_line_for_every_row_that_agrees_with_it():
-    """docs/families.md: tower's attention, in-LLM pruners, merging in the tower, videos."""
+    """docs/families.md: tower's attention, in-LLM pruners, merging and dropping in the tower, videos."""
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in page.split("## ")[0].splitlines() if line.startswith("| `")]
     page_rows = {cells[0].split("`")[1]: [cell.strip() == "yes" for cell in cells[2:]] for cells in lines}
     assert page_rows == {
-        name: [row.vision is not None, row.layers, row.merges, "video" in row.modalities]
+        name: [row.vision is not None, row.layers, row.merges, callable(row.drops), "video" in row.modalities]
         for name, row in FAMILIES.items()
     }
 

@@ -41,13 +41,8 @@ def masked(model: Any, inputs: dict[str, Tensor], selections: Selections) -> dic
     return inputs | {"position_ids": full_positions(model, inputs), "attention_mask": mask}
 
 
-def teacher_forced(model: Any, arguments: dict[str, Any], new: Tensor) -> list[Tensor]:
-    """Logits [B, V] before each of the `new` [B, t] tokens, from one forward over prompt and answer.
-
-    Args:
-        arguments: what `prune_inputs` returned.
-        new: tokens that follow the prompt.
-    """
+def extended(arguments: dict[str, Any], new: Tensor) -> dict[str, Any]:
+    """Arguments of a prompt and the `new` [B, t] tokens that follow it."""
     count = new.shape[1]
     ones, zeros = torch.ones_like(new), torch.zeros_like(new)
     positions = arguments["position_ids"]
@@ -59,7 +54,17 @@ def teacher_forced(model: Any, arguments: dict[str, Any], new: Tensor) -> list[T
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in arguments:
             longer[name] = torch.cat((arguments[name], zeros), -1)
+    return longer
+
+
+def teacher_forced(model: Any, arguments: dict[str, Any], new: Tensor) -> list[Tensor]:
+    """Logits [B, V] before each of the `new` [B, t] tokens, from one forward over prompt and answer.
+
+    Args:
+        arguments: what `prune_inputs` returned.
+        new: tokens that follow the prompt.
+    """
     with torch.no_grad():
-        logits = model(**longer).logits
+        logits = model(**extended(arguments, new)).logits
     start = arguments["input_ids"].shape[1] - 1
-    return list(logits[:, start : start + count].unbind(1))
+    return list(logits[:, start : start + new.shape[1]].unbind(1))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gripvlm.models.grids import Grid
+from gripvlm.models.grids import Grid, Rasters
 from gripvlm.models.repeats import Distinct
 from gripvlm.models.tower_rows import FEATURES_ONLY, TowerRequest
 from gripvlm.types import VisionRows, VisualTokens
@@ -33,7 +33,9 @@ class Item:
         vision: layer as requested -> what that block of the vision tower gave for each row; mostly empty.
         patches: [n, d_v] what the tower made of each row before the projector, where requested.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
+        tower_rows: [k'] the rows that were not dropped inside the tower, where it dropped; others are zero.
         distinct: where repeats were merged ahead of the tower, which rows are left: the n of all other fields.
+        rasters: where grid is None, the rasters that the rows are made of (see `VisualTokens.rasters`).
         seconds: between two temporal patches of a video, for families whose positions are made from it, else None.
     """
 
@@ -47,8 +49,10 @@ class Item:
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
     groups: Tensor | None = None
+    tower_rows: Tensor | None = None
     distinct: Distinct | None = None
     seconds: float | None = None
+    rasters: Rasters = ()
 
     @property
     def placeholders(self) -> int:
@@ -73,6 +77,8 @@ class Item:
             vision=self.vision,
             patches=self.patches,
             groups=self.groups,
+            rasters=self.rasters if self.distinct is None else (),
+            tower_rows=self.tower_rows,
         )
 
 

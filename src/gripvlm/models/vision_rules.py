@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 from gripvlm.models.compat import takes
-from gripvlm.models.grids import GridRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from gripvlm.models.grids import GridRule
 
 
 class TowerItems(NamedTuple):
@@ -41,6 +42,13 @@ class VisionRule:
     def has_cls(self, items: TowerItems, length: int) -> bool:
         """Whether the tower's sequence of `length` begins with a CLS token."""
         return False
+
+    def places(self, items: TowerItems, length: int) -> list[Tensor]:
+        """[n, m] for each item, on the host: where in its sequence of `length` the m patches of each row are.
+
+        Only of rules whose families may drop patches inside the tower.
+        """
+        raise NotImplementedError
 
     def rescale(self, received: list[Tensor], counts: list[int]) -> list[Tensor]:
         """Received attention as the mean over the queries of one item."""
@@ -68,12 +76,30 @@ class _ByTile(VisionRule):
         # Without one, a row is made of a square block of patches.
         return not any(length == items.counts[0] * step * step for step in range(1, length + 1))
 
+    def places(self, items: TowerItems, length: int) -> list[Tensor]:
+        n, first = items.counts[0], int(self.has_cls(items, length))
+        height, side = math.isqrt(n), math.isqrt(length - first)
+        patches = torch.arange(first, length)
+        if length - first == n:
+            rows = patches[:, None]
+        else:
+            rows = patches.view(height, side // height, height, -1).transpose(1, 2).reshape(n, -1)
+        return [rows] * len(items.counts)
+
 
 class _ByGrid(VisionRule):
     """Towers that get `<modality>_grid_thw`, attend by image, frame or window, and merge square blocks."""
 
     def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
         return merged_rows(items.model.get_encoder("image"), maps, items.inputs[f"{items.modality}_grid_thw"])
+
+    def places(self, items: TowerItems, length: int) -> list[Tensor]:
+        tower, grids = items.model.get_encoder("image"), items.inputs[f"{items.modality}_grid_thw"]
+        block = tower.spatial_merge_size**2
+        rows = torch.arange(sum(items.counts))
+        if hasattr(tower, "window_size"):
+            rows = torch.argsort(_window_order(tower, grids).cpu())
+        return list((block * rows[:, None] + torch.arange(block)).split(items.counts))
 
 
 class _ByRaster(VisionRule):
@@ -135,9 +161,8 @@ class _Packed(VisionRule):
     """
 
     def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
-        tiles, base, vision = _single_call(maps), items.model.base_model, items.model.config.vision_config
-        sizes = items.inputs["image_sizes"]
-        counts = self._tiles_of_images(items)
+        tiles, vision = _single_call(maps), items.model.config.vision_config
+        counts = self.tiles_of_images(items)
         if sum(counts) != tiles.shape[0]:
             raise InputError(
                 f"the vision tower saw {tiles.shape[0]} tiles, but the image sizes make {sum(counts)}: make the inputs "
@@ -146,19 +171,29 @@ class _Packed(VisionRule):
         # From the end: a CLS token, where there is one, is in front.
         patches = (vision.image_size // vision.patch_size) ** 2
         features = list(tiles[..., -patches:].transpose(1, 2).split(counts))  # [tiles, patches, c] of each image
+        return [image.T for image in self.pack(items, features)]
+
+    def pack(self, items: TowerItems, features: list[Tensor]) -> list[Tensor]:
+        """[n, c] rows of each image from its tiles [tiles, patches, c], with zeros at newline rows."""
+        base, config = items.model.base_model, items.model.config
         # Zeros in place of the learnt newline row, which belongs to no patch.
-        options: dict[str, Any] = {"image_newline": tiles.new_zeros(tiles.shape[1])}
+        options: dict[str, Any] = {"image_newline": features[0].new_zeros(features[0].shape[-1])}
+        taken = takes(base.pack_image_features)
         # LLaVA-NeXT's method needs the strategy to count patches, LLaVA-OneVision's does not take it.
-        if "vision_feature_select_strategy" in takes(base.pack_image_features):
+        if "vision_feature_select_strategy" in taken:
             options["vision_feature_select_strategy"] = "default"
-        rows, _ = base.pack_image_features(features, sizes, **options)
-        return [image.T for image in rows]
+        # LLaVA-OneVision's shrinks the rows of many tiles, to a number that this says.
+        if "vision_aspect_ratio" in taken:
+            options["vision_aspect_ratio"] = config.vision_aspect_ratio
+        rows, _ = base.pack_image_features(features, items.inputs["image_sizes"], **options)
+        return list(rows)
 
     def has_cls(self, items: TowerItems, length: int) -> bool:
         vision = items.model.config.vision_config
         return length == (vision.image_size // vision.patch_size) ** 2 + 1
 
-    def _tiles_of_images(self, items: TowerItems) -> list[int]:
+    def tiles_of_images(self, items: TowerItems) -> list[int]:
+        """How many tiles each image is cut into, its whole view among them."""
         config = items.model.config
         # The function is private to each model's module, under the same name in all of them.
         count = sys.modules[type(items.model.base_model).__module__].image_size_to_num_patches

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,8 @@ def feature_block(model: PreTrainedModel) -> nn.Module:
 
 def last_norm(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """What the language model does to the states of its last layer; the result is on the device of the states."""
-    norm = model.get_decoder().norm
+    decoder = model.get_decoder()
+    norm: Any = decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm  # LFM2 calls it so
     return lambda states: norm(states.to(norm.weight.device)).to(states.device)
 
 
