@@ -13,7 +13,7 @@ from gripvlm.pruners.registry import _BUILT_IN, PrunerRow, _load, list_pruners
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "docs/methods.md"
 MEASURED = ROOT / "src/gripvlm/cli/measured.json"
-STAGES = {"input": "input", "llm": "in the LLM", "vision": "in the tower"}
+STAGES = {"input": "input", "llm": "in the LLM", "vision": "in the tower", "pixels": "ahead of the tower"}
 HEAD = ("name", "what it does", "reads", "drops", "trained", "lab score", "time", "source")
 
 

@@ -49,6 +49,7 @@ BAD = {
     "cache": (lambda: engine_args("lab", "norm", 8, cache_mb=-1), InputError, "pass megabytes, 0 or more"),
     "llm": (lambda: engine_args("lab", "fastv", 0.5), PrunerError, "in vLLM all layers of a request have one length"),
     "tower": (lambda: engine_args("lab", "tome", 0.5), PrunerError, "inside the vision tower"),
+    "pixels": (lambda: engine_args("lab", "repeats(norm)", 0.5), PrunerError, "ahead of the vision tower"),
     "split": (lambda: engine_args("lab", "split(norm)", 0.5), PrunerError, "'split' moves budget between the tiles"),
     "raised": (lambda: engine_args("lab", "top_p(grip)", 0.5), PrunerError, "'top_p' moves budget between the tiles"),
     "tiles": (lambda: engine_args("lab", "mmr(hired)", 0.5), PrunerError, "'mmr' moves budget between the tiles"),

@@ -86,12 +86,13 @@ def _check_per_token(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
 def checked_encoding(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encoded | None) -> Encoded | None:
     """The caller's encoding of the images, known to hold what the pruner reads; None where they are to be encoded."""
     pruner, needs = request.pruner, request.needs
-    # A tower that merges makes other rows for each budget.
-    if needs.merging is not None:
+    # A tower that merges or drops makes other rows for each budget, and one that sees no repeats other rows too.
+    if needs.changes_tower:
         if not has_pixels(inputs):
+            where = f"{pruner.name!r} works inside" if needs.repeats is None else "'repeats' merges ahead of"
             raise InputError(
-                f"pruner {pruner.name!r} merges inside the vision tower, so an encoding of all rows does not serve it: "
-                "leave the pixels in the inputs"
+                f"pruner {where} the vision tower, so an encoding of all rows does not serve it: leave the pixels in "
+                "the inputs"
             )
         return None
     if encoded is None:

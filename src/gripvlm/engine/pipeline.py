@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gripvlm.engine.by_raster import select_batch
 from gripvlm.engine.input_checks import checked_encoding, checked_inputs
 from gripvlm.engine.llm_stage import LLMStage, checked_schedule
 from gripvlm.engine.outputs import DeferredChecks, check_features, checked_counts, checked_selections
@@ -17,7 +18,7 @@ from gripvlm.engine.request import PruneRequest
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.models.adapter import encode
 from gripvlm.models.drop import Shortened, drop
-from gripvlm.models.encoded import Encoded
+from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.prompts import EncodedPrompts, Prompts
 from gripvlm.models.text import questions
 from gripvlm.models.wrapped import device_of
@@ -35,11 +36,12 @@ class PrunedBatch:
     Attributes:
         prompts: as they were.
         shortened: as they are now.
-        selections: a list (prompts) of lists (images). Where rows are dropped inside the language model, complete once
-            the prompt has run.
+        selections: a list (prompts) of lists (images), from all rows of each. Where rows are dropped inside the
+            language model, complete once the prompt has run.
         run: the work inside the language model while it runs; None if there is none.
         watch: the times of the steps.
         checks: of values on the device, not yet read.
+        spans: the images of each prompt.
     """
 
     prompts: Prompts
@@ -48,6 +50,7 @@ class PrunedBatch:
     run: LLMStage | ProportionalRun | None
     watch: Stopwatch
     checks: DeferredChecks
+    spans: list[list[Span]]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -69,7 +72,7 @@ class PrunedBatch:
                 yield
             finally:
                 if self.run is not None:
-                    self.selections = self.run.selections()
+                    self.selections = _over_all_rows(self.spans, self.run.selections())
         self.checks.raise_if_failed()
 
 
@@ -98,9 +101,10 @@ def prune_batch(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encod
     if isinstance(request.pruner, LLMPruner):
         stage = LLMStage(request, shortened.arguments, tokens, selections, schedules)
         selections = stage.selections()
-    run = _run_inside(request, shortened.arguments, selections, stage)
+    run = _run_inside(request, shortened.arguments, images.spans, selections, stage)
+    selections = _over_all_rows(images.spans, selections)
     watch.lap("overhead")
-    return PrunedBatch(images.prompts, shortened, selections, run, watch, checks)
+    return PrunedBatch(images.prompts, shortened, selections, run, watch, checks, images.spans)
 
 
 def encode_tokens(
@@ -144,7 +148,8 @@ def gather_tokens(
     for sample, spans in enumerate(images.spans):
         for image, item in enumerate(span.item for span in spans):
             n, where = item.features.shape[0], f"{item.modality} {image} of sample {sample}"
-            if "grid" in pruner.needs and item.grid is None:
+            where += "" if item.distinct is None else ", its repeats merged,"
+            if "grid" in pruner.needs and item.grid is None and not item.rasters:
                 raise PrunerError(
                     f"pruner {pruner.name!r} needs rows in a plain raster, but the {n} rows of {where} are none: use "
                     "a pruner without grid"
@@ -183,16 +188,33 @@ def _select(pruner: Pruner, images: list[VisualTokens], checks: DeferredChecks) 
     """The pruner's output for all images of a batch, unchecked."""
     # NaN of the encoder may make a pruner fail: the error of the failed check is then raised instead of the pruner's.
     with checks.explaining_errors():
-        return list(pruner.select_batch(images))
+        return select_batch(pruner, images, checks)
 
 
 def _run_inside(
-    request: PruneRequest, arguments: dict[str, Any], selections: list[list[Selection]], stage: LLMStage | None
+    request: PruneRequest,
+    arguments: dict[str, Any],
+    spans: list[list[Span]],
+    selections: list[list[Selection]],
+    stage: LLMStage | None,
 ) -> LLMStage | ProportionalRun | None:
     """The work inside the language model while it runs; None if there is none."""
     if stage is not None and not stage.layers_that_drop:
         stage = None
+    distinct = [[span.item.distinct for span in images] for images in spans]
     merges = any(selection.merge is not None for images in selections for selection in images)
+    merges |= any(left is not None for images in distinct for left in images)
     if request.proportional_attention and (merges or stage is not None):
-        return ProportionalRun(request.model, arguments, selections, stage)
+        return ProportionalRun(request.model, arguments, selections, stage, distinct)
     return stage
+
+
+def _over_all_rows(spans: list[list[Span]], selections: list[list[Selection]]) -> list[list[Selection]]:
+    """Selections of the rows that are left where repeats were merged, as selections of all rows of each image."""
+    return [
+        [
+            selection if span.item.distinct is None else span.item.distinct.over_all(selection)
+            for span, selection in zip(images, selected, strict=True)
+        ]
+        for images, selected in zip(spans, selections, strict=True)
+    ]

@@ -7,15 +7,18 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gripvlm.engine.llm_stage import LLMStage
 from gripvlm.errors import InputError
+from gripvlm.models.families import family_of
 from gripvlm.models.hooks.calls import one_run
 from gripvlm.models.hooks.llm_drop import DropState
 from gripvlm.models.hooks.proportional import LayerSizes, proportional_attention
+from gripvlm.models.repeats import Distinct
 from gripvlm.models.text import visual_places
 from gripvlm.types import Selection, sizes_after
+from gripvlm.utils.batching import onto
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +34,7 @@ class ProportionalRun:
         arguments: the prompts as the model will get them.
         selections: what each image keeps at the input.
         stage: the dropping inside the language model, where there is any.
+        distinct: of each image, what was merged ahead of the vision tower.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class ProportionalRun:
         arguments: Mapping[str, Any],
         selections: list[list[Selection]],
         stage: LLMStage | None,
+        distinct: list[list[Distinct | None]],
     ) -> None:
         if stage is not None and stage.pruner.evict_after_prefill(stage.layers) is not None:
             raise InputError(
@@ -48,11 +53,13 @@ class ProportionalRun:
         self.model, self.arguments, self.stage = model, arguments, stage
         self._first = selections
         self._in_layers: Mapping[int, LayerSizes | None] = {}
-        places = visual_places(model, arguments["input_ids"])
+        places, tail = visual_places(model, arguments["input_ids"]), family_of(model).tail
         sizes = torch.ones(places.shape, device=places.device)
-        for row, own, images in zip(sizes, places, selections, strict=True):
+        for row, own, images, left in zip(sizes, places, selections, distinct, strict=True):
+            before = [None if d is None else onto(d.sizes.astype("float32"), sizes.device) for d in left]
             if images:
-                row[own] = torch.cat([sizes_after(s.indices, s.n, s.merge) for s in images]).to(sizes.device)
+                after = [sizes_after(s.indices, s.n, s.merge, b) for s, b in zip(images, before, strict=True)]
+                row[own] = torch.cat([nn.functional.pad(part, (0, tail), value=1.0) for part in after]).to(sizes.device)
         self._from: dict[int, Tensor] = {0: sizes}  # layer -> [rows, L] sizes, by column of the prompt, from there on
 
     @contextmanager

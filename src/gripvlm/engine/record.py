@@ -33,13 +33,15 @@ class Record:
     def __str__(self) -> str:
         """`64 of 576 visual tokens kept (11 %), vision 41 ms, pruner 1 ms, overhead 2 ms`.
 
-        Like `seconds`, this may wait for the accelerator.
+        With `, 144 in the vision tower` where some were dropped there. Like `seconds`, this may wait for the
+        accelerator.
         """
         if not self.total:
             return "nothing pruned yet" if not self.calls else "no image in the latest call, so nothing pruned"
         times = "".join(f", {name} {1000 * s:.{0 if s >= 0.01 else 1}f} ms" for name, s in self.seconds.items())
         share = 100 * self.paid / self.total
-        return f"{self.paid:.6g} of {self.total} visual tokens kept ({share:.3g} %){times}"
+        tower = f", {self.tower_kept} in the vision tower" if self.tower_kept < self.total else ""
+        return f"{self.paid:.6g} of {self.total} visual tokens kept ({share:.3g} %){tower}{times}"
 
     def __repr__(self) -> str:
         return f"Record(calls={self.calls}, kept={self.kept}, total={self.total})"
@@ -63,6 +65,11 @@ class Record:
     def paid(self) -> float:
         """The same, averaged over the language model's layers: what `keep` asks for."""
         return sum(selection.paid for sample in self.selections for selection in sample)
+
+    @property
+    def tower_kept(self) -> int:
+        """Those that the last blocks of the vision tower saw: fewer than all under `tower` and `repeats`."""
+        return sum(s.n if s.tower is None else s.tower for sample in self.selections for s in sample)
 
     @property
     def total(self) -> int:

@@ -132,10 +132,12 @@ def answer(
     positions: str = "original",
     question: list[list[int]] | None = None,
     encoded: Encoded | None = None,
+    logits_processor: Sequence[LogitsProcessor] = (),
 ) -> BatchAnswers:
     """Greedy answers with the visual tokens that `pruner` keeps; None for prompts without images.
 
     With `encoded`, the vision encoder's time is the one measured when it ran, unless the pruner ran it again.
+    `logits_processor` see the logits of each step, after the model's own ones.
 
     Raises:
         GripError: as `gripvlm.prune_inputs`.
@@ -158,10 +160,10 @@ def answer(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            logits_processor=LogitsProcessorList([first_token]),
+            logits_processor=LogitsProcessorList([first_token, *logits_processor]),
         )
     seconds = dict.fromkeys(SECONDS, 0.0) | record.seconds
-    # A pruner that merges inside the vision tower runs the tower itself, and its record says how long that took.
+    # A pruner that works inside the vision tower runs the tower itself, and its record says how long that took.
     if encoded is not None and not seconds["vision"]:
         seconds["vision"] = encoded.seconds
     ended = device_time(device)

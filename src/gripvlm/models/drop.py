@@ -124,13 +124,13 @@ def _kept_columns(mask: Tensor, spans: Sequence[Sequence[Span]], selections: Seq
     """[B, L] bool: the prompts' text, and the placeholders of the selected rows of each image."""
     keep = mask.to(torch.bool, memory_format=torch.contiguous_format, copy=True)
     # All images as one index into the flattened batch: a fixed number of operations however many images there are.
-    flat = [span.positions + row * keep.shape[1] for row, images in enumerate(spans) for span in images]
-    starts = [0, *itertools.accumulate(len(columns) for columns in flat)]
-    columns = onto(torch.cat(flat), keep.device)
+    flat = [(span, row * keep.shape[1]) for row, images in enumerate(spans) for span in images]
+    positions = [span.positions + start for span, start in flat]
+    starts = [0, *itertools.accumulate(len(columns) for columns in positions)]
     rows = shifted([s.indices.to(keep.device) for selected in selections for s in selected], starts[:-1])
     line = keep.view(-1)
-    line.index_fill_(0, columns, False)
-    line.index_fill_(0, columns.index_select(0, rows), True)
+    line.index_fill_(0, onto(torch.cat([span.columns + start for span, start in flat]), keep.device), False)
+    line.index_fill_(0, onto(torch.cat(positions), keep.device).index_select(0, rows), True)
     return keep
 
 
@@ -172,18 +172,22 @@ def _encoder_outputs(images: EncodedPrompts, selections: Sequence[Sequence[Selec
         if not pairs:
             continue
         own = [selection for _, selection in pairs]
+        counts = [selection.k for selection in own]
         rows = selected_rows([item.features for item, _ in pairs], own)
-        output = made.kind(pooler_output=_in_container(rows, own, made.one_tensor), **made.extras)
+        tails = [item.tail for item, _ in pairs if item.tail is not None]
+        if tails:
+            rows = torch.cat([part for pair in zip(rows.split(counts), tails, strict=True) for part in pair])
+            counts = [k + tail.shape[0] for k, tail in zip(counts, tails, strict=True)]
+        output = made.kind(pooler_output=_in_container(rows, counts, made.one_tensor), **made.extras)
         if depth := len(pairs[0][0].deepstack):
             planes = [selected_rows([item.deepstack[layer] for item, _ in pairs], own) for layer in range(depth)]
-            output.deepstack_features = [_in_container(plane, own, False) for plane in planes]
+            output.deepstack_features = [_in_container(plane, counts, False) for plane in planes]
         outputs[modality] = output
     return outputs
 
 
-def _in_container(rows: Tensor, selections: Sequence[Selection], one_tensor: bool) -> Any:
-    """Rows [K, d] in the container the model's forward expects: a list, or one tensor."""
-    counts = [selection.k for selection in selections]
+def _in_container(rows: Tensor, counts: list[int], one_tensor: bool) -> Any:
+    """Rows [K, d], so many of each item, in the container the model's forward expects: a list, or one tensor."""
     if not one_tensor:
         return list(rows.split(counts))
     if len(set(counts)) == 1:

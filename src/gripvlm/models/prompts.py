@@ -83,13 +83,14 @@ class Prompts:
             for modality in encoded.outputs:
                 same = [item for item in items if item.modality == modality]
                 columns = self.placeholders[modality][sample]
-                ends = np.cumsum([item.features.shape[0] for item in same], dtype=np.int64)
+                ends = np.cumsum([item.placeholders for item in same], dtype=np.int64)
                 if len(columns) != sum(ends[-1:]):
                     raise InputError(
                         f"sample {sample} has {len(columns)} {modality} placeholder tokens, but "
                         f"{sum(ends[-1:])} visual tokens are encoded for it"
                     )
-                located += zip(same, np.split(columns, ends[:-1]), strict=False)
+                parts = zip(same, np.split(columns, ends[:-1]), strict=False)
+                located += [(item, part[: len(part) - item.behind]) for item, part in parts]
             # Modality by modality so far; callers and pruners count images as the prompt has them.
             located.sort(key=lambda pair: int(pair[1][0]))
             mask = self.mask[sample]

@@ -28,7 +28,9 @@ __all__ = [
     "top_k_of_each",
 ]
 
-NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "vision_given", "patches", "groups"})
+NEEDS = frozenset(
+    {"features", "grid", "question", "key", "vision_attention", "vision_given", "patches", "groups", "tower_rows"}
+)
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
 
 LLM_NEEDS = frozenset(
@@ -67,7 +69,7 @@ class Pruner(ABC):
         vision_layers: blocks of the vision tower whose attention it reads (with "vision_attention" in
             `needs`); negative numbers count from the last. LLaVA's features come out of -2.
         stage: where tokens are dropped: "input" is before the language model, "llm" inside it (`LLMPruner`),
-            "vision" inside the vision tower (`TowerPruner`).
+            "vision" inside the vision tower (`TowerPruner`, and the wrapper `tower`), "pixels" ahead of it (`Repeats`).
         trained: whether it has weights that were trained for pruning.
         logits: whether the scores that it returns are logits, whose softmax over rows means something.
         joint: whether a prompt's images share one budget, the sum of their `keep`: `select_batch` may then keep other
@@ -264,10 +266,12 @@ class Wrapper(Pruner):
     Attributes:
         inner: a pruner, its name or its spec; several where `many`. On a command line: `mmr(norm)`,
             `mmr(random:seed=1)`, with options of the wrapper `mmr(norm):balance=0.7`.
+        wraps: the stages at which pruners that it takes may drop.
     """
 
     extra_needs: ClassVar[frozenset[str]] = frozenset()
     many: ClassVar[bool] = False
+    wraps: ClassVar[tuple[str, ...]] = ("input",)
 
     inner: Any
 
@@ -280,11 +284,12 @@ class Wrapper(Pruner):
         pruners = tuple(get_pruner(pruner) for pruner in given)
         # object.__setattr__, as the dataclass is frozen. Names become pruners here, so that mmr("norm") == mmr(Norm()).
         object.__setattr__(self, "inner", pruners if self.many else pruners[0])
-        # A wrapper changes which rows enter the language model, so it cannot change a pruner that drops elsewhere.
+        # Most wrappers change which rows enter the language model: they cannot change a pruner that drops elsewhere.
         for pruner in pruners:
-            if pruner.stage != "input":
+            if pruner.stage not in self.wraps:
+                stages = " or ".join(f"the {stage}" for stage in self.wraps)
                 raise PrunerError(
-                    f"pruner {self.name!r} wraps pruners that drop tokens at the input, but {pruner.name!r} drops "
+                    f"pruner {self.name!r} wraps pruners that drop tokens at {stages}, but {pruner.name!r} drops "
                     f"them at {pruner.stage}"
                 )
 

@@ -36,6 +36,7 @@ _BUILT_IN: dict[str, str] = {
     "hired": "gripvlm.pruners.input.hired:HiRED",
     "holov": "gripvlm.pruners.input.holov:HoloV",
     "keep_all": "gripvlm.pruners.baselines.keep_all:KeepAll",
+    "gumbel": "gripvlm.pruners.wrappers.gumbel:Gumbel",
     "mmr": "gripvlm.pruners.wrappers.mmr:MMR",
     "mustdrop": "gripvlm.pruners.llm.mustdrop:MustDrop",
     "mustdrop_llm": "gripvlm.pruners.llm.mustdrop:MustDropLLM",
@@ -51,6 +52,7 @@ _BUILT_IN: dict[str, str] = {
     "pumer": "gripvlm.pruners.llm.pumer:PuMer",
     "pyramiddrop": "gripvlm.pruners.llm.pyramiddrop:PyramidDrop",
     "random": "gripvlm.pruners.baselines.random:Random",
+    "repeats": "gripvlm.pruners.wrappers.repeats:Repeats",
     "restore": "gripvlm.pruners.wrappers.restore:Restore",
     "scope": "gripvlm.pruners.input.scope:SCOPE",
     "sparsevlm": "gripvlm.pruners.llm.sparsevlm:SparseVLM",
@@ -59,6 +61,7 @@ _BUILT_IN: dict[str, str] = {
     "svd_prune": "gripvlm.pruners.input.svd_prune:SVDPrune",
     "tome": "gripvlm.pruners.tower.tome:ToMe",
     "top_p": "gripvlm.pruners.wrappers.top_p:TopP",
+    "tower": "gripvlm.pruners.wrappers.tower:Tower",
     "v2drop": "gripvlm.pruners.llm.v2drop:V2Drop",
     "visionzip": "gripvlm.pruners.input.visionzip:VisionZip",
     "vispruner": "gripvlm.pruners.input.vispruner:VisPruner",
@@ -76,7 +79,7 @@ class PrunerRow(NamedTuple):
         needs: fields of `VisualTokens`, with default options; empty for wrappers and trained pruners, which need what
             they hold.
         llm_needs: fields of `LLMTokens`, for pruners inside the language model.
-        stage: where tokens are dropped: "input", "llm" or "vision".
+        stage: where tokens are dropped: "input", "llm", "vision" or "pixels".
         trained: whether it has weights that were trained for pruning.
         fault: why another package's pruner cannot be loaded; empty for all others.
     """

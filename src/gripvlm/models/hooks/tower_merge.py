@@ -65,6 +65,15 @@ def checked_tower(model: PreTrainedModel, family: Family) -> None:
             )
 
 
+def refuse_checkpointing(block: nn.Module, does: str) -> None:
+    """Raises where the tower's blocks would run again, after the hooks that change them are gone."""
+    if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+        raise InputError(
+            f"gradient checkpointing runs the vision tower's blocks again in backward, when nothing {does} any "
+            "more: encode under torch.no_grad(), or call model.gradient_checkpointing_disable()"
+        )
+
+
 @contextmanager
 def merge_in_tower(model: PreTrainedModel, merging: TowerMerging) -> Iterator[Callable[[], MergedRows]]:
     """Inside the block, the vision tower merges tokens; `checked_tower` checks for which models.
@@ -118,11 +127,7 @@ class _TowerRun:
         self.merged = self.mlp = torch.empty(0)  # [b, t, d] the present block's states, and what its MLP makes of them
 
     def before_first_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
-            raise InputError(
-                "gradient checkpointing runs the vision tower's blocks again in backward, when nothing merges any "
-                "more: encode under torch.no_grad(), or call model.gradient_checkpointing_disable()"
-            )
+        refuse_checkpointing(block, "merges")
         hidden = args[0] if args else kwargs["hidden_states"]
         batch, tokens = hidden.shape[:2]
         self.runs += 1
