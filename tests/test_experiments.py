@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import results, run, tables
+from experiments.choosing import analyze as choosing
 from experiments.grip_ablation.relaxations.config import RelaxedConfig
 from experiments.grip_claim.exploring.config import ExploringConfig
 from experiments.lab_grid import measured
@@ -32,6 +33,11 @@ def test_every_table_says_what_the_results_hold():
 def test_gripvlm_list_shows_what_was_measured():
     shown = json.loads(measured.TARGET.read_text(encoding="utf-8"))
     assert shown == json.loads(json.dumps(measured.measured())), "run python -m experiments.lab_grid.measured"
+
+
+def test_gripvlm_recommend_shows_what_was_measured():
+    shown = json.loads(choosing.TARGET.read_text(encoding="utf-8"))
+    assert shown == json.loads(json.dumps(choosing.recommended())), "run python -m experiments.choosing.analyze"
 
 
 def test_the_scorers_that_ship_are_those_that_were_measured():
