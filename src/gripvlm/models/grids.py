@@ -59,7 +59,7 @@ def merged_edge(model: PreTrainedModel) -> int:
     config, vision = model.config, model.config.vision_config
     if hasattr(vision, "merge_kernel_size"):  # Kimi's name for it, (height, width)
         return int(vision.merge_kernel_size[0])
-    return getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1)
+    return int(getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1))
 
 
 def from_coordinates(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
