@@ -170,8 +170,10 @@ class Asker:
             except GripError as error:
                 refused[pruner if isinstance(pruner, str) else pruner.name] = str(error)
         try:
-            grids = [item.grid for item in encode(self.model, inputs).samples[0]]
-            parts, no_picture = layout_of_images(self.processor, [image.size for image in images], grids), ""
+            items = encode(self.model, inputs).samples[0]
+            grids, tokens = [item.grid or item.rasters for item in items], [item.features.shape[0] for item in items]
+            sizes = [image.size for image in images]
+            parts, no_picture = layout_of_images(self.processor, sizes, grids, tokens), ""
         except GeometryError as error:
             parts, no_picture = [], str(error)
         return Comparison(images, prompt, question, full, pruned, refused, parts, no_picture)

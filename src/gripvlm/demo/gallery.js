@@ -38,16 +38,17 @@ function colour(answer, token, n) {
 
 let drawn = 0;
 function picture(part, answer, n) {
-  const boxes = data.boxes[part.boxes], [width, height] = part.size;
+  // rows: which of the prompt's tokens each box is
+  const boxes = data.boxes[part.boxes], rows = data.rows[part.rows], [width, height] = part.size;
   const size = { width, height, preserveAspectRatio: "none" };
   const image = () => element("image", { href: data.pictures[part.picture], ...size });
   const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" }, image());
-  const of = (kept) => boxes.filter((_, i) => answer.mask[part.start + i] === kept);
+  const of = (kept) => boxes.filter((_, i) => answer.mask[rows[i]] === kept);
   const shaded = view.value === "kept" || !answer[view.value]?.length;
   if (answer.kept) {
     svg.append(element("path", { d: outline(of(false)), fill: "#181c24", "fill-opacity": shaded ? 0.72 : 0.5 }));
     if (!shaded) boxes.forEach((box, i) => {
-      svg.append(element("path", { d: outline([box]), fill: colour(answer, part.start + i, n) }));
+      svg.append(element("path", { d: outline([box]), fill: colour(answer, rows[i], n) }));
     });
     // The outline of all kept tokens together: a wide line, and what they show over its inner half.
     const id = `kept${drawn++}`, d = outline(of(true));
@@ -59,7 +60,7 @@ function picture(part, answer, n) {
   const mark = element("rect", { fill: "none", stroke: "#fff", "stroke-width": width / 90, visibility: "hidden" });
   svg.append(mark);
   svg.mark = (token) => {
-    const box = boxes[token - part.start];
+    const box = boxes[rows.indexOf(token)];
     mark.setAttribute("visibility", box ? "visible" : "hidden");
     if (box) for (const [key, value] of Object.entries({ x: box[0], y: box[1], width: box[2] - box[0], height: box[3] - box[1] }))
       mark.setAttribute(key, value);
@@ -68,7 +69,7 @@ function picture(part, answer, n) {
     const frame = svg.getBoundingClientRect();
     const x = (event.clientX - frame.left) / frame.width * width, y = (event.clientY - frame.top) / frame.height * height;
     const found = boxes.findIndex(([l, t, r, b]) => l <= x && x < r && t <= y && y < b);
-    return found < 0 ? -1 : part.start + found;
+    return found < 0 ? -1 : rows[found];
   };
   return svg;
 }
@@ -114,7 +115,7 @@ function card(name, answer, example, tell) {
 }
 
 function ready(example) {
-  const n = example.parts.reduce((sum, part) => sum + data.boxes[part.boxes].length, 0);
+  const n = example.full.tokens; // newlines between tiles too, which have no box
   for (const answer of [example.full, ...example.settings.flat()].filter((one) => !one.refused)) {
     answer.mask = answer.kept ? bits(answer.kept, n) : Array(n).fill(true);
     answer.ranks = answer.scores && ranks(answer.scores);

@@ -94,6 +94,7 @@ def gallery(
         **environment(),
         "pictures": content.pictures,
         "boxes": content.boxes,
+        "rows": content.rows,
         "examples": examples,
     }
 
@@ -162,11 +163,12 @@ def case_of(task: Task, sample: Sample, methods: Sequence[str], results: Results
 
 
 class _Content:
-    """Examples as the page reads them; pictures and boxes that several of them share are there once."""
+    """Examples as the page reads them; pictures, boxes and rows that several of them share are there once."""
 
     def __init__(self) -> None:
         self.pictures: list[str] = []
         self.boxes: list[list[list[float]]] = []
+        self.rows: list[list[int]] = []
 
     def example(self, asker: Asker, chosen: Chosen, methods: Sequence[str], repeats: int) -> dict[str, Any]:
         """A question with its answers: `settings` is a list over KEEPS of lists over methods."""
@@ -193,7 +195,7 @@ class _Content:
                 "name": part.name,
                 "picture": pictures[part.image],
                 "size": part.geometry.image_size,
-                "start": part.start,
+                "rows": self._place(self.rows, list(part.rows)),
                 "boxes": self._place(self.boxes, [[round(x, 2) for x in box] for box in part.geometry.boxes]),
             }
             for part in comparison.parts

@@ -31,7 +31,7 @@ class Sheet(NamedTuple):
             at_x, at_y = x / factor, (y - top) / factor
             for number, (left, above, right, below) in enumerate(part.geometry.boxes):
                 if left <= at_x < right and above <= at_y < below and 0 <= at_y < part.geometry.image_size[1]:
-                    return part.start + number
+                    return part.rows[number]
         return None
 
 
