@@ -30,6 +30,7 @@ from matrix import (
     budgets,
     case,
     chosen,
+    decided_by_rounding,
     feasible,
     few,
     lacking,
@@ -97,7 +98,7 @@ def test_selections_at_every_budget(spec, name):
             assert all(same(one, other) for (_, one), (_, other) in zip(mine, own, strict=True)), k
 
 
-@pytest.mark.parametrize(("spec", "name"), pairs("input"))
+@pytest.mark.parametrize(("spec", "name"), [pair for pair in pairs("input") if not decided_by_rounding(*pair)])
 def test_models_run_on_what_is_selected(spec, name):
     """k = n is the unpruned model bit for bit; half of the rows: finite, alone as in the batch, sdpa as eager."""
     picked = []

@@ -18,13 +18,20 @@ def full_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
 
 
+def places_of(ids: Tensor, sample: list[Selection]) -> list[Tensor]:
+    """Where the rows [n] of each item of one prompt [L] are; rows behind an item's own, such as separators, are not."""
+    places = ((ids == IMAGE) | (ids == VIDEO)).nonzero().flatten()
+    counts = [selection.n for selection in sample]
+    tail = (len(places) - sum(counts)) // max(1, len(counts))
+    return [part[: len(part) - tail] for part in places.split([n + tail for n in counts])] if counts else []
+
+
 def kept(ids: Tensor, mask: Tensor, selections: Selections) -> Tensor:
     """[B, L] bool: real tokens that are text or a selected row."""
     keep = mask.bool()
     for row, left, sample in zip(ids, keep, selections, strict=True):
-        places = ((row == IMAGE) | (row == VIDEO)).nonzero().flatten()
-        if sample:
-            left[places] = torch.cat([selection.mask() for selection in sample])
+        for selection, places in zip(sample, places_of(row, sample), strict=True):
+            left[places] = selection.mask()
     return keep
 
 

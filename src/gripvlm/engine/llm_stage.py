@@ -185,6 +185,7 @@ class LLMStage:
         assert isinstance(request.pruner, LLMPruner)
         self.pruner, self.model, self.arguments = request.pruner, request.model, arguments
         self.layers = len(self.model.get_decoder().layers)
+        self._tail = request.family.tail
         self.merges: dict[int, list[Merged]] = {}
         self.dropped = DropState()
         self._images: list[list[_Image]] = []
@@ -280,7 +281,8 @@ class LLMStage:
         for row in range(rows):
             # `generate` repeats each prompt for its beams, side by side.
             images = self._images[row // (rows // len(self._images))]
-            for image, places in zip(images, _places_by_image(layer, row, images, visual[row]), strict=True):
+            by_image = _places_by_image(layer, row, images, visual[row], self._tail)
+            for image, places in zip(images, by_image, strict=True):
                 n = places.numel()
                 if image.schedule.get(layer, n) >= n:
                     continue
@@ -343,12 +345,12 @@ class LLMStage:
         return fields
 
 
-def _places_by_image(layer: int, row: int, images: Sequence[_Image], visual: Tensor) -> Sequence[Tensor]:
-    """The places of each image's tokens in a row whose visual tokens `visual` [L] marks."""
-    places, counts = visual.nonzero().flatten(), [image.entering(layer).numel() for image in images]
+def _places_by_image(layer: int, row: int, images: Sequence[_Image], visual: Tensor, tail: int) -> list[Tensor]:
+    """The places of each image's tokens in a row whose visual tokens `visual` [L] marks, `tail` more behind each."""
+    places, counts = visual.nonzero().flatten(), [image.entering(layer).numel() + tail for image in images]
     if places.numel() != sum(counts):
         raise _another_prompt(f"{places.numel()} visual tokens in row {row}", f"{sum(counts)}")
-    return places.split(counts) if counts else ()
+    return [part[: len(part) - tail] for part in places.split(counts)] if counts else []
 
 
 def _another_prompt(got: str, expected: str) -> InputError:

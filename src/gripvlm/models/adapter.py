@@ -136,6 +136,9 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
         size = family.joined(prompts.model, host)
         # An entry of no rows is a prompt without images.
         rows = [part for row in rows for part in row.split(size) if part.shape[0]]
+    tails: list[Tensor | None] = [None] * len(rows)
+    if family.tail:
+        rows, tails = [row[: -family.tail] for row in rows], [row[-family.tail :] for row in rows]
     planes = getattr(output, "deepstack_features", None) or ()
     sizes = [row.shape[0] for row in rows]
     grids = family.grid(prompts.model, host, modality, sizes)
@@ -151,6 +154,7 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
             deepstack=tuple(plane[i] for plane in planes),
             grid=grids[i],
             key=0,
+            tail=tails[i],
             patch_grid=None if patches is None else tuple(patches[i].tolist()),
             seconds=None if seconds is None else float(seconds[i]),
             rasters=rasters[i] if grids[i] is None else (),

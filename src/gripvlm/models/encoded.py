@@ -25,6 +25,7 @@ class Item:
         modality: "image" or "video".
         features: [n, d] rows as the language model receives them.
         deepstack: further planes [n, d], one for each layer they are added at; mostly none.
+        tail: [t, d] rows behind these that stay whatever is selected, such as a separator; None for most families.
         grid: (h, w) of a plain raster, else None.
         key: a number from the pixels alone (see `VisualTokens.key`).
         patch_grid: (t, h, w) or (h, w) in patches before merging, for families whose positions are made from it, else
@@ -43,6 +44,7 @@ class Item:
     deepstack: tuple[Tensor, ...]
     grid: Grid
     key: int
+    tail: Tensor | None = None
     patch_grid: tuple[int, ...] | None = None
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
@@ -55,7 +57,12 @@ class Item:
     @property
     def placeholders(self) -> int:
         """How many it has in its prompt."""
-        return self.features.shape[0] if self.distinct is None else len(self.distinct.slot)
+        return self.behind + (self.features.shape[0] if self.distinct is None else len(self.distinct.slot))
+
+    @property
+    def behind(self) -> int:
+        """How many of them are of rows that stay."""
+        return 0 if self.tail is None else self.tail.shape[0]
 
     def tokens(self, keep: int, question: Tensor | None, sample: int, image: int) -> VisualTokens:
         """What a pruner gets to choose `keep` rows of it."""

@@ -28,7 +28,7 @@ from gripvlm.models.grids import (
     unknown,
 )
 from gripvlm.models.hooks.attention import feature_block
-from gripvlm.models.vision_rules import VisionRule, by_grid, by_raster, by_tile, in_one_row, packed
+from gripvlm.models.vision_rules import VisionRule, by_grid, by_raster, by_tile, in_one_row, packed, pooled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +48,7 @@ class Family:
             it is not known: pruners that read the tower's attention or patches are then refused.
         modalities: what its encoders take; `config.<modality>_token_id` is the placeholder.
         joined: where the encoder joins all items of a prompt, the rule for the rows of one of them.
+        tail: rows at the end of each item, such as a separator, that stay and are not counted.
         extras: further fields of the encoder's output that `forward` reads, passed on unchanged.
         equals: what pruning equals. "masking": the full model with the dropped keys masked at the same positions.
             "deletion": the model that never saw the dropped rows, in prefill and decoding alike. Recurrent and
@@ -70,6 +71,7 @@ class Family:
     vision: VisionRule | None = None
     modalities: tuple[str, ...] = ("image",)
     joined: Callable[[PreTrainedModel, Mapping[str, Any]], int] | None = None
+    tail: int = 0
     extras: tuple[str, ...] = ()
     equals: str = "masking"
     beams: bool = True
@@ -161,6 +163,26 @@ ROWS = (
     Family("minicpmv4_7", from_targets, by_raster(from_targets), equals="deletion"),
     # Its row breaks are text, which stays.
     Family("mistral3", from_pixels, in_one_row, drops=MASKED),
+    Family("aya_vision", square, by_tile),
+    Family("cohere2_vision", square, by_tile),
+    # Its tower is a convolutional network of timm's, without attention.
+    Family("fast_vlm", square),
+    # Its tower attends by window, with code of its own that shows no attention.
+    Family("got_ocr2", square),
+    # Towers of timm's. Videos: not tried.
+    Family("perception_lm", square),
+    # Several layers of the tower, so nothing may be merged between them.
+    Family("vipllava", from_pixels, by_tile),
+    # Learned queries, which are no raster; a row behind them separates views.
+    Family("deepseek_ocr2", unknown, tail=1),
+    # Its tower is a convolutional network of timm's; AltUp and shared keys, as in Gemma 4.
+    Family("gemma3n", square, layers=False),
+    # Positions count text, without M-RoPE.
+    Family("kimi_k25", from_patches, by_raster(from_patches), modalities=BOTH),
+    # Convolutions.
+    Family("lfm3_vl", from_patches, equals="deletion", layers=False, since=(5, 24)),
+    # Rows are added to their placeholders' embedding; all image tokens of a prompt attend in both directions.
+    Family("molmo2", unknown, pooled, chunks=False, since=(5, 24)),
     Family("lighton_ocr", from_pixels, in_one_row, drops=MASKED),
     # The whole prompt attends in both directions.
     Family("paligemma", square, by_tile, chunks=False, merges=True, drops=projector),
@@ -194,7 +216,8 @@ REFUSED: dict[str, str] = {
     "instructblipvideo": QFORMER,
     "kosmos-2": NOT_TAKEN,
     "kosmos-2.5": NOT_TAKEN,
-    "llama4": "its forward projects the encoder's rows itself, after the point where rows are dropped",
+    "llama4": "its forward projects the encoder's rows itself, after the point where rows are dropped, and in "
+    "transformers 5.24 it fails, whatever it is given",
     "mistral4": "it reads no images",
     "mllama": CROSS,
     "phi4_multimodal": NOT_TAKEN,
@@ -213,13 +236,10 @@ MISSING = frozenset(
     {
         "apertus1p5",
         "aria",
-        "aya_vision",
         "chameleon",
-        "cohere2_vision",
         "cohere_compass",
         "cosmos3_edge",
         "cosmos3_omni",
-        "deepseek_ocr2",
         "deepseek_vl",
         "deepseek_vl_hybrid",
         "diffusion_gemma",
@@ -227,11 +247,8 @@ MISSING = frozenset(
         "emu3",
         "ernie4_5_vl_moe",
         "exaone4_5",
-        "fast_vlm",
-        "gemma3n",
         "glm5_next",
         "glmga",
-        "got_ocr2",
         "granite_docling",
         "hy_v4_vl",
         "hyperclovax_vision_v2",
@@ -240,17 +257,13 @@ MISSING = frozenset(
         "inkling2_loop",
         "inkling_mm_model",
         "janus",
-        "kimi_k25",
-        "lfm3_vl",
         "llava_next_video",
         "minicpm_ocr",
         "minimax_m3_vl",
         "mistral_large4",
-        "molmo2",
         "muse_glimmer",
         "muse_spark",
         "nemotron_h_omni",
-        "perception_lm",
         "pp_chart2table",
         "qianfan_ocr",
         "qwen2_5_omni_thinker",
@@ -261,7 +274,6 @@ MISSING = frozenset(
         "unlimited_ocr",
         "video_llama_3",
         "video_llava",
-        "vipllava",
     }
 )
 """Types of the newest tested transformers that nobody has tried: no row, and no reason to refuse them either."""

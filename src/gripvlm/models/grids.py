@@ -47,11 +47,19 @@ def from_pixels(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: li
 def from_patches(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
     """Towers that get `<modality>_grid_thw`, in patches before merging.
 
-    None for a video of several frames: its rows are one raster after the other.
+    None for a video whose rows are one raster a frame after the other; some towers make one of the mean over frames.
     """
-    merge = model.config.vision_config.spatial_merge_size
-    grids = inputs[f"{modality}_grid_thw"].tolist()
-    return [(h // merge, w // merge) if t == 1 else None for t, h, w in grids]
+    merge = merged_edge(model)
+    shapes = [(t, h // merge, w // merge) for t, h, w in inputs[f"{modality}_grid_thw"].tolist()]
+    return [(h, w) if t == 1 or h * w == n else None for (t, h, w), n in zip(shapes, sizes, strict=True)]
+
+
+def merged_edge(model: PreTrainedModel) -> int:
+    """The patches along the edge of the square that becomes one row; 1 where the config names none."""
+    config, vision = model.config, model.config.vision_config
+    if hasattr(vision, "merge_kernel_size"):  # Kimi's name for it, (height, width)
+        return int(vision.merge_kernel_size[0])
+    return int(getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1))
 
 
 def from_coordinates(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:

@@ -105,6 +105,7 @@ class _ByGrid(VisionRule):
 class _ByRaster(VisionRule):
     """Towers that see each item by itself, in raster order, and merge square blocks between or behind their blocks.
 
+    A video's rows are the mean over its frames.
     Where `marked`, each line of rows ends with a newline row, and one row stands before and one behind the item. These
     have no patch behind them and get zeros.
     """
@@ -115,18 +116,20 @@ class _ByRaster(VisionRule):
     def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
         patches = torch.cat([call[0] for call in maps], dim=-1)  # [c, patches of all items]
         grids = [grid for grid in self.grid(items.model, items.inputs, items.modality, items.counts) if grid]
+        thw = items.inputs.get(f"{items.modality}_grid_thw")
+        frames = [1] * len(grids) if thw is None else [int(t) for t in thw[:, 0]]
         # A map is from before a merger or from behind it: the edge of the block that is a row's.
-        rows = sum(h * w for h, w in grids)
+        rows = sum(t * h * w for t, (h, w) in zip(frames, grids, strict=False))
         side = math.isqrt(patches.shape[-1] // rows)
         if len(grids) != len(items.counts) or patches.shape[-1] != side * side * rows:
             raise InputError(
                 f"{patches.shape[-1]} patches were captured, which do not make the {rows} rows of the items' grids in "
                 "square blocks: make the inputs with the model's own processor"
             )
-        images = patches.split([side * side * h * w for h, w in grids], dim=-1)
+        images = patches.split([side * side * t * h * w for t, (h, w) in zip(frames, grids, strict=True)], dim=-1)
         rasters = [
-            nn.functional.avg_pool2d(image.unflatten(-1, (h * side, w * side)), side)
-            for image, (h, w) in zip(images, grids, strict=True)
+            nn.functional.avg_pool2d(image.unflatten(-1, (t, h * side, w * side)).mean(1), side)
+            for image, t, (h, w) in zip(images, frames, grids, strict=True)
         ]
         if not self.marked:
             return [raster.flatten(1) for raster in rasters]
@@ -205,7 +208,19 @@ class _Packed(VisionRule):
         return [n if cut else 1 for n, cut in zip(counts, alone, strict=True)]
 
 
-by_tile, by_grid, in_one_row, packed = _ByTile(), _ByGrid(), _InOneRow(), _Packed()
+class _Pooled(VisionRule):
+    """Towers that see crops by themselves, where `<modality>_token_pooling` has the patches of each row, or -1."""
+
+    def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
+        patches = _single_call(maps).transpose(0, 1).flatten(1)  # [c, crops x patches]
+        places = items.inputs[f"{items.modality}_token_pooling"].to(patches.device)
+        real = (places >= 0).any(-1)
+        weight = (places >= 0)[real].to(patches.dtype)
+        pooled = (patches[:, places[real].clamp(min=0)] * weight).sum(-1) / weight.sum(-1)
+        return list(pooled.split(items.counts, dim=-1))
+
+
+by_tile, by_grid, in_one_row, packed, pooled = _ByTile(), _ByGrid(), _InOneRow(), _Packed(), _Pooled()
 by_raster = _ByRaster
 
 

@@ -94,11 +94,13 @@ def blocks_of(root: nn.Module) -> nn.ModuleList:
 
 
 def feature_block(model: PreTrainedModel) -> nn.Module:
-    """The block of the vision tower whose output becomes features."""
-    number = getattr(model.config, "vision_feature_layer", None)
-    number = number if isinstance(number, int) else -1
+    """The block of the vision tower whose output becomes features; the last one, where those of several do."""
+    blocks, config = blocks_of(model.get_encoder("image")), model.config
+    # The plural is VipLLaVA's in transformers 5.19.
+    numbers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
+    numbers = [-1] if numbers is None else [numbers] if isinstance(numbers, int) else numbers
     # transformers numbers hidden states, of which the embeddings are the first; negative numbers need no shift.
-    return blocks_of(model.get_encoder("image"))[number if number < 0 else number - 1]
+    return blocks[max((number if number < 0 else number - 1) % len(blocks) for number in numbers)]
 
 
 def last_norm(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
