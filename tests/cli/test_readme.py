@@ -68,7 +68,7 @@ def test_every_command_exists():
     from gripvlm.cli import app
 
     typed = [shlex.split(line, comments=True)[1:] for line in COMMANDS if line.startswith("gripvlm ")]
-    assert {"quickstart", "ask", "train", "eval", "list", "env"} <= {words[0] for words in typed}
+    assert {"quickstart", "ask", "train", "eval", "recommend"} <= {words[0] for words in typed}
     for name, *words in typed:
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
         known = {flag for option in get_command(app).commands[name].params for flag in option.opts}
