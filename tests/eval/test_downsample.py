@@ -22,7 +22,7 @@ from gripvlm.eval.downsample import downsampled
 from gripvlm.lab.tower import LabVisionEmbeddings
 from gripvlm.models.compat import takes
 from gripvlm.models.smaller import interpolated_positions, raster_within, row_pixels, smaller_picture
-from tiny_families import build
+from tiny_families import TINY, build
 from tiny_families.base import BOS, IMAGE, modality_types, pad
 from tiny_lab import tiny_lab
 from tiny_models import tiny_llava
@@ -142,6 +142,8 @@ def grids(encoded):
 @pytest.mark.parametrize(("name", "side"), [("llava", 8), ("mistral3", 8), ("qwen2_5_vl", 8), ("kimi_k25", 8)])
 def test_the_square_of_a_row(name, side):
     """Patches of 4 pixels, 2 x 2 of which make a row, under each of the names that configs have for it; or of 8."""
+    if name not in TINY:
+        pytest.skip("transformers is too old for it")
     assert row_pixels(build(name)) == side
 
 

@@ -177,8 +177,8 @@ ROWS = (
     Family("deepseek_ocr2", unknown, tail=1),
     # Its tower is a convolutional network of timm's; AltUp and shared keys, as in Gemma 4.
     Family("gemma3n", square, layers=False),
-    # Positions count text, without M-RoPE.
-    Family("kimi_k25", from_patches, by_raster(from_patches), modalities=BOTH),
+    # Positions count text, without M-RoPE. transformers 5.19 fails on several videos.
+    Family("kimi_k25", from_patches, by_raster(from_patches), modalities=BOTH, since=(5, 24)),
     # Convolutions.
     Family("lfm3_vl", from_patches, equals="deletion", layers=False, since=(5, 24)),
     # Rows are added to their placeholders' embedding; all image tokens of a prompt attend in both directions.
