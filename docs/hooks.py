@@ -1,8 +1,8 @@
 """The pages of the site that nobody writes by hand; mkdocs.yml names this file.
 
-Pages that lie elsewhere in the repository (README, CHANGELOG, reports) are shown as they are. A page for each pruner
-and the references are made from docstrings and from the command line's own help. Links to files that are no pages, such
-as a source file, lead to a copy of the file in the site.
+Pages that lie elsewhere in the repository (README, CHANGELOG, reports) are shown as they are, notebooks with what they
+showed. A page for each pruner and the references are made from docstrings and from the command line's own help.
+Links to files that are no pages, such as a source file, lead to a copy of the file in the site.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import json
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urldefrag
@@ -24,6 +25,7 @@ from gripvlm.cli import app
 from gripvlm.models import coverage
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(file.stem for file in ROOT.glob("examples/*.ipynb"))
 REPORTS = sorted(file.parent.name for file in ROOT.glob("experiments/*/REPORT.md"))
 ELSEWHERE = {
     "README.md": "index.md",
@@ -33,8 +35,8 @@ ELSEWHERE = {
     "SECURITY.md": "security.md",
     "src/gripvlm/lab/data/LICENSES.md": "licences.md",
     "experiments/README.md": "results/index.md",
-    "experiments/log.md": "results/log.md",
     **{f"experiments/{study}/REPORT.md": f"results/{study}.md" for study in REPORTS},
+    **{f"examples/{name}.ipynb": f"tutorials/{name}.md" for name in NOTEBOOKS},
 }
 """A page's path in the repository -> its path in the site."""
 HERE = {there: here for here, there in ELSEWHERE.items()}
@@ -51,6 +53,7 @@ FURTHER = [
     "gripvlm.eval.runner.evaluate",
     "gripvlm.report.build.report",
     "gripvlm.bench.runner.bench",
+    "gripvlm.demo.compare.Asker",
     "gripvlm.grip.train.run.train",
     "gripvlm.grip.train.config.TrainConfig",
 ]
@@ -113,8 +116,33 @@ def _command_line() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _cell(cell: dict[str, Any]) -> Iterator[str]:
+    """A notebook's cell in Markdown: its text, or its code and what it showed."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        yield source
+        return
+    yield f"```python\n{source}\n```"
+    for output in cell["outputs"]:
+        if "text" in output:
+            yield f"```text\n{''.join(output['text']).rstrip()}\n```"
+        elif "image/png" in output["data"]:
+            yield f'<img alt="picture" src="data:image/png;base64,{output["data"]["image/png"]}">'
+        else:
+            yield f"```text\n{''.join(output['data']['text/plain'])}\n```"
+
+
+def _page(path: str) -> str:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if not path.endswith(".ipynb"):
+        return text
+    parts = [part for cell in json.loads(text)["cells"] for part in _cell(cell)]
+    parts.insert(1, f"This page is the notebook `{path}` of the repository, with what it showed.")
+    return "\n\n".join(parts) + "\n"
+
+
 def _generated() -> dict[str, str]:
-    pages = {there: (ROOT / here).read_text(encoding="utf-8") for here, there in ELSEWHERE.items()}
+    pages = {there: _page(here) for here, there in ELSEWHERE.items()}
     pages |= {f"methods/{name}.md": _method(name) for name in PRUNERS}
     pages["model-types.md"] = coverage.page()
     return pages | {"reference/python.md": _python(), "reference/command-line.md": _command_line()}
@@ -140,7 +168,7 @@ def _in_site(path: str) -> str | None:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lists the methods and the reports in the navigation."""
-    reports = ["results/index.md", *(f"results/{study}.md" for study in REPORTS), "results/log.md"]
+    reports = ["results/index.md", *(f"results/{study}.md" for study in REPORTS)]
     filled = {"Methods": [f"methods/{name}.md" for name in PRUNERS], "Results": reports}
     (section,) = [entry["Background"] for entry in config.nav if "Background" in entry]
     for entry in section:

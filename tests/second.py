@@ -178,6 +178,18 @@ def scope(looked: Sequence[float], rows: Tensor, keep: int, alpha: float) -> lis
     return sorted(chosen)
 
 
+def mmr(scores: Tensor, rows: Tensor, keep: int, balance: float) -> list[int]:
+    low, high = float(scores.min()), float(scores.max())
+    worth, alike = [(float(score) - low) / (high - low) for score in scores], cosines(rows)
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        rest = [i for i in range(len(worth)) if i not in chosen]
+        again = {i: max((alike[i][j] for j in chosen), default=0.0) for i in rest}
+        left = [balance * one - (1 - balance) * again.get(i, 0.0) for i, one in enumerate(worth)]
+        chosen.append(falling(left if chosen else worth, rest)[0])
+    return sorted(chosen)
+
+
 def holov(looked: Sequence[float], rows: Tensor, keep: int, crops: int, alpha: float) -> list[int]:
     n, cosine_of = len(looked), cosines(rows)
     crops = min(crops, n)

@@ -13,7 +13,8 @@ from places import ROOT
 
 PAGES = [
     path
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")]
+    for pattern in ("*.md", "docs/*.md", "examples/**/*.md", "experiments/**/*.md")
+    for path in ROOT.glob(pattern)
     if path.name != "log.md"  # dated notes name what was there then
 ]
 FILES = [

@@ -25,7 +25,7 @@ else:
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LOCKS = {name: ROOT / "locks" / f"{name}.txt" for name in ("gripvlm", "lmms")}
+LOCKS = {name: ROOT / "locks" / f"{name}.txt" for name in ("gripvlm", "lmms", "demo")}
 PLACES = [
     {
         "python_version": f"3.{minor}",
@@ -81,10 +81,13 @@ def test_a_lock_names_every_direct_dependency_once_for_every_python(lock, place)
     project = PYPROJECT["project"]
     wanted = named(project["dependencies"], PYPROJECT["build-system"]["requires"], ["pip", variable("TORCH")])
     if lock == "gripvlm":
-        # vLLM pins torch and transformers itself: locks/vllm.txt is one environment, with versions of its own.
-        wanted += named(*(lines for extra, lines in project["optional-dependencies"].items() if extra != "vllm"))
+        # vLLM pins torch and transformers itself: locks/vllm.txt is one environment, with versions of its own. Gradio
+        # is in a lock of its own too.
+        others = ("vllm", "demo")
+        wanted += named(*(lines for extra, lines in project["optional-dependencies"].items() if extra not in others))
     else:
-        wanted += named([variable("LMMS"), "pytest", "hypothesis"])
+        own = {"lmms": [variable("LMMS")], "demo": project["optional-dependencies"]["demo"]}[lock]
+        wanted += named([*own, "pytest", "hypothesis"])
     found = locked(lock, place)
     for one in wanted:
         if one.marker is None or one.marker.evaluate(place):
@@ -97,8 +100,8 @@ def test_a_lock_names_every_direct_dependency_once_for_every_python(lock, place)
 
 @pytest.mark.skipif(not (Path(sys.prefix) / "constraints.txt").is_file(), reason="not an environment that make built")
 def test_what_is_installed_is_what_is_locked():
-    """torch apart, whose version may be typed; .venv/lmms has a lock of its own."""
-    lock = "lmms" if Path(sys.prefix).name == "lmms" else "gripvlm"
+    """torch apart, whose version may be typed; .venv/lmms and .venv/demo have locks of their own."""
+    lock = name if (name := Path(sys.prefix).name) in ("lmms", "demo") else "gripvlm"
     wanted = locked(lock, dict(default_environment()))
     (site,) = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     found = {canonicalize_name(one.name): one.version for one in distributions(path=[site])}

@@ -6,6 +6,7 @@ README's runs in tests/cli/test_readme.py, that of docs/methods.md in tests/prun
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,7 +47,12 @@ def of_training(folder):
     }
 
 
-NAMES = {"grip.md": of_training}
+def of_the_lab_uncompiled(folder):
+    """Compiling takes half a minute: here names and arguments are tried; test_static_shapes.py compiles."""
+    return of_the_lab(folder) | {"torch": SimpleNamespace(compile=lambda function, **options: function)}
+
+
+NAMES = {"grip.md": of_training, "speed.md": of_the_lab_uncompiled}
 """Page -> what its examples take for granted, where that is more than a model and inputs."""
 
 
@@ -64,4 +70,4 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_pages_have_examples():
-    assert {"prune.md", "grip.md", "lab.md"} <= PAGES.keys()
+    assert {"prune.md", "grip.md", "lab.md", "speed.md"} <= PAGES.keys()

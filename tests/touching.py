@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 RUNS_MODELS = (
     "transformers",
-    *(f"gripvlm.{room}" for room in ("models", "api", "engine", "bench", "grip.train", "lab", "serve")),
+    *(f"gripvlm.{room}" for room in ("models", "api", "engine", "bench", "grip.train", "lab", "serve", "demo")),
 )
 """Modules that hand something to transformers or take something from it."""
 

@@ -18,6 +18,7 @@ from gripvlm.bench.runner import settings_of, turns
 from gripvlm.budget import Budget
 from gripvlm.cli import main
 from gripvlm.errors import BudgetError, GripError
+from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.text import visual_places
 from gripvlm.pruners import get_pruner
 from tiny_lab import tiny_lab
@@ -229,6 +230,32 @@ def test_all_tokens_asked_for_are_generated(tiny):
     assert not torch.isin(new, torch.tensor([2, 98])).any()
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen"])
+def test_a_pruner_in_the_tower_has_a_second_limit(name):
+    """A tower that had half of the rows from its first block on, and a quarter of them in the prompt."""
+    model, quarter = shapes.random_model(name, CPU, torch.float32), Budget(0.25)
+    block = len(blocks_of(model.get_encoder("image"))) - 2
+    spec = f"tower(norm):block={block},tower_keep=0.5"
+    made = bench(
+        model, prompts(model, name), chosen(model, "norm", spec), [quarter], lengths=[PROMPT], new=NEW, repeats=1
+    )
+    names = ["full", "limit 0.25", "limit 0.25, tower 0.5", "norm 0.25", f"{spec} 0.25"]
+    assert [row["setting"] for row in made["rows"]] == names
+    full, limit, tower_limit, behind, tower = made["rows"]
+    n = full["visual_tokens"]
+    assert [row["tower_kept"] for row in made["rows"]] == [n, n, n / 2, n, n / 2]
+    assert [row["kept"] for row in made["rows"]] == [n, n / 4, n / 4, n / 4, n / 4]
+    assert tower_limit["flops"]["vision"] < limit["flops"]["vision"] == full["flops"]["vision"]
+    # tiny-qwen drops before its first block too, so it is at the limit
+    assert tower_limit["flops"]["whole"] <= tower["flops"]["whole"] < behind["flops"]["whole"]
+    for row in (full, limit, behind):
+        assert row["to_tower_limit"] is row["between"] is None
+    assert tower["to_limit"]["flops_whole"] < 1 <= tower["to_tower_limit"]["flops_whole"]
+    for phase in ("vision", "whole"):
+        own, high, low = (row["runs"][0][phase] for row in (tower, limit, tower_limit))
+        assert tower["between"][phase]["median"] == pytest.approx((high - own) / (high - low))
+
+
 def test_the_order_alternates():
     settings = settings_of([("norm", get_pruner("norm"))], [HALF])
     order = list(turns(settings, 4))
@@ -423,3 +450,43 @@ def test_bench_on_the_command_line(tiny, capsys):
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
     assert "fastv:layer=1 0.1 was not measured: " in " ".join(said.split())
+
+
+# --- smaller pictures -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen"])
+def test_smaller_pictures_are_timed_with_their_own_encoder(name):
+    model = shapes.random_model(f"random:{name}", CPU, torch.float32)
+
+    def made(batch, length, keep=None):
+        return random_prompts(model, architecture(name), batch, length, 112, keep=keep)
+
+    settings = {"lengths": [PROMPT], "new": NEW, "repeats": 2}
+    result = bench(model, made, [("downsample", None), *chosen(model, "norm")], [Budget(0.3)], **settings)
+    row, pruned, full = (of(result, setting) for setting in ("downsample 0.3", "norm 0.3", "full"))
+    assert (row["kind"], row["pruner"], row["kept"], row["visual_tokens"]) == ("downsample", "downsample", 4, 16)
+    assert row["flops"]["vision"] < pruned["flops"]["vision"] == full["flops"]["vision"]
+    assert row["flops"]["prefill"] < full["flops"]["prefill"]
+    assert row["seconds"]["vision"]["median"] > 0
+
+
+def test_a_model_whose_pictures_cannot_be_smaller_has_a_row_that_says_why(tiny):
+    def made(batch, length, keep=None):
+        if keep is not None:
+            raise BudgetError("no smaller picture")
+        return prompts(tiny)(batch, length)
+
+    settings = {"lengths": [PROMPT], "new": NEW, "repeats": 1}
+    result = bench(tiny, made, [("downsample", None), *chosen(tiny, "norm")], [HALF], **settings)
+    assert of(result, "downsample 0.5")["failed"] == "no smaller picture"
+    assert of(result, "norm 0.5")["turns"] == 1
+    with pytest.raises(BudgetError, match="no smaller picture"):
+        bench(tiny, made, [("downsample", None)], [HALF], **settings)
+
+
+def test_real_pictures_are_made_smaller_by_the_models_processor():
+    model, processor = tiny_lab()
+    inputs = real_prompts(model, processor, 2, 40, 64, keep=Budget(32))
+    assert inputs["pixel_values"].shape[-2:] == (5 * 8, 6 * 8)
+    assert (~visual_places(model, inputs["input_ids"])).sum(-1).tolist() == [40, 40]

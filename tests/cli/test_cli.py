@@ -170,7 +170,7 @@ def test_list_and_env(capsys):
     assert all(word in text for word in ("torch", "transformers", "cores", "python"))
 
 
-@pytest.mark.parametrize("width", [64, 120])
+@pytest.mark.parametrize("width", [60, 120])
 def test_list_shows_what_was_measured_and_where_it_comes_from(capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     assert main(["list"]) == 0

@@ -12,6 +12,7 @@ from gripvlm import lab
 from gripvlm.eval import make_inputs
 from gripvlm.tasks import get_tasks
 from places import ROOT
+from tiny_families import TINY, build, make
 
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -40,6 +41,18 @@ def test_python_blocks_run(names, number):
     exec(compile(PYTHON[number], f"README.md, block {number}", "exec"), names)
     if number == 0:
         assert names["ids"].shape[0] == 2
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_the_three_lines_run_on_models_of_the_types_that_they_name(family):
+    if family not in TINY:
+        pytest.skip("the installed transformers is too old for it")
+    assert "Qwen3-VL" in PYTHON[0]
+    names = {"model": build(family), "inputs": dict(make(TINY[family], [1, 2], [7, 9]).inputs)}
+    exec(compile(PYTHON[0], "README.md", "exec"), names)
+    for selection in (selection for images in names["record"].selections for selection in images):
+        assert selection.k == gripvlm.Budget(0.25).count(selection.n) < selection.n
+    assert names["ids"].shape == (2, names["inputs"]["input_ids"].shape[1] + 32)
 
 
 def test_the_pruner_of_the_readme_prunes(names):

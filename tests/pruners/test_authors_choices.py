@@ -1,4 +1,4 @@
-"""Eighteen methods against what their authors' own code chose on the same tensors, and so do second implementations.
+"""Nineteen methods against what their authors' own code chose on the same tensors, and so do second implementations.
 
 authors/choices.json is written by authors/record.py, which runs that code apart.
 """
@@ -20,6 +20,7 @@ from gripvlm.pruners import get_pruner, top_k
 from gripvlm.pruners.baselines.given import Given
 from gripvlm.pruners.llm.sparsevlm import SparseVLM
 from gripvlm.pruners.ops.schedules import average_tokens
+from gripvlm.pruners.wrappers.mmr import MMR
 from gripvlm.pruners.wrappers.restore import Restore
 from gripvlm.types import LLMTokens, Selection, VisionRows, VisualTokens
 from places import TESTS
@@ -271,6 +272,15 @@ def test_scope(run):
     assert get_pruner("scope").select(tokens).indices.tolist() == run["kept"]
     if run["keep"] == 16:
         assert second.scope(seen["cls"].double().mean(dim=0).tolist(), seen["rows"], 16, 1.0) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("mmr"))
+def test_mmr_over_a_trained_selector_is_idpruner(run):
+    seen = case("mmr", run["seed"])
+    pruner = MMR((Given([[seen["scores"]]]),), balance=run["balance"])
+    assert pruner.select(VisualTokens(seen["rows"], run["keep"])).indices.tolist() == run["kept"]
+    if run["keep"] == 16:
+        assert second.mmr(seen["scores"], seen["rows"], 16, run["balance"]) == run["kept"]
 
 
 @pytest.mark.parametrize("run", runs("holov"))

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.transformers
 
 NAMES = sorted(name for name in TINY if FAMILIES[name].takes_grids)
 PLAIN = sorted(name for name in TINY if FAMILIES[name].merges)  # plain ViTs, where a cell is a patch
-ROTARY = [name for name in ("glm_ocr", "qwen2_5_vl", "qwen2_vl") if name in NAMES]  # places are rotary alone
+ROTARY = ["glm_ocr", "qwen2_vl", "qwen2_5_vl"]  # towers that know places from rotary positions alone
 FULL = sorted({*NAMES} - {"qwen2_5_vl"})  # towers without windows
 NAMED = pytest.mark.parametrize("name", NAMES)
 EXACT = {"atol": 2e-5, "rtol": 2e-5}

@@ -62,7 +62,7 @@ def fits(
 
     Args:
         model, prompts, lengths, new: as for `bench`; one prompt is made, and repeated.
-        settings: as in `bench`; limits are left out.
+        settings: as in `bench`; limits and smaller pictures are left out.
         most: the largest batch tried.
         report: called with each batch that is tried.
 
@@ -73,7 +73,7 @@ def fits(
     for length in lengths:
         inputs, full, known = prompts(1, length), 0, False
         for setting in settings:
-            if setting.kind == "limit":
+            if setting.kind in ("limit", "tower_limit", "downsample"):
                 continue
 
             def holds(batch: int, setting: Setting = setting, inputs: Mapping[str, Any] = inputs) -> bool:

@@ -20,14 +20,16 @@ from gripvlm.engine.request import checked_pruner
 from gripvlm.errors import BudgetError, GripError, Interrupted
 from gripvlm.eval.environment import command_line, git_state, hardware, utc, versions
 from gripvlm.pruners import Pruner
+from gripvlm.pruners.wrappers.tower import Tower
 from gripvlm.utils import disk
 from gripvlm.utils.progress import Progress
 
 SCHEMA = "gripvlm.bench/1"
 """The number grows when an older reader would misread a file."""
 
-Prompts = Callable[[int, int], Mapping[str, Any]]
-"""(batch, text tokens) -> inputs, all prompts of a batch alike in length."""
+Prompts = Callable[..., Mapping[str, Any]]
+"""(batch, text tokens) -> inputs, all prompts of a batch alike in length; with `keep=` a budget the same prompts with
+smaller pictures."""
 
 
 class BenchInterrupted(Interrupted):
@@ -38,10 +40,19 @@ class BenchInterrupted(Interrupted):
         self.result = result
 
 
-def settings_of(pruners: Sequence[tuple[str, Pruner]], keeps: Sequence[Budget]) -> list[Setting]:
-    """The unpruned model, the limit at each budget, and every pruner at each."""
-    limits = [Setting("limit", keep) for keep in keeps]
-    return [FULL, *limits, *[Setting("pruned", keep, pruner, spec) for keep in keeps for spec, pruner in pruners]]
+def settings_of(pruners: Sequence[tuple[str, Pruner | None]], keeps: Sequence[Budget]) -> list[Setting]:
+    """The unpruned model, the limits and every pruner at each budget; no pruner stands for smaller pictures."""
+    shares = {spec: made.tower_budget if isinstance(made, Tower) else None for spec, made in pruners}
+    settings = [FULL, *[Setting("limit", keep) for keep in keeps]]
+    for keep in keeps:
+        settings += [
+            Setting("tower_limit", keep, tower_keep=share) for share in dict.fromkeys(shares.values()) if share
+        ]
+    for keep in keeps:
+        settings += [
+            Setting("pruned" if made else "downsample", keep, made, spec, shares[spec]) for spec, made in pruners
+        ]
+    return settings
 
 
 def turns(settings: Sequence[Setting], repeats: int) -> Iterable[tuple[int, Setting]]:
@@ -54,7 +65,7 @@ def turns(settings: Sequence[Setting], repeats: int) -> Iterable[tuple[int, Sett
 def bench(
     model: PreTrainedModel,
     prompts: Prompts,
-    pruners: Sequence[tuple[str, Pruner]],
+    pruners: Sequence[tuple[str, Pruner | None]],
     keeps: Sequence[Budget],
     *,
     batches: Sequence[int] = (1,),
@@ -70,8 +81,8 @@ def bench(
 
     Args:
         model: a supported transformers model.
-        prompts: (batch, text tokens) -> inputs, all prompts of a batch alike in length.
-        pruners: (as typed, object).
+        prompts: see `Prompts`.
+        pruners: (as typed, object); ("downsample", None) encodes smaller pictures.
         keeps: budgets.
         batches, lengths: B and text tokens; every pair is a cell.
         new: tokens to generate, at least 2.
@@ -95,7 +106,8 @@ def bench(
     if fit:
         check_limit(model.device)
     for _, pruner in pruners:
-        checked_pruner(pruner, model)
+        if pruner is not None:
+            checked_pruner(pruner, model)
     settings = settings_of(pruners, keeps)
     pairs = [(batch, length) for batch in batches for length in lengths]
     total = sum(batch for batch, _ in pairs) * len(settings) * (repeats + 1)
@@ -194,12 +206,23 @@ class _Run:
             about = {"batch": batch, "prompt": length}
             progress = {"runs_asked": len(runs) * self.repeats, "runs_done": done, "failed": failed or None}
             self.result["cells"].append(about | progress)
-            limits = {setting.keep: run for setting, run in runs.items() if setting.kind == "limit"}
+            limits = {s.keep: run for s, run in runs.items() if s.kind == "limit"}
+            towers = {(s.keep, s.tower_keep): run for s, run in runs.items() if s.kind == "tower_limit"}
             for setting, run in runs.items():
                 if run.turns or run.failed:
                     shape, hardware = (batch, self.new), (self.machine, self.weights)
-                    numbers = row(run, runs[FULL], limits.get(setting.keep), shape, hardware)
+                    tower = towers.get((setting.keep, setting.tower_keep))
+                    numbers = row(run, runs[FULL], limits.get(setting.keep), tower, shape, hardware)
                     self.result["rows"].append(about | setting.columns | numbers)
+
+    def _cell(self, batch: int, length: int) -> Cell:
+        smaller: dict[Budget, Mapping[str, Any] | BudgetError] = {}
+        for keep in [setting.keep for setting in self.settings if setting.kind == "downsample" and setting.keep]:
+            try:
+                smaller[keep] = self.prompts(batch, length, keep=keep)
+            except BudgetError as error:
+                smaller[keep] = error
+        return Cell(self.model, self.prompts(batch, length), self.keeps, self.new, smaller)
 
     def _measure(self, runs: dict[Setting, Runs], batch: int, length: int) -> None:
         """Fills `runs`: counts and warm-up first, then the turns.
@@ -210,8 +233,8 @@ class _Run:
         """
         # counting slows each operation down and counts grow with the batch, so one prompt is counted, once a length
         counted = batch > 1 and all((length, setting) in self.counts for setting in runs)
-        cell = Cell(self.model, self.prompts(batch, length), self.keeps, self.new)
-        single = cell if batch == 1 or counted else Cell(self.model, self.prompts(1, length), self.keeps, self.new)
+        cell = self._cell(batch, length)
+        single = cell if batch == 1 or counted else self._cell(1, length)
         for setting, run in runs.items():
             with _attempt(self.model, run):
                 if not counted:
@@ -221,7 +244,7 @@ class _Run:
                 run.counts = self.counts[length, setting].times(batch)
             self.bar.advance(batch)
         # where no pruner reaches its budget the command is wrong, and timing the rest would hide it
-        pruned = {setting: run for setting, run in runs.items() if setting.kind == "pruned"}
+        pruned = {setting: run for setting, run in runs.items() if setting.kind in ("pruned", "downsample")}
         if pruned and all(run.unreached for run in pruned.values()):
             reasons = [f"{s.spec} at {s.keep.short}: {run.failed}" for s, run in pruned.items() if s.keep is not None]
             raise BudgetError("; ".join(reasons))

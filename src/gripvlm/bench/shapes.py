@@ -8,6 +8,7 @@ at 336 pixels) in front of Qwen2-0.5B.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -18,10 +19,14 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from gripvlm.api import encode
+from gripvlm.budget import Budget
 from gripvlm.errors import GripError
 from gripvlm.eval import make_inputs, question_ids
+from gripvlm.eval.downsample import downsampled
 from gripvlm.grip.scorer import ModelFingerprint, Scorer, ScorerConfig
 from gripvlm.models.adapter import PER_TOKEN
+from gripvlm.models.smaller import raster_within
 from gripvlm.models.text import visual_places
 from gripvlm.pruners import Pruner, get_pruner
 from gripvlm.utils.spec import did_you_mean
@@ -102,7 +107,13 @@ def random_pruner(spec: str, model: PreTrainedModel) -> Pruner:
 
 
 def real_prompts(
-    model: PreTrainedModel, processor: Any, batch: int, prompt: int, side: int, images: int = 1
+    model: PreTrainedModel,
+    processor: Any,
+    batch: int,
+    prompt: int,
+    side: int,
+    images: int = 1,
+    keep: Budget | None = None,
 ) -> dict[str, Any]:
     """Inputs of B samples with pictures of noise, made by the model's own processor, then filled up with words.
 
@@ -111,14 +122,19 @@ def real_prompts(
         prompt: text tokens a sample, the chat template's included.
         side: width and height of each picture in pixels, before the processor makes of it what it will.
         images: pictures a sample.
+        keep: makes the pictures smaller, to this budget; by default they are as the processor makes them.
 
     Raises:
+        BudgetError: smaller pictures do not have fewer tokens.
         GripError: the template and a short question are longer than `prompt`.
     """
     random = np.random.default_rng(0)
     noise = random.integers(0, 256, (batch, images, side, side, 3), dtype=np.uint8)
     pictures = [[Image.fromarray(one) for one in sample] for sample in noise]
-    inputs = make_inputs(model, processor, [QUESTION] * batch, pictures)
+    questions = [QUESTION] * batch
+    inputs = make_inputs(model, processor, questions, pictures)
+    if keep is not None:
+        inputs, _ = downsampled(model, processor, questions, pictures, encode(model, inputs), keep)
     text = int((~visual_places(model, inputs["input_ids"][:1])).sum())
     if text > prompt:
         raise GripError(
@@ -136,12 +152,18 @@ def real_prompts(
 
 
 def random_prompts(
-    model: PreTrainedModel, shape: Architecture, batch: int, prompt: int, side: int, images: int = 1
+    model: PreTrainedModel,
+    shape: Architecture,
+    batch: int,
+    prompt: int,
+    side: int,
+    images: int = 1,
+    keep: Budget | None = None,
 ) -> dict[str, torch.Tensor]:
     """Inputs of B samples for a random model: pixels of noise, random words, `prompt` text tokens a sample.
 
     Args:
-        side, images: as for `real_prompts`.
+        side, images, keep: as for `real_prompts`.
 
     Raises:
         GripError: too few text tokens, or a picture too small for one visual token.
@@ -151,6 +173,11 @@ def random_prompts(
         raise GripError(
             f"--prompt {prompt}: a prompt has {fewest} text tokens at least: type --prompt {fewest} or more"
         )
+
+    def smaller(rows: int) -> tuple[int, int]:
+        """The raster of a square picture of so many rows."""
+        return (rows, rows) if keep is None else raster_within((rows, rows), keep.count(rows * rows, "each image"))
+
     random = torch.Generator().manual_seed(0)
     config, vision = model.config, model.config.vision_config
     before: list[int] = []
@@ -160,16 +187,17 @@ def random_prompts(
         rows = round(side / (merge * patch))  # the processor rounds to whole visual tokens
         if rows < 1:
             raise GripError(f"--picture {side}: type {merge * patch} or more pixels")
-        n, patches = rows * rows, rows * merge
+        high, wide = smaller(rows)
         values = vision.in_channels * vision.temporal_patch_size * patch**2
-        inputs = {"pixel_values": torch.randn(batch * images * patches**2, values, generator=random)}
-        inputs["image_grid_thw"] = torch.tensor([[1, patches, patches]] * (batch * images))
+        patches = (high * merge, wide * merge)
+        inputs = {"pixel_values": torch.randn(batch * images * math.prod(patches), values, generator=random)}
+        inputs["image_grid_thw"] = torch.tensor([[1, *patches]] * (batch * images))
         before, after = [config.vision_start_token_id], [config.vision_end_token_id]
     else:
-        n = (vision.image_size // vision.patch_size) ** 2
-        pixels = (batch * images, 3, vision.image_size, vision.image_size)
+        high, wide = smaller(vision.image_size // vision.patch_size)
+        pixels = (batch * images, 3, high * vision.patch_size, wide * vision.patch_size)
         inputs = {"pixel_values": torch.randn(pixels, generator=random)}
-    picture = [*before, *[config.image_token_id] * n, *after]
+    picture = [*before, *[config.image_token_id] * (high * wide), *after]
     words = torch.randint(3, shape.words, (batch, prompt - 1 - images * len(before + after)), generator=random)
     start = torch.tensor([1, *picture * images]).expand(batch, -1)
     ids = torch.cat((start, words), 1)

@@ -13,7 +13,9 @@ import gripvlm
 from gripvlm.cli.ask import ask_command
 from gripvlm.cli.bench import bench_command
 from gripvlm.cli.commands import env_command, evaluate_command, quickstart_command
+from gripvlm.cli.demo import demo_command
 from gripvlm.cli.listing import list_command
+from gripvlm.cli.recommend import recommend_command
 from gripvlm.cli.results import report_command
 from gripvlm.cli.serving import serve_command
 from gripvlm.cli.training import train_command
@@ -36,8 +38,10 @@ app.command(name="report")(report_command)
 app.command(name="bench")(bench_command)
 app.command(name="train")(train_command)
 app.command(name="serve")(serve_command)
+app.command(name="demo")(demo_command)
 app.add_typer(vllm_app, name="vllm")
 app.command(name="list")(list_command)
+app.command(name="recommend")(recommend_command)
 app.command(name="env")(env_command)
 
 # typer brings its own copy of click or uses the installed one; this is the right class in both.

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,8 +26,9 @@ from gripvlm.cli.commands import (
 )
 from gripvlm.cli.outputs import checked_json
 from gripvlm.errors import GripError
-from gripvlm.utils.terminal import filled
+from gripvlm.utils.terminal import filled, fitted
 
+DOWNSAMPLE = "downsample"
 PHASES = ("vision", "pruner", "overhead", "other", "prefill", "decode_token", "whole")
 PARTS = {
     "vision": ("vision",),
@@ -45,7 +47,9 @@ def bench_command(
     batch: Annotated[str, typer.Option(help="Prompts at a time, such as 1,8.")] = "1",
     prompt: Annotated[str, typer.Option(help="Text tokens a prompt, such as 64 or 64,512.")] = "64",
     new: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
-    pruners: Annotated[str, typer.Option("--pruners", "-p", help="From `gripvlm list`.")] = "norm,divprune,grip",
+    pruners: Annotated[
+        str, typer.Option("--pruners", "-p", help="From `gripvlm list`, or downsample.")
+    ] = "norm,divprune,grip",
     keep: Budgets = "50%,10%",
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count; one more warms up.")] = 7,
     fit: Annotated[int, typer.Option(min=0, help="Also find the largest batch, up to this, that fits in memory.")] = 0,
@@ -75,6 +79,8 @@ def bench_command(
 
     quiet()
     for spec in specs:  # before a model of gigabytes is loaded
+        if spec == DOWNSAMPLE:
+            continue
         if spec in EVAL_ONLY:
             raise GripError(f"{EVAL_ONLY[spec]}; type here names from `gripvlm list`")
         get_pruner(spec)
@@ -82,7 +88,8 @@ def bench_command(
         check_limit(chosen_device(device))
     is_random = model.startswith(PREFIX)
     vlm, prompts = _loaded(model, {"side": picture, "images": images}, device, dtype, attention)
-    chosen = [(spec, random_pruner(spec, vlm) if is_random else get_pruner(spec)) for spec in specs]
+    made = partial(random_pruner, model=vlm) if is_random else get_pruner
+    chosen = [(spec, None if spec == DOWNSAMPLE else made(spec)) for spec in specs]
     about = {"name": model, "weights": "random" if is_random else "as loaded", "picture": picture, "images": images}
     sizes: dict[str, Any] = {"batches": batches, "lengths": lengths, "new": new, "repeats": repeats, "fit": fit}
     try:
@@ -96,7 +103,7 @@ def bench_command(
         console().print(f"results: {escape(str(out))}", soft_wrap=True)
 
 
-def _loaded(model: str, pictures: dict[str, int], device: str | None, dtype: str | None, attention: str | None) -> Any:
+def _loaded(model: str, pictures: dict[str, Any], device: str | None, dtype: str | None, attention: str | None) -> Any:
     """(model, (batch, length) -> inputs): a loaded model, or a shape with random weights."""
     import torch
 
@@ -123,7 +130,9 @@ def show(result: Mapping[str, Any]) -> None:
         where = f"batch {batch}, {prompt} text tokens"
         if done:
             screen.print(_sheet(f"{where}: milliseconds a batch, medians", done, _times))
-            screen.print(_sheet("Ratios of whole; added: share of the unpruned prefill", done, _ratios))
+            towers = any(row["to_tower_limit"] for row in done)
+            ratios = partial(_ratios, towers=towers)
+            screen.print(_sheet("Ratios of whole; added: share of the unpruned prefill", done, ratios))
             screen.print(_sheet("Share of the time, % (of the roofline, %)", done, _shares))
         for row in rows:
             if row["failed"]:
@@ -134,7 +143,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 def _sheet(
     title: str, rows: Sequence[Mapping[str, Any]], cells: Callable[[Mapping[str, Any]], dict[str, str]]
-) -> Table:
+) -> Group:
     """Narrow enough for 80 columns; a long setting continues in a second line."""
     sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 0, 0, 0))
     sheet.add_column("setting", min_width=18, max_width=24, overflow="fold")
@@ -142,7 +151,7 @@ def _sheet(
         sheet.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         sheet.add_row(escape(row["setting"]), *cells(row).values())
-    return sheet
+    return fitted(sheet, 1)
 
 
 def _times(row: Mapping[str, Any]) -> dict[str, str]:
@@ -151,13 +160,16 @@ def _times(row: Mapping[str, Any]) -> dict[str, str]:
     return {"kept": f"{row['kept']:.4g}", **milliseconds}
 
 
-def _ratios(row: Mapping[str, Any]) -> dict[str, str]:
+def _ratios(row: Mapping[str, Any], towers: bool) -> dict[str, str]:
     full, limit = row["to_full"]["whole"], (row["to_limit"] or {}).get("whole")
+    tower = (row["to_tower_limit"] or {}).get("whole")
+    limits = {"/ tower": f"{tower['median']:.3f}" if tower else "-"} if towers else {}
     added, peak = row["to_full"]["added"], row["peak_memory"]
     return {
         "/ full": f"{full['median']:.3f}" if full else "-",
         "quartiles": f"{full['low']:.2f}-{full['high']:.2f}" if full else "-",
         "/ limit": f"{limit['median']:.3f}" if limit else "-",
+        **limits,
         "added": f"{100 * added['median']:.1f} %" if added and row["kind"] == "pruned" else "-",
         "KV MB": f"{row['kv_bytes'] / 1e6:.3g}",
         "peak GB": f"{peak / 1e9:.3g}" if peak else "-",

@@ -24,9 +24,11 @@ BUDGETS = "64, 10%, or at most so many: ≤64 or '<=64'"
 EVAL_ONLY = {
     "oracle": "the oracle keeps the evidence that a task marks for each question, and a picture of your own has none: "
     "type `gripvlm eval --pruners oracle` to see it on the lab's tasks",
+    "downsample": "'downsample' makes the picture smaller and is no pruner, so that `gripvlm eval` and `gripvlm bench` "
+    "alone take it: pass a smaller picture yourself",
     "blind": "'blind', the model without the picture, is no pruner: `gripvlm eval` measures it by itself",
 }
-"""Names that only `eval` accepts, and why."""
+"""Names that only `eval` accepts (and `bench`, downsample), and why."""
 
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, lab-dense, a local folder, or a Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
@@ -95,8 +97,11 @@ def evaluate_command(
         str, typer.Option("--tasks", "-t", help="From `gripvlm list`, hf:REPO or jsonl:PATH, separated by commas.")
     ] = "lab",
     pruners: Annotated[
-        str, typer.Option("--pruners", "-p", help="Names from `gripvlm list`, oracle, separated by commas; or all.")
-    ] = "random,grid,norm,pool,divprune",
+        str,
+        typer.Option(
+            "--pruners", "-p", help="Names from `gripvlm list`, oracle, downsample, separated by commas; or all."
+        ),
+    ] = "downsample,random,grid,norm,pool,divprune",
     keep: Budgets = "10%",
     model: Model = "lab",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,

@@ -16,8 +16,8 @@ from rich.console import Console
 from gripvlm.cli.commands import console
 from gripvlm.utils.terminal import filled
 
-COLUMNS = {"pruner": 14, "drops": 7, "attention": 11, "question": 10, "lab score": 14, "time": 8}
-"""Heading -> width."""
+COLUMNS = {"pruner": 14, "drops": 6, "attention": 10, "question": 9, "lab score": 13, "time": 8}
+"""Heading -> width; they fit into 60 columns."""
 STAGES = {"input": "input", "llm": "LLM", "vision": "tower", "pixels": "pixels"}
 PLUGINS = "gripvlm.pruners"
 
@@ -43,7 +43,8 @@ def list_command() -> None:
     _print(screen, "type options as name:option=value, such as random:seed=3, and wrappers as mmr(norm)")
     _print(
         screen,
-        "in `eval` also: oracle (keeps the evidence of each lab question); full and no image are always measured",
+        "in `eval` also: downsample (a smaller picture), oracle (keeps the evidence of each lab question); full and no "
+        "image are always measured",
     )
     _print(screen, f"tasks: {', '.join(known['tasks'])}, hf:REPO, jsonl:PATH")
     # Entry points are read without an import of their modules.
@@ -86,7 +87,7 @@ def _details(name: str, row: dict[str, Any]) -> str:
     parts = (
         row["source"],
         "trained for one model" if row["trained"] else "",
-        "needs a plain raster" if row["grid"] else "",
+        "needs rasters" if row["grid"] else "",
         f"options {', '.join(row['options'])}" if row["options"] else "",
         f"score of {spec}" if spec != name else "",
     )
@@ -96,7 +97,7 @@ def _details(name: str, row: dict[str, Any]) -> str:
 def _legend(known: dict[str, Any]) -> str:
     prefill, sources = known["prefill"], ", ".join(known["files"])
     return (
-        "drops: before the LLM (input), inside the LLM, or by merging in the vision tower. attention: reads the "
+        "drops: before the LLM (input), inside the LLM, or inside the vision tower. attention: reads the "
         "vision tower's. question: reads it, and selects again for each question. inner: as the pruner in parentheses. "
         f"lab score: mean over {known['questions']} of the lab's questions in percent, at the share of the tokens in "
         "brackets; experiments/grip_shipped has scores of the whole test sample, which differ a little, and the lab's "

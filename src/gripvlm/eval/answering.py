@@ -71,12 +71,14 @@ def make_inputs(
     processor: Any,
     questions: Sequence[str],
     images: Sequence[Image.Image | Sequence[Image.Image]] | None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Model inputs of a batch, left-padded, on the model's device and in its dtype.
 
     Args:
         questions: [B] texts of the user's turn.
         images: [B], one for each question or a list of at least one; None for prompts without images.
+        options: for the image processor, such as `do_resize=False`.
 
     Raises:
         InputError: a question holds the model's own image placeholder.
@@ -90,11 +92,13 @@ def make_inputs(
             )
     by_question = [[item] if isinstance(item, Image.Image) else list(item) for item in images or [()] * len(questions)]
     texts = [prompt_text(processor, text, len(own)) for text, own in zip(questions, by_question, strict=True)]
-    made = processed(processor, texts, None if images is None else by_question)
+    made = processed(processor, texts, None if images is None else by_question, **options)
     return dict(made.to(model.device) if images is None else made.to(model.device, dtype=model.dtype))
 
 
-def processed(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None) -> Any:
+def processed(
+    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None, **image_options: Any
+) -> Any:
     """What the processor makes of B full prompts, left-padded, and of the images of each; None for no images."""
     tokenizer = getattr(processor, "tokenizer", processor)
     begin = getattr(tokenizer, "bos_token", None)
@@ -107,7 +111,7 @@ def processed(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Im
     }
     if images is None:
         return tokenizer(texts, return_token_type_ids=False, **options)
-    return processor(text=texts, images=images, **options)
+    return processor(text=texts, images=images, **options, **image_options)
 
 
 def question_ids(processor: Any, questions: Sequence[str]) -> list[list[int]]:
@@ -128,10 +132,12 @@ def answer(
     positions: str = "original",
     question: list[list[int]] | None = None,
     encoded: Encoded | None = None,
+    logits_processor: Sequence[LogitsProcessor] = (),
 ) -> BatchAnswers:
     """Greedy answers with the visual tokens that `pruner` keeps; None for prompts without images.
 
     With `encoded`, the vision encoder's time is the one measured when it ran, unless the pruner ran it again.
+    `logits_processor` see the logits of each step, after the model's own ones.
 
     Raises:
         GripError: as `gripvlm.prune_inputs`.
@@ -154,10 +160,10 @@ def answer(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            logits_processor=LogitsProcessorList([first_token]),
+            logits_processor=LogitsProcessorList([first_token, *logits_processor]),
         )
     seconds = dict.fromkeys(SECONDS, 0.0) | record.seconds
-    # A pruner that merges inside the vision tower runs the tower itself, and its record says how long that took.
+    # A pruner that works inside the vision tower runs the tower itself, and its record says how long that took.
     if encoded is not None and not seconds["vision"]:
         seconds["vision"] = encoded.seconds
     ended = device_time(device)

@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from gripvlm.api import encode, pruned_run
-from gripvlm.budget import Keep
+from gripvlm.budget import Budget, Keep
 from gripvlm.errors import BudgetError, GripError, Interrupted
 from gripvlm.eval.answering import answer, make_inputs, question_ids
+from gripvlm.eval.downsample import downsampled
 from gripvlm.eval.environment import command_line, git_state, hardware, utc, versions
 from gripvlm.eval.journal import Journal, ResumeError, samples_path
 from gripvlm.eval.oracle import oracle
@@ -32,7 +33,7 @@ from gripvlm.eval.results import (
     write_result,
 )
 from gripvlm.eval.stats import ScoresByImage
-from gripvlm.eval.variants import BLIND, FULL, ORACLE, Variant, fingerprint, make_variants
+from gripvlm.eval.variants import BLIND, DOWNSAMPLE, FULL, ORACLE, Variant, fingerprint, make_variants
 from gripvlm.models.encoded import Encoded
 from gripvlm.pruners import Pruner
 from gripvlm.tasks import Task, get_tasks
@@ -96,7 +97,7 @@ def evaluate(
         model, processor: a supported transformers model and its processor.
         tasks: names for `get_tasks`, or `Task` objects.
         pruners: names, specs or objects; `"full"` is always there, `"oracle"` keeps each question's own evidence where
-            the task marks it.
+            the task marks it, `"downsample"` encodes a smaller picture.
         keeps: budgets, as for `gripvlm.prune`.
         limit: at most so many questions a task, drawn with `seed`.
         seed: of that draw and of the bootstrap. A pruner's own seed is its option.
@@ -223,7 +224,7 @@ class _Runner:
             return
         inputs, question, encoded = self._encode(batch)
         ask = partial(answer, self.model, self.processor, max_new_tokens=batch.task.max_new_tokens)
-        options: dict[str, Any] = {"positions": self.plan.positions, "question": question, "encoded": encoded}
+        options: dict[str, Any] = {"positions": self.plan.positions, "question": question}
         for variant in variants:
             if variant.key in self.unreached:
                 continue
@@ -231,16 +232,30 @@ class _Runner:
                 if variant.label == BLIND:
                     answers = ask(self._inputs(batch, with_images=False), None)
                 else:
-                    answers = ask(inputs, _pruner_of(variant, batch, encoded), variant.keep, **options)
+                    *arguments, own = self._arguments(variant, batch, inputs, encoded)
+                    answers = ask(*arguments, encoded=own, **options)
             except BudgetError as error:
                 self._leave_out(variant, error)
                 continue
             yield make_records(batch.task, batch.samples, variant, answers, encoded)
 
     def _inputs(self, batch: Batch, with_images: bool = True) -> dict[str, Any]:
-        texts = [batch.task.prompt(sample) for sample in batch.samples]
-        images = [sample.images for sample in batch.samples] if with_images else None
-        return make_inputs(self.model, self.processor, texts, images)
+        texts, images = self._prompts(batch)
+        return make_inputs(self.model, self.processor, texts, images if with_images else None)
+
+    def _prompts(self, batch: Batch) -> tuple[list[str], list[Any]]:
+        """The texts and the pictures of a batch."""
+        return [batch.task.prompt(sample) for sample in batch.samples], [sample.images for sample in batch.samples]
+
+    def _arguments(
+        self, variant: Variant, batch: Batch, inputs: dict[str, Any], encoded: Encoded
+    ) -> tuple[dict[str, Any], str | Pruner, Any, Encoded]:
+        """Inputs, pruner, budget and encoding with which a variant answers."""
+        if variant.label == DOWNSAMPLE and variant.keep is not None:
+            texts, images = self._prompts(batch)
+            small, own = downsampled(self.model, self.processor, texts, images, encoded, Budget.of(variant.keep))
+            return small, "keep_all", None, own
+        return inputs, _pruner_of(variant, batch, encoded), variant.keep, encoded
 
     @torch.no_grad()
     def _encode(self, batch: Batch) -> tuple[dict[str, Any], list[list[int]], Encoded]:
@@ -263,13 +278,13 @@ class _Runner:
                     raise GripError(f"task {batch.task.name!r} marks no evidence: leave 'oracle' out")
         batch = self.plan.batches[0]
         inputs, question, encoded = self._encode(batch)
-        options: dict[str, Any] = {"positions": self.plan.positions, "question": question, "encoded": encoded}
+        options: dict[str, Any] = {"positions": self.plan.positions, "question": question}
         for variant in self.variants:
             if variant.label == BLIND:
                 continue
-            pruner = _pruner_of(variant, batch, encoded)
             try:
-                with pruned_run(self.model, inputs, pruner, variant.keep, **options) as (arguments, record):
+                *asked, own = self._arguments(variant, batch, inputs, encoded)
+                with pruned_run(self.model, *asked, encoded=own, **options) as (arguments, record):
                     # Pruners inside the language model choose while it runs, and may fail only then.
                     if any(selection.layers for selections in record.selections for selection in selections):
                         self.model.generate(**arguments, max_new_tokens=1, do_sample=False)

@@ -18,9 +18,9 @@ from gripvlm.pruners import LLMPruner, Pruner, get_pruner, list_pruners
 from gripvlm.tasks.base import Sample
 from gripvlm.utils.spec import parse_spec
 
-__all__ = ["BLIND", "FULL", "ORACLE", "Variant", "make_variants", "supported_pruners"]
+__all__ = ["BLIND", "DOWNSAMPLE", "FULL", "ORACLE", "Variant", "make_variants", "supported_pruners"]
 
-FULL, ORACLE, BLIND = "full", "oracle", "blind"
+FULL, ORACLE, BLIND, DOWNSAMPLE = "full", "oracle", "blind", "downsample"
 NOT_IN_ALL = {
     "full": "always measured",
     "keep_all": "full by another name",
@@ -37,9 +37,10 @@ class Variant:
     """One pruner at one budget.
 
     Attributes:
-        label: as typed, `"random:seed=3"`; or `full`, `oracle`, `blind`.
+        label: as typed, `"random:seed=3"`; or `full`, `oracle`, `downsample`, `blind`.
         keep: the requested budget, as JSON holds it (`Budget.plain`); None for `blind`.
-        pruner: None for `oracle`, which needs a new pruner for each batch, and for `blind`.
+        pruner: None for `oracle`, which needs a new pruner for each batch, for `downsample`, which makes the pictures
+            smaller, and for `blind`.
         config: the pruner's name and every one of its fields.
         trained: whether it, or a pruner inside it, has weights that were trained for pruning.
     """
@@ -117,7 +118,7 @@ def supported_pruners(model: PreTrainedModel, budgets: Sequence[Budget]) -> tupl
 
 def _with_seeds(pruner: str | Pruner, seeds: Sequence[int]) -> list[str | Pruner]:
     """The pruner once for each seed, or as it is where it has none or was given its own."""
-    if not seeds or (isinstance(pruner, str) and pruner.strip() in (FULL, ORACLE, BLIND)):
+    if not seeds or (isinstance(pruner, str) and pruner.strip() in (FULL, ORACLE, BLIND, DOWNSAMPLE)):
         return [pruner]
     resolved: Any = checked_pruner(pruner)
     fields = dataclasses.fields(resolved) if dataclasses.is_dataclass(resolved) else ()
@@ -149,8 +150,8 @@ def _resolve(requested: str | Pruner) -> tuple[str, Pruner | None, dict[str, Any
     label = requested.strip()
     if label == FULL:
         return FULL, None, {}
-    if label == ORACLE:
-        return ORACLE, None, {"name": ORACLE}
+    if label in (ORACLE, DOWNSAMPLE):
+        return label, None, {"name": label}
     if label == BLIND:
         raise GripError("'blind' is always measured and is no pruner: leave it out")
     pruner = checked_pruner(label)

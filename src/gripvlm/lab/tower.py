@@ -10,6 +10,7 @@ Importing this module registers the tower with AutoConfig and AutoModel.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -66,10 +67,19 @@ class LabVisionEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
         self.position_embedding = nn.Parameter(torch.zeros(1 + patches, config.hidden_size))
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = self.stem(pixel_values).flatten(2).transpose(1, 2)
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        maps = self.stem(pixel_values)
+        patches = maps.flatten(2).transpose(1, 2)
         cls = self.class_embedding.expand(patches.shape[0], 1, -1)
-        return torch.cat([cls, patches], dim=1) + self.position_embedding
+        positions = self._positions(maps.shape[-2:]) if interpolate_pos_encoding else self.position_embedding
+        return torch.cat([cls, patches], dim=1) + positions
+
+    def _positions(self, raster: torch.Size) -> torch.Tensor:
+        """[1 + h w, d] positions for a raster of h x w patches, bicubic as in CLIP's tower."""
+        side = math.isqrt(self.position_embedding.shape[0] - 1)
+        maps = self.position_embedding[1:].T.unflatten(1, (side, side))
+        resized = nn.functional.interpolate(maps[None], size=tuple(raster), mode="bicubic", align_corners=False)
+        return torch.cat([self.position_embedding[:1], resized[0].flatten(1).T])
 
 
 class LabVisionModel(PreTrainedModel):
@@ -99,8 +109,11 @@ class LabVisionModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        hidden = self.embeddings(pixel_values.to(self.embeddings.position_embedding.dtype))
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        pixels = pixel_values.to(self.embeddings.position_embedding.dtype)
+        hidden = self.embeddings(pixels, interpolate_pos_encoding)
         # As CLIP's tower gives them: embeddings first, then a state a layer. The projector reads the last, normalised.
         states = [hidden]
         for layer in self.encoder.layers:

@@ -106,6 +106,32 @@ def load_sizes(name: str, dtype: str) -> tuple[Any, Any]:
     return model, processor
 
 
+def model_type(name: str) -> str:
+    """The type of a model by its name or, without any file of it, the type itself, such as qwen3_vl.
+
+    Raises:
+        ModelError: no such folder or hub id, or no network.
+        UnsupportedModelError: a family that gripvlm doesn't prune.
+    """
+    from gripvlm import lab
+    from gripvlm.models.families import FAMILIES, not_supported
+
+    if name in lab.FOLDERS:
+        return "llava"
+    if name in FAMILIES:
+        return name
+    source = _checked_name(name)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_advice(name, source, error)) from error
+    if config.model_type not in FAMILIES:
+        raise not_supported(config)
+    return config.model_type
+
+
 def _load(source: str | Path, dtype: str, attention: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText
 

@@ -30,6 +30,7 @@ class Style(NamedTuple):
 
 
 _FIXED = {"random": Style("#777777", "x", "--"), "grid": Style("#777777", "+", ":"), "oracle": Style("#000000", "h")}
+_FIXED |= {"downsample": Style("#777777", "1", "-.")}
 _OTHER = Style("#c3cad1", ".")
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from gripvlm.budget import Budget
 from gripvlm.errors import GripError
+from gripvlm.utils.terminal import fitted
 
 Row = Mapping[str, Any]
 TIMES = ("vision", "pruner", "overhead", "prefill", "decode", "total")
@@ -44,7 +45,7 @@ def tables(rows: Sequence[Row]) -> Group:
     scores.add_section()
     for name, values in _references(rows, tasks).items():
         scores.add_row(REFERENCES[name], "0" if name == "blind" else "", *values, style="dim")
-    return Group(scores, times)
+    return Group(fitted(scores, 2), fitted(times, 2))
 
 
 def averaged(rows: Sequence[Row]) -> dict[str, Any]:
@@ -110,6 +111,6 @@ def _score(row: Row | None) -> str:
 def _sheet(title: str) -> Table:
     """An empty table that stays narrow: six families and their mean fit into 80 columns."""
     sheet = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=0)
-    sheet.add_column("pruner")
+    sheet.add_column("pruner", overflow="fold")
     sheet.add_column("tokens", justify="right", no_wrap=True)
     return sheet

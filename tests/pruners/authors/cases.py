@@ -107,6 +107,12 @@ def scope(seed: int) -> Case:
     return found | {"keeps": [1, 16, 48, 100]}
 
 
+def mmr(seed: int) -> Case:
+    """`scores` [n] of a selector and `rows` [n, d] that the language model reads."""
+    found = {"scores": numbers(f"scores {seed}", 144), "rows": numbers(f"rows {seed}", 144, 16)}
+    return found | {"keeps": [1, 16, 48, 100], "balances": [0.5, 0.8]}
+
+
 def holov(seed: int) -> Case:
     """`cls` [H, n] of the tower and `rows` [n, d] after the projector."""
     return {"cls": attention(f"cls {seed}", 2, N), "rows": numbers(f"rows {seed}", N, 16), "keeps": [64, 100, 192]}
@@ -177,6 +183,7 @@ CASES = {
     "hired": hired,
     "otprune": otprune,
     "scope": scope,
+    "mmr": mmr,
     "holov": holov,
     "prunesid": prunesid,
     "apet_input": apet,

@@ -1,4 +1,4 @@
-"""Writes choices.json: what the authors' published code of eighteen methods chooses.
+"""Writes choices.json: what the authors' published code of nineteen methods chooses.
 
     python tests/pruners/authors/record.py FOLDER       FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
     python tests/pruners/authors/record.py FOLDER --methods scope,holov                 the others stay as they are
@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Union
 
 import cases
 import numpy as np
@@ -312,6 +312,29 @@ def scope(clone: Clone) -> list[dict[str, Any]]:
     return found
 
 
+def idpruner(clone: Clone) -> list[dict[str, Any]]:
+    names = ("_default_similarity_compute", "_default_importance_compute", "_resolve_callable", "idpruner")
+    folder = "angelslim/compressor/token_compressor/algorithm/"
+    everything = {"Union": Union, "Callable": Callable, "PruningContext": SimpleNamespace}
+    everything |= clone.take(folder + "utils/utils.py", "resolve_num_tokens_to_keep")
+    found = []
+    for seed in SEEDS:
+        case = cases.mmr(seed)
+        n = len(case["rows"])
+        # the picture alone is the prompt, and its trained selector's scores are the case's
+        whole = torch.arange(n), torch.empty(0, dtype=torch.long), None, None
+        everything["_extract_and_validate_vision_token_info"] = lambda context: whole  # noqa: B023
+        everything["get_universal_selector_scores"] = lambda **_: case["scores"][None]  # noqa: B023
+        choose = clone.take(folder + "idpruner.py", *names, **everything)
+        context = SimpleNamespace(input_ids=torch.zeros(1, n), inputs_embeds=case["rows"][None])
+        for balance in case["balances"]:
+            for keep in case["keeps"]:
+                mask = choose["idpruner"](context, ratio=1 - keep / n, selector_path="", mmr_lambda=balance)[0]
+                kept = mask.nonzero().flatten().tolist()
+                found.append({"seed": seed, "keep": keep, "balance": balance, "kept": kept})
+    return found
+
+
 def holov(clone: Clone) -> list[dict[str, Any]]:
     choose = clone.take("llava/model/utils.py", "HoloV")["HoloV"]
     found = []
@@ -514,6 +537,7 @@ SOURCES: dict[str, tuple[str, str, Callable[[Clone], list[dict[str, Any]]]]] = {
     "hired": ("hasanar1f/HiRED", "502d6dd79a03e87cc808cedba8b8a951d93cb62b", hired),
     "otprune": ("xiwenc1/OTPrune", "3414730f39daa57e0629138d898f98ee682f0b2b", otprune),
     "scope": ("kinredon/SCOPE", "6bf73069e0d61307051cfda8e25925bc7b7afdd9", scope),
+    "mmr": ("Tencent/AngelSlim", "67394ce55f6b6cfae702575fbc3c7a05c13fdd74", idpruner),
     "holov": ("obananas/HoloV", "1d2e65e961e698ff0e7d5bb4625489177dd9deba", holov),
     "prunesid": ("ZhengyaoFang/PruneSID", "4ef17d96b390027f31243bc7e1d27bdee77792a5", prunesid),
     "apet_input": ("MaQianKun0/ApET", "70cc01b215f4d74c5661c699919fe3aeda48bed0", apet_input),

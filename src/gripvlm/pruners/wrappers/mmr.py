@@ -20,7 +20,8 @@ class MMR(Wrapper, GreedyPruner):
     """Maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998) over the inner scores.
 
     Repeatedly takes argmax_i balance x s_i - (1 - balance) x max_{j in S} cos(x_i, x_j), where s is
-    the inner pruner's scores scaled to [0, 1] over the image. O(n^2 d + k n).
+    the inner pruner's scores scaled to [0, 1] over the image. O(n^2 d + k n). Over a trained scorer this is IDPruner
+    (arXiv 2602.13315), whose published code chooses the same tokens.
 
     1. The first token is argmax s_i: with S empty there is nothing to repeat.
     2. Scores that are all equal count as 1. Infinite ones count as the largest (smallest) finite one.
@@ -32,7 +33,7 @@ class MMR(Wrapper, GreedyPruner):
 
     name = "mmr"
     extra_needs = frozenset({"features"})
-    source = "wrapper: maximal marginal relevance, SIGIR 1998"
+    source = "wrapper: maximal marginal relevance, SIGIR 1998; over a trained scorer IDPruner, arXiv 2602.13315"
 
     balance: float = 0.5
 
