@@ -60,34 +60,9 @@ def finding(rows: list[dict[str, Any]]) -> str:
     return table(head, [["milliseconds", *times]])
 
 
-def speed(rows: list[dict[str, Any]]) -> str:
-    head = [
-        "",
-        "visual tokens",
-        "FLOPs to the prefill",
-        "FLOPs, whole",
-        "time to the prefill",
-        "language model",
-        "whole",
-    ]
-    lines = []
-    for row in rows:
-        parts = [row["to the prefill"], row["language model"], row["whole"]]
-        flops = [f"{part['flops_of_all']:.2f}" for part in (parts[0], parts[2])]
-        name = f"{row['kind']}: {row['setting']}"
-        lines.append([name, f"{row['kept']} of {row['of']}", *flops, *(f"{part['of_all']:.2f}" for part in parts)])
-    return table(head, lines)
-
-
-def differences(rows: list[dict[str, Any]]) -> str:
-    lines = [[row["kind"], f"`{row['spec']}`", f"{row['relative']:.3f}"] for row in rows]
-    return table(["", "", "relative difference of the rows"], lines)
-
-
 def tables() -> dict[str, dict[str, str]]:
-    found, timed = read_json("repeats/results/tokens.json")["rows"], read_json("repeats/results/speed.json")
-    made = {"tokens": tokens(found), "thresholds": thresholds(found), "finding": finding(found)}
-    return {PAGE: made | {"speed": speed(timed["rows"]), "differences": differences(timed["differences"])}}
+    found = read_json("repeats/results/tokens.json")["rows"]
+    return {PAGE: {"tokens": tokens(found), "thresholds": thresholds(found), "finding": finding(found)}}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class Repeats(Wrapper):
     3. The threshold is in units of the pixel values that the tower gets, after the processor's normalisation. The paper
        brings them back to [0, 1], for which it must know the processor.
     4. Each frame of a video is treated as a picture of its own.
+    5. Also for plain ViTs (CLIP, SigLIP) that see images one by one: there a cell is a patch.
 
     Attributes:
         threshold: the largest difference of any pixel value from the cell that it repeats; 0 for equal bits. Qwen3-VL's
