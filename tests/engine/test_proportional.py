@@ -17,13 +17,14 @@ from gripvlm.errors import InputError, UnsupportedModelError
 from gripvlm.models import FAMILIES
 from gripvlm.models.compat import installed
 from gripvlm.models.hooks.attention import capture_attention
+from gripvlm.models.positions import counting_rows
 from gripvlm.pruners import LLMPruner, Pruner
 from gripvlm.types import Merge, Selection, VisualTokens, sizes_after
 from tiny_families import TINY, build, make
 from tiny_families.base import IMAGE
 
 NAMES = sorted(name for name in TINY if FAMILIES[name].equals == "masking")
-BOTH_WAYS = {"gemma3", "paligemma"}  # their images see themselves in both directions
+BOTH_WAYS = {"gemma3", "gemma4_unified", "molmo2", "paligemma"} & set(TINY)  # their images see both directions
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
@@ -88,7 +89,7 @@ def alike(model, inputs: dict) -> tuple[gripvlm.Encoded, dict, Tensor]:
         places, made = (ids == IMAGE).nonzero().flatten(), []
         for item in items:
             parts = groups(item.features.shape[0])
-            mine, places = places[: item.features.shape[0]], places[item.features.shape[0] :]
+            mine, places = places[: item.features.shape[0]], places[item.placeholders :]
             for part in parts:
                 slots[row, mine[part]] = mine[part[0]]
             made.append(same_rows(item, parts))
@@ -117,7 +118,7 @@ def uncut(model, arguments: dict, encoded, slots: Tensor, new: Tensor) -> Tensor
     highest = positions[-3:] if positions.ndim == 3 else positions
     highest = highest.amax(-1) if highest.ndim == 2 else highest.amax((0, 2))
     further = (highest[:, None] + 1 + torch.arange(t)).expand(*positions.shape[:-2], -1, -1)
-    if positions.ndim == 3 and positions.shape[0] == 4:  # the text row only counts
+    if positions.ndim == 3 and counting_rows(model, positions):
         further = torch.cat((length + torch.arange(t).expand(1, len(new), -1), further[1:]))
     slots = torch.cat((slots, (length + torch.arange(t)).expand(len(new), -1)), dim=1)
     real = torch.cat((whole["attention_mask"], torch.ones_like(new)), dim=1)

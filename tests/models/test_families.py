@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import gripvlm
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.models import FAMILIES, families, family_of
+from gripvlm.models.compat import installed
 from gripvlm.models.grids import unknown
 from tiny_families import LATER, TINY, build, make
-from tiny_families.base import IMAGE
+from tiny_families.base import IMAGE, TEXT, VISION
 from tiny_families.reference import full_positions, kept, masked, teacher_forced
 
 NAMES = sorted(TINY)
@@ -128,10 +130,21 @@ def test_the_rows_are_those_selected_plane_by_plane(name):
         for items, sample in zip(encoded.samples, run.record.selections, strict=True)
         for item, selection in zip(items, sample, strict=True)
     ]
-    rows = torch.cat([item.features[selection.indices] for item, selection in pairs])
+    parts = [[item.features[s.indices], *([] if item.tail is None else [item.tail])] for item, s in pairs]
+    rows = torch.cat([part for own in parts for part in own])
     assert torch.equal(torch.cat(list(output.pooler_output)), rows)
     for depth, plane in enumerate(getattr(output, "deepstack_features", None) or []):
         assert torch.equal(torch.cat(plane), torch.cat([i.deepstack[depth][s.indices] for i, s in pairs]))
+
+
+def test_a_separator_stays_behind_its_image():
+    model, inputs = build("deepseek_ocr2"), make(TINY["deepseek_ocr2"], [1, 2], [7, 9]).inputs
+    arguments, record = gripvlm.prune_inputs(model, inputs, "random", keep=1, return_record=True)
+    images = arguments["mm_encoder_outputs"]["image"].pooler_output
+    assert [len(rows) for rows in images] == [2, 2, 2]
+    assert all(torch.equal(rows[1], model.base_model.view_separator) for rows in images)
+    assert int((arguments["input_ids"] == IMAGE).sum()) == 6
+    assert record.total == int((inputs["input_ids"] == IMAGE).sum()) - 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,6 +175,19 @@ def test_a_batch_equals_its_samples_alone(name, attention):
             assert [s.indices.tolist() for s in record.selections[0]] == picked
             assert alone.sequences[0, -4:].tolist() == run.pruned.sequences[sample, -4:].tolist()
             close(name, [a[0] for a in alone.logits], [b[sample] for b in run.pruned.logits])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if {*TINY[name].types(torch.tensor([IMAGE]))}])
+def test_positions_of_an_encoding_that_is_reused_are_those_of_its_images(name):
+    """The prompt comes without pixels and grids: positions made from grids must come from the encoding's."""
+    run = runs(name, "sdpa")
+    own = {"input_ids", "attention_mask", *TINY[name].types(run.batch.inputs["input_ids"])}
+    bare = {key: value for key, value in run.batch.inputs.items() if key in own}
+    encoded = gripvlm.encode(run.model, run.batch.inputs)
+    whole = gripvlm.prune_inputs(run.model, run.batch.inputs, "random", keep=5)
+    reused = gripvlm.prune_inputs(run.model, bare, "random", keep=5, encoded=encoded)
+    assert torch.equal(whole["position_ids"], reused["position_ids"])
+    assert whole.keys() == reused.keys()
 
 
 @pytest.mark.skipif("hunyuan_vl" not in TINY, reason="this transformers has no hunyuan_vl")
@@ -240,3 +266,22 @@ def test_the_page_has_a_line_for_every_row_that_agrees_with_it():
         name: [row.vision is not None, row.layers, row.merges, callable(row.drops), "video" in row.modalities]
         for name, row in FAMILIES.items()
     }
+
+
+def test_llama4_is_refused_while_its_own_forward_fails():
+    """If this fails, transformers has mended it: what it needs then is a row, and its projector called beforehand."""
+    if installed() < (5, 24):
+        pytest.skip("it fails from transformers 5.24 on")
+    text = TEXT | {"head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2, "num_hidden_layers": 1}
+    vision = VISION | {"patch_size": 4, "vision_output_dim": 40, "intermediate_size": 128}
+    vision |= {"projector_input_dim": 40, "projector_output_dim": 40}
+    config = AutoConfig.for_model("llama4", vision_config=vision, text_config=text, image_token_index=IMAGE)
+    model = AutoModelForImageTextToText.from_config(config)
+    ids = torch.tensor([[1, 11, 12]])
+    with pytest.raises(AttributeError, match="image_outputs"):
+        model(input_ids=ids)
+    with (
+        pytest.raises(UnsupportedModelError, match="'llama4' is not supported, because its forward projects"),
+        gripvlm.prune(model, "random", keep=5),
+    ):
+        pytest.fail("the block opened")

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.transformers
 
 NAMES = sorted(name for name in TINY if FAMILIES[name].takes_grids)
 PLAIN = sorted(name for name in TINY if FAMILIES[name].merges)  # plain ViTs, where a cell is a patch
-ROTARY = ["qwen2_vl", "qwen2_5_vl"]  # towers that know places from rotary positions alone
+ROTARY = ["glm_ocr", "qwen2_vl", "qwen2_5_vl"]  # towers that know places from rotary positions alone
 FULL = sorted({*NAMES} - {"qwen2_5_vl"})  # towers without windows
 NAMED = pytest.mark.parametrize("name", NAMES)
 EXACT = {"atol": 2e-5, "rtol": 2e-5}
@@ -350,6 +350,8 @@ def test_the_inner_pruner_keeps_some_of_what_is_left(name, inner):
     counts = [s.k for images in left.selections for s in images]
     assert record.paid == pytest.approx(sum(max(1, int(0.75 * k + 0.5)) for k in counts), abs=0.5 * len(counts))
     assert record.total == left.total == 72
+    assert record.tower_kept == left.tower_kept == left.kept < 72
+    assert f"of 72 visual tokens kept ({100 * record.paid / 72:.3g} %), {left.kept} in the vision tower," in str(record)
     for images, whole in zip(record.selections, left.selections, strict=True):
         for chosen, possible in zip(images, whole, strict=True):
             assert {*chosen.indices.tolist()} <= {*possible.indices.tolist()}

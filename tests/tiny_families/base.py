@@ -86,6 +86,9 @@ class Tiny:
         video: makes one video, for families that take any.
         tolerance: absolute and relative, of logits that spread over about +-10.
         embedding: scale of the embedding table; Gemmas multiply it by the root of the hidden size.
+        uneven: the end of the name of a norm's weights that are made unequal: where a norm makes the rows, all would
+            be equally long.
+        changed: changes the model before it gets its weights, where a size is no argument of the config.
     """
 
     model_type: str
@@ -96,6 +99,8 @@ class Tiny:
     video: Callable[[torch.Generator], Picture] | None = None
     tolerance: float = 3e-5
     embedding: float = 1.0
+    uneven: str | None = None
+    changed: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,8 @@ def _built(model_type: str, changes: tuple[tuple[str, Any], ...], attention: str
     for name, value in changes:
         setattr(config.get_text_config(), name, list(value) if isinstance(value, tuple) else value)
     model = AutoModelForImageTextToText.from_config(config)
+    if tiny.changed:
+        tiny.changed(model)
     generator = torch.Generator().manual_seed(7 + seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -151,6 +158,8 @@ def _built(model_type: str, changes: tuple[tuple[str, Any], ...], attention: str
                     tiny.embedding if "embed" in name else 0.4 if "lm_head" in name else 1.6 / weight.shape[-1] ** 0.5
                 )
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+            elif tiny.uneven and name.endswith(tiny.uneven):
+                weight.copy_(0.5 + torch.rand(weight.shape, generator=generator))
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = None  # always the asked number of tokens
     model.generation_config.pad_token_id = PAD

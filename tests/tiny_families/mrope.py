@@ -156,6 +156,7 @@ MROPE = [
         },
         in_lines,
         types=modality_types,
+        uneven="after_rms.weight",
     ),
     # its recurrence adds up in another order in prefill (chunks of 64) than in decoding
     tiny("qwen3_5", TOWER | {"num_position_embeddings": 64}, HYBRID, tolerance=3e-4),

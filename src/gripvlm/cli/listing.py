@@ -87,7 +87,7 @@ def _details(name: str, row: dict[str, Any]) -> str:
     parts = (
         row["source"],
         "trained for one model" if row["trained"] else "",
-        "needs a plain raster" if row["grid"] else "",
+        "needs rasters" if row["grid"] else "",
         f"options {', '.join(row['options'])}" if row["options"] else "",
         f"score of {spec}" if spec != name else "",
     )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from gripvlm.errors import InputError, PrunerError, UnsupportedModelError
 from gripvlm.models.families import FAMILIES, Family, family_of
-from gripvlm.models.grids import unknown
 from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.hooks.llm_drop import checked_layers
 from gripvlm.models.hooks.merge_repeats import checked_repeats
@@ -102,18 +101,17 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> TowerRequest:
                 f"bring back to {family.model_type}'s rows; it can for "
                 f"{_families(lambda row: row.vision is not None)}: use another pruner or model"
             )
-        if "grid" in pruner.needs and family.grid is unknown:
+        if "grid" in pruner.needs and not family.has_rasters:
             raise UnsupportedModelError(
-                f"pruner {pruner.name!r} needs a grid, rows in a plain raster, but {family.model_type} joins tiles and "
-                f"breaks them into lines; rasters have {_families(lambda row: row.grid is not unknown)}: use another "
-                "pruner or model"
+                f"pruner {pruner.name!r} needs a grid, rows in a plain raster, which is not known of "
+                f"{family.model_type}; rasters have {_families(lambda row: row.has_rasters)}: use another pruner or "
+                "model"
             )
         if pruner.stage == "llm" and not family.layers:
             raise UnsupportedModelError(
-                f"pruner {pruner.name!r} drops inside the language model's layers, but {family.model_type}'s share or "
-                "carry state that still holds the dropped tokens; they can be dropped there in "
-                f"{_families(lambda row: row.layers)}: use another model, or drop at the input with a pruner such as "
-                "divprune"
+                f"pruner {pruner.name!r} drops inside the language model's layers, which is not known to be right in "
+                f"{family.model_type}; it is in {_families(lambda row: row.layers)}: use another model, or drop at the "
+                "input with a pruner such as divprune"
             )
         if "vision_attention" in wanted:
             # A dict and not a set: layers in the order in which pruners name them, each once.

@@ -19,6 +19,7 @@ from gripvlm.models.compat import takes
 from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
+from gripvlm.models.grids import Rasters
 from gripvlm.models.hooks.merge_repeats import merge_repeats
 from gripvlm.models.hooks.tower_drop import drop_in_tower
 from gripvlm.models.hooks.tower_merge import MergedRows, merge_in_tower
@@ -135,8 +136,15 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
         size = family.joined(prompts.model, host)
         # An entry of no rows is a prompt without images.
         rows = [part for row in rows for part in row.split(size) if part.shape[0]]
+    tails: list[Tensor | None] = [None] * len(rows)
+    if family.tail:
+        rows, tails = [row[: -family.tail] for row in rows], [row[-family.tail :] for row in rows]
     planes = getattr(output, "deepstack_features", None) or ()
-    grids = family.grid(prompts.model, host, modality, [row.shape[0] for row in rows])
+    sizes = [row.shape[0] for row in rows]
+    grids = family.grid(prompts.model, host, modality, sizes)
+    rasters: list[Rasters] = [()] * len(rows)
+    if family.rasters is not None and None in grids:
+        rasters = family.rasters(prompts.model, host, modality, sizes)
     patches = grids_of(prompts.model, host, modality)
     seconds = host.get(SECONDS) if modality == "video" else None
     return [
@@ -146,8 +154,10 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
             deepstack=tuple(plane[i] for plane in planes),
             grid=grids[i],
             key=0,
+            tail=tails[i],
             patch_grid=None if patches is None else tuple(patches[i].tolist()),
             seconds=None if seconds is None else float(seconds[i]),
+            rasters=rasters[i] if grids[i] is None else (),
         )
         for i, row in enumerate(rows)
     ]

@@ -21,7 +21,15 @@ from gripvlm.utils.batching import onto
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SECONDS", "full_positions", "grids_of", "next_positions", "positions_ahead", "shortened_positions"]
+__all__ = [
+    "SECONDS",
+    "counting_rows",
+    "full_positions",
+    "grids_of",
+    "next_positions",
+    "positions_ahead",
+    "shortened_positions",
+]
 
 SECONDS = "second_per_grid_ts"
 """Qwen2.5-VL: seconds between two temporal patches of each video, from which its positions are made."""
@@ -29,10 +37,10 @@ SECONDS = "second_per_grid_ts"
 
 def grids_of(model: PreTrainedModel, inputs: Mapping[str, Any], modality: str) -> Tensor | None:
     """[items, 3] (t, h, w) or [items, 2] (h, w) in patches, where positions are made from them, else None."""
+    if not hasattr(model.base_model, "get_rope_index"):  # no M-RoPE
+        return None
     grids = inputs.get(f"{modality}_grid_thw")
-    if grids is None and modality == "image" and hasattr(model.base_model, "get_rope_index"):
-        grids = inputs.get("target_sizes")
-    return grids
+    return inputs.get("target_sizes") if grids is None and modality == "image" else grids
 
 
 def full_positions(prompts: Prompts, spans: Sequence[Sequence[Span]], device: torch.device) -> Tensor:
@@ -65,7 +73,7 @@ def next_positions(model: PreTrainedModel, positions: Tensor, mask: Tensor) -> T
     """The position of the first token after prompts with these positions and this mask [B, L]."""
     after = positions.masked_fill(mask == 0, -1).amax(-1) + 1
     if after.ndim == 2:  # text follows the largest coordinate, the same on all axes
-        counting = _counting_rows(model, positions)
+        counting = counting_rows(model, positions)
         after = torch.cat((after[:counting], after[counting:].amax(0).expand(after.shape[0] - counting, -1)))
     return after
 
@@ -94,7 +102,7 @@ def shortened_positions(
         )
     if hasattr(model.base_model, "rope_deltas"):  # what a caller's own decoding loop adds to the tokens it counts
         model.base_model.rope_deltas = (following[-1] - lengths)[:, None]
-    if _counting_rows(model, positions):
+    if counting_rows(model, positions):
         return torch.cat((counted[None], positions[1:])), torch.cat((lengths[None], following[1:]))
     return positions, following
 
@@ -103,12 +111,12 @@ def positions_ahead(model: PreTrainedModel, full: Tensor, shortened: Tensor) -> 
     """By how much the last position of full prompts is ahead of the shortened ones'."""
     ahead = full[..., -1] - shortened[..., -1]
     if ahead.ndim == 2:
-        counting = _counting_rows(model, full)
+        counting = counting_rows(model, full)
         ahead = torch.cat((torch.zeros_like(ahead[:counting]), ahead[counting:]))
     return ahead
 
 
-def _counting_rows(model: PreTrainedModel, positions: Tensor) -> int:
+def counting_rows(model: PreTrainedModel, positions: Tensor) -> int:
     """1 where the first row of M-RoPE positions only counts tokens and is no axis of the rotation, else 0."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     # HunYuan-VL rotates by four axes and has no such row.

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 from gripvlm.models.compat import takes
-from gripvlm.models.grids import GridRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from gripvlm.models.grids import GridRule
 
 
 class TowerItems(NamedTuple):
@@ -104,6 +105,7 @@ class _ByGrid(VisionRule):
 class _ByRaster(VisionRule):
     """Towers that see each item by itself, in raster order, and merge square blocks between or behind their blocks.
 
+    A video's rows are the mean over its frames.
     Where `marked`, each line of rows ends with a newline row, and one row stands before and one behind the item. These
     have no patch behind them and get zeros.
     """
@@ -114,18 +116,20 @@ class _ByRaster(VisionRule):
     def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
         patches = torch.cat([call[0] for call in maps], dim=-1)  # [c, patches of all items]
         grids = [grid for grid in self.grid(items.model, items.inputs, items.modality, items.counts) if grid]
+        thw = items.inputs.get(f"{items.modality}_grid_thw")
+        frames = [1] * len(grids) if thw is None else [int(t) for t in thw[:, 0]]
         # A map is from before a merger or from behind it: the edge of the block that is a row's.
-        rows = sum(h * w for h, w in grids)
+        rows = sum(t * h * w for t, (h, w) in zip(frames, grids, strict=False))
         side = math.isqrt(patches.shape[-1] // rows)
         if len(grids) != len(items.counts) or patches.shape[-1] != side * side * rows:
             raise InputError(
                 f"{patches.shape[-1]} patches were captured, which do not make the {rows} rows of the items' grids in "
                 "square blocks: make the inputs with the model's own processor"
             )
-        images = patches.split([side * side * h * w for h, w in grids], dim=-1)
+        images = patches.split([side * side * t * h * w for t, (h, w) in zip(frames, grids, strict=True)], dim=-1)
         rasters = [
-            nn.functional.avg_pool2d(image.unflatten(-1, (h * side, w * side)), side)
-            for image, (h, w) in zip(images, grids, strict=True)
+            nn.functional.avg_pool2d(image.unflatten(-1, (t, h * side, w * side)).mean(1), side)
+            for image, t, (h, w) in zip(images, frames, grids, strict=True)
         ]
         if not self.marked:
             return [raster.flatten(1) for raster in rasters]
@@ -157,9 +161,8 @@ class _Packed(VisionRule):
     """
 
     def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
-        tiles, base, vision = _single_call(maps), items.model.base_model, items.model.config.vision_config
-        sizes = items.inputs["image_sizes"]
-        counts = self._tiles_of_images(items)
+        tiles, vision = _single_call(maps), items.model.config.vision_config
+        counts = self.tiles_of_images(items)
         if sum(counts) != tiles.shape[0]:
             raise InputError(
                 f"the vision tower saw {tiles.shape[0]} tiles, but the image sizes make {sum(counts)}: make the inputs "
@@ -168,19 +171,29 @@ class _Packed(VisionRule):
         # From the end: a CLS token, where there is one, is in front.
         patches = (vision.image_size // vision.patch_size) ** 2
         features = list(tiles[..., -patches:].transpose(1, 2).split(counts))  # [tiles, patches, c] of each image
+        return [image.T for image in self.pack(items, features)]
+
+    def pack(self, items: TowerItems, features: list[Tensor]) -> list[Tensor]:
+        """[n, c] rows of each image from its tiles [tiles, patches, c], with zeros at newline rows."""
+        base, config = items.model.base_model, items.model.config
         # Zeros in place of the learnt newline row, which belongs to no patch.
-        options: dict[str, Any] = {"image_newline": tiles.new_zeros(tiles.shape[1])}
+        options: dict[str, Any] = {"image_newline": features[0].new_zeros(features[0].shape[-1])}
+        taken = takes(base.pack_image_features)
         # LLaVA-NeXT's method needs the strategy to count patches, LLaVA-OneVision's does not take it.
-        if "vision_feature_select_strategy" in takes(base.pack_image_features):
+        if "vision_feature_select_strategy" in taken:
             options["vision_feature_select_strategy"] = "default"
-        rows, _ = base.pack_image_features(features, sizes, **options)
-        return [image.T for image in rows]
+        # LLaVA-OneVision's shrinks the rows of many tiles, to a number that this says.
+        if "vision_aspect_ratio" in taken:
+            options["vision_aspect_ratio"] = config.vision_aspect_ratio
+        rows, _ = base.pack_image_features(features, items.inputs["image_sizes"], **options)
+        return list(rows)
 
     def has_cls(self, items: TowerItems, length: int) -> bool:
         vision = items.model.config.vision_config
         return length == (vision.image_size // vision.patch_size) ** 2 + 1
 
-    def _tiles_of_images(self, items: TowerItems) -> list[int]:
+    def tiles_of_images(self, items: TowerItems) -> list[int]:
+        """How many tiles each image is cut into, its whole view among them."""
         config = items.model.config
         # The function is private to each model's module, under the same name in all of them.
         count = sys.modules[type(items.model.base_model).__module__].image_size_to_num_patches
@@ -195,7 +208,19 @@ class _Packed(VisionRule):
         return [n if cut else 1 for n, cut in zip(counts, alone, strict=True)]
 
 
-by_tile, by_grid, in_one_row, packed = _ByTile(), _ByGrid(), _InOneRow(), _Packed()
+class _Pooled(VisionRule):
+    """Towers that see crops by themselves, where `<modality>_token_pooling` has the patches of each row, or -1."""
+
+    def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
+        patches = _single_call(maps).transpose(0, 1).flatten(1)  # [c, crops x patches]
+        places = items.inputs[f"{items.modality}_token_pooling"].to(patches.device)
+        real = (places >= 0).any(-1)
+        weight = (places >= 0)[real].to(patches.dtype)
+        pooled = (patches[:, places[real].clamp(min=0)] * weight).sum(-1) / weight.sum(-1)
+        return list(pooled.split(items.counts, dim=-1))
+
+
+by_tile, by_grid, in_one_row, packed, pooled = _ByTile(), _ByGrid(), _InOneRow(), _Packed(), _Pooled()
 by_raster = _ByRaster
 
 

@@ -36,6 +36,7 @@ _BUILT_IN: dict[str, str] = {
     "hired": "gripvlm.pruners.input.hired:HiRED",
     "holov": "gripvlm.pruners.input.holov:HoloV",
     "keep_all": "gripvlm.pruners.baselines.keep_all:KeepAll",
+    "gumbel": "gripvlm.pruners.wrappers.gumbel:Gumbel",
     "mmr": "gripvlm.pruners.wrappers.mmr:MMR",
     "mustdrop": "gripvlm.pruners.llm.mustdrop:MustDrop",
     "mustdrop_llm": "gripvlm.pruners.llm.mustdrop:MustDropLLM",

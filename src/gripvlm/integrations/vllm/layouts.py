@@ -50,9 +50,12 @@ _BOTH_WAYS = "its image tokens attend in both directions, which has not been tri
 _REASONS = {
     "gemma3": _BOTH_WAYS,
     "gemma4": _BOTH_WAYS,
+    "gemma4_unified": _BOTH_WAYS,
     "idefics3": _INTERLEAVED,
     "internvl": _TILED,
     "lfm2_vl": _TILED,
+    "minicpmv4_6": _TILED,
+    "minicpmv4_7": _TILED,
     "mistral3": _INTERLEAVED,
     "ovis2": _TILED,
     "paligemma": _BOTH_WAYS,

@@ -141,8 +141,9 @@ class Tower(Wrapper):
 
 def _some(seen: VisionRows, rows: Tensor) -> VisionRows:
     """Some of the rows."""
-    fields: dict[str, Any] = vars(seen)
-    some = {name: value if value is None else value[..., rows] for name, value in fields.items() if name != "keys"}
+    some: dict[str, Any] = {
+        name: value if value is None else value[..., rows] for name, value in vars(seen).items() if name != "keys"
+    }
     return VisionRows(**some, keys=None if seen.keys is None else seen.keys[rows])
 
 
