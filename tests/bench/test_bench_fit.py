@@ -122,6 +122,7 @@ def test_pruning_lets_more_prompts_in(tiny):
         "setting": "norm 0.5",
         "pruner": "norm",
         "keep": 0.5,
+        "tower_keep": None,
         "most": 100,
         "fits": 15,
         "fails": 16,
