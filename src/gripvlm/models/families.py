@@ -103,11 +103,13 @@ ROWS = (
     # Images only; transformers interleaves several images of a prompt over its beams.
     Family("glm4v", from_patches, by_grid, beams=False),
     Family("glm46v", from_patches, by_grid, beams=False),
+    Family("glmga", from_patches, by_grid, beams=False),
     Family("glm4v_moe", from_patches, by_grid, beams=False),
     Family("glm_ocr", from_patches, by_grid, beams=False),
     # An item is a tile, so a budget counts per tile.
     Family("idefics3", square, by_tile, joined=rows_of_a_tile),
     Family("internvl", square, by_tile),
+    Family("qianfan_ocr", square, by_tile),
     Family("ovis2", square, by_tile, extras=("visual_indicator_features",)),
     # Before 5.21 its merger wanted whole tiles.
     Family("smolvlm", square, by_tile, joined=rows_of_a_tile, since=(5, 21)),
@@ -195,7 +197,6 @@ MISSING = frozenset(
         "fast_vlm",
         "gemma3n",
         "glm5_next",
-        "glmga",
         "got_ocr2",
         "granite_docling",
         "hy_v4_vl",
@@ -217,7 +218,6 @@ MISSING = frozenset(
         "nemotron_h_omni",
         "perception_lm",
         "pp_chart2table",
-        "qianfan_ocr",
         "qwen2_5_omni_thinker",
         "qwen3_omni_moe_thinker",
         "qwen4_exp",

@@ -74,7 +74,7 @@ def unknown(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[i
 
 def _merged(n: int, height: int, width: int) -> Grid:
     """The grid of n rows that are square blocks of height x width patches, or None."""
-    block = math.isqrt(height * width // n)
+    block = max(1, math.isqrt(height * width // n))
     h, w = height // block, width // block
     return (h, w) if h * w == n else None
 

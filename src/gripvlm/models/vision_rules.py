@@ -91,7 +91,7 @@ class _ByRaster(VisionRule):
         grids = [grid for grid in self.grid(items.model, items.inputs, items.modality, items.counts) if grid]
         # A map is from before a merger or from behind it: the edge of the block that is a row's.
         rows = sum(h * w for h, w in grids)
-        side = math.isqrt(patches.shape[-1] // rows)
+        side = math.isqrt(patches.shape[-1] // max(1, rows))
         if len(grids) != len(items.counts) or patches.shape[-1] != side * side * rows:
             raise InputError(
                 f"{patches.shape[-1]} patches were captured, which do not make the {rows} rows of the items' grids in "
