@@ -11,14 +11,16 @@ import torch
 from tiny_models import llava_inputs, tiny_llava
 from touching import touches
 
+OPTIONAL = ("slow", "browser", "demo")
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what touches transformers; a long test or a browser's runs where -m asks for it, a GPU's on a GPU."""
+    """Marks what touches transformers; tests of `OPTIONAL` run where -m asks for them, a GPU's on one."""
     for item in items:
         if touches(item.path):
             item.add_marker("transformers")
-        for name in ("slow", "browser"):
+        for name in OPTIONAL:
             if item.get_closest_marker(name) and name not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"pytest -m {name} runs it"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 import gripvlm
+from gripvlm.engine.by_raster import select_batch
+from gripvlm.engine.llm_stage import watched_layers
 from gripvlm.engine.outputs import DeferredChecks
 from gripvlm.engine.pipeline import gather_tokens, question_embeddings
 from gripvlm.engine.request import PruneRequest
-from gripvlm.errors import BudgetError
+from gripvlm.errors import BudgetError, InputError
 from gripvlm.grip.fingerprint import ModelFingerprint
 from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.models import FAMILIES
-from gripvlm.models.grids import unknown
+from gripvlm.models.hooks.llm_drop import droppable_layers
 from gripvlm.models.prompts import Prompts
 from gripvlm.pruners import LLMPruner, Pruner, get_pruner
 from gripvlm.pruners.baselines.given import Given
@@ -31,7 +33,8 @@ NAMES = sorted(TINY)
 IMAGES, WORDS = [1, 2], [7, 9]  # two samples of different length, one with two pictures
 SHALLOW = {"hiprune": "hiprune:middle=0", "vscan": "vscan:shallow=0,window=2", "vscan_vision": "vscan_vision:shallow=0"}
 """Options where a default names a block that the tiny towers do not have."""
-WRAPPERS = ("ensemble", "mmr", "repeats", "restore", "split", "spread", "top_p")  # test_repeats.py, test_wrappers.py
+WRAPPERS = ("ensemble", "gumbel", "mmr", "repeats", "restore", "split", "spread", "top_p")
+"""Tried in `MORE`, or in test_repeats.py and test_wrappers.py."""
 MORE = (
     "ensemble(norm,divprune)",
     "ensemble(fastervlm,grid):weights=(2,1)",
@@ -45,7 +48,9 @@ MORE = (
 )
 """Wrappers around a pruner, and options that change what is needed or shared out."""
 EVERYTHING = ("full", "keep_all")
-TOWER = ("tome",)  # works inside the vision tower, before there is anything to choose from: tests/pruners/test_tome.py
+TOWER = ("tome", "tower")
+"""They work inside the vision tower, before there is anything to choose from: pruners/test_tome.py,
+models/test_tower_drop.py."""
 SPECS = sorted(
     [SHALLOW.get(name, name) for name in _BUILT_IN if name not in (*WRAPPERS, *EVERYTHING, *TOWER)] + [*MORE]
 )
@@ -93,19 +98,44 @@ def lacking(spec: str, name: str) -> list[str]:
     """What this family cannot supply of what the pruner needs."""
     family, (needs, stage) = FAMILIES[name], needs_of(spec)
     lacks = sorted(needs & {"vision_attention", "patches"}) if family.vision is None else []
-    lacks += ["grid"] if "grid" in needs and family.grid is unknown else []
+    lacks += ["grid"] if "grid" in needs and not family.has_rasters else []
     return lacks + (["layers"] if stage == "llm" and not family.layers else [])
+
+
+@cache
+def misplaced(spec: str, name: str) -> bool:
+    """Whether the pruner, with its default options, drops before a layer of this model where none may, or where it
+    cannot read attention: a model of recurrent layers."""
+    if needs_of(spec)[1] != "llm" or lacking(spec, name):
+        return False
+    pruner, decoder = get_pruner(spec), build(name).get_decoder()
+    layers = sorted({*pruner.schedule(64, 64, len(decoder.layers))} - {0})
+    try:
+        watched_layers(pruner, decoder, layers)
+    except InputError:
+        return True
+    return not {*layers} <= {*droppable_layers(decoder)}
 
 
 def pairs(stage: str) -> list[tuple[str, str]]:
     """(spec, family) that must work, of the pruners that drop rows at `stage`."""
     mine = [spec for spec in SPECS if needs_of(spec)[1] == stage]
-    return [(spec, name) for spec in mine for name in NAMES if not lacking(spec, name)]
+    return [(spec, name) for spec in mine for name in NAMES if not lacking(spec, name) and not misplaced(spec, name)]
+
+
+def decided_by_rounding(spec: str, name: str) -> bool:
+    """Gemma 3n's rows all have the same norm, so what has the largest depends on the batch."""
+    return name == "gemma3n" and "norm" in spec
 
 
 def refused_pairs() -> list[tuple[str, str]]:
     """(spec, family) that cannot work."""
     return [(spec, name) for spec in SPECS for name in NAMES if lacking(spec, name)]
+
+
+def misplaced_pairs() -> list[tuple[str, str]]:
+    """(spec, family) that work with other layers than the default ones."""
+    return [(spec, name) for spec in SPECS for name in NAMES if misplaced(spec, name)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +194,7 @@ def chosen(pruner: Pruner, images: list[list[VisualTokens]], k: int) -> list[lis
         counts = list(pruner.allocate_budget(mine, 1))
         assert sum(counts) == sum(tokens.keep for tokens in mine), (k, counts)
         asked.append([replace(tokens, keep=count) for tokens, count in zip(mine, counts, strict=True)])
-    found = iter(pruner.select_batch([tokens for sample in asked for tokens in sample]))
+    found = iter(select_batch(pruner, [tokens for sample in asked for tokens in sample], DeferredChecks()))
     return [[(tokens, next(found)) for tokens in sample] for sample in asked]
 
 

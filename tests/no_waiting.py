@@ -30,7 +30,7 @@ from gripvlm.errors import InputError, PrunerError
 from gripvlm.grip.pruner import Grip
 from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.models.prompts import Prompts
-from gripvlm.pruners import Pruner
+from gripvlm.pruners import Pruner, get_pruner
 from gripvlm.types import Selection, VisionRows, VisualTokens
 from gripvlm.utils import batching
 from on_device import NEVER_WAIT
@@ -192,6 +192,18 @@ def test_the_fixture_would_notice(accelerator):
     ):
         with pytest.raises((DataDependentOutputException, RuntimeError, AssertionError)):
             wait(inputs["input_ids"])
+
+
+@pytest.mark.parametrize("spec", ["tower(norm):block=1,tower_keep=0.5", "tower(grid,divprune):block=0,tower_keep=8"])
+def test_nothing_waits_inside_the_tower(spec, accelerator, monkeypatch):
+    """The tower itself runs, on the device in name only; what it is for CLIP's holds for any plain ViT. Qwen's own code
+    waits in every block."""
+    model, inputs = accelerator
+    # Not the fixture's answer, but the encoder.
+    encode = type(model)._prepare_multimodal_encoder_kwargs_for_generation.__get__(model)
+    monkeypatch.setattr(model, "_prepare_multimodal_encoder_kwargs_for_generation", encode)
+    batch = run(model, inputs, get_pruner(spec), 5)
+    assert [[(s.k, s.tower) for s in images] for images in batch.selections] == [[(5, 8)], [(5, 8)]]
 
 
 def test_rows_that_nobody_vouches_for_are_checked_before_they_are_used(accelerator):

@@ -44,13 +44,19 @@ def families(kind: str) -> tuple[str, ...]:
 
 
 def kept_scores(kind: str, budget: str) -> dict[str, float]:
-    """Pruner -> its mean score over the kind's families as a share of the unpruned model's."""
-    name, whole = KINDS[kind][0], full(KINDS[kind][0])
-    all_tokens = mean(whole.score("1.0", family) for family in families(kind))
-    return {
-        spec: round(mean(average(seeds, budget, family) for family in families(kind)) / all_tokens, 4)
-        for spec, seeds in results(name).items()
-    }
+    """Pruner -> its mean score over the kind's families as a share of the unpruned model's on the same questions."""
+    found = {}
+    # On lab-dense smaller pictures were measured on fewer questions, at fewer budgets.
+    parts = [(full(KINDS[kind][0]), results(KINDS[kind][0]))]
+    if KINDS[kind][0] == "lab-dense":
+        parts.append((dense.smaller()["full"][0], {"downsample": dense.smaller()["downsample"]}))
+    for whole, measured in parts:
+        all_tokens = mean(whole.score("1.0", family) for family in families(kind))
+        for spec, seeds in measured.items():
+            if budget in seeds[0].budgets:
+                kept = mean(average(seeds, budget, family) for family in families(kind))
+                found[spec] = round(kept / all_tokens, 4)
+    return found
 
 
 def described(spec: str) -> dict[str, Any]:
@@ -73,7 +79,7 @@ def recommended() -> dict[str, Any]:
             "questions": sum(len(full(name).questions[family]) for family in families(kind)),
             "scores": {budget: kept_scores(kind, budget) for budget in BUDGETS},
         }
-    specs = dict.fromkeys(spec for name in REPORTS for spec in results(name))
+    specs = dict.fromkeys(spec for kind in kinds.values() for scores in kind["scores"].values() for spec in scores)
     pruners = {
         spec: described(spec) | ({"prefill_share": shares[lab.name_of(spec)]} if lab.name_of(spec) in shares else {})
         for spec in specs

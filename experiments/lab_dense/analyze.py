@@ -5,6 +5,8 @@ python -m experiments.lab_dense.analyze
 
 from __future__ import annotations
 
+from statistics import mean
+
 from experiments.results import (
     BUDGETS,
     STUDIES,
@@ -89,6 +91,22 @@ def grid() -> dict[str, list[Result]]:
     return {seeds[0].content["pruner"]: seeds for seeds in load(f"{STUDY}/results/input").values()}
 
 
+def smaller() -> dict[str, list[Result]]:
+    """`full` and `downsample`, on fewer questions of the same sample."""
+    return load(f"{STUDY}/results/downsample")
+
+
+def smaller_table() -> str:
+    """What a smaller picture leaves, beside all tokens of the whole picture."""
+    found, budgets = smaller(), ("0.125", "0.06", "0.03")
+    content = found["full"][0].content
+    rows = [["all tokens", *[percent(found["full"][0].score("1.0"))] * len(budgets)]]
+    rows += [["`downsample`", *(percent(average(found["downsample"], budget)) for budget in budgets)]]
+    for label, name in (("no image", "blind"), ("commonest answer", "majority")):
+        rows.append([label, *[percent(mean(content[name][family] for family in found["full"][0].questions))] * 3])
+    return table(["", *map(share, budgets)], rows)
+
+
 def first_lab() -> dict[str, list[Result]]:
     """The same of the first lab; its scorers as they came out of the supervised stage."""
     return {seeds[0].content["variant"]: seeds for seeds in load("grip_shipped/results").values()}
@@ -118,7 +136,7 @@ def apart_table() -> str:
 def tables() -> dict[str, dict[str, str]]:
     page = {"admission": admission_table()}
     if grid():
-        page |= {"grid": score_table(grid(), BUDGETS, "0.125"), "apart": apart_table()}
+        page |= {"grid": score_table(grid(), BUDGETS, "0.125"), "apart": apart_table(), "smaller": smaller_table()}
     return {f"experiments/{STUDY}/REPORT.md": page}
 
 

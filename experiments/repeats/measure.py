@@ -8,7 +8,6 @@ Qwen3-VL (32 x 32) are configured. No model runs.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from experiments.repeats.documents import KINDS, draw
-from experiments.results import STUDIES
+from experiments.results import STUDIES, write_json
 from gripvlm.eval.environment import git_state, hardware, versions
 from gripvlm.models.repeats import distinct_cells
 
@@ -70,7 +69,7 @@ def main() -> None:
         for which in wanted:
             content["rows"].append(row(kind, *which))
             print(*which, kind, content["rows"][-1]["left"], flush=True)
-    (STUDIES / "repeats/results/tokens.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(STUDIES / "repeats/results/tokens.json", content)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def prune_inputs(
             embeddings [t, d], a list with either for each of the B samples, or padded ids [B, t] (negative ids are
             padding) or embeddings [B, t, d]. Default: all text tokens of the prompt except padding, begin and end.
         encoded: the result of `encode`, to skip the vision encoder; `inputs` then need no pixels. A pruner that
-            merges inside the vision tower runs the encoder again, and needs the pixels.
+            works inside the vision tower runs the encoder again, and needs the pixels.
         pad_to_multiple_of: pad the shortened prompt to a multiple of this length, so that few lengths occur and
             compiled code is reused.
         return_record: also return the `Record`.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["LLMTokens", "Merge", "Selection", "VisionRows", "VisualTokens", "sizes_after"]
+__all__ = ["LLMTokens", "Merge", "Raster", "Selection", "VisionRows", "VisualTokens", "sizes_after"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,26 @@ class VisionRows:
     given: Tensor | None = None
 
 
+class Raster(NamedTuple):
+    """A part of an image's rows that is an h x w raster: row (y, x) of it is row start + y * stride + x of the image.
+
+    `stride` is w, or more where each line is followed by rows of no raster, such as a newline row.
+    """
+
+    start: int
+    height: int
+    width: int
+    stride: int
+
+    @property
+    def n(self) -> int:
+        return self.height * self.width
+
+    def rows(self) -> Tensor:
+        """[h * w] LongTensor: the image's rows that it is made of, line by line."""
+        return (self.start + torch.arange(self.height)[:, None] * self.stride + torch.arange(self.width)).flatten()
+
+
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
     """The visual tokens of one image, as a pruner sees them.
@@ -55,6 +76,12 @@ class VisualTokens:
             patches. None unless in `needs`.
         groups: [n] LongTensor, for a `TowerPruner`: the row that each was merged into inside the tower, itself where
             it stands for its group. Features are then the group's.
+        rasters: where grid is None, the rasters that the rows are made of, ascending: a whole view and the tiles of an
+            image, the frames of a video. A row of none of them shows no place of the image: a newline or a separator.
+            Empty where they are not known. A pruner with "grid" in `needs` gets them one at a time, each with its
+            grid (`engine/by_raster.py`).
+        tower_rows: [k'] LongTensor, ascending, for the wrapper `tower`: the rows that were not dropped inside the
+            tower. What others hold (features, patches, attention) is zero.
     """
 
     features: Tensor
@@ -67,6 +94,8 @@ class VisualTokens:
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
     groups: Tensor | None = None
+    rasters: tuple[Raster, ...] = ()
+    tower_rows: Tensor | None = None
 
     @property
     def n(self) -> int:

@@ -18,6 +18,7 @@ from gripvlm.bench.runner import settings_of, turns
 from gripvlm.budget import Budget
 from gripvlm.cli import main
 from gripvlm.errors import BudgetError, GripError
+from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.text import visual_places
 from gripvlm.pruners import get_pruner
 from tiny_lab import tiny_lab
@@ -227,6 +228,32 @@ def test_all_tokens_asked_for_are_generated(tiny):
     new = output.sequences[:, PROMPT + N :]
     assert new.shape == (2, 40)
     assert not torch.isin(new, torch.tensor([2, 98])).any()
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen"])
+def test_a_pruner_in_the_tower_has_a_second_limit(name):
+    """A tower that had half of the rows from its first block on, and a quarter of them in the prompt."""
+    model, quarter = shapes.random_model(name, CPU, torch.float32), Budget(0.25)
+    block = len(blocks_of(model.get_encoder("image"))) - 2
+    spec = f"tower(norm):block={block},tower_keep=0.5"
+    made = bench(
+        model, prompts(model, name), chosen(model, "norm", spec), [quarter], lengths=[PROMPT], new=NEW, repeats=1
+    )
+    names = ["full", "limit 0.25", "limit 0.25, tower 0.5", "norm 0.25", f"{spec} 0.25"]
+    assert [row["setting"] for row in made["rows"]] == names
+    full, limit, tower_limit, behind, tower = made["rows"]
+    n = full["visual_tokens"]
+    assert [row["tower_kept"] for row in made["rows"]] == [n, n, n / 2, n, n / 2]
+    assert [row["kept"] for row in made["rows"]] == [n, n / 4, n / 4, n / 4, n / 4]
+    assert tower_limit["flops"]["vision"] < limit["flops"]["vision"] == full["flops"]["vision"]
+    # tiny-qwen drops before its first block too, so it is at the limit
+    assert tower_limit["flops"]["whole"] <= tower["flops"]["whole"] < behind["flops"]["whole"]
+    for row in (full, limit, behind):
+        assert row["to_tower_limit"] is row["between"] is None
+    assert tower["to_limit"]["flops_whole"] < 1 <= tower["to_tower_limit"]["flops_whole"]
+    for phase in ("vision", "whole"):
+        own, high, low = (row["runs"][0][phase] for row in (tower, limit, tower_limit))
+        assert tower["between"][phase]["median"] == pytest.approx((high - own) / (high - low))
 
 
 def test_the_order_alternates():

@@ -46,7 +46,12 @@ def test_what_failed_and_what_fits_is_shown(capsys):
     middle = {"median": 0.5, "low": 0.4, "high": 0.6}
     done = {"batch": 1, "prompt": 8, "kind": "pruned", "setting": "norm 0.5", "failed": None, "kept": 8.0}
     done |= {"seconds": dict.fromkeys(PHASES, middle) | {"prefill": {"median": 2.0}, "decode": middle}}
-    done |= {"to_full": {"whole": middle, "added": {"median": 0.05}}, "to_limit": None, "kv_bytes": 2e6}
+    done |= {
+        "to_full": {"whole": middle, "added": {"median": 0.05}},
+        "to_limit": None,
+        "to_tower_limit": None,
+        "kv_bytes": 2e6,
+    }
     done |= {"peak_memory": 3e9, "roofline": {"vision": 0.5, "prefill": 0.25, "decode": 0.01}}
     failed = {"batch": 1, "prompt": 8, "setting": "full", "failed": "out of memory: tried to allocate 9 GiB"}
     fitted = {"prompt": 8, "setting": "norm 0.5", "fits": 21, "fails": 22, "to_full": 2.1}

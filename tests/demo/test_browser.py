@@ -144,7 +144,8 @@ def test_the_page(address, shots, name, tmp_path):
         wrong.write_text("not a picture")
         before = browser.js("document.querySelector('.card img').src")
         browser.upload("input[type=file]", wrong)
-        browser.wait("document.body.innerText.includes('the file is not a picture that Pillow can read')")
+        said = "'cat.png' is not a picture that Pillow can read: cannot identify image file. A PNG, JPEG or WebP"
+        browser.wait(f"document.body.innerText.includes({json.dumps(said)})")
         time.sleep(1)
         browser.picture(shots / f"page-{name}-refused.png")
         assert "64 of 256 visual tokens" in words(browser), "what was there stays"

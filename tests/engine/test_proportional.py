@@ -24,7 +24,7 @@ from tiny_families import TINY, build, make
 from tiny_families.base import IMAGE
 
 NAMES = sorted(name for name in TINY if FAMILIES[name].equals == "masking")
-BOTH_WAYS = {"gemma3", "gemma4_unified", "paligemma"} & set(TINY)  # their images see themselves in both directions
+BOTH_WAYS = {"gemma3", "gemma4_unified", "molmo2", "paligemma"} & set(TINY)  # their images see both directions
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
@@ -89,7 +89,7 @@ def alike(model, inputs: dict) -> tuple[gripvlm.Encoded, dict, Tensor]:
         places, made = (ids == IMAGE).nonzero().flatten(), []
         for item in items:
             parts = groups(item.features.shape[0])
-            mine, places = places[: item.features.shape[0]], places[item.features.shape[0] :]
+            mine, places = places[: item.features.shape[0]], places[item.placeholders :]
             for part in parts:
                 slots[row, mine[part]] = mine[part[0]]
             made.append(same_rows(item, parts))

@@ -139,6 +139,12 @@ def grids(encoded):
     return [item.grid for item in items(encoded)]
 
 
+@pytest.mark.parametrize(("name", "side"), [("llava", 8), ("mistral3", 8), ("qwen2_5_vl", 8), ("kimi_k25", 8)])
+def test_the_square_of_a_row(name, side):
+    """Patches of 4 pixels, 2 x 2 of which make a row, under each of the names that configs have for it; or of 8."""
+    assert row_pixels(build(name)) == side
+
+
 def test_learnt_positions_are_interpolated_only_inside():
     model = tiny_llava()
     with torch.no_grad(), interpolated_positions(model):

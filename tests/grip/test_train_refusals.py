@@ -150,7 +150,7 @@ def test_the_end_of_a_turn_is_the_templates_own(vlm):
 # What the lab's 3 vision blocks and 5 language layers need to be told.
 TOLD = {"hiprune": "hiprune:middle=1", "vscan_vision": "vscan_vision:shallow=0", "vscan": "vscan:shallow=0"}
 TOLD |= {"fastv": "fastv:layer=1", "dart": "dart:layer=1", "ptp": "ptp:layer=1"}
-WRAPPERS = {"mmr", "repeats", "restore", "spread", "split", "ensemble", "top_p"}
+WRAPPERS = {"gumbel", "mmr", "repeats", "restore", "spread", "split", "ensemble", "top_p", "tower"}
 
 
 @pytest.mark.parametrize("name", sorted({row.name for row in gripvlm.list_pruners()} - WRAPPERS - {"given"}))

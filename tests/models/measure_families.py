@@ -95,7 +95,7 @@ def measure(name: str, attention: str) -> dict[str, Any]:
     found["cache"] = [entries(plain.past_key_values), entries(pruned.past_key_values)]
     found["model_as_before"] = dict(vars(model)) == before
     found["selection"] = [[s.indices.tolist() for s in sample] for sample in record.selections]
-    if FAMILIES[name].layers:
+    if FAMILIES[name].layers and FAMILIES[name].equals == "masking":
         with gripvlm.prune(model, "fastv", keep=KEEP) as record:
             ours = model.generate(**inputs, **GREEDY)
         full = build(name, "eager")

@@ -51,7 +51,7 @@ ATTENTION = {"is_causal", "scaling", "softcap", "s_aux", "position_bias", "cu_se
 """What attention functions are given and gripvlm heeds or refuses (`models/hooks/`)."""
 
 NO_MATTER = {"dropout", "position_ids", "use_cache", "output_hidden_states", "output_router_logits", "logits_to_keep"}
-NO_MATTER |= {"image_sizes", "labels", "sliding_window"}
+NO_MATTER |= {"image_sizes", "labels", "sliding_window", "grid_thw", "vision_feature_layer"}
 """What they are given besides, which changes no score of an evaluated model; a sliding window is in the mask too."""
 
 OPTIONAL = {

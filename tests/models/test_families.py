@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import gripvlm
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.models import FAMILIES, families, family_of
+from gripvlm.models.compat import installed
 from gripvlm.models.grids import unknown
 from tiny_families import LATER, TINY, build, make
-from tiny_families.base import IMAGE
+from tiny_families.base import IMAGE, TEXT, VISION
 from tiny_families.reference import full_positions, kept, masked, teacher_forced
 
 NAMES = sorted(TINY)
@@ -128,10 +130,21 @@ def test_the_rows_are_those_selected_plane_by_plane(name):
         for items, sample in zip(encoded.samples, run.record.selections, strict=True)
         for item, selection in zip(items, sample, strict=True)
     ]
-    rows = torch.cat([item.features[selection.indices] for item, selection in pairs])
+    parts = [[item.features[s.indices], *([] if item.tail is None else [item.tail])] for item, s in pairs]
+    rows = torch.cat([part for own in parts for part in own])
     assert torch.equal(torch.cat(list(output.pooler_output)), rows)
     for depth, plane in enumerate(getattr(output, "deepstack_features", None) or []):
         assert torch.equal(torch.cat(plane), torch.cat([i.deepstack[depth][s.indices] for i, s in pairs]))
+
+
+def test_a_separator_stays_behind_its_image():
+    model, inputs = build("deepseek_ocr2"), make(TINY["deepseek_ocr2"], [1, 2], [7, 9]).inputs
+    arguments, record = gripvlm.prune_inputs(model, inputs, "random", keep=1, return_record=True)
+    images = arguments["mm_encoder_outputs"]["image"].pooler_output
+    assert [len(rows) for rows in images] == [2, 2, 2]
+    assert all(torch.equal(rows[1], model.base_model.view_separator) for rows in images)
+    assert int((arguments["input_ids"] == IMAGE).sum()) == 6
+    assert record.total == int((inputs["input_ids"] == IMAGE).sum()) - 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -245,11 +258,30 @@ def test_grids_are_those_of_the_pictures(name):
 
 
 def test_the_page_has_a_line_for_every_row_that_agrees_with_it():
-    """docs/families.md: tower's attention, in-LLM pruners, merging in the tower, videos."""
+    """docs/families.md: tower's attention, in-LLM pruners, merging and dropping in the tower, videos."""
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in page.split("## ")[0].splitlines() if line.startswith("| `")]
     page_rows = {cells[0].split("`")[1]: [cell.strip() == "yes" for cell in cells[2:]] for cells in lines}
     assert page_rows == {
-        name: [row.vision is not None, row.layers, row.merges, "video" in row.modalities]
+        name: [row.vision is not None, row.layers, row.merges, callable(row.drops), "video" in row.modalities]
         for name, row in FAMILIES.items()
     }
+
+
+def test_llama4_is_refused_while_its_own_forward_fails():
+    """If this fails, transformers has mended it: what it needs then is a row, and its projector called beforehand."""
+    if installed() < (5, 24):
+        pytest.skip("it fails from transformers 5.24 on")
+    text = TEXT | {"head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2, "num_hidden_layers": 1}
+    vision = VISION | {"patch_size": 4, "vision_output_dim": 40, "intermediate_size": 128}
+    vision |= {"projector_input_dim": 40, "projector_output_dim": 40}
+    config = AutoConfig.for_model("llama4", vision_config=vision, text_config=text, image_token_index=IMAGE)
+    model = AutoModelForImageTextToText.from_config(config)
+    ids = torch.tensor([[1, 11, 12]])
+    with pytest.raises(AttributeError, match="image_outputs"):
+        model(input_ids=ids)
+    with (
+        pytest.raises(UnsupportedModelError, match="'llama4' is not supported, because its forward projects"),
+        gripvlm.prune(model, "random", keep=5),
+    ):
+        pytest.fail("the block opened")

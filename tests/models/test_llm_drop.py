@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
+import gripvlm
 from gripvlm.errors import GripError, InputError, UnsupportedModelError
 from gripvlm.models import FAMILIES
 from gripvlm.models.hooks.attention import capture_attention
 from gripvlm.models.hooks.llm_drop import drop_in_layers
 from tiny_families import TINY, build, make
+from tiny_families.reference import extended
 
-NAMES = sorted(name for name in TINY if FAMILIES[name].layers)
+NAMES = sorted(name for name in TINY if FAMILIES[name].layers and FAMILIES[name].equals == "masking")
+DELETION = sorted(name for name in TINY if FAMILIES[name].layers and FAMILIES[name].equals == "deletion")
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
@@ -205,6 +210,103 @@ def test_what_else_is_refused():
     small = build("gemma3", sliding_window=6)
     with drop_in_layers(small, {2: thin(2)}), pytest.raises(InputError, match="exceed the sliding window of 6"):
         small.generate(**make(TINY["gemma3"], [1], [7]).inputs, max_new_tokens=2)
-    for name in sorted(set(TINY) - set(NAMES)):
-        with pytest.raises(UnsupportedModelError, match="drop at the input"), drop_in_layers(build(name), {2: thin(2)}):
-            pytest.fail("the block opened")
+
+
+def test_a_family_that_is_not_known_to_drop_there_is_refused(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], layers=False))
+    with pytest.raises(UnsupportedModelError, match="drop at the input"), drop_in_layers(build("llava"), {2: thin(2)}):
+        pytest.fail("the block opened")
+
+
+# --- layers that share keys, and recurrent ones -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_layers_that_share_keys_read_those_that_are_left(attention):
+    """Six layers, of which the last two read the keys of the third and fourth: tokens may go before the third."""
+    kinds = ("sliding_attention", "full_attention") * 3
+    changes = {"num_hidden_layers": 6, "layer_types": kinds, "num_kv_shared_layers": 2}
+    model, inputs = build("gemma4", attention, **changes), make(TINY["gemma4"], [1, 2, 0], [7, 9, 5]).inputs
+    plain = model.generate(**inputs, **GREEDY)
+    with drop_in_layers(model, {1: thin(2), 2: thin(3)}) as dropped:
+        ours = model.generate(**inputs, **GREEDY)
+    reference = build("gemma4", "eager", **changes)
+    with masking(reference, stage_masks(dropped)):
+        expected = reference.generate(**inputs, **GREEDY)
+    assert torch.equal(ours.sequences, expected.sequences)
+    for a, b, full in zip(ours.logits, expected.logits, plain.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=3e-5, rtol=3e-5)
+        assert (a[:2] - full[:2]).abs().max() > 0.01
+    said = r"no layer 3 to drop before: use 1 to 2 \(the layers after 2 read keys that are made there\)"
+    with pytest.raises(InputError, match=said), drop_in_layers(model, {3: thin(2)}):
+        pytest.fail("the block opened")
+    model = build("gemma4", attention, num_kv_shared_layers=2)
+    with pytest.raises(InputError, match="use a pruner that drops at the input"), drop_in_layers(model, {1: thin(2)}):
+        pytest.fail("the block opened")
+
+
+def alone(model, layers: range, states, positions):
+    """The states [1, l, d] behind some of the language model's layers, run as a model of their own, all at once."""
+    decoder = copy.deepcopy(model.get_decoder())
+    kinds, norm = decoder.config.layer_types, "norm" if hasattr(decoder, "norm") else "embedding_norm"
+    decoder.layers = torch.nn.ModuleList(decoder.layers[i] for i in layers)
+    decoder.config.layer_types, decoder.config.num_hidden_layers = [kinds[i] for i in layers], len(layers)
+    if layers[-1] < len(kinds) - 1:
+        setattr(decoder, norm, torch.nn.Identity())
+    mask = torch.ones(states.shape[:2], dtype=torch.long)
+    return decoder(inputs_embeds=states, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", DELETION)
+def test_dropping_is_deletion_from_that_layer_on(name, attention):
+    """Layers 0 and 1 see all; layer 2 is given what is left of their states, and so is layer 3 of its own.
+
+    The reference is one forward over prompt and answer, each layer on its own tokens, without a cache: recurrent layers
+    began with an empty state, so nothing of a dropped token can be in it.
+    """
+    model, inputs = build(name, attention), make(TINY[name], [2], [7]).inputs
+    with drop_in_layers(model, {2: thin(2), 3: thin(3)}) as dropped:
+        ours = model.generate(**inputs, **GREEDY)
+    whole = extended(gripvlm.prune_inputs(model, inputs, "random", keep=1.0), ours.sequences[:, -4:])
+    entered = []
+    hook = model.get_decoder().layers[2].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    with torch.no_grad():
+        model(**whole)
+        hook.remove()
+        states, positions = entered[0], whole["position_ids"]
+        for layer in (2, 3):
+            left = dropped.stages[layer].previous[0].tolist()
+            left += range(states.shape[1] - 4, states.shape[1])  # the answer
+            states, positions = states[:, left], positions[..., left]
+            states = alone(model, range(layer, layer + 1), states, positions)
+        logits = model.lm_head(states)[0, -5:-1]
+    tolerance = TINY[name].tolerance
+    torch.testing.assert_close(torch.cat(ours.logits), logits, atol=tolerance, rtol=tolerance)
+    plain = model.generate(**inputs, **GREEDY)
+    assert (ours.logits[0] - plain.logits[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", DELETION)
+def test_a_ragged_batch_of_recurrent_layers_equals_its_samples_alone(name):
+    """Padding where tokens were dropped leaves no trace in a state."""
+    model, tiny = build(name), TINY[name]
+    with drop_in_layers(model, {2: thin(2), 3: thin(3)}):
+        together = model.generate(**make(tiny, [1, 2, 0], [7, 9, 5]).inputs, **GREEDY)
+        for sample in range(3):
+            single = model.generate(**make(tiny, [1, 2, 0], [7, 9, 5], only=sample).inputs, **GREEDY)
+            for a, b in zip(single.logits, together.logits, strict=True):
+                torch.testing.assert_close(a[0], b[sample], atol=tiny.tolerance, rtol=tiny.tolerance)
+
+
+@pytest.mark.parametrize("name", DELETION)
+def test_what_recurrent_layers_cannot_do_is_refused(name):
+    model = build(name)
+    said = r"no layer 1 to drop before: use 2 to 3 \(layer 1 is the first one with keys, before it all are recurrent\)"
+    with pytest.raises(InputError, match=said), drop_in_layers(model, {1: thin(2)}):
+        pytest.fail("the block opened")
+    with (
+        pytest.raises(UnsupportedModelError, match=f"recurrent layers of {name} have no keys.*after the prompt"),
+        drop_in_layers(model, {3: thin(2)}, 2),
+    ):
+        pytest.fail("the block opened")

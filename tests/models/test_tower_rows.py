@@ -13,12 +13,13 @@ import gripvlm
 from gripvlm.errors import InputError, PrunerError, UnsupportedModelError
 from gripvlm.models import FAMILIES
 from gripvlm.models.hooks.attention import capture_attention
+from gripvlm.models.vision_rules import pooled
 from gripvlm.pruners import ScorePruner
 from gripvlm.types import VisualTokens
 from tiny_families import TINY, build, make
 
 NAMES = sorted(name for name in TINY if FAMILIES[name].vision)
-CLS = {"llava", "llava_next", "internvl", "qianfan_ocr"}
+CLS = {"llava", "llava_next", "internvl", "qianfan_ocr", "vipllava"}
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,14 @@ def test_a_row_is_traced_to_the_patches_it_is_made_of(name, monkeypatch):
     from gripvlm.models.hooks.attention import blocks_of
 
     model, batch = build(name), make(TINY[name], [1], [7])
-    number = getattr(model.config, "vision_feature_layer", None)
-    number = number if isinstance(number, int) else -1
+    # The tiny VipLLaVA's features are of two layers, the second of which is -2.
+    number = -2 if name == "vipllava" else getattr(model.config, "vision_feature_layer", -1)
     block = blocks_of(model.get_encoder("image"))[number]
     with torch.no_grad():
         plain = gripvlm.encode(model, batch.inputs, [Looks()]).samples[0]
     tried, forward = set(), block.forward
-    for patch in (1, 6, 9, 14):
+    by_attention = FAMILIES[name].vision is pooled  # which may pass a patch over
+    for patch in range(16) if by_attention else (1, 6, 9, 14):
 
         def shifted(*args, patch=patch, **kwargs):
             output = forward(*args, **kwargs)
@@ -101,6 +103,9 @@ def test_a_row_is_traced_to_the_patches_it_is_made_of(name, monkeypatch):
         for a, b in zip(plain, changed, strict=True):
             features = (a.features - b.features).abs().amax(-1) > 1e-4
             states = (a.patches - b.patches).abs().amax(-1) > 1e-4
+            if by_attention:
+                assert not bool((features & ~states).any()), (name, patch)
+                states = features
             assert torch.equal(features, states), (name, patch)
             tried |= set(states.nonzero().flatten().tolist())
     assert len(tried) >= 2
@@ -171,7 +176,7 @@ def test_attention_among_patches_leaves_the_cls_token_out(name):
         gripvlm.prune_inputs(model, batch.inputs, "fopru", 4, encoded=plain)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "kimi_k25"])
 def test_images_and_videos_of_one_prompt_keep_their_own(name):
     model = build(name)
     with torch.no_grad():

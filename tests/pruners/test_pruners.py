@@ -25,6 +25,7 @@ NOT_ALONE = {
     "full",
     "grip",
     "ensemble",
+    "gumbel",
     "mmr",
     "restore",
     "split",

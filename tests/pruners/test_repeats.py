@@ -350,6 +350,8 @@ def test_the_inner_pruner_keeps_some_of_what_is_left(name, inner):
     counts = [s.k for images in left.selections for s in images]
     assert record.paid == pytest.approx(sum(max(1, int(0.75 * k + 0.5)) for k in counts), abs=0.5 * len(counts))
     assert record.total == left.total == 72
+    assert record.tower_kept == left.tower_kept == left.kept < 72
+    assert f"of 72 visual tokens kept ({100 * record.paid / 72:.3g} %), {left.kept} in the vision tower," in str(record)
     for images, whole in zip(record.selections, left.selections, strict=True):
         for chosen, possible in zip(images, whole, strict=True):
             assert {*chosen.indices.tolist()} <= {*possible.indices.tolist()}

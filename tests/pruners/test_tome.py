@@ -172,7 +172,7 @@ def test_an_encoding_of_all_rows_is_not_used():
     one, two = (a["mm_encoder_outputs"]["image"].pooler_output[0] for a in (whole, again))
     assert torch.equal(one, two)
     bare = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    with pytest.raises(InputError, match=r"'tome' merges inside the vision tower, .* leave the pixels in the inputs"):
+    with pytest.raises(InputError, match=r"'tome' works inside the vision tower, .* leave the pixels in the inputs"):
         gripvlm.prune_inputs(model, bare, "tome", 6, encoded=encoded)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import ClassVar
 
 import pytest
@@ -22,6 +23,7 @@ from gripvlm.pruners.input.divprune import DivPrune
 from gripvlm.pruners.llm.ptp import PTP, PTPVision
 from gripvlm.pruners.ops.apportion import apportion, nearest
 from gripvlm.pruners.wrappers.ensemble import Ensemble, mid_ranks
+from gripvlm.pruners.wrappers.gumbel import Gumbel
 from gripvlm.pruners.wrappers.mmr import MMR
 from gripvlm.pruners.wrappers.restore import Restore
 from gripvlm.pruners.wrappers.split import Split, effective_rank
@@ -154,6 +156,45 @@ def test_top_p_adds_tokens_where_two_do_not_have_enough():
         TopP(inner, most=0.5)
     with pytest.raises(PrunerError, match="'top_p' needs scores that are logits, and those of 'mmr' are not"):
         TopP("mmr(grip)")
+
+
+def test_gumbel_draws_each_set_as_often_as_its_probability():
+    """Of four tokens, two are drawn one after the other: P({a, b}) = pa pb / (1 - pa) + pb pa / (1 - pb)."""
+    weights, temperature, draws = [8.0, 4.0, 2.0, 1.0], 2.0, 4000
+    inner, (tokens,) = logits(weights)
+    found = Counter(tuple(Gumbel(inner, temperature, seed).select(tokens).indices.tolist()) for seed in range(draws))
+    share = torch.tensor(weights) ** (1 / temperature)
+    p = (share / share.sum()).tolist()
+    for a, b in combinations(range(4), 2):
+        expected = p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b])
+        assert found[a, b] / draws == pytest.approx(expected, abs=4 * (expected / draws) ** 0.5)
+
+
+def test_gumbel_is_one_draw_for_each_picture_whatever_else_is_in_the_batch():
+    inner, images = logits([1.0] * 12, [2.0] * 12)
+    keyed = [replace(tokens, keep=5, key=key) for tokens, key in zip(images, (7, 8), strict=True)]
+    together = [selection.indices.tolist() for selection in Gumbel(inner).select_batch(keyed)]
+    assert together == [Gumbel(inner).select(tokens).indices.tolist() for tokens in keyed]
+    assert together[0] != together[1] != Gumbel(inner, seed=1).select(keyed[1]).indices.tolist()
+    assert Gumbel(inner).select(replace(keyed[0], key=9)).indices.tolist() != together[0]
+    # Near 0 the highest scores.
+    ranked, (tokens,) = logits([1.0, 5.0, 2.0, 9.0, 3.0])
+    assert Gumbel(ranked, 1e-3).select(tokens).indices.tolist() == [1, 3]
+    with pytest.raises(PrunerError, match=r"pass temperature=0\.5, above 0"):
+        Gumbel(inner, 0)
+    with pytest.raises(PrunerError, match="'gumbel' needs scores that are logits, and those of 'norm' are not"):
+        Gumbel("norm")
+
+
+def test_gumbel_of_a_joint_pruner_draws_from_all_images_of_a_prompt():
+    @dataclass(frozen=True)
+    class Joint(Given):
+        joint: ClassVar[bool] = True
+
+    high, low = torch.full((6,), 50.0), torch.zeros(6)
+    inner = Joint([[high, low], [low, high, low]])
+    images = [VisualTokens(randn(6, 3), 2, sample=s, image=i) for s, i in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2))]
+    assert [selection.k for selection in Gumbel(inner).select_batch(images)] == [4, 0, 0, 6, 0]
 
 
 def test_top_p_of_a_joint_pruner_raises_one_count_for_the_prompt():

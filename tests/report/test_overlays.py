@@ -60,9 +60,10 @@ def test_several_pictures_have_a_part_each():
     processor = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
     sizes, grids = [(64, 32), (32, 32), (96, 96)], [(2, 2), (1, 3), (3, 3)]
     parts = layout_of_images(processor, sizes, grids)
-    assert [(part.name, part.start, part.image) for part in parts] == [
-        *(("picture 1", 0, 0), ("picture 2", 4, 1), ("picture 3", 7, 2))
+    assert [(part.name, part.rows, part.image) for part in parts] == [
+        *(("picture 1", range(4), 0), ("picture 2", range(4, 7), 1), ("picture 3", range(7, 16), 2))
     ]
+    assert [part.start for part in parts] == [0, 4, 7]
     assert [part.geometry.image_size for part in parts] == sizes
     assert parts[0].geometry.boxes[3] == (32, 16, 64, 32)
     masks = [TokenMask(torch.tensor(kept)) for kept in ([True] * 4, [False, True, False], [False] * 9)]

@@ -14,7 +14,7 @@ from gripvlm.cli import main
     [
         (["--keep", "most"], "'most' is no budget"),
         (["--pruners", "nonsense"], "unknown pruner 'nonsense'"),
-        (["--pruners", "tome"], "merges inside the vision tower"),
+        (["--pruners", "tome"], "works inside the vision tower"),
         (["--api-key", " "], "--api-key is empty: type a key"),
         (["--target-ms", "0"], "pass a number above 0"),
         (["--target-ms", "100", "--ladder", "10%,50%"], "fractions that go down, such as 50%,25%,10%"),

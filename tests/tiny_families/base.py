@@ -88,6 +88,7 @@ class Tiny:
         embedding: scale of the embedding table; Gemmas multiply it by the root of the hidden size.
         uneven: the end of the name of a norm's weights that are made unequal: where a norm makes the rows, all would
             be equally long.
+        changed: changes the model before it gets its weights, where a size is no argument of the config.
     """
 
     model_type: str
@@ -99,6 +100,7 @@ class Tiny:
     tolerance: float = 3e-5
     embedding: float = 1.0
     uneven: str | None = None
+    changed: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def _built(model_type: str, changes: tuple[tuple[str, Any], ...], attention: str
     for name, value in changes:
         setattr(config.get_text_config(), name, list(value) if isinstance(value, tuple) else value)
     model = AutoModelForImageTextToText.from_config(config)
+    if tiny.changed:
+        tiny.changed(model)
     generator = torch.Generator().manual_seed(7 + seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

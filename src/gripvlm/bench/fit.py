@@ -73,7 +73,7 @@ def fits(
     for length in lengths:
         inputs, full, known = prompts(1, length), 0, False
         for setting in settings:
-            if setting.kind in ("limit", "downsample"):
+            if setting.kind in ("limit", "tower_limit", "downsample"):
                 continue
 
             def holds(batch: int, setting: Setting = setting, inputs: Mapping[str, Any] = inputs) -> bool:

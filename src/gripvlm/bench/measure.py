@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,9 +21,14 @@ from gripvlm.errors import BudgetError
 from gripvlm.models.adapter import encoder_arguments
 from gripvlm.models.compat import cache_of
 from gripvlm.models.encoded import Encoded
+from gripvlm.models.families import family_of
+from gripvlm.models.hooks.tower_drop import drop_in_tower
+from gripvlm.models.prompts import Prompts
 from gripvlm.models.smaller import interpolated_positions
+from gripvlm.models.tower_rows import TowerDropping
 from gripvlm.pruners import Pruner
 from gripvlm.pruners.baselines.given import Given
+from gripvlm.types import VisualTokens
 from gripvlm.utils.timing import device_time
 
 
@@ -32,26 +37,32 @@ class Setting:
     """What a run does with the visual tokens.
 
     Attributes:
-        kind: "full", all of them; "limit", a prompt that had so few from the start; "pruned"; "downsample", smaller
-            pictures.
+        kind: "full", all of them; "limit", a prompt that had so few from the start; "tower_limit", the same behind a
+            vision tower that had few patches from its first block on; "pruned"; "downsample", smaller pictures.
         keep: the budget; None for full.
         pruner, spec: of "pruned", and how it was typed; a spec of "downsample" too.
+        tower_keep: rows that the tower has: of "tower_limit", and of a pruner that drops inside the tower.
     """
 
     kind: str
     keep: Budget | None = None
     pruner: Pruner | None = None
     spec: str = ""
+    tower_keep: Budget | None = None
 
     @property
     def name(self) -> str:
+        if self.kind == "tower_limit":
+            return f"limit {self.keep}, tower {self.tower_keep}"
         return self.kind if self.keep is None else f"{self.spec or self.kind} {self.keep}"
 
     @property
     def columns(self) -> dict[str, Any]:
         """What rows know it by."""
         keep = None if self.keep is None else self.keep.plain
-        return {"kind": self.kind, "setting": self.name, "pruner": self.spec or None, "keep": keep}
+        tower = None if self.tower_keep is None else self.tower_keep.plain
+        columns = {"kind": self.kind, "setting": self.name, "pruner": self.spec or None}
+        return columns | {"keep": keep, "tower_keep": tower}
 
 
 FULL = Setting("full")
@@ -103,6 +114,7 @@ class Cell:
         smaller: Mapping[Budget, Mapping[str, Any] | BudgetError] = MappingProxyType({}),
     ) -> None:
         self.model, self.inputs, self.new, self.smaller = model, dict(inputs), new, smaller
+        self.prompts, self.family = Prompts.of(model, self.inputs), family_of(model)
         self.forbidden = forbidden(model)
         # limits are made here, before any clock starts: they stand for a model that got so few tokens for nothing
         encoded = encode(model, inputs)
@@ -153,17 +165,20 @@ class Cell:
         """
         # the encoder is counted by itself too: a pruned run has it in one block with the pruner
         with flop_counter() as meter, torch.no_grad():
-            self._encoder(self._smaller(setting.keep) if setting.kind == "downsample" else self.inputs)
+            self._encoder(setting)
             vision = meter.get_total_flops()
         with flop_counter() as meter:
             run = self._run(setting, meter.get_total_flops)
         total = sum(self.sizes)
         kept = float(total if setting.keep is None else sum(setting.keep.count(n) for n in self.sizes))
+        tower = float(total)
+        if setting.tower_keep is not None:
+            tower = float(sum(setting.tower_keep.count(n) for n in self.sizes))
         if run.record is not None:  # complete only when the block has ended
             kept = run.record.paid
         flops = {"vision": vision, "pruning": run.ready - vision, "prefill": run.first - run.ready}
         flops |= {"decode": run.ended - run.first, "whole": run.ended}
-        return Counts({part: int(value) for part, value in flops.items()}, _cache_bytes(run.cache), kept, total)
+        return Counts({part: int(value) for part, value in flops.items()}, _cache_bytes(run.cache), kept, total, tower)
 
     @torch.no_grad()
     def _run(self, setting: Setting, read: Callable[[], float]) -> _Run:
@@ -177,7 +192,7 @@ class Cell:
                     arguments, record = stack.enter_context(pruned)
                 encoded = began
             elif setting.pruner is None:
-                self._encoder(self.inputs)
+                self._encoder(setting)
                 encoded = read()
                 arguments = self._arguments(setting)
             else:
@@ -194,12 +209,19 @@ class Cell:
             raise self.unreached[setting.keep]
         return dict(self.received[setting.keep])
 
-    def _encoder(self, inputs: Mapping[str, Any]) -> None:
-        """The vision encoder and projector as the model itself runs them."""
+    def _encoder(self, setting: Setting) -> None:
+        """The vision encoder and projector as the model itself runs them: on smaller pictures, or on fewer patches for
+        a limit of the tower."""
+        small = setting.kind == "downsample"
+        inputs = self._smaller(setting.keep) if small else self.inputs
         # families take different arguments of what their processors return
         function = self.model.base_model.get_image_features
         takes = inspect.signature(function).parameters
-        with interpolated_positions(self.model) if inputs is not self.inputs else nullcontext():
+        with ExitStack() as stack:
+            if small:
+                stack.enter_context(interpolated_positions(self.model))
+            if setting.kind == "tower_limit" and setting.tower_keep is not None:
+                stack.enter_context(drop_in_tower(self.prompts, self.family, _first_rows(setting.tower_keep)))
             function(**{n: inputs[n] for n in encoder_arguments(self.model, inputs) if n in takes})
 
 
@@ -228,6 +250,15 @@ def forbidden(model: Any) -> Tensor:
     ids = {*(ends if isinstance(ends, list) else [ends])}
     ids |= {getattr(model.config, f"{name}_token_id", None) for name in ("image", "video")}
     return torch.tensor(sorted(i for i in ids if i is not None), dtype=torch.long, device=model.device)
+
+
+def _first_rows(keep: Budget) -> TowerDropping:
+    """The first rows of each image, from the tower's first block on; choosing them costs nothing."""
+
+    def select(images: list[VisualTokens]) -> list[Tensor]:
+        return [torch.arange(tokens.keep, device=tokens.device) for tokens in images]
+
+    return TowerDropping(0, lambda n: keep.count(n, "each image (tower_keep)"), select, frozenset())
 
 
 def _received(

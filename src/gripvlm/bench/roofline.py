@@ -67,17 +67,19 @@ class Counts:
             zero where merging inside the tower saves more), prefill, decode, whole.
         kv_bytes: of the cache when the last token is decoded, all samples together.
         kept, total: visual tokens of all samples, averaged over the layers.
+        tower: rows of all samples that the last blocks of the vision tower saw.
     """
 
     flops: dict[str, int]
     kv_bytes: int
     kept: float
     total: int
+    tower: float
 
     def times(self, batch: int) -> Counts:
         """Of so many prompts alike: all that is counted grows with them."""
         flops = {part: batch * value for part, value in self.flops.items()}
-        return Counts(flops, batch * self.kv_bytes, batch * self.kept, batch * self.total)
+        return Counts(flops, batch * self.kv_bytes, batch * self.kept, batch * self.total, batch * self.tower)
 
 
 @dataclass
@@ -155,12 +157,18 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def row(
-    runs: Runs, full: Runs, limit: Runs | None, shape: tuple[int, int], hardware: tuple[Machine, Weights]
+    runs: Runs,
+    full: Runs,
+    limit: Runs | None,
+    tower_limit: Runs | None,
+    shape: tuple[int, int],
+    hardware: tuple[Machine, Weights],
 ) -> dict[str, Any]:
     """All numbers of a setting.
 
     Args:
-        runs, full, limit: of the setting, the unpruned model and the model that received so few tokens.
+        runs, full, limit, tower_limit: of the setting, the unpruned model, the model that received so few tokens, and
+            the same model behind a vision tower that had so few patches; None where the setting has no such limit.
         shape: (B, new tokens generated).
         hardware: the machine, and the model's weights.
     """
@@ -175,6 +183,7 @@ def row(
         "turns": len(turns),
         "visual_tokens": counts.total / batch,
         "kept": counts.kept / batch,
+        "tower_kept": counts.tower / batch,
         "seconds": seconds,
         "runs": [{"turn": turn} | values for turn, values in runs.turns.items()],
         "flops": counts.flops,
@@ -183,7 +192,20 @@ def row(
         "roofline": _shares(counts, seconds, new, hardware),
         "to_full": _ratios(runs, full) | {"added": added},
         "to_limit": None if limit is None else _ratios(runs, limit),
+        "to_tower_limit": None if tower_limit is None else _ratios(runs, tower_limit),
+        "between": None if limit is None or tower_limit is None else _between(runs, limit, tower_limit),
     }
+
+
+def _between(runs: Runs, limit: Runs, tower_limit: Runs) -> dict[str, dict[str, float] | None]:
+    """Where the setting stands between the two limits, turn by turn: 0 is at the limit behind the encoder, 1 at that of
+    a tower with few patches."""
+    turns = [turn for turn in runs.turns if turn in limit.turns and turn in tower_limit.turns]
+    places = {}
+    for phase in ("vision", "whole"):
+        times = [(runs.turns[t][phase], limit.turns[t][phase], tower_limit.turns[t][phase]) for t in turns]
+        places[phase] = spread([(high - own) / (high - low) for own, high, low in times if high != low])
+    return places
 
 
 def _shares(

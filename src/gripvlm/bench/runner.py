@@ -20,6 +20,7 @@ from gripvlm.engine.request import checked_pruner
 from gripvlm.errors import BudgetError, GripError, Interrupted
 from gripvlm.eval.environment import command_line, git_state, hardware, utc, versions
 from gripvlm.pruners import Pruner
+from gripvlm.pruners.wrappers.tower import Tower
 from gripvlm.utils import disk
 from gripvlm.utils.progress import Progress
 
@@ -40,10 +41,17 @@ class BenchInterrupted(Interrupted):
 
 
 def settings_of(pruners: Sequence[tuple[str, Pruner | None]], keeps: Sequence[Budget]) -> list[Setting]:
-    """The unpruned model, the limit at each budget, and every pruner at each; no pruner stands for smaller pictures."""
+    """The unpruned model, the limits and every pruner at each budget; no pruner stands for smaller pictures."""
+    shares = {spec: made.tower_budget if isinstance(made, Tower) else None for spec, made in pruners}
     settings = [FULL, *[Setting("limit", keep) for keep in keeps]]
     for keep in keeps:
-        settings += [Setting("pruned" if pruner else "downsample", keep, pruner, spec) for spec, pruner in pruners]
+        settings += [
+            Setting("tower_limit", keep, tower_keep=share) for share in dict.fromkeys(shares.values()) if share
+        ]
+    for keep in keeps:
+        settings += [
+            Setting("pruned" if made else "downsample", keep, made, spec, shares[spec]) for spec, made in pruners
+        ]
     return settings
 
 
@@ -198,11 +206,13 @@ class _Run:
             about = {"batch": batch, "prompt": length}
             progress = {"runs_asked": len(runs) * self.repeats, "runs_done": done, "failed": failed or None}
             self.result["cells"].append(about | progress)
-            limits = {setting.keep: run for setting, run in runs.items() if setting.kind == "limit"}
+            limits = {s.keep: run for s, run in runs.items() if s.kind == "limit"}
+            towers = {(s.keep, s.tower_keep): run for s, run in runs.items() if s.kind == "tower_limit"}
             for setting, run in runs.items():
                 if run.turns or run.failed:
                     shape, hardware = (batch, self.new), (self.machine, self.weights)
-                    numbers = row(run, runs[FULL], limits.get(setting.keep), shape, hardware)
+                    tower = towers.get((setting.keep, setting.tower_keep))
+                    numbers = row(run, runs[FULL], limits.get(setting.keep), tower, shape, hardware)
                     self.result["rows"].append(about | setting.columns | numbers)
 
     def _cell(self, batch: int, length: int) -> Cell:

@@ -59,8 +59,9 @@ def ask_command(
     # before the answer: an unknown layout is refused before the model runs
     drawings = {}
     if overlay is not None:
-        grids = [item.grid for item in encoded.samples[0]]
-        for part in layout_of_images(processor, [picture.size for picture in pictures], grids):
+        grids = [item.grid or item.rasters for item in encoded.samples[0]]
+        tokens = [item.features.shape[0] for item in encoded.samples[0]]
+        for part in layout_of_images(processor, [picture.size for picture in pictures], grids, tokens):
             path = overlay.with_stem(f"{overlay.stem}-{part.name.replace(' ', '-')}") if part.name else overlay
             checked_picture(path, image)
             drawings[path] = part

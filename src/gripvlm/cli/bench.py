@@ -130,7 +130,9 @@ def show(result: Mapping[str, Any]) -> None:
         where = f"batch {batch}, {prompt} text tokens"
         if done:
             screen.print(_sheet(f"{where}: milliseconds a batch, medians", done, _times))
-            screen.print(_sheet("Ratios of whole; added: share of the unpruned prefill", done, _ratios))
+            towers = any(row["to_tower_limit"] for row in done)
+            ratios = partial(_ratios, towers=towers)
+            screen.print(_sheet("Ratios of whole; added: share of the unpruned prefill", done, ratios))
             screen.print(_sheet("Share of the time, % (of the roofline, %)", done, _shares))
         for row in rows:
             if row["failed"]:
@@ -158,13 +160,16 @@ def _times(row: Mapping[str, Any]) -> dict[str, str]:
     return {"kept": f"{row['kept']:.4g}", **milliseconds}
 
 
-def _ratios(row: Mapping[str, Any]) -> dict[str, str]:
+def _ratios(row: Mapping[str, Any], towers: bool) -> dict[str, str]:
     full, limit = row["to_full"]["whole"], (row["to_limit"] or {}).get("whole")
+    tower = (row["to_tower_limit"] or {}).get("whole")
+    limits = {"/ tower": f"{tower['median']:.3f}" if tower else "-"} if towers else {}
     added, peak = row["to_full"]["added"], row["peak_memory"]
     return {
         "/ full": f"{full['median']:.3f}" if full else "-",
         "quartiles": f"{full['low']:.2f}-{full['high']:.2f}" if full else "-",
         "/ limit": f"{limit['median']:.3f}" if limit else "-",
+        **limits,
         "added": f"{100 * added['median']:.1f} %" if added and row["kind"] == "pruned" else "-",
         "KV MB": f"{row['kv_bytes'] / 1e6:.3g}",
         "peak GB": f"{peak / 1e9:.3g}" if peak else "-",

@@ -87,7 +87,7 @@ def _details(name: str, row: dict[str, Any]) -> str:
     parts = (
         row["source"],
         "trained for one model" if row["trained"] else "",
-        "needs a plain raster" if row["grid"] else "",
+        "needs rasters" if row["grid"] else "",
         f"options {', '.join(row['options'])}" if row["options"] else "",
         f"score of {spec}" if spec != name else "",
     )
@@ -97,7 +97,7 @@ def _details(name: str, row: dict[str, Any]) -> str:
 def _legend(known: dict[str, Any]) -> str:
     prefill, sources = known["prefill"], ", ".join(known["files"])
     return (
-        "drops: before the LLM (input), inside the LLM, or by merging in the vision tower. attention: reads the "
+        "drops: before the LLM (input), inside the LLM, or inside the vision tower. attention: reads the "
         "vision tower's. question: reads it, and selects again for each question. inner: as the pruner in parentheses. "
         f"lab score: mean over {known['questions']} of the lab's questions in percent, at the share of the tokens in "
         "brackets; experiments/grip_shipped has scores of the whole test sample, which differ a little, and the lab's "

@@ -94,7 +94,8 @@ def show(
     everywhere = [name for name in pruners if all(name in scores for scores in at_budget.values())]
     ranked = sorted(everywhere, key=lambda name: -mean(scores[name] for scores in at_budget.values()))
     best = [name for name in ranked if not pruners[name]["trained"] and name not in REFERENCES][:SHOWN]
-    references = [name for name in REFERENCES if name in everywhere]
+    measured = set().union(*at_budget.values())
+    references = [name for name in REFERENCES if name in measured & pruners.keys()]
 
     def say(text: str, indent: str = "  ", style: str = "") -> None:
         screen.print(filled(text, indent), style=style, markup=False, soft_wrap=True)
@@ -102,7 +103,8 @@ def show(
     def show_pruners(title: str, names: list[str]) -> None:
         say(title, "", "bold")
         for name in names:
-            parts = ["  ".join(f"{100 * scores[name]:.0f} {what}" for what, scores in at_budget.items())]
+            shares = ((what, scores[name]) for what, scores in at_budget.items() if name in scores)
+            parts = ["  ".join(f"{100 * share:.0f} {what}" for what, share in shares)]
             if "prefill_share" in pruners[name]:
                 parts.append(f"{100 * pruners[name]['prefill_share']:.2g}% of a prefill")
             parts += ["reads the question"] if pruners[name]["question"] else []

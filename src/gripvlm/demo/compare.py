@@ -268,7 +268,7 @@ class _Notes(LogitsProcessor):
         self.tokens: list[Tensor] = []
         self.log_probs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = scores[0].argmax() if self.forced is None else scores.new_tensor(self.forced[len(self.tokens)]).long()
         self.tokens.append(token)
         self.log_probs.append(scores[0].float().log_softmax(-1)[token])

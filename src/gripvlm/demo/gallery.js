@@ -134,6 +134,7 @@ data.examples.forEach((example) => {
     if (token < 0) return;
     shown = { name, token };
     line.replaceChildren(...why(name, answer, token, example.full));
+    line.classList.add("told");
     [...cards.children].forEach((one) => one.mark?.(token));
   };
   example.draw = () => {
@@ -141,7 +142,10 @@ data.examples.forEach((example) => {
     cards.replaceChildren(...row.map(([name, answer]) => card(name, answer, example, tell)));
     const same = shown && row.find(([name, answer]) => name === shown.name && !answer.refused);
     if (same) tell(same[0], same[1], shown.token);
-    else line.replaceChildren("Tap a patch of a picture.");
+    else {
+      line.replaceChildren("Tap a patch of a picture.");
+      line.classList.remove("told");
+    }
   };
   place.append(element("section", {}, element("h3", {}, example.question),
     element("p", { class: "about" }, `The right answer is “${example.right}”. (${example.task})`), cards, line));

@@ -116,8 +116,19 @@ def choose(
     """(questions to show, how many there were of each case, the methods that reach `AT`)."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
-        options = {"limit": limit, "batch_size": 16, "blind": False, "out": file, "model_name": model_name}
-        result = evaluate(model, processor, tasks, pruners, [AT], progress=True, **options)
+        result = evaluate(
+            model,
+            processor,
+            tasks,
+            pruners,
+            [AT],
+            limit=limit,
+            batch_size=16,
+            out=file,
+            blind=False,
+            model_name=model_name,
+            progress=True,
+        )
         results = read_results(file)
         methods = [name for name in dict.fromkeys(row["pruner"] for row in result["rows"]) if name != FULL]
         if not methods:
@@ -162,8 +173,9 @@ class _Content:
         task, sample = chosen.task, chosen.sample
         settings, comparison = [], None
         for keep in KEEPS:
-            options = {"prompt": task.prompt(sample), "repeats": max(1, repeats)}
-            comparison = asker.compare(sample.images, sample.question, methods, keep, **options)
+            comparison = asker.compare(
+                sample.images, sample.question, methods, keep, prompt=task.prompt(sample), repeats=max(1, repeats)
+            )
             by_name = {one.method: one for one in comparison.pruned}
             settings.append(
                 [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -88,10 +89,11 @@ def build(asker: Asker, pruners: Sequence[str], examples: Sequence[Sample], keep
             return updates
 
         def read(path: str) -> tuple[Any, Any]:
+            name = repr(Path(path).name)
             try:
-                picture = open_image(_content(path, limits.body_bytes), "the file", max_pixels=limits.pixels)
+                picture = open_image(_content(path, limits.body_bytes, name), name, max_pixels=limits.pixels)
             except GripError as error:
-                raise _refusal(str(error)) from None
+                raise _refusal(f"{error}. A PNG, JPEG or WebP file will do.") from None
             return picture, picture
 
         def example(number: int) -> tuple[Any, Any, str]:
@@ -153,7 +155,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
 
 def _refusal(message: str) -> gr.Error:
     """Shown until it is closed."""
-    return gr.Error(message, duration=None, title="Refused", print_exception=False)
+    return gr.Error(message, duration=None, print_exception=False)
 
 
 def _named(explain: Any, name: str) -> Any:
@@ -178,9 +180,9 @@ def _card(found: Comparison, name: str, answered: Answered | None) -> list[Any]:
     return [gr.update(visible=True), None if drawn is None else drawn.image, words]
 
 
-def _content(path: str, most: int) -> bytes:
+def _content(path: str, most: int, name: str) -> bytes:
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise GripError(f"the file has more than {most} bytes: make the picture smaller")
+        raise GripError(f"{name} has more than {most} bytes: make it smaller")
     return content

@@ -86,12 +86,12 @@ def _check_per_token(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
 def checked_encoding(request: PruneRequest, inputs: Mapping[str, Any], encoded: Encoded | None) -> Encoded | None:
     """The caller's encoding of the images, known to hold what the pruner reads; None where they are to be encoded."""
     pruner, needs = request.pruner, request.needs
-    # A tower that merges makes other rows for each budget, and one that sees no repeats other rows too.
+    # A tower that merges or drops makes other rows for each budget, and one that sees no repeats other rows too.
     if needs.changes_tower:
         if not has_pixels(inputs):
-            merges = f"{pruner.name!r} merges inside" if needs.repeats is None else "'repeats' merges ahead of"
+            where = f"{pruner.name!r} works inside" if needs.repeats is None else "'repeats' merges ahead of"
             raise InputError(
-                f"pruner {merges} the vision tower, so an encoding of all rows does not serve it: leave the pixels in "
+                f"pruner {where} the vision tower, so an encoding of all rows does not serve it: leave the pixels in "
                 "the inputs"
             )
         return None

@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gripvlm.engine.by_raster import select_at_layer
 from gripvlm.engine.outputs import checked_selection
 from gripvlm.errors import InputError, PrunerError
 from gripvlm.models.hooks.attention import capture_attention, last_norm
 from gripvlm.models.hooks.calls import call_hooks, one_run
-from gripvlm.models.hooks.llm_drop import DropState, MergeStates, drop_in_layers, no_labels
+from gripvlm.models.hooks.llm_drop import (
+    DropState,
+    MergeStates,
+    attending,
+    drop_in_layers,
+    droppable_layers,
+    no_labels,
+)
 from gripvlm.models.text import questions, words
 from gripvlm.pruners import LLMPruner
 from gripvlm.pruners.ops.schedules import average_tokens
@@ -25,6 +33,9 @@ if TYPE_CHECKING:
     from gripvlm.engine.request import PruneRequest
 
 __all__ = ["LLMStage", "Merged", "checked_schedule"]
+
+ATTENTION = frozenset({"last", "question", "keys", "all_keys", "key_sizes"})
+"""What of `LLM_NEEDS` is read where a layer attends."""
 
 
 def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:
@@ -46,6 +57,33 @@ def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> di
     if abs(cost - tokens.keep) > 0.5:
         raise wrong(f"pays for {cost:.1f} rows on average over {layers} layers, but the budget is {tokens.keep}")
     return dict(schedule)
+
+
+def watched_layers(pruner: LLMPruner, decoder: Any, layers: Sequence[int]) -> dict[int, int]:
+    """Layer that drops -> the layer ahead of it whose attention and keys its pruner reads: the last that attends.
+
+    Args:
+        decoder: the language model.
+        layers: before which tokens are dropped, ascending.
+
+    Raises:
+        InputError: none attends since tokens were last dropped, so that what it saw would be of other tokens.
+    """
+    if not pruner.llm_needs & ATTENTION:
+        return dict.fromkeys(layers, 0)
+    attends, allowed = attending(decoder), droppable_layers(decoder)
+    watched, earlier = {}, 0
+    for layer in layers:
+        before = [i for i in range(earlier, layer) if attends[i]]
+        # Where none may drop before the layer itself, `drop_in_layers` says so.
+        if not before and layer in allowed:
+            after = ", ".join(str(i + 1) for i in range(allowed[0] - 1, allowed[-1]) if attends[i])
+            raise InputError(
+                f"pruner {pruner.name!r} reads attention ahead of layer {layer}, but of the layers {earlier} to "
+                f"{layer - 1} all are recurrent: choose other layers for it, best those right after attention ({after})"
+            )
+        watched[layer], earlier = max(before, default=0), layer
+    return watched
 
 
 class Merged(NamedTuple):
@@ -131,6 +169,7 @@ class LLMStage:
 
     Attributes:
         layers_that_drop: ascending, 1 or more.
+        watched: layer that drops -> the one ahead of it whose attention is read.
         merges: layer -> what each row merges before it, with places in the prompt.
         dropped: the latest prompt's state, for `ProportionalRun`.
     """
@@ -146,6 +185,7 @@ class LLMStage:
         assert isinstance(request.pruner, LLMPruner)
         self.pruner, self.model, self.arguments = request.pruner, request.model, arguments
         self.layers = len(self.model.get_decoder().layers)
+        self._tail = request.family.tail
         self.merges: dict[int, list[Merged]] = {}
         self.dropped = DropState()
         self._images: list[list[_Image]] = []
@@ -158,6 +198,7 @@ class LLMStage:
         self._done = False  # whether every layer has chosen, so that nothing needs to be observed any more
         losses = {layer for images in self._images for image in images for layer in image.losses()}
         self.layers_that_drop = sorted(losses)
+        self.watched = watched_layers(self.pruner, self.model.get_decoder(), self.layers_that_drop)
         if self.layers_that_drop:
             no_labels(self.model, (), arguments)
 
@@ -166,6 +207,7 @@ class LLMStage:
         """Inside, the model's language model drops."""
         # Attention of layer i - 1 is read: it has been computed when layer i is about to run on fewer tokens.
         decoder, before = self.model.get_decoder(), [layer - 1 for layer in self.layers_that_drop]
+        watched = [*self.watched.values()]
         queries = {
             "last": lambda length: None if self._done else [length - 1],
             "question": lambda length: None if self._done else self._text_columns(length),
@@ -180,7 +222,7 @@ class LLMStage:
                 self.dropped = stack.enter_context(drop_in_layers(self.model, choose, evict))
                 # In a fixed order: hooks act in the order in which they were put on.
                 for name in sorted(self.pruner.llm_needs & queries.keys()):
-                    self._observed[name] = stack.enter_context(capture_attention(decoder, before, queries[name]))
+                    self._observed[name] = stack.enter_context(capture_attention(decoder, watched, queries[name]))
                 # Behind the hooks that drop: a layer before which tokens are dropped is entered by those that are left.
                 if "before" in self.pruner.llm_needs:
                     self._observed["before"] = {}
@@ -228,14 +270,19 @@ class LLMStage:
         rows, length = hidden.shape[:2]
         if rows % len(self._images):
             raise _another_prompt(f"{rows} prompts", f"{len(self._images)}")
-        observed = {name: seen.pop(layer - 1)[-1] for name, seen in self._observed.items() if seen.get(layer - 1)}
+        observed = {}
+        for name, seen in self._observed.items():
+            source = layer - 1 if name == "before" else self.watched[layer]
+            if seen.get(source):
+                observed[name] = seen.pop(source)[-1]
         reads_text = bool(self.pruner.llm_needs & {"question", "text"}) and not self._done
         entering = _LayerInput(layer, hidden, observed, self._text(rows, length) if reads_text else None)
         keep, merged = visual.clone(), []
         for row in range(rows):
             # `generate` repeats each prompt for its beams, side by side.
             images = self._images[row // (rows // len(self._images))]
-            for image, places in zip(images, _places_by_image(layer, row, images, visual[row]), strict=True):
+            by_image = _places_by_image(layer, row, images, visual[row], self._tail)
+            for image, places in zip(images, by_image, strict=True):
                 n = places.numel()
                 if image.schedule.get(layer, n) >= n:
                     continue
@@ -259,8 +306,8 @@ class LLMStage:
         with torch.no_grad():
             fields = self._observed_fields(entering, row, tokens.sample, places)
             seen = LLMTokens(layer, image.schedule[layer], left, tokens, **fields)
-            answer = self.pruner.select_at_layer(layer, seen)
-        where = f"image {tokens.image} of sample {tokens.sample} before layer {layer}"
+            where = f"image {tokens.image} of sample {tokens.sample} before layer {layer}"
+            answer = select_at_layer(self.pruner, layer, seen, where)
         image.chosen[layer] = selection = checked_selection(self.pruner.name, answer, seen, where)
         image.rows[layer] = left[selection.indices.to(left.device)]
 
@@ -298,12 +345,12 @@ class LLMStage:
         return fields
 
 
-def _places_by_image(layer: int, row: int, images: Sequence[_Image], visual: Tensor) -> Sequence[Tensor]:
-    """The places of each image's tokens in a row whose visual tokens `visual` [L] marks."""
-    places, counts = visual.nonzero().flatten(), [image.entering(layer).numel() for image in images]
+def _places_by_image(layer: int, row: int, images: Sequence[_Image], visual: Tensor, tail: int) -> list[Tensor]:
+    """The places of each image's tokens in a row whose visual tokens `visual` [L] marks, `tail` more behind each."""
+    places, counts = visual.nonzero().flatten(), [image.entering(layer).numel() + tail for image in images]
     if places.numel() != sum(counts):
         raise _another_prompt(f"{places.numel()} visual tokens in row {row}", f"{sum(counts)}")
-    return places.split(counts) if counts else ()
+    return [part[: len(part) - tail] for part in places.split(counts)] if counts else []
 
 
 def _another_prompt(got: str, expected: str) -> InputError:

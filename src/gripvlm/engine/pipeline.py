@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gripvlm.engine.by_raster import select_batch
 from gripvlm.engine.input_checks import checked_encoding, checked_inputs
 from gripvlm.engine.llm_stage import LLMStage, checked_schedule
 from gripvlm.engine.outputs import DeferredChecks, check_features, checked_counts, checked_selections
@@ -148,7 +149,7 @@ def gather_tokens(
         for image, item in enumerate(span.item for span in spans):
             n, where = item.features.shape[0], f"{item.modality} {image} of sample {sample}"
             where += "" if item.distinct is None else ", its repeats merged,"
-            if "grid" in pruner.needs and item.grid is None:
+            if "grid" in pruner.needs and item.grid is None and not item.rasters:
                 raise PrunerError(
                     f"pruner {pruner.name!r} needs rows in a plain raster, but the {n} rows of {where} are none: use "
                     "a pruner without grid"
@@ -187,7 +188,7 @@ def _select(pruner: Pruner, images: list[VisualTokens], checks: DeferredChecks) 
     """The pruner's output for all images of a batch, unchecked."""
     # NaN of the encoder may make a pruner fail: the error of the failed check is then raised instead of the pruner's.
     with checks.explaining_errors():
-        return list(pruner.select_batch(images))
+        return select_batch(pruner, images, checks)
 
 
 def _run_inside(

@@ -7,10 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gripvlm.engine.llm_stage import LLMStage
 from gripvlm.errors import InputError
+from gripvlm.models.families import family_of
 from gripvlm.models.hooks.calls import one_run
 from gripvlm.models.hooks.llm_drop import DropState
 from gripvlm.models.hooks.proportional import LayerSizes, proportional_attention
@@ -52,13 +53,13 @@ class ProportionalRun:
         self.model, self.arguments, self.stage = model, arguments, stage
         self._first = selections
         self._in_layers: Mapping[int, LayerSizes | None] = {}
-        places = visual_places(model, arguments["input_ids"])
+        places, tail = visual_places(model, arguments["input_ids"]), family_of(model).tail
         sizes = torch.ones(places.shape, device=places.device)
         for row, own, images, left in zip(sizes, places, selections, distinct, strict=True):
             before = [None if d is None else onto(d.sizes.astype("float32"), sizes.device) for d in left]
             if images:
                 after = [sizes_after(s.indices, s.n, s.merge, b) for s, b in zip(images, before, strict=True)]
-                row[own] = torch.cat(after).to(sizes.device)
+                row[own] = torch.cat([nn.functional.pad(part, (0, tail), value=1.0) for part in after]).to(sizes.device)
         self._from: dict[int, Tensor] = {0: sizes}  # layer -> [rows, L] sizes, by column of the prompt, from there on
 
     @contextmanager

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from gripvlm.errors import InputError, PrunerError, UnsupportedModelError
 from gripvlm.models.families import FAMILIES, Family, family_of
-from gripvlm.models.grids import unknown
 from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.hooks.llm_drop import checked_layers
 from gripvlm.models.hooks.merge_repeats import checked_repeats
@@ -16,6 +15,7 @@ from gripvlm.models.tower_rows import TowerRequest
 from gripvlm.pruners import LLMPruner, Pruner, TowerPruner, get_pruner
 from gripvlm.pruners.base import LLM_NEEDS, NEEDS
 from gripvlm.pruners.wrappers.repeats import Repeats
+from gripvlm.pruners.wrappers.tower import Tower
 from gripvlm.utils.spec import options_of
 
 if TYPE_CHECKING:
@@ -40,16 +40,18 @@ def checked_pruner(pruner: str | Pruner, model: Any = None) -> Pruner:
         raise PrunerError(f"pruner {name!r} needs {unread}, but known are {sorted(NEEDS)}")
     if "vision_attention" in needs and not chosen.vision_layers:
         raise PrunerError(f"pruner {name!r} needs vision_attention, but names no layers: give it vision_layers = (-2,)")
-    classes = {"pixels": Repeats, "vision": TowerPruner, "llm": LLMPruner}
+    classes: dict[str, Any] = {"pixels": Repeats, "vision": (TowerPruner, Tower), "llm": LLMPruner}
     by_class = next((stage for stage, kind in classes.items() if isinstance(chosen, kind)), "input")
     if stage != by_class:
         raise PrunerError(
             f"pruner {name!r} drops rows at stage {stage!r}, but its base class at {by_class!r}: leave stage out, or "
             "make it a gripvlm.LLMPruner ('llm') or a gripvlm.pruners.TowerPruner ('vision')"
         )
-    if stage != "vision" and "groups" in needs:
+    if "groups" in needs and not isinstance(chosen, TowerPruner):
         raise PrunerError(f"pruner {name!r} needs groups, which only a gripvlm.pruners.TowerPruner has")
-    if stage == "vision" and (wrong := sorted(needs & {"vision_attention", "patches"})):
+    if "tower_rows" in needs and not isinstance(chosen, Tower):
+        raise PrunerError(f"pruner {name!r} needs tower_rows, which only the wrapper tower has")
+    if isinstance(chosen, TowerPruner) and (wrong := sorted(needs & {"vision_attention", "patches"})):
         raise PrunerError(f"pruner {name!r} merges inside the vision tower, which then has no {wrong[0]} for each row")
     if isinstance(chosen, LLMPruner) and (unread := sorted(chosen.llm_needs - LLM_NEEDS)):
         raise PrunerError(f"pruner {name!r} needs {unread} of the layers, but known are {sorted(LLM_NEEDS)}")
@@ -99,18 +101,17 @@ def checked_needs(family: Family, pruners: Iterable[Pruner]) -> TowerRequest:
                 f"bring back to {family.model_type}'s rows; it can for "
                 f"{_families(lambda row: row.vision is not None)}: use another pruner or model"
             )
-        if "grid" in pruner.needs and family.grid is unknown:
+        if "grid" in pruner.needs and not family.has_rasters:
             raise UnsupportedModelError(
-                f"pruner {pruner.name!r} needs a grid, rows in a plain raster, but {family.model_type} joins tiles and "
-                f"breaks them into lines; rasters have {_families(lambda row: row.grid is not unknown)}: use another "
-                "pruner or model"
+                f"pruner {pruner.name!r} needs a grid, rows in a plain raster, which is not known of "
+                f"{family.model_type}; rasters have {_families(lambda row: row.has_rasters)}: use another pruner or "
+                "model"
             )
         if pruner.stage == "llm" and not family.layers:
             raise UnsupportedModelError(
-                f"pruner {pruner.name!r} drops inside the language model's layers, but {family.model_type}'s share or "
-                "carry state that still holds the dropped tokens; they can be dropped there in "
-                f"{_families(lambda row: row.layers)}: use another model, or drop at the input with a pruner such as "
-                "divprune"
+                f"pruner {pruner.name!r} drops inside the language model's layers, which is not known to be right in "
+                f"{family.model_type}; it is in {_families(lambda row: row.layers)}: use another model, or drop at the "
+                "input with a pruner such as divprune"
             )
         if "vision_attention" in wanted:
             # A dict and not a set: layers in the order in which pruners name them, each once.

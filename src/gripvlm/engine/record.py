@@ -68,7 +68,7 @@ class Record:
 
     @property
     def tower_kept(self) -> int:
-        """Those that the last blocks of the vision tower saw: fewer than all under the wrapper `repeats`."""
+        """Those that the last blocks of the vision tower saw: fewer than all under `tower` and `repeats`."""
         return sum(s.n if s.tower is None else s.tower for sample in self.selections for s in sample)
 
     @property

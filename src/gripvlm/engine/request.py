@@ -7,18 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
+from torch import Tensor
+
 from gripvlm.budget import Budget, Keep
+from gripvlm.engine.outputs import DeferredChecks, check_features, checked_selections
 from gripvlm.engine.pruner_checks import checked_pair, checked_pruner
 from gripvlm.errors import BudgetError, InputError
 from gripvlm.models.drop import DropOptions
 from gripvlm.models.families import Family, family_of
 from gripvlm.models.hooks.proportional import checked_sizes
+from gripvlm.models.hooks.tower_drop import checked_tower_drop
 from gripvlm.models.hooks.tower_merge import checked_tower
 from gripvlm.models.text import Question
-from gripvlm.models.tower_rows import TowerMerging, TowerRequest
+from gripvlm.models.tower_rows import TowerDropping, TowerMerging, TowerRequest
 from gripvlm.models.wrapped import unwrapped
 from gripvlm.pruners import Pruner, TowerPruner
 from gripvlm.pruners.wrappers.repeats import Repeats
+from gripvlm.pruners.wrappers.tower import Tower
+from gripvlm.types import VisualTokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,6 +95,9 @@ class PruneRequest:
         if isinstance(pruner, TowerPruner):
             checked_tower(inner, family)
             needs = needs._replace(merging=_merging(pruner, budgets))
+        if isinstance(pruner, Tower):
+            checked_tower_drop(inner, family, pruner.block)
+            needs = needs._replace(dropping=_dropping(pruner))
         return cls(inner, family, pruner, budgets, options.get("question"), proportional, drop, needs)
 
     def budgets_for(self, images: Sequence[int]) -> list[list[Budget]]:
@@ -152,3 +161,19 @@ def _merging(pruner: TowerPruner, budgets: Any) -> TowerMerging:
             "such as keep=64, not a list"
         )
     return TowerMerging(lambda n: budgets.count(n, "each image"), pruner.plan, pruner.match, pruner.proportional)
+
+
+def _dropping(pruner: Tower) -> TowerDropping:
+    """What this pruner drops inside the vision tower: as many rows of all images, whatever `keep` is."""
+
+    def select(images: list[VisualTokens]) -> list[Tensor]:
+        checks = DeferredChecks()
+        # On an accelerator nothing is read here: NaN of the tower goes on into the features, which are checked.
+        check_features(images, checks)
+        answers = pruner.inside.select_batch(images)
+        return [selection.indices for selection in checked_selections(pruner.inside, answers, images, checks)]
+
+    budget = pruner.tower_budget
+    return TowerDropping(
+        pruner.block, lambda n: budget.count(n, "each image (tower_keep)"), select, pruner.inside.needs
+    )

@@ -163,7 +163,7 @@ def answer(
             logits_processor=LogitsProcessorList([first_token, *logits_processor]),
         )
     seconds = dict.fromkeys(SECONDS, 0.0) | record.seconds
-    # A pruner that merges inside the vision tower runs the tower itself, and its record says how long that took.
+    # A pruner that works inside the vision tower runs the tower itself, and its record says how long that took.
     if encoded is not None and not seconds["vision"]:
         seconds["vision"] = encoded.seconds
     ended = device_time(device)

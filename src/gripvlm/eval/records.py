@@ -18,7 +18,7 @@ from gripvlm.eval.answering import SECONDS, BatchAnswers
 from gripvlm.eval.variants import DOWNSAMPLE, Variant
 from gripvlm.models.encoded import Encoded, Item
 from gripvlm.tasks import Sample, Task
-from gripvlm.types import Selection
+from gripvlm.types import Raster, Selection
 from gripvlm.utils.strict_json import BadJSON
 
 __all__ = ["Key", "TokenMask", "unpack_masks"]
@@ -43,9 +43,10 @@ def make_records(
 ) -> list[dict[str, Any]]:
     """One record a sample; the batch's seconds are shared out evenly.
 
-    `k` of the sample's `n` visual tokens were paid for. `kept` has one mask an image (see `pack_mask`), or `layers` the
-    counts of each layer where tokens are dropped inside the language model. Neither is there for smaller pictures,
-    whose tokens are none of the n.
+    `k` of the sample's `n` visual tokens were paid for; `tower`, where some were dropped inside the vision tower, are
+    those that its last blocks saw. `kept` has one mask an image (see `pack_mask`), or `layers` the counts of each layer
+    where tokens are dropped inside the language model. Neither is there for smaller pictures, whose tokens are none of
+    the n.
 
     Args:
         encoded: the pictures at their full size.
@@ -73,6 +74,8 @@ def make_records(
             "seconds": seconds,
             "peak_memory": answers.peak_memory,
         }
+        if any(selection.tower is not None for selection in selections):
+            record["tower"] = sum(s.n if s.tower is None else s.tower for s in selections)
         if any(selection.layers for selection in selections):
             record["layers"] = [selection.counts for selection in selections]
         # Where each layer has its own tokens, one mask would not say which were kept.
@@ -89,12 +92,14 @@ class TokenMask:
     Attributes:
         kept: [n] bool.
         grid: (h, w) of its raster, or None.
+        rasters: those that it is made of, where it is several (see `VisualTokens.rasters`).
         merge: True where the dropped rows were averaged into the kept ones, else None.
     """
 
     kept: Tensor
     grid: tuple[int, int] | None = None
     merge: object = None
+    rasters: tuple[Raster, ...] = ()
 
     @property
     def n(self) -> int:
@@ -105,13 +110,18 @@ class TokenMask:
 
 
 def pack_mask(selection: Selection, item: Item) -> dict[str, Any]:
-    """{"n", "grid", "mask"}: the mask's bits in row order, the first is the highest of its byte, base64."""
+    """{"n", "grid", "mask"}: the mask's bits in row order, the first is the highest of its byte, base64.
+
+    "rasters" as well for an image that is several, and "merged" where rows were.
+    """
     bits = np.packbits(selection.mask().cpu().numpy())
     packed: dict[str, Any] = {
         "n": selection.n,
         "grid": None if item.grid is None else list(item.grid),
         "mask": base64.b64encode(bits.tobytes()).decode(),
     }
+    if item.rasters:
+        packed["rasters"] = [list(raster) for raster in item.rasters]
     return packed | ({"merged": True} if selection.merge is not None else {})
 
 
@@ -121,7 +131,8 @@ def unpack_masks(items: Sequence[Mapping[str, Any]]) -> list[TokenMask]:
     for item in items:
         bits = np.unpackbits(np.frombuffer(base64.b64decode(item["mask"]), dtype=np.uint8), count=item["n"])
         grid = None if item["grid"] is None else (int(item["grid"][0]), int(item["grid"][1]))
-        masks.append(TokenMask(torch.from_numpy(bits.astype(bool)), grid, item.get("merged")))
+        rasters = tuple(Raster(*raster) for raster in item.get("rasters", ()))
+        masks.append(TokenMask(torch.from_numpy(bits.astype(bool)), grid, item.get("merged"), rasters))
     return masks
 
 
@@ -151,7 +162,11 @@ def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def _is_mask(item: Any) -> bool:
-    """Whether it has n bits, and a raster or none."""
-    n, grid = item["n"], item["grid"]
+    """Whether it has n bits, and a raster, several or none."""
+    n, grid, rasters = item["n"], item["grid"], item.get("rasters", ())
     has_raster = grid is None or (len(grid) == 2 and all(type(side) is int and side > 0 for side in grid))
+    for raster in rasters:
+        start, height, width, stride = raster
+        inside = all(type(value) is int and value >= 0 for value in raster) and height > 0 and 0 < width <= stride
+        has_raster &= inside and start + (height - 1) * stride + width <= n
     return has_raster and type(n) is int and 0 < n <= 8 * len(base64.b64decode(item["mask"], validate=True))

@@ -59,8 +59,11 @@ def make_row(
     scores = [record["score"] for record in records]
     low, high = interval([(scores, [record["image_id"] for record in records])], seed)
     times = {f"seconds_{name}": float(np.mean([record["seconds"][name] for record in records])) for name in SECONDS}
+    # Only of pruners that drop inside the vision tower.
+    tower = [record["tower"] for record in records if "tower" in record]
     return {
         **head,
+        **({"tower_tokens": float(np.mean(tower))} if tower else {}),
         "keep_fraction": float(np.mean([record["k"] / record["n"] for record in records])),
         "tokens": float(np.mean([record["k"] for record in records])),
         "score": float(np.mean(scores)),
@@ -92,6 +95,7 @@ def mean_rows(
         if len(members) < 2:
             continue
         averaged = ["keep_fraction", "tokens", "score", "majority", "seconds_total", *(f"seconds_{s}" for s in SECONDS)]
+        averaged += ["tower_tokens"] if all("tower_tokens" in row for row in members) else []
         # One task without the blind score would make the mean that of other tasks.
         if all(row["blind"] is not None for row in members):
             averaged.append("blind")

@@ -19,13 +19,15 @@ from gripvlm.models.compat import takes
 from gripvlm.models.content_keys import content_keys
 from gripvlm.models.encoded import Encoded, Item, Output, Span
 from gripvlm.models.families import Family
+from gripvlm.models.grids import Rasters
 from gripvlm.models.hooks.merge_repeats import merge_repeats
+from gripvlm.models.hooks.tower_drop import drop_in_tower
 from gripvlm.models.hooks.tower_merge import MergedRows, merge_in_tower
 from gripvlm.models.positions import SECONDS, grids_of
 from gripvlm.models.prompts import Prompts
 from gripvlm.models.repeats import Distinct, find_repeats
 from gripvlm.models.text import padding_token
-from gripvlm.models.tower_rows import TowerRequest, capture_tower, split_by_item
+from gripvlm.models.tower_rows import DroppedRows, TowerRequest, capture_tower, split_by_item
 from gripvlm.utils.batching import onto
 
 if TYPE_CHECKING:
@@ -70,6 +72,9 @@ def encode(prompts: Prompts, family: Family, wanted: TowerRequest) -> Encoded:
         if wanted.repeats is not None and repeats:
             stack.enter_context(merge_repeats(model, prompts.host, repeats, wanted.repeats.counted))
         merged = None if wanted.merging is None else stack.enter_context(merge_in_tower(model, wanted.merging))
+        dropped: Mapping[str, DroppedRows] = {}
+        if wanted.dropping is not None:
+            dropped = stack.enter_context(drop_in_tower(prompts, family, wanted.dropping))
         capture = stack.enter_context(capture_tower(model, wanted)) if wanted.layers or wanted.patches else None
         # A copy, because the helper removes the pixels from its argument.
         filled = model._prepare_multimodal_encoder_kwargs_for_generation(dict(prompts.inputs))
@@ -80,16 +85,17 @@ def encode(prompts: Prompts, family: Family, wanted: TowerRequest) -> Encoded:
     tower = {}
     if capture is not None:
         sizes = {modality: [item.features.shape[0] for item in made] for modality, made in items.items()}
-        tower = split_by_item(family.vision, capture, prompts.inputs, sizes)
+        tower = split_by_item(family.vision, capture, prompts.inputs, sizes, dropped)
     kinds: dict[str, Output] = {}
     samples: list[tuple[Item, ...]] = [() for _ in prompts.ids]
     for modality, output in outputs.items():
         keys = content_keys(prompts.host, modality, len(items[modality])) if wanted.keys else None
+        left = dropped[modality].rows if modality in dropped else [None] * len(items[modality])
         made = []
         for i, item in enumerate(items[modality]):
             vision, patches = tower[modality][i] if tower else (item.vision, None)
             key, group = 0 if keys is None else keys[i], None if groups is None else groups[i]
-            item = replace(item, key=key, vision=vision, patches=patches, groups=group)
+            item = replace(item, key=key, vision=vision, patches=patches, groups=group, tower_rows=left[i])
             made.append(_left(item, repeats[modality][i]) if modality in repeats else item)
         for sample, own in enumerate(_split_by_prompt(prompts, modality, made)):
             samples[sample] += tuple(own)
@@ -130,8 +136,15 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
         size = family.joined(prompts.model, host)
         # An entry of no rows is a prompt without images.
         rows = [part for row in rows for part in row.split(size) if part.shape[0]]
+    tails: list[Tensor | None] = [None] * len(rows)
+    if family.tail:
+        rows, tails = [row[: -family.tail] for row in rows], [row[-family.tail :] for row in rows]
     planes = getattr(output, "deepstack_features", None) or ()
-    grids = family.grid(prompts.model, host, modality, [row.shape[0] for row in rows])
+    sizes = [row.shape[0] for row in rows]
+    grids = family.grid(prompts.model, host, modality, sizes)
+    rasters: list[Rasters] = [()] * len(rows)
+    if family.rasters is not None and None in grids:
+        rasters = family.rasters(prompts.model, host, modality, sizes)
     patches = grids_of(prompts.model, host, modality)
     seconds = host.get(SECONDS) if modality == "video" else None
     return [
@@ -141,8 +154,10 @@ def _items(prompts: Prompts, family: Family, modality: str, output: Any) -> list
             deepstack=tuple(plane[i] for plane in planes),
             grid=grids[i],
             key=0,
+            tail=tails[i],
             patch_grid=None if patches is None else tuple(patches[i].tolist()),
             seconds=None if seconds is None else float(seconds[i]),
+            rasters=rasters[i] if grids[i] is None else (),
         )
         for i, row in enumerate(rows)
     ]

@@ -31,6 +31,8 @@ def _pieces(inputs: Mapping[str, Any], modality: str, pixels: Tensor, count: int
     if (grids := inputs.get(f"{modality}_grid_thw")) is not None:  # [patches of all items, d]
         sizes = grids.prod(-1).tolist()
         return list(pixels.split(sizes)) if sum(sizes) == pixels.shape[0] else []
+    if (crops := inputs.get("image_num_crops")) is not None:  # [crops of all items, patches, d]
+        return list(pixels.split(crops.tolist())) if int(crops.sum()) == pixels.shape[0] else []
     if (targets := inputs.get("target_sizes")) is not None:  # [1, 3, patch, patch x patches of all items]
         sizes = (targets.prod(-1) * pixels.shape[-2]).tolist()
         return list(pixels.split(sizes, dim=-1)) if sum(sizes) == pixels.shape[-1] else []

@@ -172,18 +172,22 @@ def _encoder_outputs(images: EncodedPrompts, selections: Sequence[Sequence[Selec
         if not pairs:
             continue
         own = [selection for _, selection in pairs]
+        counts = [selection.k for selection in own]
         rows = selected_rows([item.features for item, _ in pairs], own)
-        output = made.kind(pooler_output=_in_container(rows, own, made.one_tensor), **made.extras)
+        tails = [item.tail for item, _ in pairs if item.tail is not None]
+        if tails:
+            rows = torch.cat([part for pair in zip(rows.split(counts), tails, strict=True) for part in pair])
+            counts = [k + tail.shape[0] for k, tail in zip(counts, tails, strict=True)]
+        output = made.kind(pooler_output=_in_container(rows, counts, made.one_tensor), **made.extras)
         if depth := len(pairs[0][0].deepstack):
             planes = [selected_rows([item.deepstack[layer] for item, _ in pairs], own) for layer in range(depth)]
-            output.deepstack_features = [_in_container(plane, own, False) for plane in planes]
+            output.deepstack_features = [_in_container(plane, counts, False) for plane in planes]
         outputs[modality] = output
     return outputs
 
 
-def _in_container(rows: Tensor, selections: Sequence[Selection], one_tensor: bool) -> Any:
-    """Rows [K, d] in the container the model's forward expects: a list, or one tensor."""
-    counts = [selection.k for selection in selections]
+def _in_container(rows: Tensor, counts: list[int], one_tensor: bool) -> Any:
+    """Rows [K, d], so many of each item, in the container the model's forward expects: a list, or one tensor."""
     if not one_tensor:
         return list(rows.split(counts))
     if len(set(counts)) == 1:

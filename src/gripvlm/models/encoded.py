@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gripvlm.models.grids import Grid
+from gripvlm.models.grids import Grid, Rasters
 from gripvlm.models.repeats import Distinct
 from gripvlm.models.tower_rows import FEATURES_ONLY, TowerRequest
 from gripvlm.types import VisionRows, VisualTokens
@@ -25,6 +25,7 @@ class Item:
         modality: "image" or "video".
         features: [n, d] rows as the language model receives them.
         deepstack: further planes [n, d], one for each layer they are added at; mostly none.
+        tail: [t, d] rows behind these that stay whatever is selected, such as a separator; None for most families.
         grid: (h, w) of a plain raster, else None.
         key: a number from the pixels alone (see `VisualTokens.key`).
         patch_grid: (t, h, w) or (h, w) in patches before merging, for families whose positions are made from it, else
@@ -32,7 +33,9 @@ class Item:
         vision: layer as requested -> what that block of the vision tower gave for each row; mostly empty.
         patches: [n, d_v] what the tower made of each row before the projector, where requested.
         groups: [n] the row that each was merged into inside the tower, where it merged; features are the group's.
+        tower_rows: [k'] the rows that were not dropped inside the tower, where it dropped; others are zero.
         distinct: where repeats were merged ahead of the tower, which rows are left: the n of all other fields.
+        rasters: where grid is None, the rasters that the rows are made of (see `VisualTokens.rasters`).
         seconds: between two temporal patches of a video, for families whose positions are made from it, else None.
     """
 
@@ -41,17 +44,25 @@ class Item:
     deepstack: tuple[Tensor, ...]
     grid: Grid
     key: int
+    tail: Tensor | None = None
     patch_grid: tuple[int, ...] | None = None
     vision: Mapping[int, VisionRows] = field(default_factory=dict)
     patches: Tensor | None = None
     groups: Tensor | None = None
+    tower_rows: Tensor | None = None
     distinct: Distinct | None = None
     seconds: float | None = None
+    rasters: Rasters = ()
 
     @property
     def placeholders(self) -> int:
         """How many it has in its prompt."""
-        return self.features.shape[0] if self.distinct is None else len(self.distinct.slot)
+        return self.behind + (self.features.shape[0] if self.distinct is None else len(self.distinct.slot))
+
+    @property
+    def behind(self) -> int:
+        """How many of them are of rows that stay."""
+        return 0 if self.tail is None else self.tail.shape[0]
 
     def tokens(self, keep: int, question: Tensor | None, sample: int, image: int) -> VisualTokens:
         """What a pruner gets to choose `keep` rows of it."""
@@ -66,6 +77,8 @@ class Item:
             vision=self.vision,
             patches=self.patches,
             groups=self.groups,
+            rasters=self.rasters if self.distinct is None else (),
+            tower_rows=self.tower_rows,
         )
 
 

@@ -1,7 +1,8 @@
 """Which rows of which family are a plain raster of one picture, and how high and wide it is: one rule each.
 
 A rule gets the model, its inputs, a modality and the rows of each item, and returns one grid an item: (h, w) with
-h * w == n, or None where the item's n rows are no plain raster.
+h * w == n, or None where the item's n rows are no plain raster. A raster rule returns the rasters that such rows are
+made of.
 """
 
 from __future__ import annotations
@@ -10,12 +11,19 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
+
+from gripvlm.models.vision_rules import TowerItems, packed
+from gripvlm.types import Raster
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Inputs: TypeAlias = Mapping[str, Any]
 Grid: TypeAlias = tuple[int, int] | None
 GridRule: TypeAlias = Callable[["PreTrainedModel", Inputs, str, list[int]], list[Grid]]
+Rasters: TypeAlias = tuple[Raster, ...]
+RasterRule: TypeAlias = Callable[["PreTrainedModel", Inputs, str, list[int]], list[Rasters]]
 
 
 def square(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
@@ -39,11 +47,19 @@ def from_pixels(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: li
 def from_patches(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
     """Towers that get `<modality>_grid_thw`, in patches before merging.
 
-    None for a video of several frames: its rows are one raster after the other.
+    None for a video whose rows are one raster a frame after the other; some towers make one of the mean over frames.
     """
-    merge = model.config.vision_config.spatial_merge_size
-    grids = inputs[f"{modality}_grid_thw"].tolist()
-    return [(h // merge, w // merge) if t == 1 else None for t, h, w in grids]
+    merge = merged_edge(model)
+    shapes = [(t, h // merge, w // merge) for t, h, w in inputs[f"{modality}_grid_thw"].tolist()]
+    return [(h, w) if t == 1 or h * w == n else None for (t, h, w), n in zip(shapes, sizes, strict=True)]
+
+
+def merged_edge(model: PreTrainedModel) -> int:
+    """The patches along the edge of the square that becomes one row; 1 where the config names none."""
+    config, vision = model.config, model.config.vision_config
+    if hasattr(vision, "merge_kernel_size"):  # Kimi's name for it, (height, width)
+        return int(vision.merge_kernel_size[0])
+    return int(getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1))
 
 
 def from_coordinates(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
@@ -70,6 +86,42 @@ def from_targets(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: l
 def unknown(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
     """No grid: rows are no plain raster (tiles joined, newline rows in between)."""
     return [None] * len(sizes)
+
+
+def frames(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Rasters]:
+    """Towers that get `<modality>_grid_thw`: a video's frames (for Qwen's, pairs of frames), one raster each."""
+    merge = model.config.vision_config.spatial_merge_size
+    grids = [(t, h // merge, w // merge) for t, h, w in inputs[f"{modality}_grid_thw"].tolist()]
+    return [tuple(Raster(i * h * w, h, w, w) for i in range(t)) for t, h, w in grids]
+
+
+def in_lines(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Rasters]:
+    """Models that pack the tiles of an image: the whole view, then all tiles as one raster whose lines end in newlines.
+
+    An image that is not cut has the whole view and one newline behind it. () where the rows are more or fewer, as with
+    a CLS row that stays in front.
+    """
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    items = TowerItems(model, inputs, modality, sizes)
+    # Ones in place of patches: where the model packs zeros, its newline, there is no patch.
+    tiles = [torch.ones(count, side * side, 1) for count in packed.tiles_of_images(items)]
+    whole, found = Raster(0, side, side, side), []
+    for n, rows in zip(sizes, packed.pack(items, tiles), strict=True):
+        ends = (rows[whole.n :, 0] < 0.5).nonzero().flatten().tolist()
+        lines: Rasters = ()
+        if rows.shape[0] == n:
+            # Newlines are at the end of each line: the first one is as far from the start as a line is wide.
+            lines = (whole, Raster(whole.n, len(ends), ends[0], ends[0] + 1)) if ends[0] else (whole,)
+        found.append(lines)
+    return found
+
+
+def in_marked_lines(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Rasters]:
+    """Towers that get `<modality>_grid_thw` and end each line with a newline row, with a row before and one behind."""
+    grids = from_patches(model, inputs, modality, [n - 2 for n in sizes])
+    lines = [() if grid is None else (Raster(1, *grid, grid[1] + 1),) for grid in grids]
+    return [own if own and own[0].height * own[0].stride + 2 == n else () for own, n in zip(lines, sizes, strict=True)]
 
 
 def _merged(n: int, height: int, width: int) -> Grid:

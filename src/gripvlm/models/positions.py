@@ -37,10 +37,10 @@ SECONDS = "second_per_grid_ts"
 
 def grids_of(model: PreTrainedModel, inputs: Mapping[str, Any], modality: str) -> Tensor | None:
     """[items, 3] (t, h, w) or [items, 2] (h, w) in patches, where positions are made from them, else None."""
+    if not hasattr(model.base_model, "get_rope_index"):  # no M-RoPE
+        return None
     grids = inputs.get(f"{modality}_grid_thw")
-    if grids is None and modality == "image" and hasattr(model.base_model, "get_rope_index"):
-        grids = inputs.get("target_sizes")
-    return grids
+    return inputs.get("target_sizes") if grids is None and modality == "image" else grids
 
 
 def full_positions(prompts: Prompts, spans: Sequence[Sequence[Span]], device: torch.device) -> Tensor:

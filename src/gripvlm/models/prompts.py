@@ -89,7 +89,8 @@ class Prompts:
                         f"sample {sample} has {len(columns)} {modality} placeholder tokens, but "
                         f"{sum(ends[-1:])} visual tokens are encoded for it"
                     )
-                located += zip(same, np.split(columns, ends[:-1]), strict=False)
+                parts = zip(same, np.split(columns, ends[:-1]), strict=False)
+                located += [(item, part[: len(part) - item.behind]) for item, part in parts]
             # Modality by modality so far; callers and pruners count images as the prompt has them.
             located.sort(key=lambda pair: int(pair[1][0]))
             mask = self.mask[sample]

@@ -12,7 +12,7 @@ from PIL import Image
 from gripvlm.errors import BudgetError
 from gripvlm.models.compat import takes
 from gripvlm.models.families import Family, family_of
-from gripvlm.models.grids import from_patches, from_pixels
+from gripvlm.models.grids import from_patches, from_pixels, merged_edge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,9 +52,7 @@ def row_pixels(model: PreTrainedModel) -> int | None:
     """The side in pixels of the square of a picture that becomes one row; None where `sets_tokens` says no."""
     if not sets_tokens(family_of(model)):
         return None
-    config, vision = model.config, model.config.vision_config
-    merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1)
-    return vision.patch_size * merge
+    return int(model.config.vision_config.patch_size) * merged_edge(model)
 
 
 def smaller_picture(

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from gripvlm.errors import InputError
 from gripvlm.models.compat import takes
-from gripvlm.models.grids import GridRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from gripvlm.models.grids import GridRule
 
 
 class TowerItems(NamedTuple):
@@ -41,6 +42,13 @@ class VisionRule:
     def has_cls(self, items: TowerItems, length: int) -> bool:
         """Whether the tower's sequence of `length` begins with a CLS token."""
         return False
+
+    def places(self, items: TowerItems, length: int) -> list[Tensor]:
+        """[n, m] for each item, on the host: where in its sequence of `length` the m patches of each row are.
+
+        Only of rules whose families may drop patches inside the tower.
+        """
+        raise NotImplementedError
 
     def rescale(self, received: list[Tensor], counts: list[int]) -> list[Tensor]:
         """Received attention as the mean over the queries of one item."""
@@ -68,6 +76,16 @@ class _ByTile(VisionRule):
         # Without one, a row is made of a square block of patches.
         return not any(length == items.counts[0] * step * step for step in range(1, length + 1))
 
+    def places(self, items: TowerItems, length: int) -> list[Tensor]:
+        n, first = items.counts[0], int(self.has_cls(items, length))
+        height, side = math.isqrt(n), math.isqrt(length - first)
+        patches = torch.arange(first, length)
+        if length - first == n:
+            rows = patches[:, None]
+        else:
+            rows = patches.view(height, side // height, height, -1).transpose(1, 2).reshape(n, -1)
+        return [rows] * len(items.counts)
+
 
 class _ByGrid(VisionRule):
     """Towers that get `<modality>_grid_thw`, attend by image, frame or window, and merge square blocks."""
@@ -75,10 +93,19 @@ class _ByGrid(VisionRule):
     def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
         return merged_rows(items.model.get_encoder("image"), maps, items.inputs[f"{items.modality}_grid_thw"])
 
+    def places(self, items: TowerItems, length: int) -> list[Tensor]:
+        tower, grids = items.model.get_encoder("image"), items.inputs[f"{items.modality}_grid_thw"]
+        block = tower.spatial_merge_size**2
+        rows = torch.arange(sum(items.counts))
+        if hasattr(tower, "window_size"):
+            rows = torch.argsort(_window_order(tower, grids).cpu())
+        return list((block * rows[:, None] + torch.arange(block)).split(items.counts))
+
 
 class _ByRaster(VisionRule):
     """Towers that see each item by itself, in raster order, and merge square blocks between or behind their blocks.
 
+    A video's rows are the mean over its frames.
     Where `marked`, each line of rows ends with a newline row, and one row stands before and one behind the item. These
     have no patch behind them and get zeros.
     """
@@ -89,18 +116,20 @@ class _ByRaster(VisionRule):
     def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
         patches = torch.cat([call[0] for call in maps], dim=-1)  # [c, patches of all items]
         grids = [grid for grid in self.grid(items.model, items.inputs, items.modality, items.counts) if grid]
+        thw = items.inputs.get(f"{items.modality}_grid_thw")
+        frames = [1] * len(grids) if thw is None else [int(t) for t in thw[:, 0]]
         # A map is from before a merger or from behind it: the edge of the block that is a row's.
-        rows = sum(h * w for h, w in grids)
+        rows = sum(t * h * w for t, (h, w) in zip(frames, grids, strict=False))
         side = math.isqrt(patches.shape[-1] // max(1, rows))
         if len(grids) != len(items.counts) or patches.shape[-1] != side * side * rows:
             raise InputError(
                 f"{patches.shape[-1]} patches were captured, which do not make the {rows} rows of the items' grids in "
                 "square blocks: make the inputs with the model's own processor"
             )
-        images = patches.split([side * side * h * w for h, w in grids], dim=-1)
+        images = patches.split([side * side * t * h * w for t, (h, w) in zip(frames, grids, strict=True)], dim=-1)
         rasters = [
-            nn.functional.avg_pool2d(image.unflatten(-1, (h * side, w * side)), side)
-            for image, (h, w) in zip(images, grids, strict=True)
+            nn.functional.avg_pool2d(image.unflatten(-1, (t, h * side, w * side)).mean(1), side)
+            for image, t, (h, w) in zip(images, frames, grids, strict=True)
         ]
         if not self.marked:
             return [raster.flatten(1) for raster in rasters]
@@ -132,9 +161,8 @@ class _Packed(VisionRule):
     """
 
     def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
-        tiles, base, vision = _single_call(maps), items.model.base_model, items.model.config.vision_config
-        sizes = items.inputs["image_sizes"]
-        counts = self._tiles_of_images(items)
+        tiles, vision = _single_call(maps), items.model.config.vision_config
+        counts = self.tiles_of_images(items)
         if sum(counts) != tiles.shape[0]:
             raise InputError(
                 f"the vision tower saw {tiles.shape[0]} tiles, but the image sizes make {sum(counts)}: make the inputs "
@@ -143,19 +171,29 @@ class _Packed(VisionRule):
         # From the end: a CLS token, where there is one, is in front.
         patches = (vision.image_size // vision.patch_size) ** 2
         features = list(tiles[..., -patches:].transpose(1, 2).split(counts))  # [tiles, patches, c] of each image
+        return [image.T for image in self.pack(items, features)]
+
+    def pack(self, items: TowerItems, features: list[Tensor]) -> list[Tensor]:
+        """[n, c] rows of each image from its tiles [tiles, patches, c], with zeros at newline rows."""
+        base, config = items.model.base_model, items.model.config
         # Zeros in place of the learnt newline row, which belongs to no patch.
-        options: dict[str, Any] = {"image_newline": tiles.new_zeros(tiles.shape[1])}
+        options: dict[str, Any] = {"image_newline": features[0].new_zeros(features[0].shape[-1])}
+        taken = takes(base.pack_image_features)
         # LLaVA-NeXT's method needs the strategy to count patches, LLaVA-OneVision's does not take it.
-        if "vision_feature_select_strategy" in takes(base.pack_image_features):
+        if "vision_feature_select_strategy" in taken:
             options["vision_feature_select_strategy"] = "default"
-        rows, _ = base.pack_image_features(features, sizes, **options)
-        return [image.T for image in rows]
+        # LLaVA-OneVision's shrinks the rows of many tiles, to a number that this says.
+        if "vision_aspect_ratio" in taken:
+            options["vision_aspect_ratio"] = config.vision_aspect_ratio
+        rows, _ = base.pack_image_features(features, items.inputs["image_sizes"], **options)
+        return list(rows)
 
     def has_cls(self, items: TowerItems, length: int) -> bool:
         vision = items.model.config.vision_config
         return length == (vision.image_size // vision.patch_size) ** 2 + 1
 
-    def _tiles_of_images(self, items: TowerItems) -> list[int]:
+    def tiles_of_images(self, items: TowerItems) -> list[int]:
+        """How many tiles each image is cut into, its whole view among them."""
         config = items.model.config
         # The function is private to each model's module, under the same name in all of them.
         count = sys.modules[type(items.model.base_model).__module__].image_size_to_num_patches
@@ -170,7 +208,19 @@ class _Packed(VisionRule):
         return [n if cut else 1 for n, cut in zip(counts, alone, strict=True)]
 
 
-by_tile, by_grid, in_one_row, packed = _ByTile(), _ByGrid(), _InOneRow(), _Packed()
+class _Pooled(VisionRule):
+    """Towers that see crops by themselves, where `<modality>_token_pooling` has the patches of each row, or -1."""
+
+    def rows(self, items: TowerItems, maps: list[Tensor]) -> list[Tensor]:
+        patches = _single_call(maps).transpose(0, 1).flatten(1)  # [c, crops x patches]
+        places = items.inputs[f"{items.modality}_token_pooling"].to(patches.device)
+        real = (places >= 0).any(-1)
+        weight = (places >= 0)[real].to(patches.dtype)
+        pooled = (patches[:, places[real].clamp(min=0)] * weight).sum(-1) / weight.sum(-1)
+        return list(pooled.split(items.counts, dim=-1))
+
+
+by_tile, by_grid, in_one_row, packed, pooled = _ByTile(), _ByGrid(), _InOneRow(), _Packed(), _Pooled()
 by_raster = _ByRaster
 
 

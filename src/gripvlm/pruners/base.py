@@ -28,7 +28,9 @@ __all__ = [
     "top_k_of_each",
 ]
 
-NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "vision_given", "patches", "groups"})
+NEEDS = frozenset(
+    {"features", "grid", "question", "key", "vision_attention", "vision_given", "patches", "groups", "tower_rows"}
+)
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
 
 LLM_NEEDS = frozenset(
@@ -67,7 +69,7 @@ class Pruner(ABC):
         vision_layers: blocks of the vision tower whose attention it reads (with "vision_attention" in
             `needs`); negative numbers count from the last. LLaVA's features come out of -2.
         stage: where tokens are dropped: "input" is before the language model, "llm" inside it (`LLMPruner`),
-            "vision" inside the vision tower (`TowerPruner`), "pixels" ahead of it (`Repeats`).
+            "vision" inside the vision tower (`TowerPruner`, and the wrapper `tower`), "pixels" ahead of it (`Repeats`).
         trained: whether it has weights that were trained for pruning.
         logits: whether the scores that it returns are logits, whose softmax over rows means something.
         joint: whether a prompt's images share one budget, the sum of their `keep`: `select_batch` may then keep other

@@ -192,7 +192,8 @@ class Page:
         """What the method kept of the question's images, a picture for each part of them."""
         images, answer = question.sample.images, point.answers(question.task)[question.id]
         items = unpack_masks(answer["kept"])
-        for part in layout_of_images(processor, [image.size for image in images], [item.grid for item in items]):
+        sizes, grids = [image.size for image in images], [item.grid or item.rasters for item in items]
+        for part in layout_of_images(processor, sizes, grids, [item.n for item in items]):
             drawn = overlay(images[part.image], part.of(items), part.geometry, caption="")
             # the HTML holds every picture: at full size it would be many megabytes
             drawn.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

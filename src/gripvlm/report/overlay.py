@@ -6,6 +6,7 @@ tiles), so no pixel is needed. tests/report/test_overlays.py checks it against w
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,11 +22,13 @@ from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFo
 
 from gripvlm.errors import GripError
 from gripvlm.eval.records import TokenMask
-from gripvlm.types import Selection
+from gripvlm.types import Raster, Selection
 from gripvlm.utils import disk
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of the original image."""
+Grid: TypeAlias = tuple[int, int] | tuple[Raster, ...] | None
+"""(h, w) of a visual item's tokens, or the rasters that they are, or neither."""
 
 LONG_SIDE = 720  # pixels that a small picture is enlarged to, about
 NARROWEST = 480  # so that the caption has room
@@ -61,20 +64,32 @@ class Part:
     Attributes:
         name: "" where it is the only one, "tiles", "whole", "frame 0" and so on, or "picture 1" and so on.
         geometry: where each of its cells lies in the user's picture (or frame).
-        start: the first of its cells among all rows of the image or prompt, items one after the other.
+        rows: the row that each of its cells is, of all rows of the image or prompt, items one after the other. A row
+            that is a newline or a separator is in no part.
         image: which of the prompt's images it is of, from 0.
     """
 
     name: str
     geometry: Geometry
-    start: int
+    rows: Sequence[int]
     image: int = 0
+
+    @property
+    def start(self) -> int:
+        """The first of its rows, where they follow one another.
+
+        Raises:
+            GeometryError: newlines stand between them.
+        """
+        if not isinstance(self.rows, range):
+            raise GeometryError(f"the tokens of {self.name!r} are not one run, newlines stand between them: use rows")
+        return self.rows.start
 
     def of(self, selections: Sequence[Selection | TokenMask]) -> TokenMask:
         """What of it was kept, from all selections (one an item, in order), to hand to `overlay`."""
         mask = torch.cat([selection.mask() for selection in selections])
         merge = next((selection.merge for selection in selections if selection.merge is not None), None)
-        return TokenMask(mask[self.start : self.start + len(self.geometry.boxes)], merge=merge)
+        return TokenMask(mask[torch.as_tensor(self.rows, device=mask.device)], merge=merge)
 
 
 # --- where a token lies -----------------------------------------------------------------------------------------------
@@ -132,15 +147,15 @@ def geometry(processor: Any, image_size: tuple[int, int], grid: tuple[int, int] 
 def layout(
     processor: Any,
     image_size: tuple[int, int],
-    grids: Sequence[tuple[int, int] | None],
+    grids: Sequence[Grid],
     patches: tuple[int, int, int] | None = None,
 ) -> list[Part]:
-    """The pictures to draw of one image, or of a video, so that every visual token is in one of them.
+    """The pictures to draw of one image, or of a video, so that every visual token that shows a place is in one.
 
     Args:
         processor: a processor, an image processor or a video processor.
         image_size: (width, height) of the original image or frame.
-        grids: (h, w) of each of its visual items, in order.
+        grids: (h, w) of each of its visual items, in order; of an item that is several rasters, these (`Item.rasters`).
         patches: (t, h, w) before merging, for a video: its item's `patches`. A frame here is what the tower takes
             for one, two frames of the video for Qwen's.
 
@@ -150,47 +165,86 @@ def layout(
     if patches is not None and patches[0] > 1:
         return _frames(processor, image_size, patches)
     images = getattr(processor, "image_processor", processor)
-    # InternVL's and Idefics3's processors stretch an image to whole tiles, also where it is a single one
-    cuts = hasattr(images, "crop_to_patches") or bool(getattr(images, "do_image_splitting", False))
     if len(grids) == 1:
-        whole = _tiled(image_size, (1, 1), _plain(grids[0])) if cuts else geometry(processor, image_size, grids[0])
-        return [Part("", whole, 0)]
-    rasters = {_plain(grid) for grid in grids}
-    if len(rasters) != 1 or not cuts:
+        (grid,) = grids
+        if grid and isinstance(grid[0], Raster):
+            return _packed(images, image_size, grid)
+        cell = _plain(grid)
+        only = _tiled(image_size, (1, 1), cell) if _cuts(images) else geometry(processor, image_size, cell)
+        return [Part("", only, range(len(only.boxes)))]
+    cells = [_plain(grid) for grid in grids]
+    # Ovis2's processor puts the whole view first, the others last.
+    whole, tiles = (cells[0], cells[1:]) if _whole_first(images) else (cells[-1], cells[:-1])
+    if len({*tiles}) != 1 or not _cuts(images):
         raise GeometryError(
-            f"{len(grids)} visual items with grids {sorted(rasters)} of one image, which {type(images).__name__} is "
+            f"{len(grids)} visual items with grids {sorted({*cells})} of one image, which {type(images).__name__} is "
             "not known to make: leave the overlay out"
         )
-    (cell,) = rasters
-    tiles = _tiled(image_size, _tile_counts(images, image_size, len(grids)), cell)
-    return [Part("tiles", tiles, 0), Part("whole", _tiled(image_size, (1, 1), cell), len(tiles.boxes))]
+    rows, columns = _tile_counts(images, image_size)
+    if rows * columns != len(tiles):
+        raise GeometryError(
+            f"{type(images).__name__} makes {rows} x {columns} tiles of a {image_size[0]} x {image_size[1]} image, and "
+            f"a whole view, but there are {len(grids)} visual items: pass the processor that made the inputs, or leave "
+            "the overlay out"
+        )
+    cut, uncut = _tiled(image_size, (rows, columns), tiles[0]), _tiled(image_size, (1, 1), whole)
+    first = len(uncut.boxes) if _whole_first(images) else 0
+    then = 0 if _whole_first(images) else len(cut.boxes)
+    return [
+        Part("tiles", cut, range(first, first + len(cut.boxes))),
+        Part("whole", uncut, range(then, then + len(uncut.boxes))),
+    ]
 
 
 def layout_of_images(
-    processor: Any, image_sizes: Sequence[tuple[int, int]], grids: Sequence[tuple[int, int] | None]
+    processor: Any,
+    image_sizes: Sequence[tuple[int, int]],
+    grids: Sequence[Grid],
+    tokens: Sequence[int] | None = None,
 ) -> list[Part]:
-    """`layout` for a prompt with one image or several; of several, each must be one visual item.
+    """`layout` for a prompt with one image or several.
 
     Args:
         image_sizes: (width, height) of each image, in the prompt's order.
-        grids: (h, w) of the prompt's visual items, in order.
+        grids: (h, w) of the prompt's visual items, in order, or their rasters, as for `layout`.
+        tokens: how many each visual item has; by default as many as its grid has cells.
 
     Raises:
-        GeometryError: as `layout`, and for several images of which some are cut into tiles.
+        GeometryError: as `layout`, and where it is not known which items are of which image.
     """
     if len(image_sizes) == 1:
         return layout(processor, image_sizes[0], grids)
-    if len(grids) != len(image_sizes):
+    images, counts = getattr(processor, "image_processor", processor), [1] * len(image_sizes)
+    if len(grids) > len(image_sizes) and _cuts(images):
+        tiles = [math.prod(_tile_counts(images, size)) for size in image_sizes]
+        counts = [count + (count > 1) for count in tiles]
+    if len(grids) != sum(counts):
         raise GeometryError(
             f"{len(image_sizes)} images became {len(grids)} visual items, and which belong to which image is not "
             "known here: leave the overlay out"
         )
+    lengths = [math.prod(_plain(grid)) for grid in grids] if tokens is None else tokens
+    ends = list(itertools.accumulate(counts))
     parts: list[Part] = []
-    for number, (size, grid) in enumerate(zip(image_sizes, grids, strict=True)):
-        (part,) = layout(processor, size, [grid])
-        start = sum(len(before.geometry.boxes) for before in parts)
-        parts.append(replace(part, name=f"picture {number + 1}", start=start, image=number))
+    for number, (size, count, end) in enumerate(zip(image_sizes, counts, ends, strict=True)):
+        before = sum(lengths[: end - count])
+        for part in layout(processor, size, grids[end - count : end]):
+            parts.append(
+                replace(
+                    part,
+                    name=f"picture {number + 1} {part.name}".strip(),
+                    rows=_moved(part.rows, before),
+                    image=number,
+                )
+            )
     return parts
+
+
+def _moved(rows: Sequence[int], before: int) -> Sequence[int]:
+    """The same rows where `before` others come ahead of them."""
+    if isinstance(rows, range):
+        return range(rows.start + before, rows.stop + before)
+    return [row + before for row in rows]
 
 
 def _prepared(images: Any, name: str, x: _Axis, y: _Axis) -> tuple[_Axis, _Axis]:
@@ -237,8 +291,8 @@ def _resized(name: str, size: dict[str, float], width: float, height: float) -> 
     return (edge, int(edge * height / width)) if by_width else (int(edge * width / height), edge)
 
 
-def _plain(grid: tuple[int, int] | None) -> tuple[int, int]:
-    if grid is None:
+def _plain(grid: Grid) -> tuple[int, int]:
+    if not grid or isinstance(grid[0], Raster):
         raise GeometryError(
             "the visual tokens of this model are no plain raster of the image, so no picture of them can be drawn: "
             "leave the overlay out"
@@ -264,23 +318,85 @@ def _tiled(image_size: tuple[int, int], tiles: tuple[int, int], cell: tuple[int,
     return Geometry(image_size, tuple(whole.boxes[i] for i in order), whole.seen)
 
 
-def _tile_counts(images: Any, image_size: tuple[int, int], items: int) -> tuple[int, int]:
-    """(rows, columns) of the tiles of an image that became so many items, the last of them the whole view."""
+def _cuts(images: Any) -> bool:
+    """Whether the processor stretches an image to whole tiles, also where it is a single one."""
+    return hasattr(images, "crop_to_patches") or bool(getattr(images, "do_image_splitting", False))
+
+
+def _whole_first(images: Any) -> bool:
+    return hasattr(images, "use_covering_area_grid")
+
+
+def _tile_counts(images: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the tiles of an image, by the processor's own functions: how it chooses is not ours to repeat.
+
+    An image of more than one tile has a whole view as well.
+    """
     width, height = image_size
     if hasattr(images, "crop_to_patches"):
-        # the processor's own function, from its own module: how it chooses a grid of tiles is not ours to repeat
-        canvas = sys.modules[type(images).__module__].get_optimal_tiled_canvas
-        side = _sizes(images.size)
+        if not images.crop_to_patches:
+            return 1, 1
+        module, side = sys.modules[type(images).__module__], _sizes(images.size)
         tile = (int(side["height"]), int(side["width"]))
-        columns, rows = canvas((height, width), tile, images.min_patches, images.max_patches)
+        if getattr(images, "use_covering_area_grid", False):
+            columns, rows = module.get_min_tile_covering_grid((height, width), tile[0], images.max_patches)
+        else:
+            columns, rows = module.get_optimal_tiled_canvas(
+                (height, width), tile, images.min_patches, images.max_patches
+            )
     else:
         _, rows, columns = images.get_number_of_image_patches(height, width)
-    if rows * columns + 1 != items:
-        raise GeometryError(
-            f"{type(images).__name__} makes {rows} x {columns} tiles of a {width} x {height} image, and a whole view, "
-            f"but there are {items} visual items: pass the processor that made the inputs, or leave the overlay out"
-        )
     return rows, columns
+
+
+def _packed(images: Any, image_size: tuple[int, int], rasters: tuple[Raster, ...]) -> list[Part]:
+    """LLaVA-NeXT and LLaVA-OneVision: the whole view, then the tiles as one raster without what was padded.
+
+    Cells divide a tile equally. A tower whose patches do not fill it (SigLIP's 27 of 14 pixels in 384) leaves the last
+    pixels of each tile out, so that a cell may be drawn up to so many pixels of the tile too far.
+    """
+    if not hasattr(images, "image_grid_pinpoints"):
+        raise GeometryError(
+            f"a visual item of {len(rasters)} rasters, which {type(images).__name__} is not known to make: leave the "
+            "overlay out"
+        )
+    whole, *lines = rasters
+    stretched = _tiled(image_size, (1, 1), (whole.height, whole.width))
+    if not lines:
+        # One of several images is not cut, but padded to a square.
+        side = max(image_size)
+        x, y = (_Axis(length).framed(side, (side - length) // 2) for length in image_size)
+        return [Part("", _raster(x, y, image_size, (whole.height, whole.width)), range(whole.n))]
+    from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+    from transformers.image_utils import ChannelDimension
+
+    canvas = select_best_resolution(image_size[::-1], images.image_grid_pinpoints)
+    blank = np.broadcast_to(np.uint8(0), (1, *image_size[::-1]))
+    resized = get_patch_output_size(blank, canvas, input_data_format=ChannelDimension.FIRST)
+    size = _sizes(images.crop_size) if getattr(images, "crop_size", None) else _sizes(images.size)
+    tile = size.get("height") or size["shortest_edge"]
+    pixels, cells = tile / whole.height, [round(length / tile) * whole.height for length in canvas]
+    (height, width), trimmed = image_size[::-1], [0, 0]
+    # The model leaves out whole lines of cells that are padding, as many at both ends.
+    if width / height > cells[1] / cells[0]:
+        trimmed[0] = (cells[0] - int(round(height * cells[1] / width, 7))) // 2
+    else:
+        trimmed[1] = (cells[1] - int(round(width * cells[0] / height, 7))) // 2
+    y, x = (
+        _Axis(own).resized(new).framed(full, (full - new) // 2).framed(full - 2 * cut * pixels, -cut * pixels)
+        for own, new, full, cut in zip(image_size[::-1], resized, canvas, trimmed, strict=True)
+    )
+    left, found = tuple(n - 2 * cut for n, cut in zip(cells, trimmed, strict=True)), lines[0][1:3]
+    # LLaVA-OneVision makes fewer lines of many, and shorter ones.
+    if found != left and not (found[0] < left[0] and found[1] < left[1]):
+        raise GeometryError(
+            f"{type(images).__name__} makes {left[0]} x {left[1]} tokens of the tiles of a {width} x {height} image, "
+            f"but there are {found[0]} x {found[1]}: pass the processor that made the inputs, or leave the overlay out"
+        )
+    return [
+        Part("tiles", _raster(x, y, image_size, found), lines[0].rows().tolist()),
+        Part("whole", stretched, range(whole.n)),
+    ]
 
 
 def _frames(processor: Any, image_size: tuple[int, int], patches: tuple[int, int, int]) -> list[Part]:
@@ -292,7 +408,8 @@ def _frames(processor: Any, image_size: tuple[int, int], patches: tuple[int, int
             f"{type(videos).__name__} does not say how many patches make a token (merge_size): leave the overlay out"
         )
     frame = geometry(videos, image_size, (h // merge, w // merge))
-    return [Part(f"frame {i}", frame, i * len(frame.boxes)) for i in range(frames)]
+    n = len(frame.boxes)
+    return [Part(f"frame {i}", frame, range(i * n, (i + 1) * n)) for i in range(frames)]
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------

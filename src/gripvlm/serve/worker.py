@@ -386,14 +386,14 @@ def requests_of(model: PreTrainedModel, settings: Settings) -> dict[str, PruneRe
     """Spec -> the checked request of each pruner that is served.
 
     Raises:
-        GripError: a pruner that does not serve this model, or merges inside the vision tower or ahead of it.
+        GripError: a pruner that does not serve this model, or works inside the vision tower or ahead of it.
     """
     requests = {}
     for spec in settings.pruners:
         request = PruneRequest.of(model, spec, 1.0, positions=settings.positions)
         if request.needs.changes_tower:
             raise GripError(
-                f"pruner {spec!r} merges inside the vision tower or ahead of it, so pictures that are encoded once for "
+                f"pruner {spec!r} works inside the vision tower or ahead of it, so pictures that are encoded once for "
                 "all requests do not serve it: use a pruner that drops at the input"
             )
         requests[spec] = request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from io import BytesIO
@@ -59,5 +60,6 @@ def open_image(path: Path | bytes, name: str | None = None, max_pixels: int | No
     except TaskError:
         raise
     except _DAMAGED as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+        words = re.sub(r" <_io\.BytesIO object at \w+>", "", " ".join(str(error).split()))  # says nothing to anyone
+        reason = getattr(error, "strerror", None) or words[:200] or type(error).__name__
         raise TaskError(f"{name} is not a picture that Pillow can read: {reason}") from None

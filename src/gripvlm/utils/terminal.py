@@ -55,7 +55,8 @@ def fitted(sheet: Table, first: int, widest: int = 20) -> Group:
 
 def _width(column: Column) -> int:
     texts = [*column.cells, *([column.header] if column.no_wrap else [])]
-    return max(cell_len(line) for text in texts for line in [*Text.from_markup(str(text)).plain.splitlines(), ""])
+    lines = [line for text in texts for line in Text.from_markup(str(text)).plain.splitlines()]
+    return max(column.min_width or 0, *map(cell_len, lines), 0)
 
 
 def _part(sheet: Table, chosen: list[int], titled: bool) -> Table:

@@ -99,7 +99,7 @@ def _check_stage(pruner: Pruner) -> None:
     places = {
         "llm": "inside the language model, but in vLLM all layers of a request have one length",
         "pixels": "ahead of the vision tower, which in vLLM runs as it is",
-        "vision": "inside the vision tower, where all pictures of a batch would lose as many",
+        "vision": "inside the vision tower, which in vLLM runs as it is",
     }
     if pruner.stage in places:
         raise PrunerError(

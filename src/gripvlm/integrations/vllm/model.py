@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from gripvlm.engine.by_raster import select_batch
 from gripvlm.engine.outputs import DeferredChecks, check_features, checked_selections
 from gripvlm.engine.pruner_checks import checked_needs
 from gripvlm.integrations.vllm.choices import Picture, Settings, Shown
@@ -185,7 +186,7 @@ class PruningModel:
     def _select(self, spec: str, tokens: list[VisualTokens], checks: DeferredChecks) -> list[Selection]:
         pruner = self.settings.made[spec]
         with checks.explaining_errors():
-            answers = list(pruner.select_batch(tokens))
+            answers = select_batch(pruner, tokens, checks)
         return checked_selections(pruner, answers, tokens, checks)
 
     def _laid_out(self, shown: Shown, kept: Sequence[_Rows]) -> Tensor:

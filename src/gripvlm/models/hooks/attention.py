@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -94,16 +94,19 @@ def blocks_of(root: nn.Module) -> nn.ModuleList:
 
 
 def feature_block(model: PreTrainedModel) -> nn.Module:
-    """The block of the vision tower whose output becomes features."""
-    number = getattr(model.config, "vision_feature_layer", None)
-    number = number if isinstance(number, int) else -1
+    """The block of the vision tower whose output becomes features; the last one, where those of several do."""
+    blocks, config = blocks_of(model.get_encoder("image")), model.config
+    # The plural is VipLLaVA's in transformers 5.19.
+    numbers = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
+    numbers = [-1] if numbers is None else [numbers] if isinstance(numbers, int) else numbers
     # transformers numbers hidden states, of which the embeddings are the first; negative numbers need no shift.
-    return blocks_of(model.get_encoder("image"))[number if number < 0 else number - 1]
+    return blocks[max((number if number < 0 else number - 1) % len(blocks) for number in numbers)]
 
 
 def last_norm(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """What the language model does to the states of its last layer; the result is on the device of the states."""
-    norm = model.get_decoder().norm
+    decoder = model.get_decoder()
+    norm: Any = decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm  # LFM2 calls it so
     return lambda states: norm(states.to(norm.weight.device)).to(states.device)
 
 

@@ -10,6 +10,11 @@
    layer gets one as long as its own.
 4. Before the first decoded token, if `evict_from` says so: shorten the caches of earlier layers too.
 
+A layer that attends has no trace of a token that was dropped before it. So it is with recurrent layers (linear
+attention, short convolutions): the state of each is its own, and is made of the tokens that enter it. What is right for
+both is deletion from layer k on: layer k and those after it run as a model of their own that is given the states of the
+tokens that are left.
+
 Qwen3-VL adds planes of further visual features (DeepStack) to the outputs of its first layers, at the prompt's full
 length. They are taken from the decoder and added here, by a call of the model's private `_deepstack_process`.
 """
@@ -105,6 +110,26 @@ class DropState:
         return replace(self, mask=self.mask[rows], stages={k: stage.take(rows) for k, stage in self.stages.items()})
 
 
+def attending(decoder: Any) -> list[bool]:
+    """Which layers of a language model have keys of the tokens; the others carry a state instead."""
+    kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+    return [kind.endswith("attention") and kind != "linear_attention" for kind in kinds]
+
+
+def droppable_layers(decoder: Any) -> range:
+    """The layers before which tokens may be dropped: after the first that has keys, and not behind shared ones.
+
+    transformers counts positions and masks by the first cache that has keys, which so must hold the whole prompt. Where
+    the last layers have no keys of their own but read those of earlier ones, tokens must be gone before these are made.
+    """
+    first, last = attending(decoder).index(True) + 1, len(decoder.layers) - 1
+    if shared := getattr(decoder.config, "num_kv_shared_layers", 0):
+        own, readers = decoder.config.layer_types[:-shared], decoder.config.layer_types[-shared:]
+        # The last layer of a kind that has keys of its own makes those that are read.
+        last = min(len(own) - 1 - own[::-1].index(kind) for kind in readers)
+    return range(first, last + 1)
+
+
 def read_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], feature: str) -> tuple[Tensor, Any, int]:
     """The token ids [B, l] of a base model's call, its cache, and how many tokens that holds.
 
@@ -146,7 +171,8 @@ def drop_in_layers(
     Logits of a direct `forward` are those of the tokens left at the end.
 
     Raises:
-        UnsupportedModelError: a family or an attention implementation for which this is not right.
+        UnsupportedModelError: a family or an attention implementation for which this is not right, or `evict_from` with
+            recurrent layers, whose state cannot forget.
         InputError: when the model runs: a prompt in chunks, right padding, labels, a cache that is not dynamic, a
             prompt beyond a sliding window, a choice of the wrong shape, or `evict_from` without a cache.
         GripError: a block for this model is already open.
@@ -156,8 +182,14 @@ def drop_in_layers(
     layers = decoder.layers
     state = DropState(evict_from=evict_from) if held is None else replace(held, stages=dict(held.stages))
     changed = [*choose, *state.stages, *(() if state.evict_from is None else (state.evict_from,))]
-    if wrong := [k for k in changed if not 1 <= k < len(layers)]:
-        raise InputError(f"no layer {wrong[0]} to drop before: use 1 to {len(layers) - 1}")
+    allowed, recurrent = droppable_layers(decoder), [not attends for attends in attending(decoder)]
+    if wrong := [k for k in changed if k not in allowed]:
+        raise InputError(f"no layer {wrong[0]} to drop before: use {_spoken(allowed, recurrent, len(layers))}")
+    if state.evict_from is not None and any(recurrent[state.evict_from :]):
+        raise UnsupportedModelError(
+            f"the recurrent layers of {model.config.model_type} have no keys that could be dropped after the prompt: "
+            "leave that stage of the pruner out (decode=False)"
+        )
     # By the decoder: a model and its LoRA wrapper have one and the same.
     key = ("drops", id(decoder))
     if is_open(key):
@@ -177,6 +209,18 @@ def drop_in_layers(
         yield state
 
 
+def _spoken(allowed: range, recurrent: list[bool], layers: int) -> str:
+    """`1 to 3`, and why no more, for errors."""
+    if not allowed:
+        return "a pruner that drops at the input, as the last layers of this model share the keys of its first ones"
+    words = f"{allowed[0]} to {allowed[-1]}"
+    if allowed[0] > 1:
+        words += f" (layer {allowed[0] - 1} is the first one with keys, before it all are recurrent)"
+    if allowed[-1] < layers - 1:
+        words += f" (the layers after {allowed[-1]} read keys that are made there)"
+    return words
+
+
 def checked_keys(model: PreTrainedModel, wants: str) -> None:
     """Raises an UnsupportedModelError, beginning with `wants`, where attention takes no mask with a value a key."""
     implementation = model.get_decoder().config._attn_implementation
@@ -191,8 +235,7 @@ def checked_layers(model: PreTrainedModel) -> None:
     family = family_of(model)
     if not family.layers:
         raise UnsupportedModelError(
-            f"dropping inside {family.model_type}'s layers is not supported: its layers share or carry "
-            "state that still holds the dropped tokens; drop at the input with gripvlm.api"
+            f"dropping inside {family.model_type}'s layers is not known to be right: drop at the input with gripvlm.api"
         )
     checked_keys(model, "dropping inside layers needs masks key by key")
 
@@ -208,6 +251,7 @@ class _Dropper:
 
     def __init__(self, model: PreTrainedModel, choose: Mapping[int, Choose], state: DropState) -> None:
         self.model, self.decoder, self.choose, self.state = model, model.get_decoder(), choose, state
+        self.recurrent = [not attends for attends in attending(self.decoder)]
         self.prefill = True
         self.running = False  # whether the whole model is; if not, backward runs layers again
         self.visual = torch.empty(0)  # [B, L] of the prompt
@@ -316,12 +360,25 @@ class _Dropper:
         stage = state.latest if evicted else state.in_layer(index)
         if stage is None:
             return None
-        kwargs = {**kwargs, "attention_mask": self._narrow(kwargs.get("attention_mask"), stage, hidden)}
+        mask = kwargs.get("attention_mask")
+        if not self.recurrent[index]:
+            mask = self._narrow(mask, stage, hidden)
+        elif self.prefill:
+            mask = None if stage.unpadded else stage.real  # in decoding it is of the new tokens alone, and right
+        kwargs = {**kwargs, "attention_mask": mask}
         if self.prefill:
-            # The decoder computes rotary embeddings once for all layers, at the prompt's full length. In decoding it
-            # does so for the new token alone, whose position is right in every layer.
-            rotary = kwargs["position_embeddings"]
-            kwargs["position_embeddings"] = tuple(_take(part, stage.order, -2) for part in rotary)
+            full = self.state.mask.shape[1]
+
+            def left(part: Any) -> Any:
+                """Of [..., L, d] what belongs to the tokens that are left. Layers that share keys run, in `generate`,
+                on the last token alone: what they get is short already."""
+                return _take(part, stage.order, -2) if isinstance(part, Tensor) and part.shape[-2] == full else part
+
+            # The decoder computes rotary embeddings once for all layers, at the prompt's full length, and so it does
+            # what Gemma 4's layers get by place. In decoding it does so for the new token alone, whose position is
+            # right in every layer.
+            args = (hidden, *map(left, args[1:]))
+            kwargs["position_embeddings"] = tuple(map(left, kwargs["position_embeddings"]))
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = _take(kwargs["position_ids"], stage.order, -1)
         return (hidden, *args[1:]), kwargs
@@ -360,10 +417,14 @@ class _Dropper:
         self.state.boolean = mask.dtype == torch.bool
         # Rows and columns of transformers' own mask, which is not causal where images attend in both directions.
         mask = mask.expand(batch, *mask.shape[1:])
-        mask = mask.gather(2, stage.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        length, queries = stage.order.shape[1], hidden.shape[1]
+        if mask.shape[2] == full:
+            rows = stage.order[:, -queries:]
+            mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         mask = mask.gather(3, stage.order[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
         # Padding sees itself, so that its softmax is defined.
-        sees = stage.real[:, None, None] | torch.eye(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        itself = torch.eye(length, dtype=torch.bool, device=hidden.device)[-queries:]
+        sees = stage.real[:, None, None] | itself
         # The minimum and not the sum: two smallest numbers add up to -inf, and a row of those to NaN.
         return mask & sees if self.state.boolean else torch.minimum(mask, _additive(sees, mask))
 

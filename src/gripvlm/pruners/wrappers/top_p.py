@@ -90,9 +90,14 @@ def scores_of(inner: Pruner, images: Sequence[VisualTokens]) -> list[Tensor]:
     """[n] float32 scores of each image, on its device.
 
     Raises:
-        PrunerError: a pruner that returned none.
+        PrunerError: a pruner that returned none, or that needs a grid where an image is several rasters.
     """
     found = []
+    if "grid" in inner.needs and any(tokens.grid is None for tokens in images):
+        raise PrunerError(
+            f"scores of all rows of an image are compared, but {inner.name!r} needs a grid, and so scores one raster "
+            "at a time where an image is several (whole view and tiles, frames): use another pruner inside"
+        )
     for tokens, choice in zip(images, inner.select_batch(images), strict=True):
         if choice.scores is None:
             raise PrunerError(
