@@ -19,7 +19,7 @@ from gripvlm.types import VisualTokens
 from tiny_families import TINY, build, make
 
 NAMES = sorted(name for name in TINY if FAMILIES[name].vision)
-CLS = {"llava", "llava_next", "internvl", "vipllava"}
+CLS = {"llava", "llava_next", "internvl", "qianfan_ocr", "vipllava"}
 
 
 @dataclass(frozen=True)

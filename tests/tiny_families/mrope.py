@@ -116,6 +116,7 @@ MROPE = [
     ),
     tiny("glm4v", TOWER | {"image_size": 32}, {}, **GLM_MARKS),
     tiny("glm46v", TOWER | {"image_size": 32}, {}, **GLM_MARKS),
+    tiny("glmga", TOWER | {"image_size": 32}, {}, **GLM_MARKS),
     tiny(
         "glm4v_moe",
         TOWER | {"image_size": 32},

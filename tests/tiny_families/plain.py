@@ -75,23 +75,21 @@ def padded_below(samples: Samples) -> dict[str, Tensor]:
 
 _ANYRES = {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]], "text_config": LLAMA, "image_token_index": IMAGE}
 
+
+def _intern(name: str, tower: str, text: dict) -> Tiny:
+    vision = {"model_type": tower, "image_size": [32, 32], "patch_size": [4, 4], "num_hidden_layers": 3}
+    config = {"vision_config": VISION | vision, "text_config": text, "image_token_id": IMAGE, "downsample_ratio": 0.5}
+    return Tiny(name, config, squares(16, (START,), (END,)))
+
+
 PLAIN = [
     Tiny(
         "llava",
         {"vision_config": CLIP | {"num_hidden_layers": 3}, "text_config": LLAMA, "image_token_index": IMAGE},
         squares(16),
     ),
-    Tiny(
-        "internvl",
-        {
-            "vision_config": VISION
-            | {"model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [4, 4], "num_hidden_layers": 3},
-            "text_config": LLAMA,
-            "image_token_id": IMAGE,
-            "downsample_ratio": 0.5,
-        },
-        squares(16, (START,), (END,)),
-    ),
+    _intern("internvl", "internvl_vision", LLAMA),
+    _intern("qianfan_ocr", "qianfan_ocr_vision", TEXT | {"model_type": "qwen3", "head_dim": 12}),
     Tiny(
         "llava_next",
         _ANYRES | {"vision_config": CLIP | {"num_hidden_layers": 3, "image_size": 16}},

@@ -140,11 +140,13 @@ ROWS = (
     # Images only; transformers interleaves several images of a prompt over its beams.
     Family("glm4v", from_patches, by_grid, beams=False, drops=mergers),
     Family("glm46v", from_patches, by_grid, beams=False, drops=mergers),
+    Family("glmga", from_patches, by_grid, beams=False, drops=mergers),
     Family("glm4v_moe", from_patches, by_grid, beams=False, drops=mergers),
     Family("glm_ocr", from_patches, by_grid, beams=False, drops=mergers),
     # An item is a tile, so a budget counts per tile.
     Family("idefics3", square, by_tile, joined=rows_of_a_tile, drops=MASKED),
     Family("internvl", square, by_tile, drops=last_block),
+    Family("qianfan_ocr", square, by_tile),
     Family("ovis2", square, by_tile, extras=("visual_indicator_features",), drops=last_block),
     # Before 5.21 its merger wanted whole tiles.
     Family("smolvlm", square, by_tile, joined=rows_of_a_tile, since=(5, 21), drops=MASKED),
@@ -248,7 +250,6 @@ MISSING = frozenset(
         "ernie4_5_vl_moe",
         "exaone4_5",
         "glm5_next",
-        "glmga",
         "granite_docling",
         "hy_v4_vl",
         "hyperclovax_vision_v2",
@@ -265,7 +266,6 @@ MISSING = frozenset(
         "muse_spark",
         "nemotron_h_omni",
         "pp_chart2table",
-        "qianfan_ocr",
         "qwen2_5_omni_thinker",
         "qwen3_omni_moe_thinker",
         "qwen4_exp",

@@ -126,7 +126,7 @@ def in_marked_lines(model: PreTrainedModel, inputs: Inputs, modality: str, sizes
 
 def _merged(n: int, height: int, width: int) -> Grid:
     """The grid of n rows that are square blocks of height x width patches, or None."""
-    block = math.isqrt(height * width // n)
+    block = max(1, math.isqrt(height * width // n))
     h, w = height // block, width // block
     return (h, w) if h * w == n else None
 

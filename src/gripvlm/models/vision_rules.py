@@ -120,7 +120,7 @@ class _ByRaster(VisionRule):
         frames = [1] * len(grids) if thw is None else [int(t) for t in thw[:, 0]]
         # A map is from before a merger or from behind it: the edge of the block that is a row's.
         rows = sum(t * h * w for t, (h, w) in zip(frames, grids, strict=False))
-        side = math.isqrt(patches.shape[-1] // rows)
+        side = math.isqrt(patches.shape[-1] // max(1, rows))
         if len(grids) != len(items.counts) or patches.shape[-1] != side * side * rows:
             raise InputError(
                 f"{patches.shape[-1]} patches were captured, which do not make the {rows} rows of the items' grids in "
