@@ -59,7 +59,8 @@ def merged_edge(model: PreTrainedModel) -> int:
     config, vision = model.config, model.config.vision_config
     if hasattr(vision, "merge_kernel_size"):  # Kimi's name for it, (height, width)
         return int(vision.merge_kernel_size[0])
-    return int(getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1))
+    edge = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
+    return 1 if edge is None else int(edge)
 
 
 def from_coordinates(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Grid]:
