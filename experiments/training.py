@@ -61,7 +61,7 @@ def main(
         flag, of = "--" + field.name.replace("_", "-"), hints[field.name]
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if of is bool else {"type": of}
         # `gripvlm train` has --no-checkpointing, as --no-gradient-checkpointing is too long for a table of 80 columns.
-        names = {flag, flag.replace("--gradient-checkpointing", "--checkpointing")}
+        names = dict.fromkeys((flag, flag.replace("--gradient-", "--")))
         parser.add_argument(*names, **how, dest=field.name, help=help_of(field.name, kind).replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     file = given.pop("config")
