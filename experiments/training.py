@@ -60,7 +60,9 @@ def main(
     for field in dataclasses.fields(kind):
         flag, of = "--" + field.name.replace("_", "-"), hints[field.name]
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if of is bool else {"type": of}
-        parser.add_argument(flag, **how, help=help_of(field.name, kind).replace("%", "%%"))
+        # `gripvlm train` has --no-checkpointing, as --no-gradient-checkpointing is too long for a table of 80 columns.
+        names = dict.fromkeys((flag, flag.replace("--gradient-", "--")))
+        parser.add_argument(*names, **how, dest=field.name, help=help_of(field.name, kind).replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     file = given.pop("config")
     settings = read_toml(file, kind) if file else {}

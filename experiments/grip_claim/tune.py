@@ -1,8 +1,9 @@
 """Tunes one method on validation questions, by the rule that all have: tuning.toml.
 
-    python -m experiments.grip_claim.tune soft_topk       # six runs, results/tuning/soft_topk.json
+    python -m experiments.grip_claim.tune soft_topk                  # six runs, results/tuning/soft_topk.json
+    python -m experiments.grip_claim.tune soft_topk --rates-only     # its three learning rates
 
-Runs have half the steps, warm-up 0 and a seed that the study does not use. Write what was best into configs/.
+Runs have 60 steps, warm-up 0 and a seed that the study does not use. Write what was best into configs/.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def plan() -> dict[str, Any]:
     return tomllib.loads((STUDIES / STUDY / "tuning.toml").read_text(encoding="utf-8"))
 
 
-def tune(variant: str, work: Path) -> list[dict[str, Any]]:
-    """The six runs, in the order in which they were made."""
+def tune(variant: str, work: Path, rates_only: bool) -> list[dict[str, Any]]:
+    """The six runs, or the first three, in the order in which they were made."""
     settings, runs = settings_of(STUDY, variant), []
     prefix = "distill_" if settings["stage"] == "distill" else ""
     steps, rate = "distill_steps" if prefix else "max_steps", f"{prefix}learning_rate"
 
     def run(changes: dict[str, Any]) -> None:
-        halved = changes | {steps: settings[steps] // 2}
-        folder = train(STUDY, variant, SEED, work, halved, name=f"tuning/{variant}-{len(runs)}")
+        shorter = changes | {steps: plan()["steps"]}
+        folder = train(STUDY, variant, SEED, work, shorter, name=f"tuning/{variant}-{len(runs)}")
         about = summary(folder, STUDY, variant)
         objective = about["val"][max(about["val"])]["objective"]
         spent = {name: about[name] for name in ("minutes", "rollouts", "tokens")}
@@ -47,7 +48,7 @@ def tune(variant: str, work: Path) -> list[dict[str, Any]]:
     for value in plan()["learning_rates"]:
         run({rate: value})
     best = max(runs, key=lambda each: each["objective"])["changes"]
-    for change in plan()["changes"][variant]:
+    for change in [] if rates_only else plan()["changes"][variant]:
         run(best | change)
     return runs
 
@@ -56,12 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", choices=[*plan()["changes"]])
     parser.add_argument("--work", type=Path, default=ROOT / ".lab" / "grip", help="questions and trained scorers")
+    parser.add_argument("--rates-only", action="store_true", help="the learning rates and no other change")
     given = parser.parse_args()
     content = {
-        "command": f"python -m experiments.grip_claim.tune {given.variant}",
+        "command": f"python -m experiments.grip_claim.tune {given.variant}" + " --rates-only" * given.rates_only,
         "git": git_state(),
         "hardware": hardware(),
-        "runs": tune(given.variant, given.work),
+        "runs": tune(given.variant, given.work, given.rates_only),
     }
     write_json(STUDIES / STUDY / "results" / "tuning" / f"{given.variant}.json", content)
 

@@ -106,6 +106,7 @@ class DiffPrune(Relaxed):
             noise = torch.randn(clean.shape, generator=random).to(clean)
             rows += self.denoiser(noised(clean, kept, noise), kept).split(sizes)
         noisy = with_features(batch, rows)
+        self.engine.tokens += sum(batch.text_lengths) + int(batch.sizes.sum())
         reward = self.reward_of(self.engine.forced_log_probs(noisy, self.engine.whole(noisy)), batch)
         top = mask.detach().square().sum(-1) / counts
         yield -reward.mean(), {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}

@@ -172,15 +172,22 @@ class Relaxed(Stage):
         inputs = batch.for_scorer(self.scorer.config.question, self.scorer.config.joint)
         owner = torch.tensor(batch.owner, device=batch.sizes.device)
         counts = inputs.totals(draw_counts(self.config, batch.sizes, owner, random))
-        # As many tokens as a rollout with all of them; the backward pass, twice the arithmetic, is not counted.
-        self.engine.tokens += sum(batch.text_lengths) + int(batch.sizes.sum())
         return inputs, counts, inputs.score(self.scorer, counts)
 
     def masked_reward(self, batch: Batch, inputs: ScorerInputs, mask: Tensor) -> Tensor:
-        """[B] reward of each answer when attention on the images is scaled by mask [S, n]."""
+        """[B] reward of each answer when attention on the images is scaled by mask [S, n].
+
+        The engine counts the tokens of its forwards; the backward pass, twice the arithmetic, is not counted.
+        """
         floor = self.config.floor
-        bias = (mask * (1 - floor) + floor).log()
-        return self.reward_of(masked_forward(self.engine, batch, inputs.values_by_image(bias)), batch)
+        biases = batch.by_question(inputs.values_by_image((mask * (1 - floor) + floor).log()))
+        rewards = mask.new_zeros(len(batch))
+        # Questions of like length together, as rollouts run.
+        for part in self.engine.parts(batch, range(len(batch)), batch.everything):
+            each = batch.take(part)
+            log_probs = masked_forward(self.engine, each, [image for row in part for image in biases[row]])
+            rewards = rewards.index_put((torch.tensor(part, device=mask.device),), self.reward_of(log_probs, each))
+        return rewards
 
     def reward_of(self, log_probs: Tensor, batch: Batch) -> Tensor:
         """[B] as `rewards.probability` or `rewards.log_prob` say, from log-probabilities [B, T], with a gradient."""
