@@ -31,7 +31,13 @@ ENOUGH = 0.95
 def results(name: str) -> dict[str, list[Result]]:
     """Pruner -> its seeds. Options that suit a lab's small tower are left out, and both labs' scorers are `grip`."""
     found = lab.results("input") if name == "lab" else dense.grid()
-    return {spec.partition(":")[0]: seeds for spec, seeds in found.items() if spec not in LEFT_OUT}
+    kept = {spec.replace(":scorer=lab-dense", ""): seeds for spec, seeds in found.items() if spec not in LEFT_OUT}
+    return {spec.partition(":")[0]: seeds for spec, seeds in kept.items()}
+
+
+def is_trained(spec: str) -> bool:
+    """Grip, alone or inside a wrapper."""
+    return "grip" in spec
 
 
 def full(name: str) -> Result:
@@ -61,8 +67,8 @@ def kept_scores(kind: str, budget: str) -> dict[str, float]:
 
 def described(spec: str) -> dict[str, Any]:
     """What a pruner reads; grip is trained, and its options do not change what it needs of a model."""
-    if spec in ("grip", "downsample"):
-        return {"grid": False, "attention": False, "question": spec == "grip", "trained": spec == "grip"}
+    if spec == "downsample" or is_trained(spec):
+        return {"grid": False, "attention": False, "question": is_trained(spec), "trained": is_trained(spec)}
     needs = get_pruner(spec).needs
     attention = bool(needs & {"vision_attention", "vision_given", "patches"})
     return {"grid": "grid" in needs, "attention": attention, "question": "question" in needs, "trained": False}
@@ -95,7 +101,7 @@ def by_kind() -> str:
         for trained in (True, False):
             best = {
                 budget: max(
-                    (score, spec) for spec, score in kept_scores(kind, budget).items() if (spec == "grip") == trained
+                    (score, spec) for spec, score in kept_scores(kind, budget).items() if is_trained(spec) == trained
                 )
                 for budget in BUDGETS
             }
@@ -103,11 +109,11 @@ def by_kind() -> str:
             if not enough:
                 cells.append("none")
             else:
-                cells.append(share(enough[-1]) + ("" if trained else f" (`{best[enough[-1]][1]}`)"))
+                cells.append(f"{share(enough[-1])} (`{best[enough[-1]][1]}`)")
         at = kept_scores(kind, "0.125")
         cells += [f"{100 * at[spec]:.0f}" for spec in ("downsample", "grid", "random")]
         rows.append([kind, *cells])
-    head = ["kind", "asks", "`grip`", "best untrained", "`downsample` at 12.5 %", "`grid`", "`random`"]
+    head = ["kind", "asks", "best trained", "best untrained", "`downsample` at 12.5 %", "`grid`", "`random`"]
     return table(head, rows)
 
 

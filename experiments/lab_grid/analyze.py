@@ -42,7 +42,7 @@ def scores(stage: str, budget: str) -> list[Score]:
     for pruner, seeds in results(stage).items():
         if budget in seeds[0].budgets and pruner not in ("full", "oracle"):
             _, low, high = over_pictures(seeds[:1], budget)
-            trained = seeds[0].content["trained"]
+            trained = seeds[0].content["trained"] or "(grip" in pruner  # or around one that is
             rows.append(Score(pruner, budget, average(seeds, budget), low, high, trained))
     return sorted(rows, key=lambda row: -row.score)
 
@@ -53,13 +53,13 @@ def name_of(spec: str) -> str:
 
 
 def lab_score(name: str, stage: str) -> Score | None:
-    """The score that is shown for a pruner; of several specs the bare name's. None where it was not measured."""
+    """The score shown for a pruner, of several specs the bare name's or an untrained one's; None where none is."""
     if name == "full":
         return Score("full", "1.0", *over_pictures(results("input")["full"], "1.0"), False)
     if stage not in AT:  # for towers that the lab does not have
         return None
     rows = [row for row in scores(stage, AT[stage]) if name_of(row.pruner) == name]
-    return min(rows, key=lambda row: row.pruner != name, default=None)
+    return min(rows, key=lambda row: (row.pruner != name, row.trained), default=None)
 
 
 def questions() -> int:

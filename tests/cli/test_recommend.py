@@ -56,8 +56,8 @@ def test_the_best_of_all_kinds_first_and_references_beside_them(capsys):
     assert "have to beat downsample: 70 things 10 text random: 60 things 20 text grid: 80 things 30 text" in text
     assert "(downsample: the towers of the labs know one size of picture" in text
     assert "grip: 98 things 90 text; reads the question" in text
-    assert "things: 95% of the score is kept untrained to 10% (looks), grip to 10%" in text
-    assert "text: 95% of the score is kept untrained to 50% (good), grip to 50%" in text
+    assert "things: 95% of the score is kept untrained to 10% (looks), trained to 10% (grip)" in text
+    assert "text: 95% of the score is kept untrained to 50% (good), trained to 50% (grip)" in text
     assert "lose more than 5% on: text." in text
     assert '--keep 12% --pruners "looks,good,downsample,random,grid"' in text
 

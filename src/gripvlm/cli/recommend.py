@@ -94,6 +94,7 @@ def show(
     everywhere = [name for name in pruners if all(name in scores for scores in at_budget.values())]
     ranked = sorted(everywhere, key=lambda name: -mean(scores[name] for scores in at_budget.values()))
     best = [name for name in ranked if not pruners[name]["trained"] and name not in REFERENCES][:SHOWN]
+    trained = [name for name in ranked if pruners[name]["trained"]][:SHOWN]
     measured = set().union(*at_budget.values())
     references = [name for name in REFERENCES if name in measured & pruners.keys()]
 
@@ -126,7 +127,7 @@ def show(
             "(downsample: the towers of the labs know one size of picture and fail at any other; for models that were "
             "trained on many sizes papers find it hard to beat, so measure it)"
         )
-    show_pruners("If you can train for your model, as was done for these two (gripvlm train)", ["grip"])
+    show_pruners("If you can train for your model, as was done for the labs (gripvlm train)", trained)
     say("How far down", "", "bold")
     for what, one in kinds.items():
         say(f"{what}: {ENOUGH:.0%} of the score is kept {_how_far(one['scores'], pruners)}")
@@ -154,6 +155,6 @@ def _how_far(scores: dict[str, dict[str, float]], pruners: dict[str, Any]) -> st
         for budget, found in scores.items():  # from the largest
             score, name = max((found[name], name) for name in names if name in found)
             if score >= ENOUGH:
-                enough = f"to {100 * float(budget):g}%" + ("" if trained else f" ({name})")
-        parts.append(f"{'grip' if trained else 'untrained'} {enough or 'at no budget'}")
+                enough = f"to {100 * float(budget):g}% ({name})"
+        parts.append(f"{'trained' if trained else 'untrained'} {enough or 'at no budget'}")
     return ", ".join(parts)
