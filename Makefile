@@ -12,8 +12,10 @@ EVERYTHING := -e ".[dev,docs]" -r $(ART)
 run: .venv/.ok
 	$(BIN)/gripvlm quickstart
 
+# A process of one thread for each core: small models, for which threads of torch are slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 test: .venv/.ok
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: .venv/.ok
 	$(BIN)/ruff check .
@@ -77,7 +79,7 @@ test-transformers: .venv/.ok
 	locked=$$($(BIN)/python -c "$$ask"); other=$$(PYTHONPATH=$(OTHER) $(BIN)/python -c "$$ask"); \
 	if [ "$$other" = "$$locked" ]; then echo "transformers $$other is the locked one, on which make test runs everything"; \
 	else echo "transformers $$other"; \
-		PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -q -p no:cacheprovider -m transformers; fi
+		PYTHONPATH=$(OTHER) $(PYTEST) -p no:cacheprovider -m transformers; fi
 
 # Everything on the newest of every package that the index serves, in an environment of its own.
 test-newest:
@@ -86,7 +88,7 @@ test-newest:
 	.venv/newest/bin/python -m pip install --quiet --upgrade pip
 	.venv/newest/bin/python -m pip install --quiet torch $(EVERYTHING)
 	.venv/newest/bin/gripvlm env
-	.venv/newest/bin/python -m pytest -q -p no:cacheprovider
+	OMP_NUM_THREADS=1 .venv/newest/bin/python -m pytest -q -n auto -p no:cacheprovider
 
 # gripvlm as a model of lmms-eval, in an environment of its own, as lmms-eval brings some fifty packages. A torchvision
 # that was built for another torch cannot be loaded, and nothing here needs it.

@@ -52,13 +52,14 @@ def test_every_method_is_tuned_six_times(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tune, "train", trained)
     monkeypatch.setattr(tune, "summary", about)
-    runs = tune.tune("simple", tmp_path)
+    runs = tune.tune("simple", tmp_path, rates_only=False)
     assert [each["changes"] for each in runs[:3]] == [{"learning_rate": rate} for rate in (1e-4, 3e-4, 1e-3)]
     assert [each["changes"] for each in runs[3:]] == [
         {"learning_rate": 3e-4} | change for change in tune.plan()["changes"]["simple"]
     ]
-    assert {each["max_steps"] for each in told} == {200}
-    assert "distill_learning_rate" in tune.tune("imitation", tmp_path)[0]["changes"]
+    assert {each["max_steps"] for each in told} == {60}
+    assert len(tune.tune("simple", tmp_path, rates_only=True)) == 3
+    assert "distill_learning_rate" in tune.tune("imitation", tmp_path, rates_only=True)[0]["changes"]
 
 
 def test_questions_that_are_answered_blind_are_left_out(tmp_path):

@@ -83,7 +83,18 @@ def test_pruners_know_tensors_only(path):
 
 
 def test_models_know_no_method():
-    plain = {"grid", "random", "given", "pool", "norm", "full", "split", "spread", "repeats"}  # also words of their own
+    plain = {
+        "grid",
+        "random",
+        "given",
+        "pool",
+        "norm",
+        "full",
+        "split",
+        "spread",
+        "repeats",
+        "tower",
+    }  # also words of their own
     methods = re.compile(rf"\b({'|'.join(set(gripvlm.pruner_names()) - plain)})\b")
     for path in files_of("models"):
         assert "pruners" not in imported_rooms(path), path.name

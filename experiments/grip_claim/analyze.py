@@ -114,6 +114,18 @@ def reached(first: Result, second: Result) -> float | None:
     return min(steps) * spent / second.content["training"]["rollouts"] if steps else None
 
 
+def draws() -> str:
+    """The probability of the right answer with a scorer's best set, and with draws from it."""
+    content = common.read_json("grip_claim/results/draws.json")
+    rows = [
+        [f"`{run}`", "best set" if tau == "0.0" else f"drawn, temperature {tau}", *map(percent, found.values())]
+        for run, by_tau in content["probability"].items()
+        for tau, found in by_tau.items()
+    ]
+    budgets = next(iter(next(iter(content["probability"].values())).values()))
+    return table(["scorer", "tokens", *map(share, budgets)], rows)
+
+
 def tuning() -> str:
     rows = []
     for name, runs in tuned().items():
@@ -125,7 +137,7 @@ def tuning() -> str:
 
 
 def tables() -> dict[str, dict[str, str]]:
-    page = {"scores": scores(), "contrasts": contrasts(), "rollouts": rollouts(), "tuning": tuning()}
+    page = {"scores": scores(), "contrasts": contrasts(), "rollouts": rollouts(), "tuning": tuning(), "draws": draws()}
     return {f"experiments/{STUDY}/REPORT.md": page}
 
 

@@ -103,6 +103,6 @@ def test_budgets_below_what_the_first_layers_cost_leave_llm_pruners_out():
 
 
 def test_what_a_family_cannot_supply_is_left_out():
-    names, refused = supported_pruners(build("llava_next"), [Budget(0.5)])
+    names, refused = supported_pruners(build("deepseek_ocr2"), [Budget(0.5)])
     assert "norm" in names
     assert "needs a grid" in refused["grid"]

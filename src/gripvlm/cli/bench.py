@@ -130,7 +130,7 @@ def show(result: Mapping[str, Any]) -> None:
         where = f"batch {batch}, {prompt} text tokens"
         if done:
             screen.print(_sheet(f"{where}: milliseconds a batch, medians", done, _times))
-            towers = any(row["to_tower_limit"] for row in done)
+    towers = any(row.get("to_tower_limit") for row in done)  # older results have none
             ratios = partial(_ratios, towers=towers)
             screen.print(_sheet("Ratios of whole; added: share of the unpruned prefill", done, ratios))
             screen.print(_sheet("Share of the time, % (of the roofline, %)", done, _shares))
@@ -162,7 +162,7 @@ def _times(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _ratios(row: Mapping[str, Any], towers: bool) -> dict[str, str]:
     full, limit = row["to_full"]["whole"], (row["to_limit"] or {}).get("whole")
-    tower = (row["to_tower_limit"] or {}).get("whole")
+    tower = (row.get("to_tower_limit") or {}).get("whole")
     limits = {"/ tower": f"{tower['median']:.3f}" if tower else "-"} if towers else {}
     added, peak = row["to_full"]["added"], row["peak_memory"]
     return {

@@ -116,7 +116,7 @@ def _merge_plain(
         special = hidden.shape[1] - slot.shape[1]  # a CLS token in front
         return (hidden.gather(1, _in_front(special, rows, hidden)), *args[1:]), kwargs
 
-    def restore(projector: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    def refill(projector: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         return output.gather(1, _in_front(0, slot, output))
 
     def count(call: AttentionCall) -> None:
@@ -126,7 +126,7 @@ def _merge_plain(
         add_sizes(call, all_sizes if counted else torch.ones_like(all_sizes))
 
     hooks = dict.fromkeys(modules_of(tower), count) if biased else {}
-    after = {model.base_model.multi_modal_projector: restore}
+    after = {model.base_model.multi_modal_projector: refill}
     # first: hooks that capture attention then see it with sizes
     with call_hooks({blocks_of(tower)[0]: shorten}, after, hooks, first=True):
         yield
@@ -167,7 +167,7 @@ def _merge_packed(
             sizes[inner] = iter(by_segment["full" if block in full else "window"])
         return (layout.kept_patches(pixels), *args[1:]), kwargs | layout.arguments(device)
 
-    def restore(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def refill(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         slot = onto(current[0].slot, output.pooler_output.device)
         output.pooler_output = output.pooler_output.index_select(0, slot)
         if (planes := getattr(output, "deepstack_features", None)) is not None:
@@ -180,7 +180,7 @@ def _merge_packed(
 
     hooks = dict.fromkeys(attention, count) if counted else {}
     # first: hooks that capture attention then see it with sizes
-    with call_hooks({tower: shorten}, {tower: restore}, hooks, first=True):
+    with call_hooks({tower: shorten}, {tower: refill}, hooks, first=True):
         yield
 
 
