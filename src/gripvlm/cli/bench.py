@@ -130,7 +130,7 @@ def show(result: Mapping[str, Any]) -> None:
         where = f"batch {batch}, {prompt} text tokens"
         if done:
             screen.print(_sheet(f"{where}: milliseconds a batch, medians", done, _times))
-    towers = any(row.get("to_tower_limit") for row in done)  # older results have none
+            towers = any(row.get("to_tower_limit") for row in done)  # older results have none
             ratios = partial(_ratios, towers=towers)
             screen.print(_sheet("Ratios of whole; added: share of the unpruned prefill", done, ratios))
             screen.print(_sheet("Share of the time, % (of the roofline, %)", done, _shares))
