@@ -45,7 +45,7 @@ def checked_tower_drop(model: PreTrainedModel, family: Family, block: int) -> No
         having = ", ".join(name for name, row in FAMILIES.items() if not isinstance(row.drops, str))
         raise UnsupportedModelError(
             f"dropping inside {family.model_type}'s vision tower is not supported, as {family.drops}; it is for "
-            f"{having}: use a pruner that drops at the input, such as divprune"
+            f"{having}: use a pruner that drops at the input"
         )
     layer = getattr(model.config, "vision_feature_layer", -1)
     if not isinstance(layer, int):
