@@ -87,7 +87,9 @@ def recommended() -> dict[str, Any]:
         }
     specs = dict.fromkeys(spec for kind in kinds.values() for scores in kind["scores"].values() for spec in scores)
     pruners = {
-        spec: described(spec) | ({"prefill_share": shares[lab.name_of(spec)]} if lab.name_of(spec) in shares else {})
+        # A wrapper was timed around an untrained pruner.
+        spec: described(spec)
+        | ({"prefill_share": shares[lab.name_of(spec)]} if lab.name_of(spec) in shares and "(grip" not in spec else {})
         for spec in specs
     }
     return {"written_by": "python -m experiments.choosing.analyze", "kinds": kinds, "pruners": pruners}

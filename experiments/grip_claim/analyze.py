@@ -88,16 +88,24 @@ def rollouts() -> str:
     rows = []
     for name in (OURS, *IDEAS):
         pairs = common.common_seeds(results().get(name, []), results().get(OURS, []))
-        shares = [reached(first, second) for first, second in pairs]
         if not pairs:
             continue
+        if name == OURS:  # what the others are compared with
+            spent, ends = (mean(each(first) for first, _ in pairs) for each in (rollouts_of, last))
+            rows.append([f"`{name}`", str(len(pairs)), f"{spent:.0f}", f"{ends:.4f}", "", ""])
+            continue
+        shares = [reached(first, second) for first, second in pairs]
         there = [each for each in shares if each is not None]
         ends = mean(last(first) for first, _ in pairs)
         needed = f"{percent(mean(there))} %" if there else ""
-        spent = mean(first.content["training"]["rollouts"] for first, _ in pairs)
+        spent = mean(rollouts_of(first) for first, _ in pairs)
         rows.append([f"`{name}`", str(len(pairs)), f"{spent:.0f}", f"{ends:.4f}", f"{len(there)}", needed])
     head = ["", "runs", "rollouts", "validation at the end", "runs that reach it", "at this share of its rollouts"]
     return table(head, rows) if rows else NOTHING
+
+
+def rollouts_of(result: Result) -> float:
+    return float(result.content["training"]["rollouts"])
 
 
 def last(result: Result) -> float:

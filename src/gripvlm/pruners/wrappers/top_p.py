@@ -82,7 +82,7 @@ def checked_logits(wrapper: str, inner: Pruner) -> None:
     if not inner.logits:
         raise PrunerError(
             f"{wrapper} needs scores that are logits, and those of {inner.name!r} are not: use one that is trained, "
-            "such as grip"
+            "as in gumbel(grip); to vary untrained scores, mmr(norm)"
         )
 
 
