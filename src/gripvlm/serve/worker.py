@@ -136,10 +136,11 @@ class Worker:
 
     @property
     def status(self) -> str:
-        """ "ok", "stopping", or "failed" where the thread has ended by itself."""
+        """ "ok", "stopping", or "failed" where the thread ends by itself."""
         if self._closing:
             return "stopping"
-        return "ok" if self._thread.is_alive() else "failed"
+        # Not the thread alone: it tells its jobs before it ends, and whoever asks next must not hear that all is well.
+        return "failed" if self._refuses is _failed or not self._thread.is_alive() else "ok"
 
     @property
     def waiting(self) -> int:
