@@ -36,7 +36,7 @@ def probabilities(scorers: dict[str, Scorer], work: Path, questions: int) -> dic
     model, processor = lab.load("lab-dense")
     (task,) = get_tasks([f"jsonl:{work / 'dense-val/questions.jsonl'}"])
     samples = task.take(None, 0)
-    samples = samples[:: len(samples) // questions][:questions]
+    samples = samples[:: max(1, len(samples) // questions)][:questions]
     engine, random = Engine(model, processor, bf16=True), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {
         name: {str(tau): {budget: [] for budget in BUDGETS} for tau in TEMPERATURES} for name in scorers

@@ -50,13 +50,12 @@ def recommend_command(
         raise GripError(f"--kind {kind}: {hint}type one of {', '.join((ANY, *known['kinds']))}")
 
     from gripvlm.models.families import FAMILIES
-    from gripvlm.models.grids import unknown
     from gripvlm.models.loading import model_type
     from gripvlm.models.smaller import sets_tokens
 
     family = FAMILIES[model_type(model)]
     lacks = {
-        "grid": family.grid is unknown,
+        "grid": not family.has_rasters,
         "attention": family.vision is None,
         "size": not sets_tokens(family),
     }

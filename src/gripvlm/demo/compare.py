@@ -286,8 +286,10 @@ class _Notes(LogitsProcessor):
 
 
 def _why_not_alone(pruner: Pruner, selections: Sequence[Selection]) -> str:
-    if isinstance(pruner, LLMPruner):
+    if isinstance(pruner, LLMPruner) or any(selection.layers for selection in selections):
         return "it drops inside the language model, where a dropped token was seen by the first layers"
     if isinstance(pruner, TowerPruner) or any(selection.merge is not None for selection in selections):
         return "it merges tokens, so that a dropped one is still part of a kept one"
+    if any(selection.tower is not None for selection in selections):
+        return "the vision tower did not see all tokens, so that none can be added by itself"
     return ""

@@ -140,13 +140,13 @@ def choose(
             for name, of_task in found.items():
                 of_task.append([Chosen(name, task, sample) for case, sample in cases if case == name])
     counts = Counter({name: sum(map(len, of_task)) for name, of_task in found.items()})
-    shown: dict[str, Chosen] = {}
+    shown: dict[tuple[str, str], Chosen] = {}
     for name, most in CASES.items():
         # tasks in turn, so that no kind of question fills the page; and each picture once
         in_turn = [one for turn in zip_longest(*found[name]) for one in turn if one is not None]
-        fresh: dict[str, Chosen] = {}
+        fresh: dict[tuple[str, str], Chosen] = {}
         for one in in_turn:
-            fresh.setdefault(one.sample.image_id or one.sample.id, one)
+            fresh.setdefault((one.task.name, one.sample.image_id or one.sample.id), one)
         shown |= dict([entry for entry in fresh.items() if entry[0] not in shown][:most])
     return list(shown.values()), counts, methods
 
