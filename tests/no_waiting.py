@@ -31,6 +31,8 @@ from gripvlm.grip.pruner import Grip
 from gripvlm.grip.scorer import Scorer, ScorerConfig
 from gripvlm.models.prompts import Prompts
 from gripvlm.pruners import Pruner, get_pruner
+from gripvlm.pruners.baselines.given import Given
+from gripvlm.pruners.wrappers.gumbel import Gumbel
 from gripvlm.types import Selection, VisionRows, VisualTokens
 from gripvlm.utils import batching
 from on_device import NEVER_WAIT
@@ -174,6 +176,13 @@ def test_what_reads_the_tower_adds_no_waiting_of_its_own(name, accelerator):
     vision = {-2: VisionRows(torch.empty(2, 17, device=WAITS))}
     images = [VisualTokens(rows[:n], k, vision=vision, patches=rows[:n]) for n, k in ((17, 5), (17, 3))]
     assert [selection.k for selection in checked_pruner(name).select_batch(images)] == [5, 3]
+
+
+def test_draws_are_sent_without_waiting(accelerator):
+    images = [VisualTokens(torch.empty(17, 8, device=WAITS), k, image=i, key=i) for i, k in enumerate((5, 3))]
+    scored = Given([[torch.empty(17, device=WAITS) for _ in images]])
+    for pruner in (checked_pruner("random"), Gumbel(scored)):
+        assert [selection.k for selection in pruner.select_batch(images)] == [5, 3]
 
 
 def test_the_fixture_would_notice(accelerator):

@@ -35,6 +35,12 @@ class VisionRows:
     patch_received: Tensor | None = None
     given: Tensor | None = None
 
+    def at(self, rows: Tensor) -> VisionRows:
+        """Those of `rows` [m] alone."""
+        parts: dict[str, Tensor] = {name: value for name, value in vars(self).items() if value is not None}
+        keys = {"keys": parts.pop("keys")[rows]} if "keys" in parts else {}
+        return VisionRows(**{name: value[:, rows] for name, value in parts.items()}, **keys)
+
 
 class Raster(NamedTuple):
     """A part of an image's rows that is an h x w raster: row (y, x) of it is row start + y * stride + x of the image.

@@ -92,6 +92,8 @@ def test_the_shipped_results_name_pruners_that_there_are(capsys):
         for scores in kind["scores"].values():
             assert {"grip", "grid", "random"} <= scores.keys() <= known["pruners"].keys()
         assert "downsample" in kind["scores"]["0.125"]
+    assert main(["recommend", "--model", "llava_next", "--keep", "25%", "--kind", "crowded"]) == 0
+    assert "grid:" in capsys.readouterr().out  # of several rasters, one after the other
     assert main(["recommend", "--model", "deepseek_ocr2", "--keep", "25%", "--kind", "crowded"]) == 0
     text = capsys.readouterr().out
     assert "deepseek_ocr2 (deepseek_ocr2) at 25% of its visual tokens" in text

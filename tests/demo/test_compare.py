@@ -114,6 +114,18 @@ def test_worth_is_what_asking_with_and_without_a_token_says(asker, image, found)
         asker.worth(found, pool, [0])
 
 
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("tower(norm):block=1", "the vision tower did not see all tokens"),
+        ("fastv:layer=1", "inside the language model"),
+    ],
+)
+def test_what_a_token_is_worth_is_not_asked_where_it_cannot_be_added_alone(asker, image, spec, reason):
+    (answer,) = asker.compare([image], QUESTION, [spec], 0.3).pruned
+    assert reason in answer.alone
+
+
 def test_an_empty_question_is_refused(asker, image):
     with pytest.raises(GripError, match="the question is empty: type one"):
         asker.compare([image], "  ", ["random"], 0.1)

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoConfig, AutoProcessor
 
 from gripvlm import lab
+from gripvlm.budget import Budget
 from gripvlm.cli import main
 from gripvlm.errors import BudgetError, GripError, InputError, PrunerError, UnsupportedModelError
 from gripvlm.integrations.vllm import engine_args, launch
@@ -144,6 +145,13 @@ def test_a_choice_travels_as_bytes():
     assert Shown.unpacked(shown.packed()) == shown
     assert shown.extent == 256 + 7 + 3
     assert [picture.count for picture in pictures] == [64, 4]
+
+
+def test_a_budget_of_null_is_the_servers():
+    settings = Settings(("divprune", "keep_all"), "25%", "original", 0)
+    assert settings.budget({"keep": None}) == settings.budget({}) == Budget("25%")
+    assert settings.budget({"keep": 9}) == Budget(9)
+    assert settings.budget({"pruner": "keep_all", "keep": None}) == Budget(1.0)
 
 
 def test_a_picture_whose_places_do_not_fit_is_refused():

@@ -152,7 +152,7 @@ def _how_far(scores: dict[str, dict[str, float]], pruners: dict[str, Any]) -> st
         names = [name for name, row in pruners.items() if row["trained"] == trained]
         enough = ""
         for budget, found in scores.items():  # from the largest
-            score, name = max((found[name], name) for name in names if name in found)
+            score, name = max(((found[name], name) for name in names if name in found), default=(0.0, ""))
             if score >= ENOUGH:
                 enough = f"to {100 * float(budget):g}% ({name})"
         parts.append(f"{'trained' if trained else 'untrained'} {enough or 'at no budget'}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from gripvlm.engine.outputs import DeferredChecks, checked_selection, checked_selections
 from gripvlm.pruners import LLMPruner, Pruner
 from gripvlm.pruners.ops.apportion import nearest
-from gripvlm.types import LLMTokens, Merge, Raster, Selection, VisionRows, VisualTokens
+from gripvlm.types import LLMTokens, Merge, Raster, Selection, VisualTokens
 from gripvlm.utils.batching import onto
 
 __all__ = ["select_at_layer", "select_batch"]
@@ -115,17 +115,12 @@ def _divided_at_layer(tokens: LLMTokens) -> list[_Part]:
 
 def _of_raster(tokens: VisualTokens, raster: Raster, rows: Tensor, keep: int) -> VisualTokens:
     """One raster of an image, as an image of its own."""
-
-    def part(layer: VisionRows) -> VisionRows:
-        kept = {name: value[:, rows] for name, value in vars(layer).items() if value is not None and name != "keys"}
-        return VisionRows(**kept, keys=None if layer.keys is None else layer.keys[rows])
-
     return replace(
         tokens,
         features=tokens.features[rows],
         keep=keep,
         grid=(raster.height, raster.width),
-        vision={layer: part(seen) for layer, seen in tokens.vision.items()},
+        vision={layer: seen.at(rows) for layer, seen in tokens.vision.items()},
         patches=None if tokens.patches is None else tokens.patches[rows],
         groups=None if tokens.groups is None else tokens.groups[rows],
         rasters=(),

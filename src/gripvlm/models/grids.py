@@ -49,9 +49,14 @@ def from_patches(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: l
 
     None for a video whose rows are one raster a frame after the other; some towers make one of the mean over frames.
     """
+    shapes = zip(_in_rows(model, inputs, modality), sizes, strict=True)
+    return [(h, w) if t == 1 or h * w == n else None for (t, h, w), n in shapes]
+
+
+def _in_rows(model: PreTrainedModel, inputs: Inputs, modality: str) -> list[tuple[int, int, int]]:
+    """`<modality>_grid_thw`, in rows."""
     merge = merged_edge(model)
-    shapes = [(t, h // merge, w // merge) for t, h, w in inputs[f"{modality}_grid_thw"].tolist()]
-    return [(h, w) if t == 1 or h * w == n else None for (t, h, w), n in zip(shapes, sizes, strict=True)]
+    return [(t, h // merge, w // merge) for t, h, w in inputs[f"{modality}_grid_thw"].tolist()]
 
 
 def merged_edge(model: PreTrainedModel) -> int:
@@ -91,8 +96,7 @@ def unknown(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[i
 
 def frames(model: PreTrainedModel, inputs: Inputs, modality: str, sizes: list[int]) -> list[Rasters]:
     """Towers that get `<modality>_grid_thw`: a video's frames (for Qwen's, pairs of frames), one raster each."""
-    merge = model.config.vision_config.spatial_merge_size
-    grids = [(t, h // merge, w // merge) for t, h, w in inputs[f"{modality}_grid_thw"].tolist()]
+    grids = _in_rows(model, inputs, modality)
     return [tuple(Raster(i * h * w, h, w, w) for i in range(t)) for t, h, w in grids]
 
 

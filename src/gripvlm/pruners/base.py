@@ -267,11 +267,13 @@ class Wrapper(Pruner):
         inner: a pruner, its name or its spec; several where `many`. On a command line: `mmr(norm)`,
             `mmr(random:seed=1)`, with options of the wrapper `mmr(norm):balance=0.7`.
         wraps: the stages at which pruners that it takes may drop.
+        example: a pruner that it takes, for errors.
     """
 
     extra_needs: ClassVar[frozenset[str]] = frozenset()
     many: ClassVar[bool] = False
     wraps: ClassVar[tuple[str, ...]] = ("input",)
+    example: ClassVar[str] = "norm"
 
     inner: Any
 
@@ -280,7 +282,9 @@ class Wrapper(Pruner):
 
         given = list(self.inner) if isinstance(self.inner, (tuple, list)) else [self.inner]
         if len(given) > 1 and not self.many:
-            raise PrunerError(f"pruner {self.name!r} takes one pruner, got {len(given)}: use {self.name}(norm)")
+            raise PrunerError(
+                f"pruner {self.name!r} takes one pruner, got {len(given)}: use {self.name}({self.example})"
+            )
         pruners = tuple(get_pruner(pruner) for pruner in given)
         # object.__setattr__, as the dataclass is frozen. Names become pruners here, so that mmr("norm") == mmr(Norm()).
         object.__setattr__(self, "inner", pruners if self.many else pruners[0])
@@ -320,3 +324,15 @@ class Wrapper(Pruner):
         """As the inner pruner does; `tokens.keep` of each where there are several."""
         allocate = self.inners[0].allocate_budget if len(self.inners) == 1 else super().allocate_budget
         return allocate(images, num_layers)
+
+
+@dataclass(frozen=True)
+class SameChoice(Wrapper):
+    """A wrapper that changes what its inner pruner gets, such as the budget, and not how it chooses."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        selection: Selection = self.inner.select(tokens)
+        return selection
+
+    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
+        return list(self.inner.select_batch(images))

@@ -205,7 +205,7 @@ def _from_spec(text: str, options: Mapping[str, Any]) -> Pruner:
     values |= options
     # What other classes and functions take they check themselves: a TypeError.
     if is_dataclass(factory):
-        _check_options(spec.name, known, values)
+        _check_options(spec.name, known, values, getattr(factory, "example", "norm"))
     try:
         pruner: Pruner = factory(**values)
     except TypeError as error:
@@ -214,8 +214,12 @@ def _from_spec(text: str, options: Mapping[str, Any]) -> Pruner:
     return pruner
 
 
-def _check_options(name: str, known: Mapping[str, Option], values: Mapping[str, Any]) -> None:
-    """Refuses an option that there is not, a value that does not fit, and a required option without a value."""
+def _check_options(name: str, known: Mapping[str, Option], values: Mapping[str, Any], example: str) -> None:
+    """Refuses an option that there is not, a value that does not fit, and a required option without a value.
+
+    Args:
+        example: a pruner that it takes, where it is a wrapper.
+    """
     for word, value in values.items():
         if word not in known:
             options = ", ".join(map(str, known.values()))
@@ -229,7 +233,7 @@ def _check_options(name: str, known: Mapping[str, Option], values: Mapping[str, 
     for option in known.values():
         if option.required and option.name not in values:
             if option.name == "inner":
-                raise PrunerError(f"{name!r} wraps another pruner: write that one in brackets, as in {name}(norm)")
+                raise PrunerError(f"{name!r} wraps another pruner: write that one in brackets, as in {name}({example})")
             raise PrunerError(f"pruner {name!r} needs {option.name} ({option.annotation}): {_usage(name, option)}")
 
 

@@ -153,9 +153,14 @@ def gradient(engine: Engine, batch: Batch, counts: Tensor, random: torch.Generat
 
 def _gradient(engine: Engine, batch: Batch, rows: Sequence[int]) -> list[Tensor]:
     gates = [torch.zeros(t.n, device=t.features.device, requires_grad=True) for m in batch.tokens for t in m]
-    log_probs = masked_forward(engine, batch, gates)
-    (log_probs.sum(-1) / batch.answer_lengths).sum().backward()
-    slopes = [gate.grad.clamp(min=0) for gate in gates if gate.grad is not None]
+    return _slopes(engine, batch, gates)
+
+
+def _slopes(engine: Engine, batch: Batch, biases: Sequence[Tensor]) -> list[Tensor]:
+    """[n] for each bias: by how much the answer's mean log-probability rises with it, a little more than 0 at least."""
+    log_probs = masked_forward(engine, batch, biases)
+    gradients = torch.autograd.grad((log_probs.sum(-1) / batch.answer_lengths).sum(), biases)
+    slopes = [gradient.clamp(min=0) for gradient in gradients]
     return [slope + 1e-6 * slope.mean() + 1e-12 for slope in slopes]  # no token has a weight of 0
 
 
@@ -192,13 +197,8 @@ def missing(engine: Engine, batch: Batch, kept: Sequence[Tensor]) -> list[Tensor
 
 def _missing(engine: Engine, batch: Batch, kept: Sequence[Tensor]) -> list[Tensor]:
     biases = [torch.where(mine, 0.0, math.log(FLOOR)).requires_grad_() for mine in kept]
-    log_probs = masked_forward(engine, batch, biases)
-    (log_probs.sum(-1) / batch.answer_lengths).sum().backward()
-    weights = []
-    for mine, bias in zip(kept, biases, strict=True):
-        slope = torch.zeros_like(bias) if bias.grad is None else bias.grad.clamp(min=0)
-        weights.append((slope + 1e-6 * slope.mean() + 1e-12).masked_fill(mine, -1.0))
-    return weights
+    slopes = _slopes(engine, batch, biases)
+    return [slope.masked_fill(mine, -1.0) for mine, slope in zip(kept, slopes, strict=True)]
 
 
 def _in_parts(

@@ -88,12 +88,12 @@ class Settings:
         Raises:
             GripError: not a budget, or one that the pruner cannot meet.
         """
-        pruner = self.made[self.pruner(asked)]
+        pruner, keep = self.made[self.pruner(asked)], asked.get("keep")  # null: as if it were left out
         if isinstance(pruner, KeepAll):
-            if "keep" in asked and Budget.of(asked["keep"]) != Budget(1.0):
-                raise pruner.refused(f"keep={asked['keep']}")
+            if keep is not None and Budget.of(keep) != Budget(1.0):
+                raise pruner.refused(f"keep={keep}")
             return Budget(1.0)
-        return checked_budget(pruner, asked.get("keep", self.keep))
+        return checked_budget(pruner, self.keep if keep is None else keep)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def check_installed() -> str:
 def _typed(rest: Sequence[str]) -> dict[str, Any]:
     """What `_hub` reads, of vLLM's arguments as typed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--revision", default=argparse.SUPPRESS)
+    parser.add_argument("--revision", nargs="?", default=argparse.SUPPRESS)  # without one vLLM says so
     parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true", default=argparse.SUPPRESS)
     return vars(parser.parse_known_args(list(rest))[0])
 

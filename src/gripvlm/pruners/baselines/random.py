@@ -10,6 +10,7 @@ from torch import Tensor
 from gripvlm.pruners.base import ScorePruner
 from gripvlm.pruners.ops.own_generator import own_generator
 from gripvlm.types import VisualTokens
+from gripvlm.utils.batching import onto
 
 
 @dataclass(frozen=True)
@@ -33,4 +34,4 @@ class Random(ScorePruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         ranks = torch.randperm(tokens.n, generator=own_generator(self.seed, tokens))
-        return ranks.float().to(tokens.features.device)
+        return onto(ranks.float(), tokens.features.device)

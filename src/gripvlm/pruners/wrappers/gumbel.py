@@ -37,6 +37,7 @@ class Gumbel(Wrapper):
 
     name = "gumbel"
     extra_needs = frozenset({"key"})
+    example = "grip"
     source = "wrapper: a draw from a scorer's distribution; Gumbel top-k, arXiv 1903.06059 (ICML 2019)"
 
     temperature: float = 0.5
@@ -72,7 +73,7 @@ class Gumbel(Wrapper):
         uniform = torch.rand(tokens.n, generator=own_generator(self.seed, tokens), dtype=torch.float64)
         # In float64, whose uniform numbers are 0 once in 10^16; the smallest of float32 would all be one number.
         noise = -(-uniform.clamp(min=1e-300).log()).log()
-        return scores / self.temperature + noise.float().to(scores.device)
+        return scores / self.temperature + onto(noise.float(), scores.device)
 
 
 def _by_image(drawn: Tensor, group: Sequence[int], images: Sequence[VisualTokens]) -> list[Tensor]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from gripvlm.errors import PrunerError
-from gripvlm.pruners.base import Wrapper
-from gripvlm.types import Selection, VisualTokens
+from gripvlm.pruners.base import SameChoice
 
 
 @dataclass(frozen=True)
-class Repeats(Wrapper):
+class Repeats(SameChoice):
     """Merges cells that repeat their neighbours ahead of the vision tower; the inner pruner keeps some of the rest.
 
     For pages, screens and charts: `repeats(full)` merges and keeps all that is left, `repeats(divprune)` prunes that
@@ -53,9 +51,3 @@ class Repeats(Wrapper):
                 f"what it leaves, but {self.inner.name!r} needs {' and '.join(unknown)}: wrap one that does not, such "
                 "as divprune"
             )
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return self.inner.select(tokens)
-
-    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        return self.inner.select_batch(images)

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gripvlm.errors import PrunerError
-from gripvlm.pruners.base import Wrapper
+from gripvlm.pruners.base import SameChoice
 from gripvlm.pruners.ops.apportion import apportion
 from gripvlm.pruners.wrappers.top_p import checked_logits, scores_of
-from gripvlm.types import Selection, VisualTokens
+from gripvlm.types import VisualTokens
 from gripvlm.utils.batching import joined
 
 
 @dataclass(frozen=True)
-class Split(Wrapper):
+class Split(SameChoice):
     """Image i of a prompt keeps k_i = K w_i / sum w of the prompt's budget K = sum of its images' budgets.
 
     So `keep` is the mean over the images of a prompt, exactly. Each keeps at least one row and at most all; rounding is
@@ -72,12 +72,6 @@ class Split(Wrapper):
             weights = torch.stack([weigh(tokens.features) for tokens in images])
         # One read for all images: each would wait for the device.
         return apportion(sum(tokens.keep for tokens in images), weights.tolist(), [tokens.n for tokens in images])
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return self.inner.select(tokens)
-
-    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        return self.inner.select_batch(images)
 
 
 def variety(rows: Tensor) -> Tensor:

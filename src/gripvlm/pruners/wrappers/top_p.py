@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import PrunerError
-from gripvlm.pruners.base import Pruner, Wrapper
+from gripvlm.pruners.base import Pruner, SameChoice
 from gripvlm.pruners.ops.apportion import apportion
-from gripvlm.types import Selection, VisualTokens
+from gripvlm.types import VisualTokens
 from gripvlm.utils.batching import joined
 
 
 @dataclass(frozen=True)
-class TopP(Wrapper):
+class TopP(SameChoice):
     """k tokens of an image; where these have less than `p` of the scorer's probability, as many more as it takes.
 
     With probabilities softmax(scores) over the image's rows, the count becomes that of the smallest set that has `p` of
@@ -36,6 +36,7 @@ class TopP(Wrapper):
     name = "top_p"
     source = "wrapper: more tokens where the scorer is unsure; after nucleus sampling, arXiv 1904.09751 (ICLR 2020)"
     may_exceed: ClassVar[bool] = True
+    example = "grip"
 
     p: float = 0.9
     most: float = 2.0
@@ -69,12 +70,6 @@ class TopP(Wrapper):
 
     def _raised(self, k: int, needed: int, n: int) -> int:
         return min(max(k, min(needed, int(self.most * k))), n)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return self.inner.select(tokens)
-
-    def select_batch(self, images: Sequence[VisualTokens]) -> list[Selection]:
-        return self.inner.select_batch(images)
 
 
 def checked_logits(wrapper: str, inner: Pruner) -> None:

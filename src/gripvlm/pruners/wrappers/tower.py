@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
 
 from gripvlm.budget import Budget
 from gripvlm.errors import BudgetError, PrunerError
 from gripvlm.pruners.base import Pruner, Wrapper
-from gripvlm.types import Merge, Selection, VisionRows, VisualTokens
+from gripvlm.types import Merge, Selection, VisualTokens
 
 IN_TOWER = frozenset({"features", "grid", "key", "vision_attention", "vision_given"})
 """What a pruner may need of the rows inside the tower."""
@@ -59,7 +56,10 @@ class Tower(Wrapper):
             )
         self.require(self.block >= 0, "block=4, 0 or more")
         # Read here, so that a wrong budget is refused at once.
-        object.__setattr__(self, "tower_keep", Budget.of(self.tower_keep).plain)
+        try:
+            object.__setattr__(self, "tower_keep", Budget.of(self.tower_keep).plain)
+        except BudgetError as error:
+            raise BudgetError(str(error).replace("keep=", "tower_keep=")) from None
         inside, behind = self.inside, self.behind
         if lacking := sorted(inside.needs - IN_TOWER):
             raise PrunerError(
@@ -132,19 +132,17 @@ class Tower(Wrapper):
                 f"but tower_keep={self.tower_keep} leaves {len(rows)} of them: pass a smaller keep or a larger "
                 "tower_keep"
             )
-        vision = {layer: _some(seen, rows) for layer, seen in tokens.vision.items()}
+        vision = {layer: seen.at(rows) for layer, seen in tokens.vision.items()}
         patches = None if tokens.patches is None else tokens.patches[rows]
         return replace(
-            tokens, features=tokens.features[rows], grid=None, vision=vision, patches=patches, tower_rows=None
+            tokens,
+            features=tokens.features[rows],
+            grid=None,
+            rasters=(),
+            vision=vision,
+            patches=patches,
+            tower_rows=None,
         )
-
-
-def _some(seen: VisionRows, rows: Tensor) -> VisionRows:
-    """Some of the rows."""
-    some: dict[str, Any] = {
-        name: value if value is None else value[..., rows] for name, value in vars(seen).items() if name != "keys"
-    }
-    return VisionRows(**some, keys=None if seen.keys is None else seen.keys[rows])
 
 
 def _of_all(answer: Selection, tokens: VisualTokens) -> Selection:
