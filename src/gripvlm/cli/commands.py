@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUDGETS = "64, 10%, or at most so many: ≤64 or '<=64'"
+
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, lab-dense, a local folder, or a Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
 Positions = Annotated[Literal["original", "renumbered"], typer.Option(help="Position ids of the tokens that are kept.")]
