@@ -145,6 +145,16 @@ def rules() -> str:
     return table(["close are", "lambda", "rounds", *map(share, STATISTIC.split(",")), "mean"], rows)
 
 
+def told() -> str:
+    """What is kept and answered where the scorer reads another budget than it has."""
+    found = common.read_json("grip_claim/results/told.json")["found"]
+    rows = [
+        [share(kept), *(f"{percent(each['probability'])} ({percent(each['shared'])})" for each in by_read.values())]
+        for kept, by_read in found.items()
+    ]
+    return table(["kept", *(f"reads {share(read)}" for read in next(iter(found.values())))], rows)
+
+
 def tuning() -> str:
     rows = []
     for name, runs in tuned().items():
@@ -156,7 +166,15 @@ def tuning() -> str:
 
 
 def tables() -> dict[str, dict[str, str]]:
-    page = {"scores": scores(), "contrasts": contrasts(), "rollouts": rollouts(), "tuning": tuning(), "rules": rules(), "draws": draws()}
+    page = {
+        "scores": scores(),
+        "contrasts": contrasts(),
+        "rollouts": rollouts(),
+        "tuning": tuning(),
+        "rules": rules(),
+        "told": told(),
+        "draws": draws(),
+    }
     return {f"experiments/{STUDY}/REPORT.md": page}
 
 
