@@ -7,8 +7,6 @@ k tokens are kept, and the scorer reads another budget than k / n; validation qu
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,17 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.grip_claim.draws import BATCH, BUDGETS, STUDY
-from experiments.results import ROOT, STUDIES, write_json
-from gripvlm import lab
-from gripvlm.budget import Budget
-from gripvlm.eval.environment import git_state, hardware
+from experiments.grip_claim import validation
+from experiments.grip_claim.validation import BUDGETS
 from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.rounds import greedy
 from gripvlm.grip.scorer import Scorer
-from gripvlm.grip.train import REWARDS, Engine
-from gripvlm.tasks import get_tasks
 
 
 def member(scorer: Scorer, inputs: ScorerInputs, counts: Tensor, share: float) -> Tensor:
@@ -37,48 +30,26 @@ def member(scorer: Scorer, inputs: ScorerInputs, counts: Tensor, share: float) -
 
 
 @torch.no_grad()
-def measure(scorer: Scorer, work: Path, questions: int) -> dict[str, Any]:
+def measure(runs: list[Path], work: Path, questions: int) -> dict[str, Any]:
     """Kept budget -> budget that is read -> the mean probability of the right answer, and how much of the set stays."""
-    model, processor = lab.load("lab-dense")
-    (task,) = get_tasks([f"jsonl:{work / 'dense-val/questions.jsonl'}"])
-    samples = task.take(None, 0)
-    samples = samples[:: max(1, len(samples) // questions)][:questions]
-    engine = Engine(model, processor, bf16=True)
+    (run,) = runs
+    scorer = Scorer.from_pretrained(run).eval()
     found: dict[str, Any] = {kept: {read: {"probability": [], "shared": []} for read in BUDGETS} for kept in BUDGETS}
-    for start in range(0, len(samples), BATCH):
-        batch = engine.prepare([(task, sample) for sample in samples[start : start + BATCH]])
+    for engine, batch in validation.batches(work, questions):
         inputs = batch.for_scorer(scorer.config.question, scorer.config.joint)
         for kept in BUDGETS:
-            counts = inputs.totals(torch.tensor([Budget(float(kept)).count(n) for n in batch.sizes.tolist()]))
+            counts = validation.counts_of(batch, inputs, kept)
             own = member(scorer, inputs, counts, float(kept))
             for read in BUDGETS:
                 chosen = member(scorer, inputs, counts, float(read))
-                rows = batch.by_question(inputs.by_image([row.nonzero().flatten() for row in chosen]))
-                rollout = engine.run(batch, range(len(batch)), rows, logits=False)
-                found[kept][read]["probability"] += REWARDS["probability"](rollout).tolist()
+                found[kept][read]["probability"] += validation.probability(engine, batch, inputs, chosen)
                 found[kept][read]["shared"] += ((own & chosen).sum(-1) / counts).tolist()
-        print(f"{min(start + BATCH, len(samples))} of {len(samples)} questions", file=sys.stderr)
-    return {
+    means = {
         kept: {read: {name: round(mean(values), 4) for name, values in each.items()} for read, each in by_read.items()}
         for kept, by_read in found.items()
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a folder of the study, such as grpo-0")
-    parser.add_argument("--work", type=Path, default=ROOT / ".lab" / "grip", help="questions and trained scorers")
-    parser.add_argument("--questions", type=int, default=320)
-    given = parser.parse_args()
-    content = {
-        "command": f"python -m experiments.grip_claim.told {given.run}",
-        "git": git_state(),
-        "hardware": hardware(),
-        "questions": given.questions,
-        "found": measure(Scorer.from_pretrained(given.work / STUDY / given.run).eval(), given.work, given.questions),
-    }
-    write_json(STUDIES / STUDY / "results" / "told.json", content)
+    return {"found": means}
 
 
 if __name__ == "__main__":
-    main()
+    validation.main("told", __doc__, measure)
