@@ -6,8 +6,8 @@
     python -m experiments.grip_shipped.ship .lab/grip lab-dense
 
 `lab` and `lab-small` are each the mean of the weights of two runs of GRPO in a row; validation preferred the mean to
-both (results/validation.json). `lab-dense` is the first run of GRPO of grip_claim: 12 minutes with its supervised stage, on
-one core.
+both (results/validation.json). `lab-dense` is the first run of GRPO of grip_claim: with its supervised stage 12 minutes
+on one core.
 """
 
 from __future__ import annotations

@@ -164,6 +164,11 @@ def test_the_highest_adjusted_logits_are_the_mode_and_have_its_gradients():
         best = found[row].argsort(descending=True)[: int(k[row])]
         assert set(best.tolist()) == set(kept[row].nonzero()[:, 0].tolist())
     assert (found != drawn_logits).any()
+    # A row by itself, whose rounds are fewer, is adjusted as in the batch.
+    for row in range(8):
+        only = slice(row, row + 1)
+        alone = Penalty(4, weight[only], Table(close[only]))
+        assert torch.equal(adjusted(drawn_logits[only], k[only], int(k[row]), alone), found[only])
     # What is kept does not change in so small a step.
     assert gradcheck(
         lambda s, w: adjusted(s, k, 30, Penalty(4, w, Table(close))), (drawn_logits, weight), eps=1e-8, atol=1e-5

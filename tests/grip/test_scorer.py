@@ -217,9 +217,11 @@ def test_a_joint_scorer_of_one_image_is_one_that_scores_images_apart():
 def test_many_prompts_are_scored_in_parts_that_do_not_divide_a_prompt(monkeypatch):
     some, scorer = tokens_of([[(8, 2)] * 3, [(8, 1)] * 5, [(8, 3)], [(8, 3)] * 2]), scorer_of(joint=True, rounds=2)
     whole = kept_by(scorer, some)
-    for most in (1, 4, 6):
-        monkeypatch.setattr("gripvlm.grip.pruner.MAX_BATCH", most)
-        assert kept_by(scorer, some) == whole
+    for name, numbers in (("MAX_BATCH", (1, 4, 6)), ("MAX_TOKENS", (1, 24, 60))):
+        for most in numbers:
+            with monkeypatch.context() as patch:
+                patch.setattr(f"gripvlm.grip.pruner.{name}", most)
+                assert kept_by(scorer, some) == whole
 
 
 def test_sizes_that_cannot_be():

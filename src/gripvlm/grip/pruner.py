@@ -42,6 +42,9 @@ SHIPPED_NAMES = {
 MAX_BATCH = 32
 """Images in one run of the scorer."""
 
+MAX_TOKENS = 1 << 15
+"""Their tokens, if they are of several prompts: those of 4,096 channels take half a gigabyte to be compared."""
+
 
 def place_of(name: str | Path) -> str | Path:
     """The folder of a shipped scorer, or the name itself.
@@ -362,7 +365,8 @@ class Grip(ScorePruner):
         part: list[list[VisualTokens]] = []
         # In parts: attention among n tokens of many images at once would not fit.
         for group in groups:
-            if part and sum(map(len, part)) + len(group) > MAX_BATCH:
+            together = [tokens for prompt in (*part, group) for tokens in prompt]
+            if part and (len(together) > MAX_BATCH or sum(tokens.n for tokens in together) > MAX_TOKENS):
                 selections += self._select(part)
                 part = []
             part.append(group)

@@ -191,7 +191,7 @@ def greedy(logits: Tensor, k: Tensor, k_max: int, penalty: Penalty) -> Tensor:
 
 
 def adjusted(logits: Tensor, k: Tensor, k_max: int, penalty: Penalty) -> Tensor:
-    """[B, n] the logits less what each item loses in `greedy`: a kept one when it was kept, another in the last round.
+    """[B, n] the logits less what each item loses in `greedy`: a kept one when it was kept, another at the end.
 
     The k highest of a row are what `greedy` keeps, as what an item loses only grows. Gradients pass to the logits and
     to lambda; what is kept is a constant. Arguments as for `greedy`.
@@ -201,6 +201,9 @@ def adjusted(logits: Tensor, k: Tensor, k_max: int, penalty: Penalty) -> Tensor:
         for _, best, now in _greedy_rounds(logits, k, k_max, penalty):
             near = torch.where(done, near, now)
             done |= samples_to_mask(best, logits.shape[1])
+            if penalty.rounds > 1:  # what an item that is never kept ends with, in whatever round its row is complete
+                end = torch.maximum(now, penalty.close.nearest(best[:, None])[:, 0])
+                near = torch.where(done, near, end)
     return logits - penalty.weight[:, None] * near
 
 
