@@ -1,7 +1,8 @@
 """Gradient baselines: the same scorer, trained through a continuous relaxation of "keep the top k".
 
 Those here run the frozen model on every token with a mask in [0, 1] on attention (`masked_forward`) and follow the
-gradient of the reward, `probability` or `log_prob`; inference is the same hard top-k as Grip's. That mask is
+gradient of the reward, `probability` or `log_prob`; inference chooses as Grip does. The mask, of s, the
+scorer's `ranking`, is
 
 - soft_topk: sigmoid((s - nu) / tau), with nu solved so that the mask sums to k exactly; tau annealed from tau_start to
   tau_end. With tau 1 throughout and `binarity_weight`, whose weight rises from 0, it is VisionSelector's (Zhu et al.,

@@ -53,8 +53,7 @@ class Block(nn.Module):
 class Diversity(nn.Module):
     """lambda [B]: how much a token loses by being like a kept one, in the unit of the scores.
 
-    softplus of a linear function of what is known of the budget; 4 at first, for all budgets. At 0.02, where it began
-    once, no training moved it far enough to matter.
+    softplus of a linear function of what is known of the budget; 4 at first, for all budgets.
     """
 
     def __init__(self, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Grip: the learned pruner, a trained scorer's k highest tokens."""
+"""Grip: the learned pruner, which keeps the best k tokens by a trained scorer."""
 
 from __future__ import annotations
 

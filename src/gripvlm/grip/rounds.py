@@ -1,7 +1,7 @@
 """A policy over k-subsets in which tokens that are like kept ones lose.
 
 One vector of logits is one ranking: it cannot say "one of these three". Here k is divided among R rounds as evenly as
-it goes, the earlier ones first; round r keeps items b_r to b_(r+1) of a sample, b_r = ceil(k r / R). In its logits
+it goes; round r keeps items b_r to b_(r+1) of a sample, b_r = ceil(k r / R). In its logits
 
     s_i - lambda max_{j kept in earlier rounds} c_ij
 
@@ -63,7 +63,7 @@ class Rounds:
         self._whole = PlackettLuce(logits, k, mask)  # checks, and the first round's logits with all k
         self.logits, self.k, self.k_max = logits, self._whole.k, self._whole.k_max
         self.penalty = penalty
-        self.rounds = min(penalty.rounds, self.k_max)  # of more, the last ones would keep nothing of any row
+        self.rounds = min(penalty.rounds, self.k_max)  # of more, each would keep one item or none
         self._walked: tuple[Tensor, bool, list[_Round]] | None = None
 
     def sample(self, num_samples: int = 1, *, generator: torch.Generator | None = None) -> Tensor:

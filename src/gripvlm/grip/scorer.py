@@ -11,8 +11,8 @@ architecture; every choice below is ours:
 3. Coordinates are fractions of the image, so any grid size and aspect ratio is served.
 4. Each image of a prompt is scored by itself, or (`joint`) all tokens of a prompt as one sequence in which each knows
    its image: 0.05 % of the FLOPs of a 7B prefill at 2,880 tokens, where images apart are 0.025 %.
-5. With several `rounds` the trunk runs once; `Update` changes its logits by what earlier rounds kept and by the budget
-   that is left. All later rounds share one `Update`: the budget tells them apart.
+5. With several `rounds` the trunk runs once; in later rounds a token loses lambda times its closeness to the nearest
+   kept one (`rounds`), lambda a function of the budget.
 """
 
 from __future__ import annotations

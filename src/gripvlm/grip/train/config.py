@@ -116,7 +116,7 @@ class TrainConfig:
     budget: bool = setting(True, "whether the scorer is given the budget")
     joint: bool = setting(True, "one budget for all pictures and tiles of a question, which compete for it")
     rounds: int = setting(
-        16, "in how many the tokens are chosen; in later ones they lose by being like kept ones", at_least=1
+        16, "in which tokens are chosen, losing by being like those kept before; 1 keeps the k highest", at_least=1
     )
     # batches and budgets
     per_device_train_batch_size: int = setting(4, "pictures a micro-batch", at_least=1)
