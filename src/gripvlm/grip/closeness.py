@@ -15,8 +15,8 @@ REACH = 1.5
 class Closeness:
     """c_ij = max(cos(x_i, x_j), 0) / 2 + exp(-|p_i - p_j|^2 / (2 r^2)) / 2, the second term in one image only.
 
-    In [0, 1], a constant for gradients. On lab-dense either term alone gains most of what both do; r = 1.5 tokens was not
-    varied (experiments/grip_claim).
+    In [0, 1], a constant for gradients. On lab-dense either term alone gains most of what both do; r = 1.5 tokens was
+    not varied (experiments/grip_claim).
 
     Args:
         features: [B, n, d] x.

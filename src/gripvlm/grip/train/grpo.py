@@ -2,7 +2,8 @@
 
 The MDP of GRIP-VLM (arXiv 2605.13375) as we read it: the state is image, question, budget and the tokens chosen so
 far; an action keeps one more token; the only reward comes at the end, from the frozen model. Logits are computed
-once, so an episode is one draw from a Plackett-Luce policy, in rounds where the scorer has them. For each question: one budget, G subsets, G rewards, and
+once, so an episode is one draw from a Plackett-Luce policy, in rounds where the scorer has them. For each question: one
+budget, G subsets, G rewards, and
 
     loss = -mean_g min(ratio_g A_g, clip(ratio_g) A_g),   A_g = (r_g - mean r) / std r,
 
