@@ -77,5 +77,8 @@ def entering(h: int, w: int, keep: int, seed: int = 0, words: int = 4, dropped: 
         all_keys=randn(n, 10),
         key_sizes=randn(n).abs(),
         text_key_sizes=randn(words).abs(),
+        values=randn(n, 2, 5),
+        text_values=randn(words, 2, 5),
+        rotary=randn(n, 2, 4),
         norm=lambda states: states * torch.tensor([3.0, 1, 1, 0.5, 1, 2]),
     )

@@ -216,6 +216,10 @@ class LLMTokens:
         keys: [n, d_h] keys of the layer before, the mean over its key heads, after rotary positions.
         all_keys: [n, H d_h] the same keys of all key heads, side by side.
         key_sizes: [n] L1 norms of these, over all heads and dimensions.
+        values: [n, H, d_h] values of the layer before, of each of its value heads.
+        text_values: [t, H, d_h] those of the text tokens; with "values" and "question" or "text".
+        rotary: [n, 2, d_r] cosines and sines of the rotary positions in the layer before; the axes of M-RoPE side by
+            side.
         text_key_sizes: [t] those of the text tokens; with "key_sizes" and "question" or "text".
         norm: the language model's last norm, which makes of states [..., d] what its head reads.
     """
@@ -234,6 +238,9 @@ class LLMTokens:
     keys: Tensor | None = None
     all_keys: Tensor | None = None
     key_sizes: Tensor | None = None
+    values: Tensor | None = None
+    text_values: Tensor | None = None
+    rotary: Tensor | None = None
     text_key_sizes: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None
 

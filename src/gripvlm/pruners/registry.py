@@ -35,6 +35,7 @@ _BUILT_IN: dict[str, str] = {
     "hiprune": "gripvlm.pruners.input.hiprune:HiPrune",
     "hired": "gripvlm.pruners.input.hired:HiRED",
     "holov": "gripvlm.pruners.input.holov:HoloV",
+    "ivc_prune": "gripvlm.pruners.llm.ivc_prune:IVCPrune",
     "keep_all": "gripvlm.pruners.baselines.keep_all:KeepAll",
     "gumbel": "gripvlm.pruners.wrappers.gumbel:Gumbel",
     "mmr": "gripvlm.pruners.wrappers.mmr:MMR",

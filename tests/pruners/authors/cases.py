@@ -172,6 +172,15 @@ def vlm_pruner(seed: int) -> Case:
     return {"ahead": ahead, "n": N, "hidden": hidden, "keys": keys, "keeps": [32, 64, 192]}
 
 
+def ivc_prune(seed: int) -> Case:
+    """A prompt of Qwen's: `values` [H, L, d_h], `cos` and `sin` [3, L, d_h], with two special tokens behind the image."""
+    ahead, n, ends, text = 5, 100, 2, 9
+    length = ahead + n + ends + text
+    found = {name: numbers(f"{name} {seed}", 3, length, 8) for name in ("cos", "sin")}
+    found |= {"values": 1.5 * numbers(f"values {seed}", 2, length, 8)}
+    return found | {"ahead": ahead, "n": n, "ends": ends, "text": text}
+
+
 CASES = {
     "hiprune": hiprune,
     "sparsevlm": sparsevlm,
@@ -192,4 +201,5 @@ CASES = {
     "restore": restore,
     "priortr": priortr,
     "vlm_pruner": vlm_pruner,
+    "ivc_prune": ivc_prune,
 }
