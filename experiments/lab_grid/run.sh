@@ -20,7 +20,7 @@ case $LAB in
   *) echo "LAB=$LAB: use lab or lab-dense" >&2 && exit 2 ;;
 esac
 INPUT="full,oracle,downsample,random,grid,norm,pool,divprune,svd_prune,cdpruner,dart_input,fastervlm,fopru,visionzip,vispruner,prumerge,prumerge_plus,hired,hiprune:middle=1,mustdrop,vscan_vision:shallow=0,ptp_vision,otprune,scope,holov,prunesid,apet_input,mmr(norm),spread(norm),restore(holov),ensemble(norm,divprune),$GRIP,mmr(${GRIP%%,*}),gumbel(${GRIP%%,*})"
-LLM="full,downsample,random,grid,${GRIP%%,grip*},fastv:layer=1,dart:layer=1,sparsevlm,pyramiddrop,pumer,ptp:layer=1,mustdrop_llm,vscan:shallow=0,apet,clse,v2drop,priortr,vlm_pruner:layer=1,tome"
+LLM="full,downsample,random,grid,${GRIP%%,grip*},fastv:layer=1,dart:layer=1,sparsevlm,pyramiddrop,pumer,ptp:layer=1,mustdrop_llm,vscan:shallow=0,apet,clse,v2drop,priortr,vlm_pruner:layer=1,ivc_prune:layer=6,tome"
 
 grid() { # NAME BUDGETS PRUNERS
   local ask=(.venv/bin/python -m gripvlm eval --model "$LAB" --tasks "$LAB" --seeds 0,1,2 --batch 16 --limit "${LIMIT:-100}"
