@@ -300,9 +300,7 @@ def vlm_pruner(
     return sorted(chosen)
 
 
-def ivc_prune(
-    text: Tensor, values: Tensor, turns: Tensor, keep: int, coordinates: float, seeds: float
-) -> list[int]:
+def ivc_prune(text: Tensor, values: Tensor, turns: Tensor, keep: int, coordinates: float, seeds: float) -> list[int]:
     """Of values [t, H, d_h] and [n, H, d_h], and cosines and sines [n, 2, d]; first come, first kept."""
     n, (heads, width) = len(values), values.shape[1:]
 

@@ -397,7 +397,7 @@ def test_ivc_prune_by_hand():
     assert IVCPrune(coordinates=0, seeds=0.5).select_at_layer(2, none).indices.tolist() == [2, 3]
     assert IVCPrune().schedule(576, 432, 32) == {16: 288}
     assert (IVCPrune().evict_after_prefill(32), IVCPrune(decode=True).evict_after_prefill(32)) == (None, 1)
-    with pytest.raises(PrunerError, match="in \\[0, 0.5\\]"):
+    with pytest.raises(PrunerError, match=r"in \[0, 0.5\]"):
         IVCPrune(coordinates=0.6)
 
 

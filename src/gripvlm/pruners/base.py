@@ -33,12 +33,12 @@ NEEDS = frozenset(
 )
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
 
-LLM_NEEDS = frozenset(
-    {
-        "hidden", "before", "last", "question", "text", "words", "keys", "all_keys", "key_sizes", "values", "rotary",
-        "norm",
-    }  # fmt: skip
-)
+LLM_NEEDS = frozenset({"hidden", "before", "rotary", "last", "question", "text", "words", "norm"}) | {
+    "keys",
+    "all_keys",
+    "key_sizes",
+    "values",
+}
 """Everything an `LLMPruner` may name in `llm_needs`; what it does not name is None."""
 
 

@@ -173,7 +173,7 @@ def vlm_pruner(seed: int) -> Case:
 
 
 def ivc_prune(seed: int) -> Case:
-    """A prompt of Qwen's: `values` [H, L, d_h], `cos` and `sin` [3, L, d_h], with two special tokens behind the image."""
+    """A prompt of Qwen's: `values` [H, L, d_h], `cos` and `sin` [3, L, d_h]; two special tokens end the image."""
     ahead, n, ends, text = 5, 100, 2, 9
     length = ahead + n + ends + text
     found = {name: numbers(f"{name} {seed}", 3, length, 8) for name in ("cos", "sin")}

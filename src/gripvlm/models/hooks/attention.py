@@ -49,8 +49,8 @@ def capture_attention(
         A dict, filled while the model runs: layer -> list (calls of its attention, in order) of float32 tensors
         [B, heads, len(queries), L]; [B, heads, L] for "received" and "to_first"; [B, L, d_h] for "keys", the mean over
         heads after rotary positions; [B, L, key heads x d_h] for "all_keys"; [B, L] for "key_sizes", the sum over
-        heads; [B, L, key heads, d_v] for "values". Towers that attend by window or by image make one call for each, in their own order: see
-        `models/tower_rows.py`.
+        heads; [B, L, key heads, d_v] for "values". Towers that attend by window or by image make one call for each, in
+        their own order: see `models/tower_rows.py`.
 
     Only modules below `root` are read, and only in this block's calls (`hooks/calls.py`). Queries that see nothing
     (padding) give and receive zero. The attention function itself runs unchanged: outputs are the same bit for bit.

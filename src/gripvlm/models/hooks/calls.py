@@ -345,7 +345,7 @@ def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
         def attend_with_hooks(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
-            # The query, the key and the value do not change: blocks change attention only through the mask and the bias.
+            # Query, key and value do not change: blocks change attention only through the mask and the bias.
             call = AttentionCall(module, query, key, value, attention_mask, options)
             for block in _acting(module):
                 if module in block.attention:

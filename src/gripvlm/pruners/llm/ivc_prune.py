@@ -19,11 +19,11 @@ class IVCPrune(LLMScorePruner):
     """Implicit visual coordinates (arXiv 2602.03060), as the authors' code for Qwen2.5-VL computes it.
 
     Coordinates: the tokens whose position m has the largest V(m) = mean_i cos(m theta_i), where the rotation is near
-    the identity, and those with the largest U(m) = mean_i sin(m theta_i), where it is near 90 degrees; `coordinates` x k
-    of each. They stay whatever they show. Foreground: f_j is the mean over queries and heads of softmax_j(v . v_j /
-    sqrt(d_h)), with values v of the layer before, which no position has turned; the softmax is over the image's tokens.
-    The text after the image asks first, and its `seeds` x n best tokens stay; then text and seeds ask together, and the
-    tokens with the largest f_j fill up k. All of it once, before the layer `layer`.
+    the identity, and those with the largest U(m) = mean_i sin(m theta_i), where it is near 90 degrees (of M-RoPE, the
+    mean over its axes too). `coordinates` x k of each stay, whatever they show. Foreground: f_j is the mean, over
+    queries and heads, of softmax_j(v . v_j / sqrt(d_h)) over the image's tokens j, with values v of the layer before,
+    which no position has turned. First the text after the image asks, and its `seeds` x n best tokens stay; then text
+    and seeds ask together, and the tokens with the largest f_j fill up k. All of it once, before the layer `layer`.
 
     1. `keep` is the average over layers. In the code 0.5 n tokens are left, of which 0.1 n for each kind of coordinate;
        here it is the same share of what is left. Where k is too small for all seeds, those with the largest f_j stay.
