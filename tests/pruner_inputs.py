@@ -23,6 +23,7 @@ def image(h: int, w: int, k: int, seed: int = 0, **fields) -> VisualTokens:
         for layer in (0, 5, 8, -2, -1)
     }
     known = {"question": randn(3, 6), "vision": vision, "patches": randn(h * w, 7)}
+    known |= {"first_queries": randn(3, 2, 5), "first_keys": randn(h * w, 2, 5)}
     return VisualTokens(randn(h * w, 6), k, (h, w), **known | fields)
 
 

@@ -300,6 +300,16 @@ def vlm_pruner(
     return sorted(chosen)
 
 
+def hawk(queries: Tensor, keys: Tensor, weights: Sequence[float]) -> list[float]:
+    """Of queries [t, H, d_h] and keys [n, H, d_h]."""
+    score = [0.0] * len(keys)
+    for head, weight in enumerate(weights):
+        products = (queries[:, head].double() @ keys[:, head].double().T).mean(dim=0).tolist()
+        length = math.sqrt(sum(one**2 for one in products))
+        score = [a + weight * one / length for a, one in zip(score, products, strict=True)]
+    return score
+
+
 def ivc_prune(text: Tensor, values: Tensor, turns: Tensor, keep: int, coordinates: float, seeds: float) -> list[int]:
     """Of values [t, H, d_h] and [n, H, d_h], and cosines and sines [n, 2, d]; first come, first kept."""
     n, (heads, width) = len(values), values.shape[1:]

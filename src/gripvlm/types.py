@@ -86,6 +86,9 @@ class VisualTokens:
             image, the frames of a video. A row of none of them shows no place of the image: a newline or a separator.
             Empty where they are not known. A pruner with "grid" in `needs` gets them one at a time, each with its
             grid (`engine/by_raster.py`).
+        first_queries: [t, H, d_h] queries of the question in the language model's first layer, ahead of rotary
+            positions. None unless "first_layer" is in `needs`.
+        first_keys: [n, H, d_h] keys of the rows likewise, for each of its query heads.
         tower_rows: [k'] LongTensor, ascending, for the wrapper `tower`: the rows that were not dropped inside the
             tower. What others hold (features, patches, attention) is zero.
     """
@@ -101,6 +104,8 @@ class VisualTokens:
     patches: Tensor | None = None
     groups: Tensor | None = None
     rasters: tuple[Raster, ...] = ()
+    first_queries: Tensor | None = None
+    first_keys: Tensor | None = None
     tower_rows: Tensor | None = None
 
     @property

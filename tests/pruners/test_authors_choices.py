@@ -1,4 +1,4 @@
-"""Twenty methods against what their authors' own code chose on the same tensors, and so do second implementations.
+"""Twenty-one methods against what their authors' own code chose on the same tensors, and so do second implementations.
 
 authors/choices.json is written by authors/record.py, which runs that code apart.
 """
@@ -422,6 +422,16 @@ def test_ivc_prune(run):
     )  # fmt: skip
     assert get_pruner("ivc_prune").select_at_layer(16, shown).indices.tolist() == run["kept"]
     assert second.ivc_prune(text[ahead:], values[image], shown.rotary, len(run["kept"]), 0.2, 0.01) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("hawk"))
+def test_hawk(run):
+    seen = case("hawk", run["seed"])
+    queries, keys = seen["queries"].transpose(0, 1), seen["keys"].transpose(0, 1).repeat_interleave(2, dim=1)
+    tokens = VisualTokens(torch.zeros(100, 1), run["keep"], first_queries=queries, first_keys=keys)
+    weights = tuple(seen["weights"].tolist())
+    assert get_pruner("hawk", weights=weights).select(tokens).indices.tolist() == run["kept"]
+    assert sorted(second.falling(second.hawk(queries, keys, weights))[: run["keep"]]) == run["kept"]
 
 
 @pytest.mark.parametrize("run", runs("restore"))

@@ -123,6 +123,7 @@ def _of_raster(tokens: VisualTokens, raster: Raster, rows: Tensor, keep: int) ->
         vision={layer: seen.at(rows) for layer, seen in tokens.vision.items()},
         patches=None if tokens.patches is None else tokens.patches[rows],
         groups=None if tokens.groups is None else tokens.groups[rows],
+        first_keys=None if tokens.first_keys is None else tokens.first_keys[rows],
         rasters=(),
     )
 

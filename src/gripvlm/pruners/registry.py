@@ -32,6 +32,7 @@ _BUILT_IN: dict[str, str] = {
     "given": "gripvlm.pruners.baselines.given:Given",
     "grid": "gripvlm.pruners.baselines.grid:Grid",
     "grip": "gripvlm.grip.pruner:Grip",
+    "hawk": "gripvlm.pruners.input.hawk:HAWK",
     "hiprune": "gripvlm.pruners.input.hiprune:HiPrune",
     "hired": "gripvlm.pruners.input.hired:HiRED",
     "holov": "gripvlm.pruners.input.holov:HoloV",

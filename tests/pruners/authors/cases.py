@@ -181,6 +181,12 @@ def ivc_prune(seed: int) -> Case:
     return found | {"ahead": ahead, "n": n, "ends": ends, "text": text}
 
 
+def hawk(seed: int) -> Case:
+    """`queries` [H, t, d_h] and `keys` [key heads, n, d_h] of the first layer, and `weights` [H]."""
+    found = {"queries": numbers(f"queries {seed}", 4, 9, 8), "keys": numbers(f"keys {seed}", 2, 100, 8)}
+    return found | {"weights": numbers(f"weights {seed}", 4).abs(), "keeps": [1, 8, 40, 64]}
+
+
 CASES = {
     "hiprune": hiprune,
     "sparsevlm": sparsevlm,
@@ -202,4 +208,5 @@ CASES = {
     "priortr": priortr,
     "vlm_pruner": vlm_pruner,
     "ivc_prune": ivc_prune,
+    "hawk": hawk,
 }

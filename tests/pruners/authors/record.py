@@ -1,4 +1,4 @@
-"""Writes choices.json: what the authors' published code of twenty methods chooses.
+"""Writes choices.json: what the authors' published code of twenty-one methods chooses.
 
     python tests/pruners/authors/record.py FOLDER       FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
     python tests/pruners/authors/record.py FOLDER --methods scope,holov                 the others stay as they are
@@ -554,6 +554,21 @@ def ivc_prune(clone: Clone) -> list[dict[str, Any]]:
     return found
 
 
+def hawk(clone: Clone) -> list[dict[str, Any]]:
+    names = ("repeat_kv", "compute_hawk_scores", "select_keep_indices")
+    space = clone.take("src/hawk/pruning.py", *names)
+    found = []
+    for seed in SEEDS:
+        case = cases.hawk(seed)
+        n = case["keys"].shape[1]
+        keys = space["repeat_kv"](case["keys"][None], len(case["queries"]) // len(case["keys"]))
+        scores = space["compute_hawk_scores"](case["queries"][None], keys, case["weights"])
+        for keep in case["keeps"]:
+            kept = space["select_keep_indices"](torch.arange(n), scores, n, keep / n)[1].tolist()
+            found.append({"seed": seed, "keep": keep, "kept": kept})
+    return found
+
+
 MARK = 1e-6
 
 
@@ -581,6 +596,7 @@ SOURCES: dict[str, tuple[str, str, Callable[[Clone], list[dict[str, Any]]]]] = {
     "v2drop": ("xuyang-liu16/V2Drop", "219e03ede8cf6a70d1534903fa238b13dd900bbb", v2drop),
     "vlm_pruner": ("Casey-bit/VLMPruner", "556a9142c67dfb4c27420e31bb59e2efe502369a", vlm_pruner),
     "ivc_prune": ("FireRedTeam/IVC-Prune", "03afd9cee41f60bb30b51a4105839f2b5d467814", ivc_prune),
+    "hawk": ("peppery77/HAWK", "3af20714738cb339f687fd9d110a39b257418104", hawk),
     "restore": ("cvlab-yonsei/RESTORE", "9b27e687a2b877d6facacae093b8d9686afa5c6f", restore),
     "priortr": ("CodeChildCZJ/PriorTR", "e442a4c14af1b333067a6b8310c9111cad922033", priortr),
 }

@@ -80,6 +80,12 @@ def architecture(config: Any, pruners: Sequence[Pruner]) -> str:
         )
     for pruner in pruners:
         _check_stage(pruner)
+    for pruner in pruners:
+        if "first_layer" in pruner.needs:
+            raise PrunerError(
+                f"pruner {pruner.name!r} needs queries and keys of the first layer, which vLLM keeps in weights of its "
+                "own: choose one that reads features only, such as divprune"
+            )
     checked_needs(FAMILIES[name], pruners)
     layout, readers = SERVED[name], [pruner.name for pruner in pruners if reads_tower(pruner)]
     if readers and not layout.backend:
