@@ -87,8 +87,8 @@ class VisualTokens:
             Empty where they are not known. A pruner with "grid" in `needs` gets them one at a time, each with its
             grid (`engine/by_raster.py`).
         first_queries: [t, H, d_h] queries of the question in the language model's first layer, ahead of rotary
-            positions. None unless "first_layer" is in `needs`.
-        first_keys: [n, H, d_h] keys of the rows likewise, for each of its query heads.
+            positions. None unless "first_layer" and "question" are in `needs`.
+        first_keys: [n, H, d_h] keys of the rows likewise, for each of its query heads; with "first_layer".
         tower_rows: [k'] LongTensor, ascending, for the wrapper `tower`: the rows that were not dropped inside the
             tower. What others hold (features, patches, attention) is zero.
     """

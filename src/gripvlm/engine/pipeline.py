@@ -132,7 +132,7 @@ def encode_tokens(
 
 def question_embeddings(request: PruneRequest, prompts: Prompts) -> list[Tensor] | None:
     """[t, d] embeddings of each prompt's question; None where the pruner does not read it."""
-    if not request.pruner.needs & {"question", "first_layer"}:
+    if "question" not in request.pruner.needs:
         return None
     return questions(request.model, prompts.host, request.question)
 
@@ -146,8 +146,8 @@ def gather_tokens(
         raise InputError("no prompt has an image: there is nothing to prune")
     budgets = request.budgets_for([len(spans) for spans in images.spans])
     batch: list[list[VisualTokens]] = [[] for _ in images.spans]
-    asking = question is not None and "first_layer" in pruner.needs
-    queries = [first_queries(request.model, one) for one in question] if asking else []
+    first_layer = "first_layer" in pruner.needs
+    queries = [first_queries(request.model, one) for one in question or ()] if first_layer else []
     for sample, spans in enumerate(images.spans):
         for image, item in enumerate(span.item for span in spans):
             n, where = item.features.shape[0], f"{item.modality} {image} of sample {sample}"
@@ -159,9 +159,9 @@ def gather_tokens(
                 )
             asked = None if question is None else question[sample]
             tokens = item.tokens(budgets[sample][image].count(n, where), asked, sample, image)
-            if queries:
-                keys = first_keys(request.model, item.features)
-                tokens = replace(tokens, first_queries=queries[sample].to(keys.device), first_keys=keys)
+            if first_layer:
+                asks = queries[sample].to(item.features.device) if queries else None
+                tokens = replace(tokens, first_queries=asks, first_keys=first_keys(request.model, item.features))
             batch[sample].append(tokens)
     check_features([tokens for sample in batch for tokens in sample], checks)
     return [_with_counts_of_pruner(request, tokens) for tokens in batch]

@@ -1,6 +1,6 @@
 """How much each attention head of the language model's first layer matters: the weights of the pruner `hawk`.
 
-    python -m gripvlm.eval.heads --model lab --tasks jsonl:questions.jsonl
+    python -m gripvlm.eval.heads --model lab --tasks jsonl:reading.jsonl jsonl:diagram.jsonl
 
 After HAWK (arXiv 2604.07812), equations 1 to 3. The output of one head at a time is set to zero. d_ht is what the score
 of task t loses by it, e_ht = d_ht - min_h d_ht, and the weight w_h = mean_t (e_ht / sum_h e_ht).
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the spec of the pruner with the weights that it measured."""
     options = argparse.ArgumentParser(prog="python -m gripvlm.eval.heads", description=(__doc__ or "").split("\n")[0])
     options.add_argument("--model", required=True, help="lab, a folder or a hub id")
-    options.add_argument("--tasks", required=True, help="as of gripvlm eval; not those whose scores you report")
+    options.add_argument("--tasks", required=True, nargs="+", help="by name; not those whose scores you report")
     options.add_argument("--limit", type=int, help="questions a task; by default all")
     options.add_argument("--batch", type=int, default=8)
     asked = options.parse_args(arguments)

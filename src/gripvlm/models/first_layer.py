@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import UnsupportedModelError
+from gripvlm.models.wrapped import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +26,8 @@ def checked_first_layer(model: PreTrainedModel, wants: str) -> Any:
     """
     layer = model.get_decoder().layers[0]
     attention = getattr(layer, "self_attn", None)
-    plain = hasattr(layer, "input_layernorm") and not hasattr(layer, "altup")  # of Gemma 3n's four streams one enters
+    # Gemma 3n's layers mix several streams before they attend.
+    plain = hasattr(layer, "input_layernorm") and not hasattr(layer, "altup")
     if not plain or not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "o_proj", "head_dim")):
         raise UnsupportedModelError(
             f"{wants} queries and keys of the language model's first layer, but that of {model.config.model_type} does "
@@ -52,8 +54,7 @@ def _projected(model: PreTrainedModel, rows: Tensor, part: int) -> Tensor:
     layer = model.get_decoder().layers[0]
     attention = layer.self_attn
     projection = (attention.q_proj, attention.k_proj)[part]
-    weight = projection.weight
-    made = projection(layer.input_layernorm(rows.to(weight.device, weight.dtype)))
+    made = projection(layer.input_layernorm(rows.to(device_of(layer.input_layernorm))))
     for names in NORMS:
         if (norm := getattr(attention, names[part], None)) is not None:
             # Over each head, or over all of them: its weights say so.

@@ -80,12 +80,6 @@ def architecture(config: Any, pruners: Sequence[Pruner]) -> str:
         )
     for pruner in pruners:
         _check_stage(pruner)
-    for pruner in pruners:
-        if "first_layer" in pruner.needs:
-            raise PrunerError(
-                f"pruner {pruner.name!r} needs queries and keys of the first layer, which vLLM keeps in weights of its "
-                "own: choose one that reads features only, such as divprune"
-            )
     checked_needs(FAMILIES[name], pruners)
     layout, readers = SERVED[name], [pruner.name for pruner in pruners if reads_tower(pruner)]
     if readers and not layout.backend:
@@ -116,6 +110,11 @@ def _check_stage(pruner: Pruner) -> None:
         raise PrunerError(
             f"pruner {pruner.name!r} moves budget between the tiles of a prompt once they are encoded, but vLLM must "
             "know before how many tokens each picture has: choose another, such as divprune, or `gripvlm serve`"
+        )
+    if "first_layer" in pruner.needs:
+        raise PrunerError(
+            f"pruner {pruner.name!r} reads queries and keys of the language model's first layer, whose weights vLLM "
+            "keeps in another form: choose one that reads features only, such as divprune, or `gripvlm serve`"
         )
 
 

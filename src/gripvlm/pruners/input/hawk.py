@@ -33,7 +33,7 @@ class HAWK(ScorePruner):
     """
 
     name = "hawk"
-    needs = frozenset({"first_layer"})
+    needs = frozenset({"question", "first_layer"})
     source = "HAWK, arXiv 2604.07812 (CVPR 2026); without `weights`, all heads alike"
 
     weights: tuple[float, ...] = ()
