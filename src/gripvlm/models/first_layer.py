@@ -31,7 +31,7 @@ def checked_first_layer(model: PreTrainedModel, wants: str) -> Any:
     if not plain or not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "o_proj", "head_dim")):
         raise UnsupportedModelError(
             f"{wants} queries and keys of the language model's first layer, but that of {model.config.model_type} does "
-            "not make them of the embeddings alone: use another pruner, such as cdpruner"
+            "not make them of the embeddings alone: use a pruner that reads features only"
         )
     return attention
 
