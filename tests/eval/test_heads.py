@@ -14,7 +14,7 @@ TASKS, LIMIT = ["lab/diagram", "lab/reading"], 12
 
 
 def test_importances_by_hand():
-    """Heads x tasks. The first task loses .3, .1 and .1 points: 2, 0 and 0 above the least. The third says nothing."""
+    """Heads x tasks. The first task loses .3, .1 and .1: .2, 0 and 0 above the least. The third says nothing."""
     losses = [[0.3, -0.1, 0.2], [0.1, 0.0, 0.2], [0.1, 0.2, 0.2]]
     assert importances(losses) == pytest.approx((1 / 2, 1 / 8, 3 / 8))
     with pytest.raises(InputError, match="no head changes the score of any task"):
