@@ -33,6 +33,8 @@ NAMES = sorted(TINY)
 IMAGES, WORDS = [1, 2], [7, 9]  # two samples of different length, one with two pictures
 SHALLOW = {"hiprune": "hiprune:middle=0", "vscan": "vscan:shallow=0,window=2", "vscan_vision": "vscan_vision:shallow=0"}
 """Options where a default names a block that the tiny towers do not have."""
+NO_FIRST_LAYER = ("gemma3n", "kimi_k25", "lfm2_vl", "lfm3_vl", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
+"""Families whose first layer does not make queries and keys of the embeddings alone."""
 WRAPPERS = ("ensemble", "gumbel", "mmr", "repeats", "restore", "split", "spread", "top_p")
 """Tried in `MORE`, or in test_repeats.py and test_wrappers.py."""
 MORE = (
@@ -98,6 +100,7 @@ def lacking(spec: str, name: str) -> list[str]:
     """What this family cannot supply of what the pruner needs."""
     family, (needs, stage) = FAMILIES[name], needs_of(spec)
     lacks = sorted(needs & {"vision_attention", "patches"}) if family.vision is None else []
+    lacks += ["first_layer"] if "first_layer" in needs and name in NO_FIRST_LAYER else []
     lacks += ["grid"] if "grid" in needs and not family.has_rasters else []
     return lacks + (["layers"] if stage == "llm" and not family.layers else [])
 

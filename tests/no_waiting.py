@@ -38,7 +38,7 @@ from gripvlm.utils import batching
 from on_device import NEVER_WAIT
 from tiny_models import IMAGE, build
 
-WAITS = "waits"
+WAITS, WIDTH = "waits", 48  # of the device, and of the tiny language model
 _setup_privateuseone_for_python_backend(WAITS)
 IDS = torch.tensor([[0, 0, 1, *[IMAGE] * 16, 5, 6, 7], [1, *[IMAGE] * 16, 3, 4, 5, 6, 8]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
@@ -103,13 +103,13 @@ def accelerator(monkeypatch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         Prompts, "of", classmethod(lambda cls, model, inputs: replace(on_host, model=model, inputs=inputs))
     )
     monkeypatch.setattr(
-        pipeline, "questions", lambda model, inputs, question: list(torch.empty(2, 3, 32, device=WAITS))
+        pipeline, "questions", lambda model, inputs, question: list(torch.empty(2, 3, WIDTH, device=WAITS))
     )
     with FakeTensorMode(allow_non_fake_inputs=True), NoCopies(), NoNumbers():
         model = moved(real)
         # What the encoder is asked is transformers' own; its answer is on the accelerator.
         with torch.device(WAITS):
-            rows = BaseModelOutputWithPooling(pooler_output=list(torch.empty(32, 32).split(16)))
+            rows = BaseModelOutputWithPooling(pooler_output=list(torch.empty(32, WIDTH).split(16)))
             answer = {"mm_encoder_outputs": {"image": rows}}
             monkeypatch.setattr(model, "_prepare_multimodal_encoder_kwargs_for_generation", lambda inputs: answer)
             inputs = {
@@ -137,7 +137,7 @@ def run(model: Any, inputs: dict[str, Any], pruner: Pruner, keep: Any) -> Pruned
 
 
 def grip(**config: Any) -> Grip:
-    return Grip("untrained", Scorer(ScorerConfig(32, width=16, heads=2, **config)))
+    return Grip("untrained", Scorer(ScorerConfig(WIDTH, width=16, heads=2, **config)))
 
 
 def test_rounds_and_one_budget_wait_for_nothing_either(request, monkeypatch):

@@ -17,7 +17,7 @@ from tiny_families import TINY, build, make
 __all__ = ["GPU", "NEVER_WAIT", "cut", "put", "rounded", "tiny"]
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-NEVER_WAIT = ("keep_all", "norm", "grid", "divprune", "otprune", "mmr(norm)", "cdpruner", "grip")
+NEVER_WAIT = ("keep_all", "norm", "grid", "divprune", "otprune", "mmr(norm)", "cdpruner", "hawk", "grip")
 """Pruners that leave nothing to wait for between the vision encoder and the prefill, as docs/speed.md promises."""
 IMAGES, WORDS = [1, 2], [7, 9]
 

@@ -23,6 +23,7 @@ def image(h: int, w: int, k: int, seed: int = 0, **fields) -> VisualTokens:
         for layer in (0, 5, 8, -2, -1)
     }
     known = {"question": randn(3, 6), "vision": vision, "patches": randn(h * w, 7)}
+    known |= {"first_queries": randn(3, 2, 5), "first_keys": randn(h * w, 2, 5)}
     return VisualTokens(randn(h * w, 6), k, (h, w), **known | fields)
 
 
@@ -77,5 +78,8 @@ def entering(h: int, w: int, keep: int, seed: int = 0, words: int = 4, dropped: 
         all_keys=randn(n, 10),
         key_sizes=randn(n).abs(),
         text_key_sizes=randn(words).abs(),
+        values=randn(n, 2, 5),
+        text_values=randn(words, 2, 5),
+        rotary=randn(n, 2, 4),
         norm=lambda states: states * torch.tensor([3.0, 1, 1, 0.5, 1, 2]),
     )

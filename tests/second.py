@@ -300,6 +300,41 @@ def vlm_pruner(
     return sorted(chosen)
 
 
+def hawk(queries: Tensor, keys: Tensor, weights: Sequence[float]) -> list[float]:
+    """Of queries [t, H, d_h] and keys [n, H, d_h]."""
+    score = [0.0] * len(keys)
+    for head, weight in enumerate(weights):
+        products = (queries[:, head].double() @ keys[:, head].double().T).mean(dim=0).tolist()
+        length = math.sqrt(sum(one**2 for one in products))
+        score = [a + weight * one / length for a, one in zip(score, products, strict=True)]
+    return score
+
+
+def ivc_prune(text: Tensor, values: Tensor, turns: Tensor, keep: int, coordinates: float, seeds: float) -> list[int]:
+    """Of values [t, H, d_h] and [n, H, d_h], and cosines and sines [n, 2, d]; first come, first kept."""
+    n, (heads, width) = len(values), values.shape[1:]
+
+    def looks(query: Tensor) -> list[float]:
+        """What one query [H, d_h] gives each of the n tokens."""
+        total = [0.0] * n
+        for head in range(heads):
+            products = [float(query[head].double() @ one[head].double()) / math.sqrt(width) for one in values]
+            parts = [math.exp(product) for product in products]
+            total = [a + part / sum(parts) / heads for a, part in zip(total, parts, strict=True)]
+        return total
+
+    asked = [looks(query) for query in text]
+    best = falling([sum(column) for column in zip(*asked, strict=True)])[: max(1, round(seeds * n))]
+    asked += [looks(values[i]) for i in best]
+    score = [sum(column) for column in zip(*asked, strict=True)]
+    share = round(coordinates * keep)
+    places = {i for part in turns.double().mean(dim=2).T.tolist() for i in falling(part)[:share]}
+    order = [i for i in falling(score) if i in places]
+    order += [i for i in falling(score) if i in best and i not in places]
+    order += [i for i in falling(score) if i not in order]
+    return sorted(order[:keep])
+
+
 def prunesid(rows: Tensor, keep: int) -> list[int]:
     n = len(rows)
     spread = torch.sigmoid(rows.double())

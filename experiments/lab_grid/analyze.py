@@ -136,7 +136,8 @@ def draw() -> None:
             colour = "white" if abs(above[y][x]) > 50 else "black"
             axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(families)), families, fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
+    shown = [name if len(name) < 30 else name_of(name) for name in names]  # hawk's weights would fill half the picture
+    axis.set_yticks(range(len(names)), shown, fontsize=8)
     axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
     figure.colorbar(image, label="points above the better of random and grid", shrink=0.6)
     figure.savefig(HERE / "families.png", dpi=80, metadata={"Software": None})

@@ -15,12 +15,13 @@ OUT=${OUT:-$KEPT} && mkdir -p "$OUT"
 export OMP_NUM_THREADS=1 # processes share the questions: faster than threads
 
 case $LAB in
-  lab) STUDY=lab_grid GRIP="grip,grip:scorer=lab-blind" ;;
-  lab-dense) STUDY=lab_dense GRIP="grip:scorer=lab-dense" ;;
+  # Weights of heads belong to a model: REPORT.md says how they were measured. There are none of the second lab.
+  lab) STUDY=lab_grid GRIP="grip,grip:scorer=lab-blind" HAWK="hawk:weights=(0.3129,0.2755,0.1070,0.2032,0.1015)," ;;
+  lab-dense) STUDY=lab_dense GRIP="grip:scorer=lab-dense" HAWK="" ;;
   *) echo "LAB=$LAB: use lab or lab-dense" >&2 && exit 2 ;;
 esac
-INPUT="full,oracle,downsample,random,grid,norm,pool,divprune,svd_prune,cdpruner,dart_input,fastervlm,fopru,visionzip,vispruner,prumerge,prumerge_plus,hired,hiprune:middle=1,mustdrop,vscan_vision:shallow=0,ptp_vision,otprune,scope,holov,prunesid,apet_input,mmr(norm),spread(norm),restore(holov),ensemble(norm,divprune),$GRIP,mmr(${GRIP%%,*}),gumbel(${GRIP%%,*})"
-LLM="full,downsample,random,grid,${GRIP%%,grip*},fastv:layer=1,dart:layer=1,sparsevlm,pyramiddrop,pumer,ptp:layer=1,mustdrop_llm,vscan:shallow=0,apet,clse,v2drop,priortr,vlm_pruner:layer=1,tome"
+INPUT="full,oracle,downsample,random,grid,norm,pool,divprune,svd_prune,cdpruner,dart_input,fastervlm,fopru,visionzip,vispruner,prumerge,prumerge_plus,hired,hiprune:middle=1,mustdrop,vscan_vision:shallow=0,ptp_vision,otprune,scope,holov,prunesid,apet_input,${HAWK}mmr(norm),spread(norm),restore(holov),ensemble(norm,divprune),$GRIP,mmr(${GRIP%%,*}),gumbel(${GRIP%%,*})"
+LLM="full,downsample,random,grid,${GRIP%%,grip*},fastv:layer=1,dart:layer=1,sparsevlm,pyramiddrop,pumer,ptp:layer=1,mustdrop_llm,vscan:shallow=0,apet,clse,v2drop,priortr,vlm_pruner:layer=1,ivc_prune:layer=6,tome"
 
 grid() { # NAME BUDGETS PRUNERS
   local ask=(.venv/bin/python -m gripvlm eval --model "$LAB" --tasks "$LAB" --seeds 0,1,2 --batch 16 --limit "${LIMIT:-100}"

@@ -86,6 +86,9 @@ class VisualTokens:
             image, the frames of a video. A row of none of them shows no place of the image: a newline or a separator.
             Empty where they are not known. A pruner with "grid" in `needs` gets them one at a time, each with its
             grid (`engine/by_raster.py`).
+        first_queries: [t, H, d_h] queries of the question in the language model's first layer, ahead of rotary
+            positions. None unless "first_layer" and "question" are in `needs`.
+        first_keys: [n, H, d_h] keys of the rows likewise, for each of its query heads; with "first_layer".
         tower_rows: [k'] LongTensor, ascending, for the wrapper `tower`: the rows that were not dropped inside the
             tower. What others hold (features, patches, attention) is zero.
     """
@@ -101,6 +104,8 @@ class VisualTokens:
     patches: Tensor | None = None
     groups: Tensor | None = None
     rasters: tuple[Raster, ...] = ()
+    first_queries: Tensor | None = None
+    first_keys: Tensor | None = None
     tower_rows: Tensor | None = None
 
     @property
@@ -216,6 +221,10 @@ class LLMTokens:
         keys: [n, d_h] keys of the layer before, the mean over its key heads, after rotary positions.
         all_keys: [n, H d_h] the same keys of all key heads, side by side.
         key_sizes: [n] L1 norms of these, over all heads and dimensions.
+        values: [n, H, d_h] values of the layer before, of each of its value heads.
+        text_values: [t, H, d_h] those of the text tokens; with "values" and "question" or "text".
+        rotary: [n, 2, d_r] cosines and sines of the rotary positions in the layer before; the axes of M-RoPE side by
+            side.
         text_key_sizes: [t] those of the text tokens; with "key_sizes" and "question" or "text".
         norm: the language model's last norm, which makes of states [..., d] what its head reads.
     """
@@ -234,6 +243,9 @@ class LLMTokens:
     keys: Tensor | None = None
     all_keys: Tensor | None = None
     key_sizes: Tensor | None = None
+    values: Tensor | None = None
+    text_values: Tensor | None = None
+    rotary: Tensor | None = None
     text_key_sizes: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None
 

@@ -59,7 +59,7 @@ class Noting(Steps):
     """Notes what it is shown at its one cut."""
 
     llm_needs: ClassVar[frozenset[str]] = frozenset(
-        {"hidden", "before", "text", "words", "all_keys", "key_sizes", "norm"}
+        {"hidden", "before", "text", "words", "all_keys", "key_sizes", "values", "rotary", "norm"}
     )
 
     cuts: tuple[int, ...] = (2,)
@@ -117,11 +117,18 @@ def test_a_layer_shows_the_text_around_each_image(name):
     with gripvlm.prune(model, spy, keep=KEEP):
         model.generate(**batch.inputs, **GREEDY)
     entered: list[torch.Tensor] = []
-    hook = model.get_decoder().layers[1].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    turns: list[torch.Tensor] = []
+
+    def note(module, args, kwargs):
+        entered.append(args[0])
+        turns.append(kwargs["position_embeddings"])
+
+    hook = model.get_decoder().layers[1].register_forward_pre_hook(note, with_kwargs=True)
     once = cache_of(model.generate(**batch.inputs, **{**GREEDY, "max_new_tokens": 1}))
     hook.remove()
     keys = once.layers[1].keys.transpose(1, 2).flatten(2)
     sizes = once.layers[1].keys.abs().sum((1, 3))
+    values = once.layers[1].values.transpose(1, 2)
     assert {tokens.input.sample for tokens in spy.seen} == {0, 1}
     visual = [(ids == IMAGE).nonzero().flatten() for ids in batch.inputs["input_ids"]]
     for tokens in spy.seen:
@@ -134,6 +141,12 @@ def test_a_layer_shows_the_text_around_each_image(name):
             torch.testing.assert_close(tokens.all_keys, keys[tokens.input.sample, mine], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(tokens.key_sizes, sizes[tokens.input.sample, mine], atol=1e-4, rtol=1e-5)
             torch.testing.assert_close(tokens.text_key_sizes, sizes[tokens.input.sample, said], atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(tokens.values, values[tokens.input.sample, mine], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(tokens.text_values, values[tokens.input.sample, said], atol=1e-5, rtol=1e-5)
+        for part, turn in zip(tokens.rotary.unbind(dim=1), turns[0], strict=True):
+            own = min(tokens.input.sample, turn.shape[-3] - 1)  # one for all samples where they are the same
+            whole = turn[..., own, mine, :]
+            torch.testing.assert_close(part, whole if whole.ndim == 2 else torch.cat([*whole], dim=-1), atol=0, rtol=0)
         torch.testing.assert_close(tokens.words, model.get_input_embeddings()(ids[said]), atol=0, rtol=0)
         torch.testing.assert_close(tokens.norm(tokens.text), model.get_decoder().norm(tokens.text), atol=0, rtol=0)
         assert tokens.text.shape == tokens.words.shape

@@ -54,6 +54,7 @@ BAD = {
     "split": (lambda: engine_args("lab", "split(norm)", 0.5), PrunerError, "'split' moves budget between the tiles"),
     "raised": (lambda: engine_args("lab", "top_p(grip)", 0.5), PrunerError, "'top_p' moves budget between the tiles"),
     "tiles": (lambda: engine_args("lab", "mmr(hired)", 0.5), PrunerError, "'mmr' moves budget between the tiles"),
+    "first layer": (lambda: engine_args("lab", "mmr(hawk)", 0.5), PrunerError, "whose weights vLLM keeps in another"),
     "no model": (lambda: engine_args("./nowhere", "norm", 8), GripError, "the model ./nowhere cannot be read"),
     "function": (lambda: engine_args("lab", "norm", 8, hf_overrides=id), InputError, "hf_overrides is a function"),
 }

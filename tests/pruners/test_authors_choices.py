@@ -1,4 +1,4 @@
-"""Nineteen methods against what their authors' own code chose on the same tensors, and so do second implementations.
+"""Twenty-one methods against what their authors' own code chose on the same tensors, and so do second implementations.
 
 authors/choices.json is written by authors/record.py, which runs that code apart.
 """
@@ -407,6 +407,31 @@ def test_vlm_pruner(run):
     assert all(ours == pytest.approx(theirs, abs=2e-5) for ours, theirs in zip(into, run["into"], strict=True))
     if run["keep"] == 32:
         assert second.vlm_pruner(seen["hidden"][ahead:], shown.all_keys, (24, 24), 32, 4, 0.8, 16) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("ivc_prune"))
+def test_ivc_prune(run):
+    seen = case("ivc_prune", run["seed"])
+    ahead, n, values = seen["ahead"], seen["n"], seen["values"].transpose(0, 1)
+    image, text = slice(ahead, ahead + n), torch.cat((values[:ahead], values[ahead + n + seen["ends"] :]))
+    turns = torch.stack((seen["cos"], seen["sin"]))[:, :, image]  # [2, axes, n, d_h]
+    shown = inside(
+        16, len(run["kept"]), VisualTokens(torch.zeros(n, 1), n), n,
+        values=values[image], text_values=text, rotary=turns.permute(2, 0, 1, 3).flatten(2),
+        after=torch.arange(len(text)) >= ahead,
+    )  # fmt: skip
+    assert get_pruner("ivc_prune").select_at_layer(16, shown).indices.tolist() == run["kept"]
+    assert second.ivc_prune(text[ahead:], values[image], shown.rotary, len(run["kept"]), 0.2, 0.01) == run["kept"]
+
+
+@pytest.mark.parametrize("run", runs("hawk"))
+def test_hawk(run):
+    seen = case("hawk", run["seed"])
+    queries, keys = seen["queries"].transpose(0, 1), seen["keys"].transpose(0, 1).repeat_interleave(2, dim=1)
+    tokens = VisualTokens(torch.zeros(100, 1), run["keep"], first_queries=queries, first_keys=keys)
+    weights = tuple(seen["weights"].tolist())
+    assert get_pruner("hawk", weights=weights).select(tokens).indices.tolist() == run["kept"]
+    assert sorted(second.falling(second.hawk(queries, keys, weights))[: run["keep"]]) == run["kept"]
 
 
 @pytest.mark.parametrize("run", runs("restore"))

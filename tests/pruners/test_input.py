@@ -18,6 +18,7 @@ from gripvlm.pruners.input.cdpruner import CDPruner
 from gripvlm.pruners.input.divprune import DivPrune
 from gripvlm.pruners.input.fastervlm import FasterVLM
 from gripvlm.pruners.input.fopru import FoPru
+from gripvlm.pruners.input.hawk import HAWK
 from gripvlm.pruners.input.hiprune import HiPrune
 from gripvlm.pruners.input.hired import HiRED
 from gripvlm.pruners.input.holov import HoloV
@@ -477,3 +478,30 @@ def test_prunesid_follows_the_rule(grid, seed, data):
     n = grid[0] * grid[1]
     rows, k = randn(n, 20, seed=seed), data.draw(st.integers(1, n))
     assert picked(PruneSID(), rows, k) == second.prunesid(rows, k)
+
+
+def test_hawk_by_hand():
+    """Two heads of two channels; the words' mean queries are (1, 0) and (0, 2)."""
+    queries = torch.tensor([[[2.0, 0], [0, 1]], [[0, 0], [0, 3]]])
+    keys = torch.tensor([[[3.0, 9], [9, 1]], [[4, 9], [9, 0]], [[0, 9], [9, -1]]])
+    tokens = VisualTokens(torch.zeros(3, 1), 1, first_queries=queries, first_keys=keys)
+    # products 3, 4, 0 of length 5 and 2, 0, -2 of length sqrt(8); / sqrt(2) falls away
+    half = 0.5**0.5
+    torch.testing.assert_close(HAWK(weights=(1, 0)).score(tokens), torch.tensor([0.6, 0.8, 0]))
+    torch.testing.assert_close(HAWK(weights=(1, 3)).score(tokens), torch.tensor([0.6 + 3 * half, 0.8, -3 * half]))
+    torch.testing.assert_close(HAWK().score(tokens), torch.tensor([0.3 + half / 2, 0.4, -half / 2]))
+    assert get_pruner("hawk:weights=(1,0)").select(tokens).indices.tolist() == [1]
+    assert HAWK().score(replace(tokens, first_queries=queries[:0])).tolist() == [0, 0, 0]
+    with pytest.raises(PrunerError, match="has 3 weights, but the first layer has 2 heads: measure them"):
+        HAWK(weights=(1, 1, 1)).score(tokens)
+    for wrong in ((0.0, 0.0), (1.0, -1.0)):
+        with pytest.raises(PrunerError, match="none below 0 and not all 0"):
+            HAWK(weights=wrong)
+
+
+@settings(max_examples=15, deadline=None)
+@given(GRIDS, st.integers(0, 99))
+def test_hawk_follows_the_formula(grid, seed):
+    tokens = image(*grid, 1, seed)
+    expected = second.hawk(tokens.first_queries, tokens.first_keys, (0.3, 0.7))
+    torch.testing.assert_close(HAWK(weights=(0.3, 0.7)).score(tokens), torch.tensor(expected), atol=1e-5, rtol=1e-4)

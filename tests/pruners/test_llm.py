@@ -21,6 +21,7 @@ from gripvlm.pruners.llm.apet import ApET
 from gripvlm.pruners.llm.clse import CLSE, evolution, fine_structure
 from gripvlm.pruners.llm.dart import DART
 from gripvlm.pruners.llm.fastv import FastV
+from gripvlm.pruners.llm.ivc_prune import IVCPrune
 from gripvlm.pruners.llm.mustdrop import MustDrop, MustDropLLM
 from gripvlm.pruners.llm.priortr import PriorTR
 from gripvlm.pruners.llm.ptp import PTP
@@ -375,6 +376,41 @@ def test_schedules_in_proportion():
     assert ratio_schedule("x", 16, 16, 4, {1: 1.0, 2: 0.5, 3: 0.0}) == {1: 16, 2: 16, 3: 16}
     assert ApET().schedule(576, 64, 32) == {0: 96, 16: 32}
     assert PriorTR().schedule(576, 192, 32) == {3: 152}
+
+
+def test_ivc_prune_by_hand():
+    """One head of one channel. The word's value is ln 2, the image's are 1, 0, 2, 3: it gives 2, 1, 4, 8 fifteenths."""
+    turns = torch.tensor([[0.0, 1], [1, 0], [0.5, 0.5], [0.4, 0.4]])[..., None]
+    values, word = torch.tensor([1.0, 0, 2, 3])[:, None, None], torch.full((1, 1, 1), math.log(2))
+    tokens = replace(entering(1, 4, 2, words=1), values=values, text_values=word, rotary=turns)
+    fifteenths = torch.tensor([2.0, 1, 4, 8]) / 15
+    again = (fifteenths + torch.tensor([3.0, 0, 6, 9]).softmax(0)) / 2  # the seed, token 3, asks too
+    score = IVCPrune(coordinates=0).score_at_layer(2, tokens)
+    torch.testing.assert_close(score, again + torch.tensor([0.0, 0, 0, 1]))
+    # Of 2 tokens half for each kind of coordinate leaves nothing to the foreground; of 3 round(0.9) and the seed
+    assert IVCPrune(coordinates=0.5).select_at_layer(2, tokens).indices.tolist() == [0, 1]
+    assert IVCPrune(coordinates=0.3).select_at_layer(2, replace(tokens, keep=3)).indices.tolist() == [0, 1, 3]
+    # text ahead of the image asks where there is no other, the image itself where there is none at all
+    ahead = replace(tokens, after=torch.zeros(1, dtype=torch.bool))
+    assert torch.equal(IVCPrune(coordinates=0).score_at_layer(2, ahead), score)
+    none = replace(ahead, text_values=word[:0], after=ahead.after[:0])
+    assert IVCPrune(coordinates=0, seeds=0.5).select_at_layer(2, none).indices.tolist() == [2, 3]
+    assert IVCPrune().schedule(576, 432, 32) == {16: 288}
+    assert (IVCPrune().evict_after_prefill(32), IVCPrune(decode=True).evict_after_prefill(32)) == (None, 1)
+    with pytest.raises(PrunerError, match=r"in \[0, 0.5\]"):
+        IVCPrune(coordinates=0.6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(GRIDS, st.integers(0, 99), st.sampled_from([0.1, 0.2, 0.5]), st.integers(0, 4), st.data())
+def test_ivc_prune_follows_the_rule(grid, seed, coordinates, ahead, data):
+    tokens = entering(*grid, data.draw(st.integers(1, grid[0] * grid[1])), seed, ahead=ahead)
+    assert tokens.values is not None
+    assert tokens.text_values is not None
+    assert tokens.rotary is not None
+    text = tokens.text_values[ahead if ahead < 4 else 0 :]
+    expected = second.ivc_prune(text, tokens.values, tokens.rotary, tokens.keep, coordinates, 0.1)
+    assert IVCPrune(coordinates=coordinates, seeds=0.1).select_at_layer(2, tokens).indices.tolist() == expected
 
 
 def test_vlm_pruner_by_hand():

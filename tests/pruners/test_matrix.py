@@ -206,6 +206,7 @@ HAVE = {
     "layers": [name for name in FAMILIES if FAMILIES[name].layers],
 }
 HAVE["patches"] = HAVE["vision_attention"]
+HAVE["first_layer"] = []  # it is known of a model, not of a family: the message names another pruner
 
 
 PROMPTS = [1, 2, 0], [7, 9, 5]  # pictures and words of each prompt; the last has no picture

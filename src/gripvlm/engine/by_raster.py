@@ -101,7 +101,7 @@ def _divided_at_layer(tokens: LLMTokens) -> list[_Part]:
     counts = _shares(tokens.keep, [places.numel() for _, _, places in inside])
     for (raster, own, places), keep in zip(inside, counts, strict=True):
         fields: dict[str, Any] = {"rows": torch.searchsorted(own, tokens.rows[places]), "keep": keep}
-        for name in ("hidden", "before", "keys", "all_keys", "key_sizes"):
+        for name in ("hidden", "before", "keys", "all_keys", "key_sizes", "values", "rotary"):
             if (value := getattr(tokens, name)) is not None:
                 fields[name] = value[places.to(value.device)]
         for name in ("last", "question"):  # [H, n] and [H, t, n]
@@ -123,6 +123,7 @@ def _of_raster(tokens: VisualTokens, raster: Raster, rows: Tensor, keep: int) ->
         vision={layer: seen.at(rows) for layer, seen in tokens.vision.items()},
         patches=None if tokens.patches is None else tokens.patches[rows],
         groups=None if tokens.groups is None else tokens.groups[rows],
+        first_keys=None if tokens.first_keys is None else tokens.first_keys[rows],
         rasters=(),
     )
 

@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LLMStage", "Merged", "checked_schedule"]
 
-ATTENTION = frozenset({"last", "question", "keys", "all_keys", "key_sizes"})
+ATTENTION = frozenset({"last", "question", "keys", "all_keys", "key_sizes", "values"})
 """What of `LLM_NEEDS` is read where a layer attends."""
+
+ENTERING = frozenset({"before", "rotary"})
+"""What of it is read as tokens enter the layer before."""
 
 
 def checked_schedule(pruner: LLMPruner, tokens: VisualTokens, layers: int) -> dict[int, int]:
@@ -214,6 +217,7 @@ class LLMStage:
             "keys": lambda length: None if self._done else "keys",
             "all_keys": lambda length: None if self._done else "all_keys",
             "key_sizes": lambda length: None if self._done else "key_sizes",
+            "values": lambda length: None if self._done else "values",
         }
         choose = {layer: partial(self._choose, layer) for layer in self.layers_that_drop}
         evict = self.pruner.evict_after_prefill(self.layers)
@@ -224,15 +228,20 @@ class LLMStage:
                 for name in sorted(self.pruner.llm_needs & queries.keys()):
                     self._observed[name] = stack.enter_context(capture_attention(decoder, watched, queries[name]))
                 # Behind the hooks that drop: a layer before which tokens are dropped is entered by those that are left.
-                if "before" in self.pruner.llm_needs:
-                    self._observed["before"] = {}
+                if entering := self.pruner.llm_needs & ENTERING:
+                    self._observed |= {name: {} for name in entering}
                     stack.enter_context(call_hooks({decoder.layers[i]: partial(self._note, i) for i in before}))
             yield
 
     def _note(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before a layer: notes the hidden states that enter it, until all have chosen."""
-        if not self._done:
+        """Before a layer: notes the hidden states that enter it and their positions, until all have chosen."""
+        if self._done:
+            return
+        if "before" in self._observed:
             self._observed["before"].setdefault(layer, []).append(args[0].detach())
+        if "rotary" in self._observed:
+            positions = _rotary(kwargs["position_embeddings"], args[0].shape[0])
+            self._observed["rotary"].setdefault(layer, []).append(positions)
 
     def held(self) -> tuple[DropState | None, None]:
         """What the layers' caches hold once the prompt has run, and the sizes in each layer, which are all 1."""
@@ -272,7 +281,7 @@ class LLMStage:
             raise _another_prompt(f"{rows} prompts", f"{len(self._images)}")
         observed = {}
         for name, seen in self._observed.items():
-            source = layer - 1 if name == "before" else self.watched[layer]
+            source = layer - 1 if name in ENTERING else self.watched[layer]
             if seen.get(source):
                 observed[name] = seen.pop(source)[-1]
         reads_text = bool(self.pruner.llm_needs & {"question", "text"}) and not self._done
@@ -328,6 +337,11 @@ class LLMStage:
         if "key_sizes" in needs:
             key_sizes = observed["key_sizes"][row].to(hidden.device)
             fields["key_sizes"] = key_sizes[places]
+        if "rotary" in needs:
+            fields["rotary"] = observed["rotary"][row, places]
+        if "values" in needs:
+            values = observed["values"][row].to(hidden.device)
+            fields["values"] = values[places]
         if "words" in needs:
             fields["words"] = self._text_embeddings[sample].to(hidden.device)
         if "norm" in needs:
@@ -342,7 +356,15 @@ class LLMStage:
                 fields["question"] = observed["question"][row][:, own][..., places]
             if "key_sizes" in needs:
                 fields["text_key_sizes"] = key_sizes[text_places]
+            if "values" in needs:
+                fields["text_values"] = values[text_places]
         return fields
+
+
+def _rotary(positions: Sequence[Tensor], rows: int) -> Tensor:
+    """[rows, L, 2, d_r]: cosines and sines, of [B or 1, L, d_r] each, or [axes, B or 1, L, d_r] of M-RoPE."""
+    parts = [part if part.ndim == 3 else part.permute(1, 2, 0, 3).flatten(2) for part in positions]
+    return torch.stack(parts, dim=2).expand(rows, -1, -1, -1)
 
 
 def _places_by_image(layer: int, row: int, images: Sequence[_Image], visual: Tensor, tail: int) -> list[Tensor]:

@@ -19,6 +19,7 @@ from gripvlm.errors import InputError, PrunerError
 from gripvlm.models.adapter import encode
 from gripvlm.models.drop import Shortened, drop
 from gripvlm.models.encoded import Encoded, Span
+from gripvlm.models.first_layer import first_keys, first_queries
 from gripvlm.models.prompts import EncodedPrompts, Prompts
 from gripvlm.models.text import questions
 from gripvlm.models.wrapped import device_of
@@ -145,6 +146,8 @@ def gather_tokens(
         raise InputError("no prompt has an image: there is nothing to prune")
     budgets = request.budgets_for([len(spans) for spans in images.spans])
     batch: list[list[VisualTokens]] = [[] for _ in images.spans]
+    first_layer = "first_layer" in pruner.needs
+    queries = [first_queries(request.model, one) for one in question or ()] if first_layer else []
     for sample, spans in enumerate(images.spans):
         for image, item in enumerate(span.item for span in spans):
             n, where = item.features.shape[0], f"{item.modality} {image} of sample {sample}"
@@ -155,7 +158,11 @@ def gather_tokens(
                     "a pruner without grid"
                 )
             asked = None if question is None else question[sample]
-            batch[sample].append(item.tokens(budgets[sample][image].count(n, where), asked, sample, image))
+            tokens = item.tokens(budgets[sample][image].count(n, where), asked, sample, image)
+            if first_layer:
+                asks = queries[sample].to(item.features.device) if queries else None
+                tokens = replace(tokens, first_queries=asks, first_keys=first_keys(request.model, item.features))
+            batch[sample].append(tokens)
     check_features([tokens for sample in batch for tokens in sample], checks)
     return [_with_counts_of_pruner(request, tokens) for tokens in batch]
 

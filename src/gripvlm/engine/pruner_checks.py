@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gripvlm.errors import InputError, PrunerError, UnsupportedModelError
 from gripvlm.models.families import FAMILIES, Family, family_of
+from gripvlm.models.first_layer import checked_first_layer
 from gripvlm.models.hooks.attention import blocks_of
 from gripvlm.models.hooks.llm_drop import checked_layers
 from gripvlm.models.hooks.merge_repeats import checked_repeats
@@ -79,6 +80,8 @@ def checked_pair(pruner: Pruner, model: PreTrainedModel, family: Family) -> Towe
         checked_repeats(model, family, rule)
     if isinstance(pruner, LLMPruner):
         checked_layers(model)
+    if "first_layer" in pruner.needs:
+        checked_first_layer(model, f"pruner {pruner.name!r} needs first_layer,")
     # Last: it may look at weights, and the errors above are about the model at hand.
     pruner.check(model)
     return needs

@@ -172,6 +172,21 @@ def vlm_pruner(seed: int) -> Case:
     return {"ahead": ahead, "n": N, "hidden": hidden, "keys": keys, "keeps": [32, 64, 192]}
 
 
+def ivc_prune(seed: int) -> Case:
+    """A prompt of Qwen's: `values` [H, L, d_h], `cos` and `sin` [3, L, d_h]; two special tokens end the image."""
+    ahead, n, ends, text = 5, 100, 2, 9
+    length = ahead + n + ends + text
+    found = {name: numbers(f"{name} {seed}", 3, length, 8) for name in ("cos", "sin")}
+    found |= {"values": 1.5 * numbers(f"values {seed}", 2, length, 8)}
+    return found | {"ahead": ahead, "n": n, "ends": ends, "text": text}
+
+
+def hawk(seed: int) -> Case:
+    """`queries` [H, t, d_h] and `keys` [key heads, n, d_h] of the first layer, and `weights` [H]."""
+    found = {"queries": numbers(f"queries {seed}", 4, 9, 8), "keys": numbers(f"keys {seed}", 2, 100, 8)}
+    return found | {"weights": numbers(f"weights {seed}", 4).abs(), "keeps": [1, 8, 40, 64]}
+
+
 CASES = {
     "hiprune": hiprune,
     "sparsevlm": sparsevlm,
@@ -192,4 +207,6 @@ CASES = {
     "restore": restore,
     "priortr": priortr,
     "vlm_pruner": vlm_pruner,
+    "ivc_prune": ivc_prune,
+    "hawk": hawk,
 }

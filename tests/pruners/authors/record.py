@@ -1,4 +1,4 @@
-"""Writes choices.json: what the authors' published code of nineteen methods chooses.
+"""Writes choices.json: what the authors' published code of twenty-one methods chooses.
 
     python tests/pruners/authors/record.py FOLDER       FOLDER/OWNER+NAME/repo, FOLDER/NAME or FOLDER/OWNER/NAME: clones
     python tests/pruners/authors/record.py FOLDER --methods scope,holov                 the others stay as they are
@@ -15,6 +15,7 @@ import ast
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Union
@@ -518,6 +519,56 @@ def vlm_pruner(clone: Clone) -> list[dict[str, Any]]:
     return found
 
 
+def ivc_prune(clone: Clone) -> list[dict[str, Any]]:
+    """Of two layers the second is entered by what is kept; the code keeps half."""
+    path = "transformers/src/transformers/models/qwen2_5_vl/modeling_qwen2_5_vl.py"
+    names = ("calculate_avg_similarity_for_subset_einsum", "IVCP_forward_flashattention")
+    space = clone.take(path, *(f"Qwen2_5_VLModel.{name}" for name in names), nn=torch.nn, Cache=object)
+    found = []
+    for seed in SEEDS:
+        case, entered = cases.ivc_prune(seed), []
+
+        def layer(hidden: Tensor, **rest: Any) -> Any:
+            entered.append(rest["position_ids"][0, 0].tolist())  # noqa: B023
+            return hidden, None, case["values"][None].transpose(1, 2)  # noqa: B023
+
+        length = case["values"].shape[1]
+        config = {"output_attentions": False, "output_hidden_states": False, "use_cache": True}
+        asked = SimpleNamespace(config=SimpleNamespace(**config), gradient_checkpointing=False, training=False)
+        asked.device, asked.head_dim, asked.layers = torch.device("cpu"), case["values"].shape[2], [layer, layer]
+        asked.rotary_emb = lambda *_: (case["cos"][:, None], case["sin"][:, None])  # noqa: B023
+        asked._update_causal_mask = asked.prune_past_key_values = lambda *_: None
+        asked.norm = lambda states: states
+        asked.calculate_avg_similarity_for_subset_einsum = partial(space[names[0]], asked)
+        space[names[1]](
+            asked,
+            inputs_embeds=torch.zeros(1, length, 1),
+            past_key_values=SimpleNamespace(get_seq_length=lambda: 0),
+            return_dict=False,
+            ivcp_config={"ivcp_k": 1},
+            image_token_lengths=[case["n"]],
+            image_token_start_indexes=[case["ahead"]],
+        )
+        image = range(case["ahead"], case["ahead"] + case["n"])
+        found.append({"seed": seed, "kept": [place - case["ahead"] for place in entered[1] if place in image]})
+    return found
+
+
+def hawk(clone: Clone) -> list[dict[str, Any]]:
+    names = ("repeat_kv", "compute_hawk_scores", "select_keep_indices")
+    space = clone.take("src/hawk/pruning.py", *names)
+    found = []
+    for seed in SEEDS:
+        case = cases.hawk(seed)
+        n = case["keys"].shape[1]
+        keys = space["repeat_kv"](case["keys"][None], len(case["queries"]) // len(case["keys"]))
+        scores = space["compute_hawk_scores"](case["queries"][None], keys, case["weights"])
+        for keep in case["keeps"]:
+            kept = space["select_keep_indices"](torch.arange(n), scores, n, keep / n)[1].tolist()
+            found.append({"seed": seed, "keep": keep, "kept": kept})
+    return found
+
+
 MARK = 1e-6
 
 
@@ -544,6 +595,8 @@ SOURCES: dict[str, tuple[str, str, Callable[[Clone], list[dict[str, Any]]]]] = {
     "clse": ("zjubinchen/CLSE", "cfc9710abe4a1bd5480e521f3acd86ded4855ff3", clse),
     "v2drop": ("xuyang-liu16/V2Drop", "219e03ede8cf6a70d1534903fa238b13dd900bbb", v2drop),
     "vlm_pruner": ("Casey-bit/VLMPruner", "556a9142c67dfb4c27420e31bb59e2efe502369a", vlm_pruner),
+    "ivc_prune": ("FireRedTeam/IVC-Prune", "03afd9cee41f60bb30b51a4105839f2b5d467814", ivc_prune),
+    "hawk": ("peppery77/HAWK", "3af20714738cb339f687fd9d110a39b257418104", hawk),
     "restore": ("cvlab-yonsei/RESTORE", "9b27e687a2b877d6facacae093b8d9686afa5c6f", restore),
     "priortr": ("CodeChildCZJ/PriorTR", "e442a4c14af1b333067a6b8310c9111cad922033", priortr),
 }

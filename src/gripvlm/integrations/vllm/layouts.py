@@ -111,6 +111,11 @@ def _check_stage(pruner: Pruner) -> None:
             f"pruner {pruner.name!r} moves budget between the tiles of a prompt once they are encoded, but vLLM must "
             "know before how many tokens each picture has: choose another, such as divprune, or `gripvlm serve`"
         )
+    if "first_layer" in pruner.needs:
+        raise PrunerError(
+            f"pruner {pruner.name!r} reads queries and keys of the language model's first layer, whose weights vLLM "
+            "keeps in another form: choose one that reads features only, such as divprune, or `gripvlm serve`"
+        )
 
 
 def _moves_budget(pruner: Pruner) -> bool:

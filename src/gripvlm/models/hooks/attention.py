@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Queries: TypeAlias = Sequence[int] | str | Callable[[int], Sequence[int] | str | None]
-NAMED_QUERIES = ("received", "to_first", "keys", "all_keys", "key_sizes")
+NAMED_QUERIES = ("received", "to_first", "keys", "all_keys", "key_sizes", "values")
 CHUNK = 256  # queries at a time for "received" and "to_first", so that no [L, L] matrix is made of a large image
 
 
@@ -42,15 +42,15 @@ def capture_attention(
         layers: numbers of its layers; negative ones count from the last.
         queries: positions of query tokens (negative ones from the end); "received" for the mean over all queries that
             are no padding; "to_first" for the weight of every query on the first key; "keys" for the keys instead,
-            "all_keys" for those of every head, "key_sizes" for their L1 norms. Or a function that returns one of these
-            for a call over so many queries, None for a call to leave out.
+            "all_keys" for those of every head, "key_sizes" for their L1 norms, "values" for the values. Or a function
+            that returns one of these for a call over so many queries, None for a call to leave out.
 
     Yields:
         A dict, filled while the model runs: layer -> list (calls of its attention, in order) of float32 tensors
         [B, heads, len(queries), L]; [B, heads, L] for "received" and "to_first"; [B, L, d_h] for "keys", the mean over
         heads after rotary positions; [B, L, key heads x d_h] for "all_keys"; [B, L] for "key_sizes", the sum over
-        heads. Towers that attend by window or by image make one call for each, in their own order: see
-        `models/tower_rows.py`.
+        heads; [B, L, key heads, d_v] for "values". Towers that attend by window or by image make one call for each, in
+        their own order: see `models/tower_rows.py`.
 
     Only modules below `root` are read, and only in this block's calls (`hooks/calls.py`). Queries that see nothing
     (padding) give and receive zero. The attention function itself runs unchanged: outputs are the same bit for bit.
@@ -135,6 +135,8 @@ def _observed(call: AttentionCall, queries: Sequence[int] | str) -> Tensor:
         return call.key.float().transpose(1, 2).flatten(2)
     if queries == "key_sizes":
         return call.key.float().abs().sum((1, 3))
+    if queries == "values":
+        return call.value.float().transpose(1, 2)
     _check_readable(call)
     length = call.query.shape[2]
     # Grouped-query attention: each key head serves several query heads that follow one another.

@@ -49,6 +49,7 @@ class AttentionCall:
         module: the attention module that makes it.
         query: [B, H, q, d_h].
         key: [B, key heads, L, d_h], after rotary positions; of the cached tokens too.
+        value: [B, key heads, L, d_v], likewise.
         mask: as the function gets it: None, [B, 1, q, L] (bool or added), or of another back end. May be replaced.
         options: the function's other arguments.
         key_bias: [B, L] to add to the scores of each key, with a gradient, or None. May be set.
@@ -57,6 +58,7 @@ class AttentionCall:
     module: nn.Module
     query: Tensor
     key: Tensor
+    value: Tensor
     mask: Any
     options: dict[str, Any]
     key_bias: Tensor | None = None
@@ -343,8 +345,8 @@ def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
         def attend_with_hooks(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
         ) -> Any:
-            # The query and the key do not change: blocks change attention only through the mask and the bias.
-            call = AttentionCall(module, query, key, attention_mask, options)
+            # Query, key and value do not change: blocks change attention only through the mask and the bias.
+            call = AttentionCall(module, query, key, value, attention_mask, options)
             for block in _acting(module):
                 if module in block.attention:
                     block.attention[module](call)

@@ -141,6 +141,7 @@ class Tower(Wrapper):
             rasters=(),
             vision=vision,
             patches=patches,
+            first_keys=None if tokens.first_keys is None else tokens.first_keys[rows],
             tower_rows=None,
         )
 
