@@ -73,7 +73,8 @@ def prepare(folder: Path, wanted: Mapping[str, int], seed: int, cauldron: Path |
         state["made"][name] = write_part(folder, name, wanted[name], rows_of(name, seed, cauldron), tested)
         disk.write(about, json.dumps(state, indent=1) + "\n")
     for name, made in state["made"].items():
-        print(f"{name}: {', '.join(f'{count} {what}' for what, count in made.items())}", file=sys.stderr)
+        left_out = f"left out {made['like test pictures']} pictures like test pictures, {made['unreadable']} unreadable"
+        print(f"{name}: {made['questions']} of {wanted[name]} questions; {left_out}", file=sys.stderr)
     disk.write(file, "".join(disk.read_text(folder / f"{name}.jsonl") for name in wanted))
     return file
 
