@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,13 +204,19 @@ def hub(tmp_path, monkeypatch):
     return folder
 
 
+NEEDS_TORCHVISION = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("torchvision") is None, reason="Qwen's processors need torchvision"),
+]
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
         "llava-1.5-7b",
-        # Byte by byte a question is long: pytest -m slow tests/test_recipes.py
-        pytest.param("qwen2.5-vl-7b", marks=pytest.mark.slow),
-        pytest.param("qwen3-vl-4b", marks=pytest.mark.slow),
+        # pytest -m slow tests/test_recipes.py; beside a CPU build of torch with -p torchvision_operators and
+        # PYTHONPATH=tests, so that PyPI's torchvision can be imported
+        *(pytest.param(name, marks=NEEDS_TORCHVISION) for name in ("qwen2.5-vl-7b", "qwen3-vl-4b")),
     ],
 )
 def test_from_questions_to_the_hub(recipe, data, tmp_path, monkeypatch, capsys, hub):
