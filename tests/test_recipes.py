@@ -18,6 +18,7 @@ from gripvlm import Grip
 from gripvlm.budget import Budget
 from gripvlm.eval import read_results
 from gripvlm.grip.train import TrainConfig, read_toml
+from places import ROOT
 from recipes import questions, run
 from tiny_train import picture, stopping, tiny_vlm
 
@@ -79,8 +80,13 @@ def lines_of(file: Path) -> list[dict]:
 
 def test_there_is_a_recipe_for_each_model_with_settings_that_train_takes():
     assert run.RECIPES == ["llava-1.5-7b", "qwen2.5-vl-7b", "qwen3-vl-4b"]
+    told = json.loads((ROOT / "experiments/dry_run/results/recipes.json").read_text())["recipes"]
     for name in run.RECIPES:
-        settings = read_toml(run.HERE / f"{name}.toml")
+        file = run.HERE / f"{name}.toml"
+        settings, expected = read_toml(file), told[name]
+        assert settings == expected["settings"], "run python -m experiments.dry_run.measure recipes"
+        hours = sum(expected["hours"].values())
+        assert f"expects {expected['peak'] / 2**30:.1f} GiB and {hours:.1f} h at 250 TFLOP/s" in file.read_text()
         assert TrainConfig(**settings).model == settings["model"]
         assert not TrainConfig(**settings).without_effect(settings)
     assert sorted(run.wanted_questions(None)) == list(PARTS)
@@ -157,16 +163,10 @@ def test_questions_go_on_from_the_parts_that_are_there(prepared, tmp_path, monke
 
 def test_mistakes_are_one_paragraph(data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = [
-        "llava-1.5-7b",
-        "--cauldron",
-        str(data / "cauldron"),
-        "--benchmarks",
-        str(data / "six"),
-        "--questions",
-        "2",
-    ]
-    given += ["--eval-share", "0.5"]
+    for part in tiny_vlm():
+        part.save_pretrained("model")
+    given = ["llava-1.5-7b", "--model", "./model", "--cauldron", str(data / "cauldron")]
+    given += ["--benchmarks", str(data / "six"), "--questions", "2"]
     (tmp_path / "wrong" / "vqav2").mkdir(parents=True)
     datasets.Dataset.from_list([{"image": picture(0), "question": "a?"}]).to_parquet("wrong/vqav2/x.parquet")
     for flags, said in (
@@ -175,8 +175,8 @@ def test_mistakes_are_one_paragraph(data, tmp_path, capsys, monkeypatch):
         (["--cauldron", "wrong"], "vqav2: rows have image, question, but no images and no texts"),
         (["--benchmarks", "nowhere"], "no folder or file 'nowhere/pope'"),
         (["--model", "./nowhere"], "no model './nowhere'"),
-        (["--model", "./nowhere", "--questions", "3"], "was made for other questions (questions was"),
-        (["--model", "./nowhere", "--max-stepz", "3"], "No such option: --max-stepz"),
+        (["--max-stepz", "3"], "No such option: --max-stepz"),
+        (["--questions", "3"], "was made for other questions (questions was"),
     ):
         assert run.main([*given, *flags]) == 2, flags
         told = capsys.readouterr().err.strip()
@@ -227,7 +227,7 @@ def test_from_questions_to_the_hub(recipe, data, tmp_path, monkeypatch, capsys, 
     else:
         save_tiny_qwen(Path("model"), "qwen2_5_vl" if "2.5" in recipe else "qwen3_vl")
     given = [recipe, "--model", "./model", "--cauldron", str(data / "cauldron"), "--benchmarks", str(data / "six")]
-    given += ["--questions", "6", "--limit", "2", *SMALL.split(), "--push", "me/grip", "--private"]
+    given += ["--questions", "6", "--limit", "1", *SMALL.split(), "--push", "me/grip", "--private"]
 
     assert run.main([*given, "--dry-run", "--tflops", "250"]) == 0
     assert "hours at 250 TFLOP/s, as given" in capsys.readouterr().out

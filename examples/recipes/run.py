@@ -27,6 +27,7 @@ from gripvlm.errors import GripError
 from gripvlm.eval import read_results
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import read_toml
+from gripvlm.models.loading import model_type
 from gripvlm.report.tables import by_setting
 from gripvlm.utils import disk
 from gripvlm.utils.terminal import filled
@@ -51,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("recipe", choices=RECIPES)
     made.add_argument("--work", type=Path, default=Path("runs"), help="folder of all that is written (default: runs)")
     made.add_argument("--model", help="a folder with the model, instead of the hub's")
+    made.add_argument(
+        "--device", help="of training and benchmarks, such as cuda:1; default: an accelerator if there is one"
+    )
     made.add_argument("--cauldron", type=Path, help=f"a folder with {REPO}, instead of the hub's")
     made.add_argument("--benchmarks", type=Path, help="a folder with the six benchmarks (docs/benchmarks.md), likewise")
     made.add_argument("--questions", type=int, help="training questions of each part, instead of questions.toml's")
@@ -82,17 +86,19 @@ def run(given: argparse.Namespace, flags: list[str]) -> int:
     tasks = f"benchmarks:path={given.benchmarks}" if given.benchmarks else "benchmarks"
 
     wanted = wanted_questions(given.questions)
+    model_type(model)  # a wrong name shows before the questions are made
+    place = ["--device", given.device] if given.device else []
     questions = prepare(given.work / "questions", wanted, 0, given.cauldron, tasks)
-    flags = ["--config", str(file), "--model", model, "--data", str(questions), "--output-dir", str(scorer), *flags]
-    if code := gripvlm(["train", *flags, *(["--dry-run"] if given.dry_run else [])]):
+    flags = ["--model", model, "--data", str(questions), "--output-dir", str(scorer), *place, *flags]
+    if code := gripvlm(["train", "--config", str(file), *flags, *(["--dry-run"] if given.dry_run else [])]):
         return code
     if given.dry_run:
         return 0
     pruners = f"grip:scorer={scorer},{PRUNERS}"
     flags = ["--model", model, "--tasks", tasks, "--pruners", pruners, "--keep", KEEPS, "--batch", str(given.batch)]
-    if given.limit:
+    if given.limit is not None:
         flags += ["--limit", str(given.limit)]
-    if code := gripvlm(["eval", *flags, "--out", str(results)]):
+    if code := gripvlm(["eval", *flags, *place, "--out", str(results)]):
         return code
     if given.push:
         print(f"pushed: {push(scorer, card(model, wanted, results), given.push, given.private)}")
