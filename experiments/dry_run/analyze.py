@@ -12,12 +12,13 @@ PAGE = "experiments/dry_run/REPORT.md"
 STAGES = ("distill", "grpo", "validation")
 
 
-def lab() -> str:
+def steps() -> str:
     rows = []
-    for row in read_json("dry_run/results/lab.json")["rows"]:
-        seconds = (row["told"], row["taken"])
-        head = [f"{100 * row['share']:g} % of the tokens: {row['stage']}", *(f"{value:.2f}" for value in seconds)]
-        rows.append([*head, f"{row['taken'] / row['told']:.2f}"])
+    for name, label in (("lab", "lab-dense"), ("shape", "0.5B")):
+        for row in read_json(f"dry_run/results/{name}.json")["rows"]:
+            head = f"{label}, {100 * row['share']:g} % of the tokens: {row['stage']}"
+            seconds = [f"{row[key]:.1f}" for key in ("told", "taken")]
+            rows.append([head, *seconds, f"{row['taken'] / row['told']:.2f}"])
     return table(["", "said, s a step", "taken, s a step", "taken / said"], rows)
 
 
@@ -33,7 +34,7 @@ def recipes() -> str:
 
 
 def tables() -> dict[str, dict[str, str]]:
-    return {PAGE: {"lab": lab()}, "docs/recipes.md": {"expected": recipes()}}
+    return {PAGE: {"steps": steps()}, "docs/recipes.md": {"expected": recipes()}}
 
 
 if __name__ == "__main__":
