@@ -152,8 +152,9 @@ with gripvlm.prune(model, grip, keep="11.1%"):
     model.generate(**inputs)
 ```
 
-Trained with gripvlm {version("gripvlm")} on at most so many questions: {trained} (parts of {REPO}, each
-under its own licence). Pictures like one that the benchmarks below test on were left out. `config.json` has all settings.
+Trained with gripvlm {version("gripvlm")} on at most so many questions: {trained} (parts of {REPO};
+its card has their licences). Pictures like one that the benchmarks below test on were left out. `config.json` has all
+settings.
 
 Scores in percent, by `gripvlm eval`; metrics and splits are in gripvlm's docs/benchmarks.md.
 

@@ -1,8 +1,8 @@
 """What a run will need, before it begins: memory by part and hours.
 
-From the sizes of model and data, and one matrix product that is timed here, or a speed that is given; nothing is trained.
-Where a number depends on kernels, the larger one is taken. tests/grip/test_dry_run.py compares the memory with what a CPU
-takes, experiments/dry_run the hours.
+From the sizes of model and data, and one matrix product that is timed here, or a speed that is given; nothing is
+trained. Where a number depends on kernels, the larger one is taken. tests/grip/test_dry_run.py compares the memory with
+what a CPU takes, experiments/dry_run the hours.
 """
 
 from __future__ import annotations
