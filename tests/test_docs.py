@@ -33,6 +33,8 @@ USERS = {
     "calculation.py",
     "eval_science_qa.py",
     "scorer.json",
+    "runs/questions/made.json",
+    "runs/llava-1.5-7b/benchmarks.json",
 }
 """Files of users, of a run's folder, or of another project."""
 

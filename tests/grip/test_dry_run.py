@@ -145,6 +145,10 @@ def test_the_command_says_it_and_trains_nothing(tmp_path, monkeypatch, capsys):
     for said in ("16 visual tokens", "weights", "optimiser", "teacher", "hours at", "validation", "together"):
         assert said in told
     assert not (tmp_path / "grip").exists()
+    assert main([*flags, "--tflops", "250"]) == 0
+    told = capsys.readouterr().out
+    for said in ("memory of each process on an accelerator, bfloat16", "hours at 250 TFLOP/s, as given"):
+        assert said in told
 
 
 def test_a_model_of_a_folder_is_not_loaded_for_it(tmp_path, monkeypatch, capsys):

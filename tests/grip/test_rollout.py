@@ -263,6 +263,7 @@ def test_autocast_reaches_the_soft_masks_and_hardly_changes_the_gradient(engine,
 
 def test_the_scorer_sees_the_question_or_the_whole_prompt(engine):
     task = asked(pictures=2, each=2)
+    task.prompt = lambda sample: f"{sample.question} yes or no?"  # what the benchmarks add is no part of the question
     bare, whole = (engine.prepare(pairs(task), whole_prompt=whole).for_scorer(True) for whole in (False, True))
     lengths = [len(engine.tokenizer(s.question, add_special_tokens=False)["input_ids"]) for s in task.samples]
     assert bare.question_mask.sum(-1).tolist() == lengths

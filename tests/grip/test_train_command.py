@@ -69,6 +69,8 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
         (["--bf16", "--dtype", "bfloat16"], "bf16 is for models in float32, and this one is bfloat16: leave bf16 out"),
         (["--attn-implementation", "nonsense"], "attn_implementation 'nonsense'"),
         (["--reward-weights", "1,2"], "use one number for each of 1 reward_funcs"),
+        (["--tflops", "250"], "--tflops 250: type the speed of an accelerator beside --dry-run, such as 250"),
+        (["--dry-run", "--tflops", "0"], "--tflops 0: type the speed of an accelerator beside --dry-run"),
         (["--eval-data", "q.jsonl"], "--eval-share has no effect with eval_data q.jsonl (it would with none)"),
     ],
 )

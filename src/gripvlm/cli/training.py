@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import shlex
 import sys
@@ -35,7 +36,9 @@ def train_command(**options: Any) -> None:
     from gripvlm.grip.train.run import check_settings, first_process, launched_device, train_on
     from gripvlm.models.loading import load_model, quiet, training_dtype
 
-    dry_run = options.pop("dry_run")
+    dry_run, tflops = options.pop("dry_run"), options.pop("tflops")
+    if tflops is not None and (not dry_run or not 0 < tflops < math.inf):
+        raise GripError(f"--tflops {tflops:g}: type the speed of an accelerator beside --dry-run, such as 250")
     config, explicit = _configuration(options)
     # Flags only: a file of settings may serve several stages.
     for name, why in config.without_effect(explicit).items():
@@ -44,9 +47,9 @@ def train_command(**options: Any) -> None:
     _warn(config, [sample.answer for _, sample in questions + held_out])
     quiet()
     device = launched_device(config.device) or None
-    dtype = config.dtype or training_dtype(device)
+    dtype = config.dtype or ("bfloat16" if tflops is not None else training_dtype(device))
     if dry_run:
-        console().print(_estimate(config, questions, device, dtype), soft_wrap=True, highlight=False)
+        console().print(_estimate(config, questions, device, dtype, tflops), soft_wrap=True, highlight=False)
         return
     model, processor = load_model(config.model, device, dtype, config.attn_implementation or None)
     try:
@@ -90,14 +93,19 @@ def _warn(config: TrainConfig, answers: list[str]) -> None:
         _say(f"no --init-from, and no distilled scorer in {config.output_dir}: grpo begins with a new scorer")
 
 
-def _estimate(config: TrainConfig, questions: list[Any], device: str | None, dtype: str) -> str:
-    """What the run would need."""
+def _estimate(config: TrainConfig, questions: list[Any], device: str | None, dtype: str, tflops: float | None) -> str:
+    """What the run would need: here, or on an accelerator of so many TFLOP/s, which need not be here."""
+    import torch
+
     from gripvlm.grip.train.dry_run import Sizes, report
     from gripvlm.models.loading import chosen_device, load_sizes
 
     model, processor = load_sizes(config.model, dtype)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return report(Sizes.of(model, processor, questions, config), config, chosen_device(device), model.dtype, processes)
+    sizes = Sizes.of(model, processor, questions, config)
+    if tflops is not None:
+        return report(sizes, config, torch.device("cuda"), model.dtype, processes, 1e12 * tflops)
+    return report(sizes, config, chosen_device(device), model.dtype, processes)
 
 
 def _suggest_eval(config: TrainConfig, pruner: Grip, screen: Console) -> None:
@@ -147,6 +155,12 @@ def _signature() -> inspect.Signature:
     parameters.append(_parameter("config", Path, file))
     dry = typer.Option("--dry-run", help="Only say what memory and how many hours it will need.")
     parameters.append(_parameter("dry_run", bool, dry))
+    fast = typer.Option(
+        "--tflops",
+        metavar="X",
+        help="With --dry-run: of an accelerator that is not here, in bfloat16; hours at X TFLOP/s.",
+    )
+    parameters.append(_parameter("tflops", float, fast))
     hints = get_type_hints(TrainConfig)
     panel = ""
     for field in dataclasses.fields(TrainConfig):

@@ -1,7 +1,8 @@
 """What a run will need, before it begins: memory by part and hours.
 
-From the sizes of model and data, and one matrix product that is timed here; nothing is trained. Where a number depends
-on kernels, the larger one is taken. tests/grip/test_dry_run.py compares the memory with what a CPU takes.
+From the sizes of model and data, and one matrix product that is timed here, or a speed that is given; nothing is
+trained. Where a number depends on kernels, the larger one is taken. tests/grip/test_dry_run.py compares the memory with
+what a CPU takes, experiments/dry_run the hours.
 """
 
 from __future__ import annotations
@@ -232,24 +233,37 @@ def speed_of(device: torch.device, dtype: torch.dtype, width: int, seconds: floa
     return (done - 2) * 2 * 2048 * width * width / (time.monotonic() - began)
 
 
-def report(sizes: Sizes, config: TrainConfig, device: torch.device, dtype: torch.dtype, processes: int = 1) -> str:
-    """A text of several lines: memory by part, hours by stage."""
+def report(
+    sizes: Sizes,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: int = 1,
+    given: float | None = None,
+) -> str:
+    """A text of several lines: memory by part, hours by stage.
+
+    Args:
+        given: operations a second of an accelerator that is not here; None: of `device`, which is timed.
+    """
     if not config.max_tokens_per_forward:
         config = replace(config, max_tokens_per_forward=tokens_per_forward(device))
     parts = memory(sizes, config, processes)
     lines = [f"a question has {sizes.visual} visual tokens, {sizes.text} of text, an answer of {sizes.answer} at most"]
-    lines += ["", f"memory of each process on {device}, {str(dtype).removeprefix('torch.')}"]
+    place = f"{device}" if given is None else "an accelerator"
+    lines += ["", f"memory of each process on {place}, {str(dtype).removeprefix('torch.')}"]
     for name, size in parts.items():
         note = "" if name in ALWAYS else "  (at its time)"
         lines.append(f"  {name:<14}{_bytes(size):>10}{note}")
     lines.append(f"  {'together':<14}{_bytes(peak(parts)):>10}")
-    if device.type == "cuda":
+    if device.type == "cuda" and given is None:
         total = torch.cuda.get_device_properties(device).total_memory
         lines.append(f"  {'there is':<14}{_bytes(total):>10}")
         if peak(parts) > 0.9 * total:
             lines.append("  it does not fit: lower --max-tokens-per-forward, or --per-device-train-batch-size")
-    speed = speed_of(device, dtype, sizes.hidden)
-    lines += ["", f"hours at {speed / 1e12:.3g} TFLOP/s, measured here, {processes} processes"]
+    speed = speed_of(device, dtype, sizes.hidden) if given is None else given
+    known = "measured here" if given is None else "as given"
+    lines += ["", f"hours at {speed / 1e12:.3g} TFLOP/s, {known}, {processes} processes"]
     times = hours(sizes, config, speed, processes)
     lines += [f"  {name:<14}{value:>10.3g}" for name, value in times.items()]
     lines.append(f"  {'together':<14}{sum(times.values()):>10.3g}")

@@ -97,7 +97,7 @@ class Reader:
         if prompts is None:  # the processor once more, for its ids alone
             prompts = make_inputs(self.model, processor, texts, [images[place] for place in shown])
         prompts = {name: prompts[name] for name in _PROMPT if name in prompts}
-        question = None if whole_prompt else question_ids(processor, texts)
+        question = None if whole_prompt else question_ids(processor, [sample.question for _, sample in questions])
         return Read(questions, pictures, shown, prompts, answers, question)
 
     def _answer(self, sample: Sample, pseudo_labels: bool) -> list[int]:

@@ -1,0 +1,1 @@
+"""Grip scorers for three published models, from public questions to the hub (docs/recipes.md)."""
