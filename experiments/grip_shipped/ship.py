@@ -1,13 +1,14 @@
-"""Puts trained scorers for a lab's model into the package, in half precision: lab, lab-blind and lab-small; lab-dense.
+"""Puts trained scorers for a lab's model into the package, in half precision: lab, lab-blind and lab-small; lab-dense
+and lab-dense-blind.
 
     python -m experiments.run grip_shipped grpo_2       # and lab_blind, small_grpo_2
     python -m experiments.grip_shipped.ship .lab/grip lab
-    python -m experiments.run grip_claim grpo
+    python -m experiments.run grip_claim grpo           # and grpo_blind
     python -m experiments.grip_shipped.ship .lab/grip lab-dense
 
 `lab` and `lab-small` are each the mean of the weights of two runs of GRPO in a row; validation preferred the mean to
-both (results/validation.json). `lab-dense` is the first run of GRPO of grip_claim: with its supervised stage 12 minutes
-on one core.
+both (results/validation.json). `lab-dense` and `lab-dense-blind` are the first runs of GRPO of grip_claim: each with its
+supervised stage 12 minutes on one core.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RUNS = {
         "grip/blind": ("grip_shipped/lab_blind-0",),
         "grip/small": ("grip_shipped/small_grpo_1-0", "grip_shipped/small_grpo_2-0"),
     },
-    "lab-dense": {"dense/grip/question": ("grip_claim/grpo-0",)},
+    "lab-dense": {"dense/grip/question": ("grip_claim/grpo-0",), "dense/grip/blind": ("grip_claim/grpo_blind-0",)},
 }
 """Lab -> folder in the package -> runs."""
 PRIVATE = ("data", "eval_data", "output_dir", "init_from")  # folders of the machine that trained

@@ -36,6 +36,7 @@ SHIPPED_NAMES = {
     "lab-blind": "grip/blind",
     "lab-small": "grip/small",
     "lab-dense": "dense/grip/question",
+    "lab-dense-blind": "dense/grip/blind",
 }
 """Scorers that come with the package, for the models `lab` and `lab-dense`: name -> folder in `SHIPPED`."""
 
@@ -299,7 +300,7 @@ class Grip(ScorePruner):
     Attributes:
         scorer: a name for `Scorer.from_pretrained`, or one that comes with the package: for its model `lab` the
             scorers `lab`, `lab-blind` (without the question) and `lab-small` (a fifth of the arithmetic), for its model
-            `lab-dense` the scorer `lab-dense`.
+            `lab-dense` the scorers `lab-dense` and `lab-dense-blind`.
         dtype: what the scorer computes in: "float32", "bfloat16", or "auto", bfloat16 where the features are and
             float32 elsewhere.
         module: the scorer itself; by default that of the name. Its weights are taken not to change from here on: make
