@@ -24,7 +24,7 @@ KINDS = {
 }
 """Kind of picture -> the lab, its families of questions (None: all), and what they ask."""
 REPORTS = {"lab": "experiments/lab_grid/REPORT.md", "lab-dense": "experiments/lab_dense/REPORT.md"}
-LEFT_OUT = ("full", "oracle", "grip:scorer=lab-blind")
+LEFT_OUT = ("full", "oracle", "grip:scorer=lab-blind", "grip:scorer=lab-dense-blind")
 ENOUGH = 0.95
 
 

@@ -17,7 +17,7 @@ export OMP_NUM_THREADS=1 # processes share the questions: faster than threads
 case $LAB in
   # Weights of heads belong to a model: REPORT.md says how they were measured. There are none of the second lab.
   lab) STUDY=lab_grid GRIP="grip,grip:scorer=lab-blind" HAWK="hawk:weights=(0.3129,0.2755,0.1070,0.2032,0.1015)," ;;
-  lab-dense) STUDY=lab_dense GRIP="grip:scorer=lab-dense" HAWK="" ;;
+  lab-dense) STUDY=lab_dense GRIP="grip:scorer=lab-dense,grip:scorer=lab-dense-blind" HAWK="" ;;
   *) echo "LAB=$LAB: use lab or lab-dense" >&2 && exit 2 ;;
 esac
 INPUT="full,oracle,downsample,random,grid,norm,pool,divprune,svd_prune,cdpruner,dart_input,fastervlm,fopru,visionzip,vispruner,prumerge,prumerge_plus,hired,hiprune:middle=1,mustdrop,vscan_vision:shallow=0,ptp_vision,otprune,scope,holov,prunesid,apet_input,${HAWK}mmr(norm),spread(norm),restore(holov),ensemble(norm,divprune),$GRIP,mmr(${GRIP%%,*}),gumbel(${GRIP%%,*})"
