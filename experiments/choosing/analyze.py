@@ -31,7 +31,8 @@ ENOUGH = 0.95
 def results(name: str) -> dict[str, list[Result]]:
     """Pruner -> its seeds. Options that suit a lab's small tower are left out, and both labs' scorers are `grip`."""
     found = lab.results("input") if name == "lab" else dense.grid()
-    kept = {spec.replace(":scorer=lab-dense", ""): seeds for spec, seeds in found.items() if spec not in LEFT_OUT}
+    found = {spec: seeds for spec, seeds in found.items() if spec not in LEFT_OUT and dense.ONE_ROUND not in spec}
+    kept = {spec.replace(":scorer=lab-dense", ""): seeds for spec, seeds in found.items()}
     return {spec.partition(":")[0]: seeds for spec, seeds in kept.items()}
 
 

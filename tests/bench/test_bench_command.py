@@ -89,7 +89,7 @@ def test_ctrl_c_in_the_command_is_no_error_text(tmp_path, capsys, monkeypatch):
         (["--keep", "1.5"], "is no budget"),
         (["--keep", "17"], "has only 16 visual tokens"),
         (["--pruners", "nrm"], "unknown pruner 'nrm': did you mean 'norm'"),
-        (["--pruners", "oracle"], "type `gripvlm eval --pruners oracle`"),
+        (["--pruners", "oracle"], "Type `gripvlm eval --pruners oracle`"),
         (["--pruners", "grip:scorer=lab"], "this scorer was trained for"),
         (["--dtype", "int8"], "a random model takes float32, bfloat16 or float16"),
         (["--device", "nonsense"], "not a device of PyTorch"),

@@ -103,9 +103,12 @@ def test_the_shipped_results_name_pruners_that_there_are(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep", "64"], "--keep 64: type a share of the visual tokens, such as 10%"),
+        (["--keep", "64"], "--keep 64: type a share of the visual tokens, above 0 and up to 100%, such as 10%"),
+        (["--keep", "0"], "--keep 0: type a share of the visual tokens, above 0 and up to 100%, such as 10%"),
         (["--kind", "texts"], "--kind texts: did you mean 'text'? type one of any, things, diagrams, text, crowded"),
         (["--model", "no such/model"], "no model 'no such/model': use 'lab'"),
+        (["--model", "qwen9"], "a model's type, which needs neither files nor network: did you mean 'qwen3_5' or"),
+        (["--model", "./x"], "a model's type, which needs neither files nor network: types are aya_vision, "),
     ],
 )
 def test_what_cannot_be_recommended(capsys, options, message):

@@ -58,6 +58,8 @@ def test_the_list_says_what_each_needs():
     [
         (lambda: get_pruner("divprun"), r"unknown pruner 'divprun': did you mean 'divprune' or "),
         (lambda: get_pruner("zzz"), "unknown pruner 'zzz': known are "),
+        (lambda: get_pruner("downsample"), "'downsample' is no pruner: .* Type `gripvlm eval --pruners downsample`"),
+        (lambda: get_pruner("mmr(oracle)"), "'oracle' is no pruner: .* Type `gripvlm eval --pruners oracle`"),
         (
             lambda: get_pruner("random:sead=3"),
             r"'random' has no option 'sead': did you mean 'seed'\? its options are seed=0",

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from gripvlm.budget import Budget
-from gripvlm.cli.commands import BUDGETS, EVAL_ONLY, Device, Model, Positions, console, split_pruners
+from gripvlm.cli.commands import BUDGETS, Device, Model, Positions, console, split_pruners
 from gripvlm.cli.outputs import checked_picture
 from gripvlm.errors import GripError
 
@@ -102,8 +102,6 @@ def _pruner_and_budget(text: str, keep: str | None) -> tuple[Pruner, Budget]:
     names = split_pruners(text) if text.strip(", ") else [text]
     if len(names) > 1:
         raise GripError(f"--pruner {text}: type one name; `gripvlm eval --pruners {text}` compares several")
-    if names[0] in EVAL_ONLY:
-        raise GripError(f"{EVAL_ONLY[names[0]]}; type here a name from `gripvlm list`")
     pruner = get_pruner(names[0])
     if not isinstance(pruner, KeepAll):
         return pruner, budget or Budget(0.1)

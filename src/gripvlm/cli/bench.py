@@ -15,7 +15,6 @@ from rich.table import Table
 
 from gripvlm.budget import Budget
 from gripvlm.cli.commands import (
-    EVAL_ONLY,
     Budgets,
     Device,
     Out,
@@ -79,11 +78,8 @@ def bench_command(
 
     quiet()
     for spec in specs:  # before a model of gigabytes is loaded
-        if spec == DOWNSAMPLE:
-            continue
-        if spec in EVAL_ONLY:
-            raise GripError(f"{EVAL_ONLY[spec]}; type here names from `gripvlm list`")
-        get_pruner(spec)
+        if spec != DOWNSAMPLE:
+            get_pruner(spec)
     if fit:
         check_limit(chosen_device(device))
     is_random = model.startswith(PREFIX)

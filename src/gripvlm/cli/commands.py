@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUDGETS = "64, 10%, or at most so many: ≤64 or '<=64'"
-EVAL_ONLY = {
-    "oracle": "the oracle keeps the evidence that a task marks for each question, and a picture of your own has none: "
-    "type `gripvlm eval --pruners oracle` to see it on the lab's tasks",
-    "downsample": "'downsample' makes the picture smaller and is no pruner, so that `gripvlm eval` and `gripvlm bench` "
-    "alone take it: pass a smaller picture yourself",
-    "blind": "'blind', the model without the picture, is no pruner: `gripvlm eval` measures it by itself",
-}
-"""Names that only `eval` accepts (and `bench`, downsample), and why."""
 
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, lab-dense, a local folder, or a Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
@@ -129,6 +121,8 @@ def evaluate_command(
     elif shard is not None:
         raise GripError(f"--shard {shard} without --out keeps no answers: type --out results/all.json, in every shard")
     names = split_pruners(pruners)
+    # A line before all that may take minutes: importing PyTorch, downloading a data set, reading weights.
+    print(filled(f"loading PyTorch, the questions of {tasks} and the model {model} ..."), file=sys.stderr, flush=True)
 
     from gripvlm.eval import evaluate
     from gripvlm.eval.plan import Plan, parse_shard

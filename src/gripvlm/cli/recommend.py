@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from importlib.resources import files
 from statistics import mean
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from gripvlm.budget import Budget
 from gripvlm.cli.commands import Model, console
-from gripvlm.errors import GripError
+from gripvlm.errors import BudgetError, GripError
 from gripvlm.utils.spec import did_you_mean
 from gripvlm.utils.terminal import filled
 
@@ -39,27 +40,51 @@ def recommend_command(
     kind: Annotated[str, typer.Option(help="Of picture: any, things, diagrams, text or crowded.")] = ANY,
 ) -> None:
     """What to start with for a model and a budget, and where pruning hurts."""
-    known, asked = recommended(), Budget(keep).plain
-    if not isinstance(asked, float):
-        raise GripError(
-            f"--keep {keep}: type a share of the visual tokens, such as 10% (how many tokens that is depends "
-            "on the picture)"
-        )
+    known, asked = recommended(), _share(keep)
     if kind not in (ANY, *known["kinds"]):
         hint = did_you_mean(kind, known["kinds"], count=1, cutoff=0.5)
         raise GripError(f"--kind {kind}: {hint}type one of {', '.join((ANY, *known['kinds']))}")
 
     from gripvlm.models.families import FAMILIES
-    from gripvlm.models.loading import model_type
     from gripvlm.models.smaller import sets_tokens
 
-    family = FAMILIES[model_type(model)]
+    family = FAMILIES[_type(model)]
     lacks = {
         "grid": not family.has_rasters,
         "attention": family.vision is None,
         "size": not sets_tokens(family),
     }
     show(console(), known, model, family.model_type, lacks, asked, kind)
+
+
+def _share(keep: str) -> float:
+    """`--keep` as a share of the visual tokens."""
+    try:
+        share = Budget(keep).plain
+    except BudgetError:
+        share = None
+    if isinstance(share, float):
+        return share
+    raise GripError(
+        f"--keep {keep}: type a share of the visual tokens, above 0 and up to 100%, such as 10% (what share a "
+        "count is depends on the picture)"
+    )
+
+
+def _type(model: str) -> str:
+    """The type of a model; its name alone may not tell it, or its files may be out of reach."""
+    from gripvlm.models.families import FAMILIES
+    from gripvlm.models.loading import ModelError, model_type
+
+    try:
+        return model_type(model)
+    except ModelError as error:
+        last = re.sub(r"[-.]", "_", model.rstrip("/").rpartition("/")[2].lower())
+        hint = did_you_mean(last, FAMILIES, count=2, cutoff=0.5) or f"types are {', '.join(FAMILIES)}"
+        raise GripError(
+            f"{str(error).rstrip('.')}. --model also takes a model's type, which needs neither files nor network: "
+            f"{hint.strip()}"
+        ) from error
 
 
 def serves(pruner: str, row: dict[str, Any], lacks: dict[str, bool]) -> bool:

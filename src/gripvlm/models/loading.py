@@ -214,11 +214,12 @@ def _advice(name: str, source: str | Path, error: BaseException) -> str:
             "model.save_pretrained(folder) and processor.save_pretrained(folder), or copy what is missing there."
         )
     return (
-        f"{name!r} is no folder here and could not be loaded from the Hub: {_short(error)} Check the spelling and the "
-        "network (a gated model needs `hf auth login`), or use a local folder or 'lab'."
+        f"{name!r} is no folder here and could not be loaded from the Hub: {_short(error, lines=1)} Check the spelling "
+        "and the network (a gated model needs `hf auth login`), or use a local folder or 'lab'."
     )
 
 
-def _short(error: BaseException) -> str:
-    """An error in one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 240, placeholder="...")
+def _short(error: BaseException, lines: int | None = None) -> str:
+    """An error in one line, of its first `lines` or all."""
+    text = "\n".join(str(error).splitlines()[:lines])
+    return textwrap.shorten(text or type(error).__name__, 240, placeholder="...")

@@ -70,6 +70,14 @@ _BUILT_IN: dict[str, str] = {
     "vscan_vision": "gripvlm.pruners.llm.vscan:VScanVision",
 }
 _registered: dict[str, str | Callable[..., Pruner]] = {}
+_NO_PRUNERS = {
+    "downsample": "'downsample' is no pruner: it makes pictures smaller before the model sees them. Type `gripvlm eval "
+    "--pruners downsample` or `gripvlm bench --pruners downsample` to measure it; to use it, resize pictures yourself",
+    "oracle": "'oracle' is no pruner: it keeps the evidence that a task marks for each question, and a picture of your "
+    "own has none. Type `gripvlm eval --pruners oracle` to see it on the lab's tasks",
+    "blind": "'blind' is no pruner, but the model without the picture: `gripvlm eval` measures it by itself",
+}
+"""Names that results show beside those of pruners, and what to do instead of asking for such a pruner."""
 
 
 class PrunerRow(NamedTuple):
@@ -255,6 +263,8 @@ def _load(name: str) -> Any:
     if source is None:
         sources = _sources()
         if name not in sources:
+            if name in _NO_PRUNERS:
+                raise PrunerError(f"{_NO_PRUNERS[name]}. `gripvlm list` shows the pruners")
             hint = did_you_mean(name, sources)
             raise PrunerError(f"unknown pruner {name!r}: {hint}known are {', '.join(sorted(sources))}")
         source = sources[name]
