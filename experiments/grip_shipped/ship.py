@@ -7,8 +7,8 @@ and lab-dense-blind.
     python -m experiments.grip_shipped.ship .lab/grip lab-dense
 
 `lab` and `lab-small` are each the mean of the weights of two runs of GRPO in a row; validation preferred the mean to
-both (results/validation.json). `lab-dense` and `lab-dense-blind` are the first runs of GRPO of grip_claim: each with its
-supervised stage 12 minutes on one core.
+both (results/validation.json). `lab-dense` and `lab-dense-blind` are the first runs of GRPO of grip_claim: each, with
+its supervised stage, 12 minutes on one core.
 """
 
 from __future__ import annotations
