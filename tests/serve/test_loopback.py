@@ -122,7 +122,7 @@ def test_a_server_that_stops_ends_what_runs():
         ]
         for thread in threads:
             thread.start()
-        waits_until(lambda: server.worker.running or server.worker.waiting)
+        waits_until(lambda: server.worker.running + server.worker.waiting == len(rows))
     for thread in threads:
         thread.join()
     assert [answer.status_code for answer in results] == [200] * 3

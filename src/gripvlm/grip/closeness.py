@@ -38,12 +38,14 @@ class Closeness:
         """[B, m, n] float32: how close all tokens are to tokens [B, m]."""
         if self._table is not None:
             return _taken(self._table, index)
-        with torch.no_grad(), torch.autocast(index.device.type, enabled=False):
+        with torch.no_grad():
             apart = torch.cdist(_taken(self._cells, index), self._cells, compute_mode="donot_use_mm_for_euclid_dist")
             beside = apart.square_().div_(-2 * REACH**2).exp_()
             if self._images is not None:
                 beside *= self._images.gather(1, index)[..., None] == self._images[:, None]
-            return (_taken(self._features, index) @ self._features.mT).clamp_min_(0).add_(beside).mul_(0.5)
+            # float: autocast multiplies in bfloat16
+            alike = (_taken(self._features, index) @ self._features.mT).float()
+            return alike.clamp_min_(0).add_(beside).mul_(0.5)
 
     def nearest(self, kept: Tensor) -> Tensor:
         """[B, G, n] how close each token is to the nearest of kept [B, G, m], -1 at padding; 0 where there is none."""
