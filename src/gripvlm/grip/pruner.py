@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import PrunerError
+from gripvlm.grip.closeness import closeness
 from gripvlm.grip.fingerprint import ScorerError
 from gripvlm.grip.policy import samples_to_mask
-from gripvlm.grip.rounds import greedy
-from gripvlm.grip.scorer import SCORER_FILES, Scored, Scorer, coordinates, has_scorer
+from gripvlm.grip.rounds import Penalty, greedy
+from gripvlm.grip.scorer import SCORER_FILES, Scorer, coordinates, has_scorer
 from gripvlm.pruners.base import ScorePruner
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.batching import joined, onto, padded, per_entry
@@ -67,7 +68,8 @@ class ScorerInputs:
     """
 
     features: Tensor  # [S, n, d]
-    places: Tensor  # [S, n, 2]
+    places: Tensor  # [S, n, 2] fractions of the image
+    cells: Tensor  # [S, n, 2] the same in tokens
     valid: Tensor  # [S, n]
     question: Tensor | None  # [S, t, d]
     question_mask: Tensor | None  # [S, t]
@@ -77,33 +79,32 @@ class ScorerInputs:
     parts: list[list[int]]  # [S] lists of the tokens of each of its images
     even: tuple[bool, bool]  # whether all sequences, and all questions, are of one length
 
-    def read(self, scorer: Scorer, counts: Tensor) -> Scored:
-        """The scorer's states and logits [S, n] when `counts` [S] tokens will be left, -inf at padding."""
+    def score(self, scorer: Scorer, counts: Tensor) -> Tensor:
+        """The scorer's logits [S, n] when `counts` [S] tokens will be left, -inf at padding."""
         # A mask that hides nothing is left out: attention has faster kernels without one.
         valid = None if self.even[0] else self.valid
         question_mask = None if self.even[1] else self.question_mask
         share = counts / self.sizes
-        scored = scorer.read(self.features, self.places, share, valid, self.question, question_mask, self.images)
-        return scored._replace(logits=scored.logits.masked_fill(~self.valid, -torch.inf))
+        logits = scorer(self.features, self.places, share, valid, self.question, question_mask, self.images)
+        return logits.masked_fill(~self.valid, -torch.inf)
 
-    def score(self, scorer: Scorer, counts: Tensor) -> Tensor:
-        """[S, n] logits of the first round."""
-        return self.read(scorer, counts).logits
+    def penalty(self, scorer: Scorer, counts: Tensor) -> Penalty:
+        """What tokens lose by being like kept ones."""
+        return scorer.penalty(counts / self.sizes, closeness(self.features, self.cells, self.images))
 
     def choose(self, scorer: Scorer, counts: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """What the scorer keeps of each image, ascending, and the first round's logits [S, n].
+        """What the scorer keeps of each image, ascending, and the logits [S, n].
 
         With several images in a sequence this reads from the device how many tokens of each are kept.
         """
         k = onto(list(counts), self.features.device)
-        scored = self.read(scorer, k)
-        rounds = scorer.config.rounds
-        picks = greedy(scored.logits, k, max(counts), rounds, scorer.rescore(scored, self.sizes))
-        member = samples_to_mask(picks, scored.logits.shape[1])
+        logits = self.score(scorer, k)
+        picks = greedy(logits, k, max(counts), self.penalty(scorer, k))
+        member = samples_to_mask(picks, logits.shape[1])
         # A stable sort of kept and other places brings the kept ones to the front, in raster order.
         order = torch.sort(~member, dim=-1, stable=True).indices
         rows = [row[:count] for row, count in zip(order, counts, strict=True)]
-        return self.by_image(rows), scored.logits
+        return self.by_image(rows), logits
 
     def totals(self, counts: Tensor) -> Tensor:
         """[S] sums over the images of each sequence of counts [I]."""
@@ -161,9 +162,9 @@ class ScorerInputs:
         shapes = [tuple((tokens.n, tokens.grid) for tokens in sequence) for sequence in sequences]
         made = {shape: _coordinates(shape, device) for shape in shapes}
         if len(made) == 1:
-            places, numbers = (each.expand(len(shapes), *each.shape) for each in made[shapes[0]])
+            places, cells, numbers = (each.expand(len(shapes), *each.shape) for each in made[shapes[0]])
         else:
-            places, numbers = (padded([made[shape][i] for shape in shapes]) for i in (0, 1))
+            places, cells, numbers = (padded([made[shape][i] for shape in shapes]) for i in range(3))
         sizes = onto(lengths, device)
         words, words_mask, spoken = None, None, {0}
         if question:
@@ -177,6 +178,7 @@ class ScorerInputs:
         return cls(
             features=features,
             places=places,
+            cells=cells,
             valid=torch.arange(features.shape[1], device=device) < sizes[:, None],
             question=words,
             question_mask=words_mask,
@@ -189,11 +191,17 @@ class ScorerInputs:
 
 
 @lru_cache(maxsize=64)
-def _coordinates(shape: tuple[tuple[int, tuple[int, int] | None], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[n, 2] `coordinates` and [n] numbers of a sequence of images (n_i, grid); cached: a model's are of few sizes."""
+def _coordinates(
+    shape: tuple[tuple[int, tuple[int, int] | None], ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[n, 2] `coordinates`, [n, 2] the same in tokens, and [n] numbers of a sequence of images (n_i, grid).
+
+    Cached: a model's are of few sizes.
+    """
     with torch.inference_mode(False):
         places = [coordinates(n, grid, device) for n, grid in shape]
-        return joined(places), per_entry(range(len(shape)), places)
+        cells = [place * onto(grid or (1, n), device) for place, (n, grid) in zip(places, shape, strict=True)]
+        return joined(places), joined(cells), per_entry(range(len(shape)), places)
 
 
 class _Loaded:

@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gripvlm.errors import InputError
-from gripvlm.grip.blocks import Block, Update
+from gripvlm.grip.blocks import Block, Diversity
+from gripvlm.grip.closeness import Closeness
 from gripvlm.grip.fingerprint import ModelFingerprint, ScorerError
-from gripvlm.grip.rounds import Rescore
+from gripvlm.grip.rounds import Penalty
 from gripvlm.utils import disk
 from gripvlm.utils.strict_json import BadJSON, read
 
@@ -74,8 +75,7 @@ class ScorerConfig:
             budget, which a server can keep.
         budget: whether it reads the budget; False is the ablation.
         joint: one budget for all images of a prompt, which compete for it; else one for each image.
-        rounds: in how many the tokens are chosen; in all but the first the scores know what is kept.
-        diversity: whether tokens lose by being like kept ones; needs two rounds.
+        rounds: in how many the tokens are chosen; in all but the first, tokens lose by being like kept ones.
     """
 
     features: int
@@ -86,19 +86,14 @@ class ScorerConfig:
     budget: bool = True
     joint: bool = False
     rounds: int = 1
-    diversity: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.features, self.width, self.blocks, self.heads, self.rounds)
-        switches = (self.question, self.budget, self.joint, self.diversity)
+        switches = (self.question, self.budget, self.joint)
         if any(type(size) is not int for size in sizes) or any(type(switch) is not bool for switch in switches):
-            raise InputError(
-                f"{self}: sizes are whole numbers; question, budget, joint and diversity are true or false"
-            )
+            raise InputError(f"{self}: sizes are whole numbers; question, budget and joint are true or false")
         if min(sizes) < 1 or self.width % self.heads:
             raise InputError(f"{self}: sizes must be positive, and heads must divide width")
-        if self.diversity and self.rounds < 2:
-            raise InputError(f"{self}: diversity compares with the tokens of earlier rounds: use rounds=2 or more")
 
 
 def coordinates(n: int, grid: tuple[int, int] | None, device: torch.device | None = None) -> Tensor:
@@ -113,18 +108,6 @@ def _waves(values: Tensor, count: int, lowest: float) -> Tensor:
     """[..., 2 * count] sines and cosines of `values` at octaves from `lowest` radians a unit."""
     angles = values[..., None] * (lowest * 2.0 ** torch.arange(count, device=values.device, dtype=values.dtype))
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
-
-
-class Scored(NamedTuple):
-    """A batch as the scorer's trunk leaves it.
-
-    Attributes:
-        states: [B, n, width].
-        logits: [B, n] float32, those of the first round; -inf at padding.
-    """
-
-    states: Tensor
-    logits: Tensor
 
 
 class Scorer(
@@ -166,13 +149,9 @@ class Scorer(
             nn.init.zeros_(self.image.weight)  # all images alike at first
             nn.init.zeros_(self.image.bias)
         if config.rounds > 1:
-            self.update = Update(width, config.heads, config.budget, config.diversity)
+            self.diversity = Diversity(width)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, n] float32 logits of the first round; arguments as for `read`."""
-        return self.read(*args, **kwargs).logits
-
-    def read(
+    def forward(
         self,
         features: Tensor,
         places: Tensor,
@@ -181,8 +160,8 @@ class Scorer(
         question: Tensor | None = None,
         question_mask: Tensor | None = None,
         images: Tensor | None = None,
-    ) -> Scored:
-        """Scores a padded batch of sequences: the tokens of an image, or (`joint`) of all images of a prompt.
+    ) -> Tensor:
+        """[B, n] float32 logits, -inf at padding: scores a padded batch of sequences: the tokens of an image, or (`joint`) of all images of a prompt.
 
         Args:
             features: [B, n, d] projected visual features.
@@ -211,19 +190,14 @@ class Scorer(
         x_mask = None if valid is None else valid[:, None, None]
         for block in self.blocks:
             x = block(x, x_mask, words, words_mask, film)
-        x = self.leave(x)
-        logits: Tensor = self.score(x).squeeze(-1).float()
-        return Scored(x, logits if valid is None else logits.masked_fill(~valid, -torch.inf))
+        logits: Tensor = self.score(self.leave(x)).squeeze(-1).float()
+        return logits if valid is None else logits.masked_fill(~valid, -torch.inf)
 
-    def rescore(self, scored: Scored, sizes: Tensor) -> Rescore:
-        """The logits of later rounds, for `Rounds`; sizes: [B] tokens of each sequence."""
-
-        def logits(kept: Tensor, left: Tensor) -> Tensor:
-            # At least 1: rows that are complete already are scored too, and not used.
-            film = self._film(left.clamp(min=1) / sizes)
-            return scored.logits[:, None] + self.update(scored.states, kept, film)
-
-        return logits
+    def penalty(self, fraction: Tensor, closeness: Closeness) -> Penalty:
+        """What tokens lose in later rounds, with `fraction` as in `forward`."""
+        if self.config.rounds == 1:
+            return Penalty(1, torch.zeros_like(fraction, dtype=torch.float32), closeness)
+        return Penalty(self.config.rounds, self.diversity(self._film(fraction)).expand(len(fraction)), closeness)
 
     def _film(self, fraction: Tensor) -> Tensor | None:
         """[B, width] what blocks are told of a budget [B]; None where the scorer does not read it."""

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from gripvlm.errors import UnsupportedModelError
 from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
-from gripvlm.grip.rounds import Rounds, first_items
+from gripvlm.grip.rounds import Rounds
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.batch import Batch
 from gripvlm.grip.train.config import TrainConfig
 from gripvlm.grip.train.data import draw_counts
-from gripvlm.grip.train.policies import policy_of
 from gripvlm.grip.train.rewards import by_name
 from gripvlm.grip.train.rollout import Engine
 from gripvlm.grip.train.stage import Stage, Stats
@@ -50,8 +49,8 @@ class Distill(Stage):
     TwigVLM++ (arXiv 2503.14075) distils attention so. Most teachers see the full input and do not depend on the budget;
     the scorer sees one nevertheless, so that its ranking is good at all of them when exploration starts.
 
-    With `gradient_at_k` a scorer of several rounds learns in each step one of them, drawn evenly: in later ones what is
-    missing after what it has drawn itself.
+    With `gradient_at_k` a scorer of several rounds learns in each step one of them, drawn evenly: what is missing in a set
+    that it has drawn itself, and with that how much tokens lose by being like kept ones.
     """
 
     name = "distill"
@@ -67,33 +66,32 @@ class Distill(Stage):
         inputs = batch.for_scorer(scorer.config.question, scorer.config.joint)
         owner = torch.tensor(batch.owner, device=batch.sizes.device)
         counts = draw_counts(self.config, batch.sizes, owner, random)
-        # The first round alone has targets, unless the teacher can say what is missing.
-        later = self.teacher is gradient_at_k and scorer.config.rounds > 1
-        r = int(torch.randint(scorer.config.rounds, (), generator=random)) if later else 0
-        if r:
-            logits, kept = self._later(inputs, inputs.totals(counts), r, random)
+        totals = inputs.totals(counts)
+        logits = inputs.score(scorer, totals)
+        if self.teacher is gradient_at_k and scorer.config.rounds > 1:
+            logits, kept = self._after_some(inputs, totals, logits, random)
             weights = missing(self.engine, batch, kept)
         else:
             weights = self.teacher(self.engine, batch, counts, random)
-            logits = inputs.score(scorer, inputs.totals(counts))
         kl = _divergence(_rows(weights, inputs), logits, inputs.valid)
         # The mean over questions, however many sequences each has.
         loss = (kl / torch.bincount(inputs.owner)[inputs.owner]).sum() / len(batch)
         yield loss, {"kl_teacher": float(loss.detach())}
 
-    def _later(
-        self, inputs: ScorerInputs, counts: Tensor, r: int, random: torch.Generator
+    def _after_some(
+        self, inputs: ScorerInputs, counts: Tensor, logits: Tensor, random: torch.Generator
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits [S, n] of round r after what the scorer itself draws before it, and that as [n_i] bool by image."""
+        """Logits [S, n] of a round, and what the scorer itself has drawn before it, as [n_i] bool by image."""
+        penalty = inputs.penalty(self.scorer, counts)
         with torch.no_grad():
-            policy = policy_of(self.scorer, inputs, counts)
-            assert isinstance(policy, Rounds)
-            bound = policy.bound(r)
-            kept = first_items(policy.sample(1, generator=random), bound, int(bound.max()))
-        scored = inputs.read(self.scorer, counts)
-        logits = self.scorer.rescore(scored, inputs.sizes)(kept, counts - bound)[:, 0]
+            law = Rounds(logits, counts, inputs.valid, penalty)
+            bound = law.bound(int(torch.randint(law.rounds, (), generator=random)))
+            samples = law.sample(1, generator=random)
+            after = torch.arange(law.k_max, device=bound.device) >= bound[:, None]
+            kept = samples.masked_fill(after[:, None], -1)
+            near = penalty.closeness(kept)[:, 0]
         member = samples_to_mask(kept[:, 0], logits.shape[1])
-        return logits, inputs.values_by_image(member)
+        return logits - penalty.weight[:, None] * near, inputs.values_by_image(member)
 
 
 def _rows(weights: Sequence[Tensor], inputs: ScorerInputs) -> Tensor:

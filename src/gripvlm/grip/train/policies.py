@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from gripvlm.errors import TrainError
@@ -17,19 +19,13 @@ def policy_of(scorer: Scorer, inputs: ScorerInputs, counts: Tensor, temperature:
     """The distribution over subsets of `counts` [S] tokens of each sequence.
 
     Raises:
-        TrainError: logits that are not finite, here or in a later round.
+        TrainError: logits that are not finite.
     """
-    scored = inputs.read(scorer, counts)
-    first = _finite(scored.logits, inputs.valid) / temperature
-    if scorer.config.rounds == 1:
-        return PlackettLuce(first, counts, inputs.valid)
-    rescore = scorer.rescore(scored, inputs.sizes)
-
-    def later(kept: Tensor, left: Tensor) -> Tensor:
-        logits = rescore(kept, left)
-        return _finite(logits, inputs.valid[:, None].expand_as(logits)) / temperature
-
-    return Rounds(first, counts, inputs.valid, scorer.config.rounds, later)
+    logits = _finite(inputs.score(scorer, counts), inputs.valid) / temperature
+    penalty = inputs.penalty(scorer, counts)
+    if penalty.rounds == 1:
+        return PlackettLuce(logits, counts, inputs.valid)
+    return Rounds(logits, counts, inputs.valid, replace(penalty, weight=penalty.weight / temperature))
 
 
 def _finite(logits: Tensor, valid: Tensor) -> Tensor:

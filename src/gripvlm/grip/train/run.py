@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Settings that the scorer itself has.
-_SIZES = ("width", "blocks", "heads", "question", "budget", "joint", "rounds", "diversity")
+_SIZES = ("width", "blocks", "heads", "question", "budget", "joint", "rounds")
 # What may differ between a run and its continuation.
 _FREE = {"output_dir", "device", "report_to", "run_name", "max_tokens_per_forward", "gradient_checkpointing"}
 _FREE |= {"on_bad_sample", "save_steps", "eval_steps"}
@@ -338,9 +338,7 @@ def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -
 
 def new_scorer(config: TrainConfig, features: int) -> ScorerConfig:
     """The sizes of a new scorer for features of so many channels."""
-    sizes = {name: getattr(config, name) for name in _SIZES}
-    sizes["diversity"] = config.diversity and config.rounds > 1
-    return ScorerConfig(features, **sizes)
+    return ScorerConfig(features, **{name: getattr(config, name) for name in _SIZES})
 
 
 def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel) -> Scorer:
