@@ -75,7 +75,7 @@ class SubsetPolicy:
     def _kth_largest(self) -> Tensor:
         """[B, 1], wide: the k-th largest logit, a constant: a centre that keeps what is near rank k exact."""
         wide = self.logits.detach().to(wide_type(self.logits.device)).masked_fill(~self.valid, -torch.inf)
-        largest = wide.sort(dim=-1, descending=True).values.gather(-1, (self.k[:, None] - 1).clamp_min(0))
+        largest = wide.topk(max(self.k_max, 1), dim=-1).values.gather(-1, (self.k[:, None] - 1).clamp_min(0))
         return largest.masked_fill(largest == -torch.inf, 0.0)  # a row without items, whose k is 0
 
     def _narrowed(self, value: Tensor) -> Tensor:

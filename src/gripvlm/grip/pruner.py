@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
@@ -90,7 +90,12 @@ class ScorerInputs:
 
     def penalty(self, scorer: Scorer, counts: Tensor) -> Penalty:
         """What tokens lose by being like kept ones."""
-        return scorer.penalty(counts / self.sizes, closeness(self.features, self.cells, self.images))
+        return scorer.penalty(counts / self.sizes, lambda: self._close)
+
+    @cached_property
+    def _close(self) -> Tensor:
+        """[S, n, n]; the steps of a batch share it."""
+        return closeness(self.features, self.cells, self.images)
 
     def choose(self, scorer: Scorer, counts: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """What the scorer keeps of each image, ascending, and the logits [S, n].

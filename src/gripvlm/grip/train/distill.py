@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import UnsupportedModelError
+from gripvlm.grip.closeness import nearest
 from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.rounds import Rounds
@@ -89,7 +90,7 @@ class Distill(Stage):
             samples = law.sample(1, generator=random)
             after = torch.arange(law.k_max, device=bound.device) >= bound[:, None]
             kept = samples.masked_fill(after[:, None], -1)
-            near = penalty.closeness(kept)[:, 0]
+            near = nearest(penalty.close, kept)[:, 0]
         member = samples_to_mask(kept[:, 0], logits.shape[1])
         return logits - penalty.weight[:, None] * near, inputs.values_by_image(member)
 
