@@ -10,6 +10,7 @@ from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.grpo import Grpo
 
 from .conditional_bernoulli import ConditionalBernoulli
+from .masks import ranking
 
 __all__ = ["ConditionalGrpo"]
 
@@ -40,5 +41,5 @@ class ConditionalGrpo(Grpo):
     random_stream = "grpo"  # the published runs were GRPO's with another policy
 
     def policy(self, scorer: Scorer, inputs: ScorerInputs, counts: Tensor) -> _SetPolicy:  # type: ignore[override]
-        logits = inputs.score(scorer, counts) / self.config.temperature
+        logits = ranking(scorer, inputs, counts) / self.config.temperature
         return _SetPolicy(logits, torch.as_tensor(counts), inputs.valid)

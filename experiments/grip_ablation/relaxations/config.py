@@ -24,7 +24,7 @@ class RelaxedConfig(TrainConfig):
     """
 
     stage: str = setting("relaxed", "always relaxed", ("relaxed",))
-    rounds: int = setting(1, "always 1: relaxations train the logits of the first", at_least=1, below=2)
+    rounds: int = setting(1, "as in `gripvlm train`, by default 1", at_least=1)
     relaxation: str = setting("soft_topk", "what takes GRPO's place", RELAXATIONS)
     tau_start: float = setting(1.0, "temperature of the relaxation at the first step", above=0)
     tau_end: float = setting(0.02, "temperature at the last step, where it is annealed", above=0)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
+from gripvlm.grip.rounds import adjusted
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Batch, Engine, Stage
 from gripvlm.grip.train.data import draw_counts
@@ -41,11 +42,21 @@ __all__ = [
     "Relaxed",
     "binarity",
     "perturbed_top_k",
+    "ranking",
     "simple_top_k",
     "soft_top_k",
     "straight_through_top_k",
     "threshold",
 ]
+
+
+def ranking(scorer: Scorer, inputs: ScorerInputs, counts: Tensor) -> Tensor:
+    """[S, n] numbers whose `counts` [S] highest are what the scorer keeps, with a gradient; see `rounds.adjusted`.
+
+    With one round they are the logits. With more, what a token loses by being like kept ones is taken off, so that a
+    relaxation of top-k relaxes the choice that the scorer makes.
+    """
+    return adjusted(inputs.score(scorer, counts), counts, int(counts.max()), inputs.penalty(scorer, counts))
 
 
 def threshold(scores: Tensor, k: Tensor, tau: float) -> Tensor:
@@ -168,11 +179,11 @@ class Relaxed(Stage):
         yield loss, {"reward": float(reward.detach().mean()), "hardness": float(top.mean()), "tau": tau}
 
     def scored(self, batch: Batch, random: torch.Generator) -> tuple[ScorerInputs, Tensor, Tensor]:
-        """What the scorer reads, the budgets [S] that are drawn, and its logits [S, n]."""
+        """What the scorer reads, the budgets [S] that are drawn, and its `ranking` [S, n]."""
         inputs = batch.for_scorer(self.scorer.config.question, self.scorer.config.joint)
         owner = torch.tensor(batch.owner, device=batch.sizes.device)
         counts = inputs.totals(draw_counts(self.config, batch.sizes, owner, random))
-        return inputs, counts, inputs.score(self.scorer, counts)
+        return inputs, counts, ranking(self.scorer, inputs, counts)
 
     def masked_reward(self, batch: Batch, inputs: ScorerInputs, mask: Tensor) -> Tensor:
         """[B] reward of each answer when attention on the images is scaled by mask [S, n].

@@ -17,10 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gripvlm.errors import UnsupportedModelError
-from gripvlm.grip.closeness import nearest
-from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
-from gripvlm.grip.rounds import Rounds
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.batch import Batch
 from gripvlm.grip.train.config import TrainConfig
@@ -50,8 +47,8 @@ class Distill(Stage):
     TwigVLM++ (arXiv 2503.14075) distils attention so. Most teachers see the full input and do not depend on the budget;
     the scorer sees one nevertheless, so that its ranking is good at all of them when exploration starts.
 
-    With `gradient_at_k` a scorer of several rounds learns in each step one of them, drawn evenly: what is missing in a set
-    that it has drawn itself, and with that how much tokens lose by being like kept ones.
+    What tokens lose by being like kept ones has no part in it. Tried on lab-dense: targets of what is missing in sets that
+    the scorer draws itself, which train that loss too; the scorer was no better (experiments/grip_claim).
     """
 
     name = "distill"
@@ -67,32 +64,12 @@ class Distill(Stage):
         inputs = batch.for_scorer(scorer.config.question, scorer.config.joint)
         owner = torch.tensor(batch.owner, device=batch.sizes.device)
         counts = draw_counts(self.config, batch.sizes, owner, random)
-        totals = inputs.totals(counts)
-        logits = inputs.score(scorer, totals)
-        if self.teacher is gradient_at_k and scorer.config.rounds > 1:
-            logits, kept = self._after_some(inputs, totals, logits, random)
-            weights = missing(self.engine, batch, kept)
-        else:
-            weights = self.teacher(self.engine, batch, counts, random)
+        weights = self.teacher(self.engine, batch, counts, random)
+        logits = inputs.score(scorer, inputs.totals(counts))
         kl = _divergence(_rows(weights, inputs), logits, inputs.valid)
         # The mean over questions, however many sequences each has.
         loss = (kl / torch.bincount(inputs.owner)[inputs.owner]).sum() / len(batch)
         yield loss, {"kl_teacher": float(loss.detach())}
-
-    def _after_some(
-        self, inputs: ScorerInputs, counts: Tensor, logits: Tensor, random: torch.Generator
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Logits [S, n] of a round, and what the scorer itself has drawn before it, as [n_i] bool by image."""
-        penalty = inputs.penalty(self.scorer, counts)
-        with torch.no_grad():
-            law = Rounds(logits, counts, inputs.valid, penalty)
-            bound = law.bound(int(torch.randint(law.rounds, (), generator=random)))
-            samples = law.sample(1, generator=random)
-            after = torch.arange(law.k_max, device=bound.device) >= bound[:, None]
-            kept = samples.masked_fill(after[:, None], -1)
-            near = nearest(penalty.close, kept)[:, 0]
-        member = samples_to_mask(kept[:, 0], logits.shape[1])
-        return logits - penalty.weight[:, None] * near, inputs.values_by_image(member)
 
 
 def _rows(weights: Sequence[Tensor], inputs: ScorerInputs) -> Tensor:
