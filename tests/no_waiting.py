@@ -140,10 +140,10 @@ def grip(**config: Any) -> Grip:
     return Grip("untrained", Scorer(ScorerConfig(32, width=16, heads=2, **config)))
 
 
-def test_rounds_with_diversity_and_one_budget_wait_for_nothing_either(request, monkeypatch):
+def test_rounds_and_one_budget_wait_for_nothing_either(request, monkeypatch):
     """As long as no prompt has several images: how many of each are kept is then known only on the device."""
     monkeypatch.setattr(Grip, "check", lambda self, model: None)
-    pruner = grip(rounds=4, diversity=True, joint=True)
+    pruner = grip(rounds=4, joint=True)
     model, inputs = request.getfixturevalue("accelerator")
     moved(pruner.module)
     batch = run(model, inputs, pruner, [3, 7])

@@ -28,8 +28,7 @@ from gripvlm.types import VisualTokens
 D, HIDDEN, LAYERS, HEADS, WORDS = 4096, 11008, 32, 32, 35
 SCORERS = {
     "one round": {},
-    "2 rounds, diversity": {"rounds": 2, "diversity": True},
-    "4 rounds, diversity": {"rounds": 4, "diversity": True},
+    "16 rounds": {"rounds": 16},
 }
 PROMPTS = {"576": [576], "2,880 as five images, each for itself": [576] * 5, "2,880 with one budget": [576] * 5}
 SHARE = 0.125

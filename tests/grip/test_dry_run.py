@@ -39,7 +39,7 @@ task = asked(2, each=2)
 parts = memory(Sizes.of(model, processor, pairs(task), config), config)
 engine = Engine(model, processor, tokens, gradient_checkpointing=checkpointing)
 batch = engine.prepare(pairs(task))
-names = "width", "blocks", "heads", "joint", "rounds", "diversity"
+names = "width", "blocks", "heads", "joint", "rounds"
 stage = Grpo(config, tiny_scorer(model, **{name: getattr(config, name) for name in names}), engine)
 engine.run(batch, [0], [[torch.arange(4)]])
 

@@ -29,6 +29,7 @@ from experiments.grip_ablation.relaxations.masks import (
     Relaxed,
     binarity,
     perturbed_top_k,
+    ranking,
     simple_top_k,
     soft_top_k,
     straight_through_top_k,
@@ -419,9 +420,20 @@ def test_mistakes_are_one_line():
         main(RelaxedConfig, stage_of, None, ["--reward-funcs", "agreement"])
 
 
-def test_a_scorer_of_two_rounds_is_refused(tmp_path):
+@pytest.mark.parametrize("relaxation", ["soft_topk", "conditional_bernoulli"])
+def test_rounds_are_relaxed_as_they_choose(relaxation):
+    """The numbers that are relaxed rank first what the scorer keeps, and train how much tokens lose."""
     model, processor = tiny_vlm()
-    tiny_scorer(model, rounds=2).save_pretrained(tmp_path / "two")
-    config = relaxed_config(init_from=str(tmp_path / "two"), output_dir=str(tmp_path / "run"))
-    with pytest.raises(TrainError, match=r"rounds = 1, but the scorer in .*two has 2"):
-        train_stage(config, stage_of, model, processor, asked(6))
+    engine, scorer = engine_of(model, processor), tiny_scorer(model, rounds=4, joint=True)
+    batch = engine.prepare(pairs(asked(2)))
+    inputs, counts = batch.for_scorer(True, joint=True), torch.tensor([6] * len(batch))
+    with torch.no_grad():
+        kept, _ = inputs.choose(scorer, counts.tolist())
+        best = ranking(scorer, inputs, counts).argsort(descending=True)[:, :6]
+        plain = inputs.score(scorer, counts).argsort(descending=True)[:, :6]
+    assert [sorted(row) for row in best.tolist()] == [rows.tolist() for rows in kept]
+    assert not torch.equal(best.sort().values, plain.sort().values)
+    stage = stage_of(relaxed_config(relaxation=relaxation, rounds=4), scorer, engine)
+    loss, _ = next(iter(stage.losses(batch, 0.5, drawn())))
+    loss.backward()
+    assert scorer.diversity.penalty.bias.grad.abs().sum() > 0

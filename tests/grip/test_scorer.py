@@ -13,6 +13,7 @@ import torch
 
 import gripvlm
 from gripvlm.errors import GripError, InputError, PrunerError
+from gripvlm.grip.closeness import closeness
 from gripvlm.grip.pruner import Grip
 from gripvlm.grip.scorer import FORMAT, ModelFingerprint, Scorer, ScorerConfig, ScorerError, coordinates
 from gripvlm.types import VisualTokens
@@ -30,10 +31,8 @@ def scorer_of(model=None, seed: int = 0, **changes) -> Scorer:
     scorer = Scorer(config, None if model is None else ModelFingerprint.of(model))
     with torch.no_grad():
         for name, weight in scorer.named_parameters():
-            if ".film." in name or name in ("score.weight", "image.weight", "update.change.weight"):
+            if ".film." in name or name in ("score.weight", "image.weight"):
                 weight.normal_(std=0.3)
-            if name == "update.penalty.bias":
-                weight.fill_(1.0)
     return scorer.eval()
 
 
@@ -116,7 +115,7 @@ def test_without_the_question():
         one(scorer_of(), features, None, 0.5, None)
 
 
-# --- rounds, diversity, one budget for a prompt -------------------------------------------------------------------
+# --- rounds, one budget for a prompt -------------------------------------------------------------------
 
 
 def kept_by(scorer: Scorer, tokens: list, **options) -> list[list[int]]:
@@ -136,62 +135,47 @@ def tokens_of(sizes: list[list[tuple[int, int]]]) -> list[VisualTokens]:
 
 
 @torch.no_grad()
-def test_a_new_scorer_of_several_rounds_keeps_what_one_round_keeps():
-    torch.manual_seed(0)
-    plain = Scorer(ScorerConfig(WIDTH, 32, 2, 2))
-    several = Scorer(ScorerConfig(WIDTH, 32, 2, 2, rounds=3))
-    several.load_state_dict(plain.state_dict(), strict=False)
-    some = tokens_of([[(16, 5)], [(30, 12)], [(9, 9)], [(4, 1)]])
-    assert kept_by(several.eval(), some) == kept_by(plain.eval(), some)
-    everything = scorer_of(rounds=3)
-    everything.load_state_dict({**everything.state_dict(), **plain.state_dict()})
-    assert kept_by(everything, some) != kept_by(plain, some)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("changes", [{"rounds": 3, "diversity": True}, {"rounds": 2, "budget": False}, {"rounds": 4}])
+@pytest.mark.parametrize("changes", [{"rounds": 3}, {"rounds": 2, "budget": False}, {"rounds": 40}])
 def test_rounds_by_hand(changes):
     """One image at a time, one round after another, against the batch."""
     scorer, some = scorer_of(**changes), tokens_of([[(16, 7)], [(30, 12)], [(9, 2)]])
+    highest = []
     for tokens, kept in zip(some, kept_by(scorer, some), strict=True):
-        share = torch.tensor([tokens.keep / tokens.n])
-        read = scorer.read(tokens.features[None], coordinates(tokens.n, None)[None], share, None, tokens.question[None])
-        logits, picks = read.logits[0].clone(), []
-        for r in range(scorer.config.rounds):
-            upto = -(-tokens.keep * (r + 1) // scorer.config.rounds)
-            if r:
-                left, now = torch.tensor([tokens.keep - len(picks)]), torch.tensor([[picks]])
-                logits = scorer.rescore(read, torch.tensor([tokens.n]))(now, left)[0, 0]
-            logits[picks] = -torch.inf
-            picks += logits.argsort(descending=True)[: upto - len(picks)].tolist()
+        scores = one(scorer, tokens.features, None, tokens.keep / tokens.n, tokens.question)
+        places = torch.stack([torch.full((tokens.n,), 0.5), torch.arange(tokens.n) + 0.5], -1)
+        close = closeness(tokens.features[None], places[None], None)[0]
+        film = scorer._film(torch.tensor([tokens.keep / tokens.n]))
+        weight = float(scorer.diversity(film))
+        rounds, picks = min(scorer.config.rounds, tokens.keep), []
+        for r in range(rounds):
+            upto = -(-tokens.keep * (r + 1) // rounds)
+            now = scores - weight * close[picks].max(0).values if picks else scores.clone()
+            now[picks] = -torch.inf
+            picks += now.argsort(descending=True)[: upto - len(picks)].tolist()
         assert sorted(picks) == kept
+        highest.append(sorted(scores.argsort(descending=True)[: tokens.keep].tolist()))
+    assert highest != kept_by(scorer, some)
 
 
 @torch.no_grad()
-def test_diversity_takes_lambda_times_the_largest_cosine():
-    scorer = scorer_of(rounds=2, diversity=True)
-    tokens = tokens_of([[(10, 4)]])[0]
-    read = scorer.read(
-        tokens.features[None], coordinates(10, None)[None], torch.tensor([0.4]), None, tokens.question[None]
-    )
-    kept, left = torch.tensor([[[3, 7, -1], [0, 5, 2]]]), torch.tensor([2])
-    found = scorer.rescore(read, torch.tensor([10]))(kept, left)[0]
-    scorer.update.penalty.bias.fill_(-torch.inf)
-    without = scorer.rescore(read, torch.tensor([10]))(kept, left)[0]
-    places = torch.nn.functional.normalize(scorer.update.compare(read.states[0]), dim=-1)
-    for row, others in enumerate(([3, 7], [0, 5, 2])):
-        nearest = (places @ places[others].T).max(-1).values
-        lost = torch.nn.functional.softplus(torch.tensor(1.0)) * nearest
-        assert torch.allclose(without[row] - found[row], lost, atol=1e-5)
+def test_a_token_beside_a_kept_one_loses_on_a_grid():
+    """The same features on other grids: what is beside what differs, and so does what is kept."""
+    scorer, features = scorer_of(rounds=6, question=False), torch.randn(24, WIDTH)
+    images = [VisualTokens(features, 6, grid=grid) for grid in ((4, 6), (6, 4), None)]
+    scorer.place.weight.zero_()  # the scores themselves know no places
+    assert len({tuple(kept) for kept in kept_by(scorer, images)}) > 1
 
 
-def test_everything_of_the_update_is_learnt():
-    scorer, tokens = scorer_of(rounds=2, diversity=True), tokens_of([[(10, 4)]])[0]
-    read = scorer.read(
-        tokens.features[None], coordinates(10, None)[None], torch.tensor([0.4]), None, tokens.question[None]
+def test_how_much_tokens_lose_is_learnt_for_each_budget():
+    scorer, shares = scorer_of(rounds=4), torch.tensor([0.5, 0.01])
+    assert Scorer(ScorerConfig(WIDTH, 32, 2, 2, rounds=4)).penalty(shares, lambda: None).weight.tolist() == (
+        pytest.approx([4.0, 4.0])
     )
-    scorer.rescore(read, torch.tensor([10]))(torch.tensor([[[3, 7]]]), torch.tensor([2])).square().sum().backward()
-    assert all(weight.grad.abs().sum() > 0 for weight in scorer.update.parameters())
+    scorer.diversity.penalty.weight.data.normal_()
+    weights = scorer.penalty(shares, lambda: None).weight
+    assert abs(float(weights[0] - weights[1])) > 1e-3
+    weights.sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in scorer.diversity.parameters())
 
 
 @torch.no_grad()
@@ -238,8 +222,6 @@ def test_many_prompts_are_scored_in_parts_that_do_not_divide_a_prompt(monkeypatc
 
 
 def test_sizes_that_cannot_be():
-    with pytest.raises(InputError, match="use rounds=2 or more"):
-        ScorerConfig(WIDTH, diversity=True)
     for sizes in ({"width": 30, "heads": 4}, {"blocks": 0}, {"width": 0}, {"rounds": 0}):
         with pytest.raises(InputError, match="heads must divide width"):
             ScorerConfig(WIDTH, **sizes)
@@ -249,7 +231,7 @@ def test_sizes_that_cannot_be():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, {"joint": True, "rounds": 3, "diversity": True}])
+@pytest.mark.parametrize("changes", [{}, {"joint": True, "rounds": 3}])
 def test_saved_and_loaded_it_is_the_same(model, tmp_path, changes):
     scorer = scorer_of(model, **changes)
     scorer.notes = {"stage": "grpo", "steps": 7}
@@ -308,16 +290,16 @@ def test_a_scorer_without_a_model_loads_and_may_not_prune(model, inputs, tmp_pat
 
 @torch.no_grad()
 def test_a_scorer_of_the_first_edition_loads(model, tmp_path):
-    """Its config.json knows no rounds, no diversity and no joint budget."""
+    """Its config.json knows no rounds and no joint budget."""
     scorer = scorer_of(model)
     scorer.save_pretrained(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())
-    for name in ("joint", "rounds", "diversity"):
+    for name in ("joint", "rounds"):
         del about["scorer"][name]
     (tmp_path / "config.json").write_text(json.dumps(about), encoding="utf-8")
     loaded = Scorer.from_pretrained(tmp_path)
     assert loaded.config == scorer.config
-    assert (loaded.config.joint, loaded.config.rounds, loaded.config.diversity) == (False, 1, False)
+    assert (loaded.config.joint, loaded.config.rounds) == (False, 1)
     assert loaded.digest() == scorer.digest()
 
 
@@ -401,10 +383,10 @@ def test_another_width_is_refused(model):
 class Spy(Scorer):
     """Notes the logits it gives, image by image, without padding."""
 
-    def read(self, *args, **kwargs):
-        scored = super().read(*args, **kwargs)
-        self.__dict__.setdefault("seen", []).extend(row[row.isfinite()] for row in scored.logits)
-        return scored
+    def forward(self, *args, **kwargs):
+        logits = super().forward(*args, **kwargs)
+        self.__dict__.setdefault("seen", []).extend(row[row.isfinite()] for row in logits)
+        return logits
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next"])

@@ -156,7 +156,7 @@ def test_checkpointing_stores_less_and_changes_no_gradient(engine, batch, monkey
 # --- validation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("own", [{}, {"joint": True, "rounds": 2, "diversity": True}], ids=["one round", "joint"])
+@pytest.mark.parametrize("own", [{}, {"joint": True, "rounds": 2}], ids=["one round", "joint"])
 def test_shards_of_the_validation_are_the_whole(engine, own):
     scorer = tiny_scorer(engine.model, **own)
     whole, parts = (

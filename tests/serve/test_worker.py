@@ -208,7 +208,7 @@ def test_a_joint_pruner_shares_the_budget_of_each_prompt_and_of_no_two(tmp_path)
     model = build("llava")
     torch.manual_seed(2)
     width = model.get_input_embeddings().weight.shape[1]
-    scorer = Scorer(ScorerConfig(width, width=16, blocks=1, heads=2, joint=True, rounds=2, diversity=True))
+    scorer = Scorer(ScorerConfig(width, width=16, blocks=1, heads=2, joint=True, rounds=2))
     torch.nn.init.normal_(scorer.score.weight)
     scorer.base = ModelFingerprint.of(model)
     scorer.save_pretrained(tmp_path)

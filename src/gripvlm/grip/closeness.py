@@ -35,9 +35,8 @@ def closeness(features: Tensor, cells: Tensor, images: Tensor | None) -> Tensor:
 
 def nearest(close: Tensor, kept: Tensor) -> Tensor:
     """[B, G, n] the closeness [B, n, n] of each token to the nearest of kept [B, G, m], -1 at padding; 0 for none."""
-    batch, group, m = kept.shape
-    near = close.new_zeros(batch, group, close.shape[-1])
-    rows = torch.arange(batch, device=kept.device)[:, None]
+    near = close.new_zeros(*kept.shape[:2], close.shape[-1])
+    rows = torch.arange(len(kept), device=kept.device)[:, None]
     for token in kept.unbind(-1):
         near = torch.maximum(near, close[rows, token.clamp_min(0)] * (token >= 0)[..., None])
     return near

@@ -160,7 +160,7 @@ class Scorer(
         question_mask: Tensor | None = None,
         images: Tensor | None = None,
     ) -> Tensor:
-        """[B, n] float32 logits, -inf at padding: scores a padded batch of sequences: the tokens of an image, or (`joint`) of all images of a prompt.
+        """[B, n] float32 logits, -inf at padding, of sequences: an image's tokens, or (`joint`) those of a prompt.
 
         Args:
             features: [B, n, d] projected visual features.

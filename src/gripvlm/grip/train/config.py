@@ -115,7 +115,9 @@ class TrainConfig:
     question: bool = setting(True, "whether the scorer reads the question")
     budget: bool = setting(True, "whether the scorer is given the budget")
     joint: bool = setting(True, "one budget for all pictures and tiles of a question, which compete for it")
-    rounds: int = setting(16, "in how many the tokens are chosen; in later ones they lose by being like kept ones", at_least=1)
+    rounds: int = setting(
+        16, "in how many the tokens are chosen; in later ones they lose by being like kept ones", at_least=1
+    )
     # batches and budgets
     per_device_train_batch_size: int = setting(4, "pictures a micro-batch", at_least=1)
     questions_per_image: int = setting(4, "questions a picture at most", at_least=1)

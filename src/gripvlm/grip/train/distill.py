@@ -47,8 +47,8 @@ class Distill(Stage):
     TwigVLM++ (arXiv 2503.14075) distils attention so. Most teachers see the full input and do not depend on the budget;
     the scorer sees one nevertheless, so that its ranking is good at all of them when exploration starts.
 
-    What tokens lose by being like kept ones has no part in it. Tried on lab-dense: targets of what is missing in sets that
-    the scorer draws itself, which train that loss too; the scorer was no better (experiments/grip_claim).
+    What tokens lose by being like kept ones has no part in it. Targets of what is missing in sets that the scorer draws
+    itself would train that too: on lab-dense the scorer was no better (experiments/grip_claim).
     """
 
     name = "distill"
