@@ -22,7 +22,7 @@ from experiments.results import ROOT, STUDIES, write_json
 from gripvlm import lab
 from gripvlm.budget import Budget
 from gripvlm.eval.environment import git_state, hardware
-from gripvlm.grip.closeness import closeness
+from gripvlm.grip.closeness import Closeness
 from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.rounds import Penalty, greedy
@@ -38,21 +38,21 @@ RULES = [
 """What is close, lambda, rounds; with 256 rounds tokens are chosen one by one."""
 
 
-def close(inputs: ScorerInputs, what: str) -> Tensor:
-    """[S, n, n] `closeness`, or one of its terms with all the weight."""
+def close(inputs: ScorerInputs, what: str) -> tuple[Closeness, float]:
+    """The closeness, or one of its terms alone and the factor that gives it all the weight."""
     if what == "features":
-        return 2 * closeness(inputs.features, inputs.cells * 1e6, inputs.images)  # all others are far away
+        return Closeness(inputs.features, inputs.cells * 1e6, inputs.images), 2  # all others are far away
     if what == "places":
-        return 2 * closeness(torch.zeros_like(inputs.features), inputs.cells, inputs.images)
-    return closeness(inputs.features, inputs.cells, inputs.images)
+        return Closeness(torch.zeros_like(inputs.features), inputs.cells, inputs.images), 2
+    return inputs.close, 1
 
 
 def chosen(scorer: Scorer, inputs: ScorerInputs, counts: Tensor) -> Iterator[Tensor]:
     """[S, K] what each rule keeps."""
     logits = inputs.score(scorer, counts)
-    tables = {what: close(inputs, what) for what, _, _ in RULES}
     for what, weight, rounds in RULES:
-        penalty = Penalty(rounds, torch.full((len(counts),), weight), tables[what])
+        closeness, factor = close(inputs, what)
+        penalty = Penalty(rounds, torch.full((len(counts),), factor * weight), closeness)
         yield greedy(logits, counts, int(counts.max()), penalty)
 
 

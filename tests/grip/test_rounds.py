@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from gripvlm.grip.closeness import closeness, nearest
+from gripvlm.grip.closeness import Closeness
 from gripvlm.grip.policy import PlackettLuce, samples_to_mask
 from gripvlm.grip.rounds import Penalty, Rounds, adjusted, greedy
 
@@ -18,8 +18,16 @@ CLOSE = (torch.linspace(-1.5, 2.0, 2 * N * N, dtype=torch.float64).sin() * 2).ab
 WEIGHT = torch.tensor([1.3, 0.6], dtype=torch.float64)
 
 
+class Table(Closeness):
+    """Any numbers [B, n, n]."""
+
+    def __init__(self, table):
+        super().__init__(table, torch.zeros(*table.shape[:2], 2), None)
+        self._table = table
+
+
 def law(logits, weight, k, rounds, mask=None) -> Rounds:
-    return Rounds(logits, k, mask, Penalty(rounds, weight, CLOSE))
+    return Rounds(logits, k, mask, Penalty(rounds, weight, Table(CLOSE)))
 
 
 def every(k: int, rows: int = 2) -> torch.Tensor:
@@ -122,7 +130,7 @@ def test_ragged_rows_are_their_own_law():
     assert (steps[0, :, 2:] == 0).all()
     for row in range(2):
         only = slice(row, row + 1)
-        alone = Rounds(LOGITS[only], int(k[row]), mask[only], Penalty(4, WEIGHT[only], CLOSE[only]))
+        alone = Rounds(LOGITS[only], int(k[row]), mask[only], Penalty(4, WEIGHT[only], Table(CLOSE[only])))
         own = samples[only, :, : k[row]]
         assert torch.allclose(alone.log_prob(own)[0], both.log_prob(samples)[row], atol=1e-12)
         assert alone.mode()[0].tolist() == both.mode()[row, : k[row]].tolist()
@@ -149,7 +157,7 @@ def test_the_highest_adjusted_logits_are_the_mode_and_have_its_gradients():
     close = torch.rand(8, 30, 30, dtype=torch.float64, generator=drawn(1))
     weight = torch.linspace(0.1, 5, 8, dtype=torch.float64).requires_grad_()
     k = torch.tensor([1, 2, 5, 8, 13, 20, 29, 30])
-    penalty = Penalty(4, weight, close)
+    penalty = Penalty(4, weight, Table(close))
     found = adjusted(drawn_logits, k, 30, penalty)
     kept = samples_to_mask(greedy(drawn_logits.detach(), k, 30, penalty), 30)
     for row in range(8):
@@ -157,13 +165,16 @@ def test_the_highest_adjusted_logits_are_the_mode_and_have_its_gradients():
         assert set(best.tolist()) == set(kept[row].nonzero()[:, 0].tolist())
     assert (found != drawn_logits).any()
     # What is kept does not change in so small a step.
-    assert gradcheck(lambda s, w: adjusted(s, k, 30, Penalty(4, w, close)), (drawn_logits, weight), eps=1e-8, atol=1e-5)
+    assert gradcheck(
+        lambda s, w: adjusted(s, k, 30, Penalty(4, w, Table(close))), (drawn_logits, weight), eps=1e-8, atol=1e-5
+    )
 
 
 def test_closeness_by_hand():
     features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])[None]
     cells = torch.tensor([[0.5, 0.5], [0.5, 3.5], [1.5, 0.5], [0.5, 0.5]])[None]
-    found = closeness(features, cells, torch.tensor([[0, 0, 0, 1]]))[0]
+    close = Closeness(features, cells, torch.tensor([[0, 0, 0, 1]]))
+    found = close.rows(torch.arange(4)[None])[0]
     beside = torch.exp(torch.tensor([-9.0, -1.0, -10.0]) / 4.5) / 2  # 3 columns, 1 row, both apart
     expected = torch.tensor(
         [
@@ -174,11 +185,14 @@ def test_closeness_by_hand():
         ]
     )
     assert torch.allclose(found, expected, atol=1e-6)
-    assert torch.equal(closeness(features, cells, None)[0, 0, 3], torch.tensor(0.5))  # opposite, at the same place
+    alone = Closeness(features, cells, None)
+    assert torch.equal(alone.rows(torch.tensor([[3, 0]]))[0, :, 0], torch.tensor([0.5, 1.0]))  # opposite, same place
     kept = torch.tensor([[[1, 2], [3, -1], [-1, -1]]])
-    near = nearest(found[None], kept)[0]
+    near = close.nearest(kept)[0]
     assert torch.equal(near, torch.stack([torch.maximum(found[1], found[2]), found[3], torch.zeros(4)]))
-    assert nearest(found[None], kept[..., :0]).shape == (1, 3, 4)
+    assert close.nearest(kept[..., :0]).tolist() == [[[0.0] * 4] * 3]
+    close.tabulate()
+    assert torch.equal(close.nearest(kept)[0], near)
 
 
 def test_what_was_evaluated_without_gradients_is_evaluated_again():

@@ -13,7 +13,7 @@ import torch
 
 import gripvlm
 from gripvlm.errors import GripError, InputError, PrunerError
-from gripvlm.grip.closeness import closeness
+from gripvlm.grip.closeness import Closeness
 from gripvlm.grip.pruner import Grip
 from gripvlm.grip.scorer import FORMAT, ModelFingerprint, Scorer, ScorerConfig, ScorerError, coordinates
 from gripvlm.types import VisualTokens
@@ -21,6 +21,7 @@ from tiny_families import build, make
 from tiny_models import llava_inputs, tiny_llava
 
 WIDTH = 48
+CLOSE = Closeness(torch.zeros(2, 1, 1), torch.zeros(2, 1, 2), None)
 
 
 def scorer_of(model=None, seed: int = 0, **changes) -> Scorer:
@@ -143,7 +144,7 @@ def test_rounds_by_hand(changes):
     for tokens, kept in zip(some, kept_by(scorer, some), strict=True):
         scores = one(scorer, tokens.features, None, tokens.keep / tokens.n, tokens.question)
         places = torch.stack([torch.full((tokens.n,), 0.5), torch.arange(tokens.n) + 0.5], -1)
-        close = closeness(tokens.features[None], places[None], None)[0]
+        close = Closeness(tokens.features[None], places[None], None).rows(torch.arange(tokens.n)[None])[0]
         film = scorer._film(torch.tensor([tokens.keep / tokens.n]))
         weight = float(scorer.diversity(film))
         rounds, picks = min(scorer.config.rounds, tokens.keep), []
@@ -168,11 +169,11 @@ def test_a_token_beside_a_kept_one_loses_on_a_grid():
 
 def test_how_much_tokens_lose_is_learnt_for_each_budget():
     scorer, shares = scorer_of(rounds=4), torch.tensor([0.5, 0.01])
-    assert Scorer(ScorerConfig(WIDTH, 32, 2, 2, rounds=4)).penalty(shares, lambda: None).weight.tolist() == (
+    assert Scorer(ScorerConfig(WIDTH, 32, 2, 2, rounds=4)).penalty(shares, CLOSE).weight.tolist() == (
         pytest.approx([4.0, 4.0])
     )
     scorer.diversity.penalty.weight.data.normal_()
-    weights = scorer.penalty(shares, lambda: None).weight
+    weights = scorer.penalty(shares, CLOSE).weight
     assert abs(float(weights[0] - weights[1])) > 1e-3
     weights.sum().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in scorer.diversity.parameters())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gripvlm.errors import PrunerError
-from gripvlm.grip.closeness import closeness
+from gripvlm.grip.closeness import Closeness
 from gripvlm.grip.fingerprint import ScorerError
 from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.rounds import Penalty, greedy
@@ -90,12 +90,12 @@ class ScorerInputs:
 
     def penalty(self, scorer: Scorer, counts: Tensor) -> Penalty:
         """What tokens lose by being like kept ones."""
-        return scorer.penalty(counts / self.sizes, lambda: self._close)
+        return scorer.penalty(counts / self.sizes, self.close)
 
     @cached_property
-    def _close(self) -> Tensor:
-        """[S, n, n]; the steps of a batch share it."""
-        return closeness(self.features, self.cells, self.images)
+    def close(self) -> Closeness:
+        """Of the tokens of each sequence."""
+        return Closeness(self.features, self.cells, self.images)
 
     def choose(self, scorer: Scorer, counts: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """What the scorer keeps of each image, ascending, and the logits [S, n].

@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from gripvlm.grip.closeness import nearest
+from gripvlm.grip.closeness import Closeness
 from gripvlm.grip.policy import PlackettLuce, samples_to_mask
 
 __all__ = ["Penalty", "Rounds", "adjusted", "greedy"]
@@ -38,12 +38,12 @@ class Penalty:
     Attributes:
         rounds: R, at least 1.
         weight: [B] lambda.
-        close: [B, n, n] c, at least 0; a constant for gradients. Not used where R = 1.
+        close: c of the B rows' items. Not used where R = 1.
     """
 
     rounds: int
     weight: Tensor
-    close: Tensor | None
+    close: Closeness
 
 
 class Rounds:
@@ -128,7 +128,7 @@ class Rounds:
         """What is left, and how close it is, once a round has kept items [B, G, K_r]."""
         with torch.no_grad():
             left = state.left & ~samples_to_mask(kept, self.logits.shape[1])
-            return _State(torch.maximum(state.near, nearest(self.penalty.close, kept)), left)
+            return _State(torch.maximum(state.near, self.penalty.close.nearest(kept)), left)
 
     def _walk(self, samples: Tensor) -> list[_Round]:
         """Each round's law along the samples, kept for the next call: log_prob, entropy and KL share it."""
@@ -219,7 +219,7 @@ def _greedy_rounds(logits: Tensor, k: Tensor, k_max: int, penalty: Penalty) -> I
         yield begin, best, near
         if r + 1 < rounds:
             taken = taken | samples_to_mask(best, logits.shape[1])
-            near = torch.maximum(near, nearest(penalty.close, best[:, None])[:, 0])
+            near = torch.maximum(near, penalty.close.nearest(best[:, None])[:, 0])
 
 
 def _bound(k: _Counts, r: int, rounds: int) -> _Counts:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from gripvlm.errors import InputError
 from gripvlm.grip.blocks import Block, Diversity
+from gripvlm.grip.closeness import Closeness
 from gripvlm.grip.fingerprint import ModelFingerprint, ScorerError
 from gripvlm.grip.rounds import Penalty
 from gripvlm.utils import disk
@@ -192,16 +193,11 @@ class Scorer(
         logits: Tensor = self.score(self.leave(x)).squeeze(-1).float()
         return logits if valid is None else logits.masked_fill(~valid, -torch.inf)
 
-    def penalty(self, fraction: Tensor, close: Callable[[], Tensor]) -> Penalty:
-        """What tokens lose in later rounds.
-
-        Args:
-            fraction: [B] as in `forward`.
-            close: gives the tokens' closeness [B, n, n]; called where there are later rounds.
-        """
+    def penalty(self, fraction: Tensor, close: Closeness) -> Penalty:
+        """What tokens lose in later rounds; `fraction` [B] as in `forward`."""
         if self.config.rounds == 1:
-            return Penalty(1, torch.zeros_like(fraction, dtype=torch.float32), None)
-        return Penalty(self.config.rounds, self.diversity(self._film(fraction)).expand(len(fraction)), close())
+            return Penalty(1, torch.zeros_like(fraction, dtype=torch.float32), close)
+        return Penalty(self.config.rounds, self.diversity(self._film(fraction)).expand(len(fraction)), close)
 
     def _film(self, fraction: Tensor) -> Tensor | None:
         """[B, width] what blocks are told of a budget [B]; None where the scorer does not read it."""

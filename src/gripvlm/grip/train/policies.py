@@ -25,6 +25,7 @@ def policy_of(scorer: Scorer, inputs: ScorerInputs, counts: Tensor, temperature:
     penalty = inputs.penalty(scorer, counts)
     if penalty.rounds == 1:
         return PlackettLuce(logits, counts, inputs.valid)
+    penalty.close.tabulate()  # many draws of the same tokens
     return Rounds(logits, counts, inputs.valid, replace(penalty, weight=penalty.weight / temperature))
 
 
