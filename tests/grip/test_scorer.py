@@ -174,7 +174,7 @@ def test_how_much_tokens_lose_is_learnt_for_each_budget():
     )
     scorer.diversity.penalty.weight.data.normal_()
     weights = scorer.penalty(shares, CLOSE).weight
-    assert abs(float(weights[0] - weights[1])) > 1e-3
+    assert abs(float((weights[0] - weights[1]).detach())) > 1e-3
     weights.sum().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in scorer.diversity.parameters())
 

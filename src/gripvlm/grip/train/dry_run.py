@@ -151,9 +151,10 @@ def memory(sizes: Sizes, config: TrainConfig, processes: int = 1) -> dict[str, i
         "vision tower": pictures * s.patches * (2 * s.tower_inner + s.hidden) * b,
         "rollouts": tokens * (3 * s.hidden + 3 * s.inner) * b + tokens * s.row(high),
         "logits": logits * ((b if b < 4 else 0) + 8),
-        # Later rounds know what each subset keeps.
+        # Later rounds have logits of their own for each subset, and a table of how close tokens are; both measured.
         "scorer": questions * s.visual * 4 * (3 * s.hidden + config.blocks * 24 * config.width)
-        + (config.rounds - 1) * rollouts * s.visual * 4 * 10 * config.width,
+        + (config.rounds - 1) * rollouts * s.visual * 48
+        + (9 * questions * s.visual**2 if config.rounds > 1 else 0),
     }
     if config.stage != "grpo" and config.distill_steps and config.teacher.startswith("gradient"):
         parts["teacher"] = layers + 2 * scores + bias + together * (s.answer + 1) * s.vocabulary * (b + 12)
