@@ -134,6 +134,17 @@ def draws() -> str:
     return table(["scorer", "tokens", *map(share, budgets)], rows)
 
 
+def rules() -> str:
+    """The probability of the right answer with one warm-up's scores, by the rule that takes the best set."""
+    rows = []
+    for each in common.read_json("grip_claim/results/rules.json")["rules"]:
+        values = list(each["probability"].values())
+        what = {"both": "features and places"}.get(each["close"], each["close"])
+        rounds = "one by one" if each["rounds"] == 256 else str(each["rounds"])
+        rows.append([what, f"{each['lambda']:g}", rounds, *map(percent, values), percent(mean(values))])
+    return table(["close are", "lambda", "rounds", *map(share, STATISTIC.split(",")), "mean"], rows)
+
+
 def tuning() -> str:
     rows = []
     for name, runs in tuned().items():
@@ -145,7 +156,7 @@ def tuning() -> str:
 
 
 def tables() -> dict[str, dict[str, str]]:
-    page = {"scores": scores(), "contrasts": contrasts(), "rollouts": rollouts(), "tuning": tuning(), "draws": draws()}
+    page = {"scores": scores(), "contrasts": contrasts(), "rollouts": rollouts(), "tuning": tuning(), "rules": rules(), "draws": draws()}
     return {f"experiments/{STUDY}/REPORT.md": page}
 
 
