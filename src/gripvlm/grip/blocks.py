@@ -1,4 +1,4 @@
-"""The scorer's layers: a block of its trunk, and the weight of its diversity term."""
+"""The scorer's layers: a block of its trunk, and how much tokens lose by being like kept ones."""
 
 from __future__ import annotations
 
