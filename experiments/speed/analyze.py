@@ -89,6 +89,7 @@ def rollouts() -> str:
 
 README = {
     "LLaVA 7 B, H200": {32: "LLaVA-1.5-7B's shape, NVIDIA H200", 1: "LLaVA-1.5-7B's shape, NVIDIA H200"},
+    "Qwen2.5-VL 7 B, H200": {8: "Qwen2.5-VL-7B's shape, NVIDIA H200"},
     "0.5 B, CPU": {1: "LLaVA with a 0.5 B language model, AMD EPYC, 2 threads"},
     "lab, CPU": {1: "the lab's small model, AMD EPYC, 2 threads"},
 }
