@@ -12,6 +12,7 @@ import itertools
 import json
 import posixpath
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ STAGES = {
     "pixels": "ahead of the vision tower",
 }
 TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+CODE = re.compile(r"<code>.*?</code>", re.DOTALL)
 PHONE = 56
 """Characters of a table's small type beside one another on a phone, the space between columns included."""
 FURTHER = [
@@ -129,7 +131,8 @@ def _cell(cell: dict[str, Any]) -> Iterator[str]:
     yield f"```python\n{source}\n```"
     for output in cell["outputs"]:
         if "text" in output:
-            yield f"```text\n{''.join(output['text']).rstrip()}\n```"
+            lines = "".join(output["text"]).rstrip().splitlines()
+            yield "```text\n" + "\n".join(textwrap.fill(line, 112) if len(line) > 112 else line for line in lines) + "\n```"
         elif "image/png" in output["data"]:
             yield f'<img alt="picture" src="data:image/png;base64,{output["data"]["image/png"]}">'
         else:
@@ -221,14 +224,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Marks the tables that are too wide for a phone."""
-    return TABLE.sub(lambda match: _for_phones(match[0]), html)
+    """Makes tables fit: lists in their cells may break at commas, and those too wide for a phone are marked."""
+    return TABLE.sub(lambda match: CODE.sub(lambda code: code[0].replace(",", ",<wbr>"), _for_phones(match[0])), html)
 
 
 def _for_phones(table: str) -> str:
     """A wide table with each cell's column beside it: site.css shows its rows below one another on a phone."""
     titles = [_words(title) for title in re.findall(r"<th\b[^>]*>(.*?)</th>", table, re.DOTALL)]
-    cells = [_words(cell) for cell in re.findall(r"<td\b[^>]*>(.*?)</td>", table, re.DOTALL)]
+    whole = CODE.sub(lambda code: code[0].replace(" ", "_"), table)  # code stays on one line
+    cells = [_words(cell) for cell in re.findall(r"<td\b[^>]*>(.*?)</td>", whole, re.DOTALL)]
     columns = [[title, *cells[i :: len(titles)]] for i, title in enumerate(titles)]
     if sum(2 + _narrowest(column) for column in columns) <= PHONE:
         return table
