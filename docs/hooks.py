@@ -132,7 +132,8 @@ def _cell(cell: dict[str, Any]) -> Iterator[str]:
     for output in cell["outputs"]:
         if "text" in output:
             lines = "".join(output["text"]).rstrip().splitlines()
-            yield "```text\n" + "\n".join(textwrap.fill(line, 112) if len(line) > 112 else line for line in lines) + "\n```"
+            text = "\n".join(textwrap.fill(line, 112, drop_whitespace=False) for line in lines)
+            yield f"```text\n{text}\n```"
         elif "image/png" in output["data"]:
             yield f'<img alt="picture" src="data:image/png;base64,{output["data"]["image/png"]}">'
         else:
