@@ -52,7 +52,7 @@ STAGES = {
     "pixels": "ahead of the vision tower",
 }
 TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
-CODE = re.compile(r"<code>.*?</code>", re.DOTALL)
+CODE = re.compile(r"<code>[^<]*</code>")
 PHONE = 56
 """Characters of a table's small type beside one another on a phone, the space between columns included."""
 FURTHER = [
