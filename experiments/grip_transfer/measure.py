@@ -31,8 +31,8 @@ from gripvlm.tasks import get_tasks
 
 STUDY, SOURCE, ROUNDS = "grip_claim", "lab-small", 16
 STARTS: tuple[Start, ...] = ("kept", "aligned", "new", "random")
-STEPS, SEEDS = (20, 60), 3
-"""Of the warm-up, which has 200, from each start; 0 steps are measured too."""
+STEPS, SEEDS = (20, 60), 2
+"""Of the warm-up, which has 200; 0 steps are measured too. From "kept" none is trained: it needs features alike."""
 PAIRED = 128
 """Training pictures that the entry is aligned on. No answer is read."""
 GUIDE = "lab-small in its own model"
@@ -83,7 +83,7 @@ def trained(work: Path) -> dict[tuple[str, int, int], Path]:
     found = {(start, 0, 0): folder for start, folder in starts(work).items()}
     for steps in STEPS:
         for seed in range(SEEDS):
-            for start in STARTS:
+            for start in STARTS[1:]:
                 # One start, so that a run's number is its seed.
                 changes = {
                     "distill_steps": steps,
