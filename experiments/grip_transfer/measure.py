@@ -123,10 +123,11 @@ def measure(folders: dict[tuple[str, int, int], Path], limit: int) -> list[dict[
     guide, like = Guide(), scorers["new", 0, 0]
     found: dict[tuple[str, int, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     engine = Engine(*lab.load("lab-dense"))
-    families = []
+    families, pictures = [], []
     for task in get_tasks(["lab-dense"]):
         samples = task.take(limit, 0)
         families += [task.name.rpartition("/")[2]] * len(samples)
+        pictures += [sample.id.partition("-")[0] for sample in samples]
         for start in range(0, len(samples), BATCH):
             batch = engine.prepare([(task, sample) for sample in samples[start : start + BATCH]])
             inputs = batch.for_scorer(question=True, joint=True)
@@ -144,7 +145,7 @@ def measure(folders: dict[tuple[str, int, int], Path], limit: int) -> list[dict[
     return [
         {"start": start, "steps": steps, "seed": seed, "probability": values}
         for (start, steps, seed), values in found.items()
-    ] + [{"families": families}]
+    ] + [{"families": families, "pictures": pictures}]
 
 
 def main() -> None:
