@@ -24,7 +24,7 @@ OURS = "grpo"
 PLANNED = ("soft_topk", "visionselector", "simple", "diffprune", "imitation")
 """Opponents of the claim; differences with others are shown, and are not tests."""
 IDEAS = ("few_draws", "probes", "budget_moves", "greedy", "virtual_draws", "seeing")
-OTHER_SCORERS = ("grpo_one_round", "soft_topk_one_round", "grpo_blind")
+OTHER_SCORERS = ("grpo_one_round", "soft_topk_one_round", "grpo_blind", "distill_no_budget")
 """They differ in more than the training."""
 SCRATCH = ("grpo_scratch", "soft_topk_scratch")
 """Without a warm-up: a comparison of its own."""
