@@ -16,13 +16,14 @@ from gripvlm.eval import environment, evaluate
 from gripvlm.tasks import get_tasks
 
 OUT = STUDIES / "serving/results/top_p.json"
+FIXED = (4, 5, 6, 8, 12, 16)
+"""Tokens of an image; `top_p` starts from the first."""
 SCORERS = {
-    "lab": ("grip", (4, 5, 6, 8, 12, 16)),
-    "lab-dense": ("grip:scorer=lab-dense", (4, 5, 6, 8, 12, 16)),
+    "lab": ("grip", (0.6, 0.9, 0.99, 0.999)),
+    "lab-dense": ("grip:scorer=lab-dense", (0.05, 0.1, 0.2, 0.4)),
 }
-"""Model -> its scorer and the fixed counts of an image; `top_p` starts from the first of them."""
-SHARES = (0.6, 0.9, 0.99, 0.999)
-"""p of `top_p`. A first run on `lab` with 0.2, 0.4 and 0.6 added tokens to one image in fifty."""
+"""Model -> its scorer and p of `top_p`. First runs: on `lab` 0.2 and 0.4 added next to nothing, on `lab-dense` 0.6 and
+above added all that `most` allows to nearly every image."""
 KEPT = ("pruner", "keep", "tokens", "score", "ci_low", "ci_high")
 
 
@@ -31,10 +32,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=600, help="questions of each lab; default 600")
     limit = parser.parse_args().limit
     rows = []
-    for name, (scorer, fixed) in SCORERS.items():
+    for name, (scorer, shares) in SCORERS.items():
         model, processor = lab.load(name)
         tasks = get_tasks([name])
-        for pruners, keeps in (([scorer], fixed), ([f"top_p({scorer}):p={p},most=4" for p in SHARES], fixed[:1])):
+        for pruners, keeps in (([scorer], FIXED), ([f"top_p({scorer}):p={p},most=4" for p in shares], FIXED[:1])):
             found = evaluate(
                 model, processor, tasks, pruners, keeps, limit=limit // len(tasks), blind=False, model_name=name
             )

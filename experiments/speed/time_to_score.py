@@ -72,7 +72,7 @@ def drawn(results: dict[str, list[Result]]) -> dict[str, np.ndarray]:
 
 def to_score() -> list[dict[str, Any]]:
     """For each shape and target: share of the unpruned time of the scorer and of the fastest training-free pruner."""
-    curves = drawn(load("speed/results/to_score"))
+    curves = drawn(load("lab_dense/results/large"))
     rows = []
     for shape, (file, batch, pruner) in SHAPES.items():
         for below in BELOW:
