@@ -30,6 +30,7 @@ from gripvlm.grip.train.rewards import Reward, Rewards, name_of
 from gripvlm.grip.train.rollout import Engine
 from gripvlm.grip.train.stage import Stage
 from gripvlm.grip.train.trainer import Trainer
+from gripvlm.grip.train.visionselector import VisionSelector
 from gripvlm.tasks import Task
 from gripvlm.utils import disk
 
@@ -110,8 +111,8 @@ def train_on(
         engine = make_engine(config, model, processor)
         scorer, done = _first_scorer(processes, config, folder, model)
         for name in _stages_left(config, done):
-            make = partial(Distill if name == "distill" else partial(Grpo, reward=reward), config, scorer, engine)
-            stage = processes.together(make)
+            make: Any = {"distill": Distill, "visionselector": VisionSelector}.get(name, partial(Grpo, reward=reward))
+            stage = processes.together(partial(make, config, scorer, engine))
             # Only now, as the stage has refused settings that do not fit the model.
             processes.together(lambda: record_run(config) if first else None)
             # Trackers count the steps of a run of both stages through.
@@ -155,6 +156,8 @@ def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
 
 
 def _check_half(config: TrainConfig, dtype: str) -> None:
+    if dtype == "float16" and config.stage == "visionselector":
+        raise TrainError("float16 is too small for the gradients of visionselector: use --dtype bfloat16 or float32")
     if dtype == "float16" and config.stage != "grpo" and get_teacher(config.teacher) in (gradient, gradient_at_k):
         raise TrainError(
             f"float16 is too small for the gradients of the teacher {config.teacher}: use --dtype bfloat16 or float32, "
@@ -322,7 +325,7 @@ def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -
     if config.stage == "all" and finished:
         return _loaded(folder / finished[0], config, model), finished[0]
     source: str | Path = config.init_from
-    if config.stage == "grpo" and not source:
+    if config.stage != "distill" and not source:
         if "distill" in finished:
             source = folder / "distill"
         elif (folder / "distill.ckpt").exists():
@@ -377,7 +380,7 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
         before, now = kind(**read_toml(file, kind)).to_dict(), config.to_dict()
     except TrainError as error:
         raise TrainError(f"{folder} holds a run that cannot be resumed ({error}): use another --output-dir") from error
-    if begun == {"distill"} and config.stage == "grpo":
+    if begun == {"distill"} and config.stage in ("grpo", "visionselector"):
         bound = {"model", *_SIZES}  # it starts from what that stage made, on whatever questions
     elif begun == {"distill"}:
         bound = {name for name in now if "distill" in stages_of(name, kind)} - {"stage"}
