@@ -112,6 +112,13 @@ class Pruner(ABC):
         """
         return [tokens.keep for tokens in images]
 
+    def in_tower(self, block: int) -> Pruner:
+        """What chooses in this pruner's place inside the vision tower, before `block` (see the wrapper `tower`).
+
+        By default itself. Override it where another score was trained for the hidden states there.
+        """
+        return self
+
     def check(self, model: Any) -> None:  # noqa: B027
         """Raises a `GripError` where this pruner cannot serve `model`. Called when it is attached."""
 
