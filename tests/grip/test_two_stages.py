@@ -16,6 +16,7 @@ from gripvlm.grip.pruner import Grip
 from gripvlm.grip.rounds import Penalty, Rounds
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Engine, train
+from gripvlm.grip.train.distill import Distill
 from gripvlm.grip.train.two_stages import TwoStageGrpo, TwoStages, best_of_two_stages
 from gripvlm.pruners import get_pruner
 from gripvlm.pruners.baselines.given import Given
@@ -103,6 +104,42 @@ def test_draws_have_the_probability_that_training_gives_them(engine, batch, vlm)
     assert ((draws.samples >= 0).sum(-1) == (draws.counts + draws.inputs.tower_counts)[:, None]).all()
     assert (draws.inputs.tower_counts >= draws.counts).all()
     assert len(draws.counts.unique()) > 1
+
+
+def test_the_warm_up_teaches_the_stage_inside_the_tower(engine, batch, vlm):
+    """With all other weights held, its divergence from the teacher falls."""
+    scorer = two_stages(vlm[0])
+    stage = Distill(tiny_config(tower_block=BLOCK, tower_low=0.3, tower_high=0.8), scorer, engine)
+    optimizer = torch.optim.Adam(scorer.tower.parameters(), lr=3e-3)
+    found = []
+    for _ in range(15):
+        ((loss, stats),) = stage.losses(batch, 0.0, drawn())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(stats["kl_teacher_tower"])
+    assert found[-1] < 0.7 * found[0]
+
+
+def test_agreement_compares_with_the_whole_tower(engine, vlm):
+    """Not with the tower of the draws, of which most rows are zeros."""
+    batch = engine.prepare(pairs(asked(pictures=2, each=1)))
+    whole = engine.run(engine.prepare(pairs(asked(pictures=2, each=1))), range(2), batch.everything).logits
+    grpo = TwoStageGrpo(tiny_config(reward_funcs="agreement"), two_stages(vlm[0]), engine)
+    seen = []
+    before = engine.run
+
+    def run(*args, **kwargs):
+        rollout = before(*args, **kwargs)
+        seen.append(rollout)
+        return rollout
+
+    engine.run = run
+    try:
+        grpo._draw(batch, drawn())
+    finally:
+        del engine.run
+    assert torch.allclose(seen[-1].full_logits, whole[torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])], atol=1e-5)
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -265,6 +302,9 @@ def test_refusals_say_what_to_do(vlm, tmp_path):
     tiny_scorer(model).save_pretrained(tmp_path / "one")
     with pytest.raises(PrunerError, match=r"no stage inside the vision tower: train one with `gripvlm train --tower-b"):
         get_pruner(f"tower(grip:scorer={tmp_path / 'one'})")
+    stages = get_pruner(f"tower(mmr(grip:scorer={tmp_path / 'two'})):block=1")
+    assert type(stages.inside.inner) is not Grip  # also inside a wrapper it is the stage of the tower
+    assert type(stages.behind.inner) is Grip
     with pytest.raises(PrunerError, match="before block 1 of the vision tower, not 0: pass block=1"):
         get_pruner(f"tower(grip:scorer={tmp_path / 'two'}):block=0")
     with pytest.raises(TrainError, match="tower_block = 0"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -325,6 +325,12 @@ class Wrapper(Pruner):
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(sorted({layer for pruner in self.inners for layer in pruner.vision_layers}))
+
+    def in_tower(self, block: int) -> Pruner:
+        """The wrapper around what chooses there in place of the pruners inside."""
+        inside = tuple(pruner.in_tower(block) for pruner in self.inners)
+        same = all(one is other for one, other in zip(inside, self.inners, strict=True))
+        return self if same else replace(self, inner=inside)
 
     def check(self, model: Any) -> None:
         for pruner in self.inners:
