@@ -36,6 +36,13 @@ def stage_of(engine, **changes) -> VisionSelector:
     return VisionSelector(tiny_config(**settings | changes), tiny_scorer(engine.model), engine)
 
 
+def test_a_scorer_with_a_stage_inside_the_tower_is_refused(engine):
+    scorer = tiny_scorer(engine.model)
+    staged = scorer.with_tower(1, engine.model.config.vision_config.hidden_size)
+    with pytest.raises(TrainError, match="trains no stage inside the vision tower"):
+        VisionSelector(tiny_config(stage="visionselector"), staged, engine)
+
+
 def test_a_mask_of_ones_leaves_the_answers_as_they_are(engine, batch):
     ones = [torch.ones(16) for _ in batch.owner]
     whole = engine.run(batch, range(len(batch)), batch.everything).log_probs

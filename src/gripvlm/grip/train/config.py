@@ -47,6 +47,7 @@ def setting(
 distill_setting, grpo_setting = partial(setting, stages=("distill",)), partial(setting, stages=("grpo",))
 later_setting = partial(setting, stages=("grpo", "visionselector"))
 _OFF_POLICY = ("num_iterations", range(2, 2**63))
+_IN_TOWER = ("tower_block", range(1, 2**63))
 
 
 RENAMED = {
@@ -119,6 +120,11 @@ class TrainConfig:
     rounds: int = setting(
         16, "in which tokens are chosen, losing by being like those kept before; 1 keeps the k highest", at_least=1
     )
+    tower_block: int = setting(
+        -1,
+        "block of the vision tower before which a first stage of the scorer chooses, 1 or more; -1: none",
+        at_least=-1,
+    )
     # batches and budgets
     per_device_train_batch_size: int = setting(4, "pictures a micro-batch", at_least=1)
     questions_per_image: int = setting(4, "questions a picture at most", at_least=1)
@@ -139,6 +145,10 @@ class TrainConfig:
     keep_choices: str = setting("", "shares of tokens that budgets = choices draws from, such as 0.25,0.06,0.015")
     keep_low: float = setting(0.015, "smallest share of tokens drawn", above=0, only=("budgets", ("log_uniform",)))
     keep_high: float = setting(0.5, "largest share of tokens drawn", above=0, only=("budgets", ("log_uniform",)))
+    tower_low: float = setting(
+        0.2, "smallest share of tokens drawn for the tower; that of validation", above=0, only=_IN_TOWER
+    )
+    tower_high: float = setting(0.6, "largest share of tokens drawn for the tower", above=0, only=_IN_TOWER)
     # optimiser
     max_steps: int = later_setting(1000, "steps of GRPO, or of visionselector", at_least=0)
     learning_rate: float = later_setting(3e-4, "of these; after 3 % of linear warm-up a cosine to a tenth", above=0)
@@ -214,6 +224,13 @@ class TrainConfig:
             raise TrainError(
                 f"keep_low = {self.keep_low}, keep_high = {self.keep_high}: use shares in (0, 1], the low one at most "
                 "the high one"
+            )
+        if self.tower_block == 0:
+            raise TrainError("tower_block = 0: nothing has been seen ahead of the first block; use 1 or more, or -1")
+        if not self.tower_low <= self.tower_high <= 1:
+            raise TrainError(
+                f"tower_low = {self.tower_low}, tower_high = {self.tower_high}: use shares in (0, 1], the low one at "
+                "most the high one"
             )
         parse_shares(self.eval_keeps, "eval_keeps")
         if self.budgets == "choices":

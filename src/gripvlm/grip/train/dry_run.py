@@ -21,7 +21,7 @@ from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.grip.train.data import Question
 from gripvlm.grip.train.rollout import PSEUDO_LABEL_TOKENS, tokens_per_forward
-from gripvlm.grip.train.run import new_scorer
+from gripvlm.grip.train.run import new_scorer, tower_width
 
 SAMPLED = 16
 """Questions that are tokenised, and whose pictures are read, for the lengths."""
@@ -96,7 +96,7 @@ class Sizes:
             patches.append(_patches(made["pixel_values"], vision))
         inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
         with torch.device("meta"):
-            scorer_size = _count(Scorer(new_scorer(config, text.hidden_size)))
+            scorer_size = _count(Scorer(new_scorer(config, text.hidden_size, tower_width(config, model))))
         return cls(
             itemsize=model.dtype.itemsize,
             weights=_count(model),

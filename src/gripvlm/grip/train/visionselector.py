@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gripvlm.errors import TrainError
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.rounds import adjusted
 from gripvlm.grip.scorer import Scorer
@@ -45,6 +46,10 @@ class VisionSelector(Stage):
     name = "visionselector"
 
     def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
+        if scorer.config.tower_features:
+            raise TrainError(
+                "visionselector trains no stage inside the vision tower: use grpo, or another scorer"
+            )
         super().__init__(config, scorer, engine, config.max_steps, config.learning_rate)
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:
