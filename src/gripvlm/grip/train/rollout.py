@@ -245,11 +245,9 @@ class Engine:
             part = [r for r, each in enumerate(kept) if len(each) == count]
             questions = torch.tensor([rows[r] for r in part], device=place.device)
             chosen = [kept[r] for r in part]
-            dropping = TowerDropping(
-                self.tower_block, lambda n, k=count: k, lambda images, own=chosen: own, frozenset({"features"})
-            )
+            dropping = _dropping_all_but(chosen, self.tower_block)
             seen = TowerStates(batch.tower.seen.states[place[questions]], batch.tower.seen.tuples)
-            inputs = {name: value[questions] for name, value in ids.items()}
+            inputs: dict[str, Any] = {name: value[questions] for name, value in ids.items()}
             inputs["pixel_values"] = batch.tower.pixels.expand(len(part), *batch.tower.pixels.shape[1:])
             with replay(self.model, self.tower_block, seen):
                 encoded = self._encoded(inputs, TowerRequest(dropping=dropping))
@@ -418,3 +416,8 @@ class Engine:
         targets = batch.inputs["labels"][:, -width:]
         log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
         return log_probs.masked_fill(targets < 0, 0.0)
+
+
+def _dropping_all_but(kept: list[Tensor], block: int) -> TowerDropping:
+    """All rows of each image but those of `kept`, as many of each, are dropped before the block."""
+    return TowerDropping(block, lambda n: len(kept[0]), lambda images: kept, frozenset({"features"}))
