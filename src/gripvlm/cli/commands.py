@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUDGETS = "64, 10%, or at most so many: ≤64 or '<=64'"
+SIMPLE = "downsample,random,grid,norm,pool,divprune"
+"""What `eval` measures if nothing is named: baselines, and an untrained method."""
 
 Model = Annotated[str, typer.Option("--model", "-m", help="lab, lab-dense, a local folder, or a Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator if there is one.")]
@@ -91,9 +93,12 @@ def evaluate_command(
     pruners: Annotated[
         str,
         typer.Option(
-            "--pruners", "-p", help="Names from `gripvlm list`, oracle, downsample, separated by commas; or all."
+            "--pruners",
+            "-p",
+            help="Names from `gripvlm list`, oracle, downsample, separated by commas; or all.",
+            show_default=SIMPLE.replace(",", ", "),  # breaks between names; as one word it was cut off
         ),
-    ] = "downsample,random,grid,norm,pool,divprune",
+    ] = SIMPLE,
     keep: Budgets = "10%",
     model: Model = "lab",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions a task.")] = None,
