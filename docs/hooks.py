@@ -8,9 +8,11 @@ Links to files that are no pages, such as a source file, lead to a copy of the f
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import posixpath
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,10 @@ STAGES = {
     "vision": "inside the vision tower",
     "pixels": "ahead of the vision tower",
 }
+TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+CODE = re.compile(r"<code>[^<]*</code>")
+PHONE = 56
+"""Characters of a table's small type beside one another on a phone, the space between columns included."""
 FURTHER = [
     "gripvlm.eval.runner.evaluate",
     "gripvlm.report.build.report",
@@ -125,7 +131,9 @@ def _cell(cell: dict[str, Any]) -> Iterator[str]:
     yield f"```python\n{source}\n```"
     for output in cell["outputs"]:
         if "text" in output:
-            yield f"```text\n{''.join(output['text']).rstrip()}\n```"
+            lines = "".join(output["text"]).rstrip().splitlines()
+            text = "\n".join(textwrap.fill(line, 112, drop_whitespace=False) for line in lines)
+            yield f"```text\n{text}\n```"
         elif "image/png" in output["data"]:
             yield f'<img alt="picture" src="data:image/png;base64,{output["data"]["image/png"]}">'
         else:
@@ -214,3 +222,31 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if here == "methods.md":
         text = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](methods/\1.md) |", text, flags=re.MULTILINE)
     return text
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Makes tables fit: lists in their cells may break at commas, and those too wide for a phone are marked."""
+    return TABLE.sub(lambda match: CODE.sub(lambda code: code[0].replace(",", ",<wbr>"), _for_phones(match[0])), html)
+
+
+def _for_phones(table: str) -> str:
+    """A wide table with each cell's column beside it: site.css shows its rows below one another on a phone."""
+    titles = [_words(title) for title in re.findall(r"<th\b[^>]*>(.*?)</th>", table, re.DOTALL)]
+    whole = CODE.sub(lambda code: code[0].replace(" ", "_"), table)  # code stays on one line
+    cells = [_words(cell) for cell in re.findall(r"<td\b[^>]*>(.*?)</td>", whole, re.DOTALL)]
+    columns = [[title, *cells[i :: len(titles)]] for i, title in enumerate(titles)]
+    if sum(2 + _narrowest(column) for column in columns) <= PHONE:
+        return table
+    names = itertools.cycle(titles)
+    cells_named = re.sub(r"<td\b", lambda _: f'<td data-column="{next(names)}"', table)
+    return cells_named.replace("<table>", "<table data-wide>", 1)
+
+
+def _words(cell: str) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", cell).split()).replace('"', "&quot;")
+
+
+def _narrowest(column: list[str]) -> int:
+    """The characters that a column needs: its longest word, and two or three words a line."""
+    words = [len(word) for cell in column for word in cell.split()]
+    return max([*words, min(14, max(map(len, column)))])

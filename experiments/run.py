@@ -76,10 +76,10 @@ def train(
     Args:
         changes: settings that differ from the config's; such a run has a `name`.
     """
-    settings = settings_of(study, variant) | dict(changes or {})
     folder = work / study / f"{name or variant}-{seed}"
     if (folder / "model.safetensors").exists():
         return folder
+    settings = settings_of(study, variant) | dict(changes or {})
     warm_ups = settings.pop("warm_ups", None)
     warm_up = seed
     if "init_from" in settings:

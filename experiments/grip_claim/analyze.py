@@ -24,8 +24,10 @@ OURS = "grpo"
 PLANNED = ("soft_topk", "visionselector", "simple", "diffprune", "imitation")
 """Opponents of the claim; differences with others are shown, and are not tests."""
 IDEAS = ("few_draws", "probes", "budget_moves", "greedy", "virtual_draws", "seeing")
-OTHER_SCORERS = ("grpo_one_round", "soft_topk_one_round", "grpo_blind")
+OTHER_SCORERS = ("grpo_one_round", "soft_topk_one_round", "grpo_blind", "distill_no_budget")
 """They differ in more than the training."""
+SCRATCH = ("grpo_scratch", "soft_topk_scratch")
+"""Without a warm-up: a comparison of its own."""
 NOTHING = "No results yet."
 
 
@@ -38,9 +40,9 @@ def statistic(result: Result) -> float:
     return mean(float(values.mean()) for values in probability(result, STATISTIC).values())
 
 
-def differences(name: str) -> list[tuple[int, float]]:
-    """(seed, `OURS` minus the variant) for each run that both have."""
-    pairs = common.common_seeds(results()[OURS], results()[name])
+def differences(name: str, ours: str = OURS) -> list[tuple[int, float]]:
+    """(seed, `ours` minus the variant) for each run that both have."""
+    pairs = common.common_seeds(results()[ours], results()[name])
     return [(first.content["seed"], statistic(first) - statistic(second)) for first, second in pairs]
 
 
@@ -58,7 +60,7 @@ def contrasts() -> str:
     """`OURS` minus every other way of training that has the same runs."""
     from scipy.stats import ttest_1samp
 
-    names = [name for name in results() if OURS in results() and name not in (OURS, *IDEAS, *OTHER_SCORERS)]
+    names = [name for name in results() if OURS in results() and name not in (OURS, *IDEAS, *OTHER_SCORERS, *SCRATCH)]
     found = {name: each for name in names if (each := differences(name))}
     planned = [name for name in PLANNED if len(found.get(name, ())) > 2]
     p = [float(ttest_1samp([value for _, value in found[name]], 0).pvalue) for name in planned]
@@ -83,6 +85,20 @@ def contrasts() -> str:
         )
     head = [f"`{OURS}` minus", "runs", "over runs", "over pictures", "p (Holm)", "of each warm-up"]
     return table(head, rows) if rows else NOTHING
+
+
+def scratch() -> str:
+    """`OURS` minus soft top-k where both start from random weights, run by run."""
+    if not all(name in results() for name in SCRATCH):
+        return NOTHING
+    ours, other = SCRATCH
+    found = [value for _, value in differences(other, ours)]
+    pairs = common.common_seeds(results()[ours], results()[other])
+    pictures = common.over_pictures([a for a, _ in pairs], STATISTIC, [b for _, b in pairs], probability)
+    over_runs = points(common.t_interval(found)) if len(found) > 2 else ""
+    each = " ".join(f"{100 * value:+.1f}" for value in found)
+    head = [f"`{ours}` minus", "runs", "over runs", "over pictures", "of each run"]
+    return table(head, [[f"`{other}`", str(len(found)), over_runs, points(pictures), each]])
 
 
 def rollouts() -> str:
@@ -171,6 +187,7 @@ def tables() -> dict[str, dict[str, str]]:
     page = {
         "scores": scores(),
         "contrasts": contrasts(),
+        "scratch": scratch(),
         "rollouts": rollouts(),
         "tuning": tuning(),
         "rules": rules(),

@@ -147,6 +147,22 @@ def rules_table() -> str:
     return table([f"less `{ONE_ROUND}`", *map(share, budgets)], rows)
 
 
+def large_table() -> str:
+    """Right answers to the larger sample, and the scorer beside the limits that are set for it."""
+    found = {seeds[0].content["pruner"]: seeds for seeds in load(f"{STUDY}/results/large").values()}
+    return score_table(found, BUDGETS, "0.125")
+
+
+def limits_table() -> str:
+    """Points that the scorer is above or below others, on the larger sample."""
+    budgets, found = ("0.25", "0.125", "0.06", "0.03", "0.015"), load(f"{STUDY}/results/large")
+    scorer, rows = found["grip_scorer_lab-dense"], []
+    for name in ("full", "oracle", "grid", "mmr_norm"):
+        label = "all tokens" if name == "full" else f"`{found[name][0].content['pruner']}`"
+        rows.append([label, *(points(over_pictures(scorer, budget, found[name])) for budget in budgets)])
+    return table([f"`{SCORER}` less", *map(share, budgets)], rows)
+
+
 def tables() -> dict[str, dict[str, str]]:
     page = {"admission": admission_table()}
     if grid():
@@ -155,6 +171,8 @@ def tables() -> dict[str, dict[str, str]]:
             "apart": apart_table(),
             "rules": rules_table(),
             "smaller": smaller_table(),
+            "large": large_table(),
+            "limits": limits_table(),
         }
     return {f"experiments/{STUDY}/REPORT.md": page}
 

@@ -84,11 +84,11 @@ def tripled(content: dict[str, Any]) -> str:
 def confidence(content: dict[str, Any]) -> str:
     lines = [
         [
-            f"`{row['pruner']}`, keep={row['keep']}",
+            f"{row['model']}: `{row['pruner']}`, keep={row['keep']}",
             f"{row['tokens']:.1f}",
             f"{percent(row['score'])} [{percent(row['ci_low'])}, {percent(row['ci_high'])}]",
         ]
-        for row in sorted(content["rows"], key=lambda row: row["tokens"])
+        for row in sorted(content["rows"], key=lambda row: (row["model"], row["tokens"]))
     ]
     return table(["", "tokens paid, mean", "lab score"], lines)
 

@@ -42,7 +42,9 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shots(tmp_path_factory):
-    return Path(os.environ.get("SHOTS") or tmp_path_factory.mktemp("shots"))
+    folder = Path(os.environ.get("SHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.mark.parametrize(("name", "width"), [("phone", 390), ("tablet", 820), ("desk", 1280)])
