@@ -96,9 +96,10 @@ def _method(name: str) -> str:
 
 
 def _python() -> str:
-    """The public names, from the list that the package itself reads."""
+    """The public names, from the list that the package itself reads: functions, then classes."""
     stub = (ROOT / "src/gripvlm/__init__.pyi").read_text(encoding="utf-8")
     names = re.findall(r"^from (\S+) import (\w+) as \w+$", stub, re.MULTILINE)
+    names.sort(key=lambda entry: (entry[1] != "prune", not entry[1].islower()))  # what is called first, then classes
     entries = [f"{module}.{name}" for module, name in names] + FURTHER
     return "# Python\n\n" + "\n".join(f"::: {entry}\n    options: {{heading_level: 2}}\n" for entry in entries)
 

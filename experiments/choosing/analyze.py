@@ -26,6 +26,8 @@ KINDS = {
 REPORTS = {"lab": "experiments/lab_grid/REPORT.md", "lab-dense": "experiments/lab_dense/REPORT.md"}
 LEFT_OUT = ("full", "oracle", "grip:scorer=lab-blind", "grip:scorer=lab-dense-blind")
 ENOUGH = 0.95
+NOTES = {"hawk": "measured with weights of that model's heads; measure yours first: python -m gripvlm.eval.heads"}
+"""Pruner -> what its score depends on that its name does not say."""
 
 
 def results(name: str) -> dict[str, list[Result]]:
@@ -90,6 +92,7 @@ def recommended() -> dict[str, Any]:
     pruners = {
         # A wrapper was timed around an untrained pruner.
         spec: described(spec)
+        | ({"note": NOTES[spec]} if spec in NOTES else {})
         | ({"prefill_share": shares[lab.name_of(spec)]} if lab.name_of(spec) in shares and "(grip" not in spec else {})
         for spec in specs
     }

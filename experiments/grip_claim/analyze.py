@@ -23,7 +23,7 @@ STATISTIC = "0.25,0.125,0.06,0.03"
 OURS = "grpo"
 PLANNED = ("soft_topk", "visionselector", "simple", "diffprune", "imitation")
 """Opponents of the claim; differences with others are shown, and are not tests."""
-IDEAS = ("few_draws", "probes", "budget_moves", "greedy", "virtual_draws", "seeing")
+IDEAS = ("few_draws", "probes", "budget_moves", "greedy", "virtual_draws", "bands", "seeing")
 OTHER_SCORERS = ("grpo_one_round", "soft_topk_one_round", "grpo_blind", "distill_no_budget")
 """They differ in more than the training."""
 SCRATCH = ("grpo_scratch", "soft_topk_scratch")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LLMTokens", "Merge", "Raster", "Selection", "VisionRows", "VisualTokens", "sizes_after"]
+__all__ = ["LLMTokens", "Merge", "Part", "Raster", "Selection", "VisionRows", "VisualTokens", "sizes_after"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,14 @@ class Raster(NamedTuple):
         return (self.start + torch.arange(self.height)[:, None] * self.stride + torch.arange(self.width)).flatten()
 
 
+class Part(NamedTuple):
+    """Which of an image's rows some tokens are: row `rows[i]` of `n`, in a raster of `grid` or None."""
+
+    rows: Tensor
+    n: int
+    grid: tuple[int, int] | None
+
+
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
     """The visual tokens of one image, as a pruner sees them.
@@ -91,6 +99,7 @@ class VisualTokens:
         first_keys: [n, H, d_h] keys of the rows likewise, for each of its query heads; with "first_layer".
         tower_rows: [k'] LongTensor, ascending, for the wrapper `tower`: the rows that were not dropped inside the
             tower. What others hold (features, patches, attention) is zero.
+        part: behind the wrapper `tower`, which of the image's rows these are; grid is None then. None elsewhere.
     """
 
     features: Tensor
@@ -107,6 +116,7 @@ class VisualTokens:
     first_queries: Tensor | None = None
     first_keys: Tensor | None = None
     tower_rows: Tensor | None = None
+    part: Part | None = None
 
     @property
     def n(self) -> int:

@@ -34,7 +34,7 @@ KNOWN = {
     },
     "pruners": {
         "good": PLAIN | {"prefill_share": 0.0016},
-        "looks": PLAIN | {"attention": True},
+        "looks": PLAIN | {"attention": True, "note": "tuned by hand"},
         "grip": PLAIN | {"trained": True, "question": True},
         "grid": PLAIN | {"grid": True},
         "random": PLAIN,
@@ -52,7 +52,7 @@ def test_the_best_of_all_kinds_first_and_references_beside_them(capsys):
     text = said(capsys)
     assert "my-model (some_type) at 12% of its visual tokens" in text
     assert "at 10%, the measured budget nearest to yours" in text
-    assert "looks: 99 things 50 text good: 96 things 40 text; 0.16% of a prefill" in text
+    assert "looks: 99 things 50 text; tuned by hand good: 96 things 40 text; 0.16% of a prefill" in text
     assert "have to beat downsample: 70 things 10 text random: 60 things 20 text grid: 80 things 30 text" in text
     assert "(downsample: the towers of the labs know one size of picture" in text
     assert "grip: 98 things 90 text; reads the question" in text
@@ -64,7 +64,7 @@ def test_the_best_of_all_kinds_first_and_references_beside_them(capsys):
 
 def test_a_kind_has_its_own_order(capsys):
     text = said(capsys, kind="text", asked=0.5)
-    assert "good: 96 text; 0.16% of a prefill looks: 90 text" in text
+    assert "good: 96 text; 0.16% of a prefill looks: 90 text; tuned by hand" in text
     assert "things" not in text
     assert "lose more than 5%" not in text
 
@@ -88,6 +88,7 @@ def test_the_shipped_results_name_pruners_that_there_are(capsys):
     known, names = recommended(), pruner_names()
     for spec in known["pruners"]:
         assert spec.partition("(")[0] in (*names, "downsample")
+    assert "gripvlm.eval.heads" in known["pruners"]["hawk"]["note"]
     for kind in known["kinds"].values():
         for scores in kind["scores"].values():
             assert {"grip", "grid", "random"} <= scores.keys() <= known["pruners"].keys()

@@ -157,6 +157,7 @@ def test_the_page(address, shots, name, tmp_path):
         own.save(tmp_path / "own.png")
         browser.upload("input[type=file]", tmp_path / "own.png")
         browser.wait(f"document.querySelector('.card img').src !== '{before}'")
+        browser.wait(LOADED)
         browser.picture(shots / f"page-{name}-own.png", whole=True)
 
         # one method less

@@ -21,12 +21,13 @@ from tiny_train import asked, pairs, tiny_config, tiny_vlm, write_jsonl
 
 # In a process of its own, where large blocks of memory go back to the system at once.
 MEASURED = """
-import gc, json, sys
+import dataclasses, gc, json, sys
 import torch
 from gripvlm.grip.train import Engine, TrainConfig
 from gripvlm.grip.train.distill import get_teacher
 from gripvlm.grip.train.dry_run import Sizes, memory
 from gripvlm.grip.train.grpo import Grpo
+from gripvlm.grip.train.visionselector import VisionSelector
 from tiny_train import asked, drawn, pairs, tiny_scorer, tiny_vlm
 torch.set_num_threads(1)
 sizes, tokens, checkpointing = json.loads(sys.argv[1])
@@ -59,8 +60,18 @@ def step():
     for loss, _ in stage.losses(batch, 0.0, drawn()):
         loss.backward()
 
+rival = dataclasses.replace(config, stage="visionselector")
+selector = VisionSelector(rival, stage.scorer, engine)
+parts["rival"] = memory(Sizes.of(model, processor, pairs(task), rival), rival)
+
+def selected():
+    for loss, _ in selector.losses(batch, 0.5, drawn()):
+        loss.backward()
+
 taken = {"teacher": peak_of(lambda: get_teacher("gradient")(engine, batch, None, drawn())), "grpo": peak_of(step)}
-told = {"teacher": parts["teacher"], "grpo": max(parts[name] for name in ("scorer", "rollouts", "logits"))}
+taken["visionselector"] = peak_of(selected)
+told = {"visionselector": parts["rival"]["scorer"] + parts["rival"]["gradients"]}
+told |= {"teacher": parts["teacher"], "grpo": max(parts[name] for name in ("scorer", "rollouts", "logits"))}
 print(json.dumps([taken, told]))
 """
 SMALL = {"hidden": 64, "layers": 4, "inner": 256, "heads": 8, "vocabulary": 2000, "image": 128}
@@ -143,6 +154,11 @@ def test_settings_move_the_estimate_as_they_move_the_run():
     assert told(max_steps=12)[1]["grpo"] == 2 * count["grpo"]
     assert told(num_iterations=4)[1]["grpo"] > count["grpo"]
     assert time.keys() == {"distill", "grpo", "validation"}
+    rival, work, _ = told(stage="visionselector", gradient_checkpointing=False)
+    assert "rollouts" not in rival
+    assert rival["gradients"] > told(stage="visionselector")[0]["gradients"]
+    assert peak(rival) >= rival["gradients"] + rival["scorer"]
+    assert work.keys() == {"visionselector", "validation"}
     assert all(value > 0 for value in time.values())
 
 

@@ -16,6 +16,7 @@ import gripvlm
 from gripvlm.errors import TrainError, UnsupportedModelError
 from gripvlm.grip.policy import PlackettLuce
 from gripvlm.grip.train.rewards import get_reward
+from gripvlm.grip.train.visionselector import ranking, soft_top_k, threshold
 from places import ROOT
 from tiny_train import asked, drawn, engine_of, pairs, tiny_config, tiny_scorer, tiny_vlm
 
@@ -29,11 +30,8 @@ from experiments.grip_ablation.relaxations.masks import (
     Relaxed,
     binarity,
     perturbed_top_k,
-    ranking,
     simple_top_k,
-    soft_top_k,
     straight_through_top_k,
-    threshold,
 )
 from experiments.training import main, train_stage
 

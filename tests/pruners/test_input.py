@@ -237,6 +237,8 @@ def test_hired_spends_where_the_thumbnail_looks():
     assert HiRED().allocate_budget([*tiles, thumbnail], 1) == [4] * 5
     with pytest.raises(PrunerError, match="means 4 tiles and a thumbnail, but this prompt has 3 items"):
         HiRED(layout=(2, 2)).allocate_budget(tiles[:3], 1)
+    before = HiRED(layout=(2, 2), thumbnail="first").allocate_budget([thumbnail, *tiles], 1)
+    assert before == [shares[-1], *shares[:-1]]
     tokens = image(3, 4, 5)
     assert HiRED().select(tokens).indices.tolist() == sorted(falling(cls(tokens, -2))[:5])
     assert (HiRED().vision_layers, get_pruner("hired:layout=(1,2)").vision_layers) == ((-2,), (0, -2))

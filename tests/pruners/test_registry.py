@@ -106,6 +106,7 @@ def test_what_the_registry_refuses(call, says):
         ("vispruner:step=0", "step=8, at least 1"),
         ("prumerge:uniform=2", "uniform=0.75"),
         ("hired:layout=(0,2)", "rows and columns"),
+        ("hired:thumbnail=middle", "thumbnail=first or thumbnail=last"),
         ("hiprune:alpha=2", "alpha=0.1"),
         ("mustdrop:keys=3", "keys=0.08"),
         ("vscan_vision:window=0", "window=6"),

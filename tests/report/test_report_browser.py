@@ -57,6 +57,9 @@ def test_nothing_but_tables_is_wider_than_the_screen(page, shots, name, width):
         "onload = () => { const d = document.getElementById('f').contentDocument, e = d.documentElement;"
         "const out = [...d.querySelectorAll('main *')].filter(x => !x.closest('.sheet') && !x.closest('svg')"
         f" && x.getBoundingClientRect().right > {width} + 1).map(x => x.tagName + '.' + x.className);"
+        "const cut = x => { const t = x.getBoundingClientRect(), s = x.closest('svg').getBoundingClientRect();"
+        " return t.right > s.right + 4 || t.left < s.left - 4; };"
+        "out.push(...[...d.querySelectorAll('svg text')].filter(cut).map(x => 'cut ' + x.textContent));"
         "out.push(...[...d.querySelectorAll('th')].filter(x => x.offsetHeight > 90).map(x => 'tall ' + x.innerText));"
         "document.title = 'WIDE ' + e.scrollWidth + ' ' + out.slice(0, 5).join(',') + ' END'; }</script></body>"
     )

@@ -8,9 +8,9 @@ from torch import Tensor
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.grpo import Grpo
+from gripvlm.grip.train.visionselector import ranking
 
 from .conditional_bernoulli import ConditionalBernoulli
-from .masks import ranking
 
 __all__ = ["ConditionalGrpo"]
 

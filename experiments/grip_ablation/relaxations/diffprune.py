@@ -13,9 +13,10 @@ from gripvlm.errors import UnsupportedModelError
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Batch, Engine
 from gripvlm.grip.train.stage import Stats
+from gripvlm.grip.train.visionselector import soft_top_k
 
 from .config import RelaxedConfig
-from .masks import Relaxed, soft_top_k
+from .masks import Relaxed
 
 __all__ = ["EDGE", "Denoiser", "DiffPrune", "noised", "with_features"]
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gripvlm.grip.train import Batch
 from gripvlm.grip.train.stage import Stats
+from gripvlm.grip.train.visionselector import threshold
 
-from .masks import Relaxed, threshold
+from .masks import Relaxed
 
 __all__ = ["DynamicViT", "decisions"]
 

@@ -5,9 +5,9 @@ gradient of the reward, `probability` or `log_prob`; inference chooses as Grip d
 scorer's `ranking`, is
 
 - soft_topk: sigmoid((s - nu) / tau), with nu solved so that the mask sums to k exactly; tau annealed from tau_start to
-  tau_end. With tau 1 throughout and `binarity_weight`, whose weight rises from 0, it is VisionSelector's (Zhu et al.,
-  arXiv 2510.16598): the same map and Jacobian as in their code; their composite loss is known to us by its purpose
-  only, to bring the soft mask to the hard one, and their mask scales features.
+  tau_end. With tau 1 throughout and `binarity_weight`, whose weight rises from 0, it is near VisionSelector's (arXiv
+  2510.16598). `gripvlm train visionselector` follows their code: the mask scales rows, and the loss that brings it to
+  the hard one is a cross-entropy;
 - straight_through: the hard top-k of s + tau g forward, g Gumbel noise (so it fades as tau does), the gradient of
   soft_topk at tau_start backward;
 - perturbed: the mean hard top-k over Gaussian perturbations of size tau_start, with the Jacobian of Berthet et al.
@@ -29,61 +29,17 @@ from torch import Tensor
 
 from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.pruner import ScorerInputs
-from gripvlm.grip.rounds import adjusted
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train import Batch, Engine, Stage
 from gripvlm.grip.train.data import draw_counts
 from gripvlm.grip.train.distill import masked_forward
 from gripvlm.grip.train.stage import Stats
+from gripvlm.grip.train.visionselector import ranking, soft_top_k
 
 from .conditional_bernoulli import ConditionalBernoulli
 from .config import RelaxedConfig
 
-__all__ = [
-    "Relaxed",
-    "binarity",
-    "perturbed_top_k",
-    "ranking",
-    "simple_top_k",
-    "soft_top_k",
-    "straight_through_top_k",
-    "threshold",
-]
-
-
-def ranking(scorer: Scorer, inputs: ScorerInputs, counts: Tensor) -> Tensor:
-    """[S, n] numbers whose `counts` [S] highest are what the scorer keeps, with a gradient; see `rounds.adjusted`.
-
-    With one round they are the logits. With more, what a token loses by being like kept ones is taken off, so that a
-    relaxation of top-k relaxes the choice that the scorer makes.
-    """
-    return adjusted(inputs.score(scorer, counts), counts, int(counts.max()), inputs.penalty(scorer, counts))
-
-
-def threshold(scores: Tensor, k: Tensor, tau: float) -> Tensor:
-    """[B] nu with sum_i sigmoid((s_i - nu) / tau) = k, with its implicit gradient; scores [B, n], -inf at padding."""
-    with torch.no_grad():
-        finite = scores.isfinite()
-        lowest = scores.masked_fill(~finite, torch.inf).amin(-1) - 40 * tau
-        highest = scores.masked_fill(~finite, -torch.inf).amax(-1) + 40 * tau
-        for _ in range(60):
-            middle = (lowest + highest) / 2
-            total = torch.sigmoid((scores - middle[:, None]) / tau).sum(-1)
-            lowest, highest = torch.where(total > k, middle, lowest), torch.where(total > k, highest, middle)
-        nu = (lowest + highest) / 2
-        mask = torch.sigmoid((scores - nu[:, None]) / tau)
-        slope = mask * (1 - mask)
-        weight = slope / slope.sum(-1, keepdim=True).clamp(min=1e-12)
-    # d nu = sum_i weight_i d s_i, since the sum stays k.
-    return nu + (weight * (scores - scores.detach()).masked_fill(~finite, 0.0)).sum(-1)
-
-
-def soft_top_k(scores: Tensor, k: Tensor, tau: float) -> Tensor:
-    """[B, n] soft mask of scores [B, n] (-inf: padding) that sums to k [B]; exact in the limit tau -> 0.
-
-    Gradient: d mask = D (I - 1 1^T D / 1^T D 1) d scores / tau with D = diag(mask (1 - mask)).
-    """
-    return torch.sigmoid((scores - threshold(scores, k, tau)[:, None]) / tau)
+__all__ = ["Relaxed", "binarity", "perturbed_top_k", "simple_top_k", "straight_through_top_k"]
 
 
 def binarity(mask: Tensor, k: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Settings of the ideas: those of `gripvlm train grpo`, and five more."""
+"""Settings of the ideas: those of `gripvlm train grpo`, and six more."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class ExploringConfig(TrainConfig):
     budget_moves: int = setting(0, "how often a budget is halved or doubled until rewards differ", at_least=0)
     flat: float = setting(0.02, "rewards with a smaller standard deviation do not differ, for budget_moves", at_least=0)
     virtual_draws: int = setting(0, "draws a question that a learned guess judges in the model's place", at_least=0)
+    bands: bool = setting(False, "a subset comes from one band of about 2k tokens with like scores")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ from gripvlm.grip.train import Batch, Engine
 from gripvlm.grip.train.grpo import Draws, Grpo, sum_by
 from gripvlm.grip.train.stage import Stats
 
+from .bands import Bands
 from .config import ExploringConfig
 from .set_value import SetValue
 
@@ -37,6 +38,8 @@ class Exploring(Grpo):
     4. virtual_draws: a guess V(set) of the advantage, learned from all rollouts so far, is a control variate. The
        advantage less the guess, plus the guess's own gradient over draws that no model sees, has the same mean for any
        V that does not know this step's rewards, and less variance the better V is.
+    5. bands: every subset is drawn from one band of tokens with like scores (CaCoVID; see `Bands`). The loss holds the
+       bands of the policy that drew.
 
     Draws that are not there have the reward of their group's mean, and so no advantage; the others weigh G over their
     number. The scale of the advantages counts both, and is that much smaller.
@@ -48,9 +51,16 @@ class Exploring(Grpo):
         super().__init__(config, scorer, engine)
         self.value = SetValue(scorer.config.features, scorer.config.width) if config.virtual_draws else None
         self._random: WeakKeyDictionary[Draws, torch.Generator] = WeakKeyDictionary()  # for the virtual draws of each
+        self._bands: WeakKeyDictionary[ScorerInputs, Tensor] = WeakKeyDictionary()  # in which they were drawn
 
     def modules(self) -> dict[str, nn.Module]:
         return super().modules() | ({} if self.value is None else {"value": self.value})
+
+    def policy(self, scorer: Scorer, inputs: ScorerInputs, counts: Tensor) -> Any:
+        law = super().policy(scorer, inputs, counts)
+        if not self.config.bands:
+            return law
+        return Bands(law, inputs.valid, self._bands.get(inputs) if torch.is_grad_enabled() else None)
 
     @torch.no_grad()
     def _draw(self, batch: Batch, random: torch.Generator) -> Draws:
@@ -80,7 +90,10 @@ class Exploring(Grpo):
             rewards = torch.cat((rewards, extra), 1)
         if config.greedy:
             there[:, 0] = 0  # in the mean, but without a gradient
-        draws = self._drawn_from(self.policy(self.scorer, inputs, counts), inputs, counts, samples, rewards, stats)
+        policy = self.policy(self.scorer, inputs, counts)
+        if self.config.bands:
+            self._bands[inputs] = policy.band
+        draws = self._drawn_from(policy, inputs, counts, samples, rewards, stats)
         draws.weights = there * group / there.sum(-1, keepdim=True)
         if self.value is not None:
             seed = int(torch.randint(2**62, (), generator=random))

@@ -133,6 +133,7 @@ def show(
             if "prefill_share" in pruners[name]:
                 parts.append(f"{100 * pruners[name]['prefill_share']:.2g}% of a prefill")
             parts += ["reads the question"] if pruners[name]["question"] else []
+            parts += [pruners[name]["note"]] if "note" in pruners[name] else []
             say(f"{name}: {'; '.join(parts)}")
 
     say(f"{model} ({family}) at {100 * asked:g}% of its visual tokens", "", "bold")

@@ -28,7 +28,8 @@ def train_command(**options: Any) -> None:
 
     gripvlm train --model M --data questions.jsonl --output-dir grip/
 
-    `train distill` or `train grpo` runs one of the two stages. Ctrl-C keeps a checkpoint and the same command resumes.
+    `train distill` or `train grpo` runs one of the two stages, `train visionselector` a rival of GRPO.
+    Ctrl-C keeps a checkpoint and the same command resumes.
     Several processes: accelerate launch -m gripvlm train ...
     """
     from gripvlm.cli.commands import console
@@ -136,6 +137,7 @@ _PANELS = {
     "max_steps": "Optimiser",
     "distill_steps": "Distilling",
     "num_generations": "GRPO",
+    "constraint_weight": "VisionSelector",
     "save_steps": "Running",
 }
 """Headings of the help, by the first setting below each."""

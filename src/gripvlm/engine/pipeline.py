@@ -22,6 +22,7 @@ from gripvlm.models.encoded import Encoded, Span
 from gripvlm.models.first_layer import first_keys, first_queries
 from gripvlm.models.prompts import EncodedPrompts, Prompts
 from gripvlm.models.text import questions
+from gripvlm.models.tower_rows import TowerRequest
 from gripvlm.models.wrapped import device_of
 from gripvlm.pruners import LLMPruner, Pruner
 from gripvlm.types import Selection, VisualTokens
@@ -124,10 +125,23 @@ def encode_tokens(
     question = question_embeddings(request, prompts)
     watch.lap("overhead")
     if encoded is None:
-        encoded = encode(prompts, request.family, request.needs)
+        encoded = encode(prompts, request.family, _asking_in_tower(request.needs, question))
         watch.lap("vision")
     images = prompts.with_images(encoded)
     return images, gather_tokens(request, images, question, checks)
+
+
+def _asking_in_tower(needs: TowerRequest, question: list[Tensor] | None) -> TowerRequest:
+    """What is wanted of the tower, where a pruner that drops inside it reads the question of each prompt."""
+    dropping = needs.dropping
+    if dropping is None or question is None or "question" not in dropping.needs:
+        return needs
+    asked, choose = question, dropping.select
+
+    def select(images: list[VisualTokens]) -> list[Tensor]:
+        return choose([replace(tokens, question=asked[tokens.sample]) for tokens in images])
+
+    return needs._replace(dropping=dropping._replace(select=select))
 
 
 def question_embeddings(request: PruneRequest, prompts: Prompts) -> list[Tensor] | None:

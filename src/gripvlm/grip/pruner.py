@@ -20,8 +20,8 @@ from gripvlm.grip.closeness import Closeness
 from gripvlm.grip.fingerprint import ScorerError
 from gripvlm.grip.policy import samples_to_mask
 from gripvlm.grip.rounds import Penalty, greedy
-from gripvlm.grip.scorer import SCORER_FILES, Scorer, coordinates, has_scorer
-from gripvlm.pruners.base import ScorePruner
+from gripvlm.grip.scorer import SCORER_FILES, Scorer, TowerStage, coordinates, has_scorer
+from gripvlm.pruners.base import Pruner, ScorePruner
 from gripvlm.types import Selection, VisualTokens
 from gripvlm.utils.batching import joined, onto, padded, per_entry
 from gripvlm.utils.spec import did_you_mean
@@ -83,7 +83,7 @@ class ScorerInputs:
     parts: list[list[int]]  # [S] lists of the tokens of each of its images
     even: tuple[bool, bool]  # whether all sequences, and all questions, are of one length
 
-    def score(self, scorer: Scorer, counts: Tensor) -> Tensor:
+    def score(self, scorer: Scorer | TowerStage, counts: Tensor) -> Tensor:
         """The scorer's logits [S, n] when `counts` [S] tokens will be left, -inf at padding."""
         # A mask that hides nothing is left out: attention has faster kernels without one.
         valid = None if self.even[0] else self.valid
@@ -92,7 +92,7 @@ class ScorerInputs:
         logits = scorer(self.features, self.places, share, valid, self.question, question_mask, self.images)
         return logits.masked_fill(~self.valid, -torch.inf)
 
-    def penalty(self, scorer: Scorer, counts: Tensor) -> Penalty:
+    def penalty(self, scorer: Scorer | TowerStage, counts: Tensor) -> Penalty:
         """What tokens lose by being like kept ones."""
         return scorer.penalty(counts / self.sizes, self.close)
 
@@ -101,7 +101,7 @@ class ScorerInputs:
         """Of the tokens of each sequence."""
         return Closeness(self.features, self.cells, self.images)
 
-    def choose(self, scorer: Scorer, counts: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    def choose(self, scorer: Scorer | TowerStage, counts: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """What the scorer keeps of each image, ascending, and the logits [S, n].
 
         With several images in a sequence this reads from the device how many tokens of each are kept.
@@ -168,9 +168,13 @@ class ScorerInputs:
         # Detached: what a pruner chooses has no gradient, and padding a view must not keep the encoder's graph alive.
         features = padded([joined([tokens.features.detach() for tokens in sequence]) for sequence in sequences])
         lengths = [sum(tokens.n for tokens in sequence) for sequence in sequences]
-        shapes = [tuple((tokens.n, tokens.grid) for tokens in sequence) for sequence in sequences]
+        shapes = [tuple(_raster_of(tokens) for tokens in sequence) for sequence in sequences]
         made = {shape: _coordinates(shape, device) for shape in shapes}
-        if len(made) == 1:
+        if any(tokens.part is not None for tokens in images):
+            rows = [_rows_of(sequence) for sequence in sequences]
+            tables = [[one[each] for one in made[shape]] for each, shape in zip(rows, shapes, strict=True)]
+            places, cells, numbers = (padded([table[i] for table in tables]) for i in range(3))
+        elif len(made) == 1:
             places, cells, numbers = (each.expand(len(shapes), *each.shape) for each in made[shapes[0]])
         else:
             places, cells, numbers = (padded([made[shape][i] for shape in shapes]) for i in range(3))
@@ -197,6 +201,22 @@ class ScorerInputs:
             parts=[[tokens.n for tokens in sequence] for sequence in sequences],
             even=(len(set(lengths)) == 1, len(spoken) == 1),
         )
+
+
+def _raster_of(tokens: VisualTokens) -> tuple[int, tuple[int, int] | None]:
+    """(rows, grid) of the whole image that the tokens are of."""
+    return (tokens.n, tokens.grid) if tokens.part is None else (tokens.part.n, tokens.part.grid)
+
+
+def _rows_of(sequence: Sequence[VisualTokens]) -> Tensor:
+    """[n] which rows of its whole images a sequence of (parts of) images has."""
+    found, start = [], 0
+    for tokens in sequence:
+        part = tokens.part
+        rows = torch.arange(tokens.n, device=tokens.device) if part is None else part.rows.to(tokens.device)
+        found.append(rows + start)
+        start += _raster_of(tokens)[0]
+    return joined(found)
 
 
 @lru_cache(maxsize=64)
@@ -349,6 +369,27 @@ class Grip(ScorePruner):
     def joint(self) -> bool:  # type: ignore[override]
         return self._loaded.scorer.config.joint
 
+    def in_tower(self, block: int) -> Pruner:
+        """The stage inside the vision tower.
+
+        Raises:
+            PrunerError: the scorer has none, or one for another block.
+        """
+        trained = self._loaded.scorer.config.tower_block
+        if trained < 0:
+            raise PrunerError(
+                f"pruner 'tower': the scorer {self.scorer} has no stage inside the vision tower: train one with "
+                f"`gripvlm train --tower-block {block} --init-from {self.scorer}`, or use tower(norm,grip)"
+            )
+        if trained != block:
+            raise PrunerError(
+                f"pruner 'tower': the scorer {self.scorer} was trained to choose before block {trained} of the vision "
+                f"tower, not {block}: pass block={trained}"
+            )
+        stage = object.__new__(_GripInTower)
+        stage.__dict__.update(self.__dict__)  # weights and copies on other devices are shared
+        return stage
+
     @torch.no_grad()
     def score(self, tokens: VisualTokens) -> Tensor:
         """[n] the logits of the first round."""
@@ -387,7 +428,18 @@ class Grip(ScorePruner):
             for tokens, indices, own in zip(images, rows, scores, strict=True)
         ]
 
-    def scorer_for(self, features: Tensor) -> Scorer:
+    def scorer_for(self, features: Tensor) -> Scorer | TowerStage:
         """The scorer on the features' device, in the type it computes in."""
         half = features.dtype == torch.bfloat16 if self.dtype == "auto" else self.dtype == "bfloat16"
         return self._loaded.to(features.device, torch.bfloat16 if half else torch.float32)
+
+
+class _GripInTower(Grip):
+    """Grip's stage inside the vision tower: features are hidden states, and images do not share a budget."""
+
+    joint = False
+
+    def scorer_for(self, features: Tensor) -> TowerStage:
+        scorer = super().scorer_for(features)
+        assert isinstance(scorer, Scorer)
+        return scorer.tower

@@ -11,7 +11,8 @@ architecture; every choice below is ours:
 3. Coordinates are fractions of the image, so any grid size and aspect ratio is served.
 4. Each image of a prompt is scored by itself, or (`joint`) all tokens of a prompt as one sequence in which each knows
    its image: 0.05 % of the FLOPs of a 7B prefill at 2,880 tokens, where images apart are 0.025 %.
-5. With several `rounds` the trunk runs once; in later rounds a token loses lambda times its closeness to the nearest
+5. A stage inside the vision tower (`TowerStage`), where there is one, is a second such transformer.
+6. With several `rounds` the trunk runs once; in later rounds a token loses lambda times its closeness to the nearest
    kept one (`rounds`), lambda a function of the budget.
 """
 
@@ -21,7 +22,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class ScorerConfig:
         budget: whether it reads the budget; False is the ablation.
         joint: one budget for all images of a prompt, which compete for it; else one for each image.
         rounds: in how many the tokens are chosen; in all but the first, tokens lose by being like kept ones.
+        tower_block: the block of the vision tower before which a first stage chooses; -1 for none.
+        tower_features: the width of the hidden states there; 0 for none.
     """
 
     features: int
@@ -86,6 +89,8 @@ class ScorerConfig:
     budget: bool = True
     joint: bool = False
     rounds: int = 1
+    tower_block: int = -1
+    tower_features: int = 0
 
     def __post_init__(self) -> None:
         sizes = (self.features, self.width, self.blocks, self.heads, self.rounds)
@@ -94,6 +99,10 @@ class ScorerConfig:
             raise InputError(f"{self}: sizes are whole numbers; question, budget and joint are true or false")
         if min(sizes) < 1 or self.width % self.heads:
             raise InputError(f"{self}: sizes must be positive, and heads must divide width")
+        if any(type(size) is not int for size in (self.tower_block, self.tower_features)):
+            raise InputError(f"{self}: tower_block and tower_features are whole numbers")
+        if (self.tower_block < 0) != (self.tower_features <= 0):
+            raise InputError(f"{self}: tower_block and tower_features belong together")
 
 
 def coordinates(n: int, grid: tuple[int, int] | None, device: torch.device | None = None) -> Tensor:
@@ -150,6 +159,19 @@ class Scorer(
             nn.init.zeros_(self.image.bias)
         if config.rounds > 1:
             self.diversity = Diversity(width)
+        if config.tower_features:
+            self.tower = TowerStage(config)
+
+    def with_tower(self, block: int, features: int) -> Scorer:
+        """This scorer with a new stage inside the vision tower, which starts from its weights."""
+        config = replace(self.config, tower_block=block, tower_features=features)
+        scorer = Scorer(config, self.base)
+        own = self.state_dict()
+        scorer.load_state_dict(own, strict=False)
+        # All but what tells the images of a prompt apart: inside the tower each is by itself.
+        scorer.tower.scorer.load_state_dict({name: own[name] for name in scorer.tower.scorer.state_dict()})
+        scorer.notes = self.notes
+        return scorer
 
     def forward(
         self,
@@ -237,7 +259,7 @@ class Scorer(
         disk.write(save_directory / SCORER_FILES[0], save(weights))
         about = {
             "format": FORMAT,
-            "scorer": asdict(self.config),
+            "scorer": _sizes(self.config),
             "base": None if self.base is None else asdict(self.base),
             "notes": self.notes,
         }
@@ -289,6 +311,39 @@ class Scorer(
             ) from None
         scorer.base, scorer.notes = base, notes
         return scorer.eval()
+
+
+class TowerStage(nn.Module):
+    """Logits of visual tokens inside the vision tower, from their hidden states and the question.
+
+    A linear map brings the hidden states to the width of the language model's embeddings, where a scorer of the same
+    sizes reads them. One image is one sequence: inside the tower all images have the same budget.
+    """
+
+    def __init__(self, config: ScorerConfig) -> None:
+        super().__init__()
+        self.lift = nn.Sequential(
+            nn.LayerNorm(config.tower_features), nn.Linear(config.tower_features, config.features)
+        )
+        self.scorer = Scorer(replace(config, joint=False, tower_block=-1, tower_features=0))
+
+    @property
+    def config(self) -> ScorerConfig:
+        return self.scorer.config
+
+    def forward(self, features: Tensor, *others: Tensor | None) -> Tensor:
+        """As `Scorer.forward`, of features [B, n, tower_features]."""
+        logits: Tensor = self.scorer(self.lift(features.to(self.scorer.kind.dtype)), *others)
+        return logits
+
+    def penalty(self, fraction: Tensor, close: Closeness) -> Penalty:
+        return self.scorer.penalty(fraction, close)
+
+
+def _sizes(config: ScorerConfig) -> dict[str, Any]:
+    """What config.json says of the sizes; of a stage inside the tower only where there is one, as ever."""
+    sizes = asdict(config)
+    return sizes if config.tower_features else {k: v for k, v in sizes.items() if not k.startswith("tower_")}
 
 
 def _assembled(kind: type[Scorer], config: ScorerConfig, weights: dict[str, Tensor]) -> Scorer:

@@ -204,7 +204,10 @@ FAMILIES: dict[str, Family] = {row.model_type: row for row in sorted(ROWS, key=l
 CROSS = "its visual tokens are read by cross-attention and are never in the sequence"
 NOT_TAKEN = "its forward takes no encoded images (mm_encoder_outputs)"
 QFORMER = "its Q-Former already reduces an image to 32 tokens"
-THINKER = "it speaks, too: load its thinker, which is the part that reads images"
+OMNI = (
+    "its positions are made from token ids, sounds and the seconds of videos together, and not from "
+    "mm_token_type_ids, from which gripvlm makes them"
+)
 REFUSED: dict[str, str] = {
     "blip": CROSS,
     "blip-2": QFORMER,
@@ -226,8 +229,10 @@ REFUSED: dict[str, str] = {
     "pi0": NOT_TAKEN,
     "pix2struct": CROSS,
     "pp_formulanet": CROSS,
-    "qwen2_5_omni": THINKER,
-    "qwen3_omni_moe": THINKER,
+    "qwen2_5_omni": OMNI,
+    "qwen2_5_omni_thinker": OMNI,
+    "qwen3_omni_moe": OMNI,
+    "qwen3_omni_moe_thinker": OMNI,
     "t5gemma2": NOT_TAKEN,
     "udop": NOT_TAKEN,
     "vision-encoder-decoder": CROSS,
@@ -266,8 +271,6 @@ MISSING = frozenset(
         "muse_spark",
         "nemotron_h_omni",
         "pp_chart2table",
-        "qwen2_5_omni_thinker",
-        "qwen3_omni_moe_thinker",
         "qwen4_exp",
         "shieldgemma2",
         "step3p7",

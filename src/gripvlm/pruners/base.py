@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -108,6 +108,13 @@ class Pruner(ABC):
         of the language model, which say what an `LLMPruner`'s schedule can reach.
         """
         return [tokens.keep for tokens in images]
+
+    def in_tower(self, block: int) -> Pruner:
+        """What chooses in this pruner's place inside the vision tower, before `block` (see the wrapper `tower`).
+
+        By default itself. Override it where another score was trained for the hidden states there.
+        """
+        return self
 
     def check(self, model: Any) -> None:  # noqa: B027
         """Raises a `GripError` where this pruner cannot serve `model`. Called when it is attached."""
@@ -315,6 +322,12 @@ class Wrapper(Pruner):
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(sorted({layer for pruner in self.inners for layer in pruner.vision_layers}))
+
+    def in_tower(self, block: int) -> Pruner:
+        """The wrapper around what chooses there in place of the pruners inside."""
+        inside = tuple(pruner.in_tower(block) for pruner in self.inners)
+        same = all(one is other for one, other in zip(inside, self.inners, strict=True))
+        return self if same else replace(self, inner=inside)
 
     def check(self, model: Any) -> None:
         for pruner in self.inners:

@@ -32,6 +32,10 @@ class Style(NamedTuple):
 _FIXED = {"random": Style("#777777", "x", "--"), "grid": Style("#777777", "+", ":"), "oracle": Style("#000000", "h")}
 _FIXED |= {"downsample": Style("#777777", "1", "-.")}
 _OTHER = Style("#c3cad1", ".")
+HEIGHT = 4.2
+"""Of a plot, in inches, with a legend of two columns."""
+HALF_WIDE = 24
+"""Characters of a name that fit into half of a plot's width."""
 
 
 def styles_of(methods: Iterable[str]) -> dict[str, Style]:
@@ -66,7 +70,7 @@ def draw(rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> bytes:
     except ImportError:
         raise GripError("plots need matplotlib: pip install 'gripvlm[plot]'") from None
     task = rows[0]["task"]
-    figure = Figure(figsize=(3.9, 4.2), layout="constrained")
+    figure = Figure(figsize=(3.9, HEIGHT), layout="constrained")
     # a canvas of its own: pyplot would keep every figure, and may look for a display
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
@@ -76,8 +80,9 @@ def draw(rows: Sequence[Row], styles: Mapping[str, Style], cost: str) -> bytes:
     axis.set_xlabel(COSTS[cost])
     handles, labels = axis.get_legend_handles_labels()
     legend = dict(zip(labels, handles, strict=True))  # one entry for all that are grey
-    # two columns: names such as ensemble(norm,divprune) would be cut off in three
-    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    columns = 2 if max(map(len, legend)) <= HALF_WIDE else 1  # longer names would be cut off at the sides
+    figure.set_figheight(HEIGHT + 0.16 * (len(legend) if columns == 1 else 0))
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
     buffer = BytesIO()
     # text stays text and ids do not change from run to run: small files, and no difference where nothing differs
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gripvlm"}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -12,13 +12,31 @@ from torch import Tensor
 
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.models.encoded import Encoded
+from gripvlm.models.hooks.tower_replay import TowerStates
 from gripvlm.tasks import Sample, Task
 from gripvlm.types import VisualTokens
 
-__all__ = ["Batch", "Subsets"]
+__all__ = ["Batch", "InTower", "Subsets"]
 
 Subsets: TypeAlias = Sequence[Sequence[Tensor]]
 """[rows] lists over the row's images of the indices [k] of the tokens that stay, ascending."""
+
+
+@dataclass(eq=False)
+class InTower:
+    """Pictures on their way through the vision tower.
+
+    Attributes:
+        seen: the states [P, t, d] of P pictures that enter the block before which tokens are dropped.
+        tokens: [P] their tokens there, features being hidden states.
+        shown: [B] the picture that each question is about.
+        pixels: one picture's pixels, for the number of its channels and its size.
+    """
+
+    seen: TowerStates
+    tokens: list[VisualTokens]
+    shown: list[int]
+    pixels: Tensor
 
 
 @dataclass(eq=False)
@@ -33,6 +51,7 @@ class Batch:
         encoded: the images.
         tokens: [B] lists of `VisualTokens`, one an image.
         full_logits: what `Engine.full_logits` computed, once it was called.
+        tower: what a stage inside the vision tower reads, where there is one.
     """
 
     tasks: list[Task]
@@ -43,6 +62,7 @@ class Batch:
     encoded: Encoded
     tokens: list[list[VisualTokens]]
     full_logits: Tensor | None = None
+    tower: InTower | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -88,6 +108,13 @@ class Batch:
         images = [tokens for sample in self.tokens for tokens in sample]
         return ScorerInputs.of(images, question, self.owner, joint)
 
+    def for_tower_stage(self, question: bool) -> ScorerInputs:
+        """Everything that the scorer's stage inside the tower reads, a sequence a question."""
+        assert self.tower is not None
+        pairs = zip(self.tower.shown, self.tokens, strict=True)
+        images = [replace(self.tower.tokens[picture], question=own[0].question) for picture, own in pairs]
+        return ScorerInputs.of(images, question)
+
     def take(self, rows: Sequence[int]) -> Batch:
         """Those questions alone, in that order, padded to the longest of them."""
         index = torch.tensor(rows, device=self.inputs["input_ids"].device)
@@ -100,4 +127,5 @@ class Batch:
             {name: value[index, -longest:] for name, value in self.inputs.items()},
             self.encoded.take(rows),
             [self.tokens[row] for row in rows],
+            tower=None if self.tower is None else replace(self.tower, shown=[self.tower.shown[row] for row in rows]),
         )

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from gripvlm.errors import TrainError
 from gripvlm.utils import disk
 
-STAGES = ("all", "distill", "grpo")
+STAGES = ("all", "distill", "grpo", "visionselector")
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -27,7 +27,7 @@ def setting(
     at_least: float = -math.inf,
     above: float = -math.inf,
     below: float = math.inf,
-    stages: tuple[str, ...] = ("distill", "grpo"),
+    stages: tuple[str, ...] = STAGES[1:],
     only: tuple[str, tuple[str, ...] | range] | None = None,
 ) -> Any:
     """A field of a configuration.
@@ -43,9 +43,11 @@ def setting(
     return field(default=default, metadata={**known, "stages": stages, "only": only})
 
 
-# Those that one stage alone reads.
+# Those that one stage alone reads, and those of the two that may follow it.
 distill_setting, grpo_setting = partial(setting, stages=("distill",)), partial(setting, stages=("grpo",))
+later_setting = partial(setting, stages=("grpo", "visionselector"))
 _OFF_POLICY = ("num_iterations", range(2, 2**63))
+_IN_TOWER = ("tower_block", range(1, 2**63))
 
 
 RENAMED = {
@@ -88,7 +90,7 @@ class TrainConfig:
     output_dir: str = setting(
         "grip", "folder of the run: scorer, settings, metrics, checkpoint; the same command resumes"
     )
-    stage: str = setting("all", "all (distill, then GRPO), distill or grpo", STAGES)
+    stage: str = setting("all", "all (distill, then GRPO), distill, grpo, or the rival visionselector", STAGES)
     init_from: str = setting("", "scorer to start from; default: a new one, or the distilled one in --output-dir")
     eval_data: str = setting("", "validation questions; default: --eval-share of --data's images")
     eval_share: float = setting(
@@ -124,6 +126,11 @@ class TrainConfig:
     rounds: int = setting(
         16, "in which tokens are chosen, losing by being like those kept before; 1 keeps the k highest", at_least=1
     )
+    tower_block: int = setting(
+        -1,
+        "block of the vision tower before which a first stage of the scorer chooses, 1 or more; -1: none",
+        at_least=-1,
+    )
     # batches and budgets
     per_device_train_batch_size: int = setting(4, "pictures a micro-batch", at_least=1)
     questions_per_image: int = setting(4, "questions a picture at most", at_least=1)
@@ -132,9 +139,10 @@ class TrainConfig:
         0, "rows of the frozen model times the longest; memory goes with it; 0: 16384, on a CPU 2048", at_least=0
     )
     bf16: bool = setting(False, "the frozen model under bfloat16 autocast, for models loaded in float32")
-    gradient_checkpointing: bool = distill_setting(
+    gradient_checkpointing: bool = setting(
         True,
-        "the gradient teacher computes layers twice, and stores less",
+        "gradients through the model (gradient teachers, visionselector) compute layers twice, and store less",
+        stages=("distill", "visionselector"),
         only=("teacher", ("gradient", "gradient_at_k")),
     )
     budgets: str = setting(
@@ -143,9 +151,13 @@ class TrainConfig:
     keep_choices: str = setting("", "shares of tokens that budgets = choices draws from, such as 0.25,0.06,0.015")
     keep_low: float = setting(0.015, "smallest share of tokens drawn", above=0, only=("budgets", ("log_uniform",)))
     keep_high: float = setting(0.5, "largest share of tokens drawn", above=0, only=("budgets", ("log_uniform",)))
+    tower_low: float = setting(
+        0.2, "smallest share of tokens drawn for the tower; that of validation", above=0, only=_IN_TOWER
+    )
+    tower_high: float = setting(0.6, "largest share of tokens drawn for the tower", above=0, only=_IN_TOWER)
     # optimiser
-    max_steps: int = grpo_setting(1000, "steps of GRPO", at_least=0)
-    learning_rate: float = grpo_setting(3e-4, "of GRPO; after 3 % of linear warm-up a cosine to a tenth", above=0)
+    max_steps: int = later_setting(1000, "steps of GRPO, or of visionselector", at_least=0)
+    learning_rate: float = later_setting(3e-4, "of these; after 3 % of linear warm-up a cosine to a tenth", above=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
     weight_decay: float = setting(0.0, "of AdamW", at_least=0)
     ema_decay: float = setting(
@@ -185,6 +197,13 @@ class TrainConfig:
     )
     entropy_coef: float = grpo_setting(0.0, "weight of the policy's entropy per token", at_least=0)
     temperature: float = grpo_setting(1.0, "divides the logits when subsets are drawn", above=0)
+    # VisionSelector
+    constraint_weight: float = setting(
+        2.0,
+        "weight, at the last step, of the loss that makes its soft masks hard; 0.1 at the first",
+        at_least=0,
+        stages=("visionselector",),
+    )
     # running
     save_steps: int = setting(100, "steps between checkpoints; Ctrl-C writes one as well", at_least=1)
     eval_steps: int = setting(100, "steps between validations", at_least=1)
@@ -211,6 +230,13 @@ class TrainConfig:
             raise TrainError(
                 f"keep_low = {self.keep_low}, keep_high = {self.keep_high}: use shares in (0, 1], the low one at most "
                 "the high one"
+            )
+        if self.tower_block == 0:
+            raise TrainError("tower_block = 0: nothing has been seen ahead of the first block; use 1 or more, or -1")
+        if not self.tower_low <= self.tower_high <= 1:
+            raise TrainError(
+                f"tower_low = {self.tower_low}, tower_high = {self.tower_high}: use shares in (0, 1], the low one at "
+                "most the high one"
             )
         parse_shares(self.eval_keeps, "eval_keeps")
         if self.budgets == "choices":

@@ -227,3 +227,11 @@ def draw_counts(config: TrainConfig, sizes: Tensor, owner: Tensor, random: torch
         fraction = config.keep_low * (config.keep_high / config.keep_low) ** u
     counts = (fraction[owner.cpu()] * sizes.cpu() + 0.5).floor().long()  # rounded as `Budget.count`
     return counts.clamp(min=1).minimum(sizes.cpu()).to(sizes.device)
+
+
+def draw_tower_counts(config: TrainConfig, sizes: Tensor, counts: Tensor, random: torch.Generator) -> Tensor:
+    """[I] tokens to keep inside the vision tower: log-uniform from tower_low to tower_high, at least `counts` [I]."""
+    u = torch.rand(len(sizes), generator=random, dtype=torch.float64)
+    share = config.tower_low * (config.tower_high / config.tower_low) ** u
+    found = (share * sizes.cpu() + 0.5).floor().long().clamp(min=1).minimum(sizes.cpu())
+    return torch.maximum(found.to(sizes.device), counts)

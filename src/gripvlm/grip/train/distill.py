@@ -21,7 +21,7 @@ from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.batch import Batch
 from gripvlm.grip.train.config import TrainConfig
-from gripvlm.grip.train.data import draw_counts
+from gripvlm.grip.train.data import draw_counts, draw_tower_counts
 from gripvlm.grip.train.rewards import by_name
 from gripvlm.grip.train.rollout import Engine
 from gripvlm.grip.train.stage import Stage, Stats
@@ -69,7 +69,15 @@ class Distill(Stage):
         kl = _divergence(_rows(weights, inputs), logits, inputs.valid)
         # The mean over questions, however many sequences each has.
         loss = (kl / torch.bincount(inputs.owner)[inputs.owner]).sum() / len(batch)
-        yield loss, {"kl_teacher": float(loss.detach())}
+        stats = {"kl_teacher": float(loss.detach())}
+        if scorer.config.tower_features:
+            # The same weights: what the answer needs behind the projector it needs inside the tower.
+            inside = batch.for_tower_stage(scorer.config.question)
+            kept = draw_tower_counts(self.config, batch.sizes, counts, random)
+            kl = _divergence(_rows(weights, inside), inside.score(scorer.tower, kept), inside.valid)
+            stats["kl_teacher_tower"] = float(kl.detach().mean())
+            loss = loss + kl.mean()
+        yield loss, stats
 
 
 def _rows(weights: Sequence[Tensor], inputs: ScorerInputs) -> Tensor:

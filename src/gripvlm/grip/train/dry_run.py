@@ -21,7 +21,7 @@ from gripvlm.grip.scorer import Scorer
 from gripvlm.grip.train.config import TrainConfig, parse_shares
 from gripvlm.grip.train.data import Question
 from gripvlm.grip.train.rollout import PSEUDO_LABEL_TOKENS, tokens_per_forward
-from gripvlm.grip.train.run import new_scorer
+from gripvlm.grip.train.run import new_scorer, tower_width
 
 SAMPLED = 16
 """Questions that are tokenised, and whose pictures are read, for the lengths."""
@@ -96,7 +96,7 @@ class Sizes:
             patches.append(_patches(made["pixel_values"], vision))
         inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
         with torch.device("meta"):
-            scorer_size = _count(Scorer(new_scorer(config, text.hidden_size)))
+            scorer_size = _count(Scorer(new_scorer(config, text.hidden_size, tower_width(config, model))))
         return cls(
             itemsize=model.dtype.itemsize,
             weights=_count(model),
@@ -136,18 +136,19 @@ def memory(sizes: Sizes, config: TrainConfig, processes: int = 1) -> dict[str, i
     rows = max(1, min(config.max_tokens_per_forward // s.row(low), rollouts))
     logits = rows * (s.answer + 1) * s.vocabulary
     # The teacher: every token of the batch, in parts; the rows that a layer begins with, one layer's own, and the bias.
-    full = s.row(1)
+    full, selector = s.row(1), config.stage == "visionselector"
     together = max(1, min(config.max_tokens_per_forward // full, questions))
+    held = questions if selector else together  # visionselector's parts have one loss
     scores = together * s.heads * full**2 * b  # of attention, where the kernel stores them
     own = together * full * (6 * s.hidden + 4 * s.inner) * b + scores
-    begun = together * full * s.hidden * b
-    layers = s.layers * begun + own if config.gradient_checkpointing else s.layers * own
+    begun = held * full * s.hidden * b
+    layers = s.layers * begun + own if config.gradient_checkpointing else s.layers * own * held // together
     bias = together * full**2 * (2 * 4 + 3 * b)
     pictures = config.per_device_train_batch_size
     # As `Rounds`: not more rounds than tokens are kept.
     later = min(config.rounds, max(1, math.floor(high * s.visual + 0.5))) - 1 if config.stage != "distill" else 0
     parts = {
-        "weights": held(s, config),
+        "weights": weights_held(s, config),
         "optimiser": s.scorer * 4 * (4 + bool(config.ema_decay) + bool(config.beta)),
         # Of all micro-batches that a process has in a step: their rewards have one scale.
         "features": config.gradient_accumulation_steps // processes * (pictures + questions) * s.visual * s.hidden * b,
@@ -156,17 +157,20 @@ def memory(sizes: Sizes, config: TrainConfig, processes: int = 1) -> dict[str, i
         "logits": logits * ((b if b < 4 else 0) + 8),
         # Later rounds have logits of their own for each subset, and a table of how close tokens are; both measured.
         "scorer": questions * s.visual * 4 * (3 * s.hidden + config.blocks * 24 * config.width)
-        + later * rollouts * s.visual * 48
+        + later * (questions if selector else rollouts) * s.visual * 48
         + 9 * questions * s.visual**2 * (later > 0),
     }
-    if _backward(config):
+    if selector:
+        del parts["rollouts"], parts["logits"]
+        parts["gradients"] = layers + 2 * scores + held * (s.answer + 1) * s.vocabulary * (b + 12)
+    elif _backward(config):
         parts["teacher"] = layers + 2 * scores + bias + together * (s.answer + 1) * s.vocabulary * (b + 12)
     elif config.stage != "grpo" and config.distill_steps:
         parts["teacher"] = own
     return parts
 
 
-def held(sizes: Sizes, config: TrainConfig) -> int:
+def weights_held(sizes: Sizes, config: TrainConfig) -> int:
     """Bytes of the frozen model's weights on the device, at most."""
     everything, layer = (count * sizes.itemsize for count in (sizes.weights, sizes.language // sizes.layers))
     # Layers that a backward pass does not run again stay with it till then.
@@ -177,7 +181,8 @@ def held(sizes: Sizes, config: TrainConfig) -> int:
 
 def _backward(config: TrainConfig) -> bool:
     """Whether a pass goes back through the frozen model."""
-    return config.stage != "grpo" and config.distill_steps > 0 and config.teacher.startswith("gradient")
+    taught = config.stage != "grpo" and config.distill_steps > 0 and config.teacher.startswith("gradient")
+    return taught or config.stage == "visionselector"
 
 
 ALWAYS = ("weights", "optimiser", "features")
@@ -186,9 +191,12 @@ ALWAYS = ("weights", "optimiser", "features")
 
 def peak(parts: dict[str, int]) -> int:
     """Bytes at once, at most."""
-    # Subsets are drawn and scored before the scorer computes a loss.
-    grpo = max(parts["scorer"], parts["rollouts"], parts["logits"])
-    return sum(parts[name] for name in ALWAYS) + max(grpo, parts.get("teacher", 0), parts["vision tower"])
+    if "gradients" in parts:  # they go through the model into the scorer
+        most = parts["scorer"] + parts["gradients"]
+    else:
+        # Subsets are drawn and scored before the scorer computes a loss.
+        most = max(parts["scorer"], parts["rollouts"], parts["logits"], parts.get("teacher", 0))
+    return sum(parts[name] for name in ALWAYS) + max(most, parts["vision tower"])
 
 
 def operations(sizes: Sizes, config: TrainConfig) -> dict[str, float]:
@@ -204,11 +212,14 @@ def operations(sizes: Sizes, config: TrainConfig) -> dict[str, float]:
 
     trained = 6.0 * s.scorer * s.visual * questions
     stages: dict[str, float] = {}
-    if config.stage != "grpo":
-        # The gradient teacher: a forward, the gradients of the activations, and the forward once more.
-        times = 1 if not config.teacher.startswith("gradient") else 3 if config.gradient_checkpointing else 2
+    # Gradients of the model: a forward, those of the activations, and the forward once more.
+    through = 3 if config.gradient_checkpointing else 2
+    if config.stage == "visionselector":
+        stages[config.stage] = config.max_steps * (pictures * seen + questions * through * passes(1) + trained)
+    if config.stage in ("all", "distill"):
+        times = through if config.teacher.startswith("gradient") else 1
         stages["distill"] = config.distill_steps * (pictures * seen + questions * times * passes(1) + trained)
-    if config.stage != "distill":
+    if config.stage in ("all", "grpo"):
         rollouts = questions * config.num_generations * passes(_mean_share(config))
         again = trained * config.num_iterations
         stages["grpo"] = config.max_steps * (pictures * seen + rollouts + again)
@@ -228,8 +239,9 @@ def hours(sizes: Sizes, config: TrainConfig, speed: float, processes: int = 1) -
     of_stage = operations(sizes, config)
     found = {name: count / (speed * EFFICIENCY) / processes / 3600 for name, count in of_stage.items()}
     # Pictures are read in a thread beside the model; where that takes longer, the model waits.
-    for name, steps in (("distill", config.distill_steps), ("grpo", config.max_steps)):
-        if name in found:
+    for name in found:
+        if name != "validation":
+            steps = config.distill_steps if name == "distill" else config.max_steps
             pictures = config.per_device_train_batch_size * config.gradient_accumulation_steps
             found[name] = max(found[name], steps * pictures * sizes.seconds / processes / 3600)
     return found
@@ -277,7 +289,7 @@ def report(
         lines.append(f"  {'there is':<14}{_bytes(total):>10}")
         if peak(parts) > 0.9 * total:
             lines.append("  it does not fit: lower --max-tokens-per-forward, or --per-device-train-batch-size")
-    if held(sizes, config) < (whole := sizes.weights * sizes.itemsize):
+    if weights_held(sizes, config) < (whole := sizes.weights * sizes.itemsize):
         lines.append(f"  of the weights, {_bytes(whole)}, others wait elsewhere; hours do not count their way")
     speed = speed_of(device, dtype, sizes.hidden) if given is None else given
     known = "measured here" if given is None else "as given"

@@ -20,6 +20,7 @@ from gripvlm.grip.train.reading import BAD_QUESTION
 from gripvlm.grip.train.rewards import Reward, needs_of, scores_of
 from gripvlm.grip.train.rollout import Engine
 from gripvlm.grip.train.stage import mean, means
+from gripvlm.grip.train.two_stages import best_of_two_stages
 
 __all__ = ["Evaluator", "Scores", "fallen"]
 
@@ -73,11 +74,15 @@ class Evaluator:
         return found
 
     def _at(self, scorer: Scorer, batch: Batch, keep: float) -> dict[str, Tensor]:
-        """[B] rewards and exact matches of the batch's questions at one budget."""
+        """[B] rewards and exact matches of the batch's questions at one budget, the tower's being `tower_low`."""
+        needed = "logits" in needs_of(self.reward)
+        if scorer.config.tower_features:
+            left, subsets = best_of_two_stages(self.engine, scorer, batch, keep, self.config.tower_low, needed)
+            rollout = self.engine.run(left, range(len(batch)), subsets, logits=needed)
+            return {"reward": scores_of(self.reward, rollout)[0], "exact": rollout.exact}
         inputs = batch.for_scorer(scorer.config.question, scorer.config.joint)
         counts = [sum(Budget(keep).count(n) for n in sizes) for sizes in inputs.parts]
         chosen, _ = inputs.choose(scorer, counts)
-        needed = "logits" in needs_of(self.reward)
         rollout = self.engine.run(batch, range(len(batch)), batch.by_question(chosen), logits=needed)
         return {"reward": scores_of(self.reward, rollout)[0], "exact": rollout.exact}
 

@@ -221,6 +221,17 @@ class Grpo(Stage):
         # The G subsets of a question side by side, as the rewards are viewed below.
         rows = [question for question in questions for _ in range(group)]
         subsets = [tries[g][question] for question in questions for g in range(group)]
+        return self.rewards_of(batch, questions, rows, subsets, tries[0], group)
+
+    def rewards_of(
+        self, batch: Batch, questions: Sequence[int], rows: Sequence[int], subsets: Subsets, shown: Subsets, group: int
+    ) -> tuple[Tensor, Stats]:
+        """[B, G] rewards of subsets, those of a question side by side, and what to log.
+
+        Args:
+            rows: of the batch, that the subsets are about.
+            shown: [B] one subset of each question, whose size says the budget.
+        """
         rollout = self.engine.run(batch, rows, subsets, logits="logits" in needs_of(self.reward))
         values, each = scores_of(self.reward, rollout)
         rewards = values.view(len(questions), group)
@@ -231,7 +242,7 @@ class Grpo(Stage):
         }
         for name, one in each.items():
             stats |= {f"rewards/{name}/mean": float(one.mean()), f"rewards/{name}/std": float(one.std())}
-        return rewards, stats | _by_octave(batch, questions, tries[0], rewards.mean(-1))
+        return rewards, stats | _by_octave(batch, questions, shown, rewards.mean(-1))
 
     def surrogate(self, policy: PlackettLuce | Rounds, draws: Draws, advantage: Tensor) -> tuple[Tensor, Stats]:
         """[B, G] losses of the subsets, one for all images of a question, and how far the policy has moved."""

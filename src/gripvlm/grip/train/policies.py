@@ -10,12 +10,14 @@ from gripvlm.errors import TrainError
 from gripvlm.grip.policy import PlackettLuce
 from gripvlm.grip.pruner import ScorerInputs
 from gripvlm.grip.rounds import Rounds
-from gripvlm.grip.scorer import Scorer
+from gripvlm.grip.scorer import Scorer, TowerStage
 
 __all__ = ["policy_of"]
 
 
-def policy_of(scorer: Scorer, inputs: ScorerInputs, counts: Tensor, temperature: float = 1.0) -> PlackettLuce | Rounds:
+def policy_of(
+    scorer: Scorer | TowerStage, inputs: ScorerInputs, counts: Tensor, temperature: float = 1.0
+) -> PlackettLuce | Rounds:
     """The distribution over subsets of `counts` [S] tokens of each sequence.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -21,16 +21,20 @@ from transformers import PreTrainedModel
 
 from gripvlm.api import encode, prune_inputs, visual_tokens
 from gripvlm.engine.pipeline import drop
-from gripvlm.grip.train.batch import Batch, Subsets
+from gripvlm.errors import TrainError
+from gripvlm.grip.train.batch import Batch, InTower, Subsets
 from gripvlm.grip.train.data import Question
 from gripvlm.grip.train.frozen import Around, checkpointed
 from gripvlm.grip.train.reading import Read, Reader
 from gripvlm.models import adapter
 from gripvlm.models.encoded import Encoded
+from gripvlm.models.families import family_of
+from gripvlm.models.hooks.tower_replay import TowerStates, checked_replay, record_states, replay
 from gripvlm.models.prompts import Prompts
+from gripvlm.models.tower_rows import TowerDropping, TowerRequest
 from gripvlm.models.wrapped import device_of, unwrapped
 from gripvlm.tasks import Sample, Task
-from gripvlm.types import Selection
+from gripvlm.types import Selection, VisualTokens
 
 __all__ = ["PSEUDO_LABEL_TOKENS", "Engine", "Rollout", "tokens_per_forward"]
 
@@ -114,6 +118,7 @@ class Engine:
         bf16: run rollouts under bfloat16 autocast. On the lab this adds a noise of 0.006 to a mean log-probability
             whose spread within a group is 0.2 to 0.4.
         gradient_checkpointing: compute each layer again in the backward pass of soft masks, and store its input alone.
+        tower_block: before which block of the vision tower tokens are dropped (`rerun`); -1 for none.
 
     Attributes:
         device: that the model computes on.
@@ -128,6 +133,7 @@ class Engine:
         max_tokens_per_forward: int = 0,
         bf16: bool = False,
         gradient_checkpointing: bool = True,
+        tower_block: int = -1,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.device = device_of(model)
@@ -141,6 +147,9 @@ class Engine:
         self.ends: list[int] = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
         self.end = self._end_of_turn()
         self.reader = Reader(model, processor, self.end)
+        self.tower_block = tower_block
+        if tower_block >= 0:
+            checked_replay(self.model, family_of(self.model), tower_block)
 
     def _end_of_turn(self) -> list[int]:
         """The token that ends an answer: of the model's end tokens the one its chat template closes a turn with."""
@@ -172,14 +181,88 @@ class Engine:
     @torch.no_grad()
     def encode(self, read: Read) -> Batch:
         """Questions with their pictures encoded, each once."""
-        encoded = encode(self.model, read.pictures).take(read.shown)
+        tower: InTower | None = None
+        if self.tower_block >= 0:
+            encoded, tower = self._encode_with_states(read)
+        else:
+            encoded = encode(self.model, read.pictures)
+        encoded = encoded.take(read.shown)
         tokens = visual_tokens(self.model, read.prompts, question=read.question, encoded=encoded)
         tasks, samples = [task for task, _ in read.questions], [sample for _, sample in read.questions]
         answers = read.answers
         # The batch is generated whole, also where one answer is lacking: rows are cheap beside the call.
         if not all(answers):
             answers = [mine or own for mine, own in zip(answers, self._own_answers(read.prompts, encoded), strict=True)]
-        return Batch(tasks, samples, answers, read.prompts, self._with_answers(read.prompts, answers), encoded, tokens)
+        inputs = self._with_answers(read.prompts, answers)
+        return Batch(tasks, samples, answers, read.prompts, inputs, encoded, tokens, tower=tower)
+
+    def _encode_with_states(self, read: Read) -> tuple[Encoded, InTower]:
+        """The pictures encoded, each once, with what the vision tower's stage of the scorer reads.
+
+        Raises:
+            TrainError: a question about several pictures, or about one in tiles.
+        """
+        tokens: list[VisualTokens] = []
+
+        def look(images: list[VisualTokens]) -> list[Tensor]:
+            tokens.extend(images)
+            return [torch.arange(image.n, device=image.device) for image in images]
+
+        # The very tokens that a pruner gets there; as all are kept, the tower stays its own.
+        dropping = TowerDropping(self.tower_block, lambda n: n, look, frozenset({"features"}))
+        with record_states(self.model, self.tower_block) as seen:
+            encoded = self._encoded(read.pictures, TowerRequest(dropping=dropping, keys=True))
+        if any(len(items) != 1 for items in encoded.samples):
+            raise TrainError(
+                "a scorer with a stage inside the vision tower is trained on questions about one picture, in one "
+                "piece: leave the others out of --data, or train without --tower-block"
+            )
+        return encoded, InTower(seen, tokens, read.shown, read.pictures["pixel_values"][:1])
+
+    def _encoded(self, inputs: dict[str, Any], wanted: TowerRequest) -> Encoded:
+        prompts = Prompts.of(unwrapped(self.model), inputs)
+        return adapter.encode(prompts, family_of(unwrapped(self.model)), wanted)
+
+    @torch.no_grad()
+    def rerun(self, batch: Batch, rows: Sequence[int], kept: Sequence[Tensor]) -> Batch:
+        """Questions of the batch, each with a picture of which the vision tower dropped all but some rows.
+
+        Only the blocks behind `tower_block` run, from the states that `encode` stored.
+
+        Args:
+            rows: [R] questions.
+            kept: [R] the rows that stay of each one's picture, ascending.
+
+        Returns:
+            R questions; their tokens have `tower_rows`, and zeros where rows were dropped.
+        """
+        assert batch.tower is not None
+        assert batch.tower.seen.states is not None
+        samples: dict[int, Any] = {}
+        expanded, place = batch.take(rows), torch.tensor(batch.tower.shown, device=batch.tower.seen.states.device)
+        outputs = batch.encoded.outputs
+        ids = {name: batch.prompts[name] for name in ("input_ids", "attention_mask") if name in batch.prompts}
+        # The tower drops as many rows of all pictures that it takes at once.
+        for count in sorted({len(each) for each in kept}):
+            part = [r for r, each in enumerate(kept) if len(each) == count]
+            questions = torch.tensor([rows[r] for r in part], device=place.device)
+            chosen = [kept[r] for r in part]
+            dropping = _dropping_all_but(chosen, self.tower_block)
+            seen = TowerStates(batch.tower.seen.states[place[questions]], batch.tower.seen.tuples)
+            inputs: dict[str, Any] = {name: value[questions] for name, value in ids.items()}
+            inputs["pixel_values"] = batch.tower.pixels.expand(len(part), *batch.tower.pixels.shape[1:])
+            with replay(self.model, self.tower_block, seen):
+                encoded = self._encoded(inputs, TowerRequest(dropping=dropping))
+            samples |= dict(zip(part, encoded.samples, strict=True))
+            outputs = encoded.outputs
+        expanded.encoded = Encoded(batch.encoded.model_type, tuple(samples[r] for r in range(len(rows))), outputs)
+        expanded.tokens = [
+            [replace(own[0], features=items[0].features, tower_rows=items[0].tower_rows)]
+            for own, items in zip(expanded.tokens, expanded.encoded.samples, strict=True)
+        ]
+        if batch.full_logits is not None:
+            expanded.full_logits = batch.full_logits[torch.tensor(rows, device=batch.full_logits.device)]
+        return expanded
 
     def _own_answers(self, prompts: dict[str, Any], encoded: Encoded) -> list[list[int]]:
         """[B] token ids of the unpruned model's greedy answers, up to their end; those that were cut off have none."""
@@ -335,3 +418,8 @@ class Engine:
         targets = batch.inputs["labels"][:, -width:]
         log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
         return log_probs.masked_fill(targets < 0, 0.0)
+
+
+def _dropping_all_but(kept: list[Tensor], block: int) -> TowerDropping:
+    """All rows of each image but those of `kept`, as many of each, are dropped before the block."""
+    return TowerDropping(block, lambda n: len(kept[0]), lambda images: kept, frozenset({"features"}))

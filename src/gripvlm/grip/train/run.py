@@ -30,6 +30,10 @@ from gripvlm.grip.train.rewards import Reward, Rewards, name_of
 from gripvlm.grip.train.rollout import Engine
 from gripvlm.grip.train.stage import Stage
 from gripvlm.grip.train.trainer import Trainer
+from gripvlm.grip.train.two_stages import TwoStageGrpo
+from gripvlm.grip.train.visionselector import VisionSelector
+from gripvlm.models.families import family_of
+from gripvlm.models.hooks.tower_replay import checked_replay
 from gripvlm.models.wrapped import device_of
 from gripvlm.tasks import Task
 from gripvlm.utils import disk
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Settings that the scorer itself has.
-_SIZES = ("width", "blocks", "heads", "question", "budget", "joint", "rounds")
+_SIZES = ("width", "blocks", "heads", "question", "budget", "joint", "rounds", "tower_block")
 # What may differ between a run and its continuation.
 _FREE = {"output_dir", "device", "report_to", "run_name", "max_tokens_per_forward", "gradient_checkpointing"}
 _FREE |= {"max_memory", "on_bad_sample", "save_steps", "eval_steps"}
@@ -108,11 +112,14 @@ def train_on(
     with frozen(model), ExitStack() as held:
         first = processes.first
         processes.together(lambda: held.enter_context(disk.one_writer(folder, folder=True)) if first else None)
-        engine = make_engine(config, model, processor)
         scorer, done = _first_scorer(processes, config, folder, model)
+        # That of --init-from where the settings name none.
+        staged = replace(config, tower_block=scorer.config.tower_block)
+        engine = processes.together(partial(make_engine, staged, model, processor))
+        grpo = TwoStageGrpo if scorer.config.tower_features else Grpo
         for name in _stages_left(config, done):
-            make = partial(Distill if name == "distill" else partial(Grpo, reward=reward), config, scorer, engine)
-            stage = processes.together(make)
+            make: Any = {"distill": Distill, "visionselector": VisionSelector}.get(name, partial(grpo, reward=reward))
+            stage = processes.together(partial(make, config, scorer, engine))
             # Only now, as the stage has refused settings that do not fit the model.
             processes.together(lambda: record_run(config) if first else None)
             # Trackers count the steps of a run of both stages through.
@@ -127,7 +134,8 @@ def train_on(
 
 def make_engine(config: TrainConfig, model: PreTrainedModel, processor: Any) -> Engine:
     """The model and its processor, with the settings that concern them."""
-    return Engine(model, processor, config.max_tokens_per_forward, config.bf16, config.gradient_checkpointing)
+    options = config.max_tokens_per_forward, config.bf16, config.gradient_checkpointing
+    return Engine(model, processor, *options, tower_block=config.tower_block)
 
 
 def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
@@ -159,6 +167,8 @@ def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
 
 
 def _check_half(config: TrainConfig, dtype: str) -> None:
+    if dtype == "float16" and config.stage == "visionselector":
+        raise TrainError("float16 is too small for the gradients of visionselector: use --dtype bfloat16 or float32")
     if dtype == "float16" and config.stage != "grpo" and get_teacher(config.teacher) in (gradient, gradient_at_k):
         raise TrainError(
             f"float16 is too small for the gradients of the teacher {config.teacher}: use --dtype bfloat16 or float32, "
@@ -328,7 +338,7 @@ def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -
     if config.stage == "all" and finished:
         return _loaded(folder / finished[0], config, model), finished[0]
     source: str | Path = config.init_from
-    if config.stage == "grpo" and not source:
+    if config.stage != "distill" and not source:
         if "distill" in finished:
             source = folder / "distill"
         elif (folder / "distill.ckpt").exists():
@@ -339,12 +349,26 @@ def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -
     if source:
         return _loaded(source, config, model), ""
     base = ModelFingerprint.of(model)
-    return Scorer(new_scorer(config, base.features), base).to(device_of(model)), ""
+    scorer = Scorer(new_scorer(config, base.features, tower_width(config, model)), base)
+    return scorer.to(device_of(model)), ""
 
 
-def new_scorer(config: TrainConfig, features: int) -> ScorerConfig:
-    """The sizes of a new scorer for features of so many channels."""
-    return ScorerConfig(features, **{name: getattr(config, name) for name in _SIZES})
+def new_scorer(config: TrainConfig, features: int, tower_features: int = 0) -> ScorerConfig:
+    """The sizes of a new scorer for features of so many channels, and hidden states inside the tower of so many."""
+    return ScorerConfig(features, tower_features=tower_features, **{name: getattr(config, name) for name in _SIZES})
+
+
+def tower_width(config: TrainConfig, model: PreTrainedModel) -> int:
+    """The width of the vision tower's hidden states, 0 where no stage of the scorer reads them.
+
+    Raises:
+        UnsupportedModelError, InputError: the tower cannot have such a stage.
+    """
+    if config.tower_block < 0:
+        return 0
+    checked_replay(model, family_of(model), config.tower_block)
+    width: int = model.config.vision_config.hidden_size
+    return width
 
 
 def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel) -> Scorer:
@@ -353,6 +377,8 @@ def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel) -> Sc
     if scorer.base is not None:
         scorer.base.check(model)
     _check_sizes(scorer, name, config)
+    if config.tower_block >= 0 and not scorer.config.tower_features:
+        scorer = scorer.with_tower(config.tower_block, tower_width(config, model))
     scorer.base = ModelFingerprint.of(model)
     return scorer.to(device_of(model))
 
@@ -364,6 +390,8 @@ def _check_sizes(scorer: Scorer, name: str | Path, config: TrainConfig, typed: S
     """
     for field in _SIZES:
         wanted, actual = getattr(config, field), getattr(scorer.config, field)
+        if field == "tower_block" and actual < 0:
+            continue  # it gets that stage
         asked = field in typed or wanted != TrainConfig.__dataclass_fields__[field].default
         if asked and wanted != actual:
             raise TrainError(f"{field} = {wanted!r}, but the scorer in {name} has {actual!r}: leave that setting out")
@@ -387,7 +415,7 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
         before, now = kind(**read_toml(file, kind)).to_dict(), config.to_dict()
     except TrainError as error:
         raise TrainError(f"{folder} holds a run that cannot be resumed ({error}): use another --output-dir") from error
-    if begun == {"distill"} and config.stage == "grpo":
+    if begun == {"distill"} and config.stage in ("grpo", "visionselector"):
         bound = {"model", *_SIZES}  # it starts from what that stage made, on whatever questions
     elif begun == {"distill"}:
         bound = {name for name in now if "distill" in stages_of(name, kind)} - {"stage"}

@@ -28,11 +28,13 @@ class HiRED(ScorePruner):
     2. A tile's part is where the tile lies, as in the paper. The code cuts the thumbnail's raster into as many
        contiguous strips as there are tiles, for 2 x 2 tiles a quarter of the height each: of tiles that lie side by
        side, each is given a strip as wide as both.
-    3. How tiles lie is not in the data a pruner gets: pass `layout`. It works through `allocate_budget`.
+    3. How tiles lie is not in the data a pruner gets: pass `layout`, and `thumbnail=first` where the whole view
+       precedes its tiles, as in `ovis2`. It works through `allocate_budget`.
 
     Attributes:
         alpha: in [0, 1].
-        layout: (rows, columns) of tiles, in raster order, followed by the thumbnail; None for no tiles.
+        layout: (rows, columns) of tiles, in raster order, beside one thumbnail; None for no tiles.
+        thumbnail: whether it comes "last" or "first".
     """
 
     name = "hired"
@@ -41,10 +43,12 @@ class HiRED(ScorePruner):
 
     alpha: float = 0.5
     layout: tuple[int, int] | None = None
+    thumbnail: str = "last"
 
     def __post_init__(self) -> None:
         tiles = self.layout is None or (len(self.layout) == 2 and min(self.layout) >= 1)
         self.require(0 <= self.alpha <= 1 and tiles, "alpha=0.5, in [0, 1], and layout=(2,2), rows and columns")
+        self.require(self.thumbnail in ("first", "last"), "thumbnail=first or thumbnail=last")
 
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -57,7 +61,8 @@ class HiRED(ScorePruner):
         if self.layout is None:
             return list(super().allocate_budget(images, num_layers))
         rows, columns = self.layout
-        *tiles, thumbnail = images
+        tiles = [*images]
+        thumbnail = tiles.pop(0 if self.thumbnail == "first" else -1)
         if len(tiles) != rows * columns or thumbnail.grid is None:
             raise PrunerError(
                 f"hired: layout={self.layout} means {rows * columns} tiles and a thumbnail, but this prompt has "
@@ -67,7 +72,8 @@ class HiRED(ScorePruner):
         least, most = max(1, budget - sum(caps)), min(thumbnail.n, budget - len(tiles))
         # The thumbnail takes what the tiles have no room for, and leaves one for each.
         own = min(most, max(least, int(self.alpha * budget)))
-        return [*apportion(budget - own, self._hits(thumbnail).tolist(), caps), own]
+        shares = list(apportion(budget - own, self._hits(thumbnail).tolist(), caps))
+        return [own, *shares] if self.thumbnail == "first" else [*shares, own]
 
     def _hits(self, thumbnail: VisualTokens) -> Tensor:
         """[tiles] how many of the thumbnail's strongest tokens lie in the part of each tile."""

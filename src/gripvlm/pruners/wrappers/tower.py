@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from gripvlm.budget import Budget
 from gripvlm.errors import BudgetError, PrunerError
 from gripvlm.pruners.base import Pruner, Wrapper
-from gripvlm.types import Merge, Selection, VisualTokens
+from gripvlm.types import Merge, Part, Selection, VisualTokens
 
 IN_TOWER = frozenset({"features", "grid", "key", "vision_attention", "vision_given"})
 """What a pruner may need of the rows inside the tower."""
@@ -29,7 +29,8 @@ class Tower(Wrapper):
     attention of all blocks from `block` on.
 
     1. Ours, as a frame for any score; dropping patches between the blocks of a ViT by a score is from DynamicViT (arXiv
-       2106.02034) and EViT (arXiv 2202.07800), which train for it and do so at several blocks. Nothing here is trained.
+       2106.02034) and EViT (arXiv 2202.07800), which train for it and do so at several blocks. Here only `grip` can be
+       trained for it; inside the tower it takes a scorer that has a stage there (`gripvlm train --tower-block`).
     2. What the first pruner would merge is dropped.
     3. Images of one batch do not share the tower's budget, nor do tiles: `tower_keep` is that of each.
 
@@ -61,7 +62,8 @@ class Tower(Wrapper):
         except BudgetError as error:
             raise BudgetError(str(error).replace("keep=", "tower_keep=")) from None
         inside, behind = self.inside, self.behind
-        if lacking := sorted(inside.needs - IN_TOWER):
+        allowed = IN_TOWER if inside is self.inners[0] else IN_TOWER | {"question"}
+        if lacking := sorted(inside.needs - allowed):
             raise PrunerError(
                 f"pruner 'tower': {inside.name!r} needs {', '.join(lacking)}, which there is not inside the vision "
                 f"tower: use one that needs only {', '.join(sorted(IN_TOWER))}, such as norm, as in "
@@ -85,7 +87,7 @@ class Tower(Wrapper):
     @property
     def inside(self) -> Pruner:
         """Chooses inside the tower."""
-        return self.inners[0]
+        return self.inners[0].in_tower(self.block)
 
     @property
     def behind(self) -> Pruner:
@@ -94,7 +96,7 @@ class Tower(Wrapper):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return self.behind.needs | {"tower_rows"}
+        return self.behind.needs | {"tower_rows"} | (self.inside.needs & {"question"})
 
     @property
     def vision_layers(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -132,18 +134,24 @@ class Tower(Wrapper):
                 f"but tower_keep={self.tower_keep} leaves {len(rows)} of them: pass a smaller keep or a larger "
                 "tower_keep"
             )
-        vision = {layer: seen.at(rows) for layer, seen in tokens.vision.items()}
-        patches = None if tokens.patches is None else tokens.patches[rows]
-        return replace(
-            tokens,
-            features=tokens.features[rows],
-            grid=None,
-            rasters=(),
-            vision=vision,
-            patches=patches,
-            first_keys=None if tokens.first_keys is None else tokens.first_keys[rows],
-            tower_rows=None,
-        )
+        return left_by_tower(tokens)
+
+
+def left_by_tower(tokens: VisualTokens) -> VisualTokens:
+    """The rows `tokens.tower_rows` alone."""
+    rows = tokens.tower_rows
+    assert rows is not None
+    return replace(
+        tokens,
+        features=tokens.features[rows],
+        grid=None,
+        rasters=(),
+        vision={layer: seen.at(rows) for layer, seen in tokens.vision.items()},
+        patches=None if tokens.patches is None else tokens.patches[rows],
+        first_keys=None if tokens.first_keys is None else tokens.first_keys[rows],
+        tower_rows=None,
+        part=Part(rows, tokens.n, tokens.grid),
+    )
 
 
 def _of_all(answer: Selection, tokens: VisualTokens) -> Selection:
