@@ -140,6 +140,17 @@ def test_settings_move_the_estimate_as_they_move_the_run():
     assert features(1, gradient_accumulation_steps=4) == 4 * parts["features"]
     assert features(2, gradient_accumulation_steps=4) == 2 * parts["features"]
     assert told(gradient_checkpointing=False)[0]["teacher"] > parts["teacher"]
+    # Rounds: as many as tokens are kept at most, here 2 of 16, and none in distilling.
+    few = {"keep_low": 0.1, "keep_high": 0.125}
+    assert told(rounds=16, **few)[0] == told(rounds=2, **few)[0]
+    assert told(rounds=2, **few)[0]["scorer"] > told(rounds=1, **few)[0]["scorer"]
+    assert told(rounds=16, stage="distill")[0]["scorer"] == told(rounds=1, stage="distill")[0]["scorer"]
+    # Of weights that are not all on the device, so many and at least a layer; all where a backward pass needs them.
+    half = {"max_memory": parts["weights"] / 2**31}
+    assert told(**half)[0] == parts | {"weights": parts["weights"] // 2}
+    assert 0 < told(max_memory=1e-9)[0]["weights"] < parts["weights"] / 4
+    assert told(**half, gradient_checkpointing=False)[0]["weights"] == parts["weights"]
+    assert told(**half, gradient_checkpointing=False, teacher="attention")[0]["weights"] == parts["weights"] // 2
     assert told(max_steps=12)[1]["grpo"] == 2 * count["grpo"]
     assert told(num_iterations=4)[1]["grpo"] > count["grpo"]
     assert time.keys() == {"distill", "grpo", "validation"}

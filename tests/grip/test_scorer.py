@@ -16,6 +16,10 @@ from gripvlm.errors import GripError, InputError, PrunerError
 from gripvlm.grip.closeness import Closeness
 from gripvlm.grip.pruner import Grip
 from gripvlm.grip.scorer import FORMAT, ModelFingerprint, Scorer, ScorerConfig, ScorerError, coordinates
+from gripvlm.pruners.ops.apportion import apportion
+from gripvlm.pruners.wrappers.gumbel import Gumbel
+from gripvlm.pruners.wrappers.split import Split
+from gripvlm.pruners.wrappers.top_p import TopP
 from gripvlm.types import VisualTokens
 from tiny_families import build, make
 from tiny_models import llava_inputs, tiny_llava
@@ -156,6 +160,27 @@ def test_rounds_by_hand(changes):
         assert sorted(picks) == kept
         highest.append(sorted(scores.argsort(descending=True)[: tokens.keep].tolist()))
     assert highest != kept_by(scorer, some)
+
+
+@torch.no_grad()
+def test_wrappers_read_the_first_round():
+    """Draws and probabilities are those of its logits; what is chosen for a count that they gave is all rounds'."""
+    scorer, images = scorer_of(rounds=6), tokens_of([[(30, 6), (20, 4)]])
+    grip = Grip(module=scorer)
+    logits = [selection.scores for selection in grip.select_batch(images)]
+    highest = [sorted(own.argsort(descending=True)[:k].tolist()) for own, k in zip(logits, (6, 4), strict=True)]
+    assert [drawn.indices.tolist() for drawn in Gumbel(grip, 1e-6).select_batch(images)] == highest
+    assert highest != kept_by(scorer, images)
+    needed = [int((own.softmax(0).sort(descending=True).values.cumsum(0) < 0.9).sum()) + 1 for own in logits]
+    assert needed[0] > 6
+    assert needed[1] > 4
+    raised = TopP(grip, 0.9, 9.0)
+    assert raised.allocate_budget(images, 1) == needed
+    more = [replace(tokens, keep=k) for tokens, k in zip(images, needed, strict=True)]
+    assert [kept.indices.tolist() for kept in raised.select_batch(more)] == kept_by(scorer, more)
+    shares = torch.cat(logits).softmax(0)
+    shared = apportion(10, [float(shares[:30].sum()), float(shares[30:].sum())], [30, 20])
+    assert Split(grip, by="mass").allocate_budget(images, 1) == shared
 
 
 @torch.no_grad()
@@ -312,6 +337,8 @@ def broken(folder, what: str) -> None:
         about["format"] = "gripvlm.grip.scorer/99"
     elif what == "width":
         about["scorer"]["width"] = 64
+    elif what == "other version":
+        about["scorer"]["diversity"] = True
     (folder / "config.json").write_text(
         "{no" if what == "json" else "[1]" if what == "list" else json.dumps(about), encoding="utf-8"
     )
@@ -328,6 +355,7 @@ def broken(folder, what: str) -> None:
         ("list", "format None"),
         ("json", "config.json is not JSON"),
         ("width", "does not fit"),
+        ("other version", "config.json has diversity, which this gripvlm does not know: another version wrote it"),
         ("damaged", "model.safetensors is damaged"),
         ("config.json", "holds no scorer: config.json missing"),
         ("model.safetensors", "holds no scorer: model.safetensors missing"),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,10 @@ def tiny_lab_here(tmp_path, monkeypatch, vlm):
         (["--budgets", "choices", "--keep-choices", "0.1", "--keep-low", "0.2"], "--keep-low has no effect with"),
         (["distill", "--num-generations", "8"], "--num-generations has no effect in distill"),
         (["grpo", "--init-from", "nowhere"], "nowhere"),
+        (
+            ["grpo", "--init-from", "lab", "--width", "128", "--blocks", "3", "--rounds", "16"],  # its default, typed
+            "rounds = 16, but the scorer in lab has 1: leave that setting out",
+        ),
         (["--dtype", "int8"], "dtype = 'int8': use one of 'auto', 'float32', 'bfloat16', 'float16'"),
         (["--dtype", "float16"], "float16 is too small for the gradients of the teacher gradient"),
         (["--bf16", "--dtype", "bfloat16"], "bf16 is for models in float32, and this one is bfloat16: leave bf16 out"),
@@ -142,7 +147,42 @@ def test_the_model_is_loaded_as_it_is_told(tiny_lab_here, monkeypatch, vlm):
     assert (
         main([*short, "--dtype", "bfloat16", "--attn-implementation", "sdpa", "--output-dir", "b"]) == 2
     )  # is float32
-    assert loaded == [("cpu", "float32", None), ("cpu", "bfloat16", "sdpa")]
+    assert loaded == [("cpu", "float32", None, 0.0), ("cpu", "bfloat16", "sdpa", 0.0)]
+
+
+def test_a_model_that_does_not_fit_is_trained_for(tmp_path, monkeypatch, capsys, vlm):
+    """Some of its weights are in memory, or all; the scorers are the same."""
+    (folder := tmp_path / "m").mkdir()
+    vlm[0].save_pretrained(folder)
+    vlm[1].save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path, 8)
+    flags = ["train", "--model", "m", "--device", "cpu", "--data", "q.jsonl", "--eval-share", "0.3"]
+    flags += ["--distill-steps", "1", "--max-steps", "1", "--width", "16", "--blocks", "1", "--eval-keeps", "0.5"]
+    ends = []
+    for name, more in (("whole", []), ("part", ["--max-memory", "1e-4"])):
+        with on_meta(monkeypatch) as waiting:
+            assert main([*flags, "--output-dir", name, *more]) == 0
+        assert (waiting[0] > 0) == bool(more)
+        ends.append(Scorer.from_pretrained(name).state_dict())
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+    assert main([*flags, "--model", "lab", "--max-memory", "1"]) == 2
+    assert "max_memory = 1: lab is small, leave that setting out" in " ".join(capsys.readouterr().err.split())
+
+
+@contextmanager
+def on_meta(monkeypatch):
+    """A list that gets how many weights of the model that is loaded wait elsewhere."""
+    found, load = [], loading.load_model
+
+    def counted(*how):
+        model, processor = load(*how)
+        found.append(sum(weight.is_meta for weight in model.parameters()))
+        return model, processor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_model", counted)
+        yield found
 
 
 def test_the_dtype_of_an_accelerator_is_bfloat16_if_it_has_it(monkeypatch):

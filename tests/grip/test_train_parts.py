@@ -7,11 +7,13 @@ import json
 import threading
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.hooks import AlignDevicesHook
 
-from gripvlm.errors import TrainError
+from gripvlm.errors import GripError, TrainError
 from gripvlm.eval import make_inputs
 from gripvlm.grip.train import Callback, Evaluator, train
 from gripvlm.grip.train.distill import get_teacher, masked_forward
@@ -341,8 +343,34 @@ def test_settings_that_the_model_contradicts_are_refused(vlm, tmp_path):
     with pytest.raises(TrainError, match="bf16 is for models in float32, and this one is bfloat16"):
         run((half, vlm[1]), tmp_path, bf16=True)
     half.model.vision_tower.to("meta")
-    with pytest.raises(TrainError, match=r"lies on cpu, meta: training needs it on one device"):
+    with pytest.raises(GripError, match="on the meta device, which holds no weights"):
         run((half, vlm[1]), tmp_path)
+    spread = copy.deepcopy(vlm[0])
+    spread.lm_head.to("meta")._hf_hook = AlignDevicesHook(execution_device="cuda:1")
+    with pytest.raises(TrainError, match="computes on cpu, cuda:1: training needs it on one device"):
+        run((spread, vlm[1]), tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_model_whose_layers_wait_elsewhere_is_trained_for_alike(vlm, tmp_path, checkpointing):
+    """Rewards and the teacher's backward pass through accelerate's hooks, recomputed or not, are those without them."""
+    options = {"stage": "all", "distill_steps": 2, "max_steps": 2, "teacher": "gradient"}
+    options["gradient_checkpointing"] = checkpointing
+    expected = run(vlm, tmp_path / "whole", **options).module.state_dict()
+    where = {"model.vision_tower": "cpu", "model.multi_modal_projector": "disk", "lm_head": "cpu"}
+    where |= {"model.language_model": "disk"}
+    for how in ("all in memory", "some on disk"):
+        model = copy.deepcopy(vlm[0]).requires_grad_(True)
+        if how == "all in memory":
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        else:
+            accelerate.dispatch_model(model, where, main_device="cpu", offload_dir=tmp_path / "disk", force_hooks=True)
+        given = {name: weight.is_meta for name, weight in model.named_parameters()}
+        assert any(given.values())
+        found = run((model, vlm[1]), tmp_path / how, **options).module.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert {name: weight.is_meta for name, weight in model.named_parameters()} == given
+        assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_a_model_in_bfloat16_is_trained_for(vlm, tmp_path):

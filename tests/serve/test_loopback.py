@@ -19,7 +19,10 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import uvicorn
 from served import CHAT, asked, lab_model, on_loopback, questions, settings
+
+from gripvlm.serve.app import create_app
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +146,29 @@ def test_the_command_serves_and_stops_at_sigterm():
         assert answer.json()["usage"]["visual_tokens_kept"] == 26
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("endless")
+def test_two_interrupts_end_it_at_once_and_without_a_traceback(caplog):
+    """Ctrl-C waits for what runs, a second one does not; a client that is cut off so is told."""
+    caplog.set_level("INFO")
+    found: list[httpx2.Response] = []
+    app = create_app(*lab_model(), settings())
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    running = threading.Thread(target=server.run)
+    running.start()
+    waits_until(lambda: server.started)
+    port, worker = server.servers[0].sockets[0].getsockname()[1], app.state.server.worker
+    row = asked(questions()[0], max_tokens=200)
+    post = threading.Thread(target=lambda: found.append(httpx2.post(f"http://127.0.0.1:{port}{CHAT}", json=row)))
+    post.start()
+    waits_until(lambda: worker.running == 1)
+    for _ in range(2):
+        server.handle_exit(signal.SIGINT, None)
+    running.join(20)
+    post.join(20)
+    worker.close()
+    assert found[0].status_code == 503
+    assert "the server is stopping" in found[0].text
+    assert [line for line in caplog.records if "Shutting down" in line.message]
+    assert not [line for line in caplog.records if line.exc_info or "Traceback" in line.message]

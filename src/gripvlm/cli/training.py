@@ -44,7 +44,7 @@ def train_command(**options: Any) -> None:
     # Flags only: a file of settings may serve several stages.
     for name, why in config.without_effect(explicit).items():
         raise GripError(f"{_flag(name)} has no effect {why}: leave it out")
-    questions, held_out = check_settings(config)
+    questions, held_out = check_settings(config, typed=explicit)
     _warn(config, [sample.answer for _, sample in questions + held_out])
     quiet()
     device = launched_device(config.device) or None
@@ -52,7 +52,7 @@ def train_command(**options: Any) -> None:
     if dry_run:
         console().print(_estimate(config, questions, device, dtype, tflops), soft_wrap=True, highlight=False)
         return
-    model, processor = load_model(config.model, device, dtype, config.attn_implementation or None)
+    model, processor = load_model(config.model, device, dtype, config.attn_implementation or None, config.max_memory)
     try:
         pruner = train_on((questions, held_out), config, model, processor, quiet=False)
     except Interrupted as stop:

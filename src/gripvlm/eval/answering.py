@@ -15,6 +15,7 @@ from gripvlm.api import Record, pruned_run
 from gripvlm.budget import Keep
 from gripvlm.errors import InputError
 from gripvlm.models.encoded import Encoded
+from gripvlm.models.wrapped import device_of
 from gripvlm.pruners import Pruner
 from gripvlm.types import Selection
 from gripvlm.utils.timing import device_time
@@ -93,7 +94,7 @@ def make_inputs(
     by_question = [[item] if isinstance(item, Image.Image) else list(item) for item in images or [()] * len(questions)]
     texts = [prompt_text(processor, text, len(own)) for text, own in zip(questions, by_question, strict=True)]
     made = processed(processor, texts, None if images is None else by_question, **options)
-    return dict(made.to(model.device) if images is None else made.to(model.device, dtype=model.dtype))
+    return dict(made.to(device_of(model)) if images is None else made.to(device_of(model), dtype=model.dtype))
 
 
 def processed(
@@ -143,7 +144,7 @@ def answer(
         GripError: as `gripvlm.prune_inputs`.
     """
     # The peak is the highest since the last reset, so each batch starts its own count.
-    device = model.device
+    device = device_of(model)
     memory: Any = getattr(torch, device.type, None) if device.type != "cpu" else None
     if hasattr(memory, "reset_peak_memory_stats"):
         memory.reset_peak_memory_stats(device)

@@ -22,7 +22,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,12 @@ class Scorer(
         written = about.get("format") if isinstance(about, dict) else None
         if written != FORMAT:
             raise ScorerError(f"{name} has format {written!r}, this gripvlm reads {FORMAT!r}: update it")
+        known = {each.name for each in fields(ScorerConfig)}
+        if isinstance(about.get("scorer"), dict) and (unknown := sorted(about["scorer"].keys() - known)):
+            raise ScorerError(
+                f"{config_file} has {', '.join(unknown)}, which this gripvlm does not know: another version wrote it, "
+                "or one between releases; update gripvlm, or train the scorer again with `gripvlm train`"
+            )
         try:
             base = None if about["base"] is None else ModelFingerprint.read(about["base"])
             config, notes = ScorerConfig(**about["scorer"]), dict(about["notes"])

@@ -34,7 +34,11 @@ def quiet() -> None:
 
 
 def load_model(
-    name: str, device: str | None = None, dtype: str | None = None, attention: str | None = None
+    name: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    max_memory: float = 0.0,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """(model, processor), in eval mode.
 
@@ -43,6 +47,8 @@ def load_model(
         device: as PyTorch names it; by default the first accelerator there is.
         dtype: of the weights, one of `DTYPES`; by default float32 on a CPU, elsewhere as they were saved.
         attention: as transformers' `attn_implementation`, such as sdpa; by default its own choice.
+        max_memory: GiB of weights on the device; layers beyond it come from the machine's memory, and those beyond that
+            from the files on disk, when they run. 0: all are on the device.
 
     Raises:
         GripError: `lab-dense` is not in this installation.
@@ -57,6 +63,8 @@ def load_model(
     if name in lab.FOLDERS:
         import torch
 
+        if max_memory:
+            raise ModelError(f"max_memory = {max_memory:g}: {name} is small, leave that setting out")
         model, processor = lab.load(name)
         if attention is not None:
             try:
@@ -69,12 +77,25 @@ def load_model(
     source = _checked_name(name)
     try:
         # Half precision is slow on most CPUs.
-        model, processor = _load(source, dtype or ("float32" if place.type == "cpu" else "auto"), attention)
+        dtype = dtype or ("float32" if place.type == "cpu" else "auto")
+        model, processor = _load(source, dtype, attention, _spread(place, max_memory))
     except GripError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(_advice(name, source, error)) from error
-    return model.to(place).eval(), processor
+    return (model if max_memory else model.to(place)).eval(), processor
+
+
+def _spread(place: torch.device, max_memory: float) -> dict[str, Any]:
+    """from_pretrained's arguments for so many GiB of weights on the device, and the others elsewhere."""
+    if not max_memory:
+        return {}
+    from accelerate.utils import get_max_memory
+
+    limits = {place.type if place.type in ("cpu", "mps") else place.index or 0: int(max_memory * 2**30)}
+    # What no entry has room for goes to the disk.
+    limits = limits if "cpu" in limits else limits | {"cpu": get_max_memory()["cpu"]}
+    return {"device_map": "sequential", "max_memory": limits}
 
 
 def load_sizes(name: str, dtype: str) -> tuple[Any, Any]:
@@ -132,11 +153,11 @@ def model_type(name: str) -> str:
     return config.model_type
 
 
-def _load(source: str | Path, dtype: str, attention: str | None) -> tuple[Any, Any]:
+def _load(source: str | Path, dtype: str, attention: str | None, spread: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText
 
     _, processor = _described(source)
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=attention, **spread)
     return model, processor
 
 

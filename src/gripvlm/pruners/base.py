@@ -28,19 +28,16 @@ __all__ = [
     "top_k_of_each",
 ]
 
-NEEDS = frozenset({"features", "grid", "question", "key", "vision_attention", "vision_given", "patches"}) | {
-    "first_layer",
-    "groups",
+NEEDS = frozenset({
+    "features", "grid", "question", "key", "vision_attention", "vision_given", "patches", "first_layer", "groups",
     "tower_rows",
-}
+})  # fmt: skip
 """Everything a pruner may name in `needs`; what it does not name may be None, 0 or empty."""
 
-LLM_NEEDS = frozenset({"hidden", "before", "rotary", "last", "question", "text", "words", "norm"}) | {
-    "keys",
-    "all_keys",
-    "key_sizes",
+LLM_NEEDS = frozenset({
+    "hidden", "before", "rotary", "last", "question", "text", "words", "norm", "keys", "all_keys", "key_sizes",
     "values",
-}
+})  # fmt: skip
 """Everything an `LLMPruner` may name in `llm_needs`; what it does not name is None."""
 
 

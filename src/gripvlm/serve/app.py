@@ -29,7 +29,7 @@ from gripvlm.serve.chat import ChatRequest, Refusal, chunk, completion, error_bo
 from gripvlm.serve.metrics import Metrics
 from gripvlm.serve.prompts import Preparer, Prompt
 from gripvlm.serve.settings import Settings
-from gripvlm.serve.worker import Answer, Job, Worker, requests_of
+from gripvlm.serve.worker import Answer, Job, Worker, requests_of, stopping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,10 @@ def create_app(model: PreTrainedModel, processor: Any, settings: Settings) -> Fa
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
-        yield
+        try:
+            yield
+        except asyncio.CancelledError:  # a second Ctrl-C: nothing is waited for, and there is nothing to report
+            return
         await anyio.to_thread.run_sync(worker.close)
 
     # No pages of documentation: they load scripts from elsewhere.
@@ -284,6 +287,9 @@ class _Requests:
         server.open_requests += admitted
         try:
             await (self._app if refusal is None else _refused(refusal))(scope, receive, sending)
+        except asyncio.CancelledError:  # the server waits no longer: its grace is over, or Ctrl-C came twice
+            if status == 499:
+                await _refused(stopping())(scope, receive, sending)
         finally:
             server.open_requests -= admitted
             job: Job | None = request.state.job

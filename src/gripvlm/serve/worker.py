@@ -171,7 +171,7 @@ class Worker:
     def close(self, seconds: float = 10.0) -> None:
         """Refuses what waits, and ends the thread after the running batch, for which it waits so long."""
         self._closing = True
-        self._refuse(_stopping)
+        self._refuse(stopping)
         if self._thread.is_alive():
             self._thread.join(seconds)
 
@@ -355,7 +355,7 @@ class Worker:
         return False
 
 
-def _stopping() -> Refusal:
+def stopping() -> Refusal:
     return Refusal("the server is stopping: try again later", 503, kind="server_error", retry_after=5)
 
 

@@ -109,6 +109,12 @@ class TrainConfig:
         ("", "auto", "float32", "bfloat16", "float16"),
     )
     attn_implementation: str = setting("", "as transformers', such as sdpa; default: its own choice")
+    max_memory: float = setting(
+        0.0,
+        "GiB of the model's weights on the device; its other layers wait in the machine's memory, or on its disk, and "
+        "come when they run; 0: all are there",
+        at_least=0,
+    )
     on_bad_sample: str = setting("stop", "what a picture that cannot be read or an empty answer does", ("stop", "skip"))
     # the scorer
     width: int = setting(128, "channels of the scorer's transformer", at_least=1)

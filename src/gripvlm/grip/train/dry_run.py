@@ -145,8 +145,10 @@ def memory(sizes: Sizes, config: TrainConfig, processes: int = 1) -> dict[str, i
     layers = s.layers * begun + own if config.gradient_checkpointing else s.layers * own * held // together
     bias = together * full**2 * (2 * 4 + 3 * b)
     pictures = config.per_device_train_batch_size
+    # As `Rounds`: not more rounds than tokens are kept.
+    later = min(config.rounds, max(1, math.floor(high * s.visual + 0.5))) - 1 if config.stage != "distill" else 0
     parts = {
-        "weights": s.weights * b,
+        "weights": weights_held(s, config),
         "optimiser": s.scorer * 4 * (4 + bool(config.ema_decay) + bool(config.beta)),
         # Of all micro-batches that a process has in a step: their rewards have one scale.
         "features": config.gradient_accumulation_steps // processes * (pictures + questions) * s.visual * s.hidden * b,
@@ -155,17 +157,32 @@ def memory(sizes: Sizes, config: TrainConfig, processes: int = 1) -> dict[str, i
         "logits": logits * ((b if b < 4 else 0) + 8),
         # Later rounds have logits of their own for each subset, and a table of how close tokens are; both measured.
         "scorer": questions * s.visual * 4 * (3 * s.hidden + config.blocks * 24 * config.width)
-        + (config.rounds - 1) * (questions if selector else rollouts) * s.visual * 48 * (config.stage != "distill")
-        + 9 * questions * s.visual**2 * (config.rounds > 1 and config.stage != "distill"),
+        + later * (questions if selector else rollouts) * s.visual * 48
+        + 9 * questions * s.visual**2 * (later > 0),
     }
     if selector:
         del parts["rollouts"], parts["logits"]
         parts["gradients"] = layers + 2 * scores + held * (s.answer + 1) * s.vocabulary * (b + 12)
-    elif config.stage != "grpo" and config.distill_steps and config.teacher.startswith("gradient"):
+    elif _backward(config):
         parts["teacher"] = layers + 2 * scores + bias + together * (s.answer + 1) * s.vocabulary * (b + 12)
     elif config.stage != "grpo" and config.distill_steps:
         parts["teacher"] = own
     return parts
+
+
+def weights_held(sizes: Sizes, config: TrainConfig) -> int:
+    """Bytes of the frozen model's weights on the device, at most."""
+    everything, layer = (count * sizes.itemsize for count in (sizes.weights, sizes.language // sizes.layers))
+    # Layers that a backward pass does not run again stay with it till then.
+    if not config.max_memory or (_backward(config) and not config.gradient_checkpointing):
+        return everything
+    return min(everything, max(int(config.max_memory * 2**30), layer))
+
+
+def _backward(config: TrainConfig) -> bool:
+    """Whether a pass goes back through the frozen model."""
+    taught = config.stage != "grpo" and config.distill_steps > 0 and config.teacher.startswith("gradient")
+    return taught or config.stage == "visionselector"
 
 
 ALWAYS = ("weights", "optimiser", "features")
@@ -272,6 +289,8 @@ def report(
         lines.append(f"  {'there is':<14}{_bytes(total):>10}")
         if peak(parts) > 0.9 * total:
             lines.append("  it does not fit: lower --max-tokens-per-forward, or --per-device-train-batch-size")
+    if weights_held(sizes, config) < (whole := sizes.weights * sizes.itemsize):
+        lines.append(f"  of the weights, {_bytes(whole)}, others wait elsewhere; hours do not count their way")
     speed = speed_of(device, dtype, sizes.hidden) if given is None else given
     known = "measured here" if given is None else "as given"
     lines += ["", f"hours at {speed / 1e12:.3g} TFLOP/s, {known}, {processes} processes"]

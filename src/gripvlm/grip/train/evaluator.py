@@ -43,7 +43,7 @@ class Evaluator:
         self.engine, self.questions, self.reward, self.config = engine, list(questions), reward, config
         self.keeps, self.batch_size = parse_shares(config.eval_keeps, "eval_keeps"), batch_size
         # On an accelerator the features of 256 pictures take gigabytes, and encoding them again little time.
-        self.keeps_batches = engine.model.device.type == "cpu"
+        self.keeps_batches = engine.device.type == "cpu"
         self.kept: dict[int, Batch | None] = {}  # batches by their first question
         self.skipped: dict[str, dict[str, str]] = {}
         """`key_of` -> what to log, for questions that were left out."""

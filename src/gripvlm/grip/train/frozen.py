@@ -20,14 +20,15 @@ Around: TypeAlias = Callable[[], AbstractContextManager[None]]
 def frozen(model: nn.Module) -> Iterator[None]:
     """A block after which the model's modules are in training mode, and its weights require gradients, as before."""
     training = {module: module.training for module in model.modules()}
-    required = {weight: weight.requires_grad for weight in model.parameters()}
+    # By name: accelerate's hooks of an offloaded layer put new parameters in place of the old at every forward.
+    required = {name: weight.requires_grad for name, weight in model.named_parameters()}
     try:
         yield
     finally:
         for module, mode in training.items():
             module.training = mode
-        for weight, wanted in required.items():
-            weight.requires_grad_(wanted)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(required[name])
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class Grpo(Stage):
 
     def pool(self, explored: list[tuple[Tensor, Tensor]]) -> None:
         rewards, shares = zip(*explored, strict=True) if explored else ((), ())
-        device = self.engine.model.device
+        device = self.engine.device
         self._pool = (torch.cat(rewards).to(device), torch.cat(shares).to(device)) if explored else None
 
     @torch.no_grad()

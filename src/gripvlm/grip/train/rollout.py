@@ -32,7 +32,7 @@ from gripvlm.models.families import family_of
 from gripvlm.models.hooks.tower_replay import TowerStates, checked_replay, record_states, replay
 from gripvlm.models.prompts import Prompts
 from gripvlm.models.tower_rows import TowerDropping, TowerRequest
-from gripvlm.models.wrapped import unwrapped
+from gripvlm.models.wrapped import device_of, unwrapped
 from gripvlm.tasks import Sample, Task
 from gripvlm.types import Selection, VisualTokens
 
@@ -121,6 +121,7 @@ class Engine:
         tower_block: before which block of the vision tower tokens are dropped (`rerun`); -1 for none.
 
     Attributes:
+        device: that the model computes on.
         rollouts: subsets that were scored so far.
         tokens: that the model has run on so far, without padding.
     """
@@ -135,7 +136,8 @@ class Engine:
         tower_block: int = -1,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.max_tokens_per_forward = max_tokens_per_forward or tokens_per_forward(self.model.device)
+        self.device = device_of(model)
+        self.max_tokens_per_forward = max_tokens_per_forward or tokens_per_forward(self.device)
         self.processor, self.bf16 = processor, bf16
         self.gradient_checkpointing, self.rollouts, self.tokens = gradient_checkpointing, 0, 0
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -385,7 +387,7 @@ class Engine:
     def _last_logits(self, arguments: dict[str, Any], width: int) -> Tensor:
         """[R, width or the length, V] float32 logits that predict the last tokens of each row."""
         # One more than the answers: the row before a token predicts it.
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(**arguments, **self.last(width + 1), use_cache=False).logits
         return logits[:, -width - 1 : -1].float()
 

@@ -34,6 +34,7 @@ from gripvlm.grip.train.two_stages import TwoStageGrpo
 from gripvlm.grip.train.visionselector import VisionSelector
 from gripvlm.models.families import family_of
 from gripvlm.models.hooks.tower_replay import checked_replay
+from gripvlm.models.wrapped import device_of
 from gripvlm.tasks import Task
 from gripvlm.utils import disk
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 _SIZES = ("width", "blocks", "heads", "question", "budget", "joint", "rounds", "tower_block")
 # What may differ between a run and its continuation.
 _FREE = {"output_dir", "device", "report_to", "run_name", "max_tokens_per_forward", "gradient_checkpointing"}
-_FREE |= {"on_bad_sample", "save_steps", "eval_steps"}
+_FREE |= {"max_memory", "on_bad_sample", "save_steps", "eval_steps"}
 _CONFIG = "config.toml"
 
 
@@ -104,7 +105,7 @@ def train_on(
     """`train` with the training and validation questions that `check_settings` returned."""
     check_model(config, model)
     folder = Path(config.output_dir).expanduser()
-    accelerator = make_accelerator(config, model.device)
+    accelerator = make_accelerator(config, device_of(model))
     processes = Processes(accelerator)
     processes.agree("settings", {name: value for name, value in config.to_dict().items() if name not in _FREE})
     # The other processes write nothing.
@@ -141,7 +142,8 @@ def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
     """Refuses settings that the model contradicts.
 
     Raises:
-        TrainError: it has another dtype or attention implementation, or several devices.
+        TrainError: it has another dtype or attention implementation, or computes on several devices.
+        InputError: it has no weights.
     """
     name = str(model.dtype).removeprefix("torch.")
     if config.dtype not in ("", "auto", name):
@@ -155,10 +157,12 @@ def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
         )
     if config.bf16 and name != "float32":
         raise TrainError(f"bf16 is for models in float32, and this one is {name}: leave bf16 out")
-    if len(places := {str(weight.device) for weight in model.parameters()}) > 1:
+    # Not where weights lie: accelerate's hooks bring those that are elsewhere when they are needed.
+    owners = [part for part in model.modules() if next(part.parameters(recurse=False), None) is not None]
+    if len(places := {str(device_of(part)) for part in owners}) > 1:
         raise TrainError(
-            f"the model lies on {', '.join(sorted(places))}: training needs it on one device; load it without "
-            "device_map, in bfloat16 (--dtype), and type --dry-run to see whether it fits"
+            f"the model computes on {', '.join(sorted(places))}: training needs it on one device. Where it does not "
+            'fit, --max-memory leaves layers in the machine\'s memory, as a device_map of one device and "cpu" does'
         )
 
 
@@ -264,12 +268,14 @@ def check_settings(
     data: Task | Sequence[Task] | None = None,
     validation: Task | Sequence[Task] | None = None,
     reward: Rewards | None = None,
+    typed: Sequence[str] = (),
 ) -> tuple[list[Question], list[Question]]:
     """The training and the validation questions, once everything that can be known without the model is right.
 
     Args:
         data, validation: as `train` takes them.
         reward: instead of the one that the settings name.
+        typed: settings that were asked for, also where they are what they would have been.
 
     Raises:
         TrainError, TaskError, ScorerError: what to change.
@@ -283,7 +289,7 @@ def check_settings(
     if first_process():
         _check_folder(config, Path(config.output_dir).expanduser())
     if config.init_from:
-        _check_sizes(Scorer.from_pretrained(place_of(config.init_from)), config.init_from, config)
+        _check_sizes(Scorer.from_pretrained(place_of(config.init_from)), config.init_from, config, typed)
     questions = load_questions(config.data if data is None else data)
     if validation is not None or config.eval_data:
         held_out = load_questions(config.eval_data if validation is None else validation)
@@ -319,7 +325,7 @@ def _first_scorer(
     found = processes.together(begin)
     about: Any = None if found is None else (found[0].config, found[0].base, found[1])
     sizes, base, done = processes.broadcast(about)
-    scorer = found[0] if found else Scorer(sizes, base).to(model.device)
+    scorer = found[0] if found else Scorer(sizes, base).to(device_of(model))
     processes.together(lambda: base.check(model))
     processes.copy_first(scorer.state_dict().values())
     return scorer, done
@@ -343,7 +349,8 @@ def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -
     if source:
         return _loaded(source, config, model), ""
     base = ModelFingerprint.of(model)
-    return Scorer(new_scorer(config, base.features, tower_width(config, model)), base).to(model.device), ""
+    scorer = Scorer(new_scorer(config, base.features, tower_width(config, model)), base)
+    return scorer.to(device_of(model)), ""
 
 
 def new_scorer(config: TrainConfig, features: int, tower_features: int = 0) -> ScorerConfig:
@@ -373,16 +380,20 @@ def _loaded(name: str | Path, config: TrainConfig, model: PreTrainedModel) -> Sc
     if config.tower_block >= 0 and not scorer.config.tower_features:
         scorer = scorer.with_tower(config.tower_block, tower_width(config, model))
     scorer.base = ModelFingerprint.of(model)
-    return scorer.to(model.device)
+    return scorer.to(device_of(model))
 
 
-def _check_sizes(scorer: Scorer, name: str | Path, config: TrainConfig) -> None:
-    """Refuses a scorer of other sizes than the settings ask for; sizes left at their defaults ask for nothing."""
+def _check_sizes(scorer: Scorer, name: str | Path, config: TrainConfig, typed: Sequence[str] = ()) -> None:
+    """Refuses a scorer of other sizes than the settings ask for.
+
+    Those at their defaults ask for nothing, unless they are `typed`.
+    """
     for field in _SIZES:
         wanted, actual = getattr(config, field), getattr(scorer.config, field)
         if field == "tower_block" and actual < 0:
             continue  # it gets that stage
-        if wanted not in (actual, TrainConfig.__dataclass_fields__[field].default):
+        asked = field in typed or wanted != TrainConfig.__dataclass_fields__[field].default
+        if asked and wanted != actual:
             raise TrainError(f"{field} = {wanted!r}, but the scorer in {name} has {actual!r}: leave that setting out")
 
 

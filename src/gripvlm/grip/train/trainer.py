@@ -78,7 +78,7 @@ class Trainer:
             # A copy that the optimiser does not know: it only follows the weights.
             modules["average"] = self.eval_scorer = copy.deepcopy(stage.scorer).requires_grad_(False)
         for module in modules.values():
-            module.to(stage.engine.model.device)
+            module.to(stage.engine.device)
         self.weights = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
         self.weights_of_all = [value for module in modules.values() for value in module.state_dict().values()]
         self.optimizer = torch.optim.AdamW(
@@ -280,7 +280,7 @@ class Trainer:
         if packed is None:
             self.processes.copy_first(self.weights_of_all)
         else:
-            device = self.stage.engine.model.device
+            device = self.stage.engine.device
             self.state = self.processes.together(partial(self.checkpoint.restore, packed, device))
         step = -1 if packed is None else self.state.step
         self.processes.together(partial(self.journal.forget_after, step))

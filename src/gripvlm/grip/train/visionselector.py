@@ -47,9 +47,7 @@ class VisionSelector(Stage):
 
     def __init__(self, config: TrainConfig, scorer: Scorer, engine: Engine) -> None:
         if scorer.config.tower_features:
-            raise TrainError(
-                "visionselector trains no stage inside the vision tower: use grpo, or another scorer"
-            )
+            raise TrainError("visionselector trains no stage inside the vision tower: use grpo, or another scorer")
         super().__init__(config, scorer, engine, config.max_steps, config.learning_rate)
 
     def losses(self, batch: Batch, progress: float, random: torch.Generator) -> Iterator[tuple[Tensor, Stats]]:

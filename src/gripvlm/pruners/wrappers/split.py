@@ -30,7 +30,7 @@ class Split(SameChoice):
     - by="spectrum": the effective rank of the unit rows, exp(-sum_j p_j log p_j) with p_j = s_j / sum s over their
       singular values s (Roy and Vetterli, EUSIPCO 2007), about how many directions they have;
     - by="mass": the share of the image's rows in softmax(scores) over all rows of the prompt, scores being the inner
-      pruner's. Only for scores that are logits, as those of grip.
+      pruner's. Only for scores that are logits, as those of grip (of its first round, where it has several).
 
     1. Ours. It works through `allocate_budget`, which runs before `select`; `select` alone changes nothing.
     2. With "mass" the inner pruner runs twice, the first time with equal budgets. A joint pruner is refused: it shares

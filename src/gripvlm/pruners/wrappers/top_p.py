@@ -26,7 +26,8 @@ class TopP(SameChoice):
 
     1. Ours. `keep` is here the least, not the count: `Record`, results and `/metrics` say what was paid.
     2. The inner pruner runs twice, the first time with k, which its scores may depend on.
-    3. Only for scores that are logits, as those of grip: other scores have no probabilities.
+    3. Only for scores that are logits, as those of grip: other scores have no probabilities. A scorer of several rounds
+       has those of its first, before a token loses by being like kept ones; all its rounds choose.
 
     Attributes:
         p: the share of the probability to keep, in (0, 1).
