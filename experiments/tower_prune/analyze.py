@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from experiments.results import percent, read_json, table
+from experiments.results import load, over_pictures, percent, points, read_json, share, table
 from experiments.tables import fill
 
 HERE = Path(__file__).parent
@@ -55,9 +55,30 @@ def lab() -> str:
     return table(["", "tokens in the tower", "in the language model", "right answers, %", "95 %"], rows)
 
 
+TWO_STAGES = {
+    "grip": "scorer behind the tower alone",
+    "two_stages_50": "trained, 50 % in the tower",
+    "mmr_50": "`mmr(norm)`, 50 % in the tower",
+    "two_stages_25": "trained, 25 % in the tower",
+    "mmr_25": "`mmr(norm)`, 25 % in the tower",
+}
+
+
+def two_stages() -> str:
+    """Right answers on `lab-dense` with a trained and an untrained choice inside the tower."""
+    found, budgets = load(f"{STUDY}/results/two_stages"), ("0.125", "0.06")
+    rows = [["all tokens", *[percent(found["full"][0].score("1.0"))] * 2, "", ""]]
+    for name, label in TWO_STAGES.items():
+        cells = [percent(found[name][0].score(budget)) for budget in budgets]
+        differences = [points(over_pictures(found[name], budget, found["grip"])) for budget in budgets]
+        rows.append([label, *cells, *(differences if name != "grip" else ("", ""))])
+    return table(["", *map(share, budgets), *(f"less the scorer alone, {share(budget)}" for budget in budgets)], rows)
+
+
 def tables() -> dict[str, dict[str, str]]:
     """Page -> its tables."""
-    return {f"experiments/{STUDY}/REPORT.md": {"end_to_end": end_to_end(), "lab": lab()}}
+    page = {"end_to_end": end_to_end(), "lab": lab(), "two_stages": two_stages()}
+    return {f"experiments/{STUDY}/REPORT.md": page}
 
 
 if __name__ == "__main__":

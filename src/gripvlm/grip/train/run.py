@@ -338,7 +338,7 @@ def _initial_scorer(config: TrainConfig, folder: Path, model: PreTrainedModel) -
     if config.stage == "all" and finished:
         return _loaded(folder / finished[0], config, model), finished[0]
     source: str | Path = config.init_from
-    if config.stage != "distill" and not source:
+    if config.stage in ("grpo", "visionselector") and not source:
         if "distill" in finished:
             source = folder / "distill"
         elif (folder / "distill.ckpt").exists():
