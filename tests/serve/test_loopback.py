@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -149,9 +150,12 @@ def test_the_command_serves_and_stops_at_sigterm():
 
 
 @pytest.mark.usefixtures("endless")
-def test_two_interrupts_end_it_at_once_and_without_a_traceback(caplog):
+def test_two_interrupts_end_it_at_once_and_without_a_traceback(caplog, monkeypatch):
     """Ctrl-C waits for what runs, a second one does not; a client that is cut off so is told."""
-    caplog.set_level("INFO")
+    # Servers of other tests in this process have set uvicorn's loggers up.
+    for name in ("uvicorn", "uvicorn.error"):
+        caplog.set_level("INFO", name)
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     found: list[httpx2.Response] = []
     app = create_app(*lab_model(), settings())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
