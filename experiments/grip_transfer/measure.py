@@ -31,7 +31,7 @@ from gripvlm.tasks import get_tasks
 
 STUDY, SOURCE, ROUNDS = "grip_claim", "lab-small", 16
 STARTS: tuple[Start, ...] = ("kept", "aligned", "new", "random")
-STEPS, SEEDS = (20, 60), 2
+STEPS, SEEDS = (20, 60), 1
 """Of the warm-up, which has 200; 0 steps are measured too. From "kept" none is trained: it needs features alike."""
 PAIRED = 128
 """Training pictures that the entry is aligned on. No answer is read."""
