@@ -72,7 +72,11 @@ def two_stages() -> str:
         cells = [percent(found[name][0].score(budget)) for budget in budgets]
         differences = [points(over_pictures(found[name], budget, found["grip"])) for budget in budgets]
         rows.append([label, *cells, *(differences if name != "grip" else ("", ""))])
-    return table(["", *map(share, budgets), *(f"less the scorer alone, {share(budget)}" for budget in budgets)], rows)
+    for kept in ("50", "25"):
+        pair = found[f"two_stages_{kept}"], found[f"mmr_{kept}"]
+        differences = [points(over_pictures(pair[0], budget, pair[1])) for budget in budgets]
+        rows.append([f"trained less `mmr(norm)`, {kept} % in the tower", "", "", *differences])
+    return table(["", *map(share, budgets), *(f"difference, {share(budget)}" for budget in budgets)], rows)
 
 
 def tables() -> dict[str, dict[str, str]]:
